@@ -1,0 +1,29 @@
+"""Per-timestep minimum and maximum: the papers' estimator for finite set calibration."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tfmq_fx.observers.temporal import TemporalObserver
+
+
+class TemporalMinMaxObserver(TemporalObserver):
+    """The running minimum and maximum of each timestep (TFMQ-DM, section 4.3)."""
+
+    min_val: Tensor
+    max_val: Tensor
+
+    def __init__(self, *, num_timesteps: int, **kwargs: Any) -> None:
+        super().__init__(num_timesteps=num_timesteps, **kwargs)
+        self.register_buffer("min_val", torch.full((num_timesteps,), torch.inf))
+        self.register_buffer("max_val", torch.full((num_timesteps,), -torch.inf))
+
+    def observe(self, x_NF: Tensor, step_N: Tensor) -> None:
+        self.min_val.scatter_reduce_(0, step_N, x_NF.amin(1), "amin")
+        self.max_val.scatter_reduce_(0, step_N, x_NF.amax(1), "amax")
+
+    def ranges(self) -> tuple[Tensor, Tensor]:
+        return self.min_val, self.max_val

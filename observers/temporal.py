@@ -1,0 +1,108 @@
+"""The base of all observers keyed on timestep: one (scale, zero_point) per timestep of the schedule."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule, Node
+
+from tfmq_fx._torchao import FakeQuantizeBase
+from tfmq_fx.arithmetic import IntegerRange, choose_qparams, fake_quantize_rows
+from tfmq_fx.errors import TFMQError
+from tfmq_fx.graph import set_buffer
+
+
+class TemporalObserver(FakeQuantizeBase):  # type: ignore[misc]
+    """Finite set calibration (TFMQ-DM, section 4.3): x is quantized with the qparams of its own timestep.
+
+    To add an estimator, subclass and define two methods; pass the class as `Recipe(temporal_observer=...)`:
+
+        observe(x_NF, step_N)   accumulate. Observing A, then B, must equal observing A and B together.
+        ranges()                the (min_T, max_T) to cover, for the steps that were observed.
+
+    In the prepared graph the module is called with (x, step): x (N, ...) and step (N,) int64, indices into the
+    schedule, computed once in the graph from the `timestep` input. A batch may mix timesteps.
+    """
+
+    seen: Tensor
+    scale: Tensor
+    zero_point: Tensor
+
+    def __init__(self, *, num_timesteps: int, bits: int = 8, **_spec: Any) -> None:
+        super().__init__()  # _spec: what torchao passes along from the QuantizationSpec; `bits` says it all
+        self.integers = IntegerRange.activation(bits)
+        self.dtype = self.integers.dtype
+        self.num_timesteps = num_timesteps
+        # False when the captured timestep is a scalar: one row of qparams then serves the whole tensor.
+        self.per_sample = True
+        self.register_buffer("seen", torch.zeros(num_timesteps, dtype=torch.bool))
+        self.register_buffer("scale", torch.ones(num_timesteps))
+        self.register_buffer("zero_point", torch.zeros(num_timesteps, dtype=torch.int32))
+
+    @abstractmethod
+    def observe(self, x_NF: Tensor, step_N: Tensor) -> None: ...
+
+    @abstractmethod
+    def ranges(self) -> tuple[Tensor, Tensor]: ...
+
+    def calculate_qparams(self, **_: Any) -> tuple[Tensor, Tensor]:
+        """(scale, zero_point), each (T,). Raises TFMQError when a timestep was never observed."""
+        if not self.seen.all():
+            missing = (~self.seen).nonzero().flatten().tolist()
+            raise TFMQError(
+                f"calibration: {len(missing)} of {self.num_timesteps} timesteps were never observed (step indices "
+                f"{missing[:8]}); every timestep of the schedule must occur in the calibration data."
+            )
+        return choose_qparams(*self.ranges(), self.integers)
+
+    def freeze(self) -> None:
+        """Stop observing, start quantizing with the qparams found."""
+        scale, zero_point = self.calculate_qparams()
+        self.scale.copy_(scale)
+        self.zero_point.copy_(zero_point)
+        self.disable_observer()
+        self.enable_fake_quant()
+
+    def forward(self, x: Tensor, step: Tensor) -> Tensor:
+        if self.observer_enabled[0]:
+            rows = x.detach().float()
+            self.observe(rows.flatten(1) if self.per_sample else rows.reshape(1, -1), step)
+            self.seen[step] = True
+        if self.fake_quant_enabled[0]:
+            flat = x if self.per_sample else x[None]
+            y = fake_quantize_rows(flat, self.scale[step], self.zero_point[step], self.integers)
+            x = y if self.per_sample else y[0]
+        return x
+
+    def convert(self, model: GraphModule, node: Node) -> None:
+        """torchao's convert hook: a table lookup feeding a standard quantize/dequantize pair.
+
+            observer(x, step)  ==>  s, z = scale[step], zero_point[step];  dequantize(quantize(x, s, z), s, z)
+
+        Per sample, the pair is the per-channel one on the batch axis; that is what makes mixed timesteps right.
+        """
+        x, step = node.args
+        assert isinstance(x, Node)
+        graph, prefix = model.graph, f"{x.name}_by_timestep"
+        ops, integers = torch.ops.quantized_decomposed, self.integers
+        with graph.inserting_before(node):
+            qparams = []
+            for name, table in (("scale", self.scale), ("zero_point", self.zero_point)):
+                set_buffer(model, f"{prefix}.{name}", table.clone())
+                row = graph.get_attr(f"{prefix}.{name}")
+                qparams.append(graph.call_function(torch.ops.aten.index_select.default, (row, 0, step)))
+            limits = (integers.quant_min, integers.quant_max, integers.dtype)
+            if self.per_sample:
+                arguments = (*qparams, 0, *limits)
+                quantize, dequantize = ops.quantize_per_channel.default, ops.dequantize_per_channel.default
+            else:
+                arguments = (*qparams, *limits)
+                quantize, dequantize = ops.quantize_per_tensor.tensor, ops.dequantize_per_tensor.tensor
+            q = graph.call_function(quantize, (x, *arguments))
+            y = graph.call_function(dequantize, (q, *arguments))
+            y.meta = dict(node.meta)
+        node.replace_all_uses_with(y)
+        graph.erase_node(node)

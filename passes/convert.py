@@ -1,0 +1,36 @@
+"""Turn a prepared graph into the quantized one: integer weights and quantize/dequantize pairs."""
+
+from __future__ import annotations
+
+import warnings
+
+from torch.fx import GraphModule
+
+from tfmq_fx._torchao import convert_pt2e
+from tfmq_fx.graph import fresh
+from tfmq_fx.passes.find_temporal import find_temporal
+from tfmq_fx.passes.partition_temporal import partition_temporal
+from tfmq_fx.passes.prepare import require_stage
+
+
+def convert(gm: GraphModule) -> GraphModule:
+    """A new GraphModule that computes what the calibrated graph computed, from integers.
+
+        observer(w)            ==>  dequantize_per_channel(w_q, w_scale, w_zero_point)
+        fake_quantize(x)       ==>  dequantize_per_tensor(quantize_per_tensor(x, s, z))
+        observer(x, step)      ==>  dequantize(quantize(x, scale[step], zero_point[step]))
+
+    The temporal block becomes the submodule `temporal_block`. Weights are bitwise those of the fake-quantized
+    graph; an activation may differ by one quantization step where it falls on a rounding tie.
+    """
+    require_stage(gm, "calibrated", "reconstructed")
+    kept = ("timestep", "timesteps", "recipe", "plan", "reconstruction")
+    meta = {name: gm.meta[name] for name in kept if name in gm.meta} | {"stage": "converted"}
+    # Weights are folded by the observers' own convert hooks, so torchao has nothing left to fold.
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        gm = convert_pt2e(fresh(gm), fold_quantize=False)
+    gm = GraphModule(gm, gm.graph)  # only what the graph reads is kept: the float weights go
+    gm.meta = meta
+    partition_temporal(gm, temporal=find_temporal(gm, timestep=meta["timestep"]))
+    return gm

@@ -1,0 +1,31 @@
+"""Every private or moving name we use of torch.ao and torchao, in one place.
+
+torchao.quantization.pt2e is the home of what torch.ao.quantization was; observers and fake quantizers must
+subclass torchao's classes, because its prepare and convert assert on them. Importing it registers the
+`quantized_decomposed` operators.
+"""
+
+from __future__ import annotations
+
+from torch.ao.quantization.fx import _decomposed  # noqa: F401  (registers torch.ops.quantized_decomposed)
+from torchao.quantization.pt2e.fake_quantize import FakeQuantize, FakeQuantizeBase
+from torchao.quantization.pt2e.observer import HistogramObserver, MinMaxObserver
+from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
+from torchao.quantization.pt2e.quantizer import QuantizationAnnotation, QuantizationSpec, Quantizer
+from torchao.quantization.pt2e.quantizer.quantizer import Q_ANNOTATION_KEY
+from torchao.quantization.quant_primitives import MappingType, choose_qparams_affine_with_min_max
+
+__all__ = [
+    "Q_ANNOTATION_KEY",
+    "FakeQuantize",
+    "FakeQuantizeBase",
+    "HistogramObserver",
+    "MappingType",
+    "MinMaxObserver",
+    "QuantizationAnnotation",
+    "QuantizationSpec",
+    "Quantizer",
+    "choose_qparams_affine_with_min_max",
+    "convert_pt2e",
+    "prepare_pt2e",
+]

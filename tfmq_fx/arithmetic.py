@@ -1,0 +1,165 @@
+"""Integer arithmetic: scales and zero points from ranges, quantize and dequantize, rounding, bit packing.
+
+Legend: R rows that each own one (scale, zero_point): the output channels of a weight, the timesteps of an
+activation in the temporal block. All functions are pure.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tfmq_fx._torchao import MappingType, choose_qparams_affine_with_min_max
+from tfmq_fx.errors import TFMQError
+
+SUPPORTED_BITS = (2, 3, 4, 5, 6, 7, 8)
+FLOAT_BITS = 16  # "16 bit" means: left in the network's own floating-point type
+
+
+@dataclass(frozen=True, kw_only=True)
+class IntegerRange:
+    """The integers a value may take: quant_min <= q <= quant_max, stored as `dtype`.
+
+    Weights of at most 7 bits are affine (a zero point per channel); q - zero_point then still fits a signed
+    byte, so an int8 kernel with zero point 0 computes them exactly. 8-bit weights are symmetric for the
+    same reason. Activations are affine and unsigned, as the x86 kernels take them.
+    """
+
+    quant_min: int
+    quant_max: int
+    symmetric: bool
+    dtype: torch.dtype
+
+    @staticmethod
+    def weight(bits: int) -> IntegerRange:
+        if bits == 8:
+            return IntegerRange(quant_min=-128, quant_max=127, symmetric=True, dtype=torch.int8)
+        return IntegerRange(quant_min=0, quant_max=2**bits - 1, symmetric=False, dtype=torch.uint8)
+
+    @staticmethod
+    def activation(bits: int) -> IntegerRange:
+        return IntegerRange(quant_min=0, quant_max=2**bits - 1, symmetric=False, dtype=torch.uint8)
+
+    @property
+    def bits(self) -> int:
+        return (self.quant_max - self.quant_min).bit_length()
+
+
+def check_bits(bits: int, argument: str) -> None:
+    """Raise TFMQError unless `bits` is 2..8, or 16 for "left in float"."""
+    if isinstance(bits, bool) or not isinstance(bits, int) or bits not in (*SUPPORTED_BITS, FLOAT_BITS):
+        raise TFMQError(f"{argument}: {bits!r} is not a supported bit width; use 2 to 8, or 16 for float.")
+
+
+def choose_qparams(min_R: Tensor, max_R: Tensor, integers: IntegerRange) -> tuple[Tensor, Tensor]:
+    """scale (R,) float32 > 0 and zero_point (R,) int32 within the integer range, for rows seen in [min, max].
+
+    Zero is always representable: the range is extended to include it, so one-signed, constant and all-zero
+    rows get finite scales and in-range zero points.
+    """
+    return choose_qparams_affine_with_min_max(  # type: ignore[no-any-return]
+        min_R.float(),
+        max_R.float(),
+        MappingType.SYMMETRIC if integers.symmetric else MappingType.ASYMMETRIC,
+        (1,),
+        integers.dtype,
+        integers.quant_min,
+        integers.quant_max,
+        scale_dtype=torch.float32,
+        zero_point_dtype=torch.int32,
+    )
+
+
+def quantize_rows(
+    x: Tensor, scale_R: Tensor, zero_point_R: Tensor, integers: IntegerRange, axis: int = 0
+) -> Tensor:
+    """q = clamp(round(x / scale) + zero_point), one row of qparams per index of `axis`; x's shape."""
+    return torch.ops.quantized_decomposed.quantize_per_channel(  # type: ignore[no-any-return]
+        x, scale_R, zero_point_R, axis, integers.quant_min, integers.quant_max, integers.dtype
+    )
+
+
+def dequantize_rows(
+    q: Tensor, scale_R: Tensor, zero_point_R: Tensor, integers: IntegerRange, axis: int = 0
+) -> Tensor:
+    """(q - zero_point) * scale in float32: the very operator of the converted graph, hence equal bits."""
+    return torch.ops.quantized_decomposed.dequantize_per_channel(  # type: ignore[no-any-return]
+        q, scale_R, zero_point_R, axis, integers.quant_min, integers.quant_max, integers.dtype
+    )
+
+
+def search_range(
+    x_RK: Tensor, integers: IntegerRange, *, p: float = 2.4, steps: int = 80, smallest: float = 0.2
+) -> tuple[Tensor, Tensor]:
+    """The range (min_R, max_R) of each row, shrunk to what loses least in the L_p sense after rounding.
+
+    `steps` candidates shrink the row's own range linearly down to `smallest` of it. p = 2.4 and 80 steps
+    are the reference implementation's.
+    """
+    min_R, max_R = x_RK.amin(1), x_RK.amax(1)
+    best_error_R = torch.full_like(min_R, torch.inf)
+    best_min_R, best_max_R = min_R.clone(), max_R.clone()
+    for i in range(steps):
+        shrink = 1.0 - (1.0 - smallest) * i / steps
+        scale_R, zero_point_R = choose_qparams(min_R * shrink, max_R * shrink, integers)
+        q_RK = torch.round(x_RK / scale_R[:, None]) + zero_point_R[:, None]
+        q_RK.clamp_(integers.quant_min, integers.quant_max)
+        error_R = ((q_RK - zero_point_R[:, None]) * scale_R[:, None] - x_RK).abs_().pow_(p).sum(1)
+        better_R = error_R < best_error_R
+        best_error_R = torch.where(better_R, error_R, best_error_R)
+        best_min_R = torch.where(better_R, min_R * shrink, best_min_R)
+        best_max_R = torch.where(better_R, max_R * shrink, best_max_R)
+    return best_min_R, best_max_R
+
+
+def pack_bits(q: Tensor, integers: IntegerRange) -> Tensor:
+    """Integers as a little-endian bit stream of `bits` each: uint8 of ceil(numel * bits / 8) bytes."""
+    unsigned = (q.reshape(-1).to(torch.int16) - integers.quant_min).to(torch.uint8).cpu().numpy()
+    bits = (unsigned[:, None] >> np.arange(integers.bits, dtype=np.uint8)) & 1
+    return torch.from_numpy(np.packbits(bits.reshape(-1), bitorder="little"))
+
+
+def unpack_bits(packed: Tensor, shape: tuple[int, ...], integers: IntegerRange) -> Tensor:
+    """Inverse of pack_bits. Raises TFMQError when the stream's length does not fit the shape."""
+    numel = int(np.prod(shape, dtype=np.int64))
+    if packed.dtype != torch.uint8 or packed.numel() != -(-numel * integers.bits // 8):
+        raise TFMQError(
+            f"packed weight: {packed.numel()} bytes of {packed.dtype} found, but shape {shape} at "
+            f"{integers.bits} bits takes {-(-numel * integers.bits // 8)} bytes of uint8."
+        )
+    bits = np.unpackbits(packed.numpy(), bitorder="little")[: numel * integers.bits]
+    unsigned = (bits.reshape(numel, integers.bits) << np.arange(integers.bits, dtype=np.uint8)).sum(1)
+    return (torch.from_numpy(unsigned.astype(np.int16)) + integers.quant_min).to(integers.dtype).reshape(shape)
+
+
+class _FakeQuantizeRows(torch.autograd.Function):
+    """Quantize and dequantize exactly as the converted graph does; straight-through gradient inside the range."""
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: torch.autograd.function.FunctionCtx,
+        x: Tensor,
+        scale_R: Tensor,
+        zero_point_R: Tensor,
+        integers: IntegerRange,
+    ) -> Tensor:
+        shape = [-1] + [1] * (x.dim() - 1)
+        q = torch.round(x * (1.0 / scale_R.view(shape))) + zero_point_R.view(shape)
+        ctx.save_for_backward((q >= integers.quant_min) & (q <= integers.quant_max))
+        return dequantize_rows(
+            quantize_rows(x, scale_R, zero_point_R, integers), scale_R, zero_point_R, integers
+        ).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        (inside,) = ctx.saved_tensors
+        return grad * inside, None, None, None
+
+
+def fake_quantize_rows(x: Tensor, scale_R: Tensor, zero_point_R: Tensor, integers: IntegerRange) -> Tensor:
+    """x on the quantization grid, one row of qparams per index of dim 0; differentiable in x."""
+    return _FakeQuantizeRows.apply(x, scale_R, zero_point_R, integers)  # type: ignore[no-any-return, no-untyped-call]

@@ -1,0 +1,195 @@
+"""Calibration data from the pipeline's own trajectories, and the pass that observes it."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.fx import GraphModule
+
+from tfmq_fx.errors import TFMQError, nearest_names
+from tfmq_fx.graph import placeholders
+from tfmq_fx.observers.temporal import TemporalObserver
+from tfmq_fx.passes.find_temporal import find_temporal
+from tfmq_fx.passes.partition_temporal import extract_temporal
+from tfmq_fx.passes.prepare import observers, require_stage, set_mode
+from tfmq_fx.progress import track
+
+
+class CalibrationSet:
+    """Inputs of the network as it met them while sampling: named tensors of N rows each, t per row.
+
+    Invariants: at least one row; all tensors have the same first dimension; every value is finite.
+    """
+
+    def __init__(self, tensors: Mapping[str, Tensor], constants: Mapping[str, Any], timestep: str) -> None:
+        self.tensors = dict(tensors)
+        self.constants = dict(constants)  # non-tensor arguments of the recorded calls
+        self.timestep = timestep
+        if timestep not in self.tensors:
+            raise TFMQError(f"calibration: no tensor named {timestep!r}; found {nearest_names(timestep, self.tensors)}.")
+        sizes = {name: x.shape[0] if x.dim() else 0 for name, x in self.tensors.items()}
+        if not all(sizes.values()):
+            raise TFMQError(f"calibration: the set is empty (rows by tensor: {sizes}).")
+        if len(set(sizes.values())) != 1:
+            raise TFMQError(f"calibration: tensors have different numbers of rows: {sizes}.")
+        for name, x in self.tensors.items():
+            if x.is_floating_point() and not torch.isfinite(x).all():
+                row = int((~torch.isfinite(x.flatten(1) if x.dim() > 1 else x[:, None]).all(1)).nonzero()[0])
+                raise TFMQError(f"calibration: tensor {name!r} holds NaN or infinite values, first in row {row}.")
+
+    def __len__(self) -> int:
+        return len(self.tensors[self.timestep])
+
+    @staticmethod
+    def from_tensors(tensors: Mapping[str, Tensor], *, timestep: str = "timestep") -> CalibrationSet:
+        """From the network's inputs by name, (N, ...) each; timestep (N,), the value of each row."""
+        return CalibrationSet(tensors, {}, timestep)
+
+    @staticmethod
+    @torch.no_grad()
+    def record(
+        pipe: Any, *, num_samples: int, num_inference_steps: int, seed: int = 0, batch_size: int = 64, timestep: str = "timestep", **pipe_kwargs: Any
+    ) -> CalibrationSet:
+        """Run the pipeline once and keep every call of its denoiser: one trajectory per sample.
+
+        The denoiser is the component that is called with a `timestep`. pipe_kwargs go to the pipeline
+        (prompt, class_labels, guidance_scale, eta, ...); samples are drawn in batches of `batch_size`.
+        """
+        if num_samples < 1 or num_inference_steps < 1:
+            raise TFMQError(f"calibration: num_samples={num_samples} and num_inference_steps={num_inference_steps} must be positive.")
+        network = denoiser(pipe, timestep=timestep)
+        signature = inspect.signature(network.forward)
+        calls: list[dict[str, Any]] = []
+
+        def keep(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            calls.append(dict(signature.bind(*args, **kwargs).arguments))
+
+        handle = network.register_forward_pre_hook(keep, with_kwargs=True)
+        try:
+            generator = torch.Generator().manual_seed(seed)
+            for start in track(range(0, num_samples, batch_size), "recording trajectories"):
+                size = min(batch_size, num_samples - start)
+                batch = {} if "prompt" in pipe_kwargs else {"batch_size": size}
+                pipe(num_inference_steps=num_inference_steps, generator=generator, output_type="np", **batch, **pipe_kwargs)
+        finally:
+            handle.remove()
+        if not calls:
+            raise TFMQError(f"calibration: the pipeline never called {type(network).__name__}.")
+        rows = [_rows(call, timestep) for call in calls]
+        names = [n for n, v in rows[0].items() if isinstance(v, Tensor)]
+        constants = {n: v for n, v in calls[0].items() if n not in names and v is not None and not isinstance(v, Tensor)}
+        return CalibrationSet({n: torch.cat([r[n] for r in rows]) for n in names}, constants, timestep)
+
+    @property
+    def timesteps(self) -> Tensor:
+        """The distinct timesteps (T,), from the last of the forward process to the first, as samplers go."""
+        return torch.unique(self.tensors[self.timestep]).flip(0)
+
+    def spread(self, num_samples: int, *, seed: int = 0) -> CalibrationSet:
+        """`num_samples` rows, drawn evenly over the timesteps, in shuffled order; all when there are fewer."""
+        generator = torch.Generator().manual_seed(seed)
+        t = self.tensors[self.timestep]
+        shuffled = torch.randperm(len(self), generator=generator)
+        # Rank of each row among the rows of its timestep: taking low ranks first spreads over timesteps.
+        by_t = shuffled[torch.argsort(t[shuffled], stable=True)]
+        _, counts = torch.unique(t, return_counts=True)
+        rank = torch.cat([torch.arange(int(c)) for c in counts])
+        tie = torch.randperm(len(self), generator=generator)
+        chosen = by_t[tie][torch.argsort(rank[tie], stable=True)][:num_samples]
+        chosen = chosen[torch.randperm(len(chosen), generator=generator)]
+        return CalibrationSet({n: x[chosen] for n, x in self.tensors.items()}, self.constants, self.timestep)
+
+    def batches(self, batch_size: int) -> Iterator[dict[str, Tensor]]:
+        for start in range(0, len(self), batch_size):
+            yield {n: x[start : start + batch_size] for n, x in self.tensors.items()}
+
+
+def denoiser(pipe: Any, *, timestep: str = "timestep") -> nn.Module:
+    """The pipeline's component whose forward takes a `timestep`. Raises TFMQError when there is none or several."""
+    found = {
+        name: module
+        for name, module in pipe.components.items()
+        if isinstance(module, nn.Module) and timestep in inspect.signature(module.forward).parameters
+    }
+    if len(found) != 1:
+        raise TFMQError(
+            f"pipeline: {len(found) or 'no'} components take a {timestep!r} ({', '.join(found) or ', '.join(pipe.components)}); "
+            "quantize the network itself with quantize(network, calibration=CalibrationSet.from_tensors(..))."
+        )
+    return next(iter(found.values()))
+
+
+def _rows(call: dict[str, Any], timestep: str) -> dict[str, Any]:
+    """One recorded call with the timestep as one value per row."""
+    batch = max(x.shape[0] for n, x in call.items() if isinstance(x, Tensor) and n != timestep and x.dim())
+    t = torch.as_tensor(call[timestep])
+    return {**call, timestep: t.expand(batch) if t.dim() == 0 else t.repeat(batch // len(t))}
+
+
+def inputs_of(gm: GraphModule, batch: Mapping[str, Tensor]) -> list[Tensor]:
+    """The batch's tensors in the order of the graph's inputs. Raises TFMQError naming a missing one."""
+    names = list(placeholders(gm))
+    missing = [n for n in names if n not in batch]
+    if missing:
+        raise TFMQError(f"calibration: the graph's input {missing[0]!r} is missing; the set has {', '.join(batch)}.")
+    inputs = [batch[n] for n in names]
+    if is_scalar(gm):
+        i = names.index(gm.meta["timestep"])
+        inputs[i] = inputs[i].reshape(-1)[0]
+    return inputs
+
+
+def is_scalar(gm: GraphModule) -> bool:
+    """Whether the graph was captured with a timestep of shape ()."""
+    value = placeholders(gm)[gm.meta["timestep"]].meta.get("val")
+    return isinstance(value, Tensor) and value.dim() == 0
+
+
+@torch.no_grad()
+def calibrate(gm: GraphModule, calibration: CalibrationSet, *, batch_size: int = 64) -> GraphModule:
+    """Observe the calibration data with a prepared graph, in place; afterwards the graph fake-quantizes.
+
+    The temporal block is a function of the timestep alone: it is observed once on every timestep of the
+    schedule, without data (finite set calibration). The rest sees the calibration set.
+
+    Raises TFMQError for timesteps in the data that the schedule lacks, and for missing inputs.
+    """
+    require_stage(gm, "prepared")
+    timesteps: Tensor = gm.meta["timesteps"]
+    t = calibration.tensors[calibration.timestep]
+    outside = [v for v in torch.unique(t).tolist() if v not in set(timesteps.tolist())]
+    if outside:
+        raise TFMQError(
+            f"calibration: timesteps {outside[:8]} are in the data but not in the schedule of {len(timesteps)} values "
+            f"({timesteps.min().item()} to {timesteps.max().item()})."
+        )
+    found = list(observers(gm))
+    keyed = [o for _, o in found if isinstance(o, TemporalObserver)]
+    static = [o for _, o in found if not isinstance(o, TemporalObserver)]
+    block = extract_temporal(gm, find_temporal(gm, timestep=gm.meta["timestep"]))
+    if data_free := len(placeholders(block)) == 1:
+        run_temporal(block, timesteps, scalar=is_scalar(gm))
+        for observer in keyed:
+            set_mode(observer, observe=False, quantize=False)
+    if static or not data_free:
+        for batch in track(list(calibration.batches(batch_size)), "calibrating"):
+            gm(*inputs_of(gm, batch))
+    for _, observer in found:
+        observer.freeze()
+    gm.meta["stage"] = "calibrated"
+    return gm
+
+
+def run_temporal(block: GraphModule, timesteps: Tensor, *, scalar: bool = False) -> tuple[Tensor, ...]:
+    """The temporal features of an extracted block at every timestep: (T, ...) each.
+
+    scalar: the block was captured with a timestep of shape () and runs once per value.
+    """
+    if not scalar:
+        return tuple(block(timesteps))
+    rows = [block(t) for t in timesteps]
+    return tuple(torch.stack([row[i] for row in rows]) for i in range(len(rows[0])))

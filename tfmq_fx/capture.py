@@ -1,0 +1,105 @@
+"""Capture a network as an fx graph with torch.export."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.fx import Graph, GraphModule, Node
+from torch.fx.graph import CodeGen
+from torch.utils import _pytree as pytree
+
+from tfmq_fx.errors import TFMQError, nearest_names
+from tfmq_fx.graph import require_input
+from tfmq_fx.passes.remove_noops import remove_noops
+from tfmq_fx.passes.root_batch_size import root_batch_size
+
+
+def capture(network: nn.Module, example_inputs: Mapping[str, Any], timestep: str = "timestep") -> GraphModule:
+    """`network` as a flat GraphModule of aten operators, called with its tensor inputs by name.
+
+    example_inputs: forward's keyword arguments. Tensors become inputs of the graph with a dynamic first
+    dimension (batch); everything else (`return_dict=False`) is constant in the graph. A batch of one is
+    doubled for the capture, because export would take a size of one for a constant.
+
+    The graph shares the network's parameters, copies none, and returns what the network returned, with
+    dataclass outputs as dicts. dtype, device, height and width are fixed by the example.
+
+    Raises TFMQError for a network in train mode, a timestep that is absent or no tensor, a network whose
+    control flow depends on data (with export's own words), and NaN or infinite parameters.
+    """
+    training = [name or "the network" for name, module in network.named_modules() if module.training]
+    if training:
+        raise TFMQError(f"{training[0]} is in train mode; call .eval() on the network first (dropout would be baked into the graph).")
+    if timestep not in example_inputs:
+        raise TFMQError(f"timestep={timestep!r}: not among the example inputs {nearest_names(timestep, example_inputs)}.")
+    if not isinstance(example_inputs[timestep], Tensor):
+        raise TFMQError(
+            f"timestep={timestep!r}: a Python {type(example_inputs[timestep]).__name__} ({example_inputs[timestep]!r}) would be baked "
+            "into the graph as a constant; give a tensor."
+        )
+    check_finite(network)
+    inputs = {name: _at_least_two(x) if isinstance(x, Tensor) else x for name, x in example_inputs.items()}
+    dynamic = {
+        name: {0: torch.export.Dim.AUTO} if isinstance(x, Tensor) and x.dim() > 0 else None
+        for name, x in inputs.items()
+    }
+    try:
+        # Without no_grad, activation-checkpoint code hides operators inside submodules.
+        with torch.no_grad():
+            program = torch.export.export(network, (), inputs, dynamic_shapes=dynamic, strict=False)
+            gm = program.module(check_guards=False)
+    except Exception as error:  # torch.export raises many types; the user needs its words and what to change
+        words = str(error).strip().splitlines()
+        raise TFMQError(
+            f"torch.export cannot capture {type(network).__name__}: {type(error).__name__}: {words[0] if words else ''} "
+            "Remove the data-dependent control flow it names, or pass a torch.fx.GraphModule you captured yourself."
+        ) from error
+    assert isinstance(gm, GraphModule)
+    out_spec = program.call_spec.out_spec
+    assert out_spec is not None
+    gm = _plain_signature(gm, {n for n, x in inputs.items() if isinstance(x, Tensor)}, out_spec)
+    gm.meta["timestep"] = timestep
+    require_input(gm, timestep)
+    remove_noops(gm)
+    root_batch_size(gm, timestep=timestep)
+    gm.graph.eliminate_dead_code()
+    gm.recompile()
+    return gm
+
+
+def check_finite(network: nn.Module) -> None:
+    """Raise TFMQError naming the first parameter or buffer that holds NaN or infinity."""
+    for name, p in [*network.named_parameters(), *network.named_buffers()]:
+        if p.is_floating_point() and not p.is_meta and not torch.isfinite(p).all():
+            raise TFMQError(f"weight {name}: holds NaN or infinite values; quantizing it would give wrong pictures.")
+
+
+def _at_least_two(x: Tensor) -> Tensor:
+    return torch.cat([x, x]) if x.dim() > 0 and x.shape[0] == 1 else x
+
+
+def _plain_signature(gm: GraphModule, tensors: set[str], out_spec: pytree.TreeSpec) -> GraphModule:
+    """Export's pytree calling convention as plain named inputs and a plain nested output."""
+    graph: Graph = gm.graph
+    for node in graph.find_nodes(op="placeholder"):
+        if str(node.target) not in tensors:
+            graph.erase_node(node)
+    output = graph.output_node()
+    flat = pytree.tree_leaves(output.args[0], is_leaf=lambda x: isinstance(x, Node))
+    output.args = (_plain(pytree.tree_unflatten(flat, out_spec)),)
+    graph.set_codegen(CodeGen())
+    meta = {}
+    gm = GraphModule(gm, graph)  # sheds the train/eval refusal of exported modules too
+    gm.meta = meta
+    return gm
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {k: _plain(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(_plain(v) for v in value)
+    return value

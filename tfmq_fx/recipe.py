@@ -1,0 +1,117 @@
+"""What to quantize, and how: frozen values, no behaviour beyond validation and JSON."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Any
+
+from tfmq_fx.arithmetic import FLOAT_BITS, check_bits
+from tfmq_fx.errors import TFMQError, nearest_names
+from tfmq_fx.observers.minmax import TemporalMinMaxObserver
+from tfmq_fx.observers.samples import TemporalMSEObserver, TemporalPercentileObserver
+from tfmq_fx.observers.temporal import TemporalObserver
+
+TEMPORAL_OBSERVERS: dict[str, type[TemporalObserver]] = {
+    "minmax": TemporalMinMaxObserver,
+    "mse": TemporalMSEObserver,
+    "percentile": TemporalPercentileObserver,
+}
+ACTIVATION_OBSERVERS = ("minmax", "mse")
+UNSEEN = ("nearest", "error")
+METHODS = ("nearest", "adaround")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rule:
+    """Bits for the layers a pattern matches; the first matching rule wins over the recipe's own bits."""
+
+    pattern: str  # fnmatch over the weight's module path, e.g. "down_blocks.0.*"
+    op: str | None = None  # only this operator ("conv2d", "linear"); None: any
+    weight_bits: int | None = None  # None: as the recipe says
+    activation_bits: int | None = None  # None: as the recipe says
+
+    def __post_init__(self) -> None:
+        for name in ("weight_bits", "activation_bits"):
+            if (bits := getattr(self, name)) is not None:
+                check_bits(bits, f"Rule({self.pattern!r}).{name}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reconstruction:
+    """AdaRound's settings. Defaults are tuned for quality per second; the reference's stand in the comments."""
+
+    method: str = "adaround"  # "nearest": no learning at all
+    iterations: int = 400  # per block (reference: 20,000)
+    temporal_iterations: int = 2000  # TIAR, all timesteps in each (reference: 20,000 on batches)
+    batch_size: int = 32  # samples per iteration
+    num_samples: int = 1024  # calibration samples used, spread evenly over the calibration set
+    learning_rate: float = 1e-2  # of alpha, Adam (reference: 1e-3)
+    round_weight: float = 0.01  # weight of the rounding regulariser
+    warmup: float = 0.2  # share of the iterations before the regulariser starts
+    beta: tuple[float, float] = (20.0, 2.0)  # the regulariser's exponent, from and to
+
+    def __post_init__(self) -> None:
+        if self.method not in METHODS:
+            raise TFMQError(f"Reconstruction.method: {self.method!r} is unknown; use one of {', '.join(METHODS)}.")
+        for name in ("iterations", "temporal_iterations", "batch_size", "num_samples"):
+            if getattr(self, name) < 1:
+                raise TFMQError(f"Reconstruction.{name}: {getattr(self, name)} is not positive.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """One quantization setting."""
+
+    weight_bits: int = 4  # of every convolution and linear; 16: float
+    activation_bits: int = 8  # of every convolution's and linear's input; 16: float
+    edge_weight_bits: int = 8  # at least this for the first and last layer and the first time-embedding layer
+    attention_bits: int = FLOAT_BITS  # of q, k and v at attention matmuls; 16 where no kernel gains from it
+    temporal_observer: str | type[TemporalObserver] = "minmax"  # estimator inside the temporal block
+    activation_observer: str = "mse"  # estimator elsewhere: "minmax" or "mse" (torchao's histogram search)
+    unseen: str = "nearest"  # a timestep outside the table: its nearest neighbour (counted), or "error"
+    rules: tuple[Rule, ...] = ()  # exceptions by module path; a rule that matches nothing is an error
+    reconstruction: Reconstruction = field(default_factory=Reconstruction)
+
+    def __post_init__(self) -> None:
+        for name in ("weight_bits", "activation_bits", "edge_weight_bits", "attention_bits"):
+            check_bits(getattr(self, name), f"Recipe.{name}")
+        if isinstance(self.temporal_observer, str):
+            if self.temporal_observer not in TEMPORAL_OBSERVERS:
+                raise TFMQError(
+                    f"Recipe.temporal_observer: {self.temporal_observer!r} is unknown; use one of "
+                    f"{', '.join(TEMPORAL_OBSERVERS)}, or a subclass of TemporalObserver."
+                )
+        elif not (isinstance(self.temporal_observer, type) and issubclass(self.temporal_observer, TemporalObserver)):
+            raise TFMQError(f"Recipe.temporal_observer: {self.temporal_observer!r} is not a subclass of TemporalObserver.")
+        for name, known in (("activation_observer", ACTIVATION_OBSERVERS), ("unseen", UNSEEN)):
+            if getattr(self, name) not in known:
+                raise TFMQError(f"Recipe.{name}: {getattr(self, name)!r} is unknown; use one of {', '.join(known)}.")
+
+    @property
+    def temporal_observer_class(self) -> type[TemporalObserver]:
+        observer = self.temporal_observer
+        return TEMPORAL_OBSERVERS[observer] if isinstance(observer, str) else observer
+
+    @staticmethod
+    def preset(name: str) -> Recipe:
+        """The recipe of that name, w{weight bits}a{activation bits}. Raises TFMQError for an unknown name."""
+        if name not in PRESETS:
+            raise TFMQError(f"recipe: {name!r} is no preset; presets are {nearest_names(name, PRESETS)}.")
+        return PRESETS[name]
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain JSON values; an observer class of the user's is kept by its qualified name, for the record only."""
+        values = dataclasses.asdict(self)
+        if not isinstance(self.temporal_observer, str):
+            values["temporal_observer"] = f"{self.temporal_observer.__module__}.{self.temporal_observer.__qualname__}"
+        return values
+
+
+PRESETS = {
+    "w8a8": Recipe(weight_bits=8, activation_bits=8),
+    "w4a8": Recipe(weight_bits=4, activation_bits=8),
+    "w8a16": Recipe(weight_bits=8, activation_bits=FLOAT_BITS),
+    "w4a16": Recipe(weight_bits=4, activation_bits=FLOAT_BITS),
+    "w4a4": Recipe(weight_bits=4, activation_bits=4),
+}
