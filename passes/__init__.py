@@ -1,0 +1,24 @@
+"""Graph passes: a GraphModule in, a GraphModule or a finding out; each can be called alone."""
+
+from tfmq_fx.passes.convert import convert
+from tfmq_fx.passes.find_blocks import Block, find_blocks
+from tfmq_fx.passes.find_temporal import TemporalBlock, find_temporal
+from tfmq_fx.passes.insert_step_index import insert_step_index
+from tfmq_fx.passes.partition_temporal import extract_temporal, partition_temporal
+from tfmq_fx.passes.prepare import prepare
+from tfmq_fx.passes.remove_noops import remove_noops
+from tfmq_fx.passes.root_batch_size import root_batch_size
+
+__all__ = [
+    "Block",
+    "TemporalBlock",
+    "convert",
+    "extract_temporal",
+    "find_blocks",
+    "find_temporal",
+    "insert_step_index",
+    "partition_temporal",
+    "prepare",
+    "remove_noops",
+    "root_batch_size",
+]

@@ -1,0 +1,46 @@
+"""How far the quantized network is from the float one."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def psnr(images: Tensor, reference: Tensor, *, value_range: float = 2.0) -> float:
+    """Peak signal-to-noise ratio in dB over all elements: 10 log10(range^2 / MSE); inf for equal tensors."""
+    mse = (images.double() - reference.double()).square().mean().item()
+    return math.inf if mse == 0 else 10 * math.log10(value_range**2 / mse)
+
+
+def cosine_distance(features: Sequence[Tensor], reference: Sequence[Tensor]) -> Tensor:
+    """1 - cos between temporal features, (features, T): the disturbance of TFMQ-DM, section 3.2."""
+    return torch.stack(
+        [
+            1 - torch.cosine_similarity(a.double().flatten(1), b.double().flatten(1), dim=1)
+            for a, b in zip(features, reference, strict=True)
+        ]
+    )
+
+
+def relative_mse_by_timestep(output: Tensor, reference: Tensor, timestep: Tensor) -> dict[float, float]:
+    """MSE / mean square of the reference, for the rows (N, ...) of each timestep (N,)."""
+    error = (output - reference).square().flatten(1).mean(1)
+    power = reference.square().flatten(1).mean(1)
+    return {
+        t: (error[timestep == t].mean() / power[timestep == t].mean()).item() for t in timestep.unique().tolist()
+    }
+
+
+@torch.no_grad()
+def run_rows(network: Callable[..., Any], tensors: dict[str, Tensor], batch_size: int = 128) -> Tensor:
+    """The network's first output for all rows of named inputs, in batches."""
+    rows = len(next(iter(tensors.values())))
+    outputs = []
+    for start in range(0, rows, batch_size):
+        y = network(**{n: x[start : start + batch_size] for n, x in tensors.items()})
+        outputs.append(y[0] if isinstance(y, tuple) else y)
+    return torch.cat(outputs)

@@ -1,0 +1,220 @@
+"""The quantized network as people hold it: called like the float one, saved, loaded, exported."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.fx import GraphModule
+
+from tfmq_fx.errors import TFMQError, nearest_names
+from tfmq_fx.graph import placeholders
+
+
+@dataclass(frozen=True, kw_only=True)
+class Interface:
+    """How the float network is called, as plain JSON values: what a loaded model needs to be a drop-in."""
+
+    arguments: dict[str, Any]  # forward's parameters in order -> default; "required" is marked in `required`
+    required: tuple[str, ...]  # parameters without a default
+    inputs: dict[str, dict[str, Any]]  # graph inputs -> {"dtype": .., "shape": [None or int, ..]}; None: any size
+    constants: dict[str, Any] = field(default_factory=dict)  # arguments fixed at capture
+    output_type: str | None = None  # qualified name of a diffusers output class; None: a plain tuple
+    timestep: str = "timestep"
+
+    @staticmethod
+    def of(network: nn.Module, gm: GraphModule, constants: dict[str, Any], output_type: str | None) -> Interface:
+        parameters = inspect.signature(network.forward).parameters.values()
+        named = [p for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
+        inputs = {}
+        for name, node in placeholders(gm).items():
+            value = node.meta["val"]
+            shape = [d if isinstance(d, int) else None for d in value.shape]
+            inputs[name] = {"dtype": str(value.dtype).removeprefix("torch."), "shape": shape}
+        return Interface(
+            arguments={p.name: p.default if _is_json(p.default) else None for p in named},
+            required=tuple(p.name for p in named if p.default is p.empty),
+            inputs=inputs,
+            constants={k: v for k, v in constants.items() if _is_json(v)},
+            output_type=output_type,
+            timestep=gm.meta["timestep"],
+        )
+
+
+def _is_json(value: Any) -> bool:
+    return value is None or isinstance(value, (bool, int, float, str))
+
+
+class QuantizedModel(nn.Module):
+    """A converted graph behind the float network's calling convention.
+
+    `pipe.unet = model` is all a diffusers pipeline needs: same arguments, outputs, `.config`, `.dtype`,
+    `.device`. A timestep may be a number, or a tensor of shape (), (1,) or (N,), mixed in the batch. One that
+    the table lacks takes its nearest neighbour's qparams and is counted in `report["unseen_timesteps"]`, or
+    is refused (`Recipe(unseen="error")`).
+    """
+
+    def __init__(
+        self,
+        graph: GraphModule,
+        *,
+        interface: Interface,
+        timesteps: Tensor,
+        config: dict[str, Any],
+        recipe: dict[str, Any],
+        report: dict[str, Any],
+    ) -> None:
+        super().__init__()
+        self.graph = graph
+        self.interface = interface
+        self.timesteps = timesteps.cpu()
+        self.recipe = recipe
+        self._config = config
+        self._report = report
+        self._unseen: Counter[float] = Counter()
+        # The graph's own inputs carry its device and dtype; both were fixed at capture.
+        first = next(n for n in interface.inputs if n != interface.timestep)
+        self._dtype: torch.dtype = getattr(torch, interface.inputs[first]["dtype"])
+        self._first = first
+
+    @property
+    def config(self) -> Any:
+        from diffusers.configuration_utils import FrozenDict
+
+        return FrozenDict(self._config)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self._dtype
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.graph.buffers()).device
+
+    @property
+    def report(self) -> dict[str, Any]:
+        """What was quantized how, what stayed float and why, sizes, errors by timestep, unseen timesteps."""
+        return {**self._report, "unseen_timesteps": {str(t): n for t, n in sorted(self._unseen.items())}}
+
+    @property
+    def temporal_block(self) -> GraphModule:
+        """timestep (N,) -> the temporal features."""
+        block = self.graph.get_submodule("temporal_block")
+        assert isinstance(block, GraphModule)
+        return block
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        given = self._bind(args, kwargs)
+        batch = given[self._first].shape[0]
+        given[self.interface.timestep] = self._timestep(given[self.interface.timestep], batch)
+        inputs = [self._input(name, given[name]) for name in self.interface.inputs]
+        if not torch.compiler.is_compiling():
+            self._look_up(given[self.interface.timestep])
+        output = self.graph(*inputs)
+        wants_dict = given.get("return_dict", self.interface.arguments.get("return_dict"))
+        if wants_dict and self.interface.output_type is not None:
+            return _output_class(self.interface.output_type)(*output)
+        return output
+
+    def _bind(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+        face = self.interface
+        names = list(face.arguments)
+        unknown = [k for k in kwargs if k not in face.arguments]
+        if unknown or len(args) > len(names):
+            what = unknown[0] if unknown else f"argument {len(names) + 1}"
+            raise TFMQError(f"forward: {what!r} is unknown; the network takes {nearest_names(str(what), names)}.")
+        given = {**face.arguments, **dict(zip(names, args, strict=False)), **kwargs}
+        missing = [n for n in (*face.required, *face.inputs) if given.get(n) is None]
+        if missing:
+            raise TFMQError(f"forward: the argument {missing[0]!r} is missing.")
+        for name, value in given.items():
+            if name in face.inputs or name == "return_dict":
+                continue
+            fixed = face.constants.get(name, face.arguments[name])
+            if isinstance(value, Tensor) or value != fixed:
+                raise TFMQError(
+                    f"forward: {name!r} was {fixed!r} when the network was captured and is fixed in the graph; "
+                    "quantize again with calibration data that has it."
+                )
+        return given
+
+    def _timestep(self, t: Any, batch: int) -> Tensor:
+        spec = self.interface.inputs[self.interface.timestep]
+        dtype: torch.dtype = getattr(torch, spec["dtype"])
+        t = torch.as_tensor(t, device=self.device)
+        if not dtype.is_floating_point and t.is_floating_point() and not torch.compiler.is_compiling():
+            if not torch.equal(t, t.round()):
+                raise TFMQError(
+                    f"timestep={t.flatten()[0].item()}: the network was captured with integer timesteps; "
+                    "calibrate with the float schedule."
+                )
+        t = t.to(dtype)
+        if not spec["shape"]:
+            if t.numel() != 1:
+                raise TFMQError(f"timestep: the network was captured with one timestep per call, found {t.numel()}.")
+            return t.reshape(())
+        if t.dim() == 0 or (t.dim() == 1 and t.shape[0] == 1 and batch != 1):
+            t = t.reshape(1).expand(batch)
+        if t.shape[0] != batch:
+            raise TFMQError(f"timestep: {t.shape[0]} timesteps for a batch of {batch}.")
+        return t
+
+    def _input(self, name: str, value: Any) -> Tensor:
+        spec = self.interface.inputs[name]
+        if not isinstance(value, Tensor):
+            raise TFMQError(f"forward: {name!r} must be a tensor, found {type(value).__name__}.")
+        expected = spec["shape"]
+        if value.dim() != len(expected) or any(e not in (None, s) for e, s in zip(expected, value.shape, strict=True)):
+            shown = "(" + ", ".join("N" if e is None else str(e) for e in expected) + ")"
+            raise TFMQError(f"forward: {name!r} has shape {tuple(value.shape)}, captured with {shown}.")
+        if value.dtype != getattr(torch, spec["dtype"]):
+            raise TFMQError(f"forward: {name!r} is {value.dtype}, captured as torch.{spec['dtype']}.")
+        return value
+
+    def _look_up(self, t: Tensor) -> None:
+        """Count, or refuse, timesteps outside the table; the graph itself always takes the nearest."""
+        table = self.timesteps.double()
+        for value in t.detach().double().cpu().unique().tolist():
+            if not (table == value).any():
+                if self.recipe.get("unseen") == "error":
+                    below = table[table < value].max().item() if (table < value).any() else None
+                    above = table[table > value].min().item() if (table > value).any() else None
+                    raise TFMQError(
+                        f"timestep={value:g}: not among the {len(table)} calibrated timesteps; its neighbours are {below} "
+                        f"and {above}. Calibrate with this schedule, or use Recipe(unseen='nearest')."
+                    )
+                self._unseen[value] += 1
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write the artefact; see `tfmq_fx.saving.save`."""
+        from tfmq_fx.saving import save
+
+        save(self, Path(folder))
+
+    def export(self, file: str | Path) -> None:
+        """Write a .pt2 that torch.export.load runs without this library (its custom operators are torch's own).
+
+        Raises TFMQError for another suffix.
+        """
+        from tfmq_fx.saving import export_pt2
+
+        export_pt2(self, Path(file))
+
+
+def _output_class(name: str) -> Any:
+    """A diffusers output class by name. Anything else in an artefact is refused, not imported."""
+    from diffusers.utils import BaseOutput
+
+    module, _, attr = name.rpartition(".")
+    if not module.startswith("diffusers."):
+        raise TFMQError(f"config.json: output type {name!r} is not a diffusers class.")
+    cls = getattr(importlib.import_module(module), attr, None)
+    if not (isinstance(cls, type) and issubclass(cls, BaseOutput)):
+        raise TFMQError(f"config.json: output type {name!r} is not a diffusers output.")
+    return cls

@@ -1,0 +1,184 @@
+"""One call from a float network or pipeline to a quantized model."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import platform
+import time
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.fx import GraphModule
+
+from tfmq_fx.calibration import CalibrationSet, calibrate, denoiser, is_scalar, run_temporal
+from tfmq_fx.capture import capture
+from tfmq_fx.errors import TFMQError
+from tfmq_fx.graph import placeholders
+from tfmq_fx.graph_json import quantized_weights, tensors_of
+from tfmq_fx.metrics import cosine_distance, relative_mse_by_timestep, run_rows
+from tfmq_fx.model import Interface, QuantizedModel
+from tfmq_fx.passes.convert import convert
+from tfmq_fx.passes.find_temporal import find_temporal
+from tfmq_fx.passes.partition_temporal import extract_temporal
+from tfmq_fx.passes.prepare import prepare
+from tfmq_fx.recipe import Recipe
+from tfmq_fx.reconstruction import reconstruct
+
+ERROR_ROWS = 512  # calibration rows on which the report's errors by timestep are measured
+
+
+def quantize(
+    model: Any,
+    recipe: str | Recipe = "w4a8",
+    *,
+    calibration: CalibrationSet | None = None,
+    timesteps: Tensor | None = None,
+    timestep: str = "timestep",
+    seed: int = 0,
+) -> QuantizedModel:
+    """Capture, find the temporal block, prepare, calibrate, reconstruct and convert.
+
+    model: a diffusers pipeline, whose denoiser is quantized, or any network that torch.export captures. It is
+        left as it was.
+    calibration: for a pipeline, None records 64 trajectories of 50 steps with the pipeline's own scheduler.
+    timesteps: the schedule (T,); None takes the timesteps of the calibration set.
+
+    The same seed gives the same integers. Raises TFMQError for bad input, naming it.
+    """
+    recipe = Recipe.preset(recipe) if isinstance(recipe, str) else recipe
+    network = model if isinstance(model, nn.Module) else denoiser(model, timestep=timestep)
+    if calibration is None:
+        if network is model:
+            raise TFMQError("calibration: a network alone has no trajectories to record; give a CalibrationSet.")
+        calibration = CalibrationSet.record(model, num_samples=64, num_inference_steps=50, seed=seed)
+    timesteps = calibration.timesteps if timesteps is None else timesteps
+    seconds: dict[str, float] = {}
+    clock = _Clock(seconds)
+
+    constants = dict(calibration.constants)
+    if "return_dict" in inspect.signature(network.forward).parameters:
+        constants["return_dict"] = False
+    example = {n: x[:2] for n, x in calibration.tensors.items()}
+    gm = capture(network, {**example, **constants}, timestep=timestep)
+    temporal = find_temporal(gm, timestep=timestep)
+    clock.lap("capture")
+    prepared = prepare(gm, recipe, timesteps=timesteps, temporal=temporal)
+    clock.lap("prepare")
+    calibrate(prepared, calibration)
+    clock.lap("calibrate")
+    reconstruct(prepared, calibration, seed=seed)
+    clock.lap("reconstruct")
+    converted = convert(prepared)
+    clock.lap("convert")
+    interface = Interface.of(network, gm, constants, _output_type(network, {**example, **constants}))
+    quantized = QuantizedModel(
+        converted,
+        interface=interface,
+        timesteps=timesteps,
+        config=dict(network.config) if hasattr(network, "config") else {},
+        recipe=recipe.to_json(),
+        report={},
+    )
+    errors = _errors_by_timestep(gm, quantized, calibration.spread(ERROR_ROWS, seed=seed), timesteps)
+    clock.lap("measure")
+    quantized._report = _report(converted, network, recipe, seed, seconds, errors)
+    return quantized
+
+
+class _Clock:
+    def __init__(self, seconds: dict[str, float]) -> None:
+        self.seconds, self.last = seconds, time.monotonic()
+
+    def lap(self, stage: str) -> None:
+        now = time.monotonic()
+        self.seconds[stage] = round(now - self.last, 3)
+        self.last = now
+
+
+@torch.no_grad()
+def _output_type(network: nn.Module, example: dict[str, Any]) -> str | None:
+    """The class the network returns when it is not told return_dict=False."""
+    if "return_dict" not in example:
+        return None
+    cls = type(network(**{k: v for k, v in example.items() if k != "return_dict"}))
+    return f"{cls.__module__}.{cls.__qualname__}" if cls.__module__.startswith("diffusers.") else None
+
+
+def temporal_features(gm: GraphModule, timesteps: Tensor) -> tuple[Tensor, ...]:
+    """The float features g_i(h(t)) of a captured graph at every timestep, (T, ...) each."""
+    block = extract_temporal(gm, find_temporal(gm, timestep=gm.meta["timestep"]))
+    with torch.no_grad():
+        return run_temporal(block, timesteps, scalar=is_scalar(gm))
+
+
+@torch.no_grad()
+def _errors_by_timestep(
+    gm: GraphModule, quantized: QuantizedModel, data: CalibrationSet, timesteps: Tensor
+) -> list[dict[str, float]]:
+    """Relative MSE of the output and worst cosine distance of the temporal features, by timestep."""
+    scalar = is_scalar(gm)
+    distance: Tensor | None = None
+    if len(placeholders(quantized.temporal_block)) == 1:
+        features = run_temporal(quantized.temporal_block, timesteps, scalar=scalar)
+        distance = cosine_distance(features, temporal_features(gm, timesteps))
+    if scalar:
+        output: dict[float, float] = {}
+    else:
+        rows = {n: x for n, x in data.tensors.items() if n in placeholders(gm)}
+        output = relative_mse_by_timestep(
+            run_rows(quantized.graph, rows), run_rows(gm, rows), data.tensors[data.timestep]
+        )
+    return [
+        {
+            "timestep": t,
+            **({"output_relative_mse": output[t]} if t in output else {}),
+            **({"temporal_cosine_distance": distance[:, i].max().item()} if distance is not None else {}),
+        }
+        for i, t in enumerate(timesteps.tolist())
+    ]
+
+
+def _report(
+    gm: GraphModule,
+    network: nn.Module,
+    recipe: Recipe,
+    seed: int,
+    seconds: dict[str, float],
+    errors: list[dict[str, float]],
+) -> dict[str, Any]:
+    plan = gm.meta["plan"]
+    integers = quantized_weights(gm)
+    tensors = tensors_of(gm)
+    layers = [dataclasses.asdict(layer) for layer in plan.layers]
+    floats = [dataclasses.asdict(f) for f in plan.floats]
+    quantized = {layer.path for layer in plan.layers if f"{layer.path}_q" in integers}
+    for name, p in network.named_parameters():
+        if name not in quantized and name not in {f["name"] for f in floats}:
+            floats.append({"name": name, "reason": "bias or affine parameter" if p.dim() <= 1 else "no convolution or linear weight"})
+    weight_bytes = sum(tensors[n].numel() * (high - low).bit_length() / 8 for n, (low, high) in integers.items())
+    other_bytes = sum(x.numel() * x.element_size() for n, x in tensors.items() if n not in integers)
+    float_bytes = sum(p.numel() * p.element_size() for p in network.parameters())
+    return {
+        "recipe": recipe.to_json(),
+        "seed": seed,
+        "layers": layers,
+        "float": floats,
+        "sizes": {
+            "float_bytes": float_bytes,
+            "quantized_bytes": round(weight_bytes + other_bytes),
+            "ratio": (weight_bytes + other_bytes) / float_bytes,
+            "quantized_weights": sum(tensors[n].numel() for n in integers),
+            "float_parameters": sum(p.numel() for n, p in network.named_parameters() if n not in quantized),
+        },
+        "temporal_block": {
+            "features": len(gm.get_submodule("temporal_block").graph.output_node().args[0]),  # type: ignore[union-attr]
+            "timesteps": len(gm.meta["timesteps"]),
+        },
+        "reconstruction": [dataclasses.asdict(r) for r in gm.meta.get("reconstruction", ())],
+        "errors_by_timestep": errors,
+        "seconds": seconds,
+        "versions": {"torch": torch.__version__, "python": platform.python_version()},
+        "machine": {"processor": platform.machine(), "threads": torch.get_num_threads()},
+    }
