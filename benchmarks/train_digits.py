@@ -34,10 +34,10 @@ def make_unet() -> UNet2DModel:
     )
 
 
-def train(*, steps: int, batch: int, lr: float, seed: int) -> DDPMPipeline:
+def train(*, steps: int, batch: int, lr: float, seed: int, prediction: str) -> DDPMPipeline:
     torch.manual_seed(seed)
     x0_N1HW = digits()[0]
-    scheduler = DDPMScheduler(num_train_timesteps=1000, beta_schedule="linear")
+    scheduler = DDPMScheduler(num_train_timesteps=1000, beta_schedule="linear", prediction_type=prediction)
     net = make_unet().train()
     ema = copy.deepcopy(net).eval().requires_grad_(False)
     opt = torch.optim.AdamW(net.parameters(), lr=lr, weight_decay=0.0)
@@ -47,7 +47,8 @@ def train(*, steps: int, batch: int, lr: float, seed: int) -> DDPMPipeline:
         x0 = x0_N1HW[torch.randint(len(x0_N1HW), (batch,))]
         t = torch.randint(1000, (batch,))
         noise = torch.randn_like(x0)
-        loss = F.mse_loss(net(scheduler.add_noise(x0, noise, t), t).sample, noise)
+        target = noise if prediction == "epsilon" else scheduler.get_velocity(x0, noise, t)
+        loss = F.mse_loss(net(scheduler.add_noise(x0, noise, t), t).sample, target)
         opt.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
@@ -87,9 +88,10 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=128)
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--prediction", choices=("epsilon", "v_prediction"), default="v_prediction")
     args = parser.parse_args()
     started = time.monotonic()
-    pipe = train(steps=args.steps, batch=args.batch, lr=args.lr, seed=args.seed)
+    pipe = train(steps=args.steps, batch=args.batch, lr=args.lr, seed=args.seed, prediction=args.prediction)
     print(f"trained {sum(p.numel() for p in pipe.unet.parameters()) / 1e6:.2f} M parameters in {time.monotonic() - started:.0f} s on {torch.get_num_threads()} threads")
     pipe.save_pretrained(args.output)
     report(pipe)

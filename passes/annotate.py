@@ -78,6 +78,8 @@ def plan(gm: GraphModule, *, recipe: Recipe, temporal: TemporalBlock) -> Plan:
         weight_bits, activation_bits, reason = recipe.weight_bits, recipe.activation_bits, ""
         if node in edges and weight_bits < recipe.edge_weight_bits:
             weight_bits, reason = recipe.edge_weight_bits, "first or last layer of an input or the output"
+        if node in edges and node.name not in inside:
+            activation_bits = max(activation_bits, recipe.edge_activation_bits)
         if rule is not None:
             weight_bits = rule.weight_bits or weight_bits
             activation_bits = rule.activation_bits or activation_bits
@@ -120,8 +122,9 @@ class RecipeQuantizer(Quantizer):  # type: ignore[misc]
             assert isinstance(x, Node)
             assert isinstance(weight, Node)
             if layer.activation_bits != FLOAT_BITS:
-                keyed = layer.temporal and _rows_are_samples(x, batch)
-                if layer.temporal and not keyed:
+                wanted = layer.temporal or self.recipe.keyed == "all"
+                keyed = wanted and _rows_are_samples(x, batch)
+                if wanted and not keyed:
                     floats.append(Float(name=x.name, reason="per tensor, not per timestep: its rows are not the batch"))
                 specs[x] = self._temporal(layer.activation_bits) if keyed else self._static(layer.activation_bits)
             if layer.weight_bits != FLOAT_BITS:

@@ -24,7 +24,7 @@ def convert(gm: GraphModule) -> GraphModule:
     graph; an activation may differ by one quantization step where it falls on a rounding tie.
     """
     require_stage(gm, "calibrated", "reconstructed")
-    kept = ("timestep", "timesteps", "recipe", "plan", "reconstruction")
+    kept = ("timestep", "features", "timesteps", "recipe", "plan", "reconstruction")
     meta = {name: gm.meta[name] for name in kept if name in gm.meta} | {"stage": "converted"}
     # Weights are folded by the observers' own convert hooks, so torchao has nothing left to fold.
     with warnings.catch_warnings():
@@ -32,5 +32,5 @@ def convert(gm: GraphModule) -> GraphModule:
         gm = convert_pt2e(fresh(gm), fold_quantize=False)
     gm = GraphModule(gm, gm.graph)  # only what the graph reads is kept: the float weights go
     gm.meta = meta
-    partition_temporal(gm, temporal=find_temporal(gm, timestep=meta["timestep"]))
+    partition_temporal(gm, temporal=find_temporal(gm, timestep=meta["timestep"], features=meta["features"]))
     return gm

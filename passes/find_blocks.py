@@ -29,7 +29,7 @@ def find_blocks(gm: GraphModule, *, temporal: TemporalBlock | None = None) -> li
     A residual block is an innermost one: it holds a weighted layer and no smaller residual block that does.
     Every weighted layer outside the temporal block belongs to exactly one block.
     """
-    temporal = temporal or find_temporal(gm, timestep=gm.meta["timestep"])
+    temporal = temporal or find_temporal(gm, timestep=gm.meta["timestep"], features=gm.meta["features"])
     inside = set(temporal.nodes)
     marks = taint(gm)
     order = {n: i for i, n in enumerate(gm.graph.nodes)}

@@ -59,7 +59,9 @@ def taint(gm: GraphModule) -> dict[Node, frozenset[str]]:
     return marks
 
 
-def find_temporal(gm: GraphModule, *, timestep: str = "timestep") -> TemporalBlock:
+def find_temporal(
+    gm: GraphModule, *, timestep: str = "timestep", features: tuple[str, ...] | None = None
+) -> TemporalBlock:
     """The temporal block of a captured graph; the graph is only read.
 
         timestep -> sinusoid -> linear -> silu -> linear -> silu -> linear_i -> view -> add(conv, .)
@@ -68,6 +70,9 @@ def find_temporal(gm: GraphModule, *, timestep: str = "timestep") -> TemporalBlo
 
     A *feature* is the weighted layer whose output, through views and pointwise operators, first meets a value
     that depends on anything but the timestep and parameters.
+
+    features: the names of the features when they are known from an earlier find on the float graph; observers and
+    lookups that came in between are then not mistaken for features.
 
     Raises TFMQError when the graph has no input of that name, when it was baked in as a constant, when only
     its shape is used, or when no temporal feature reaches the output.
@@ -94,8 +99,11 @@ def find_temporal(gm: GraphModule, *, timestep: str = "timestep") -> TemporalBlo
             f"output. Inputs are {', '.join(placeholders(gm))}."
         )
     anchors: set[Node] = set()
-    for node in frontier:
-        anchors |= _anchors(node, temporal) or {node}
+    if features is None:
+        for node in frontier:
+            anchors |= _anchors(node, temporal) or {node}
+    else:
+        anchors = {n for n in temporal if n.name in features}
     constant = constants_of(gm, marks, timestep)
     inside = {n for n in ancestors(anchors) if n in temporal or n in constant}
     order = [n for n in gm.graph.nodes if n in inside]

@@ -7,30 +7,43 @@ from torch.fx.passes.infra.pass_base import PassResult
 from torch.fx.passes.utils.fuser_utils import erase_nodes, fuse_as_graphmodule, insert_subgm
 
 from tfmq_fx.graph import placeholders
-from tfmq_fx.passes.find_temporal import TemporalBlock
+from tfmq_fx.passes.find_temporal import TemporalBlock, taint
 
 BLOCK_NAME = "temporal_block"
 
 
-def block_nodes(gm: GraphModule, temporal: TemporalBlock) -> list[Node]:
-    """The block's nodes in `gm`, topologically ordered; constants shared with the rest get a copy of their own."""
-    names = set(temporal.nodes)
+def _fuse(gm: GraphModule, temporal: TemporalBlock) -> tuple[GraphModule, list[Node], tuple[Node, ...], list[Node]]:
+    """The block as a module, with its nodes, inputs and outputs in `gm`: features first, then values others share.
+
+    A constant that the rest of the graph uses too gets a copy of its own there. A computed value that others
+    use without being a feature (the step index) becomes a further output, so that it is computed once.
+    """
+    names, features = set(temporal.nodes), temporal.features
     inside = [n for n in gm.graph.nodes if n.name in names]
-    members, features = set(inside), set(temporal.features)
+    members = set(inside)
+    marks = taint(gm)
     for node in reversed(inside):
         outside = [u for u in node.users if u not in members]
-        if outside and node.name not in features:
+        if outside and not marks[node] and node.name not in features:
             with gm.graph.inserting_after(node):
                 twin = gm.graph.node_copy(node)
             for user in outside:
                 user.replace_input_with(node, twin)
-    return inside
+    block, inputs, outputs = fuse_as_graphmodule(gm, inside, BLOCK_NAME, always_return_tuple=True)
+    returned = dict(zip(outputs, block.graph.output_node().args[0], strict=True))  # type: ignore[arg-type]
+    assert set(features) <= {n.name for n in outputs}, (features, outputs)
+    ordered = sorted(outputs, key=lambda n: features.index(n.name) if n.name in features else len(features))
+    block.graph.output_node().args = (tuple(returned[n] for n in ordered),)
+    block.recompile()
+    return block, inside, inputs, ordered
 
 
 def extract_temporal(gm: GraphModule, temporal: TemporalBlock) -> GraphModule:
     """The block alone: (timestep, ...) -> tuple of features, sharing parameters and submodules with `gm`."""
-    block, _, outputs = fuse_as_graphmodule(gm, block_nodes(gm, temporal), BLOCK_NAME, always_return_tuple=True)
-    assert tuple(n.name for n in outputs) == temporal.features, (outputs, temporal.features)
+    block, _, _, outputs = _fuse(gm, temporal)
+    output = block.graph.output_node()
+    output.args = (output.args[0][: len(temporal.features)],)  # type: ignore[index]
+    block.recompile()
     return block
 
 
@@ -41,13 +54,11 @@ def partition_temporal(gm: GraphModule, *, temporal: TemporalBlock) -> PassResul
     """
     if BLOCK_NAME in gm._modules:
         return PassResult(gm, False)
-    nodes = block_nodes(gm, temporal)
-    block, inputs, outputs = fuse_as_graphmodule(gm, nodes, BLOCK_NAME, always_return_tuple=True)
-    assert tuple(n.name for n in outputs) == temporal.features, (outputs, temporal.features)
+    block, nodes, inputs, outputs = _fuse(gm, temporal)
     # The block needs nothing but inputs and constants, so it can run first, right after the placeholders.
     before = [*placeholders(gm).values(), *(n for n in inputs if n.op != "placeholder")]
     last = max(before, key=list(gm.graph.nodes).index)
-    insert_subgm(gm, block, inputs, outputs, insertion_point=last)
+    insert_subgm(gm, block, inputs, tuple(outputs), insertion_point=last)
     erase_nodes(gm, nodes)
     gm.graph.eliminate_dead_code()
     gm.delete_all_unused_submodules()

@@ -55,7 +55,7 @@ def prepare(
     gm.graph.lint()
     gm.recompile()
     assert quantizer.plan is not None
-    gm.meta.update(timestep=temporal.timestep, timesteps=timesteps, recipe=recipe, plan=quantizer.plan, stage="prepared")
+    gm.meta.update(timestep=temporal.timestep, features=temporal.features, timesteps=timesteps, recipe=recipe, plan=quantizer.plan, stage="prepared")
     return gm
 
 

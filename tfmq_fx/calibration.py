@@ -170,12 +170,12 @@ def calibrate(gm: GraphModule, calibration: CalibrationSet, *, batch_size: int =
     found = list(observers(gm))
     keyed = [o for _, o in found if isinstance(o, TemporalObserver)]
     static = [o for _, o in found if not isinstance(o, TemporalObserver)]
-    block = extract_temporal(gm, find_temporal(gm, timestep=gm.meta["timestep"]))
+    block = extract_temporal(gm, find_temporal(gm, timestep=gm.meta["timestep"], features=gm.meta["features"]))
     if data_free := len(placeholders(block)) == 1:
         run_temporal(block, timesteps, scalar=is_scalar(gm))
-        for observer in keyed:
+        for _, observer in observers(block):
             set_mode(observer, observe=False, quantize=False)
-    if static or not data_free:
+    if static or len(keyed) or not data_free:
         for batch in track(list(calibration.batches(batch_size)), "calibrating"):
             gm(*inputs_of(gm, batch))
     for _, observer in found:
@@ -187,9 +187,10 @@ def calibrate(gm: GraphModule, calibration: CalibrationSet, *, batch_size: int =
 def run_temporal(block: GraphModule, timesteps: Tensor, *, scalar: bool = False) -> tuple[Tensor, ...]:
     """The temporal features of an extracted block at every timestep: (T, ...) each.
 
+    A step index that the block passes on beside its features is left out.
     scalar: the block was captured with a timestep of shape () and runs once per value.
     """
     if not scalar:
-        return tuple(block(timesteps))
-    rows = [block(t) for t in timesteps]
+        return tuple(f for f in block(timesteps) if f.is_floating_point())
+    rows = [[f for f in block(t) if f.is_floating_point()] for t in timesteps]
     return tuple(torch.stack([row[i] for row in rows]) for i in range(len(rows[0])))

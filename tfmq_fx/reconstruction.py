@@ -64,13 +64,13 @@ def reconstruct(
 
 
 def _learnable(gm: GraphModule, *, temporal: bool) -> bool:
-    inside = set(find_temporal(gm, timestep=gm.meta["timestep"]).nodes)
+    inside = set(find_temporal(gm, timestep=gm.meta["timestep"], features=gm.meta["features"]).nodes)
     return any((n.name in inside) == temporal for n, o in observers(gm) if isinstance(o, PerChannelWeightFakeQuantize))
 
 
 def _reconstruct_temporal(gm: GraphModule, settings: Reconstruction) -> BlockResult:
     """TIAR: L = sum_i || g_i(h(t)) - q(g_i)(q(h)(t)) ||_F^2 over all t of the schedule (TFMQ-DM, eq. 7)."""
-    block = extract_temporal(gm, find_temporal(gm, timestep=gm.meta["timestep"]))
+    block = extract_temporal(gm, find_temporal(gm, timestep=gm.meta["timestep"], features=gm.meta["features"]))
     if len(placeholders(block)) != 1:
         raise TFMQError(
             f"temporal block: it needs the inputs {', '.join(placeholders(block))} besides the timestep's values; "
