@@ -127,6 +127,8 @@ class RecipeQuantizer(Quantizer):  # type: ignore[misc]
                 if wanted and not keyed:
                     floats.append(Float(name=x.name, reason="per tensor, not per timestep: its rows are not the batch"))
                 specs[x] = self._temporal(layer.activation_bits) if keyed else self._static(layer.activation_bits)
+            elif self.recipe.activation_bits != FLOAT_BITS:
+                floats.append(Float(name=f"input of {layer.path}", reason=layer.reason or "activation_bits is 16"))
             if layer.weight_bits != FLOAT_BITS:
                 specs[weight] = self._weight(layer.weight_bits, output_channel_axis(node))
             else:

@@ -6,40 +6,61 @@ import torch
 from torch.fx import GraphModule
 from torch.fx.passes.infra.pass_base import PassResult
 
-from tfmq_fx.graph import aten, require_input
+from tfmq_fx.graph import aten, op_name, placeholders, require_input
+
+
+_FILLS = {"ones_like": 1, "new_ones": 1, "zeros_like": 0, "new_zeros": 0}
 
 
 def root_batch_size(gm: GraphModule, *, timestep: str = "timestep") -> PassResult:
-    """Replace sym_size(x, d) by sym_size(timestep, 0) where export proved both to be one symbol. Bitwise unchanged.
+    """Take the batch size from `timestep` where export proved it to be the same symbol. Bitwise unchanged.
 
         n = sym_size(sample, 0)          n = sym_size(timestep, 0)
-        ones(n) * timestep        ==>    ones(n) * timestep
+        ones([n]) * timestep      ==>    ones([n]) * timestep
+        ones_like(sample[:, 0])          full([n], 1)
 
     Networks broadcast a timestep to the batch through the sample's shape; the block would then depend on the
-    sample for an integer only. A graph without shape metadata, or a scalar timestep, is left as it is.
+    sample for its shape only. A graph without shape metadata, or a scalar timestep, is left as it is.
     """
     source = require_input(gm, timestep)
     value = source.meta.get("val")
-    modified = False
-    if isinstance(value, torch.Tensor) and value.dim() >= 1 and isinstance(value.shape[0], torch.SymInt):
-        symbol = value.shape[0].node.expr
-        same = [
-            n
-            for n in gm.graph.find_nodes(op="call_function", target=aten.sym_size.int)
-            if n.args != (source, 0)
-            and isinstance(n.meta.get("val"), torch.SymInt)
-            and n.meta["val"].node.expr == symbol
-        ]
-        if same:
-            last = [n for n in gm.graph.nodes if n.op == "placeholder"][-1]
-            with gm.graph.inserting_after(last):
-                size = gm.graph.call_function(aten.sym_size.int, (source, 0))
-            size.meta = dict(same[0].meta)
-            for node in same:
-                node.replace_all_uses_with(size)
-                gm.graph.erase_node(node)
-            modified = True
-    if modified:
-        gm.graph.lint()
-        gm.recompile()
-    return PassResult(gm, modified)
+    if not isinstance(value, torch.Tensor) or value.dim() == 0 or not isinstance(value.shape[0], torch.SymInt):
+        return PassResult(gm, False)
+    symbol = value.shape[0].node.expr
+
+    def is_batch(size: object) -> bool:
+        return isinstance(size, torch.SymInt) and size.node.expr == symbol
+
+    queries = [
+        n
+        for n in gm.graph.find_nodes(op="call_function", target=aten.sym_size.int)
+        if n.args != (source, 0) and is_batch(n.meta.get("val"))
+    ]
+    fills = [
+        n
+        for n in gm.graph.nodes
+        if op_name(n) in _FILLS
+        and isinstance(n.meta.get("val"), torch.Tensor)
+        and all(isinstance(d, int) or is_batch(d) for d in n.meta["val"].shape)
+    ]
+    if not queries and not fills:
+        return PassResult(gm, False)
+    call = gm.graph.call_function
+    with gm.graph.inserting_after(list(placeholders(gm).values())[-1]):
+        size = call(aten.sym_size.int, (source, 0))
+        size.meta["val"] = value.shape[0]
+    for node in queries:
+        node.replace_all_uses_with(size)
+        gm.graph.erase_node(node)
+    for node in fills:
+        like: torch.Tensor = node.meta["val"]
+        shape = [d if isinstance(d, int) else size for d in like.shape]
+        with gm.graph.inserting_before(node):
+            new = call(aten.full.default, (shape, _FILLS[op_name(node)]), {"dtype": like.dtype, "device": like.device})
+        new.meta = dict(node.meta)
+        node.replace_all_uses_with(new)
+        gm.graph.erase_node(node)
+    gm.graph.eliminate_dead_code()
+    gm.graph.lint()
+    gm.recompile()
+    return PassResult(gm, True)

@@ -7,13 +7,25 @@ subclass torchao's classes, because its prepare and convert assert on them. Impo
 
 from __future__ import annotations
 
-from torch.ao.quantization.fx import _decomposed  # noqa: F401  (registers torch.ops.quantized_decomposed)
-from torchao.quantization.pt2e.fake_quantize import FakeQuantize, FakeQuantizeBase
-from torchao.quantization.pt2e.observer import HistogramObserver, MinMaxObserver
-from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
-from torchao.quantization.pt2e.quantizer import QuantizationAnnotation, QuantizationSpec, Quantizer
-from torchao.quantization.pt2e.quantizer.quantizer import Q_ANNOTATION_KEY
-from torchao.quantization.quant_primitives import MappingType, choose_qparams_affine_with_min_max
+import logging
+import warnings
+
+import torch  # noqa: F401  (configures the logger that is quieted below)
+
+# torchao 0.18 on torch 2.15 warns at import about itself: nothing a user of ours can act on.
+_pytree_log = logging.getLogger("torch.utils._pytree")
+_level = _pytree_log.level
+_pytree_log.setLevel(logging.ERROR)
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")
+    from torch.ao.quantization.fx import _decomposed  # noqa: F401  (registers torch.ops.quantized_decomposed)
+    from torchao.quantization.pt2e.fake_quantize import FakeQuantize, FakeQuantizeBase
+    from torchao.quantization.pt2e.observer import HistogramObserver, MinMaxObserver
+    from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
+    from torchao.quantization.pt2e.quantizer import QuantizationAnnotation, QuantizationSpec, Quantizer
+    from torchao.quantization.pt2e.quantizer.quantizer import Q_ANNOTATION_KEY
+    from torchao.quantization.quant_primitives import MappingType, choose_qparams_affine_with_min_max
+_pytree_log.setLevel(_level)
 
 __all__ = [
     "Q_ANNOTATION_KEY",

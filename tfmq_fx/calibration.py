@@ -103,9 +103,13 @@ class CalibrationSet:
         chosen = chosen[torch.randperm(len(chosen), generator=generator)]
         return CalibrationSet({n: x[chosen] for n, x in self.tensors.items()}, self.constants, self.timestep)
 
-    def batches(self, batch_size: int) -> Iterator[dict[str, Tensor]]:
-        for start in range(0, len(self), batch_size):
-            yield {n: x[start : start + batch_size] for n, x in self.tensors.items()}
+    def batches(self, batch_size: int, *, one_timestep: bool = False) -> Iterator[dict[str, Tensor]]:
+        """At most `batch_size` rows each; one_timestep: of one timestep each, for networks that take one a call."""
+        t = self.tensors[self.timestep]
+        groups = [(t == value).nonzero().flatten() for value in t.unique()] if one_timestep else [torch.arange(len(t))]
+        for group in groups:
+            for rows in group.split(batch_size):
+                yield {n: x[rows] for n, x in self.tensors.items()}
 
 
 def denoiser(pipe: Any, *, timestep: str = "timestep") -> nn.Module:
@@ -176,7 +180,7 @@ def calibrate(gm: GraphModule, calibration: CalibrationSet, *, batch_size: int =
         for _, observer in observers(block):
             set_mode(observer, observe=False, quantize=False)
     if static or len(keyed) or not data_free:
-        for batch in track(list(calibration.batches(batch_size)), "calibrating"):
+        for batch in track(list(calibration.batches(batch_size, one_timestep=is_scalar(gm))), "calibrating"):
             gm(*inputs_of(gm, batch))
     for _, observer in found:
         observer.freeze()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 from typing import Any
 
@@ -18,7 +19,8 @@ from tfmq_fx.passes.root_batch_size import root_batch_size
 
 
 def capture(network: nn.Module, example_inputs: Mapping[str, Any], timestep: str = "timestep") -> GraphModule:
-    """`network` as a flat GraphModule of aten operators, called with its tensor inputs by name.
+    """`network` as a flat GraphModule of aten operators, called with its tensor inputs by name
+    or in the order of the network's forward.
 
     example_inputs: forward's keyword arguments. Tensors become inputs of the graph with a dynamic first
     dimension (batch); everything else (`return_dict=False`) is constant in the graph. A batch of one is
@@ -41,7 +43,11 @@ def capture(network: nn.Module, example_inputs: Mapping[str, Any], timestep: str
             "into the graph as a constant; give a tensor."
         )
     check_finite(network)
-    inputs = {name: _at_least_two(x) if isinstance(x, Tensor) else x for name, x in example_inputs.items()}
+    order = list(inspect.signature(network.forward).parameters)
+    unknown = [n for n in example_inputs if n not in order]
+    if unknown:
+        raise TFMQError(f"example input {unknown[0]!r}: {type(network).__name__} takes {nearest_names(unknown[0], order)}.")
+    inputs = {n: _at_least_two(example_inputs[n]) for n in order if n in example_inputs}
     dynamic = {
         name: {0: torch.export.Dim.AUTO} if isinstance(x, Tensor) and x.dim() > 0 else None
         for name, x in inputs.items()
@@ -77,8 +83,8 @@ def check_finite(network: nn.Module) -> None:
             raise TFMQError(f"weight {name}: holds NaN or infinite values; quantizing it would give wrong pictures.")
 
 
-def _at_least_two(x: Tensor) -> Tensor:
-    return torch.cat([x, x]) if x.dim() > 0 and x.shape[0] == 1 else x
+def _at_least_two(x: Any) -> Any:
+    return torch.cat([x, x]) if isinstance(x, Tensor) and x.dim() > 0 and x.shape[0] == 1 else x
 
 
 def _plain_signature(gm: GraphModule, tensors: set[str], out_spec: pytree.TreeSpec) -> GraphModule:

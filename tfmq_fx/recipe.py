@@ -70,7 +70,7 @@ class Recipe:
     edge_activation_bits: int = FLOAT_BITS  # at least this for the input of the first and last layer; 16: float
     attention_bits: int = FLOAT_BITS  # of q, k and v at attention matmuls; 16 where no kernel gains from it
     temporal_observer: str | type[TemporalObserver] = "minmax"  # estimator inside the temporal block
-    keyed: str = "all"  # which activations have qparams per timestep: "block" (the temporal block's) or "all"
+    keyed: str = "block"  # which activations have qparams per timestep: "block" (the temporal block's) or "all"
     activation_observer: str = "mse"  # estimator elsewhere: "minmax" or "mse" (torchao's histogram search)
     unseen: str = "nearest"  # a timestep outside the table: its nearest neighbour (counted), or "error"
     rules: tuple[Rule, ...] = ()  # exceptions by module path; a rule that matches nothing is an error

@@ -198,7 +198,7 @@ class _Walk:
     ) -> None:
         self.gm, self.settings, self.generator = fresh(gm), settings, generator
         self.gm.meta = gm.meta
-        self.chunks = [inputs_of(gm, b) for b in data.batches(settings.batch_size)]
+        self.chunks = [inputs_of(gm, b) for b in data.batches(settings.batch_size, one_timestep=is_scalar(gm))]
         self.found = [o for _, o in observers(self.gm)]
 
     def run(self) -> list[BlockResult]:

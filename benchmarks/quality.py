@@ -1,0 +1,156 @@
+"""How much quality does quantization cost on the demo model? The README's quality table.
+
+    python -m benchmarks.quality --samples 1024 --seeds 3
+
+DDIM, 50 steps, eta 0, every sample from the same noise as its float twin; three quantization seeds (each draws
+its own calibration trajectories). Round-to-nearest stands in the same table. Recognition: the share of samples
+that a classifier trained on real digits recognises with confidence over 0.9.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import platform
+import statistics
+import time
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+
+import tfmq_fx
+from benchmarks.digits import NUM_CLASSES, recognise, train_classifier
+from tfmq_fx.demo import embedded_pipeline
+from tfmq_fx.metrics import psnr, psnr_by_image
+from tfmq_fx.recipe import Recipe, Reconstruction
+from tfmq_fx.sampling import sample
+
+STEPS = 50
+NOISE_SEED = 1000
+
+
+def settings(names: list[str]) -> dict[str, Recipe]:
+    nearest = Reconstruction(method="nearest")
+    found = {}
+    for name in names:
+        base, _, variant = name.partition(" ")
+        recipe = Recipe.preset(base)
+        changes = {
+            "": {},
+            "nearest": {"reconstruction": nearest},
+            "attention": {"attention_bits": 8},
+            "all int8": {"edge_activation_bits": 8},
+            "keyed": {"keyed": "all"},
+        }[variant]
+        found[name] = dataclasses.replace(recipe, **changes)  # type: ignore[arg-type]
+    return found
+
+
+def measure(images: Tensor, reference: Tensor, classifier: nn.Module) -> dict[str, float]:
+    label, confidence = recognise(classifier, images)
+    return {
+        "psnr": psnr_by_image(images, reference).mean().item(),
+        "psnr_pooled": psnr(images, reference),
+        "recognised": (confidence > 0.9).float().mean().item() * 100,
+        "same_digit": (label == recognise(classifier, reference)[0]).float().mean().item() * 100,
+        "digits": float((torch.bincount(label, minlength=NUM_CLASSES) > 0).sum()),
+    }
+
+
+@dataclasses.dataclass
+class Run:
+    figures: dict[str, list[dict[str, float]]]  # by setting ("float" among them), one row a seed
+    images: dict[str, Tensor]  # of the first seed
+    models: dict[str, tfmq_fx.QuantizedModel]  # of the first seed
+
+
+def run(names: list[str], *, samples: int, seeds: int, num_trajectories: int = 64) -> Run:
+    pipe = embedded_pipeline()
+    pipe.set_progress_bar_config(disable=True)
+    classifier = train_classifier()
+    started = time.monotonic()
+    reference = sample(pipe, num_samples=samples, num_inference_steps=STEPS, seed=NOISE_SEED)
+    label, confidence = recognise(classifier, reference)
+    figures: dict[str, list[dict[str, float]]] = {
+        "float": [
+            {
+                "recognised": (confidence > 0.9).float().mean().item() * 100,
+                "digits": float((torch.bincount(label, minlength=NUM_CLASSES) > 0).sum()),
+                "sample_seconds": time.monotonic() - started,
+                "megabytes": sum(p.numel() * 4 for p in pipe.unet.parameters()) / 1e6,
+            }
+        ]
+    }
+    images, models = {"float": reference}, {}
+    for seed in range(seeds):
+        calibration = tfmq_fx.CalibrationSet.record(pipe, num_samples=num_trajectories, num_inference_steps=STEPS, seed=seed)
+        for name, recipe in settings(names).items():
+            started = time.monotonic()
+            q = tfmq_fx.quantize(pipe, recipe, calibration=calibration, seed=seed)
+            quantized = time.monotonic()
+            y = sample(pipe, q, num_samples=samples, num_inference_steps=STEPS, seed=NOISE_SEED)
+            errors = q.report["errors_by_timestep"]
+            row = {
+                **measure(y, reference, classifier),
+                "temporal_cosine_distance": max(e["temporal_cosine_distance"] for e in errors),
+                "temporal_cosine_distance_mean": statistics.mean(e["temporal_cosine_distance"] for e in errors),
+                "output_relative_mse": statistics.mean(e["output_relative_mse"] for e in errors),
+                "quantize_seconds": quantized - started,
+                "sample_seconds": time.monotonic() - quantized,
+                "megabytes": q.report["sizes"]["quantized_bytes"] / 1e6,
+            }
+            figures.setdefault(name, []).append(row)
+            images.setdefault(name, y)
+            models.setdefault(name, q)
+            Console(stderr=True).print(f"seed {seed} {name}: " + ", ".join(f"{k} {v:.4g}" for k, v in row.items()), highlight=False)
+    return Run(figures, images, models)
+
+
+def spread(rows: list[dict[str, float]], key: str, digits: int = 2) -> str:
+    values = [r[key] for r in rows if key in r]
+    if not values:
+        return ""
+    form = f".{digits}e" if key.startswith(("temporal", "output")) else f".{digits}f"
+    text = f"{statistics.mean(values):{form}}"
+    return text + (f" ± {statistics.stdev(values):{form}}" if len(values) > 1 else "")
+
+
+def table(figures: dict[str, list[dict[str, float]]]) -> Table:
+    shown = Table(
+        "setting", "PSNR dB\n(mean of images)", "PSNR dB\n(pooled)", "temporal cos. dist.\n(worst of t, feature)",
+        "recognised %", "MB", "quantize s", "sample s",
+    )  # fmt: skip
+    for name, rows in figures.items():
+        shown.add_row(
+            name, spread(rows, "psnr"), spread(rows, "psnr_pooled"), spread(rows, "temporal_cosine_distance", 1),
+            spread(rows, "recognised", 1), spread(rows[:1], "megabytes"), spread(rows, "quantize_seconds", 0),
+            spread(rows, "sample_seconds", 0),
+        )  # fmt: skip
+    return shown
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--samples", type=int, default=1024)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--settings", nargs="+", default=["w8a8", "w8a8 nearest", "w4a8", "w4a8 nearest"])
+    parser.add_argument("--json", type=Path, help="also write every figure here")
+    args = parser.parse_args()
+    figures = run(args.settings, samples=args.samples, seeds=args.seeds).figures
+    console = Console(width=150)
+    console.print(table(figures))
+    console.print(
+        f"{args.samples} samples, DDIM {STEPS} steps, {args.seeds} quantization seeds, range 2; torch {torch.__version__}, "
+        f"{platform.machine()}, {torch.get_num_threads()} threads",
+        highlight=False,
+    )
+    if args.json:
+        args.json.write_text(json.dumps(figures, indent=1))
+
+
+if __name__ == "__main__":
+    main()

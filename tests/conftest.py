@@ -1,0 +1,38 @@
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+
+import tfmq_fx
+from tests.networks import FAST, TinyUNet, calibration, make
+from tfmq_fx.demo import embedded_pipeline
+
+
+@pytest.fixture(autouse=True)
+def _same_numbers_every_time():
+    torch.manual_seed(0)
+    torch.set_num_threads(2)
+
+
+@pytest.fixture(scope="session")
+def tiny() -> tfmq_fx.QuantizedModel:
+    """The tiny network at W4A8, reconstructed briefly."""
+    recipe = dataclasses.replace(tfmq_fx.Recipe.preset("w4a8"), reconstruction=FAST)
+    return tfmq_fx.quantize(make(TinyUNet), recipe, calibration=calibration(), seed=0)
+
+
+@pytest.fixture(scope="session")
+def pipe():
+    pipe = embedded_pipeline()
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+@pytest.fixture(scope="session")
+def digits(pipe) -> tfmq_fx.QuantizedModel:
+    """The embedded model at W4A8, ten timesteps, a few iterations: every stage real, nothing tuned."""
+    data = tfmq_fx.CalibrationSet.record(pipe, num_samples=8, num_inference_steps=10, seed=0)
+    quick = tfmq_fx.Reconstruction(iterations=30, temporal_iterations=300, num_samples=64)
+    return tfmq_fx.quantize(pipe, tfmq_fx.Recipe(reconstruction=quick), calibration=data, seed=0)

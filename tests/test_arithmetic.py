@@ -1,0 +1,97 @@
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+
+from tfmq_fx.arithmetic import (
+    IntegerRange,
+    check_bits,
+    choose_qparams,
+    dequantize_rows,
+    fake_quantize_rows,
+    pack_bits,
+    quantize_rows,
+    search_range,
+    unpack_bits,
+)
+from tfmq_fx.errors import TFMQError
+
+BITS = st.integers(2, 8)
+ROWS = hnp.arrays("float32", (3, 7), elements=st.floats(-1e4, 1e4, width=32, allow_subnormal=False))
+
+
+@given(ROWS, BITS, st.booleans())
+def test_qparams_are_finite_and_in_range(x, bits, weight):
+    integers = IntegerRange.weight(bits) if weight else IntegerRange.activation(bits)
+    rows = torch.from_numpy(x)
+    scale, zero_point = choose_qparams(rows.amin(1), rows.amax(1), integers)
+    assert torch.isfinite(scale).all()
+    assert (scale > 0).all()
+    assert ((zero_point >= integers.quant_min) & (zero_point <= integers.quant_max)).all()
+
+
+@pytest.mark.parametrize("row", [[0.0, 0.0], [3.0, 3.0], [-3.0, -3.0], [1.0, 2.0], [-2.0, -1.0]])
+@pytest.mark.parametrize("bits", [2, 4, 8])
+def test_zero_one_signed_and_constant_rows_survive(row, bits):
+    integers = IntegerRange.weight(bits)
+    x = torch.tensor([row])
+    scale, zero_point = choose_qparams(*search_range(x, integers), integers)
+    y = dequantize_rows(quantize_rows(x, scale, zero_point, integers), scale, zero_point, integers)
+    assert torch.isfinite(y).all()
+    # Half a step of a range that was extended to zero, and shrunk by the search to no less than 0.2 of it.
+    assert (y - x).abs().max() <= x.abs().max() * 0.5
+
+
+@given(ROWS, BITS)
+def test_quantizing_twice_changes_nothing(x, bits):
+    integers = IntegerRange.weight(bits)
+    rows = torch.from_numpy(x)
+    scale, zero_point = choose_qparams(rows.amin(1), rows.amax(1), integers)
+    q = quantize_rows(rows, scale, zero_point, integers)
+    again = quantize_rows(dequantize_rows(q, scale, zero_point, integers), scale, zero_point, integers)
+    assert torch.equal(q, again)
+
+
+@given(st.integers(0, 200), BITS, st.integers(0, 2**32 - 1))
+def test_packing_round_trips_at_its_size(numel, bits, seed):
+    integers = IntegerRange.weight(bits)
+    generator = torch.Generator().manual_seed(seed)
+    q = torch.randint(integers.quant_min, integers.quant_max + 1, (numel,), generator=generator).to(integers.dtype)
+    packed = pack_bits(q, integers)
+    assert packed.numel() == -(-numel * bits // 8)
+    assert torch.equal(unpack_bits(packed, (numel,), integers), q)
+
+
+def test_a_stream_of_the_wrong_length_is_refused():
+    with pytest.raises(TFMQError, match="takes 2 bytes"):
+        unpack_bits(torch.zeros(3, dtype=torch.uint8), (4,), IntegerRange.weight(4))
+
+
+@settings(max_examples=20)
+@given(ROWS, BITS)
+def test_the_search_is_never_worse_than_the_full_range(x, bits):
+    integers, rows = IntegerRange.weight(bits), torch.from_numpy(x)
+
+    def error(low, high):
+        scale, zero_point = choose_qparams(low, high, integers)
+        y = dequantize_rows(quantize_rows(rows, scale, zero_point, integers), scale, zero_point, integers)
+        return (y - rows).abs().pow(2.4).sum(1)
+
+    full, found = error(rows.amin(1), rows.amax(1)), error(*search_range(rows, integers))
+    assert (found <= full * (1 + 1e-4) + 1e-6).all()  # the search divides, the operator multiplies by 1/scale
+
+
+def test_fake_quantize_gradient_is_one_inside_and_zero_outside():
+    integers = IntegerRange.activation(8)
+    x = torch.tensor([[-5.0, 0.5, 99.0]], requires_grad=True)
+    y = fake_quantize_rows(x, torch.tensor([0.1]), torch.tensor([10], dtype=torch.int32), integers)
+    y.sum().backward()
+    assert x.grad.tolist() == [[0.0, 1.0, 0.0]]
+    assert y[0].tolist() == pytest.approx([-1.0, 0.5, 24.5])
+
+
+@pytest.mark.parametrize("bits", [0, 1, 9, 12, 17, 32, 4.0, True, "4"])
+def test_unsupported_bits_are_refused(bits):
+    with pytest.raises(TFMQError, match="2 to 8, or 16"):
+        check_bits(bits, "weight_bits")

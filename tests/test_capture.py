@@ -1,0 +1,67 @@
+import pytest
+import torch
+from torch import nn
+
+import tfmq_fx
+from tests.networks import ScalarTime, TinyUNet, make
+from tfmq_fx.errors import TFMQError
+from tfmq_fx.graph import op_name
+
+X, T = torch.randn(2, 1, 8, 8), torch.tensor([3, 500])
+
+
+@pytest.mark.parametrize("batch", [1, 2, 5])
+def test_the_graph_equals_the_network_at_any_batch_size(batch):
+    network = make(TinyUNet)
+    gm = tfmq_fx.capture(network, {"sample": X, "timestep": T})
+    x, t = torch.randn(batch, 1, 8, 8), torch.randint(0, 1000, (batch,))
+    with torch.no_grad():
+        assert torch.equal(gm(x, t), network(x, t))
+    assert {id(p) for p in gm.parameters()} <= {id(p) for p in network.parameters()}  # shared, not copied
+
+
+def test_a_batch_of_one_and_a_scalar_timestep_are_fine():
+    network = make(ScalarTime)
+    gm = tfmq_fx.capture(network, {"sample": torch.randn(1, 4), "timestep": torch.tensor(7)})
+    x = torch.randn(3, 4)
+    with torch.no_grad():
+        assert torch.equal(gm(x, torch.tensor(400)), network(x, torch.tensor(400)))
+
+
+def test_dropout_is_gone():
+    gm = tfmq_fx.capture(make(TinyUNet), {"sample": X, "timestep": T})
+    assert "dropout" not in {op_name(n) for n in gm.graph.nodes}
+
+
+def test_train_mode_is_refused():
+    network = make(TinyUNet)
+    network.down_block.dropout.train()
+    with pytest.raises(TFMQError, match=r"down_block\.dropout is in train mode"):
+        tfmq_fx.capture(network, {"sample": X, "timestep": T})
+
+
+def test_a_python_int_timestep_is_refused():
+    with pytest.raises(TFMQError, match=r"a Python int \(5\) would be baked"):
+        tfmq_fx.capture(make(TinyUNet), {"sample": X, "timestep": 5})
+
+
+def test_an_unknown_timestep_name_shows_the_nearest():
+    with pytest.raises(TFMQError, match="'timesteps': not among the example inputs timestep, sample"):
+        tfmq_fx.capture(make(TinyUNet), {"sample": X, "timestep": T}, timestep="timesteps")
+
+
+def test_nan_in_the_weights_is_refused():
+    network = make(TinyUNet)
+    with torch.no_grad():
+        network.down.weight[0, 0, 0, 0] = torch.nan
+    with pytest.raises(TFMQError, match=r"weight down\.weight: holds NaN"):
+        tfmq_fx.capture(network, {"sample": X, "timestep": T})
+
+
+def test_data_dependent_control_flow_is_refused_with_exports_words():
+    class Branches(nn.Module):
+        def forward(self, sample, timestep):
+            return sample * 2 if sample.sum() > 0 else sample + timestep
+
+    with pytest.raises(TFMQError, match=r"torch\.export cannot capture Branches: .*[Dd]ata-dependent"):
+        tfmq_fx.capture(Branches().eval(), {"sample": torch.randn(2), "timestep": T})

@@ -1,0 +1,110 @@
+import shutil
+import sys
+
+import pytest
+from PIL import Image
+
+from tfmq_fx import cli
+from tfmq_fx.demo import FOLDER
+
+
+def run(monkeypatch, capsys, *args):
+    """(exit code, stdout, stderr) of the command line."""
+    monkeypatch.setattr(sys, "argv", ["tfmq", *map(str, args)])
+    code = 0
+    try:
+        cli.main()
+    except SystemExit as stop:
+        code = stop.code or 0
+    return (code, *capsys.readouterr())
+
+
+@pytest.fixture
+def artefact(digits, tmp_path):
+    digits.save_pretrained(tmp_path / "w4a8")
+    return tmp_path / "w4a8"
+
+
+def test_inspect_shows_the_block(monkeypatch, capsys):
+    code, out, _ = run(monkeypatch, capsys, "inspect")
+    assert code == 0
+    assert "11 features" in out
+    assert "up_blocks.2.resnets.1.time_emb_proj.weight" in out
+
+
+def test_quantize_sample_and_evaluate_a_local_folder(monkeypatch, capsys, tmp_path):
+    model = tmp_path / "model"
+    shutil.copytree(FOLDER, model)
+    common = ("--model", model, "--scheduler", "DDIMScheduler", "--steps", 4)
+    code, out, err = run(monkeypatch, capsys, "quantize", tmp_path / "q", "--recipe", "w8a16", "--num-samples", 2, *common)
+    assert (code, err) == (0, "")
+    assert "11 temporal features at 4 timesteps" in out
+    code, out, _ = run(monkeypatch, capsys, "sample", tmp_path / "q", "--output", tmp_path / "grid.png", "--num-samples", 3, *common)
+    assert code == 0
+    assert Image.open(tmp_path / "grid.png").size[0] > 400
+    code, out, _ = run(monkeypatch, capsys, "evaluate", tmp_path / "q", "--num-samples", 3, *common)
+    assert code == 0
+    assert "temporal_cosine_distance" in out
+
+
+@pytest.mark.parametrize("command", ["inspect", "quantize", "sample", "evaluate"])
+def test_every_command_has_help(monkeypatch, capsys, command):
+    code, out, _ = run(monkeypatch, capsys, command, "--help")
+    assert code == 0
+    assert "--model" in out
+
+
+def corrupt(folder):
+    file = folder / "unet" / "diffusion_pytorch_model.safetensors"
+    file.write_bytes(file.read_bytes()[:1000])
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (lambda f: None, "not a diffusers pipeline folder"),
+        (lambda f: shutil.copytree(FOLDER, f, dirs_exist_ok=True) and corrupt(f), "diffusers cannot load it"),
+    ],
+)
+def test_a_bad_model_folder_is_one_line_and_leaves_nothing(monkeypatch, capsys, tmp_path, make, words):
+    model = tmp_path / "model"
+    model.mkdir()
+    make(model)
+    code, out, err = run(monkeypatch, capsys, "quantize", tmp_path / "q", "--model", model)
+    assert (code, out) == (2, "")
+    assert words in err
+    assert len(err.strip().splitlines()) == 1
+    assert not (tmp_path / "q").exists()
+
+
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        (("quantize", "OUT", "--recipe", "w5a5"), "'w5a5' is no preset"),
+        (("quantize", "OUT", "--scheduler", "Magic"), "no scheduler 'Magic'"),
+        (("quantize", "OUT", "--argument", "x=["), "use NAME=JSON"),
+        (("sample", "OUT"), "no such folder"),
+        (("evaluate", "OUT"), "no such folder"),
+    ],
+)
+def test_wrong_arguments_are_one_line(monkeypatch, capsys, tmp_path, args, words):
+    args = [str(tmp_path / "q") if a == "OUT" else a for a in args]
+    code, out, err = run(monkeypatch, capsys, *args)
+    assert (code, out) == (2, "")
+    assert words in err
+    assert len(err.strip().splitlines()) == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_output_folder_that_is_not_ours_is_refused_before_the_work(monkeypatch, capsys, tmp_path):
+    (tmp_path / "mine.txt").write_text("")
+    code, _, err = run(monkeypatch, capsys, "quantize", tmp_path)
+    assert code == 2
+    assert "is not a tfmq artefact" in err
+
+
+def test_a_corrupt_artefact_is_one_line(monkeypatch, capsys, artefact):
+    (artefact / "graph.json").write_text("{}")
+    code, _, err = run(monkeypatch, capsys, "sample", artefact)
+    assert code == 2
+    assert "graph.json: corrupt or truncated" in err

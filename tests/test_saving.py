@@ -1,0 +1,194 @@
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from safetensors import safe_open
+
+import tfmq_fx
+from tests.networks import TIMESTEPS, calibration
+from tfmq_fx.errors import TFMQError
+from tfmq_fx.saving import CONFIG, GRAPH, REPORT, WEIGHTS
+
+BATCH = calibration().tensors
+X, T = BATCH["sample"], BATCH["timestep"]
+
+
+@pytest.fixture
+def folder(tiny, tmp_path):
+    tiny.save_pretrained(tmp_path / "q")
+    return tmp_path / "q"
+
+
+def edit(file, change):
+    data = json.loads(file.read_text())
+    change(data)
+    file.write_text(json.dumps(data))
+
+
+def test_a_round_trip_is_bit_exact(tiny, folder):
+    loaded = tfmq_fx.load(folder)
+    with torch.no_grad():
+        assert torch.equal(loaded(X, T), tiny(X, T))
+    assert loaded.recipe == json.loads(json.dumps(tiny.recipe))
+    assert torch.equal(loaded.timesteps, TIMESTEPS)
+    assert loaded.report == json.loads(json.dumps(tiny.report))
+    loaded.save_pretrained(folder.with_name("again"))
+    for name in (WEIGHTS, GRAPH, CONFIG, REPORT):
+        assert (folder.with_name("again") / name).read_bytes() == (folder / name).read_bytes()
+
+
+def test_the_layout_is_what_is_documented(tiny, folder):
+    """Read with safetensors and numpy alone, as somebody else's program would."""
+    config = json.loads((folder / CONFIG).read_text())["quantization_config"]
+    assert (config["quant_method"], config["format_version"]) == ("tfmq", 1)
+    with safe_open(folder / WEIGHTS, "np") as file:
+        packed, scale, zero_point = (file.get_tensor(f"down.weight_{part}") for part in ("q", "scale", "zero_point"))
+    spec = config["tensors"]["down.weight_q"]
+    assert spec["bits"] == 4
+    q = [nibble for byte in packed.tolist() for nibble in (byte & 15, byte >> 4)]
+    w = (torch.tensor(q).reshape(spec["shape"]) - torch.tensor(zero_point).view(-1, 1, 1, 1)) * torch.tensor(scale).view(-1, 1, 1, 1)
+    node = next(n for n in tiny.graph.graph.nodes if n.name.startswith("dequantize") and "down_weight_q" in str(n.args[0]))
+    interpreter = torch.fx.Interpreter(tiny.graph)
+    for arg in node.all_input_nodes:
+        interpreter.env[arg] = interpreter.run_node(arg)
+    assert torch.equal(interpreter.run_node(node), w)
+
+
+def test_nothing_is_pickled(folder):
+    assert sorted(p.name for p in folder.iterdir()) == sorted([CONFIG, WEIGHTS, GRAPH, REPORT])
+    assert not any(b"\x80\x04" == p.read_bytes()[:2] for p in folder.iterdir())
+
+
+def test_saving_again_replaces_what_is_ours(tiny, folder):
+    tiny.save_pretrained(folder)
+    tfmq_fx.load(folder)
+    assert [p.name for p in folder.parent.iterdir()] == ["q"]
+
+
+def test_a_folder_that_is_not_ours_is_left_alone(tiny, tmp_path):
+    (tmp_path / "thesis.txt").write_text("years of work")
+    with pytest.raises(TFMQError, match="exists and is not a tfmq artefact"):
+        tiny.save_pretrained(tmp_path)
+    assert [p.name for p in tmp_path.iterdir()] == ["thesis.txt"]
+
+
+def test_a_folder_that_cannot_be_written(tiny, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(TFMQError, match="cannot be written"):
+        tiny.save_pretrained(tmp_path / "file" / "q")
+
+
+def test_a_failure_while_writing_leaves_nothing(tiny, tmp_path, monkeypatch):
+    def full(*_args, **_kwargs):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("tfmq_fx.saving.save_file", full)
+    with pytest.raises(TFMQError, match="No space left"):
+        tiny.save_pretrained(tmp_path / "q")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("name", [WEIGHTS, GRAPH, CONFIG, REPORT])
+@pytest.mark.parametrize("damage", ["missing", "truncated", "flipped"])
+def test_damaged_files_are_refused(folder, name, damage):
+    file = folder / name
+    content = bytearray(file.read_bytes())
+    if damage == "missing":
+        file.unlink()
+    elif damage == "truncated":
+        file.write_bytes(content[: len(content) // 2])
+    else:
+        content[len(content) // 2] ^= 0x80
+        file.write_bytes(content)
+    with pytest.raises(TFMQError, match=name):
+        tfmq_fx.load(folder)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda c: c.pop("quantization_config"), "not a tfmq artefact"),
+        (lambda c: c["quantization_config"].update(format_version=99), "format version 99"),
+        (lambda c: c["quantization_config"]["tensors"]["down.weight_q"].update(shape=[1, 2]), "takes 1 bytes"),
+        (lambda c: c["quantization_config"]["tensors"].pop("down.weight_q"), "down.weight_q"),
+        (lambda c: c["quantization_config"].pop("interface"), "KeyError"),
+        (lambda c: c["quantization_config"]["sha256"].update({"../../etc/passwd": "0"}), "unknown file"),
+        (lambda c: c["quantization_config"]["tensors"]["down.weight_q"].update(dtype="load"), "no dtype"),
+    ],
+)
+def test_altered_configs_are_refused(folder, change, words):
+    edit(folder / CONFIG, change)
+    with pytest.raises(TFMQError, match=words):
+        tfmq_fx.load(folder)
+
+
+def _rehash(folder):
+    import hashlib
+
+    digest = hashlib.sha256((folder / GRAPH).read_bytes()).hexdigest()
+    edit(folder / CONFIG, lambda c: c["quantization_config"]["sha256"].update({GRAPH: digest}))
+
+
+@pytest.mark.parametrize("target", ["os.system", "aten.from_file.default", "builtins.eval", "aten.nothing.default", "prims.x.y"])
+def test_a_graph_can_only_name_tensor_operators(folder, target):
+    def change(graph):
+        next(n for n in graph["nodes"] if n["op"] == "call_function")["target"] = target
+
+    edit(folder / GRAPH, change)
+    _rehash(folder)
+    with pytest.raises(TFMQError, match=f"operator '{target}' is unknown .* or not allowed"):
+        tfmq_fx.load(folder)
+
+
+def test_no_such_folder():
+    with pytest.raises(TFMQError, match="no such folder"):
+        tfmq_fx.load("/nowhere/at/all")
+
+
+WRITER = """
+import sys, tfmq_fx
+q = tfmq_fx.load(sys.argv[1])
+print("ready", flush=True)
+while True:
+    q.save_pretrained(sys.argv[2])
+"""
+
+
+def test_a_killed_writer_leaves_the_folder_absent_or_whole(folder, tmp_path):
+    target, rng = tmp_path / "out", random.Random(0)
+    for _ in range(4):
+        process = subprocess.Popen([sys.executable, "-W", "ignore", "-c", WRITER, str(folder), str(target)], stdout=subprocess.PIPE)
+        assert process.stdout is not None
+        assert process.stdout.readline().strip() == b"ready"
+        time.sleep(rng.uniform(0.01, 0.3))
+        os.kill(process.pid, signal.SIGKILL)
+        process.wait()
+        process.stdout.close()
+        if target.exists():
+            tfmq_fx.load(target)
+
+
+def test_a_pt2_gives_the_same_numbers_without_this_library(tiny, tmp_path):
+    tiny.export(tmp_path / "net.pt2")
+    torch.save({"sample": X, "timestep": T}, tmp_path / "inputs.pt")
+    code = (
+        "import torch; from torch.ao.quantization.fx import _decomposed; import sys;"
+        "assert not any(m.startswith('tfmq') for m in sys.modules);"
+        "i = torch.load('inputs.pt'); y = torch.export.load('net.pt2').module()(**i);"
+        "torch.save(y.detach(), 'y.pt')"
+    )
+    subprocess.run([sys.executable, "-W", "ignore", "-c", code], cwd=tmp_path, check=True, capture_output=True)
+    with torch.no_grad():
+        assert torch.equal(torch.load(tmp_path / "y.pt"), tiny(X, T))
+
+
+def test_an_unknown_export_suffix_is_refused(tiny, tmp_path):
+    with pytest.raises(TFMQError, match="'.exe' is not supported"):
+        tiny.export(tmp_path / "net.exe")
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,230 @@
+"""The command line: tfmq inspect | quantize | sample | evaluate."""
+
+from __future__ import annotations
+
+import json
+import logging as stdlib_logging
+import os
+import sys
+import time
+import warnings
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from tfmq_fx.errors import TFMQError
+
+app = typer.Typer(
+    add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help="Quantize diffusion models."
+)
+out = Console(soft_wrap=True)
+
+Model = Annotated[
+    str | None, typer.Option("--model", help="A diffusers pipeline folder or hub id. Default: the embedded digits DDPM.")
+]
+Scheduler = Annotated[
+    str | None, typer.Option(help="A diffusers scheduler class, e.g. DDIMScheduler. Default: the pipeline's own.")
+]
+Steps = Annotated[int, typer.Option(min=1, help="Denoising steps.")]
+Seed = Annotated[int, typer.Option(help="Seed of noise and of calibration.")]
+Arguments = Annotated[
+    list[str] | None, typer.Option("--argument", help="A pipeline argument as NAME=JSON, e.g. class_labels=[1,2].")
+]
+Folder = Annotated[Path, typer.Argument(help="A folder written by `tfmq quantize`.")]
+
+
+def load_pipeline(model: str | None, scheduler: str | None = None) -> Any:
+    """The pipeline of a local folder or hub id, in eval mode. Raises TFMQError for anything else."""
+    import diffusers
+    from diffusers.utils import logging
+
+    from tfmq_fx.demo import embedded_pipeline
+
+    if not sys.stderr.isatty():
+        logging.disable_progress_bar()
+    if model is None:
+        pipe = embedded_pipeline()
+    else:
+        folder = Path(model)
+        if folder.exists() and not (folder / "model_index.json").is_file():
+            raise TFMQError(f"{model}: not a diffusers pipeline folder (no model_index.json).")
+        try:
+            pipe = diffusers.DiffusionPipeline.from_pretrained(model)
+        except Exception as error:  # diffusers, safetensors and the hub client raise many types
+            first = (str(error).strip().splitlines() or [""])[0]
+            raise TFMQError(f"{model}: diffusers cannot load it ({type(error).__name__}: {first})") from error
+    if scheduler is not None:
+        cls = getattr(diffusers, scheduler, None)
+        if not (isinstance(cls, type) and issubclass(cls, diffusers.SchedulerMixin)):
+            raise TFMQError(f"--scheduler: diffusers has no scheduler {scheduler!r}.")
+        pipe.scheduler = cls.from_config(pipe.scheduler.config)
+    pipe.set_progress_bar_config(disable=not sys.stderr.isatty(), leave=False)
+    return pipe
+
+
+def _pipe_kwargs(arguments: list[str] | None) -> dict[str, Any]:
+    kwargs = {}
+    for argument in arguments or []:
+        name, _, value = argument.partition("=")
+        try:
+            kwargs[name] = json.loads(value)
+        except ValueError as error:
+            raise TFMQError(f"--argument {argument!r}: use NAME=JSON; strings take quotes, e.g. prompt='\"a cat\"'.") from error
+    return kwargs
+
+
+@app.command()
+def inspect(model: Model = None, recipe: str = "w4a8") -> None:
+    """Show the temporal block found by dataflow, and what a recipe would do to every layer."""
+
+    from tfmq_fx.calibration import CalibrationSet, denoiser
+    from tfmq_fx.capture import capture
+    from tfmq_fx.passes.annotate import plan
+    from tfmq_fx.passes.find_temporal import find_temporal
+    from tfmq_fx.recipe import Recipe
+
+    chosen = Recipe.preset(recipe)
+    pipe = load_pipeline(model)
+    network = denoiser(pipe)
+    example = CalibrationSet.record(pipe, num_samples=2, num_inference_steps=2)
+    inputs = {n: x[:2] for n, x in example.tensors.items()}
+    started = time.monotonic()
+    gm = capture(network, {**inputs, **example.constants, "return_dict": False})
+    captured = time.monotonic()
+    temporal = find_temporal(gm)
+    found = time.monotonic()
+    layers = plan(gm, recipe=chosen, temporal=temporal)
+    paths = {layer.node: layer.path for layer in layers.layers}
+    out.print(
+        f"{type(network).__name__}: {sum(p.numel() for p in network.parameters()) / 1e6:.2f} M parameters, "
+        f"{len(gm.graph.nodes)} nodes; captured in {captured - started:.1f} s, block found in {(found - captured) * 1e3:.0f} ms"
+    )
+    out.print(f"temporal block: {len(temporal.nodes)} nodes, a function of {', '.join(temporal.keys)}; {len(temporal.features)} features:")
+    for name in temporal.features:
+        out.print(f"  {paths.get(name, name)}")
+    table = Table("layers", "op", "weight bits", "activation bits", "temporal")
+    groups: dict[tuple[Any, ...], int] = {}
+    for layer in layers.layers:
+        key = (layer.op, layer.weight_bits, layer.activation_bits, "yes" if layer.temporal else "")
+        groups[key] = groups.get(key, 0) + 1
+    for key, count in sorted(groups.items(), key=str):
+        table.add_row(str(count), *map(str, key))
+    out.print(table)
+    for kept in layers.floats:
+        out.print(f"float: {kept.name} ({kept.reason})")
+
+
+@app.command()
+def quantize(
+    output: Annotated[Path, typer.Argument(help="Folder to write: new, empty, or an earlier artefact.")],
+    model: Model = None,
+    recipe: Annotated[str, typer.Option(help="w8a8, w4a8, w8a16, w4a16, w4a4.")] = "w4a8",
+    num_samples: Annotated[int, typer.Option(min=1, help="Calibration trajectories.")] = 64,
+    steps: Steps = 50,
+    seed: Seed = 0,
+    scheduler: Scheduler = None,
+    argument: Arguments = None,
+) -> None:
+    """Calibrate on the pipeline's own trajectories, reconstruct, convert, and write the artefact."""
+    from tfmq_fx.calibration import CalibrationSet
+    from tfmq_fx.pipeline import quantize as run
+    from tfmq_fx.recipe import Recipe
+    from tfmq_fx.saving import check_output_folder
+
+    chosen = Recipe.preset(recipe)
+    check_output_folder(output)  # before minutes of work, not after
+    pipe = load_pipeline(model, scheduler)
+    calibration = CalibrationSet.record(
+        pipe, num_samples=num_samples, num_inference_steps=steps, seed=seed, **_pipe_kwargs(argument)
+    )
+    quantized = run(pipe, chosen, calibration=calibration, seed=seed)
+    quantized.save_pretrained(output)
+    report = quantized.report
+    sizes = report["sizes"]
+    worst = max((e.get("temporal_cosine_distance", 0.0) for e in report["errors_by_timestep"]), default=0.0)
+    out.print(
+        f"{output}: {recipe}, {len(report['layers'])} layers, {report['temporal_block']['features']} temporal features at "
+        f"{report['temporal_block']['timesteps']} timesteps (worst cosine distance {worst:.1e})"
+    )
+    out.print(f"{sizes['float_bytes'] / 1e6:.2f} MB float -> {sizes['quantized_bytes'] / 1e6:.2f} MB ({sizes['ratio']:.3f}); report.json lists what stayed float and why")
+    out.print("seconds: " + ", ".join(f"{k} {v:.1f}" for k, v in report["seconds"].items()))
+
+
+@app.command()
+def sample(
+    folder: Folder,
+    output: Annotated[Path, typer.Option(help="PNG to write.")] = Path("samples.png"),
+    model: Model = None,
+    num_samples: Annotated[int, typer.Option(min=1)] = 64,
+    steps: Steps = 50,
+    seed: Seed = 0,
+    scheduler: Scheduler = None,
+    argument: Arguments = None,
+) -> None:
+    """Write a PNG: float beside quantized, from the same noise."""
+    from tfmq_fx.metrics import psnr
+    from tfmq_fx.sampling import save_grid
+    from tfmq_fx.saving import load
+
+    quantized = load(folder)
+    images = _both(load_pipeline(model, scheduler), quantized, num_samples, steps, seed, argument)
+    save_grid([("float", images[0]), (folder.name, images[1])], output)
+    out.print(f"{output}: {num_samples} samples, {steps} steps, PSNR {psnr(images[1], images[0]):.1f} dB over all pixels")
+
+
+@app.command()
+def evaluate(
+    folder: Folder,
+    model: Model = None,
+    num_samples: Annotated[int, typer.Option(min=1)] = 256,
+    steps: Steps = 50,
+    seed: Seed = 1,
+    scheduler: Scheduler = None,
+    argument: Arguments = None,
+) -> None:
+    """Compare with the float pipeline from the same noise: PSNR, and the report's errors by timestep."""
+    from tfmq_fx.metrics import psnr, psnr_by_image
+    from tfmq_fx.saving import load
+
+    quantized = load(folder)
+    images = _both(load_pipeline(model, scheduler), quantized, num_samples, steps, seed, argument)
+    by_image = psnr_by_image(images[1], images[0])
+    table = Table("measure", "value")
+    table.add_row("PSNR to float, mean of images", f"{by_image.mean():.2f} dB (range 2, {num_samples} samples, {steps} steps)")
+    table.add_row("PSNR to float, all pixels pooled", f"{psnr(images[1], images[0]):.2f} dB")
+    table.add_row("worst 1% of images below", f"{by_image.quantile(0.01):.2f} dB")
+    errors = quantized.report["errors_by_timestep"]
+    for name in ("output_relative_mse", "temporal_cosine_distance"):
+        values = [e[name] for e in errors if name in e]
+        if values:
+            table.add_row(f"{name} at calibration", f"mean {sum(values) / len(values):.2e}, worst {max(values):.2e}")
+    table.add_row("unseen timesteps", str(len(quantized.report["unseen_timesteps"])))
+    out.print(table)
+
+
+def _both(pipe: Any, quantized: Any, num_samples: int, steps: int, seed: int, argument: list[str] | None) -> Any:
+    from tfmq_fx.sampling import sample as draw
+
+    settings = {"num_samples": num_samples, "num_inference_steps": steps, "seed": seed, **_pipe_kwargs(argument)}
+    return draw(pipe, None, **settings), draw(pipe, quantized, **settings)
+
+
+def main() -> None:
+    """Entry point: exit code 2 and one line on stderr for what the user did wrong."""
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
+    # Libraries about themselves, at import; ours are errors or in the report.
+    warnings.simplefilter("ignore")
+    stdlib_logging.getLogger("torch.utils._pytree").setLevel(stdlib_logging.ERROR)
+    try:
+        app()
+    except TFMQError as error:
+        Console(stderr=True, soft_wrap=True).print(f"error: {error}", markup=False, highlight=False)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()
