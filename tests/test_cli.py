@@ -36,7 +36,7 @@ def test_quantize_sample_and_evaluate_a_local_folder(monkeypatch, capsys, tmp_pa
     model = tmp_path / "model"
     shutil.copytree(FOLDER, model)
     common = ("--model", model, "--scheduler", "DDIMScheduler", "--steps", 4)
-    code, out, err = run(monkeypatch, capsys, "quantize", tmp_path / "q", "--recipe", "w8a16", "--num-samples", 2, *common)
+    code, out, err = run(monkeypatch, capsys, "quantize", tmp_path / "q", "--recipe", "w8a16", "--num-samples", 2, "--iterations", 5, *common)
     assert (code, err) == (0, "")
     assert "11 temporal features at 4 timesteps" in out
     code, out, _ = run(monkeypatch, capsys, "sample", tmp_path / "q", "--output", tmp_path / "grid.png", "--num-samples", 3, *common)

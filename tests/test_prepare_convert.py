@@ -39,7 +39,7 @@ def test_observers_stand_where_they_should():
     count = lambda cls: sum(cls in mro for mro in kinds)  # noqa: E731
     assert count(PerChannelWeightFakeQuantize) == 14
     assert count(TemporalObserver) == 4
-    assert count(StaticFakeQuantize) == 7  # conv1, conv2 twice, down, qkv, out, skip; the first and last stay float
+    assert count(StaticFakeQuantize) == 8  # conv1 and conv2 twice, down, qkv, out, skip; the inputs of the first and last stay float
     for node, observer in observers(gm):
         if isinstance(observer, TemporalObserver):
             assert node.args[1] is step_index(gm)

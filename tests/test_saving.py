@@ -53,8 +53,8 @@ def test_the_layout_is_what_is_documented(tiny, folder):
     assert spec["bits"] == 4
     q = [nibble for byte in packed.tolist() for nibble in (byte & 15, byte >> 4)]
     w = (torch.tensor(q).reshape(spec["shape"]) - torch.tensor(zero_point).view(-1, 1, 1, 1)) * torch.tensor(scale).view(-1, 1, 1, 1)
-    node = next(n for n in tiny.graph.graph.nodes if n.name.startswith("dequantize") and "down_weight_q" in str(n.args[0]))
-    interpreter = torch.fx.Interpreter(tiny.graph)
+    node = next(n for n in tiny.network.graph.nodes if n.name.startswith("dequantize") and "down_weight_q" in str(n.args[0]))
+    interpreter = torch.fx.Interpreter(tiny.network)
     for arg in node.all_input_nodes:
         interpreter.env[arg] = interpreter.run_node(arg)
     assert torch.equal(interpreter.run_node(node), w)

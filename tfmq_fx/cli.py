@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging as stdlib_logging
 import os
@@ -124,6 +125,9 @@ def quantize(
     recipe: Annotated[str, typer.Option(help="w8a8, w4a8, w8a16, w4a16, w4a4.")] = "w4a8",
     num_samples: Annotated[int, typer.Option(min=1, help="Calibration trajectories.")] = 64,
     steps: Steps = 50,
+    iterations: Annotated[
+        int | None, typer.Option(min=0, help="Reconstruction per block; 0: round to nearest. Default: the recipe's.")
+    ] = None,
     seed: Seed = 0,
     scheduler: Scheduler = None,
     argument: Arguments = None,
@@ -135,6 +139,9 @@ def quantize(
     from tfmq_fx.saving import check_output_folder
 
     chosen = Recipe.preset(recipe)
+    if iterations is not None:
+        changes = {"method": "nearest"} if iterations == 0 else {"iterations": iterations}
+        chosen = dataclasses.replace(chosen, reconstruction=dataclasses.replace(chosen.reconstruction, **changes))
     check_output_folder(output)  # before minutes of work, not after
     pipe = load_pipeline(model, scheduler)
     calibration = CalibrationSet.record(

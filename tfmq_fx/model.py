@@ -71,7 +71,7 @@ class QuantizedModel(nn.Module):
         report: dict[str, Any],
     ) -> None:
         super().__init__()
-        self.graph = graph
+        self.network = graph  # not `graph`: fx modules have an attribute of that name
         self.interface = interface
         self.timesteps = timesteps.cpu()
         self.recipe = recipe
@@ -95,7 +95,7 @@ class QuantizedModel(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        return next(self.graph.buffers()).device
+        return next(self.network.buffers()).device
 
     @property
     def report(self) -> dict[str, Any]:
@@ -105,18 +105,18 @@ class QuantizedModel(nn.Module):
     @property
     def temporal_block(self) -> GraphModule:
         """timestep (N,) -> the temporal features."""
-        block = self.graph.get_submodule("temporal_block")
+        block = self.network.get_submodule("temporal_block")
         assert isinstance(block, GraphModule)
         return block
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         given = self._bind(args, kwargs)
-        batch = given[self._first].shape[0]
-        given[self.interface.timestep] = self._timestep(given[self.interface.timestep], batch)
-        inputs = [self._input(name, given[name]) for name in self.interface.inputs]
+        t = self.interface.timestep
+        inputs = {n: self._input(n, given[n]) for n in self.interface.inputs if n != t}
+        inputs[t] = self._timestep(given[t], inputs[self._first].shape[0])
         if not torch.compiler.is_compiling():
-            self._look_up(given[self.interface.timestep])
-        output = self.graph(*inputs)
+            self._look_up(inputs[t])
+        output = self.network(*[inputs[n] for n in self.interface.inputs])
         wants_dict = given.get("return_dict", self.interface.arguments.get("return_dict"))
         if wants_dict and self.interface.output_type is not None:
             return _output_class(self.interface.output_type)(*output)

@@ -128,7 +128,7 @@ def _errors_by_timestep(
     else:
         rows = {n: x for n, x in data.tensors.items() if n in placeholders(gm)}
         output = relative_mse_by_timestep(
-            run_rows(quantized.graph, rows), run_rows(gm, rows), data.tensors[data.timestep]
+            run_rows(quantized.network, rows), run_rows(gm, rows), data.tensors[data.timestep]
         )
     return [
         {

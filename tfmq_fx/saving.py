@@ -86,10 +86,10 @@ def replace_folder(folder: Path, write: Callable[[Path], None]) -> None:
 
 
 def _write(model: QuantizedModel, folder: Path) -> None:
-    integers = quantized_weights(model.graph)
+    integers = quantized_weights(model.network)
     tensors: dict[str, Tensor] = {}
     manifest: dict[str, dict[str, Any]] = {}
-    for name, value in sorted(tensors_of(model.graph).items()):
+    for name, value in sorted(tensors_of(model.network).items()):
         manifest[name] = {"shape": list(value.shape), "dtype": _dtype_name(value.dtype)}
         tensors[name] = value.contiguous().cpu()
         if name in integers:
@@ -98,7 +98,7 @@ def _write(model: QuantizedModel, folder: Path) -> None:
             manifest[name] |= {"bits": span.bits, "quant_min": low, "quant_max": high}
             tensors[name] = pack_bits(value, span)
     save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
-    _dump(folder / GRAPH, graph_to_json(model.graph))
+    _dump(folder / GRAPH, graph_to_json(model.network))
     _dump(folder / REPORT, model.report)
     quantization = {
         "quant_method": QUANT_METHOD,
@@ -185,7 +185,7 @@ def export_pt2(model: QuantizedModel, file: Path) -> None:
         for n, spec in model.interface.inputs.items()
     }
     with torch.no_grad():
-        program = torch.export.export(model.graph, (), inputs, dynamic_shapes=dynamic, strict=False)
+        program = torch.export.export(model.network, (), inputs, dynamic_shapes=dynamic, strict=False)
     temporary = file.with_name(f".{file.name}.tmp-{os.getpid()}.pt2")
     try:
         torch.export.save(program, temporary)
