@@ -32,7 +32,9 @@ def main() -> None:
     console = Console(width=140, highlight=False)
     logging.disable_progress_bar()
     started = time.monotonic()
-    console.print(f"quantizing the embedded DDPM to W8A8 and W4A8, {SAMPLES} samples each ({torch.get_num_threads()} threads) ...")
+    console.print(
+        f"quantizing the embedded DDPM to W8A8 and W4A8, {SAMPLES} samples each ({torch.get_num_threads()} threads) ..."
+    )
     result = run(["w8a8", "w4a8", "w4a8 nearest"], samples=SAMPLES, seeds=1)
     console.print(table(result.figures))
 

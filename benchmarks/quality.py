@@ -85,9 +85,12 @@ def run(names: list[str], *, samples: int, seeds: int, num_trajectories: int = 6
             }
         ]
     }
-    images, models = {"float": reference}, {}
+    images = {"float": reference}
+    models: dict[str, tfmq_fx.QuantizedModel] = {}
     for seed in range(seeds):
-        calibration = tfmq_fx.CalibrationSet.record(pipe, num_samples=num_trajectories, num_inference_steps=STEPS, seed=seed)
+        calibration = tfmq_fx.CalibrationSet.record(
+            pipe, num_samples=num_trajectories, num_inference_steps=STEPS, seed=seed
+        )
         for name, recipe in settings(names).items():
             started = time.monotonic()
             q = tfmq_fx.quantize(pipe, recipe, calibration=calibration, seed=seed)
@@ -97,7 +100,9 @@ def run(names: list[str], *, samples: int, seeds: int, num_trajectories: int = 6
             row = {
                 **measure(y, reference, classifier),
                 "temporal_cosine_distance": max(e["temporal_cosine_distance"] for e in errors),
-                "temporal_cosine_distance_mean": statistics.mean(e["temporal_cosine_distance"] for e in errors),
+                "temporal_cosine_distance_mean": statistics.mean(
+                    e["temporal_cosine_distance"] for e in errors
+                ),
                 "output_relative_mse": statistics.mean(e["output_relative_mse"] for e in errors),
                 "quantize_seconds": quantized - started,
                 "sample_seconds": time.monotonic() - quantized,
@@ -106,7 +111,9 @@ def run(names: list[str], *, samples: int, seeds: int, num_trajectories: int = 6
             figures.setdefault(name, []).append(row)
             images.setdefault(name, y)
             models.setdefault(name, q)
-            Console(stderr=True).print(f"seed {seed} {name}: " + ", ".join(f"{k} {v:.4g}" for k, v in row.items()), highlight=False)
+            Console(stderr=True).print(
+                f"seed {seed} {name}: " + ", ".join(f"{k} {v:.4g}" for k, v in row.items()), highlight=False
+            )
     return Run(figures, images, models)
 
 

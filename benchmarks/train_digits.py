@@ -61,7 +61,10 @@ def train(*, steps: int, batch: int, lr: float, seed: int, prediction: str) -> D
         running += loss.item()
         if step % 250 == 0:
             seconds = time.monotonic() - started
-            print(f"step {step}/{steps} loss {running / 250:.4f} {seconds:.0f} s, {seconds / step * (steps - step):.0f} s to go", flush=True)
+            print(
+                f"step {step}/{steps} loss {running / 250:.4f} {seconds:.0f} s, {seconds / step * (steps - step):.0f} s to go",
+                flush=True,
+            )
             running = 0.0
     return DDPMPipeline(ema, scheduler)
 
@@ -70,15 +73,24 @@ def report(pipe: DDPMPipeline, *, num_samples: int = 1024) -> None:
     ddim = DDIMPipeline(pipe.unet, DDIMScheduler.from_config(pipe.scheduler.config))
     ddim.set_progress_bar_config(disable=True)
     images = torch.from_numpy(
-        ddim(batch_size=num_samples, num_inference_steps=50, generator=torch.Generator().manual_seed(1), output_type="np").images
+        ddim(
+            batch_size=num_samples,
+            num_inference_steps=50,
+            generator=torch.Generator().manual_seed(1),
+            output_type="np",
+        ).images
     ).permute(0, 3, 1, 2)
     classifier = train_classifier()
     x, y = digits()
     x, y = x[split()[1]], y[split()[1]]
     label, confidence = recognise(classifier, x)
-    print(f"classifier on {len(x)} held-out real digits: {(label == y).float().mean():.1%} right, {(confidence > 0.9).float().mean():.1%} with confidence > 0.9")
+    print(
+        f"classifier on {len(x)} held-out real digits: {(label == y).float().mean():.1%} right, {(confidence > 0.9).float().mean():.1%} with confidence > 0.9"
+    )
     label, confidence = recognise(classifier, images * 2 - 1)
-    print(f"{num_samples} samples, DDIM 50: {(confidence > 0.9).float().mean():.1%} recognised with confidence > 0.9; digits {torch.bincount(label, minlength=NUM_CLASSES).tolist()}")
+    print(
+        f"{num_samples} samples, DDIM 50: {(confidence > 0.9).float().mean():.1%} recognised with confidence > 0.9; digits {torch.bincount(label, minlength=NUM_CLASSES).tolist()}"
+    )
 
 
 def main() -> None:
@@ -92,7 +104,9 @@ def main() -> None:
     args = parser.parse_args()
     started = time.monotonic()
     pipe = train(steps=args.steps, batch=args.batch, lr=args.lr, seed=args.seed, prediction=args.prediction)
-    print(f"trained {sum(p.numel() for p in pipe.unet.parameters()) / 1e6:.2f} M parameters in {time.monotonic() - started:.0f} s on {torch.get_num_threads()} threads")
+    print(
+        f"trained {sum(p.numel() for p in pipe.unet.parameters()) / 1e6:.2f} M parameters in {time.monotonic() - started:.0f} s on {torch.get_num_threads()} threads"
+    )
     pipe.save_pretrained(args.output)
     report(pipe)
 

@@ -32,7 +32,9 @@ class StaticFakeQuantize(FakeQuantize):  # type: ignore[misc]
         """Stop observing, start quantizing with the qparams found."""
         observer = self.activation_post_process
         if torch.isinf(observer.min_val).any():
-            raise TFMQError("calibration: an activation was never observed; run the calibration data through the prepared graph.")
+            raise TFMQError(
+                "calibration: an activation was never observed; run the calibration data through the prepared graph."
+            )
         scale, zero_point = observer.calculate_qparams()
         self.scale.copy_(scale)
         self.zero_point.copy_(zero_point)

@@ -94,9 +94,9 @@ class TemporalObserver(FakeQuantizeBase):  # type: ignore[misc]
                 set_buffer(model, f"{prefix}.{name}", table.clone())
                 row = graph.get_attr(f"{prefix}.{name}")
                 qparams.append(graph.call_function(torch.ops.aten.index_select.default, (row, 0, step)))
-            limits = (integers.quant_min, integers.quant_max, integers.dtype)
+            limits: tuple[Any, ...] = (integers.quant_min, integers.quant_max, integers.dtype)
             if self.per_sample:
-                arguments = (*qparams, 0, *limits)
+                arguments: tuple[Any, ...] = (*qparams, 0, *limits)
                 quantize, dequantize = ops.quantize_per_channel.default, ops.dequantize_per_channel.default
             else:
                 arguments = (*qparams, *limits)

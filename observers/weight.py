@@ -41,7 +41,9 @@ class PerChannelWeightFakeQuantize(FakeQuantizeBase):  # type: ignore[misc]
         """Scales by range search (L_2.4, 80 steps), integers by rounding to nearest."""
         x_CK = weight.detach().float().movedim(self.ch_axis, 0).flatten(1)
         self.scale, self.zero_point = choose_qparams(*search_range(x_CK, self.integers), self.integers)
-        self.q = quantize_rows(weight.detach().float(), self.scale, self.zero_point, self.integers, self.ch_axis)
+        self.q = quantize_rows(
+            weight.detach().float(), self.scale, self.zero_point, self.integers, self.ch_axis
+        )
 
     def _per_channel(self, x_C: Tensor, weight: Tensor) -> Tensor:
         shape = [1] * weight.dim()
@@ -67,7 +69,9 @@ class PerChannelWeightFakeQuantize(FakeQuantizeBase):  # type: ignore[misc]
     def _soft_weight(self) -> Tensor:
         assert self._floor is not None
         zero_point = self._per_channel(self.zero_point, self._floor)
-        q = (self._floor + self.soft_rounding() + zero_point).clamp(self.integers.quant_min, self.integers.quant_max)
+        q = (self._floor + self.soft_rounding() + zero_point).clamp(
+            self.integers.quant_min, self.integers.quant_max
+        )
         return (q - zero_point) * self._per_channel(self.scale, self._floor)
 
     def stop_learning(self) -> None:
@@ -94,7 +98,7 @@ class PerChannelWeightFakeQuantize(FakeQuantizeBase):  # type: ignore[misc]
     def convert(self, model: GraphModule, node: Node) -> None:
         """torchao's convert hook.
 
-            observer(weight)  ==>  dequantize_per_channel(weight.q, weight.scale, weight.zero_point)
+        observer(weight)  ==>  dequantize_per_channel(weight.q, weight.scale, weight.zero_point)
         """
         source = node.args[0]
         assert isinstance(source, Node)
@@ -108,7 +112,15 @@ class PerChannelWeightFakeQuantize(FakeQuantizeBase):  # type: ignore[misc]
             q, scale, zero_point = parts
             y = graph.call_function(
                 torch.ops.quantized_decomposed.dequantize_per_channel.default,
-                (q, scale, zero_point, self.ch_axis, self.integers.quant_min, self.integers.quant_max, self.dtype),
+                (
+                    q,
+                    scale,
+                    zero_point,
+                    self.ch_axis,
+                    self.integers.quant_min,
+                    self.integers.quant_max,
+                    self.dtype,
+                ),
             )
             y.meta = dict(node.meta)
         node.replace_all_uses_with(y)

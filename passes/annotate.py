@@ -18,7 +18,14 @@ from tfmq_fx._torchao import (
 )
 from tfmq_fx.arithmetic import FLOAT_BITS, IntegerRange
 from tfmq_fx.errors import TFMQError, nearest_names
-from tfmq_fx.graph import edge_layers, matmul_inputs, op_name, output_channel_axis, require_input, weight_argument
+from tfmq_fx.graph import (
+    edge_layers,
+    matmul_inputs,
+    op_name,
+    output_channel_axis,
+    require_input,
+    weight_argument,
+)
 from tfmq_fx.observers.static import StaticFakeQuantize
 from tfmq_fx.observers.weight import PerChannelWeightFakeQuantize
 from tfmq_fx.passes.find_temporal import TemporalBlock
@@ -62,18 +69,30 @@ def plan(gm: GraphModule, *, recipe: Recipe, temporal: TemporalBlock) -> Plan:
         if index is None:
             if operands := matmul_inputs(node):
                 if recipe.attention_bits == FLOAT_BITS:
-                    floats.append(Float(name=node.name, reason=f"{op_name(node)}: Recipe.attention_bits is 16"))
+                    floats.append(
+                        Float(name=node.name, reason=f"{op_name(node)}: Recipe.attention_bits is 16")
+                    )
                 elif any(isinstance(v, Node) for v in node.kwargs.values()):
-                    floats.append(Float(name=node.name, reason=f"{op_name(node)}: a tensor passed by keyword"))
+                    floats.append(
+                        Float(name=node.name, reason=f"{op_name(node)}: a tensor passed by keyword")
+                    )
                 del operands
             continue
         weight = node.args[index] if index < len(node.args) else None
-        if not isinstance(weight, Node) or weight.op != "get_attr" or any(isinstance(v, Node) for v in node.kwargs.values()):
-            floats.append(Float(name=node.name, reason=f"{op_name(node)}: its weight is computed, not a parameter"))
+        if (
+            not isinstance(weight, Node)
+            or weight.op != "get_attr"
+            or any(isinstance(v, Node) for v in node.kwargs.values())
+        ):
+            floats.append(
+                Float(name=node.name, reason=f"{op_name(node)}: its weight is computed, not a parameter")
+            )
             continue
         path = str(weight.target)
         paths.append(path)
-        rule = next((r for r in recipe.rules if fnmatchcase(path, r.pattern) and r.op in (None, op_name(node))), None)
+        rule = next(
+            (r for r in recipe.rules if fnmatchcase(path, r.pattern) and r.op in (None, op_name(node))), None
+        )
         unused.discard(rule)  # type: ignore[arg-type]
         weight_bits, activation_bits, reason = recipe.weight_bits, recipe.activation_bits, ""
         if node in edges and weight_bits < recipe.edge_weight_bits:
@@ -97,9 +116,13 @@ def plan(gm: GraphModule, *, recipe: Recipe, temporal: TemporalBlock) -> Plan:
         )
     if unused:
         pattern = next(r.pattern for r in recipe.rules if r in unused)
-        raise TFMQError(f"Recipe.rules: {pattern!r} matches no layer; nearest are {nearest_names(pattern, paths)}.")
+        raise TFMQError(
+            f"Recipe.rules: {pattern!r} matches no layer; nearest are {nearest_names(pattern, paths)}."
+        )
     if not layers:
-        raise TFMQError("the graph has no convolution or linear with a parameter weight: nothing to quantize.")
+        raise TFMQError(
+            "the graph has no convolution or linear with a parameter weight: nothing to quantize."
+        )
     return Plan(layers=tuple(layers), floats=tuple(floats))
 
 
@@ -125,10 +148,16 @@ class RecipeQuantizer(Quantizer):  # type: ignore[misc]
                 wanted = layer.temporal or self.recipe.keyed == "all"
                 keyed = wanted and _rows_are_samples(x, batch)
                 if wanted and not keyed:
-                    floats.append(Float(name=x.name, reason="per tensor, not per timestep: its rows are not the batch"))
-                specs[x] = self._temporal(layer.activation_bits) if keyed else self._static(layer.activation_bits)
+                    floats.append(
+                        Float(name=x.name, reason="per tensor, not per timestep: its rows are not the batch")
+                    )
+                specs[x] = (
+                    self._temporal(layer.activation_bits) if keyed else self._static(layer.activation_bits)
+                )
             elif self.recipe.activation_bits != FLOAT_BITS:
-                floats.append(Float(name=f"input of {layer.path}", reason=layer.reason or "activation_bits is 16"))
+                floats.append(
+                    Float(name=f"input of {layer.path}", reason=layer.reason or "activation_bits is 16")
+                )
             if layer.weight_bits != FLOAT_BITS:
                 specs[weight] = self._weight(layer.weight_bits, output_channel_axis(node))
             else:
@@ -137,7 +166,9 @@ class RecipeQuantizer(Quantizer):  # type: ignore[misc]
         if self.recipe.attention_bits != FLOAT_BITS:
             for node in model.graph.nodes:
                 if not any(isinstance(v, Node) for v in node.kwargs.values()):
-                    self._set(node, {x: self._static(self.recipe.attention_bits) for x in matmul_inputs(node)})
+                    self._set(
+                        node, {x: self._static(self.recipe.attention_bits) for x in matmul_inputs(node)}
+                    )
         self.plan = Plan(layers=self.plan.layers, floats=tuple(floats))
         return model
 

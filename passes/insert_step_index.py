@@ -37,4 +37,5 @@ def insert_step_index(gm: GraphModule, *, timesteps: Tensor, timestep: str = "ti
 
 
 def step_index(gm: GraphModule) -> Node:
-    return next(n for n in gm.graph.nodes if n.name == STEP)
+    node: Node = next(n for n in gm.graph.nodes if n.name == STEP)
+    return node

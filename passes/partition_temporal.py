@@ -12,7 +12,9 @@ from tfmq_fx.passes.find_temporal import TemporalBlock, taint
 BLOCK_NAME = "temporal_block"
 
 
-def _fuse(gm: GraphModule, temporal: TemporalBlock) -> tuple[GraphModule, list[Node], tuple[Node, ...], list[Node]]:
+def _fuse(
+    gm: GraphModule, temporal: TemporalBlock
+) -> tuple[GraphModule, list[Node], tuple[Node, ...], list[Node]]:
     """The block as a module, with its nodes, inputs and outputs in `gm`: features first, then values others share.
 
     A constant that the rest of the graph uses too gets a copy of its own there. A computed value that others
@@ -40,7 +42,7 @@ def _fuse(gm: GraphModule, temporal: TemporalBlock) -> tuple[GraphModule, list[N
 
 def extract_temporal(gm: GraphModule, temporal: TemporalBlock) -> GraphModule:
     """The block alone: (timestep, ...) -> tuple of features, sharing parameters and submodules with `gm`."""
-    block, _, _, outputs = _fuse(gm, temporal)
+    block, *_ = _fuse(gm, temporal)
     output = block.graph.output_node()
     output.args = (output.args[0][: len(temporal.features)],)  # type: ignore[index]
     block.recompile()
@@ -50,7 +52,7 @@ def extract_temporal(gm: GraphModule, temporal: TemporalBlock) -> GraphModule:
 def partition_temporal(gm: GraphModule, *, temporal: TemporalBlock) -> PassResult:
     """Replace the block's flat nodes by one call_module. Bitwise unchanged.
 
-        timestep -> n_1 -> .. -> f_i -> rest   ==>   timestep -> temporal_block -> getitem i -> rest
+    timestep -> n_1 -> .. -> f_i -> rest   ==>   timestep -> temporal_block -> getitem i -> rest
     """
     if BLOCK_NAME in gm._modules:
         return PassResult(gm, False)

@@ -10,7 +10,7 @@ from torch.fx import GraphModule, Node
 
 from tfmq_fx._torchao import FakeQuantizeBase, prepare_pt2e
 from tfmq_fx.errors import TFMQError
-from tfmq_fx.graph import attribute, fresh, placeholders, require_input
+from tfmq_fx.graph import attribute, fresh, require_input
 from tfmq_fx.observers.temporal import TemporalObserver
 from tfmq_fx.observers.weight import PerChannelWeightFakeQuantize
 from tfmq_fx.passes.annotate import RecipeQuantizer
@@ -55,7 +55,14 @@ def prepare(
     gm.graph.lint()
     gm.recompile()
     assert quantizer.plan is not None
-    gm.meta.update(timestep=temporal.timestep, features=temporal.features, timesteps=timesteps, recipe=recipe, plan=quantizer.plan, stage="prepared")
+    gm.meta.update(
+        timestep=temporal.timestep,
+        features=temporal.features,
+        timesteps=timesteps,
+        recipe=recipe,
+        plan=quantizer.plan,
+        stage="prepared",
+    )
     return gm
 
 
@@ -86,7 +93,9 @@ def require_stage(gm: GraphModule, *stages: str) -> None:
 
 def check_timesteps(timesteps: Tensor) -> None:
     if timesteps.dim() != 1 or timesteps.numel() == 0:
-        raise TFMQError(f"timesteps: a 1-D tensor of at least one value is needed, found shape {tuple(timesteps.shape)}.")
+        raise TFMQError(
+            f"timesteps: a 1-D tensor of at least one value is needed, found shape {tuple(timesteps.shape)}."
+        )
     if not torch.isfinite(timesteps.double()).all():
         raise TFMQError("timesteps: hold NaN or infinite values.")
     if len(timesteps.unique()) != len(timesteps):

@@ -21,7 +21,9 @@ def remove_noops(gm: GraphModule) -> PassResult:
         if op_name(node) == "dropout" and node.op == "call_function":
             x, p, train = (*node.args, *node.kwargs.values())[:3]
             if train and p != 0.0:
-                raise TFMQError(f"node {node.name}: dropout(p={p}) was captured in train mode; call .eval() on the network and capture again.")
+                raise TFMQError(
+                    f"node {node.name}: dropout(p={p}) was captured in train mode; call .eval() on the network and capture again."
+                )
             node.replace_all_uses_with(x)
             gm.graph.erase_node(node)
             modified = True

@@ -8,7 +8,6 @@ from torch.fx.passes.infra.pass_base import PassResult
 
 from tfmq_fx.graph import aten, op_name, placeholders, require_input
 
-
 _FILLS = {"ones_like": 1, "new_ones": 1, "zeros_like": 0, "new_zeros": 0}
 
 
@@ -24,7 +23,11 @@ def root_batch_size(gm: GraphModule, *, timestep: str = "timestep") -> PassResul
     """
     source = require_input(gm, timestep)
     value = source.meta.get("val")
-    if not isinstance(value, torch.Tensor) or value.dim() == 0 or not isinstance(value.shape[0], torch.SymInt):
+    if (
+        not isinstance(value, torch.Tensor)
+        or value.dim() == 0
+        or not isinstance(value.shape[0], torch.SymInt)
+    ):
         return PassResult(gm, False)
     symbol = value.shape[0].node.expr
 
@@ -56,7 +59,11 @@ def root_batch_size(gm: GraphModule, *, timestep: str = "timestep") -> PassResul
         like: torch.Tensor = node.meta["val"]
         shape = [d if isinstance(d, int) else size for d in like.shape]
         with gm.graph.inserting_before(node):
-            new = call(aten.full.default, (shape, _FILLS[op_name(node)]), {"dtype": like.dtype, "device": like.device})
+            new = call(
+                aten.full.default,
+                (shape, _FILLS[op_name(node)]),
+                {"dtype": like.dtype, "device": like.device},
+            )
         new.meta = dict(node.meta)
         node.replace_all_uses_with(new)
         gm.graph.erase_node(node)

@@ -30,7 +30,8 @@ class ResBlock(nn.Module):
         h = self.conv1(F.silu(self.norm1(x)))
         h = h + self.emb(F.silu(emb))[:, :, None, None]
         h = self.conv2(self.dropout(F.silu(self.norm2(h))))
-        return self.skip(x) + h
+        y: Tensor = self.skip(x) + h
+        return y
 
 
 class Attention(nn.Module):
@@ -43,7 +44,8 @@ class Attention(nn.Module):
         b, c, h, w = x.shape
         q, k, v = self.qkv(self.norm(x).flatten(2).transpose(1, 2)).chunk(3, dim=-1)
         y = self.out(F.scaled_dot_product_attention(q, k, v))
-        return x + y.transpose(1, 2).reshape(b, c, h, w)
+        z: Tensor = x + y.transpose(1, 2).reshape(b, c, h, w)
+        return z
 
 
 class TinyUNet(nn.Module):
@@ -98,7 +100,10 @@ def calibration(rows: int = 40, seed: int = 0) -> tfmq_fx.CalibrationSet:
     """Noise at every timestep of TIMESTEPS, a few rows each."""
     generator = torch.Generator().manual_seed(seed)
     return tfmq_fx.CalibrationSet.from_tensors(
-        {"sample": torch.randn(rows, 1, 8, 8, generator=generator), "timestep": TIMESTEPS.repeat(-(-rows // 10))[:rows]}
+        {
+            "sample": torch.randn(rows, 1, 8, 8, generator=generator),
+            "timestep": TIMESTEPS.repeat(-(-rows // 10))[:rows],
+        }
     )
 
 

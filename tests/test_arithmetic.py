@@ -57,7 +57,9 @@ def test_quantizing_twice_changes_nothing(x, bits):
 def test_packing_round_trips_at_its_size(numel, bits, seed):
     integers = IntegerRange.weight(bits)
     generator = torch.Generator().manual_seed(seed)
-    q = torch.randint(integers.quant_min, integers.quant_max + 1, (numel,), generator=generator).to(integers.dtype)
+    q = torch.randint(integers.quant_min, integers.quant_max + 1, (numel,), generator=generator).to(
+        integers.dtype
+    )
     packed = pack_bits(q, integers)
     assert packed.numel() == -(-numel * bits // 8)
     assert torch.equal(unpack_bits(packed, (numel,), integers), q)

@@ -33,7 +33,10 @@ def test_spread_takes_rows_evenly_over_timesteps():
     [
         ({"sample": torch.zeros(0, 3), "timestep": torch.zeros(0)}, "the set is empty"),
         ({"sample": torch.zeros(2, 3), "timestep": torch.zeros(3)}, "different numbers of rows"),
-        ({"sample": torch.tensor([[0.0], [torch.nan]]), "timestep": torch.zeros(2)}, "'sample' holds NaN .*first in row 1"),
+        (
+            {"sample": torch.tensor([[0.0], [torch.nan]]), "timestep": torch.zeros(2)},
+            "'sample' holds NaN .*first in row 1",
+        ),
         ({"sample": torch.zeros(2, 3), "t": torch.zeros(2)}, "no tensor named 'timestep'; found"),
     ],
 )
@@ -49,7 +52,9 @@ def test_recording_nothing_is_refused():
 
 def test_timesteps_outside_the_schedule_are_refused():
     gm = tfmq_fx.prepare(captured(), tfmq_fx.Recipe(), timesteps=TIMESTEPS[:-1])
-    with pytest.raises(TFMQError, match=r"timesteps \[0\] are in the data but not in the schedule of 9 values"):
+    with pytest.raises(
+        TFMQError, match=r"timesteps \[0\] are in the data but not in the schedule of 9 values"
+    ):
         tfmq_fx.calibrate(gm, calibration())
 
 

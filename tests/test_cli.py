@@ -36,10 +36,32 @@ def test_quantize_sample_and_evaluate_a_local_folder(monkeypatch, capsys, tmp_pa
     model = tmp_path / "model"
     shutil.copytree(FOLDER, model)
     common = ("--model", model, "--scheduler", "DDIMScheduler", "--steps", 4)
-    code, out, err = run(monkeypatch, capsys, "quantize", tmp_path / "q", "--recipe", "w8a16", "--num-samples", 2, "--iterations", 5, *common)
+    code, out, err = run(
+        monkeypatch,
+        capsys,
+        "quantize",
+        tmp_path / "q",
+        "--recipe",
+        "w8a16",
+        "--num-samples",
+        2,
+        "--iterations",
+        5,
+        *common,
+    )
     assert (code, err) == (0, "")
     assert "11 temporal features at 4 timesteps" in out
-    code, out, _ = run(monkeypatch, capsys, "sample", tmp_path / "q", "--output", tmp_path / "grid.png", "--num-samples", 3, *common)
+    code, out, _ = run(
+        monkeypatch,
+        capsys,
+        "sample",
+        tmp_path / "q",
+        "--output",
+        tmp_path / "grid.png",
+        "--num-samples",
+        3,
+        *common,
+    )
     assert code == 0
     assert Image.open(tmp_path / "grid.png").size[0] > 400
     code, out, _ = run(monkeypatch, capsys, "evaluate", tmp_path / "q", "--num-samples", 3, *common)
@@ -62,7 +84,7 @@ def corrupt(folder):
 @pytest.mark.parametrize(
     ("make", "words"),
     [
-        (lambda f: None, "not a diffusers pipeline folder"),
+        (lambda _: None, "not a diffusers pipeline folder"),
         (lambda f: shutil.copytree(FOLDER, f, dirs_exist_ok=True) and corrupt(f), "diffusers cannot load it"),
     ],
 )

@@ -38,7 +38,9 @@ def test_the_artefact_is_small_and_samples_the_same_bits(pipe, digits, tmp_path)
 
 def test_the_report_counts_every_convolution_and_linear(pipe, digits):
     unet = pipe.unet
-    modules = {f"{n}.weight" for n, m in unet.named_modules() if isinstance(m, (torch.nn.Conv2d, torch.nn.Linear))}
+    modules = {
+        f"{n}.weight" for n, m in unet.named_modules() if isinstance(m, (torch.nn.Conv2d, torch.nn.Linear))
+    }
     layers = {layer["path"]: layer for layer in digits.report["layers"]}
     assert layers.keys() == modules
     eight = {path for path, layer in layers.items() if layer["weight_bits"] == 8}
@@ -49,10 +51,14 @@ def test_the_report_counts_every_convolution_and_linear(pipe, digits):
 def test_temporal_features_stay_close(pipe, digits):
     example = {"sample": torch.randn(2, 1, 16, 16), "timestep": torch.tensor([0, 500]), "return_dict": False}
     gm = tfmq_fx.capture(pipe.unet, example)
-    data = tfmq_fx.CalibrationSet.from_tensors({"sample": torch.randn(10, 1, 16, 16), "timestep": digits.timesteps})
+    data = tfmq_fx.CalibrationSet.from_tensors(
+        {"sample": torch.randn(10, 1, 16, 16), "timestep": digits.timesteps}
+    )
     features = temporal_features(gm, digits.timesteps)
     with torch.no_grad():
-        distance = cosine_distance([f for f in digits.temporal_block(digits.timesteps) if f.is_floating_point()], features)
+        distance = cosine_distance(
+            [f for f in digits.temporal_block(digits.timesteps) if f.is_floating_point()], features
+        )
     assert distance.shape == (11, 10)
     nearest = tfmq_fx.calibrate(tfmq_fx.prepare(gm, tfmq_fx.Recipe(), timesteps=digits.timesteps), data)
     with torch.no_grad():
@@ -61,7 +67,9 @@ def test_temporal_features_stay_close(pipe, digits):
     assert rough.max() <= 1e-2
 
 
-@pytest.mark.parametrize(("pipeline", "scheduler"), [(DDPMPipeline, DDPMScheduler), (DDIMPipeline, DDIMScheduler)])
+@pytest.mark.parametrize(
+    ("pipeline", "scheduler"), [(DDPMPipeline, DDPMScheduler), (DDIMPipeline, DDIMScheduler)]
+)
 def test_it_is_a_drop_in_for_the_pipelines(pipe, digits, pipeline, scheduler):
     config = pipe.scheduler.config
     fresh = pipeline(pipe.unet, scheduler.from_config(config))

@@ -14,7 +14,10 @@ from tfmq_fx.passes.find_temporal import taint
 
 def feature_paths(gm, temporal):
     nodes = {n.name: n for n in gm.graph.nodes}
-    return [str(nodes[f].args[weight_argument(nodes[f])].target).removesuffix(".weight") for f in temporal.features]
+    return [
+        str(nodes[f].args[weight_argument(nodes[f])].target).removesuffix(".weight")
+        for f in temporal.features
+    ]
 
 
 def find(network, **inputs):
@@ -96,7 +99,11 @@ def test_shape_dtype_and_like_do_not_taint_but_a_label_does():
     gm, temporal = find(Conditioned(), sample=torch.randn(2, 4), label=torch.tensor([1, 2]))
     assert feature_paths(gm, temporal) == ["time"]
     marks = {n.name: m for n, m in taint(gm).items()}
-    scale_shift = next(n.name for n in gm.graph.nodes if n.op == "call_function" and any("scale_shift" in str(i) for i in n.all_input_nodes))
+    scale_shift = next(
+        n.name
+        for n in gm.graph.nodes
+        if n.op == "call_function" and any("scale_shift" in str(i) for i in n.all_input_nodes)
+    )
     assert marks[scale_shift] == {"timestep", "label"}
     extract_temporal(gm, temporal)(torch.tensor([3, 4]))
 
@@ -122,7 +129,9 @@ def test_an_in_place_write_taints_every_alias():
 
 
 def test_an_unknown_input_shows_the_names():
-    with pytest.raises(TFMQError, match=r"timestep='t': the graph has no such input; its inputs are sample, timestep"):
+    with pytest.raises(
+        TFMQError, match=r"timestep='t': the graph has no such input; its inputs are sample, timestep"
+    ):
         find_temporal(captured(TinyUNet), timestep="t")
 
 
@@ -132,7 +141,7 @@ class NoTime(nn.Module):
 
 
 class Unused(nn.Module):
-    def forward(self, sample, timestep):
+    def forward(self, sample, timestep):  # noqa: ARG002
         return sample * 2
 
 

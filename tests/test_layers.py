@@ -9,11 +9,25 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 LEVELS = [
-    ["tfmq_fx.errors", "tfmq_fx._torchao", "tfmq_fx.arithmetic", "tfmq_fx.graph", "tfmq_fx.progress", "tfmq_fx.metrics"],
+    [
+        "tfmq_fx.errors",
+        "tfmq_fx._torchao",
+        "tfmq_fx.arithmetic",
+        "tfmq_fx.graph",
+        "tfmq_fx.progress",
+        "tfmq_fx.metrics",
+    ],
     ["tfmq_fx.observers"],
     ["tfmq_fx.recipe"],
     ["tfmq_fx.passes"],
-    ["tfmq_fx.capture", "tfmq_fx.calibration", "tfmq_fx.reconstruction", "tfmq_fx.graph_json", "tfmq_fx.model", "tfmq_fx.saving"],
+    [
+        "tfmq_fx.capture",
+        "tfmq_fx.calibration",
+        "tfmq_fx.reconstruction",
+        "tfmq_fx.graph_json",
+        "tfmq_fx.model",
+        "tfmq_fx.saving",
+    ],
     ["tfmq_fx.pipeline", "tfmq_fx.demo", "tfmq_fx.sampling"],
     ["tfmq_fx.cli", "tfmq_fx.__init__"],
 ]
@@ -24,7 +38,12 @@ FILES = {
 
 
 def level(module):
-    matches = [i for i, names in enumerate(LEVELS) for name in names if module == name or module.startswith(name + ".")]
+    matches = [
+        i
+        for i, names in enumerate(LEVELS)
+        for name in names
+        if module == name or module.startswith(name + ".")
+    ]
     return matches[0] if matches else None
 
 
@@ -48,10 +67,25 @@ def test_torch_aos_private_names_have_one_home():
 
 
 def test_no_architecture_is_named_anywhere():
-    names = {n for n in dir(diffusers) if n.endswith(("2DModel", "3DModel", "ConditionModel", "Transformer2DModel"))}
-    words = names | {"time_emb_proj", "time_embedding", "resnets", "TimestepBlock", "down_blocks", "transformer_blocks"}
+    names = {
+        n
+        for n in dir(diffusers)
+        if n.endswith(("2DModel", "3DModel", "ConditionModel", "Transformer2DModel"))
+    }
+    words = names | {
+        "time_emb_proj",
+        "time_embedding",
+        "resnets",
+        "TimestepBlock",
+        "down_blocks",
+        "transformer_blocks",
+    }
     for module, path in FILES.items():
         tree = ast.parse(path.read_text())
-        strings = {n.value for n in ast.walk(tree) if isinstance(n, ast.Constant) and isinstance(n.value, str)}
-        code = {n.id for n in ast.walk(tree) if isinstance(n, ast.Name)} | {n.attr for n in ast.walk(tree) if isinstance(n, ast.Attribute)}
+        strings = {
+            n.value for n in ast.walk(tree) if isinstance(n, ast.Constant) and isinstance(n.value, str)
+        }
+        code = {n.id for n in ast.walk(tree) if isinstance(n, ast.Name)} | {
+            n.attr for n in ast.walk(tree) if isinstance(n, ast.Attribute)
+        }
         assert not (words & (strings | code)), (module, words & (strings | code))

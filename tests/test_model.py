@@ -10,7 +10,9 @@ from tfmq_fx.errors import TFMQError
 X = torch.randn(4, 1, 8, 8)
 
 
-@pytest.mark.parametrize("t", [300, 300.0, torch.tensor(300), torch.tensor([300]), torch.tensor([300.0]), torch.tensor([300] * 4)])
+@pytest.mark.parametrize(
+    "t", [300, 300.0, torch.tensor(300), torch.tensor([300]), torch.tensor([300.0]), torch.tensor([300] * 4)]
+)
 def test_a_timestep_may_be_a_number_or_any_shape(tiny, t):
     with torch.no_grad():
         assert torch.equal(tiny(X, t), tiny(X, torch.tensor([300, 300, 300, 300])))
@@ -28,7 +30,9 @@ def test_unseen_timesteps_are_counted(tiny):
 
 
 def test_unseen_timesteps_are_refused_on_request():
-    recipe = dataclasses.replace(tfmq_fx.Recipe(unseen="error"), reconstruction=dataclasses.replace(FAST, method="nearest"))
+    recipe = dataclasses.replace(
+        tfmq_fx.Recipe(unseen="error"), reconstruction=dataclasses.replace(FAST, method="nearest")
+    )
     q = tfmq_fx.quantize(make(TinyUNet), recipe, calibration=calibration())
     with pytest.raises(TFMQError, match=r"timestep=451: .*neighbours are 400\.0 and 500\.0"):
         q(X, 451)
@@ -85,7 +89,9 @@ def test_the_report_lists_everything(tiny):
     assert any("scaled_dot_product_attention" in f for f in floats)
     assert report["temporal_block"] == {"features": 2, "timesteps": 10}
     assert len(report["errors_by_timestep"]) == 10
-    assert report["sizes"]["quantized_weights"] + report["sizes"]["float_parameters"] == sum(p.numel() for p in network.parameters())
+    assert report["sizes"]["quantized_weights"] + report["sizes"]["float_parameters"] == sum(
+        p.numel() for p in network.parameters()
+    )
     assert {r["kept"] for r in report["reconstruction"]} <= {"learned", "nearest"}
 
 

@@ -18,7 +18,10 @@ X, T = BATCH["sample"], BATCH["timestep"]
 
 
 def bits_by_layer(gm):
-    return {layer.path.removesuffix(".weight"): (layer.weight_bits, layer.activation_bits) for layer in gm.meta["plan"].layers}
+    return {
+        layer.path.removesuffix(".weight"): (layer.weight_bits, layer.activation_bits)
+        for layer in gm.meta["plan"].layers
+    }
 
 
 @pytest.mark.parametrize("name", ["w8a8", "w4a8", "w8a16", "w4a16", "w4a4"])
@@ -39,7 +42,9 @@ def test_observers_stand_where_they_should():
     count = lambda cls: sum(cls in mro for mro in kinds)  # noqa: E731
     assert count(PerChannelWeightFakeQuantize) == 14
     assert count(TemporalObserver) == 4
-    assert count(StaticFakeQuantize) == 8  # conv1 and conv2 twice, down, qkv, out, skip; the inputs of the first and last stay float
+    assert (
+        count(StaticFakeQuantize) == 8
+    )  # conv1 and conv2 twice, down, qkv, out, skip; the inputs of the first and last stay float
     for node, observer in observers(gm):
         if isinstance(observer, TemporalObserver):
             assert node.args[1] is step_index(gm)
@@ -67,7 +72,9 @@ def test_the_step_index_is_computed_once_and_nearest():
     assert index.run(torch.zeros(6, 1, 8, 8), values).tolist() == [0, 9, 5, 4, 0, 8]
 
 
-@pytest.mark.parametrize("changes", [{}, {"keyed": "all"}, {"attention_bits": 8}, {"edge_activation_bits": 8}])
+@pytest.mark.parametrize(
+    "changes", [{}, {"keyed": "all"}, {"attention_bits": 8}, {"edge_activation_bits": 8}]
+)
 def test_the_converted_graph_equals_the_prepared_one(changes):
     gm = prepared(**changes)
     q = tfmq_fx.convert(gm)
@@ -88,7 +95,9 @@ def test_the_converted_graph_holds_integers_and_one_temporal_block():
         value = tensors_of(q)[name]
         assert value.dtype in (torch.int8, torch.uint8)
         assert low <= value.min() <= value.max() <= high
-    assert not any(name.removesuffix("_q") in dict(q.named_parameters()) for name in integers)  # float weights are gone
+    assert not any(
+        name.removesuffix("_q") in dict(q.named_parameters()) for name in integers
+    )  # float weights are gone
     assert [n.target for n in q.graph.nodes if n.op == "call_module"] == ["temporal_block"]
     block = q.get_submodule("temporal_block")
     assert [op_name(n) for n in block.graph.nodes].count("argmin") == 1
@@ -111,7 +120,11 @@ def test_mixed_timesteps_equal_one_sample_at_a_time():
 def test_dequantized_integers_are_what_the_prepared_graph_used():
     gm = prepared()
     tfmq_fx.reconstruct(gm, calibration())
-    used = {str(n.args[0].target): o.dequantized() for n, o in observers(gm) if isinstance(o, PerChannelWeightFakeQuantize)}
+    used = {
+        str(n.args[0].target): o.dequantized()
+        for n, o in observers(gm)
+        if isinstance(o, PerChannelWeightFakeQuantize)
+    }
     q = tfmq_fx.convert(gm)
     for module in (q, q.get_submodule("temporal_block")):
         interpreter = torch.fx.Interpreter(module)
@@ -127,7 +140,9 @@ def test_dequantized_integers_are_what_the_prepared_graph_used():
 def test_a_scalar_timestep_network_runs_through():
     network = make(ScalarTime)
     gm = tfmq_fx.capture(network, {"sample": torch.randn(2, 4), "timestep": torch.tensor(7)})
-    data = tfmq_fx.CalibrationSet.from_tensors({"sample": torch.randn(40, 4), "timestep": TIMESTEPS.repeat(4)})
+    data = tfmq_fx.CalibrationSet.from_tensors(
+        {"sample": torch.randn(40, 4), "timestep": TIMESTEPS.repeat(4)}
+    )
     gm = tfmq_fx.prepare(gm, tfmq_fx.Recipe(reconstruction=FAST, weight_bits=8), timesteps=TIMESTEPS)
     tfmq_fx.reconstruct(tfmq_fx.calibrate(gm, data), data)
     q = tfmq_fx.convert(gm)
@@ -138,13 +153,18 @@ def test_a_scalar_timestep_network_runs_through():
 
 
 def test_rules_change_bits_and_a_rule_without_a_match_shows_the_nearest():
-    rules = (tfmq_fx.Rule(pattern="attention.*", weight_bits=8), tfmq_fx.Rule(pattern="down.*", weight_bits=16, activation_bits=16))
+    rules = (
+        tfmq_fx.Rule(pattern="attention.*", weight_bits=8),
+        tfmq_fx.Rule(pattern="down.*", weight_bits=16, activation_bits=16),
+    )
     gm = tfmq_fx.prepare(captured(), tfmq_fx.Recipe(rules=rules), timesteps=TIMESTEPS)
     assert bits_by_layer(gm)["attention.qkv"] == (8, 8)
     assert bits_by_layer(gm)["down"] == (16, 16)
     assert "down.weight" in {f.name for f in gm.meta["plan"].floats}
     with pytest.raises(TFMQError, match=r"'atention\.\*' matches no layer; nearest are attention"):
-        tfmq_fx.prepare(captured(), tfmq_fx.Recipe(rules=(tfmq_fx.Rule(pattern="atention.*"),)), timesteps=TIMESTEPS)
+        tfmq_fx.prepare(
+            captured(), tfmq_fx.Recipe(rules=(tfmq_fx.Rule(pattern="atention.*"),)), timesteps=TIMESTEPS
+        )
 
 
 @pytest.mark.parametrize("field", ["weight_bits", "activation_bits", "edge_weight_bits", "attention_bits"])
@@ -182,7 +202,9 @@ def test_a_zero_channel_quantizes_to_zero():
         network.head.weight[2] = network.head.weight[2].abs()  # one-signed
     gm = tfmq_fx.capture(network, {"sample": torch.randn(2, 4), "timestep": torch.tensor(7)})
     gm = tfmq_fx.prepare(gm, tfmq_fx.Recipe(weight_bits=4, edge_weight_bits=4), timesteps=TIMESTEPS)
-    weights = {str(n.args[0].target): o for n, o in observers(gm) if isinstance(o, PerChannelWeightFakeQuantize)}
+    weights = {
+        str(n.args[0].target): o for n, o in observers(gm) if isinstance(o, PerChannelWeightFakeQuantize)
+    }
     assert torch.isfinite(weights["body.weight"].scale).all()
     assert torch.equal(weights["body.weight"].dequantized()[1], torch.zeros(4))
     for o in weights.values():
@@ -201,7 +223,9 @@ def test_constant_activations_give_finite_scales():
 
     gm = tfmq_fx.capture(Constant().eval(), {"sample": torch.randn(2, 4), "timestep": torch.tensor([1, 2])})
     gm = tfmq_fx.prepare(gm, tfmq_fx.Recipe(edge_activation_bits=8), timesteps=torch.tensor([1, 2]))
-    data = tfmq_fx.CalibrationSet.from_tensors({"sample": torch.randn(8, 4), "timestep": torch.tensor([1, 2]).repeat(4)})
+    data = tfmq_fx.CalibrationSet.from_tensors(
+        {"sample": torch.randn(8, 4), "timestep": torch.tensor([1, 2]).repeat(4)}
+    )
     q = tfmq_fx.convert(tfmq_fx.calibrate(gm, data))
     with torch.no_grad():
         assert torch.isfinite(q(torch.randn(3, 4), torch.tensor([1, 2, 2]))).all()

@@ -13,7 +13,11 @@ from tfmq_fx.passes.prepare import observers
 
 
 def integers(gm):
-    return {str(n.args[0].target): o.q.clone() for n, o in observers(gm) if isinstance(o, PerChannelWeightFakeQuantize)}
+    return {
+        str(n.args[0].target): o.q.clone()
+        for n, o in observers(gm)
+        if isinstance(o, PerChannelWeightFakeQuantize)
+    }
 
 
 def weights_of(block):
@@ -44,7 +48,7 @@ def test_every_block_gets_no_worse_and_most_get_better():
     before = integers(gm)
     tfmq_fx.reconstruct(gm, calibration())
     results = gm.meta["reconstruction"]
-    assert [r.name for r in results][0] == "temporal_block"
+    assert results[0].name == "temporal_block"
     assert len(results) == 7
     assert all(r.error <= r.error_nearest for r in results)
     assert results[0].error < 0.7 * results[0].error_nearest
@@ -74,7 +78,11 @@ def test_nearest_learns_nothing():
 
 def test_a_loss_that_becomes_nan_names_the_block():
     gm = prepared()
-    observer = next(o for n, o in observers(gm) if isinstance(o, PerChannelWeightFakeQuantize) and "attention.qkv" in str(n.args[0].target))
+    observer = next(
+        o
+        for n, o in observers(gm)
+        if isinstance(o, PerChannelWeightFakeQuantize) and "attention.qkv" in str(n.args[0].target)
+    )
     observer.scale.fill_(torch.nan)
     with pytest.raises(TFMQError, match=r"block attention\.qkv\.weight: the loss became nan"):
         tfmq_fx.reconstruct(gm, calibration())

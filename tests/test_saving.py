@@ -48,12 +48,20 @@ def test_the_layout_is_what_is_documented(tiny, folder):
     config = json.loads((folder / CONFIG).read_text())["quantization_config"]
     assert (config["quant_method"], config["format_version"]) == ("tfmq", 1)
     with safe_open(folder / WEIGHTS, "np") as file:
-        packed, scale, zero_point = (file.get_tensor(f"down.weight_{part}") for part in ("q", "scale", "zero_point"))
+        packed, scale, zero_point = (
+            file.get_tensor(f"down.weight_{part}") for part in ("q", "scale", "zero_point")
+        )
     spec = config["tensors"]["down.weight_q"]
     assert spec["bits"] == 4
     q = [nibble for byte in packed.tolist() for nibble in (byte & 15, byte >> 4)]
-    w = (torch.tensor(q).reshape(spec["shape"]) - torch.tensor(zero_point).view(-1, 1, 1, 1)) * torch.tensor(scale).view(-1, 1, 1, 1)
-    node = next(n for n in tiny.network.graph.nodes if n.name.startswith("dequantize") and "down_weight_q" in str(n.args[0]))
+    w = (torch.tensor(q).reshape(spec["shape"]) - torch.tensor(zero_point).view(-1, 1, 1, 1)) * torch.tensor(
+        scale
+    ).view(-1, 1, 1, 1)
+    node = next(
+        n
+        for n in tiny.network.graph.nodes
+        if n.name.startswith("dequantize") and "down_weight_q" in str(n.args[0])
+    )
     interpreter = torch.fx.Interpreter(tiny.network)
     for arg in node.all_input_nodes:
         interpreter.env[arg] = interpreter.run_node(arg)
@@ -62,7 +70,7 @@ def test_the_layout_is_what_is_documented(tiny, folder):
 
 def test_nothing_is_pickled(folder):
     assert sorted(p.name for p in folder.iterdir()) == sorted([CONFIG, WEIGHTS, GRAPH, REPORT])
-    assert not any(b"\x80\x04" == p.read_bytes()[:2] for p in folder.iterdir())
+    assert not any(p.read_bytes()[:2] == b"\x80\x04" for p in folder.iterdir())
 
 
 def test_saving_again_replaces_what_is_ours(tiny, folder):
@@ -115,7 +123,10 @@ def test_damaged_files_are_refused(folder, name, damage):
     [
         (lambda c: c.pop("quantization_config"), "not a tfmq artefact"),
         (lambda c: c["quantization_config"].update(format_version=99), "format version 99"),
-        (lambda c: c["quantization_config"]["tensors"]["down.weight_q"].update(shape=[1, 2]), "takes 1 bytes"),
+        (
+            lambda c: c["quantization_config"]["tensors"]["down.weight_q"].update(shape=[1, 2]),
+            "takes 1 bytes",
+        ),
         (lambda c: c["quantization_config"]["tensors"].pop("down.weight_q"), "down.weight_q"),
         (lambda c: c["quantization_config"].pop("interface"), "KeyError"),
         (lambda c: c["quantization_config"]["sha256"].update({"../../etc/passwd": "0"}), "unknown file"),
@@ -135,7 +146,9 @@ def _rehash(folder):
     edit(folder / CONFIG, lambda c: c["quantization_config"]["sha256"].update({GRAPH: digest}))
 
 
-@pytest.mark.parametrize("target", ["os.system", "aten.from_file.default", "builtins.eval", "aten.nothing.default", "prims.x.y"])
+@pytest.mark.parametrize(
+    "target", ["os.system", "aten.from_file.default", "builtins.eval", "aten.nothing.default", "prims.x.y"]
+)
 def test_a_graph_can_only_name_tensor_operators(folder, target):
     def change(graph):
         next(n for n in graph["nodes"] if n["op"] == "call_function")["target"] = target
@@ -163,7 +176,9 @@ while True:
 def test_a_killed_writer_leaves_the_folder_absent_or_whole(folder, tmp_path):
     target, rng = tmp_path / "out", random.Random(0)
     for _ in range(4):
-        process = subprocess.Popen([sys.executable, "-W", "ignore", "-c", WRITER, str(folder), str(target)], stdout=subprocess.PIPE)
+        process = subprocess.Popen(
+            [sys.executable, "-W", "ignore", "-c", WRITER, str(folder), str(target)], stdout=subprocess.PIPE
+        )
         assert process.stdout is not None
         assert process.stdout.readline().strip() == b"ready"
         time.sleep(rng.uniform(0.01, 0.3))
@@ -183,12 +198,14 @@ def test_a_pt2_gives_the_same_numbers_without_this_library(tiny, tmp_path):
         "i = torch.load('inputs.pt'); y = torch.export.load('net.pt2').module()(**i);"
         "torch.save(y.detach(), 'y.pt')"
     )
-    subprocess.run([sys.executable, "-W", "ignore", "-c", code], cwd=tmp_path, check=True, capture_output=True)
+    subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", code], cwd=tmp_path, check=True, capture_output=True
+    )
     with torch.no_grad():
         assert torch.equal(torch.load(tmp_path / "y.pt"), tiny(X, T))
 
 
 def test_an_unknown_export_suffix_is_refused(tiny, tmp_path):
-    with pytest.raises(TFMQError, match="'.exe' is not supported"):
+    with pytest.raises(TFMQError, match=r"'\.exe' is not supported"):
         tiny.export(tmp_path / "net.exe")
     assert list(tmp_path.iterdir()) == []

@@ -1,8 +1,8 @@
 """tfmq_fx: quantize diffusion models as a PyTorch FX pass, with the temporal block found by dataflow.
 
-    q = tfmq_fx.quantize(pipe, "w4a8")
-    q.save_pretrained("folder");  q = tfmq_fx.load("folder")
-    pipe.unet = q
+q = tfmq_fx.quantize(pipe, "w4a8")
+q.save_pretrained("folder");  q = tfmq_fx.load("folder")
+pipe.unet = q
 """
 
 from tfmq_fx import observers, passes

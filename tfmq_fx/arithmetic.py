@@ -133,7 +133,9 @@ def unpack_bits(packed: Tensor, shape: tuple[int, ...], integers: IntegerRange) 
         )
     bits = np.unpackbits(packed.numpy(), bitorder="little")[: numel * integers.bits]
     unsigned = (bits.reshape(numel, integers.bits) << np.arange(integers.bits, dtype=np.uint8)).sum(1)
-    return (torch.from_numpy(unsigned.astype(np.int16)) + integers.quant_min).to(integers.dtype).reshape(shape)
+    return (
+        (torch.from_numpy(unsigned.astype(np.int16)) + integers.quant_min).to(integers.dtype).reshape(shape)
+    )
 
 
 class _FakeQuantizeRows(torch.autograd.Function):

@@ -30,7 +30,9 @@ class CalibrationSet:
         self.constants = dict(constants)  # non-tensor arguments of the recorded calls
         self.timestep = timestep
         if timestep not in self.tensors:
-            raise TFMQError(f"calibration: no tensor named {timestep!r}; found {nearest_names(timestep, self.tensors)}.")
+            raise TFMQError(
+                f"calibration: no tensor named {timestep!r}; found {nearest_names(timestep, self.tensors)}."
+            )
         sizes = {name: x.shape[0] if x.dim() else 0 for name, x in self.tensors.items()}
         if not all(sizes.values()):
             raise TFMQError(f"calibration: the set is empty (rows by tensor: {sizes}).")
@@ -39,7 +41,9 @@ class CalibrationSet:
         for name, x in self.tensors.items():
             if x.is_floating_point() and not torch.isfinite(x).all():
                 row = int((~torch.isfinite(x.flatten(1) if x.dim() > 1 else x[:, None]).all(1)).nonzero()[0])
-                raise TFMQError(f"calibration: tensor {name!r} holds NaN or infinite values, first in row {row}.")
+                raise TFMQError(
+                    f"calibration: tensor {name!r} holds NaN or infinite values, first in row {row}."
+                )
 
     def __len__(self) -> int:
         return len(self.tensors[self.timestep])
@@ -52,7 +56,14 @@ class CalibrationSet:
     @staticmethod
     @torch.no_grad()
     def record(
-        pipe: Any, *, num_samples: int, num_inference_steps: int, seed: int = 0, batch_size: int = 64, timestep: str = "timestep", **pipe_kwargs: Any
+        pipe: Any,
+        *,
+        num_samples: int,
+        num_inference_steps: int,
+        seed: int = 0,
+        batch_size: int = 64,
+        timestep: str = "timestep",
+        **pipe_kwargs: Any,
     ) -> CalibrationSet:
         """Run the pipeline once and keep every call of its denoiser: one trajectory per sample.
 
@@ -60,7 +71,9 @@ class CalibrationSet:
         (prompt, class_labels, guidance_scale, eta, ...); samples are drawn in batches of `batch_size`.
         """
         if num_samples < 1 or num_inference_steps < 1:
-            raise TFMQError(f"calibration: num_samples={num_samples} and num_inference_steps={num_inference_steps} must be positive.")
+            raise TFMQError(
+                f"calibration: num_samples={num_samples} and num_inference_steps={num_inference_steps} must be positive."
+            )
         network = denoiser(pipe, timestep=timestep)
         signature = inspect.signature(network.forward)
         calls: list[dict[str, Any]] = []
@@ -74,20 +87,31 @@ class CalibrationSet:
             for start in track(range(0, num_samples, batch_size), "recording trajectories"):
                 size = min(batch_size, num_samples - start)
                 batch = {} if "prompt" in pipe_kwargs else {"batch_size": size}
-                pipe(num_inference_steps=num_inference_steps, generator=generator, output_type="np", **batch, **pipe_kwargs)
+                pipe(
+                    num_inference_steps=num_inference_steps,
+                    generator=generator,
+                    output_type="np",
+                    **batch,
+                    **pipe_kwargs,
+                )
         finally:
             handle.remove()
         if not calls:
             raise TFMQError(f"calibration: the pipeline never called {type(network).__name__}.")
         rows = [_rows(call, timestep) for call in calls]
         names = [n for n, v in rows[0].items() if isinstance(v, Tensor)]
-        constants = {n: v for n, v in calls[0].items() if n not in names and v is not None and not isinstance(v, Tensor)}
+        constants = {
+            n: v
+            for n, v in calls[0].items()
+            if n not in names and v is not None and not isinstance(v, Tensor)
+        }
         return CalibrationSet({n: torch.cat([r[n] for r in rows]) for n in names}, constants, timestep)
 
     @property
     def timesteps(self) -> Tensor:
         """The distinct timesteps (T,), from the last of the forward process to the first, as samplers go."""
-        return torch.unique(self.tensors[self.timestep]).flip(0)
+        values: Tensor = torch.unique(self.tensors[self.timestep])
+        return values.flip(0)
 
     def spread(self, num_samples: int, *, seed: int = 0) -> CalibrationSet:
         """`num_samples` rows, drawn evenly over the timesteps, in shuffled order; all when there are fewer."""
@@ -106,7 +130,11 @@ class CalibrationSet:
     def batches(self, batch_size: int, *, one_timestep: bool = False) -> Iterator[dict[str, Tensor]]:
         """At most `batch_size` rows each; one_timestep: of one timestep each, for networks that take one a call."""
         t = self.tensors[self.timestep]
-        groups = [(t == value).nonzero().flatten() for value in t.unique()] if one_timestep else [torch.arange(len(t))]
+        groups = (
+            [(t == value).nonzero().flatten() for value in t.unique()]
+            if one_timestep
+            else [torch.arange(len(t))]
+        )
         for group in groups:
             for rows in group.split(batch_size):
                 yield {n: x[rows] for n, x in self.tensors.items()}
@@ -139,7 +167,9 @@ def inputs_of(gm: GraphModule, batch: Mapping[str, Tensor]) -> list[Tensor]:
     names = list(placeholders(gm))
     missing = [n for n in names if n not in batch]
     if missing:
-        raise TFMQError(f"calibration: the graph's input {missing[0]!r} is missing; the set has {', '.join(batch)}.")
+        raise TFMQError(
+            f"calibration: the graph's input {missing[0]!r} is missing; the set has {', '.join(batch)}."
+        )
     inputs = [batch[n] for n in names]
     if is_scalar(gm):
         i = names.index(gm.meta["timestep"])
@@ -174,7 +204,9 @@ def calibrate(gm: GraphModule, calibration: CalibrationSet, *, batch_size: int =
     found = list(observers(gm))
     keyed = [o for _, o in found if isinstance(o, TemporalObserver)]
     static = [o for _, o in found if not isinstance(o, TemporalObserver)]
-    block = extract_temporal(gm, find_temporal(gm, timestep=gm.meta["timestep"], features=gm.meta["features"]))
+    block = extract_temporal(
+        gm, find_temporal(gm, timestep=gm.meta["timestep"], features=gm.meta["features"])
+    )
     if data_free := len(placeholders(block)) == 1:
         run_temporal(block, timesteps, scalar=is_scalar(gm))
         for _, observer in observers(block):

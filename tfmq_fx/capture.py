@@ -34,9 +34,13 @@ def capture(network: nn.Module, example_inputs: Mapping[str, Any], timestep: str
     """
     training = [name or "the network" for name, module in network.named_modules() if module.training]
     if training:
-        raise TFMQError(f"{training[0]} is in train mode; call .eval() on the network first (dropout would be baked into the graph).")
+        raise TFMQError(
+            f"{training[0]} is in train mode; call .eval() on the network first (dropout would be baked into the graph)."
+        )
     if timestep not in example_inputs:
-        raise TFMQError(f"timestep={timestep!r}: not among the example inputs {nearest_names(timestep, example_inputs)}.")
+        raise TFMQError(
+            f"timestep={timestep!r}: not among the example inputs {nearest_names(timestep, example_inputs)}."
+        )
     if not isinstance(example_inputs[timestep], Tensor):
         raise TFMQError(
             f"timestep={timestep!r}: a Python {type(example_inputs[timestep]).__name__} ({example_inputs[timestep]!r}) would be baked "
@@ -46,7 +50,9 @@ def capture(network: nn.Module, example_inputs: Mapping[str, Any], timestep: str
     order = list(inspect.signature(network.forward).parameters)
     unknown = [n for n in example_inputs if n not in order]
     if unknown:
-        raise TFMQError(f"example input {unknown[0]!r}: {type(network).__name__} takes {nearest_names(unknown[0], order)}.")
+        raise TFMQError(
+            f"example input {unknown[0]!r}: {type(network).__name__} takes {nearest_names(unknown[0], order)}."
+        )
     inputs = {n: _at_least_two(example_inputs[n]) for n in order if n in example_inputs}
     dynamic = {
         name: {0: torch.export.Dim.AUTO} if isinstance(x, Tensor) and x.dim() > 0 else None
@@ -80,7 +86,9 @@ def check_finite(network: nn.Module) -> None:
     """Raise TFMQError naming the first parameter or buffer that holds NaN or infinity."""
     for name, p in [*network.named_parameters(), *network.named_buffers()]:
         if p.is_floating_point() and not p.is_meta and not torch.isfinite(p).all():
-            raise TFMQError(f"weight {name}: holds NaN or infinite values; quantizing it would give wrong pictures.")
+            raise TFMQError(
+                f"weight {name}: holds NaN or infinite values; quantizing it would give wrong pictures."
+            )
 
 
 def _at_least_two(x: Any) -> Any:
@@ -97,9 +105,8 @@ def _plain_signature(gm: GraphModule, tensors: set[str], out_spec: pytree.TreeSp
     flat = pytree.tree_leaves(output.args[0], is_leaf=lambda x: isinstance(x, Node))
     output.args = (_plain(pytree.tree_unflatten(flat, out_spec)),)
     graph.set_codegen(CodeGen())
-    meta = {}
     gm = GraphModule(gm, graph)  # sheds the train/eval refusal of exported modules too
-    gm.meta = meta
+    gm.meta = {}
     return gm
 
 

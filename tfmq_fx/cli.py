@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect as inspect_module
 import json
 import logging as stdlib_logging
 import os
@@ -19,20 +20,26 @@ from rich.table import Table
 from tfmq_fx.errors import TFMQError
 
 app = typer.Typer(
-    add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help="Quantize diffusion models."
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    help="Quantize diffusion models.",
 )
 out = Console(soft_wrap=True)
 
 Model = Annotated[
-    str | None, typer.Option("--model", help="A diffusers pipeline folder or hub id. Default: the embedded digits DDPM.")
+    str | None,
+    typer.Option("--model", help="A diffusers pipeline folder or hub id. Default: the embedded digits DDPM."),
 ]
 Scheduler = Annotated[
-    str | None, typer.Option(help="A diffusers scheduler class, e.g. DDIMScheduler. Default: the pipeline's own.")
+    str | None,
+    typer.Option(help="A diffusers scheduler class, e.g. DDIMScheduler. Default: the pipeline's own."),
 ]
 Steps = Annotated[int, typer.Option(min=1, help="Denoising steps.")]
 Seed = Annotated[int, typer.Option(help="Seed of noise and of calibration.")]
 Arguments = Annotated[
-    list[str] | None, typer.Option("--argument", help="A pipeline argument as NAME=JSON, e.g. class_labels=[1,2].")
+    list[str] | None,
+    typer.Option("--argument", help="A pipeline argument as NAME=JSON, e.g. class_labels=[1,2]."),
 ]
 Folder = Annotated[Path, typer.Argument(help="A folder written by `tfmq quantize`.")]
 
@@ -58,8 +65,9 @@ def load_pipeline(model: str | None, scheduler: str | None = None) -> Any:
             first = (str(error).strip().splitlines() or [""])[0]
             raise TFMQError(f"{model}: diffusers cannot load it ({type(error).__name__}: {first})") from error
     if scheduler is not None:
-        cls = getattr(diffusers, scheduler, None)
-        if not (isinstance(cls, type) and issubclass(cls, diffusers.SchedulerMixin)):
+        cls: Any = getattr(diffusers, scheduler, None)
+        known = inspect_module.isclass(cls) and issubclass(cls, diffusers.SchedulerMixin)
+        if not known:
             raise TFMQError(f"--scheduler: diffusers has no scheduler {scheduler!r}.")
         pipe.scheduler = cls.from_config(pipe.scheduler.config)
     pipe.set_progress_bar_config(disable=not sys.stderr.isatty(), leave=False)
@@ -73,7 +81,9 @@ def _pipe_kwargs(arguments: list[str] | None) -> dict[str, Any]:
         try:
             kwargs[name] = json.loads(value)
         except ValueError as error:
-            raise TFMQError(f"--argument {argument!r}: use NAME=JSON; strings take quotes, e.g. prompt='\"a cat\"'.") from error
+            raise TFMQError(
+                f"--argument {argument!r}: use NAME=JSON; strings take quotes, e.g. prompt='\"a cat\"'."
+            ) from error
     return kwargs
 
 
@@ -103,7 +113,9 @@ def inspect(model: Model = None, recipe: str = "w4a8") -> None:
         f"{type(network).__name__}: {sum(p.numel() for p in network.parameters()) / 1e6:.2f} M parameters, "
         f"{len(gm.graph.nodes)} nodes; captured in {captured - started:.1f} s, block found in {(found - captured) * 1e3:.0f} ms"
     )
-    out.print(f"temporal block: {len(temporal.nodes)} nodes, a function of {', '.join(temporal.keys)}; {len(temporal.features)} features:")
+    out.print(
+        f"temporal block: {len(temporal.nodes)} nodes, a function of {', '.join(temporal.keys)}; {len(temporal.features)} features:"
+    )
     for name in temporal.features:
         out.print(f"  {paths.get(name, name)}")
     table = Table("layers", "op", "weight bits", "activation bits", "temporal")
@@ -126,7 +138,8 @@ def quantize(
     num_samples: Annotated[int, typer.Option(min=1, help="Calibration trajectories.")] = 64,
     steps: Steps = 50,
     iterations: Annotated[
-        int | None, typer.Option(min=0, help="Reconstruction per block; 0: round to nearest. Default: the recipe's.")
+        int | None,
+        typer.Option(min=0, help="Reconstruction per block; 0: round to nearest. Default: the recipe's."),
     ] = None,
     seed: Seed = 0,
     scheduler: Scheduler = None,
@@ -141,7 +154,9 @@ def quantize(
     chosen = Recipe.preset(recipe)
     if iterations is not None:
         changes = {"method": "nearest"} if iterations == 0 else {"iterations": iterations}
-        chosen = dataclasses.replace(chosen, reconstruction=dataclasses.replace(chosen.reconstruction, **changes))
+        chosen = dataclasses.replace(
+            chosen, reconstruction=dataclasses.replace(chosen.reconstruction, **changes)
+        )
     check_output_folder(output)  # before minutes of work, not after
     pipe = load_pipeline(model, scheduler)
     calibration = CalibrationSet.record(
@@ -156,7 +171,9 @@ def quantize(
         f"{output}: {recipe}, {len(report['layers'])} layers, {report['temporal_block']['features']} temporal features at "
         f"{report['temporal_block']['timesteps']} timesteps (worst cosine distance {worst:.1e})"
     )
-    out.print(f"{sizes['float_bytes'] / 1e6:.2f} MB float -> {sizes['quantized_bytes'] / 1e6:.2f} MB ({sizes['ratio']:.3f}); report.json lists what stayed float and why")
+    out.print(
+        f"{sizes['float_bytes'] / 1e6:.2f} MB float -> {sizes['quantized_bytes'] / 1e6:.2f} MB ({sizes['ratio']:.3f}); report.json lists what stayed float and why"
+    )
     out.print("seconds: " + ", ".join(f"{k} {v:.1f}" for k, v in report["seconds"].items()))
 
 
@@ -179,7 +196,9 @@ def sample(
     quantized = load(folder)
     images = _both(load_pipeline(model, scheduler), quantized, num_samples, steps, seed, argument)
     save_grid([("float", images[0]), (folder.name, images[1])], output)
-    out.print(f"{output}: {num_samples} samples, {steps} steps, PSNR {psnr(images[1], images[0]):.1f} dB over all pixels")
+    out.print(
+        f"{output}: {num_samples} samples, {steps} steps, PSNR {psnr(images[1], images[0]):.1f} dB over all pixels"
+    )
 
 
 @app.command()
@@ -200,22 +219,34 @@ def evaluate(
     images = _both(load_pipeline(model, scheduler), quantized, num_samples, steps, seed, argument)
     by_image = psnr_by_image(images[1], images[0])
     table = Table("measure", "value")
-    table.add_row("PSNR to float, mean of images", f"{by_image.mean():.2f} dB (range 2, {num_samples} samples, {steps} steps)")
+    table.add_row(
+        "PSNR to float, mean of images",
+        f"{by_image.mean():.2f} dB (range 2, {num_samples} samples, {steps} steps)",
+    )
     table.add_row("PSNR to float, all pixels pooled", f"{psnr(images[1], images[0]):.2f} dB")
     table.add_row("worst 1% of images below", f"{by_image.quantile(0.01):.2f} dB")
     errors = quantized.report["errors_by_timestep"]
     for name in ("output_relative_mse", "temporal_cosine_distance"):
         values = [e[name] for e in errors if name in e]
         if values:
-            table.add_row(f"{name} at calibration", f"mean {sum(values) / len(values):.2e}, worst {max(values):.2e}")
+            table.add_row(
+                f"{name} at calibration", f"mean {sum(values) / len(values):.2e}, worst {max(values):.2e}"
+            )
     table.add_row("unseen timesteps", str(len(quantized.report["unseen_timesteps"])))
     out.print(table)
 
 
-def _both(pipe: Any, quantized: Any, num_samples: int, steps: int, seed: int, argument: list[str] | None) -> Any:
+def _both(
+    pipe: Any, quantized: Any, num_samples: int, steps: int, seed: int, argument: list[str] | None
+) -> Any:
     from tfmq_fx.sampling import sample as draw
 
-    settings = {"num_samples": num_samples, "num_inference_steps": steps, "seed": seed, **_pipe_kwargs(argument)}
+    settings = {
+        "num_samples": num_samples,
+        "num_inference_steps": steps,
+        "seed": seed,
+        **_pipe_kwargs(argument),
+    }
     return draw(pipe, None, **settings), draw(pipe, quantized, **settings)
 
 

@@ -148,7 +148,9 @@ def require_input(gm: GraphModule, name: str) -> Node:
     """The placeholder called `name`. Raises TFMQError with the nearest names when there is none."""
     inputs = placeholders(gm)
     if name not in inputs:
-        raise TFMQError(f"timestep={name!r}: the graph has no such input; its inputs are {nearest_names(name, inputs)}.")
+        raise TFMQError(
+            f"timestep={name!r}: the graph has no such input; its inputs are {nearest_names(name, inputs)}."
+        )
     return inputs[name]
 
 
@@ -224,11 +226,10 @@ def _first_weighted(start: Iterable[Node], *, forward: bool) -> set[Node]:
 def fresh(gm: GraphModule) -> GraphModule:
     """A linted, recompiled GraphModule on a copy of the graph; parameters and submodules are shared."""
     graph = torch.fx.Graph(tracer_cls=gm.graph._tracer_cls)
-    output = graph.graph_copy(gm.graph, (mapping := {}))
+    output = graph.graph_copy(gm.graph, {})
     original = gm.graph.output_node()
     node = graph.output(output, original.type)
     node.meta = dict(original.meta)
-    del mapping
     graph.lint()
     copy = GraphModule(gm, graph)
     copy.meta = dict(gm.meta)

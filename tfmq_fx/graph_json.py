@@ -23,9 +23,30 @@ _REFUSED = {"aten.from_file"}  # opens a file of the graph's choosing
 _FUNCTIONS: dict[str, Callable[..., Any]] = {
     f"{module.__name__}.{name}": getattr(module, name)
     for module, names in (
-        (operator, "getitem add sub mul floordiv truediv mod neg pow eq ne lt le gt ge and_ or_".split()),
-        (math, "ceil floor trunc sqrt".split()),
-        (torch, "sym_max sym_min sym_int sym_float sym_not sym_ite".split()),
+        (
+            operator,
+            [
+                "getitem",
+                "add",
+                "sub",
+                "mul",
+                "floordiv",
+                "truediv",
+                "mod",
+                "neg",
+                "pow",
+                "eq",
+                "ne",
+                "lt",
+                "le",
+                "gt",
+                "ge",
+                "and_",
+                "or_",
+            ],
+        ),
+        (math, ["ceil", "floor", "trunc", "sqrt"]),
+        (torch, ["sym_max", "sym_min", "sym_int", "sym_float", "sym_not", "sym_ite"]),
     )
     for name in names
 }
@@ -50,7 +71,9 @@ def graph_to_json(gm: GraphModule) -> dict[str, Any]:
         if node.op == "call_module":
             submodule = gm.get_submodule(str(node.target))
             if not isinstance(submodule, GraphModule):
-                raise TFMQError(f"node {node.name}: calls a {type(submodule).__name__}, which has no graph to save.")
+                raise TFMQError(
+                    f"node {node.name}: calls a {type(submodule).__name__}, which has no graph to save."
+                )
             submodules[str(node.target)] = graph_to_json(submodule)
         if node.op != "placeholder":
             entry["args"] = [_encode(a, node) for a in node.args]
@@ -78,7 +101,9 @@ def graph_from_json(data: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> G
             node = graph.placeholder(target)
         elif op == "get_attr":
             if target not in tensors:
-                raise TFMQError(f"graph.json: node {name!r} needs the tensor {target!r}, which the weights file lacks.")
+                raise TFMQError(
+                    f"graph.json: node {name!r} needs the tensor {target!r}, which the weights file lacks."
+                )
             set_buffer(root, target, tensors[target])
             node = graph.create_node("get_attr", target)
         elif op == "call_module" and target in data["submodules"]:
@@ -129,7 +154,9 @@ def _target_name(node: Node) -> str:
         return str(target)
     if target in _NAMES:
         return _NAMES[target]
-    raise TFMQError(f"node {node.name}: {target} cannot be saved; only aten operators and shape arithmetic can.")
+    raise TFMQError(
+        f"node {node.name}: {target} cannot be saved; only aten operators and shape arithmetic can."
+    )
 
 
 def _target(name: str) -> Callable[..., Any]:
@@ -141,7 +168,9 @@ def _target(name: str) -> Callable[..., Any]:
         overload = getattr(packet, parts[2], None)
         if isinstance(overload, torch._ops.OpOverload):
             return overload
-    raise TFMQError(f"graph.json: operator {name!r} is unknown to this torch {torch.__version__} or not allowed.")
+    raise TFMQError(
+        f"graph.json: operator {name!r} is unknown to this torch {torch.__version__} or not allowed."
+    )
 
 
 def _encode(value: Any, node: Node) -> Any:
@@ -164,7 +193,9 @@ def _encode(value: Any, node: Node) -> Any:
     for kind, cls in _KINDS.items():
         if isinstance(value, cls):
             return {kind: str(value)}
-    raise TFMQError(f"node {node.name}: its argument {value!r} of type {type(value).__name__} cannot be saved.")
+    raise TFMQError(
+        f"node {node.name}: its argument {value!r} of type {type(value).__name__} cannot be saved."
+    )
 
 
 def _decode(value: Any, made: Mapping[str, Node]) -> Any:

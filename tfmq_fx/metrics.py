@@ -31,7 +31,8 @@ def relative_mse_by_timestep(output: Tensor, reference: Tensor, timestep: Tensor
     error = (output - reference).square().flatten(1).mean(1)
     power = reference.square().flatten(1).mean(1)
     return {
-        t: (error[timestep == t].mean() / power[timestep == t].mean()).item() for t in timestep.unique().tolist()
+        t: (error[timestep == t].mean() / power[timestep == t].mean()).item()
+        for t in timestep.unique().tolist()
     }
 
 

@@ -23,13 +23,17 @@ class Interface:
 
     arguments: dict[str, Any]  # forward's parameters in order -> default; "required" is marked in `required`
     required: tuple[str, ...]  # parameters without a default
-    inputs: dict[str, dict[str, Any]]  # graph inputs -> {"dtype": .., "shape": [None or int, ..]}; None: any size
+    inputs: dict[
+        str, dict[str, Any]
+    ]  # graph inputs -> {"dtype": .., "shape": [None or int, ..]}; None: any size
     constants: dict[str, Any] = field(default_factory=dict)  # arguments fixed at capture
     output_type: str | None = None  # qualified name of a diffusers output class; None: a plain tuple
     timestep: str = "timestep"
 
     @staticmethod
-    def of(network: nn.Module, gm: GraphModule, constants: dict[str, Any], output_type: str | None) -> Interface:
+    def of(
+        network: nn.Module, gm: GraphModule, constants: dict[str, Any], output_type: str | None
+    ) -> Interface:
         parameters = inspect.signature(network.forward).parameters.values()
         named = [p for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
         inputs = {}
@@ -128,7 +132,9 @@ class QuantizedModel(nn.Module):
         unknown = [k for k in kwargs if k not in face.arguments]
         if unknown or len(args) > len(names):
             what = unknown[0] if unknown else f"argument {len(names) + 1}"
-            raise TFMQError(f"forward: {what!r} is unknown; the network takes {nearest_names(str(what), names)}.")
+            raise TFMQError(
+                f"forward: {what!r} is unknown; the network takes {nearest_names(str(what), names)}."
+            )
         given = {**face.arguments, **dict(zip(names, args, strict=False)), **kwargs}
         missing = [n for n in (*face.required, *face.inputs) if given.get(n) is None]
         if missing:
@@ -144,20 +150,22 @@ class QuantizedModel(nn.Module):
                 )
         return given
 
-    def _timestep(self, t: Any, batch: int) -> Tensor:
+    def _timestep(self, value: Any, batch: int) -> Tensor:
         spec = self.interface.inputs[self.interface.timestep]
         dtype: torch.dtype = getattr(torch, spec["dtype"])
-        t = torch.as_tensor(t, device=self.device)
-        if not dtype.is_floating_point and t.is_floating_point() and not torch.compiler.is_compiling():
-            if not torch.equal(t, t.round()):
-                raise TFMQError(
-                    f"timestep={t.flatten()[0].item()}: the network was captured with integer timesteps; "
-                    "calibrate with the float schedule."
-                )
+        t: Tensor = torch.as_tensor(value, device=self.device)
+        fractional = t.is_floating_point() and not dtype.is_floating_point
+        if fractional and not torch.compiler.is_compiling() and not torch.equal(t, t.round()):
+            raise TFMQError(
+                f"timestep={t.flatten()[0].item()}: the network was captured with integer timesteps; "
+                "calibrate with the float schedule."
+            )
         t = t.to(dtype)
         if not spec["shape"]:
             if t.numel() != 1:
-                raise TFMQError(f"timestep: the network was captured with one timestep per call, found {t.numel()}.")
+                raise TFMQError(
+                    f"timestep: the network was captured with one timestep per call, found {t.numel()}."
+                )
             return t.reshape(())
         if t.dim() == 0 or (t.dim() == 1 and t.shape[0] == 1 and batch != 1):
             t = t.reshape(1).expand(batch)
@@ -170,7 +178,9 @@ class QuantizedModel(nn.Module):
         if not isinstance(value, Tensor):
             raise TFMQError(f"forward: {name!r} must be a tensor, found {type(value).__name__}.")
         expected = spec["shape"]
-        if value.dim() != len(expected) or any(e not in (None, s) for e, s in zip(expected, value.shape, strict=True)):
+        if value.dim() != len(expected) or any(
+            e not in (None, s) for e, s in zip(expected, value.shape, strict=True)
+        ):
             shown = "(" + ", ".join("N" if e is None else str(e) for e in expected) + ")"
             raise TFMQError(f"forward: {name!r} has shape {tuple(value.shape)}, captured with {shown}.")
         if value.dtype != getattr(torch, spec["dtype"]):

@@ -51,7 +51,9 @@ def quantize(
     network = model if isinstance(model, nn.Module) else denoiser(model, timestep=timestep)
     if calibration is None:
         if network is model:
-            raise TFMQError("calibration: a network alone has no trajectories to record; give a CalibrationSet.")
+            raise TFMQError(
+                "calibration: a network alone has no trajectories to record; give a CalibrationSet."
+            )
         calibration = CalibrationSet.record(model, num_samples=64, num_inference_steps=50, seed=seed)
     timesteps = calibration.timesteps if timesteps is None else timesteps
     seconds: dict[str, float] = {}
@@ -77,7 +79,7 @@ def quantize(
         converted,
         interface=interface,
         timesteps=timesteps,
-        config=dict(network.config) if hasattr(network, "config") else {},
+        config=_config(network),
         recipe=recipe.to_json(),
         report={},
     )
@@ -85,6 +87,12 @@ def quantize(
     clock.lap("measure")
     quantized._report = _report(converted, network, recipe, seed, seconds, errors)
     return quantized
+
+
+def _config(network: nn.Module) -> dict[str, Any]:
+    """The network's own configuration, where it has one as diffusers networks do."""
+    config: Any = getattr(network, "config", {})
+    return dict(config)
 
 
 class _Clock:
@@ -156,8 +164,17 @@ def _report(
     quantized = {layer.path for layer in plan.layers if f"{layer.path}_q" in integers}
     for name, p in network.named_parameters():
         if name not in quantized and name not in {f["name"] for f in floats}:
-            floats.append({"name": name, "reason": "bias or affine parameter" if p.dim() <= 1 else "no convolution or linear weight"})
-    weight_bytes = sum(tensors[n].numel() * (high - low).bit_length() / 8 for n, (low, high) in integers.items())
+            floats.append(
+                {
+                    "name": name,
+                    "reason": "bias or affine parameter"
+                    if p.dim() <= 1
+                    else "no convolution or linear weight",
+                }
+            )
+    weight_bytes = sum(
+        tensors[n].numel() * (high - low).bit_length() / 8 for n, (low, high) in integers.items()
+    )
     other_bytes = sum(x.numel() * x.element_size() for n, x in tensors.items() if n not in integers)
     float_bytes = sum(p.numel() * p.element_size() for p in network.parameters())
     return {
@@ -173,7 +190,7 @@ def _report(
             "float_parameters": sum(p.numel() for n, p in network.named_parameters() if n not in quantized),
         },
         "temporal_block": {
-            "features": len(gm.get_submodule("temporal_block").graph.output_node().args[0]),  # type: ignore[union-attr]
+            "features": len(gm.meta["features"]),
             "timesteps": len(gm.meta["timesteps"]),
         },
         "reconstruction": [dataclasses.asdict(r) for r in gm.meta.get("reconstruction", ())],

@@ -54,7 +54,9 @@ class Reconstruction:
 
     def __post_init__(self) -> None:
         if self.method not in METHODS:
-            raise TFMQError(f"Reconstruction.method: {self.method!r} is unknown; use one of {', '.join(METHODS)}.")
+            raise TFMQError(
+                f"Reconstruction.method: {self.method!r} is unknown; use one of {', '.join(METHODS)}."
+            )
         for name in ("iterations", "temporal_iterations", "batch_size", "num_samples"):
             if getattr(self, name) < 1:
                 raise TFMQError(f"Reconstruction.{name}: {getattr(self, name)} is not positive.")
@@ -67,17 +69,27 @@ class Recipe:
     weight_bits: int = 4  # of every convolution and linear; 16: float
     activation_bits: int = 8  # of every convolution's and linear's input; 16: float
     edge_weight_bits: int = 8  # at least this for the first and last layer and the first time-embedding layer
-    edge_activation_bits: int = FLOAT_BITS  # at least this for the input of the first and last layer; 16: float
+    edge_activation_bits: int = (
+        FLOAT_BITS  # at least this for the input of the first and last layer; 16: float
+    )
     attention_bits: int = FLOAT_BITS  # of q, k and v at attention matmuls; 16 where no kernel gains from it
     temporal_observer: str | type[TemporalObserver] = "minmax"  # estimator inside the temporal block
-    keyed: str = "block"  # which activations have qparams per timestep: "block" (the temporal block's) or "all"
+    keyed: str = (
+        "block"  # which activations have qparams per timestep: "block" (the temporal block's) or "all"
+    )
     activation_observer: str = "mse"  # estimator elsewhere: "minmax" or "mse" (torchao's histogram search)
     unseen: str = "nearest"  # a timestep outside the table: its nearest neighbour (counted), or "error"
     rules: tuple[Rule, ...] = ()  # exceptions by module path; a rule that matches nothing is an error
     reconstruction: Reconstruction = field(default_factory=Reconstruction)
 
     def __post_init__(self) -> None:
-        for name in ("weight_bits", "activation_bits", "edge_weight_bits", "edge_activation_bits", "attention_bits"):
+        for name in (
+            "weight_bits",
+            "activation_bits",
+            "edge_weight_bits",
+            "edge_activation_bits",
+            "attention_bits",
+        ):
             check_bits(getattr(self, name), f"Recipe.{name}")
         if isinstance(self.temporal_observer, str):
             if self.temporal_observer not in TEMPORAL_OBSERVERS:
@@ -85,11 +97,21 @@ class Recipe:
                     f"Recipe.temporal_observer: {self.temporal_observer!r} is unknown; use one of "
                     f"{', '.join(TEMPORAL_OBSERVERS)}, or a subclass of TemporalObserver."
                 )
-        elif not (isinstance(self.temporal_observer, type) and issubclass(self.temporal_observer, TemporalObserver)):
-            raise TFMQError(f"Recipe.temporal_observer: {self.temporal_observer!r} is not a subclass of TemporalObserver.")
-        for name, known in (("activation_observer", ACTIVATION_OBSERVERS), ("unseen", UNSEEN), ("keyed", KEYED)):
+        elif not (
+            isinstance(self.temporal_observer, type) and issubclass(self.temporal_observer, TemporalObserver)
+        ):
+            raise TFMQError(
+                f"Recipe.temporal_observer: {self.temporal_observer!r} is not a subclass of TemporalObserver."
+            )
+        for name, known in (
+            ("activation_observer", ACTIVATION_OBSERVERS),
+            ("unseen", UNSEEN),
+            ("keyed", KEYED),
+        ):
             if getattr(self, name) not in known:
-                raise TFMQError(f"Recipe.{name}: {getattr(self, name)!r} is unknown; use one of {', '.join(known)}.")
+                raise TFMQError(
+                    f"Recipe.{name}: {getattr(self, name)!r} is unknown; use one of {', '.join(known)}."
+                )
 
     @property
     def temporal_observer_class(self) -> type[TemporalObserver]:
@@ -107,7 +129,9 @@ class Recipe:
         """Plain JSON values; an observer class of the user's is kept by its qualified name, for the record only."""
         values = dataclasses.asdict(self)
         if not isinstance(self.temporal_observer, str):
-            values["temporal_observer"] = f"{self.temporal_observer.__module__}.{self.temporal_observer.__qualname__}"
+            values["temporal_observer"] = (
+                f"{self.temporal_observer.__module__}.{self.temporal_observer.__qualname__}"
+            )
         return values
 
 

@@ -65,12 +65,18 @@ def reconstruct(
 
 def _learnable(gm: GraphModule, *, temporal: bool) -> bool:
     inside = set(find_temporal(gm, timestep=gm.meta["timestep"], features=gm.meta["features"]).nodes)
-    return any((n.name in inside) == temporal for n, o in observers(gm) if isinstance(o, PerChannelWeightFakeQuantize))
+    return any(
+        (n.name in inside) == temporal
+        for n, o in observers(gm)
+        if isinstance(o, PerChannelWeightFakeQuantize)
+    )
 
 
 def _reconstruct_temporal(gm: GraphModule, settings: Reconstruction) -> BlockResult:
     """TIAR: L = sum_i || g_i(h(t)) - q(g_i)(q(h)(t)) ||_F^2 over all t of the schedule (TFMQ-DM, eq. 7)."""
-    block = extract_temporal(gm, find_temporal(gm, timestep=gm.meta["timestep"], features=gm.meta["features"]))
+    block = extract_temporal(
+        gm, find_temporal(gm, timestep=gm.meta["timestep"], features=gm.meta["features"])
+    )
     if len(placeholders(block)) != 1:
         raise TFMQError(
             f"temporal block: it needs the inputs {', '.join(placeholders(block))} besides the timestep's values; "
@@ -119,7 +125,9 @@ def _learn(
     started = time.monotonic()
     modules = dict(block.named_modules())
     weights = [
-        (o, modules_weight(block, n)) for n, o in observers(block) if isinstance(o, PerChannelWeightFakeQuantize)
+        (o, modules_weight(block, n))
+        for n, o in observers(block)
+        if isinstance(o, PerChannelWeightFakeQuantize)
     ]
     del modules
     nearest = [o.q for o, _ in weights]
@@ -136,11 +144,16 @@ def _learn(
                 progress = (i - begin) / max(1, iterations - begin)
                 b = settings.beta[1] + (settings.beta[0] - settings.beta[1]) * (1 - progress)
                 for observer, _ in weights:
-                    loss = loss + settings.round_weight * (1 - (2 * observer.soft_rounding() - 1).abs().pow(b)).sum()
+                    loss = (
+                        loss
+                        + settings.round_weight * (1 - (2 * observer.soft_rounding() - 1).abs().pow(b)).sum()
+                    )
             if not torch.isfinite(loss):
                 for observer, _ in weights:
                     observer.stop_learning()
-                raise TFMQError(f"reconstruction of block {name}: the loss became {loss.item()} at iteration {i}; check the calibration data.")
+                raise TFMQError(
+                    f"reconstruction of block {name}: the loss became {loss.item()} at iteration {i}; check the calibration data."
+                )
             optimizer.zero_grad(set_to_none=True)
             loss.backward()  # type: ignore[no-untyped-call]
             optimizer.step()
@@ -175,7 +188,9 @@ def modules_weight(block: GraphModule, node: Node) -> Tensor:
 
 def _squared_error(outputs: tuple[Tensor, ...], targets: tuple[Tensor, ...]) -> Tensor:
     """Sum over dim 1 (channels or features), mean over the rest, summed over the outputs."""
-    terms = [(y - x).square().sum(1).mean() for y, x in zip(outputs, targets, strict=True) if x.is_floating_point()]
+    terms = [
+        (y - x).square().sum(1).mean() for y, x in zip(outputs, targets, strict=True) if x.is_floating_point()
+    ]
     return torch.stack(terms).sum()
 
 
@@ -198,7 +213,9 @@ class _Walk:
     ) -> None:
         self.gm, self.settings, self.generator = fresh(gm), settings, generator
         self.gm.meta = gm.meta
-        self.chunks = [inputs_of(gm, b) for b in data.batches(settings.batch_size, one_timestep=is_scalar(gm))]
+        self.chunks = [
+            inputs_of(gm, b) for b in data.batches(settings.batch_size, one_timestep=is_scalar(gm))
+        ]
         self.found = [o for _, o in observers(self.gm)]
 
     def run(self) -> list[BlockResult]:
@@ -207,7 +224,9 @@ class _Walk:
         member_of: dict[Node, Node] = {}
         for block in find_blocks(gm):
             layer = next(n for n in block.nodes if weight_argument(n) is not None)
-            module, inputs, outputs = fuse_as_graphmodule(gm, list(block.nodes), "block", always_return_tuple=True)
+            module, inputs, outputs = fuse_as_graphmodule(
+                gm, list(block.nodes), "block", always_return_tuple=True
+            )
             module.meta["name"] = self._name(layer)
             key = block.nodes[-1]
             units[key] = (module, inputs, outputs)

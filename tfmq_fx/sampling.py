@@ -27,7 +27,14 @@ def swapped(pipe: Any, network: nn.Module) -> Iterator[Any]:
 
 
 def sample(
-    pipe: Any, network: nn.Module | None = None, *, num_samples: int, num_inference_steps: int, seed: int, batch_size: int = 256, **pipe_kwargs: Any
+    pipe: Any,
+    network: nn.Module | None = None,
+    *,
+    num_samples: int,
+    num_inference_steps: int,
+    seed: int,
+    batch_size: int = 256,
+    **pipe_kwargs: Any,
 ) -> Tensor:
     """Images (N, C, H, W) in [-1, 1]. The noise depends on seed, num_samples and batch_size, not on the network."""
     images = []
@@ -37,7 +44,11 @@ def sample(
             size = min(batch_size, num_samples - start)
             batch = {} if "prompt" in pipe_kwargs else {"batch_size": size}
             output = pipe(
-                num_inference_steps=num_inference_steps, generator=generator, output_type="np", **batch, **pipe_kwargs
+                num_inference_steps=num_inference_steps,
+                generator=generator,
+                output_type="np",
+                **batch,
+                **pipe_kwargs,
             )
             images.append(torch.from_numpy(output.images).permute(0, 3, 1, 2) * 2 - 1)
     return torch.cat(images)
@@ -74,5 +85,9 @@ def _tile(images_NCHW: Tensor, per_row: int) -> Tensor:
     missing = -len(padded) % per_row
     padded = torch.cat([padded, padded.new_full((missing, *padded.shape[1:]), -1.0)])
     n, c, h, w = padded.shape
-    grid = padded.reshape(n // per_row, per_row, c, h, w).permute(0, 3, 1, 4, 2).reshape(n // per_row * h, per_row * w, c)
+    grid = (
+        padded.reshape(n // per_row, per_row, c, h, w)
+        .permute(0, 3, 1, 4, 2)
+        .reshape(n // per_row * h, per_row * w, c)
+    )
     return grid[..., 0] if c == 1 else grid

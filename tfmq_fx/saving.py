@@ -35,7 +35,12 @@ from tfmq_fx.model import Interface, QuantizedModel
 
 QUANT_METHOD = "tfmq"
 FORMAT_VERSION = 1
-CONFIG, WEIGHTS, GRAPH, REPORT = "config.json", "diffusion_pytorch_model.safetensors", "graph.json", "report.json"
+CONFIG, WEIGHTS, GRAPH, REPORT = (
+    "config.json",
+    "diffusion_pytorch_model.safetensors",
+    "graph.json",
+    "report.json",
+)
 
 
 def save(model: QuantizedModel, folder: Path) -> None:
@@ -50,7 +55,9 @@ def save(model: QuantizedModel, folder: Path) -> None:
 def check_output_folder(folder: Path) -> None:
     """Raise TFMQError when `folder` exists and is neither empty nor an artefact of ours."""
     if folder.exists() and not (folder.is_dir() and (not any(folder.iterdir()) or is_artefact(folder))):
-        raise TFMQError(f"{folder}: exists and is not a tfmq artefact; choose another output folder or remove it yourself.")
+        raise TFMQError(
+            f"{folder}: exists and is not a tfmq artefact; choose another output folder or remove it yourself."
+        )
 
 
 def is_artefact(folder: Path) -> bool:
@@ -125,7 +132,9 @@ def load(folder: str | Path) -> QuantizedModel:
     config = _read_json(folder / CONFIG)
     quantization = config.pop("quantization_config", None)
     if not isinstance(quantization, dict) or quantization.get("quant_method") != QUANT_METHOD:
-        raise TFMQError(f"{folder / CONFIG}: not a tfmq artefact (no quantization_config of quant_method {QUANT_METHOD!r}).")
+        raise TFMQError(
+            f"{folder / CONFIG}: not a tfmq artefact (no quantization_config of quant_method {QUANT_METHOD!r})."
+        )
     if quantization.get("format_version") != FORMAT_VERSION:
         raise TFMQError(
             f"{folder / CONFIG}: format version {quantization.get('format_version')!r}, this library reads {FORMAT_VERSION}; "
@@ -138,7 +147,9 @@ def load(folder: str | Path) -> QuantizedModel:
             if not (folder / name).is_file():
                 raise TFMQError(f"{folder / name}: missing.")
             if _sha256(folder / name) != digest:
-                raise TFMQError(f"{folder / name}: corrupt or truncated; its content does not match the hash in {CONFIG}.")
+                raise TFMQError(
+                    f"{folder / name}: corrupt or truncated; its content does not match the hash in {CONFIG}."
+                )
         tensors = _read_tensors(folder / WEIGHTS, quantization["tensors"])
         graph = graph_from_json(_read_json(folder / GRAPH), tensors)
         face = quantization["interface"]
@@ -150,7 +161,15 @@ def load(folder: str | Path) -> QuantizedModel:
             recipe=quantization["recipe"],
             report=_read_json(folder / REPORT),
         )
-    except (KeyError, TypeError, AttributeError, IndexError, RecursionError, RuntimeError, StopIteration) as error:
+    except (
+        KeyError,
+        TypeError,
+        AttributeError,
+        IndexError,
+        RecursionError,
+        RuntimeError,
+        StopIteration,
+    ) as error:
         raise TFMQError(f"{folder}: not a valid tfmq artefact ({type(error).__name__}: {error}).") from error
 
 
@@ -168,7 +187,9 @@ def _read_tensors(file: Path, manifest: dict[str, dict[str, Any]]) -> dict[str, 
         if "bits" in spec:
             value = unpack_bits(value, shape, _integers(spec["quant_min"], spec["quant_max"], dtype))
         if tuple(value.shape) != shape or value.dtype != dtype:
-            raise TFMQError(f"{file}: tensor {name!r} is {value.dtype} {tuple(value.shape)}, {CONFIG} says {dtype} {shape}.")
+            raise TFMQError(
+                f"{file}: tensor {name!r} is {value.dtype} {tuple(value.shape)}, {CONFIG} says {dtype} {shape}."
+            )
         tensors[name] = value
     return tensors
 
