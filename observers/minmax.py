@@ -11,7 +11,7 @@ from tfmq_fx.observers.temporal import TemporalObserver
 
 
 class TemporalMinMaxObserver(TemporalObserver):
-    """The running minimum and maximum of each timestep (TFMQ-DM, section 4.3)."""
+    """The running minimum and maximum of each timestep (TFMQ-DM, FSC)."""
 
     min_val: Tensor
     max_val: Tensor

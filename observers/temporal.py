@@ -16,7 +16,7 @@ from tfmq_fx.graph import set_buffer
 
 
 class TemporalObserver(FakeQuantizeBase):  # type: ignore[misc]
-    """Finite set calibration (TFMQ-DM, section 4.3): x is quantized with the qparams of its own timestep.
+    """Finite set calibration (TFMQ-DM, FSC): x is quantized with the qparams of its own timestep.
 
     To add an estimator, subclass and define two methods; pass the class as `Recipe(temporal_observer=...)`:
 

@@ -32,6 +32,7 @@ class PerChannelWeightFakeQuantize(FakeQuantizeBase):  # type: ignore[misc]
         self.dtype = self.integers.dtype
         self.bits, self.ch_axis = bits, ch_axis
         self.alpha: Tensor | None = None  # the soft rounding variable while it is being learned
+        self.rounding = torch.empty(0)  # h(alpha) in [0, 1] of the last forward (AdaRound, eq. 23)
         self._floor: Tensor | None = None
         self.register_buffer("q", torch.empty(0, dtype=self.dtype))
         self.register_buffer("scale", torch.ones(0))
@@ -61,17 +62,12 @@ class PerChannelWeightFakeQuantize(FakeQuantizeBase):  # type: ignore[misc]
         self.alpha = torch.logit((fraction - GAMMA) / (ZETA - GAMMA)).requires_grad_()
         return self.alpha
 
-    def soft_rounding(self) -> Tensor:
-        """h(alpha) in [0, 1], the rectified sigmoid of AdaRound, eq. 23."""
-        assert self.alpha is not None
-        return (torch.sigmoid(self.alpha) * (ZETA - GAMMA) + GAMMA).clamp(0, 1)
-
     def _soft_weight(self) -> Tensor:
+        assert self.alpha is not None
         assert self._floor is not None
+        self.rounding = (torch.sigmoid(self.alpha) * (ZETA - GAMMA) + GAMMA).clamp(0, 1)
         zero_point = self._per_channel(self.zero_point, self._floor)
-        q = (self._floor + self.soft_rounding() + zero_point).clamp(
-            self.integers.quant_min, self.integers.quant_max
-        )
+        q = (self._floor + self.rounding + zero_point).clamp(self.integers.quant_min, self.integers.quant_max)
         return (q - zero_point) * self._per_channel(self.scale, self._floor)
 
     def stop_learning(self) -> None:
@@ -82,6 +78,7 @@ class PerChannelWeightFakeQuantize(FakeQuantizeBase):  # type: ignore[misc]
         q = self._floor + up + self._per_channel(self.zero_point, self._floor)
         self.q = q.clamp(self.integers.quant_min, self.integers.quant_max).to(self.dtype)
         self.alpha = self._floor = None
+        self.rounding = torch.empty(0)
 
     def forward(self, weight: Tensor) -> Tensor:
         if self.alpha is not None:

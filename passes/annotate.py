@@ -117,7 +117,7 @@ def plan(gm: GraphModule, *, recipe: Recipe, temporal: TemporalBlock) -> Plan:
     if unused:
         pattern = next(r.pattern for r in recipe.rules if r in unused)
         raise TFMQError(
-            f"Recipe.rules: {pattern!r} matches no layer; nearest are {nearest_names(pattern, paths)}."
+            f"Recipe.rules: {pattern!r} matches no layer that an earlier rule leaves; nearest are {nearest_names(pattern, paths)}."
         )
     if not layers:
         raise TFMQError(

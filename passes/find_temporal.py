@@ -21,7 +21,7 @@ from tfmq_fx.graph import (
 
 @dataclass(frozen=True, kw_only=True)
 class TemporalBlock:
-    """What depends on the timestep and parameters only (TFMQ-DM, section 4.1). Node names, so it survives copies.
+    """What depends on the timestep and parameters only (TFMQ-DM, Temporal Information Block). Node names, so it survives copies.
 
     Invariants: `features` is a non-empty subset of `nodes`; no node of `nodes` depends on a value outside
     `keys`, parameters and constants.

@@ -50,7 +50,12 @@ def prepare(
             observer.per_sample = not scalar
             node.args = (x, last)
         elif isinstance(observer, PerChannelWeightFakeQuantize):
-            observer.initialise(attribute(gm, str(x.target)))
+            weight = attribute(gm, str(x.target))
+            if weight.dtype != torch.float32:
+                raise TFMQError(
+                    f"weight {x.target}: is {weight.dtype}; quantize the float32 network (network.float()) instead."
+                )
+            observer.initialise(weight)
         set_mode(observer, observe=True, quantize=False)
     gm.graph.lint()
     gm.recompile()

@@ -103,3 +103,10 @@ def test_a_network_without_calibration_data_is_refused():
 def test_unknown_recipes_show_the_nearest():
     with pytest.raises(TFMQError, match="'w4a9' is no preset; presets are w4a8"):
         tfmq_fx.quantize(make(TinyUNet), "w4a9", calibration=calibration())
+
+
+@pytest.mark.parametrize("move", [lambda q: q.half(), lambda q: q.to(torch.bfloat16), lambda q: q.to("meta")])
+def test_casts_and_moves_are_refused(tiny, move):
+    with pytest.raises(TFMQError, match=r"stays on cpu in torch\.float32"):
+        move(tiny)
+    assert tiny.to("cpu", torch.float32) is tiny

@@ -161,7 +161,7 @@ def test_rules_change_bits_and_a_rule_without_a_match_shows_the_nearest():
     assert bits_by_layer(gm)["attention.qkv"] == (8, 8)
     assert bits_by_layer(gm)["down"] == (16, 16)
     assert "down.weight" in {f.name for f in gm.meta["plan"].floats}
-    with pytest.raises(TFMQError, match=r"'atention\.\*' matches no layer; nearest are attention"):
+    with pytest.raises(TFMQError, match=r"'atention\.\*' matches no layer .*; nearest are attention"):
         tfmq_fx.prepare(
             captured(), tfmq_fx.Recipe(rules=(tfmq_fx.Rule(pattern="atention.*"),)), timesteps=TIMESTEPS
         )
@@ -229,3 +229,10 @@ def test_constant_activations_give_finite_scales():
     q = tfmq_fx.convert(tfmq_fx.calibrate(gm, data))
     with torch.no_grad():
         assert torch.isfinite(q(torch.randn(3, 4), torch.tensor([1, 2, 2]))).all()
+
+
+def test_a_half_precision_network_is_refused():
+    gm = captured()
+    gm.get_submodule("down").half()
+    with pytest.raises(TFMQError, match=r"weight down\.weight: is torch\.float16"):
+        tfmq_fx.prepare(gm, tfmq_fx.Recipe(), timesteps=TIMESTEPS)

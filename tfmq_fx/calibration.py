@@ -85,13 +85,11 @@ class CalibrationSet:
         try:
             generator = torch.Generator().manual_seed(seed)
             for start in track(range(0, num_samples, batch_size), "recording trajectories"):
-                size = min(batch_size, num_samples - start)
-                batch = {} if "prompt" in pipe_kwargs else {"batch_size": size}
-                pipe(
+                run_pipeline(
+                    pipe,
+                    min(batch_size, num_samples - start),
                     num_inference_steps=num_inference_steps,
                     generator=generator,
-                    output_type="np",
-                    **batch,
                     **pipe_kwargs,
                 )
         finally:
@@ -138,6 +136,16 @@ class CalibrationSet:
         for group in groups:
             for rows in group.split(batch_size):
                 yield {n: x[rows] for n, x in self.tensors.items()}
+
+
+def run_pipeline(pipe: Any, num_samples: int, **pipe_kwargs: Any) -> Any:
+    """The pipeline's images as numpy, `num_samples` of them, or that many for each prompt it is given."""
+    takes = inspect.signature(pipe.__call__).parameters
+    for name in ("batch_size", "num_images_per_prompt"):
+        if name in takes:
+            pipe_kwargs.setdefault(name, num_samples)
+            break
+    return pipe(output_type="np", **pipe_kwargs).images
 
 
 def denoiser(pipe: Any, *, timestep: str = "timestep") -> nn.Module:

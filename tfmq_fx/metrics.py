@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -17,7 +16,7 @@ def psnr(images: Tensor, reference: Tensor, *, value_range: float = 2.0) -> floa
 
 
 def cosine_distance(features: Sequence[Tensor], reference: Sequence[Tensor]) -> Tensor:
-    """1 - cos between temporal features, (features, T): the disturbance of TFMQ-DM, section 3.2."""
+    """1 - cos between temporal features, (features, T): TFMQ-DM's measure of temporal disturbance."""
     return torch.stack(
         [
             1 - torch.cosine_similarity(a.double().flatten(1), b.double().flatten(1), dim=1)
@@ -34,17 +33,6 @@ def relative_mse_by_timestep(output: Tensor, reference: Tensor, timestep: Tensor
         t: (error[timestep == t].mean() / power[timestep == t].mean()).item()
         for t in timestep.unique().tolist()
     }
-
-
-@torch.no_grad()
-def run_rows(network: Callable[..., Any], tensors: dict[str, Tensor], batch_size: int = 128) -> Tensor:
-    """The network's first output for all rows of named inputs, in batches."""
-    rows = len(next(iter(tensors.values())))
-    outputs = []
-    for start in range(0, rows, batch_size):
-        y = network(**{n: x[start : start + batch_size] for n, x in tensors.items()})
-        outputs.append(y[0] if isinstance(y, tuple) else y)
-    return torch.cat(outputs)
 
 
 def psnr_by_image(images: Tensor, reference: Tensor, *, value_range: float = 2.0) -> Tensor:

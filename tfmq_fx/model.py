@@ -101,6 +101,17 @@ class QuantizedModel(nn.Module):
     def device(self) -> torch.device:
         return next(self.network.buffers()).device
 
+    def _apply(self, fn: Any, recurse: bool = True) -> QuantizedModel:
+        """nn.Module's one road for .to(), .half(), .cuda(): refused where it would change what capture fixed."""
+        probe = fn(torch.empty(0, dtype=self.dtype, device=self.device))
+        if (probe.dtype, probe.device) != (self.dtype, self.device):
+            raise TFMQError(
+                f"to({probe.device}, {probe.dtype}): a quantized network stays on {self.device} in {self.dtype}, both fixed "
+                "at capture; move the float network first and quantize it there."
+            )
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        return self
+
     @property
     def report(self) -> dict[str, Any]:
         """What was quantized how, what stayed float and why, sizes, errors by timestep, unseen timesteps."""

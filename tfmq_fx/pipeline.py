@@ -11,13 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule
+from torch.utils import _pytree as pytree
 
-from tfmq_fx.calibration import CalibrationSet, calibrate, denoiser, is_scalar, run_temporal
+from tfmq_fx.calibration import CalibrationSet, calibrate, denoiser, inputs_of, is_scalar, run_temporal
 from tfmq_fx.capture import capture
 from tfmq_fx.errors import TFMQError
 from tfmq_fx.graph import placeholders
 from tfmq_fx.graph_json import quantized_weights, tensors_of
-from tfmq_fx.metrics import cosine_distance, relative_mse_by_timestep, run_rows
+from tfmq_fx.metrics import cosine_distance, relative_mse_by_timestep
 from tfmq_fx.model import Interface, QuantizedModel
 from tfmq_fx.passes.convert import convert
 from tfmq_fx.passes.find_temporal import find_temporal
@@ -131,13 +132,11 @@ def _errors_by_timestep(
     if len(placeholders(quantized.temporal_block)) == 1:
         features = run_temporal(quantized.temporal_block, timesteps, scalar=scalar)
         distance = cosine_distance(features, temporal_features(gm, timesteps))
-    if scalar:
-        output: dict[float, float] = {}
-    else:
-        rows = {n: x for n, x in data.tensors.items() if n in placeholders(gm)}
-        output = relative_mse_by_timestep(
-            run_rows(quantized.network, rows), run_rows(gm, rows), data.tensors[data.timestep]
-        )
+    rows: list[tuple[Tensor, Tensor, Tensor]] = []
+    for batch in data.batches(128, one_timestep=scalar):
+        inputs = inputs_of(gm, batch)
+        rows.append((_first(quantized.network(*inputs)), _first(gm(*inputs)), batch[data.timestep]))
+    output = relative_mse_by_timestep(*(torch.cat(column) for column in zip(*rows, strict=True)))
     return [
         {
             "timestep": t,
@@ -146,6 +145,11 @@ def _errors_by_timestep(
         }
         for i, t in enumerate(timesteps.tolist())
     ]
+
+
+def _first(output: Any) -> Tensor:
+    leaf: Tensor = pytree.tree_leaves(output)[0]
+    return leaf
 
 
 def _report(

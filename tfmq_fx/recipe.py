@@ -47,8 +47,10 @@ class Reconstruction:
     temporal_iterations: int = 2000  # TIAR, all timesteps in each (reference: 20,000 on batches)
     batch_size: int = 32  # samples per iteration
     num_samples: int = 1024  # calibration samples used, spread evenly over the calibration set
-    learning_rate: float = 1e-2  # of alpha, Adam (reference: 1e-3)
-    round_weight: float = 0.01  # weight of the rounding regulariser
+    learning_rate: float = 0.1  # of alpha, Adam (reference: 1e-3)
+    round_weight: float = (
+        100.0  # of the mean rounding regulariser, where round-to-nearest's error counts as 1
+    )
     warmup: float = 0.2  # share of the iterations before the regulariser starts
     beta: tuple[float, float] = (20.0, 2.0)  # the regulariser's exponent, from and to
 

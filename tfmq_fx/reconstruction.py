@@ -6,6 +6,7 @@ stream (what it will really see), its target from the float stream; the network 
 
 from __future__ import annotations
 
+import heapq
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -45,7 +46,7 @@ def reconstruct(
 ) -> GraphModule:
     """Learn the rounding of every quantized weight of a calibrated graph, in place.
 
-    First TIAR (TFMQ-DM, section 4.2): the whole temporal block at once, over all timesteps of the schedule, no data.
+    First TIAR (TFMQ-DM, Temporal Information Aware Reconstruction): the whole temporal block at once, over all timesteps of the schedule, no data.
     Then the blocks of `find_blocks` in order, AdaRound with quantized input and float target. A block whose
     learned rounding is no better than round-to-nearest on the calibration data keeps round-to-nearest.
 
@@ -73,7 +74,7 @@ def _learnable(gm: GraphModule, *, temporal: bool) -> bool:
 
 
 def _reconstruct_temporal(gm: GraphModule, settings: Reconstruction) -> BlockResult:
-    """TIAR: L = sum_i || g_i(h(t)) - q(g_i)(q(h)(t)) ||_F^2 over all t of the schedule (TFMQ-DM, eq. 7)."""
+    """TIAR: L = sum_i || g_i(h(t)) - q(g_i)(q(h)(t)) ||_F^2 over all t of the schedule (TFMQ-DM, TIAR)."""
     block = extract_temporal(
         gm, find_temporal(gm, timestep=gm.meta["timestep"], features=gm.meta["features"])
     )
@@ -95,6 +96,7 @@ def _reconstruct_temporal(gm: GraphModule, settings: Reconstruction) -> BlockRes
         iterations=settings.temporal_iterations,
         order=lambda: 0,
         settings=settings,
+        watch=True,  # the walk over the blocks has a bar of its own
     )
 
 
@@ -120,34 +122,46 @@ def _learn(
     iterations: int,
     order: Callable[[], int],
     settings: Reconstruction,
+    watch: bool = False,
 ) -> BlockResult:
-    """AdaRound (Nagel et al. 2020, eq. 25): min over alpha of the block's error plus a rounding regulariser."""
+    """AdaRound (Nagel et al. 2020, eq. 25): min over alpha of the block's error plus a rounding regulariser.
+
+    The error is measured in units of round-to-nearest's and the regulariser is a mean over weights, so that
+    one weight of the regulariser suits blocks of any size, scale and bit width.
+    """
     started = time.monotonic()
-    modules = dict(block.named_modules())
     weights = [
-        (o, modules_weight(block, n))
+        (o, _float_weight(block, n))
         for n, o in observers(block)
         if isinstance(o, PerChannelWeightFakeQuantize)
     ]
-    del modules
     nearest = [o.q for o, _ in weights]
     error_nearest = _error(run_chunk, targets)
+    if error_nearest == 0.0:  # nothing to win
+        return BlockResult(
+            name=name,
+            weights=sum(q.numel() for q in nearest),
+            error_nearest=0.0,
+            error=0.0,
+            kept="nearest",
+            seconds=time.monotonic() - started,
+        )
+    with torch.no_grad():
+        unit = sum(_squared_error(run_chunk(i), t) for i, t in enumerate(targets)) / len(targets)
     with torch.enable_grad():
         alphas = [o.start_learning(w) for o, w in weights]
         optimizer = torch.optim.Adam(alphas, lr=settings.learning_rate)
         begin = int(settings.warmup * iterations)
-        for i in range(iterations):
+        num_weights = sum(a.numel() for a in alphas)
+        for i in track(range(iterations), f"learning {name}") if watch else range(iterations):
             chunk = order()
-            loss = _squared_error(run_chunk(chunk), targets[chunk])
+            loss = _squared_error(run_chunk(chunk), targets[chunk]) / unit
             if i >= begin:
                 # b falls linearly: the regulariser first ignores, then pushes, what is near 0 or 1.
                 progress = (i - begin) / max(1, iterations - begin)
                 b = settings.beta[1] + (settings.beta[0] - settings.beta[1]) * (1 - progress)
-                for observer, _ in weights:
-                    loss = (
-                        loss
-                        + settings.round_weight * (1 - (2 * observer.soft_rounding() - 1).abs().pow(b)).sum()
-                    )
+                open_ = sum((1 - (2 * o.rounding - 1).abs().pow(b)).sum() for o, _ in weights)
+                loss = loss + settings.round_weight * open_ / num_weights
             if not torch.isfinite(loss):
                 for observer, _ in weights:
                     observer.stop_learning()
@@ -175,7 +189,7 @@ def _learn(
     )
 
 
-def modules_weight(block: GraphModule, node: Node) -> Tensor:
+def _float_weight(block: GraphModule, node: Node) -> Tensor:
     """The float weight that an observer node of the block reads."""
     source = node.args[0]
     assert isinstance(source, Node)
@@ -274,23 +288,32 @@ class _Walk:
         return str(weight.target) if isinstance(weight, Node) else layer.name
 
     def _order(self, units: dict[Node, Any], member_of: dict[Node, Node]) -> list[Node]:
-        """A topological order of the units: a block, under its last node, stands for all its nodes."""
-        order: list[Node] = []
-        done: set[Node] = set()
-        for start in self.gm.graph.nodes:
-            stack = [member_of.get(start, start)]
-            while stack:
-                unit = stack[-1]
+        """The units in topological order, near the graph's own: a block, under its last node, stands for its nodes."""
+        position = {n: i for i, n in enumerate(self.gm.graph.nodes)}
+        waiting: dict[Node, set[Node]] = {}
+        users: dict[Node, list[Node]] = {}
+        for node in self.gm.graph.nodes:
+            unit = member_of.get(node, node)
+            if unit not in waiting:
                 sources = units[unit][1] if unit in units else unit.all_input_nodes
-                waiting = [u for n in sources if (u := member_of.get(n, n)) not in done]
-                if unit in done or not waiting:
-                    stack.pop()
-                    if unit not in done:
-                        done.add(unit)
-                        order.append(unit)
-                    continue
-                assert len(stack) <= len(self.gm.graph.nodes), f"blocks depend on each other at {unit.name}"
-                stack.extend(waiting)
+                waiting[unit] = {member_of.get(n, n) for n in sources}
+                for source in waiting[unit]:
+                    users.setdefault(source, []).append(unit)
+        ready = [(position[u], u) for u, sources in waiting.items() if not sources]
+        heapq.heapify(ready)
+        order: list[Node] = []
+        while ready:
+            _, unit = heapq.heappop(ready)
+            order.append(unit)
+            for user in users.get(unit, ()):
+                waiting[user].remove(unit)
+                if not waiting[user]:
+                    heapq.heappush(ready, (position[user], user))
+        if len(order) != len(waiting):
+            stuck = next(u for u, sources in waiting.items() if sources)
+            raise TFMQError(
+                f"reconstruction: the blocks around node {stuck.name} depend on each other; use method='nearest'."
+            )
         return order
 
     def _reconstruct(

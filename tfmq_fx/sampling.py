@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tfmq_fx.calibration import denoiser
+from tfmq_fx.calibration import denoiser, run_pipeline
 from tfmq_fx.errors import TFMQError
 
 
@@ -42,15 +42,10 @@ def sample(
     with swapped(pipe, network or denoiser(pipe)):
         for start in range(0, num_samples, batch_size):
             size = min(batch_size, num_samples - start)
-            batch = {} if "prompt" in pipe_kwargs else {"batch_size": size}
-            output = pipe(
-                num_inference_steps=num_inference_steps,
-                generator=generator,
-                output_type="np",
-                **batch,
-                **pipe_kwargs,
+            drawn = run_pipeline(
+                pipe, size, num_inference_steps=num_inference_steps, generator=generator, **pipe_kwargs
             )
-            images.append(torch.from_numpy(output.images).permute(0, 3, 1, 2) * 2 - 1)
+            images.append(torch.from_numpy(drawn).permute(0, 3, 1, 2) * 2 - 1)
     return torch.cat(images)
 
 
