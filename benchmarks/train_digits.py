@@ -34,13 +34,11 @@ def make_unet() -> UNet2DModel:
     )
 
 
-def train(
-    *, steps: int, batch: int, lr: float, seed: int, prediction: str, init: Path | None
-) -> DDPMPipeline:
+def train(*, steps: int, batch: int, lr: float, seed: int, prediction: str) -> DDPMPipeline:
     torch.manual_seed(seed)
     x0_N1HW = digits()[0]
     scheduler = DDPMScheduler(num_train_timesteps=1000, beta_schedule="linear", prediction_type=prediction)
-    net = (UNet2DModel.from_pretrained(init / "unet") if init else make_unet()).train()
+    net = make_unet().train()
     ema = copy.deepcopy(net).eval().requires_grad_(False)
     opt = torch.optim.AdamW(net.parameters(), lr=lr, weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.OneCycleLR(opt, lr, total_steps=steps, pct_start=0.1)
@@ -102,8 +100,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=128)
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--init", type=Path, help="go on from the pipeline in this folder")
-    parser.add_argument("--prediction", choices=("epsilon", "v_prediction"), default="v_prediction")
+    parser.add_argument("--prediction", choices=("epsilon", "v_prediction"), default="epsilon")
     args = parser.parse_args()
     started = time.monotonic()
     pipe = train(
@@ -112,7 +109,6 @@ def main() -> None:
         lr=args.lr,
         seed=args.seed,
         prediction=args.prediction,
-        init=args.init,
     )
     print(
         f"trained {sum(p.numel() for p in pipe.unet.parameters()) / 1e6:.2f} M parameters in {time.monotonic() - started:.0f} s on {torch.get_num_threads()} threads"

