@@ -166,10 +166,13 @@ def quantize(
     quantized.save_pretrained(output)
     report = quantized.report
     sizes = report["sizes"]
-    worst = max((e.get("temporal_cosine_distance", 0.0) for e in report["errors_by_timestep"]), default=0.0)
+    distances = [
+        e["temporal_cosine_distance"] for e in report["errors_by_timestep"] if "temporal_cosine_distance" in e
+    ]
+    distance = sum(distances) / max(1, len(distances))
     out.print(
         f"{output}: {recipe}, {len(report['layers'])} layers, {report['temporal_block']['features']} temporal features at "
-        f"{report['temporal_block']['timesteps']} timesteps (worst cosine distance {worst:.1e})"
+        f"{report['temporal_block']['timesteps']} timesteps (mean cosine distance {distance:.1e})"
     )
     out.print(
         f"{sizes['float_bytes'] / 1e6:.2f} MB float -> {sizes['quantized_bytes'] / 1e6:.2f} MB ({sizes['ratio']:.3f}); report.json lists what stayed float and why"
@@ -226,7 +229,7 @@ def evaluate(
     table.add_row("PSNR to float, all pixels pooled", f"{psnr(images[1], images[0]):.2f} dB")
     table.add_row("worst 1% of images below", f"{by_image.quantile(0.01):.2f} dB")
     errors = quantized.report["errors_by_timestep"]
-    for name in ("output_relative_mse", "temporal_cosine_distance"):
+    for name in ("output_relative_mse", "temporal_cosine_distance", "temporal_cosine_distance_worst"):
         values = [e[name] for e in errors if name in e]
         if values:
             table.add_row(
