@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import operator
+
 from torch.fx import GraphModule, Node
 from torch.fx.passes.infra.pass_base import PassResult
-from torch.fx.passes.utils.fuser_utils import erase_nodes, fuse_as_graphmodule, insert_subgm
+from torch.fx.passes.utils.fuser_utils import erase_nodes, fuse_as_graphmodule
 
 from tfmq_fx.graph import placeholders
 from tfmq_fx.passes.find_temporal import TemporalBlock, taint
@@ -60,7 +62,13 @@ def partition_temporal(gm: GraphModule, *, temporal: TemporalBlock) -> PassResul
     # The block needs nothing but inputs and constants, so it can run first, right after the placeholders.
     before = [*placeholders(gm).values(), *(n for n in inputs if n.op != "placeholder")]
     last = max(before, key=list(gm.graph.nodes).index)
-    insert_subgm(gm, block, inputs, tuple(outputs), insertion_point=last)
+    gm.add_submodule(BLOCK_NAME, block)
+    with gm.graph.inserting_before(last.next):
+        call = gm.graph.call_module(BLOCK_NAME, inputs)
+        items = [gm.graph.call_function(operator.getitem, (call, i)) for i in range(len(outputs))]
+    for node, item in zip(outputs, items, strict=True):
+        item.meta = dict(node.meta)
+        node.replace_all_uses_with(item)
     erase_nodes(gm, nodes)
     gm.graph.eliminate_dead_code()
     gm.delete_all_unused_submodules()

@@ -1,0 +1,46 @@
+import math
+
+import pytest
+import torch
+
+from tfmq_fx.metrics import cosine_distance, psnr, psnr_by_image, relative_mse_by_timestep
+from tfmq_fx.progress import track
+from tfmq_fx.sampling import _tile
+
+
+def test_psnr_in_closed_form():
+    x = torch.zeros(2, 1, 4, 4)
+    y = x.clone()
+    y[0] += 0.2
+    assert psnr_by_image(y, x)[0] == pytest.approx(20.0)  # 10 log10(2^2 / 0.2^2)
+    assert psnr_by_image(y, x)[1] == math.inf
+    assert psnr(y, x) == pytest.approx(20.0 + 10 * math.log10(2))
+    assert psnr(x, x) == math.inf
+
+
+def test_cosine_distance_ignores_scale_and_sees_angles():
+    a = torch.tensor([[1.0, 0.0], [1.0, 1.0]])
+    b = torch.tensor([[2.0, 0.0], [0.0, 3.0]])
+    distance = cosine_distance([a], [b])
+    assert distance.shape == (1, 2)
+    assert distance[0].tolist() == pytest.approx([0.0, 1 - math.cos(math.pi / 4)])
+
+
+def test_relative_mse_is_grouped_by_timestep():
+    reference = torch.tensor([[2.0], [4.0], [1.0]])
+    output = torch.tensor([[1.0], [4.0], [1.5]])
+    assert relative_mse_by_timestep(output, reference, torch.tensor([7, 7, 9])) == pytest.approx(
+        {7: 0.05, 9: 0.25}
+    )
+
+
+def test_track_yields_everything_in_order(capsys):
+    assert list(track([3, 1, 2], "counting")) == [3, 1, 2]
+    assert capsys.readouterr().err == ""  # silent where there is no terminal
+
+
+def test_grids_keep_the_order_and_pad_with_black():
+    images = torch.arange(3.0).view(3, 1, 1, 1).expand(3, 1, 2, 2) / 4
+    grid = _tile(images, per_row=2)
+    assert grid.shape == (8, 8)
+    assert (grid[1, 1], grid[1, 5], grid[5, 1], grid[5, 5]) == (0.0, 0.25, 0.5, -1.0)
