@@ -6,6 +6,7 @@ table and where the time went, and writes out/demo.png.
 
 from __future__ import annotations
 
+import logging as stdlib_logging
 import os
 import shutil
 import time
@@ -14,6 +15,7 @@ from pathlib import Path
 
 os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
 warnings.simplefilter("ignore")  # of libraries, about themselves
+stdlib_logging.getLogger("torch.utils._pytree").setLevel(stdlib_logging.ERROR)
 
 import torch  # noqa: E402
 from diffusers.utils import logging  # noqa: E402

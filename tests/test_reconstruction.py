@@ -57,6 +57,7 @@ def test_every_block_gets_no_worse_and_most_get_better():
     # AdaRound rounds down or up: no integer moves by more than one from nearest.
     assert all((after[k].int() - before[k].int()).abs().max() <= 1 for k in after)
     assert any(not torch.equal(after[k], before[k]) for k in after)
+    assert all(p.requires_grad and p.grad is None for p in gm.parameters())  # the network is as it was
 
 
 def test_the_same_seed_gives_the_same_integers():

@@ -58,8 +58,17 @@ def reconstruct(
         return gm
     data = calibration.spread(settings.num_samples, seed=seed)
     generator = torch.Generator().manual_seed(seed)
-    results = [_reconstruct_temporal(gm, settings)] if _learnable(gm, temporal=True) else []
-    results += _Walk(gm, data, settings, generator).run()
+    # Only the rounding is learned. (torch 2.11 also crashes in a group norm backward that is asked for its
+    # parameters' gradients alone, channels last.)
+    frozen = [p for p in gm.parameters() if p.requires_grad]
+    for p in frozen:
+        p.requires_grad_(False)
+    try:
+        results = [_reconstruct_temporal(gm, settings)] if _learnable(gm, temporal=True) else []
+        results += _Walk(gm, data, settings, generator).run()
+    finally:
+        for p in frozen:
+            p.requires_grad_(True)
     gm.meta.update(stage="reconstructed", reconstruction=tuple(results))
     return gm
 
