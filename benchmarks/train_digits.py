@@ -1,6 +1,6 @@
 """Train the demo model: an unconditional DDPM on scikit-learn's handwritten digits, from scratch, seeded.
 
-    python benchmarks/train_digits.py --output tfmq_fx/assets/ddpm-digits
+    python benchmarks/train_digits.py --output tfmq_fx/ddpm-digits
 
 Writes a diffusers pipeline folder and prints the figures the README quotes: training time, and how many
 of 1,024 DDIM-50 samples a classifier trained on real digits recognises with confidence over 0.9.

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-FOLDER = Path(__file__).parent / "assets" / "ddpm-digits"
+FOLDER = Path(__file__).parent / "ddpm-digits"
 
 
 def embedded_pipeline() -> Any:
