@@ -93,3 +93,22 @@ def test_the_same_seed_gives_the_same_artefact(pipe, digits, tmp_path):
     again.save_pretrained(tmp_path / "b")
     name = "diffusion_pytorch_model.safetensors"
     assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+
+
+def test_it_compiles_with_the_float_networks_output_class(digits):
+    torch._dynamo.reset()
+    compiled = torch.compile(digits, backend="aot_eager", fullgraph=True)
+    x, t = torch.randn(3, 1, 16, 16), torch.tensor([0, 900, 450])
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(x, t).sample, digits(x, t).sample)
+        torch.testing.assert_close(compiled(x, t, return_dict=False)[0], digits(x, t).sample)
+
+
+def test_an_artefact_cannot_name_any_class_as_its_output(digits, tmp_path):
+    digits.save_pretrained(tmp_path / "q")
+    config = json.loads((tmp_path / "q" / "config.json").read_text())
+    for name in ("os.system", "diffusers.DiffusionPipeline"):
+        config["quantization_config"]["interface"]["output_type"] = name
+        (tmp_path / "q" / "config.json").write_text(json.dumps(config))
+        with pytest.raises(tfmq_fx.TFMQError, match=f"output type '{name}' is not a diffusers"):
+            tfmq_fx.load(tmp_path / "q")

@@ -86,6 +86,8 @@ class QuantizedModel(nn.Module):
         first = next(n for n in interface.inputs if n != interface.timestep)
         self._dtype: torch.dtype = getattr(torch, interface.inputs[first]["dtype"])
         self._first = first
+        # Imported here and not in forward, which torch.compile traces.
+        self._output: Any = None if interface.output_type is None else _output_class(interface.output_type)
 
     @property
     def config(self) -> Any:
@@ -133,9 +135,7 @@ class QuantizedModel(nn.Module):
             self._look_up(inputs[t])
         output = self.network(*[inputs[n] for n in self.interface.inputs])
         wants_dict = given.get("return_dict", self.interface.arguments.get("return_dict"))
-        if wants_dict and self.interface.output_type is not None:
-            return _output_class(self.interface.output_type)(*output)
-        return output
+        return self._output(*output) if wants_dict and self._output is not None else output
 
     def _bind(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
         face = self.interface
