@@ -67,7 +67,7 @@ def plan(gm: GraphModule, *, recipe: Recipe, temporal: TemporalBlock) -> Plan:
     for node in gm.graph.nodes:
         index = weight_argument(node)
         if index is None:
-            if operands := matmul_inputs(node):
+            if matmul_inputs(node):
                 if recipe.attention_bits == FLOAT_BITS:
                     floats.append(
                         Float(name=node.name, reason=f"{op_name(node)}: Recipe.attention_bits is 16")
@@ -76,7 +76,6 @@ def plan(gm: GraphModule, *, recipe: Recipe, temporal: TemporalBlock) -> Plan:
                     floats.append(
                         Float(name=node.name, reason=f"{op_name(node)}: a tensor passed by keyword")
                     )
-                del operands
             continue
         weight = node.args[index] if index < len(node.args) else None
         if (

@@ -134,7 +134,7 @@ class QuantizedModel(nn.Module):
         if not torch.compiler.is_compiling():
             self._look_up(inputs[t])
         output = self.network(*[inputs[n] for n in self.interface.inputs])
-        wants_dict = given.get("return_dict", self.interface.arguments.get("return_dict"))
+        wants_dict = given.get("return_dict")
         return self._output(*output) if wants_dict and self._output is not None else output
 
     def _bind(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:

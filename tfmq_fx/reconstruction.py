@@ -19,7 +19,7 @@ from torch.fx.passes.utils.fuser_utils import fuse_as_graphmodule
 
 from tfmq_fx.calibration import CalibrationSet, inputs_of, is_scalar, run_temporal
 from tfmq_fx.errors import TFMQError
-from tfmq_fx.graph import fresh, placeholders, weight_argument
+from tfmq_fx.graph import attribute, fresh, placeholders, weight_argument
 from tfmq_fx.observers.weight import PerChannelWeightFakeQuantize
 from tfmq_fx.passes.find_blocks import find_blocks
 from tfmq_fx.passes.find_temporal import find_temporal
@@ -202,9 +202,7 @@ def _float_weight(block: GraphModule, node: Node) -> Tensor:
     """The float weight that an observer node of the block reads."""
     source = node.args[0]
     assert isinstance(source, Node)
-    weight: Any = block
-    for part in str(source.target).split("."):
-        weight = getattr(weight, part)
+    weight = attribute(block, str(source.target))
     assert isinstance(weight, Tensor)
     return weight
 
