@@ -16,10 +16,10 @@ class TemporalMinMaxObserver(TemporalObserver):
     min_val: Tensor
     max_val: Tensor
 
-    def __init__(self, *, num_timesteps: int, **kwargs: Any) -> None:
-        super().__init__(num_timesteps=num_timesteps, **kwargs)
-        self.register_buffer("min_val", torch.full((num_timesteps,), torch.inf))
-        self.register_buffer("max_val", torch.full((num_timesteps,), -torch.inf))
+    def __init__(self, *, num_keys: int, **kwargs: Any) -> None:
+        super().__init__(num_keys=num_keys, **kwargs)
+        self.register_buffer("min_val", torch.full((num_keys,), torch.inf))
+        self.register_buffer("max_val", torch.full((num_keys,), -torch.inf))
 
     def observe(self, x_NF: Tensor, step_N: Tensor) -> None:
         self.min_val.scatter_reduce_(0, step_N, x_NF.amin(1), "amin")

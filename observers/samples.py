@@ -20,9 +20,9 @@ from tfmq_fx.observers.temporal import TemporalObserver
 class TemporalSampleObserver(TemporalObserver):
     """Keeps each timestep's distinct rows; subclasses turn the rows of one timestep into its range."""
 
-    def __init__(self, *, num_timesteps: int, **kwargs: Any) -> None:
-        super().__init__(num_timesteps=num_timesteps, **kwargs)
-        self.rows: list[list[Tensor]] = [[] for _ in range(num_timesteps)]
+    def __init__(self, *, num_keys: int, **kwargs: Any) -> None:
+        super().__init__(num_keys=num_keys, **kwargs)
+        self.rows: list[list[Tensor]] = [[] for _ in range(num_keys)]
 
     def observe(self, x_NF: Tensor, step_N: Tensor) -> None:
         for x_F, step in zip(x_NF, step_N.tolist(), strict=True):
@@ -30,8 +30,8 @@ class TemporalSampleObserver(TemporalObserver):
                 self.rows[step].append(x_F.clone())
 
     def ranges(self) -> tuple[Tensor, Tensor]:
-        min_T = torch.zeros(self.num_timesteps)
-        max_T = torch.zeros(self.num_timesteps)
+        min_T = torch.zeros(self.num_keys)
+        max_T = torch.zeros(self.num_keys)
         by_count: dict[int, list[int]] = {}
         for step, rows in enumerate(self.rows):
             by_count.setdefault(len(rows), []).append(step)
@@ -57,8 +57,8 @@ class TemporalMSEObserver(TemporalSampleObserver):
 class TemporalPercentileObserver(TemporalSampleObserver):
     """The central `percentile` percent of the values of each timestep."""
 
-    def __init__(self, *, num_timesteps: int, percentile: float = 99.9, **kwargs: Any) -> None:
-        super().__init__(num_timesteps=num_timesteps, **kwargs)
+    def __init__(self, *, num_keys: int, percentile: float = 99.9, **kwargs: Any) -> None:
+        super().__init__(num_keys=num_keys, **kwargs)
         self.percentile = percentile
 
     def range_of(self, x_RK: Tensor) -> tuple[Tensor, Tensor]:

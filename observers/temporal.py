@@ -1,4 +1,4 @@
-"""The base of all observers keyed on timestep: one (scale, zero_point) per timestep of the schedule."""
+"""The base of all observers keyed on timestep: one (scale, zero_point) per timestep, or per key that holds it."""
 
 from __future__ import annotations
 
@@ -21,26 +21,27 @@ class TemporalObserver(FakeQuantizeBase):  # type: ignore[misc]
     To add an estimator, subclass and define two methods; pass the class as `Recipe(temporal_observer=...)`:
 
         observe(x_NF, step_N)   accumulate. Observing A, then B, must equal observing A and B together.
-        ranges()                the (min_T, max_T) to cover, for the steps that were observed.
+        ranges()                the (min_T, max_T) to cover, for the keys that were observed.
 
     In the prepared graph the module is called with (x, step): x (N, ...) and step (N,) int64, indices into the
-    schedule, computed once in the graph from the `timestep` input. A batch may mix timesteps.
+    T = `num_keys` values of its key, computed once in the graph. The key is the timestep of the schedule, or its
+    product with other finite inputs that x depends on. A batch may mix keys.
     """
 
     seen: Tensor
     scale: Tensor
     zero_point: Tensor
 
-    def __init__(self, *, num_timesteps: int, bits: int = 8, **_spec: Any) -> None:
+    def __init__(self, *, num_keys: int, bits: int = 8, **_spec: Any) -> None:
         super().__init__()  # _spec: what torchao passes along from the QuantizationSpec; `bits` says it all
         self.integers = IntegerRange.activation(bits)
         self.dtype = self.integers.dtype
-        self.num_timesteps = num_timesteps
-        # False when the captured timestep is a scalar: one row of qparams then serves the whole tensor.
+        self.num_keys = num_keys
+        # False when the key is of shape () as captured: one row of qparams then serves the whole tensor.
         self.per_sample = True
-        self.register_buffer("seen", torch.zeros(num_timesteps, dtype=torch.bool))
-        self.register_buffer("scale", torch.ones(num_timesteps))
-        self.register_buffer("zero_point", torch.zeros(num_timesteps, dtype=torch.int32))
+        self.register_buffer("seen", torch.zeros(num_keys, dtype=torch.bool))
+        self.register_buffer("scale", torch.ones(num_keys))
+        self.register_buffer("zero_point", torch.zeros(num_keys, dtype=torch.int32))
 
     @abstractmethod
     def observe(self, x_NF: Tensor, step_N: Tensor) -> None: ...
@@ -53,8 +54,8 @@ class TemporalObserver(FakeQuantizeBase):  # type: ignore[misc]
         if not self.seen.all():
             missing = (~self.seen).nonzero().flatten().tolist()
             raise TFMQError(
-                f"calibration: {len(missing)} of {self.num_timesteps} timesteps were never observed (step indices "
-                f"{missing[:8]}); every timestep of the schedule must occur in the calibration data."
+                f"calibration: {len(missing)} of {self.num_keys} timesteps (or keys with them) were never observed "
+                f"(step indices {missing[:8]}); every value must occur in the calibration data."
             )
         return choose_qparams(*self.ranges(), self.integers)
 

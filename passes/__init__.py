@@ -4,6 +4,7 @@ from tfmq_fx.passes.convert import convert
 from tfmq_fx.passes.find_blocks import Block, find_blocks
 from tfmq_fx.passes.find_temporal import TemporalBlock, find_temporal
 from tfmq_fx.passes.insert_step_index import insert_step_index
+from tfmq_fx.passes.literal_dtypes import literal_dtypes
 from tfmq_fx.passes.partition_temporal import extract_temporal, partition_temporal
 from tfmq_fx.passes.prepare import prepare
 from tfmq_fx.passes.remove_noops import remove_noops
@@ -17,6 +18,7 @@ __all__ = [
     "find_blocks",
     "find_temporal",
     "insert_step_index",
+    "literal_dtypes",
     "partition_temporal",
     "prepare",
     "remove_noops",

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
@@ -21,6 +24,7 @@ from tfmq_fx.errors import TFMQError, nearest_names
 from tfmq_fx.graph import (
     edge_layers,
     matmul_inputs,
+    meta_value,
     op_name,
     output_channel_axis,
     require_input,
@@ -28,7 +32,7 @@ from tfmq_fx.graph import (
 )
 from tfmq_fx.observers.static import StaticFakeQuantize
 from tfmq_fx.observers.weight import PerChannelWeightFakeQuantize
-from tfmq_fx.passes.find_temporal import TemporalBlock
+from tfmq_fx.passes.find_temporal import TemporalBlock, taint
 from tfmq_fx.recipe import Recipe
 
 
@@ -41,7 +45,10 @@ class Layer:
     op: str  # "conv2d", "linear", ...
     weight_bits: int  # 16: float
     activation_bits: int  # 16: float
-    temporal: bool  # True: inside the temporal block, activation qparams per timestep
+    temporal: bool  # True: inside the temporal block
+    key: tuple[
+        str, ...
+    ] = ()  # the inputs whose values select the activation's qparams; (): one for the tensor
     reason: str  # why the bits differ from the recipe's; "" when they do not
 
 
@@ -54,9 +61,18 @@ class Float:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Note:
+    """Something that is quantized, but more coarsely than asked for, and why."""
+
+    name: str  # node name
+    reason: str
+
+
+@dataclass(frozen=True, kw_only=True)
 class Plan:
     layers: tuple[Layer, ...]
     floats: tuple[Float, ...]
+    notes: tuple[Note, ...] = ()
 
 
 def plan(gm: GraphModule, *, recipe: Recipe, temporal: TemporalBlock) -> Plan:
@@ -125,34 +141,67 @@ def plan(gm: GraphModule, *, recipe: Recipe, temporal: TemporalBlock) -> Plan:
     return Plan(layers=tuple(layers), floats=tuple(floats))
 
 
-class RecipeQuantizer(Quantizer):  # type: ignore[misc]
-    """torchao Quantizer: temporal observers inside the block, per-tensor FakeQuantize outside, weights per channel."""
+def table_key(
+    mark: frozenset[str], *, timestep: str, sizes: Mapping[str, int], max_entries: int
+) -> tuple[str, ...] | None:
+    """The inputs of `mark` in the order of `sizes` when all are finite and their product fits, else None."""
+    key = tuple(name for name in sizes if name in mark)
+    fits = mark <= sizes.keys() and math.prod(sizes[n] for n in key) <= max_entries
+    return key if key and (fits or key == (timestep,) == tuple(mark)) else None
 
-    def __init__(self, *, recipe: Recipe, temporal: TemporalBlock, num_timesteps: int) -> None:
-        self.recipe, self.temporal, self.num_timesteps = recipe, temporal, num_timesteps
+
+class RecipeQuantizer(Quantizer):  # type: ignore[misc]
+    """torchao Quantizer: temporal observers inside the block, per-tensor FakeQuantize outside, weights per channel.
+
+    sizes: the finite inputs, the timestep first, name -> number of values.
+    data: another torchao Quantizer that annotates everything outside the temporal block instead.
+    """
+
+    def __init__(
+        self,
+        *,
+        recipe: Recipe,
+        temporal: TemporalBlock,
+        sizes: Mapping[str, int],
+        data: Quantizer | None = None,
+    ) -> None:
+        self.recipe, self.temporal, self.sizes, self.data = recipe, temporal, sizes, data
         self.plan: Plan | None = None
+        self.keys: dict[str, tuple[str, ...]] = {}  # observed node -> the key of its qparams
+
+    def transform_for_annotation(self, model: GraphModule) -> GraphModule:
+        return model if self.data is None else self.data.transform_for_annotation(model)
 
     def annotate(self, model: GraphModule) -> GraphModule:
         self.plan = plan(model, recipe=self.recipe, temporal=self.temporal)
         nodes = {n.name: n for n in model.graph.nodes}
-        batch = require_input(model, self.temporal.timestep).meta.get("val")
-        floats = list(self.plan.floats)
+        floats, notes, layers = list(self.plan.floats), [], []
+        marks = taint(model)
+        inside = set(self.temporal.nodes)
+        if self.data is not None:
+            # Theirs first, then the temporal block is ours again, whatever they wrote there.
+            self.data.annotate(model)
+            for name in inside:
+                nodes[name].meta.pop(Q_ANNOTATION_KEY, None)
         for layer in self.plan.layers:
+            if self.data is not None and not layer.temporal:
+                continue
             node = nodes[layer.node]
             specs: dict[Node, QuantizationSpec] = {}
             x, weight = node.args[0], node.args[weight_argument(node)]  # type: ignore[index]
             assert isinstance(x, Node)
             assert isinstance(weight, Node)
             if layer.activation_bits != FLOAT_BITS:
-                wanted = layer.temporal or self.recipe.keyed == "all"
-                keyed = wanted and _rows_are_samples(x, batch)
-                if wanted and not keyed:
-                    floats.append(
-                        Float(name=x.name, reason="per tensor, not per timestep: its rows are not the batch")
-                    )
-                specs[x] = (
-                    self._temporal(layer.activation_bits) if keyed else self._static(layer.activation_bits)
-                )
+                key, reason = self._key(x, marks[x], temporal=layer.temporal)
+                if reason:
+                    notes.append(Note(name=x.name, reason=reason))
+                if key:
+                    self.keys[x.name] = key
+                    num_keys = math.prod(self.sizes[n] for n in key)
+                    specs[x] = self._temporal(layer.activation_bits, num_keys)
+                else:
+                    specs[x] = self._static(layer.activation_bits)
+                layer = dataclasses.replace(layer, key=key)
             elif self.recipe.activation_bits != FLOAT_BITS:
                 floats.append(
                     Float(name=f"input of {layer.path}", reason=layer.reason or "activation_bits is 16")
@@ -161,15 +210,46 @@ class RecipeQuantizer(Quantizer):  # type: ignore[misc]
                 specs[weight] = self._weight(layer.weight_bits, output_channel_axis(node))
             else:
                 floats.append(Float(name=layer.path, reason=layer.reason or "weight_bits is 16"))
+            layers.append(layer)
             self._set(node, specs)
-        if self.recipe.attention_bits != FLOAT_BITS:
+        if self.recipe.attention_bits != FLOAT_BITS and self.data is None:
             for node in model.graph.nodes:
                 if not any(isinstance(v, Node) for v in node.kwargs.values()):
                     self._set(
                         node, {x: self._static(self.recipe.attention_bits) for x in matmul_inputs(node)}
                     )
-        self.plan = Plan(layers=self.plan.layers, floats=tuple(floats))
+        if self.data is not None:
+            notes += [
+                Note(name=n.name, reason=f"annotated by {type(self.data).__name__}")
+                for n in model.graph.nodes
+                if n.name not in inside and Q_ANNOTATION_KEY in n.meta and weight_argument(n) is not None
+            ]
+        self.plan = Plan(layers=tuple(layers), floats=tuple(floats), notes=tuple(notes))
         return model
+
+    def _key(self, x: Node, mark: frozenset[str], *, temporal: bool) -> tuple[tuple[str, ...], str]:
+        """The key of an activation's qparams, () for one per tensor; and why it is coarser than x deserves, or ""."""
+        timestep = self.temporal.timestep
+        batch = meta_value(require_input(x.graph.owning_module, timestep))  # type: ignore[arg-type]
+        if not temporal and self.recipe.keyed != "all":
+            return (), ""
+        if not _rows_are_samples(x, batch):
+            return (), "one scale per tensor: its rows are not the batch"
+        if not temporal:
+            return (timestep,), ""
+        key = table_key(mark, timestep=timestep, sizes=self.sizes, max_entries=self.recipe.max_table_entries)
+        if key is not None:
+            return key, ""
+        unknown = sorted(mark - self.sizes.keys())
+        why = (
+            f"depends on {', '.join(unknown)}, not declared finite"
+            if unknown
+            else f"{' x '.join(str(self.sizes[n]) for n in self.sizes if n in mark)} values of {', '.join(sorted(mark))} "
+            f"exceed max_table_entries={self.recipe.max_table_entries}"
+        )
+        if timestep in mark:
+            return (timestep,), f"one scale per timestep over sampled values: {why}"
+        return (), f"one scale over sampled values: {why}"
 
     def validate(self, model: GraphModule) -> None:
         """Nothing to check: the plan only names nodes of this graph."""
@@ -177,14 +257,14 @@ class RecipeQuantizer(Quantizer):  # type: ignore[misc]
     @staticmethod
     def _set(node: Node, specs: dict[Node, QuantizationSpec]) -> None:
         if specs:
-            node.meta[Q_ANNOTATION_KEY] = QuantizationAnnotation(input_qspec_map=specs)
+            node.meta[Q_ANNOTATION_KEY] = QuantizationAnnotation(input_qspec_map=specs, _annotated=True)
 
-    def _temporal(self, bits: int) -> QuantizationSpec:
+    def _temporal(self, bits: int, num_keys: int) -> QuantizationSpec:
         integers = IntegerRange.activation(bits)
         observer = self.recipe.temporal_observer_class
         return QuantizationSpec(
             dtype=integers.dtype,
-            observer_or_fake_quant_ctr=observer.with_args(num_timesteps=self.num_timesteps, bits=bits),
+            observer_or_fake_quant_ctr=observer.with_args(num_keys=num_keys, bits=bits),
             quant_min=integers.quant_min,
             quant_max=integers.quant_max,
             qscheme=torch.per_tensor_affine,
@@ -215,7 +295,7 @@ class RecipeQuantizer(Quantizer):  # type: ignore[misc]
 
 def _rows_are_samples(x: Node, timestep: object) -> bool:
     """Whether dim 0 of x is the batch of timesteps; a scalar timestep serves any x; unknown shapes are trusted."""
-    value = x.meta.get("val")
+    value = meta_value(x)
     if not isinstance(value, torch.Tensor) or not isinstance(timestep, torch.Tensor) or timestep.dim() == 0:
         return True
     return value.dim() > 0 and str(value.shape[0]) == str(timestep.shape[0])

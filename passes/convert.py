@@ -8,7 +8,7 @@ from torch.fx import GraphModule
 
 from tfmq_fx._torchao import convert_pt2e
 from tfmq_fx.graph import fresh
-from tfmq_fx.passes.find_temporal import find_temporal
+from tfmq_fx.passes.find_temporal import temporal_of
 from tfmq_fx.passes.partition_temporal import partition_temporal
 from tfmq_fx.passes.prepare import require_stage
 
@@ -24,7 +24,9 @@ def convert(gm: GraphModule) -> GraphModule:
     graph; an activation may differ by one quantization step where it falls on a rounding tie.
     """
     require_stage(gm, "calibrated", "reconstructed")
-    kept = ("timestep", "features", "timesteps", "recipe", "plan", "reconstruction")
+    kept = (
+        "timestep", "conditioning", "features", "feature_keys", "timesteps", "finite", "recipe", "plan", "reconstruction"
+    )  # fmt: skip
     meta = {name: gm.meta[name] for name in kept if name in gm.meta} | {"stage": "converted"}
     # Weights are folded by the observers' own convert hooks, so torchao has nothing left to fold.
     with warnings.catch_warnings():
@@ -32,5 +34,5 @@ def convert(gm: GraphModule) -> GraphModule:
         gm = convert_pt2e(fresh(gm), fold_quantize=False)
     gm = GraphModule(gm, gm.graph)  # only what the graph reads is kept: the float weights go
     gm.meta = meta
-    partition_temporal(gm, temporal=find_temporal(gm, timestep=meta["timestep"], features=meta["features"]))
+    partition_temporal(gm, temporal=temporal_of(gm))
     return gm

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from torch.fx import GraphModule, Node
 
 from tfmq_fx.graph import op_name, value_inputs, weight_argument
-from tfmq_fx.passes.find_temporal import TemporalBlock, constants_of, find_temporal, taint
+from tfmq_fx.passes.find_temporal import TemporalBlock, constants_of, taint, temporal_of
 
 _JOINS = ("add", "sub")
 
@@ -29,11 +29,11 @@ def find_blocks(gm: GraphModule, *, temporal: TemporalBlock | None = None) -> li
     A residual block is an innermost one: it holds a weighted layer and no smaller residual block that does.
     Every weighted layer outside the temporal block belongs to exactly one block.
     """
-    temporal = temporal or find_temporal(gm, timestep=gm.meta["timestep"], features=gm.meta["features"])
+    temporal = temporal or temporal_of(gm)
     inside = set(temporal.nodes)
     marks = taint(gm)
     order = {n: i for i, n in enumerate(gm.graph.nodes)}
-    data = {n for n, m in marks.items() if m - {temporal.timestep} and n.op not in ("placeholder", "output")}
+    data = {n for n, m in marks.items() if m - set(temporal.keys) and n.op not in ("placeholder", "output")}
     regions = [r for r in _residual_regions(gm, data) if any(weight_argument(n) is not None for n in r)]
     regions.sort(key=len)
     chosen: list[set[Node]] = []
@@ -46,7 +46,7 @@ def find_blocks(gm: GraphModule, *, temporal: TemporalBlock | None = None) -> li
         if weight_argument(node) is not None and node.name not in inside and node not in taken:
             chosen.append({node})
             taken.add(node)
-    constant = constants_of(gm, marks, temporal.timestep)
+    constant = constants_of(gm, marks, temporal.keys)
     blocks = []
     for members in chosen:
         private = _private_constants(members, constant)

@@ -2,25 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
-from tfmq_fx._torchao import FakeQuantizeBase, prepare_pt2e
+from tfmq_fx._torchao import FakeQuantizeBase, Quantizer, prepare_pt2e
 from tfmq_fx.errors import TFMQError
-from tfmq_fx.graph import attribute, fresh, require_input
+from tfmq_fx.graph import attribute, fresh, meta_value, placeholders, require_input, timestep_input
 from tfmq_fx.observers.temporal import TemporalObserver
 from tfmq_fx.observers.weight import PerChannelWeightFakeQuantize
 from tfmq_fx.passes.annotate import RecipeQuantizer
-from tfmq_fx.passes.find_temporal import TemporalBlock, find_temporal
-from tfmq_fx.passes.insert_step_index import insert_step_index, step_index
+from tfmq_fx.passes.find_temporal import TemporalBlock, conditioning_vectors, find_temporal
+from tfmq_fx.passes.insert_step_index import insert_step_index, key_index, step_index
 from tfmq_fx.recipe import Recipe
 
 
 def prepare(
-    gm: GraphModule, recipe: Recipe, *, timesteps: Tensor, temporal: TemporalBlock | None = None
+    gm: GraphModule,
+    recipe: Recipe,
+    *,
+    timesteps: Tensor,
+    temporal: TemporalBlock | None = None,
+    finite: Mapping[str, Iterable[Any] | Tensor] | None = None,
+    data_quantizer: Quantizer | None = None,
 ) -> GraphModule:
     """A copy of the graph with observers, ready for `calibrate`; parameters are shared, `gm` is left as it was.
 
@@ -29,26 +36,38 @@ def prepare(
 
     timesteps (T,): the values of the schedule, distinct and finite, in any order.
     temporal: what `find_temporal` found; None finds it here, with the timestep name of the capture.
-    Raises TFMQError for timesteps that are empty, repeated or not finite.
+    finite: other inputs with finitely many values, name -> the values (K, ...): {"class_labels": range(10)}.
+        What depends on the timestep and on them is keyed on the product, while that fits
+        `recipe.max_table_entries`; past it, and for inputs not declared, on the timestep over sampled values, which
+        gm.meta["plan"].notes says.
+    data_quantizer: another torchao Quantizer (x86, ...) for everything outside the temporal block.
+    Raises TFMQError for timesteps or finite values that are empty, repeated or not finite.
     """
-    check_timesteps(timesteps)
-    temporal = temporal or find_temporal(gm, timestep=gm.meta.get("timestep", "timestep"))
-    quantizer = RecipeQuantizer(recipe=recipe, temporal=temporal, num_timesteps=len(timesteps))
+    timestep = str(timestep_input(gm, temporal.timestep if temporal else None).target)
+    tables = {timestep: timesteps} | {n: torch.as_tensor(_listed(v)) for n, v in (finite or {}).items()}
+    for name, values in tables.items():
+        check_values(values, "timesteps" if name == timestep else f"finite[{name!r}]")
+        _check_shape(require_input(gm, name, argument="finite"), name, values)
+    if temporal is None:
+        vectors = {*conditioning_vectors(gm, timestep), *(finite or {})}
+        temporal = find_temporal(gm, timestep=timestep, conditioning=vectors)
+    sizes = {name: len(values) for name, values in tables.items()}
+    quantizer = RecipeQuantizer(recipe=recipe, temporal=temporal, sizes=sizes, data=data_quantizer)
     prepared = prepare_pt2e(fresh(gm), quantizer)
     gm = GraphModule(prepared, prepared.graph)  # sheds torchao's refusal of train() and eval()
     gm.meta = dict(prepared.meta)
-    insert_step_index(gm, timesteps=timesteps, timestep=temporal.timestep)
-    last = step_index(gm)
-    value = require_input(gm, temporal.timestep).meta.get("val")
-    scalar = isinstance(value, Tensor) and value.dim() == 0
-    for node, observer in observers(gm):
+    finite_tables = {n: v for n, v in tables.items() if n != timestep}
+    insert_step_index(gm, timesteps=timesteps, timestep=timestep, finite=finite_tables)
+    scalar = {n for n in sizes if isinstance(v := meta_value(placeholders(gm)[n]), Tensor) and v.dim() == 0}
+    for node, observer in list(observers(gm)):
         (x,) = node.args
         assert isinstance(x, Node)
-        if x.op == "placeholder":  # prepare put it between the placeholders
-            last.append(node)
+        index = step_index(gm)
         if isinstance(observer, TemporalObserver):
-            observer.per_sample = not scalar
-            node.args = (x, last)
+            key = quantizer.keys[x.name]
+            observer.per_sample = not scalar.issuperset(key)
+            index = key_index(gm, key, timestep=timestep, sizes=sizes)
+            node.args = (x, index)
         elif isinstance(observer, PerChannelWeightFakeQuantize):
             weight = attribute(gm, str(x.target))
             if weight.dtype != torch.float32:
@@ -56,14 +75,19 @@ def prepare(
                     f"weight {x.target}: is {weight.dtype}; quantize the float32 network (network.float()) instead."
                 )
             observer.initialise(weight)
+        if x.op == "placeholder":  # prepare put it between the placeholders
+            index.append(node)
         set_mode(observer, observe=True, quantize=False)
     gm.graph.lint()
     gm.recompile()
     assert quantizer.plan is not None
     gm.meta.update(
-        timestep=temporal.timestep,
+        timestep=timestep,
+        conditioning=temporal.keys[1:],
         features=temporal.features,
+        feature_keys=temporal.feature_keys,
         timesteps=timesteps,
+        finite=finite_tables,
         recipe=recipe,
         plan=quantizer.plan,
         stage="prepared",
@@ -96,12 +120,26 @@ def require_stage(gm: GraphModule, *stages: str) -> None:
         )
 
 
-def check_timesteps(timesteps: Tensor) -> None:
-    if timesteps.dim() != 1 or timesteps.numel() == 0:
+def check_values(values: Tensor, name: str) -> None:
+    """Raise TFMQError unless `values` is a non-empty list of distinct finite values: (T,), or (K, ...) of vectors."""
+    if values.dim() == 0 or values.numel() == 0 or (name == "timesteps" and values.dim() != 1):
         raise TFMQError(
-            f"timesteps: a 1-D tensor of at least one value is needed, found shape {tuple(timesteps.shape)}."
+            f"{name}: a list (1-D) of at least one value is needed, found shape {tuple(values.shape)}."
         )
-    if not torch.isfinite(timesteps.double()).all():
-        raise TFMQError("timesteps: hold NaN or infinite values.")
-    if len(timesteps.unique()) != len(timesteps):
-        raise TFMQError("timesteps: hold repeated values; give each value of the schedule once.")
+    if not torch.isfinite(values.double()).all():
+        raise TFMQError(f"{name}: hold NaN or infinite values.")
+    if len(values.unique(dim=0)) != len(values):
+        raise TFMQError(f"{name}: hold repeated values; give each value once.")
+
+
+def _listed(values: Iterable[Any] | Tensor) -> Any:
+    return values if isinstance(values, Tensor) else list(values)
+
+
+def _check_shape(node: Node, name: str, values: Tensor) -> None:
+    """Each value must be what one sample of the input is."""
+    given = meta_value(node)
+    if isinstance(given, Tensor) and tuple(values.shape[1:]) != tuple(given.shape[1:]):
+        raise TFMQError(
+            f"finite[{name!r}]: each value has shape {tuple(values.shape[1:])}, one sample of this input {tuple(given.shape[1:])}."
+        )

@@ -6,23 +6,23 @@ import torch
 from torch.fx import GraphModule
 from torch.fx.passes.infra.pass_base import PassResult
 
-from tfmq_fx.graph import aten, op_name, placeholders, require_input
+from tfmq_fx.graph import aten, meta_value, op_name, placeholders, timestep_input
 
 _FILLS = {"ones_like": 1, "new_ones": 1, "zeros_like": 0, "new_zeros": 0}
 
 
-def root_batch_size(gm: GraphModule, *, timestep: str = "timestep") -> PassResult:
-    """Take the batch size from `timestep` where export proved it to be the same symbol. Bitwise unchanged.
+def root_batch_size(gm: GraphModule, *, timestep: str | None = None) -> PassResult:
+    """Take the batch size from `timestep` where capture proved it to be the same symbol. Bitwise unchanged.
 
-        n = sym_size(sample, 0)          n = sym_size(timestep, 0)
+        n = sym_size(sample, 0)          n = sym_size(timestep, 0)      (or Dynamo's input n, which stays unused)
         ones([n]) * timestep      ==>    ones([n]) * timestep
         ones_like(sample[:, 0])          full([n], 1)
 
     Networks broadcast a timestep to the batch through the sample's shape; the block would then depend on the
     sample for its shape only. A graph without shape metadata, or a scalar timestep, is left as it is.
     """
-    source = require_input(gm, timestep)
-    value = source.meta.get("val")
+    source = timestep_input(gm, timestep)
+    value = meta_value(source)
     if (
         not isinstance(value, torch.Tensor)
         or value.dim() == 0
@@ -37,16 +37,17 @@ def root_batch_size(gm: GraphModule, *, timestep: str = "timestep") -> PassResul
     queries = [
         n
         for n in gm.graph.find_nodes(op="call_function", target=aten.sym_size.int)
-        if n.args != (source, 0) and is_batch(n.meta.get("val"))
+        if n.args != (source, 0) and is_batch(meta_value(n))
     ]
+    sizes = [n for n in placeholders(gm).values() if n.users and is_batch(meta_value(n))]
     fills = [
         n
         for n in gm.graph.nodes
         if op_name(n) in _FILLS
-        and isinstance(n.meta.get("val"), torch.Tensor)
-        and all(isinstance(d, int) or is_batch(d) for d in n.meta["val"].shape)
+        and isinstance(meta_value(n), torch.Tensor)
+        and all(isinstance(d, int) or is_batch(d) for d in meta_value(n).shape)
     ]
-    if not queries and not fills:
+    if not queries and not sizes and not fills:
         return PassResult(gm, False)
     call = gm.graph.call_function
     with gm.graph.inserting_after(list(placeholders(gm).values())[-1]):
@@ -55,8 +56,10 @@ def root_batch_size(gm: GraphModule, *, timestep: str = "timestep") -> PassResul
     for node in queries:
         node.replace_all_uses_with(size)
         gm.graph.erase_node(node)
+    for node in sizes:
+        node.replace_all_uses_with(size)
     for node in fills:
-        like: torch.Tensor = node.meta["val"]
+        like: torch.Tensor = meta_value(node)
         shape = [d if isinstance(d, int) else size for d in like.shape]
         with gm.graph.inserting_before(node):
             new = call(

@@ -65,3 +65,25 @@ def test_data_dependent_control_flow_is_refused_with_exports_words():
 
     with pytest.raises(TFMQError, match=r"torch\.export cannot capture Branches: .*[Dd]ata-dependent"):
         tfmq_fx.capture(Branches().eval(), {"sample": torch.randn(2), "timestep": T})
+
+
+def test_a_batch_size_turned_into_a_number_is_refused():
+    class Counts(nn.Module):
+        def forward(self, sample, timestep):
+            return sample.reshape(len(sample), -1) * timestep[:, None]
+
+    with pytest.raises(
+        TFMQError, match="fixed the batch of 'sample' at 2: Counts turns it into a Python number"
+    ):
+        tfmq_fx.capture(Counts().eval(), {"sample": torch.randn(2, 3), "timestep": T})
+
+
+def test_the_line_of_the_control_flow_is_shown():
+    class Branches(nn.Module):
+        def forward(self, sample, timestep):
+            if sample.sum() > 0:  # the line
+                return sample * 2
+            return sample + timestep
+
+    with pytest.raises(TFMQError, match=r"test_capture\.py:\d+ in forward: if sample\.sum\(\) > 0:"):
+        tfmq_fx.capture(Branches().eval(), {"sample": torch.randn(2), "timestep": T}, "timestep")

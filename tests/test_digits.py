@@ -7,10 +7,11 @@ import torch
 from diffusers import DDIMPipeline, DDIMScheduler, DDPMPipeline, DDPMScheduler
 
 import tfmq_fx
+from tfmq_fx.calibration import run_temporal
 from tfmq_fx.demo import FOLDER
 from tfmq_fx.metrics import cosine_distance, psnr, psnr_by_image
 from tfmq_fx.passes import extract_temporal, find_temporal
-from tfmq_fx.pipeline import temporal_features
+from tfmq_fx.passes.find_temporal import temporal_of
 from tfmq_fx.sampling import sample
 
 STEPS = {"num_inference_steps": 10, "num_samples": 16, "seed": 5}
@@ -54,15 +55,14 @@ def test_temporal_features_stay_close(pipe, digits):
     data = tfmq_fx.CalibrationSet.from_tensors(
         {"sample": torch.randn(10, 1, 16, 16), "timestep": digits.timesteps}
     )
-    features = temporal_features(gm, digits.timesteps)
+    rows = {"timestep": digits.timesteps}
     with torch.no_grad():
-        distance = cosine_distance(
-            [f for f in digits.temporal_block(digits.timesteps) if f.is_floating_point()], features
-        )
+        features = run_temporal(extract_temporal(gm, find_temporal(gm)), rows)
+        distance = cosine_distance(run_temporal(digits.temporal_block, rows), features)
     assert distance.shape == (11, 10)
     nearest = tfmq_fx.calibrate(tfmq_fx.prepare(gm, tfmq_fx.Recipe(), timesteps=digits.timesteps), data)
     with torch.no_grad():
-        rough = cosine_distance(extract_temporal(nearest, find_temporal(nearest))(digits.timesteps), features)
+        rough = cosine_distance(run_temporal(extract_temporal(nearest, temporal_of(nearest)), rows), features)
     assert distance.max() <= 0.5 * rough.max()
     assert rough.max() <= 1e-2
 

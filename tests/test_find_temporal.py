@@ -9,7 +9,6 @@ from tfmq_fx.demo import embedded_pipeline
 from tfmq_fx.errors import TFMQError
 from tfmq_fx.graph import weight_argument
 from tfmq_fx.passes import extract_temporal, find_temporal, partition_temporal
-from tfmq_fx.passes.find_temporal import taint
 
 
 def feature_paths(gm, temporal):
@@ -79,55 +78,6 @@ def test_partitioning_the_demo_network_is_bitwise():
         assert torch.equal(gm(x, t)[0], expected)
 
 
-class Conditioned(nn.Module):
-    """Shape-only use of the sample, a class label that joins behind the time MLP, casts, views and chunks."""
-
-    def __init__(self):
-        super().__init__()
-        self.time, self.label = nn.Linear(8, 8), nn.Embedding(10, 8)
-        self.scale_shift, self.body = nn.Linear(8, 8), nn.Linear(4, 4)
-
-    def forward(self, sample, timestep, label):
-        batch = sample.shape[0]
-        t = timestep.to(sample.dtype) * torch.ones_like(sample[:, 0]) + torch.zeros(batch, dtype=sample.dtype)
-        emb = self.time(sinusoid(t.detach(), 8)) + self.label(label)
-        scale, shift = self.scale_shift(F.silu(emb)).chunk(2, dim=1)
-        return self.body(sample) * (1 + scale) + shift
-
-
-def test_shape_dtype_and_like_do_not_taint_but_a_label_does():
-    gm, temporal = find(Conditioned(), sample=torch.randn(2, 4), label=torch.tensor([1, 2]))
-    assert feature_paths(gm, temporal) == ["time"]
-    marks = {n.name: m for n, m in taint(gm).items()}
-    scale_shift = next(
-        n.name
-        for n in gm.graph.nodes
-        if n.op == "call_function" and any("scale_shift" in str(i) for i in n.all_input_nodes)
-    )
-    assert marks[scale_shift] == {"timestep", "label"}
-    extract_temporal(gm, temporal)(torch.tensor([3, 4]))
-
-
-def test_an_in_place_write_taints_every_alias():
-    class Writes(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.time, self.body = nn.Linear(8, 4), nn.Linear(4, 4)
-
-        def forward(self, sample, timestep):
-            emb = self.time(sinusoid(timestep, 8))
-            buffer = torch.zeros(emb.shape[0], 4)
-            view = buffer[:, :2]
-            buffer.add_(self.body(sample))
-            return self.body(emb) * view.sum()
-
-    gm, temporal = find(Writes(), sample=torch.randn(2, 4))
-    marks = taint(gm)
-    total = next(n for n in gm.graph.nodes if "sum" in n.name)
-    assert "sample" in marks[total]
-    assert feature_paths(gm, temporal) == ["body"]
-
-
 def test_an_unknown_input_shows_the_names():
     with pytest.raises(
         TFMQError, match=r"timestep='t': the graph has no such input; its inputs are sample, timestep"
@@ -135,7 +85,7 @@ def test_an_unknown_input_shows_the_names():
         find_temporal(captured(TinyUNet), timestep="t")
 
 
-class NoTime(nn.Module):
+class OnlyShape(nn.Module):
     def forward(self, sample, timestep):
         return sample + torch.zeros(timestep.shape[0], 1)
 
@@ -145,21 +95,85 @@ class Unused(nn.Module):
         return sample * 2
 
 
+class Dropped(nn.Module):
+    """The timestep is computed with, but the result goes nowhere."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("state", torch.zeros(()))
+
+    def forward(self, sample, timestep):
+        self.state.copy_((timestep * 2).sum())  # export keeps writes to buffers
+        return sample * 2
+
+
 class OnlyMixed(nn.Module):
     def forward(self, sample, timestep):
         return sample * timestep[:, None]
 
 
+class MixedFirst(nn.Module):
+    def forward(self, sample, timestep):
+        return sample * timestep
+
+
 @pytest.mark.parametrize(
     ("network", "words"),
-    [(NoTime(), "no temporal block"), (Unused(), "baked in as a constant"), (OnlyMixed(), None)],
+    [
+        (
+            OnlyShape(),
+            r"timestep='timestep': only its shape, dtype or device is used \(by node sym_size_int_\d\)",
+        ),
+        (Unused(), "baked in as a constant"),
+        (Dropped(), "does not reach the output; its last use is node copy_"),
+        (MixedFirst(), "no temporal block found; no value computed from timestep alone"),
+    ],
 )
 def test_networks_without_a_temporal_block(network, words):
-    gm = tfmq_fx.capture(network.eval(), {"sample": torch.randn(2, 3), "timestep": torch.tensor([1, 2])})
-    if words is None:  # a view of t is a value of t alone, but no layer: nothing that could be quantized
-        assert len(find_temporal(gm).features) == 1
-        with pytest.raises(TFMQError, match="nothing to quantize"):
-            tfmq_fx.prepare(gm, tfmq_fx.Recipe.preset("w4a8"), timesteps=torch.tensor([1, 2]))
-    else:
-        with pytest.raises(TFMQError, match=words):
-            find_temporal(gm)
+    gm = tfmq_fx.capture(
+        network.eval(), {"sample": torch.randn(2), "timestep": torch.tensor([1, 2])}, "timestep"
+    )
+    with pytest.raises(TFMQError, match=words):
+        find_temporal(gm)
+
+
+def test_a_view_of_the_timestep_is_a_block_without_layers():
+    gm = tfmq_fx.capture(OnlyMixed().eval(), {"sample": torch.randn(2, 3), "timestep": torch.tensor([1, 2])})
+    assert len(find_temporal(gm).features) == 1
+    with pytest.raises(TFMQError, match="nothing to quantize"):
+        tfmq_fx.prepare(gm, tfmq_fx.Recipe.preset("w4a8"), timesteps=torch.tensor([1, 2]))
+
+
+class TwoTimes(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(8, 3), nn.Linear(8, 3)
+
+    def forward(self, sample, t, r):
+        return sample * self.a(sinusoid(t, 8)) + self.b(sinusoid(r, 8))
+
+
+def test_two_inputs_that_could_be_the_timestep_are_refused_until_one_is_named():
+    inputs = {"sample": torch.randn(2, 3), "t": torch.tensor([1, 2]), "r": torch.tensor([3, 4])}
+    with pytest.raises(
+        TFMQError, match="timestep: not named, and t and r could be it; name it with timestep="
+    ):
+        tfmq_fx.capture(TwoTimes().eval(), inputs)
+    gm = tfmq_fx.capture(TwoTimes().eval(), inputs, timestep="r")
+    del gm.meta["timestep"]
+    with pytest.raises(TFMQError, match="t and r could be it"):
+        find_temporal(gm)
+    assert feature_paths(gm, find_temporal(gm, timestep="t", conditioning=())) == ["a"]
+
+
+def test_the_only_input_that_can_be_the_timestep_needs_no_name():
+    class OneTime(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a = nn.Linear(8, 3)
+
+        def forward(self, x, sigma):
+            return x * self.a(sinusoid(sigma, 8))
+
+    gm = tfmq_fx.capture(OneTime().eval(), {"x": torch.randn(2, 3), "sigma": torch.tensor([0.5, 2.0])})
+    assert find_temporal(gm).timestep == "sigma"

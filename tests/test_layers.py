@@ -12,6 +12,7 @@ LEVELS = [
     [
         "tfmq_fx.errors",
         "tfmq_fx._torchao",
+        "tfmq_fx.arguments",
         "tfmq_fx.arithmetic",
         "tfmq_fx.graph",
         "tfmq_fx.progress",

@@ -25,8 +25,8 @@ def test_unseen_timesteps_are_counted(tiny):
         tiny(X, torch.tensor([300, 451, 452, 451]))
         tiny(X, 451)
     assert before == {}
-    assert tiny.report["unseen_timesteps"] == {"451.0": 2, "452.0": 1}
-    tiny._unseen.clear()
+    assert tiny.report["unseen_timesteps"] == {"451": 2, "452": 1}
+    tiny._unseen["timestep"].clear()
 
 
 def test_unseen_timesteps_are_refused_on_request():
@@ -34,7 +34,7 @@ def test_unseen_timesteps_are_refused_on_request():
         tfmq_fx.Recipe(unseen="error"), reconstruction=dataclasses.replace(FAST, method="nearest")
     )
     q = tfmq_fx.quantize(make(TinyUNet), recipe, calibration=calibration())
-    with pytest.raises(TFMQError, match=r"timestep=451: .*neighbours are 400\.0 and 500\.0"):
+    with pytest.raises(TFMQError, match=r"timestep=451: .*neighbours are 400 and 500"):
         q(X, 451)
 
 
@@ -87,7 +87,12 @@ def test_the_report_lists_everything(tiny):
     assert layers | floats >= {name for name, _ in network.named_parameters()}
     assert {"input of conv_in.weight", "input of conv_out.weight"} <= floats
     assert any("scaled_dot_product_attention" in f for f in floats)
-    assert report["temporal_block"] == {"features": 2, "timesteps": 10}
+    assert report["temporal_block"] == {
+        "features": 2,
+        "timesteps": 10,
+        "finite": {},
+        "keys": {"linear_2": ["timestep"], "linear_5": ["timestep"]},
+    }
     assert len(report["errors_by_timestep"]) == 10
     assert report["sizes"]["quantized_weights"] + report["sizes"]["float_parameters"] == sum(
         p.numel() for p in network.parameters()

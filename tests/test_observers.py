@@ -17,8 +17,8 @@ from tfmq_fx.observers import (
 ESTIMATORS = [TemporalMinMaxObserver, TemporalMSEObserver, TemporalPercentileObserver]
 
 
-def observed(cls, *parts, num_timesteps=4):
-    observer = cls(num_timesteps=num_timesteps)
+def observed(cls, *parts, num_keys=4):
+    observer = cls(num_keys=num_keys)
     observer.disable_fake_quant()
     for x, step in parts:
         observer(x, step)
@@ -63,16 +63,19 @@ def test_minmax_covers_the_range_to_half_a_step():
 
 def test_a_timestep_never_observed_is_refused():
     observer = observed(TemporalMinMaxObserver, (torch.randn(2, 3), torch.tensor([0, 2])))
-    with pytest.raises(TFMQError, match=r"2 of 4 timesteps were never observed \(step indices \[1, 3\]\)"):
+    with pytest.raises(
+        TFMQError,
+        match=r"2 of 4 timesteps \(or keys with them\) were never observed \(step indices \[1, 3\]\)",
+    ):
         observer.calculate_qparams()
 
 
 class MeanAbsObserver(TemporalObserver):
     """A third party's estimator: the range is four mean absolute values."""
 
-    def __init__(self, *, num_timesteps, **kwargs):
-        super().__init__(num_timesteps=num_timesteps, **kwargs)
-        self.total, self.count = torch.zeros(num_timesteps), torch.zeros(num_timesteps)
+    def __init__(self, *, num_keys, **kwargs):
+        super().__init__(num_keys=num_keys, **kwargs)
+        self.total, self.count = torch.zeros(num_keys), torch.zeros(num_keys)
 
     def observe(self, x_NF, step_N):
         self.total.index_add_(0, step_N, x_NF.abs().mean(1))

@@ -46,7 +46,7 @@ def test_a_round_trip_is_bit_exact(tiny, folder):
 def test_the_layout_is_what_is_documented(tiny, folder):
     """Read with safetensors and numpy alone, as somebody else's program would."""
     config = json.loads((folder / CONFIG).read_text())["quantization_config"]
-    assert (config["quant_method"], config["format_version"]) == ("tfmq", 1)
+    assert (config["quant_method"], config["format_version"]) == ("tfmq", 2)
     with safe_open(folder / WEIGHTS, "np") as file:
         packed, scale, zero_point = (
             file.get_tensor(f"down.weight_{part}") for part in ("q", "scale", "zero_point")

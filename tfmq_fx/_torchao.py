@@ -20,7 +20,7 @@ with warnings.catch_warnings():
     warnings.simplefilter("ignore")
     from torch.ao.quantization.fx import _decomposed  # noqa: F401  (registers torch.ops.quantized_decomposed)
     from torchao.quantization.pt2e.fake_quantize import FakeQuantize, FakeQuantizeBase
-    from torchao.quantization.pt2e.observer import HistogramObserver, MinMaxObserver
+    from torchao.quantization.pt2e.observer import HistogramObserver, MinMaxObserver, ObserverBase
     from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
     from torchao.quantization.pt2e.quantizer import QuantizationAnnotation, QuantizationSpec, Quantizer
     from torchao.quantization.pt2e.quantizer.quantizer import Q_ANNOTATION_KEY
@@ -34,6 +34,7 @@ __all__ = [
     "HistogramObserver",
     "MappingType",
     "MinMaxObserver",
+    "ObserverBase",
     "QuantizationAnnotation",
     "QuantizationSpec",
     "Quantizer",

@@ -10,10 +10,13 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
+from tfmq_fx._torchao import FakeQuantizeBase, ObserverBase
+from tfmq_fx.arguments import Path, leaves, nested
 from tfmq_fx.errors import TFMQError, nearest_names
-from tfmq_fx.graph import placeholders
-from tfmq_fx.observers.temporal import TemporalObserver
-from tfmq_fx.passes.find_temporal import find_temporal
+from tfmq_fx.graph import meta_value, placeholders
+from tfmq_fx.observers.weight import PerChannelWeightFakeQuantize
+from tfmq_fx.passes.annotate import table_key
+from tfmq_fx.passes.find_temporal import temporal_of
 from tfmq_fx.passes.partition_temporal import extract_temporal
 from tfmq_fx.passes.prepare import observers, require_stage, set_mode
 from tfmq_fx.progress import track
@@ -22,13 +25,21 @@ from tfmq_fx.progress import track
 class CalibrationSet:
     """Inputs of the network as it met them while sampling: named tensors of N rows each, t per row.
 
-    Invariants: at least one row; all tensors have the same first dimension; every value is finite.
+    Invariants: at least one row; all tensors have the same first dimension; every value is finite. A tensor
+    inside a dict or list argument has a flat name ("added_cond_kwargs_time_ids") and its path in `paths`.
     """
 
-    def __init__(self, tensors: Mapping[str, Tensor], constants: Mapping[str, Any], timestep: str) -> None:
+    def __init__(
+        self,
+        tensors: Mapping[str, Tensor],
+        constants: Mapping[str, Any],
+        timestep: str,
+        paths: Mapping[str, Path] | None = None,
+    ) -> None:
         self.tensors = dict(tensors)
-        self.constants = dict(constants)  # non-tensor arguments of the recorded calls
+        self.constants = dict(constants)  # non-tensor leaves of the recorded calls, by flat name
         self.timestep = timestep
+        self.paths: dict[str, Path] = {n: (n,) for n in (*tensors, *constants)} | dict(paths or {})
         if timestep not in self.tensors:
             raise TFMQError(
                 f"calibration: no tensor named {timestep!r}; found {nearest_names(timestep, self.tensors)}."
@@ -49,9 +60,21 @@ class CalibrationSet:
         return len(self.tensors[self.timestep])
 
     @staticmethod
-    def from_tensors(tensors: Mapping[str, Tensor], *, timestep: str = "timestep") -> CalibrationSet:
-        """From the network's inputs by name, (N, ...) each; timestep (N,), the value of each row."""
-        return CalibrationSet(tensors, {}, timestep)
+    def from_tensors(tensors: Mapping[str, Any], *, timestep: str = "timestep") -> CalibrationSet:
+        """From the network's arguments by name, (N, ...) each, dicts of tensors included; timestep (N,), one per row."""
+        found = leaves(tensors)
+        wrong = [n for n, (_, x) in found.items() if not isinstance(x, Tensor)]
+        if wrong:
+            raise TFMQError(
+                f"calibration: {wrong[0]!r} is a {type(found[wrong[0]][1]).__name__}, not a tensor."
+            )
+        paths = {n: path for n, (path, _) in found.items()}
+        return CalibrationSet({n: x for n, (_, x) in found.items()}, {}, timestep, paths)
+
+    def arguments(self, rows: slice) -> dict[str, Any]:
+        """The network's keyword arguments for these rows, nested as it takes them, constants included."""
+        values = {n: x[rows] for n, x in self.tensors.items()} | self.constants
+        return nested({self.paths[n]: value for n, value in values.items()})
 
     @staticmethod
     @torch.no_grad()
@@ -96,14 +119,12 @@ class CalibrationSet:
             handle.remove()
         if not calls:
             raise TFMQError(f"calibration: the pipeline never called {type(network).__name__}.")
-        rows = [_rows(call, timestep) for call in calls]
+        found = [{n: leaf for n, (_, leaf) in leaves(call).items()} for call in calls]
+        paths = {n: path for n, (path, _) in leaves(calls[0]).items()}
+        rows = [_rows(call, timestep) for call in found]
         names = [n for n, v in rows[0].items() if isinstance(v, Tensor)]
-        constants = {
-            n: v
-            for n, v in calls[0].items()
-            if n not in names and v is not None and not isinstance(v, Tensor)
-        }
-        return CalibrationSet({n: torch.cat([r[n] for r in rows]) for n in names}, constants, timestep)
+        constants = {n: v for n, v in found[0].items() if n not in names}
+        return CalibrationSet({n: torch.cat([r[n] for r in rows]) for n in names}, constants, timestep, paths)
 
     @property
     def timesteps(self) -> Tensor:
@@ -123,7 +144,8 @@ class CalibrationSet:
         tie = torch.randperm(len(self), generator=generator)
         chosen = by_t[tie][torch.argsort(rank[tie], stable=True)][:num_samples]
         chosen = chosen[torch.randperm(len(chosen), generator=generator)]
-        return CalibrationSet({n: x[chosen] for n, x in self.tensors.items()}, self.constants, self.timestep)
+        tensors = {n: x[chosen] for n, x in self.tensors.items()}
+        return CalibrationSet(tensors, self.constants, self.timestep, self.paths)
 
     def batches(self, batch_size: int, *, one_timestep: bool = False) -> Iterator[dict[str, Tensor]]:
         """At most `batch_size` rows each; one_timestep: of one timestep each, for networks that take one a call."""
@@ -187,7 +209,7 @@ def inputs_of(gm: GraphModule, batch: Mapping[str, Tensor]) -> list[Tensor]:
 
 def is_scalar(gm: GraphModule) -> bool:
     """Whether the graph was captured with a timestep of shape ()."""
-    value = placeholders(gm)[gm.meta["timestep"]].meta.get("val")
+    value = meta_value(placeholders(gm)[gm.meta["timestep"]])
     return isinstance(value, Tensor) and value.dim() == 0
 
 
@@ -195,31 +217,22 @@ def is_scalar(gm: GraphModule) -> bool:
 def calibrate(gm: GraphModule, calibration: CalibrationSet, *, batch_size: int = 64) -> GraphModule:
     """Observe the calibration data with a prepared graph, in place; afterwards the graph fake-quantizes.
 
-    The temporal block is a function of the timestep alone: it is observed once on every timestep of the
-    schedule, without data (finite set calibration). The rest sees the calibration set.
+    The temporal block is a function of the timestep, and perhaps of conditioning: it is observed once on the
+    rows of `temporal_rows` (finite set calibration; no data when its inputs are finite). The rest sees the
+    calibration set.
 
-    Raises TFMQError for timesteps in the data that the schedule lacks, and for missing inputs.
+    Raises TFMQError for timesteps and finite inputs in the data that the tables lack, and for missing inputs.
     """
     require_stage(gm, "prepared")
-    timesteps: Tensor = gm.meta["timesteps"]
-    t = calibration.tensors[calibration.timestep]
-    outside = [v for v in torch.unique(t).tolist() if v not in set(timesteps.tolist())]
-    if outside:
-        raise TFMQError(
-            f"calibration: timesteps {outside[:8]} are in the data but not in the schedule of {len(timesteps)} values "
-            f"({timesteps.min().item()} to {timesteps.max().item()})."
-        )
+    _check_values(gm, calibration)
     found = list(observers(gm))
-    keyed = [o for _, o in found if isinstance(o, TemporalObserver)]
-    static = [o for _, o in found if not isinstance(o, TemporalObserver)]
-    block = extract_temporal(
-        gm, find_temporal(gm, timestep=gm.meta["timestep"], features=gm.meta["features"])
-    )
-    if data_free := len(placeholders(block)) == 1:
-        run_temporal(block, timesteps, scalar=is_scalar(gm))
+    block = extract_temporal(gm, temporal_of(gm))
+    alone = _inputs_are_keys(gm, block)
+    if alone:
+        run_temporal(block, temporal_rows(gm, calibration), scalar=is_scalar(gm))
         for _, observer in observers(block):
             set_mode(observer, observe=False, quantize=False)
-    if static or len(keyed) or not data_free:
+    if any(_observing(m) for m in gm.modules()):
         for batch in track(list(calibration.batches(batch_size, one_timestep=is_scalar(gm))), "calibrating"):
             gm(*inputs_of(gm, batch))
     for _, observer in found:
@@ -228,13 +241,105 @@ def calibrate(gm: GraphModule, calibration: CalibrationSet, *, batch_size: int =
     return gm
 
 
-def run_temporal(block: GraphModule, timesteps: Tensor, *, scalar: bool = False) -> tuple[Tensor, ...]:
-    """The temporal features of an extracted block at every timestep: (T, ...) each.
+def _observing(module: nn.Module) -> bool:
+    """Whether the module learns from data that passes: another quantizer's observers do, weights' do not."""
+    if isinstance(module, PerChannelWeightFakeQuantize):
+        return False
+    if isinstance(module, FakeQuantizeBase):
+        return bool(module.observer_enabled[0])
+    return isinstance(module, ObserverBase)
+
+
+def _inputs_are_keys(gm: GraphModule, block: GraphModule) -> bool:
+    return placeholders(block).keys() <= {gm.meta["timestep"], *gm.meta["conditioning"]}
+
+
+def require_keys_only(gm: GraphModule, block: GraphModule) -> None:
+    """Raise TFMQError unless the block can run on the timestep and conditioning alone."""
+    if not _inputs_are_keys(gm, block):
+        raise TFMQError(
+            f"temporal block: it needs the inputs {', '.join(placeholders(block))} besides the timestep's values; "
+            "capture with torch.export so that the batch size can be read from the timestep."
+        )
+
+
+def _tables(gm: GraphModule) -> dict[str, Tensor]:
+    return {gm.meta["timestep"]: gm.meta["timesteps"], **gm.meta["finite"]}
+
+
+def _check_values(gm: GraphModule, calibration: CalibrationSet) -> None:
+    for name, values in _tables(gm).items():
+        if name not in calibration.tensors:
+            raise TFMQError(
+                f"calibration: no tensor named {name!r}; found {nearest_names(name, calibration.tensors)}."
+            )
+        known = {str(v) for v in values.tolist()}
+        data = calibration.tensors[name].to(values.dtype).unique(dim=0).tolist()
+        outside = [v for v in data if str(v) not in known]
+        if outside:
+            what = "timesteps" if name == gm.meta["timestep"] else f"values of {name!r}"
+            raise TFMQError(
+                f"calibration: {what} {outside[:8]} are in the data but not in the schedule of {len(values)} values "
+                f"({values.min().item():g} to {values.max().item():g})."
+            )
+
+
+def temporal_rows(gm: GraphModule, calibration: CalibrationSet) -> dict[str, Tensor]:
+    """Where the temporal block of a prepared graph is observed and reconstructed: its inputs, (R, ...) each.
+
+    Every value of each key that selects qparams, inputs outside the key taken from the calibration set in turn;
+    then, when some input of the block has no table or too large a product, every distinct row of the set.
+    """
+    timestep, tables = gm.meta["timestep"], _tables(gm)
+    sizes = {n: len(v) for n, v in tables.items()}
+    limit = gm.meta["recipe"].max_table_entries
+    names = [timestep, *gm.meta["conditioning"]]
+    keys = {layer.key for layer in gm.meta["plan"].layers if layer.temporal and layer.key}
+    whole = True
+    for feature in gm.meta["feature_keys"]:
+        key = table_key(frozenset(feature), timestep=timestep, sizes=sizes, max_entries=limit)
+        whole &= key is not None
+        keys.add(key or (timestep,))
+    keys = {k for k in keys if not any(set(k) < set(other) for other in keys)}
+    given = calibration.tensors
+    missing = [n for n in names if n not in given]
+    if missing:
+        raise TFMQError(
+            f"calibration: no tensor named {missing[0]!r}; found {nearest_names(missing[0], given)}."
+        )
+    parts: list[dict[str, Tensor]] = []
+    for key in sorted(keys):
+        index = torch.cartesian_prod(*[torch.arange(sizes[n]) for n in key]).reshape(-1, len(key))
+        turn = torch.arange(len(index)) % len(calibration)
+        rows = {n: tables[n][index[:, i]].to(given[n].dtype) for i, n in enumerate(key)}
+        parts.append({n: rows[n] if n in rows else given[n][turn] for n in names})
+    if not whole:
+        flat = torch.cat([given[n].double().reshape(len(calibration), -1) for n in names], dim=1)
+        _, inverse = flat.unique(dim=0, return_inverse=True)
+        first = torch.full((int(inverse.max()) + 1,), len(flat)).scatter_reduce_(
+            0, inverse, torch.arange(len(flat)), "amin"
+        )
+        parts.append({n: given[n][first.sort().values] for n in names})
+    return {n: torch.cat([part[n] for part in parts]) for n in names}
+
+
+def run_temporal(
+    block: GraphModule, rows: Mapping[str, Tensor], *, scalar: bool = False
+) -> tuple[Tensor, ...]:
+    """The temporal features of an extracted block at every row of its inputs: (R, ...) each.
 
     A step index that the block passes on beside its features is left out.
-    scalar: the block was captured with a timestep of shape () and runs once per value.
+    scalar: the block was captured with a timestep of shape () and runs once per row.
     """
+    inputs = [rows[n] for n in placeholders(block)]
     if not scalar:
-        return tuple(f for f in block(timesteps) if f.is_floating_point())
-    rows = [[f for f in block(t) if f.is_floating_point()] for t in timesteps]
-    return tuple(torch.stack([row[i] for row in rows]) for i in range(len(rows[0])))
+        return tuple(f for f in block(*inputs) if f.is_floating_point())
+    values = [meta_value(n) for n in placeholders(block).values()]
+    out = []
+    for i in range(len(inputs[0])):
+        row = [
+            x[i] if isinstance(v, Tensor) and v.dim() == x.dim() - 1 else x[i : i + 1]
+            for x, v in zip(inputs, values, strict=True)
+        ]
+        out.append([f for f in block(*row) if f.is_floating_point()])
+    return tuple(torch.stack([row[i] for row in out]) for i in range(len(out[0])))

@@ -3,28 +3,38 @@
 from __future__ import annotations
 
 import inspect
+import os
+import re
+import traceback
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses import FakeTensor
 from torch.fx import Graph, GraphModule, Node
 from torch.fx.graph import CodeGen
 from torch.utils import _pytree as pytree
 
+from tfmq_fx.arguments import leaves
 from tfmq_fx.errors import TFMQError, nearest_names
-from tfmq_fx.graph import require_input
+from tfmq_fx.graph import choose_timestep, fixed_size, placeholders, require_input
+from tfmq_fx.passes.literal_dtypes import literal_dtypes
 from tfmq_fx.passes.remove_noops import remove_noops
 from tfmq_fx.passes.root_batch_size import root_batch_size
 
 
-def capture(network: nn.Module, example_inputs: Mapping[str, Any], timestep: str = "timestep") -> GraphModule:
+def capture(
+    network: nn.Module, example_inputs: Mapping[str, Any], timestep: str | None = None
+) -> GraphModule:
     """`network` as a flat GraphModule of aten operators, called with its tensor inputs by name
     or in the order of the network's forward.
 
-    example_inputs: forward's keyword arguments. Tensors become inputs of the graph with a dynamic first
-    dimension (batch); everything else (`return_dict=False`) is constant in the graph. A batch of one is
-    doubled for the capture, because export would take a size of one for a constant.
+    example_inputs: forward's keyword arguments. Tensors, those inside dicts and lists too, become inputs of the
+    graph with a dynamic first dimension (batch); everything else (`return_dict=False`) is constant in the graph. A
+    nested tensor's input joins its path with "_": added_cond_kwargs_time_ids. A batch of one is doubled for the
+    capture, because export would take a size of one for a constant.
+    timestep: the argument's name; None takes "timestep", or the only tensor of shape () or (N,).
 
     The graph shares the network's parameters, copies none, and returns what the network returned, with
     dataclass outputs as dicts. dtype, device, height and width are fixed by the example.
@@ -37,13 +47,16 @@ def capture(network: nn.Module, example_inputs: Mapping[str, Any], timestep: str
         raise TFMQError(
             f"{training[0]} is in train mode; call .eval() on the network first (dropout would be baked into the graph)."
         )
-    if timestep not in example_inputs:
+    found = {name: value for name, (_, value) in leaves(example_inputs).items()}
+    tensors = {n for n, x in found.items() if isinstance(x, Tensor)}
+    timestep = timestep or choose_timestep(found)
+    if timestep not in found:
         raise TFMQError(
-            f"timestep={timestep!r}: not among the example inputs {nearest_names(timestep, example_inputs)}."
+            f"timestep={timestep!r}: not among the example inputs {nearest_names(timestep, found)}."
         )
-    if not isinstance(example_inputs[timestep], Tensor):
+    if timestep not in tensors:
         raise TFMQError(
-            f"timestep={timestep!r}: a Python {type(example_inputs[timestep]).__name__} ({example_inputs[timestep]!r}) would be baked "
+            f"timestep={timestep!r}: a Python {type(found[timestep]).__name__} ({found[timestep]!r}) would be baked "
             "into the graph as a constant; give a tensor."
         )
     check_finite(network)
@@ -53,42 +66,83 @@ def capture(network: nn.Module, example_inputs: Mapping[str, Any], timestep: str
         raise TFMQError(
             f"example input {unknown[0]!r}: {type(network).__name__} takes {nearest_names(unknown[0], order)}."
         )
-    inputs = {n: _at_least_two(example_inputs[n]) for n in order if n in example_inputs}
-    dynamic = {
-        name: {0: torch.export.Dim.AUTO} if isinstance(x, Tensor) and x.dim() > 0 else None
-        for name, x in inputs.items()
-    }
+    inputs = {n: pytree.tree_map(_at_least_two, example_inputs[n]) for n in order if n in example_inputs}
+    dynamic = pytree.tree_map(_dynamic_batch, inputs)
     try:
         # Without no_grad, activation-checkpoint code hides operators inside submodules.
         with torch.no_grad():
             program = torch.export.export(network, (), inputs, dynamic_shapes=dynamic, strict=False)
             gm = program.module(check_guards=False)
     except Exception as error:  # torch.export raises many types; the user needs its words and what to change
-        words = str(error).strip().splitlines()
         raise TFMQError(
-            f"torch.export cannot capture {type(network).__name__}: {type(error).__name__}: {words[0] if words else ''} "
-            "Remove the data-dependent control flow it names, or pass a torch.fx.GraphModule you captured yourself."
+            f"torch.export cannot capture {type(network).__name__}: {type(error).__name__}: {_words(error)} "
+            "Remove the data-dependent control flow it names (torch.where, or a constant), or hand the passes a "
+            "torch.fx.GraphModule you captured yourself."
         ) from error
     assert isinstance(gm, GraphModule)
     out_spec = program.call_spec.out_spec
     assert out_spec is not None
-    gm = _plain_signature(gm, {n for n, x in inputs.items() if isinstance(x, Tensor)}, out_spec)
+    gm = _plain_signature(gm, tensors, out_spec)
     gm.meta["timestep"] = timestep
-    require_input(gm, timestep)
+    for name in tensors:
+        require_input(gm, name, argument="example_inputs")
+    _require_dynamic_batch(gm, network, {n: x for n, (_, x) in leaves(inputs).items()})
     remove_noops(gm)
+    literal_dtypes(gm)
     root_batch_size(gm, timestep=timestep)
     gm.graph.eliminate_dead_code()
     gm.recompile()
     return gm
 
 
+def _require_dynamic_batch(gm: GraphModule, network: nn.Module, example: Mapping[str, Any]) -> None:
+    """Refuse a graph in which some input's batch became a constant: it would fail, or worse, at every other one."""
+    values = {n: node.meta["val"] for n, node in placeholders(gm).items()}
+    sizes = {n: example[n].shape[0] for n in values if example[n].dim()}
+    timestep = gm.meta["timestep"]
+    batch = sizes.get(timestep, max(sizes.values(), default=0))
+    for name, size in sizes.items():
+        if size == batch and fixed_size(values[name].shape[0]) is not None:
+            raise TFMQError(
+                f"torch.export fixed the batch of {name!r} at {batch}: {type(network).__name__} turns it into a Python number, as "
+                f"len({name}) does, or has it written down; use {name}.shape[0]. (If its first dimension is no batch, give an "
+                "example of another batch.)"
+            )
+
+
 def check_finite(network: nn.Module) -> None:
     """Raise TFMQError naming the first parameter or buffer that holds NaN or infinity."""
     for name, p in [*network.named_parameters(), *network.named_buffers()]:
-        if p.is_floating_point() and not p.is_meta and not torch.isfinite(p).all():
+        if (
+            p.is_floating_point()
+            and not p.is_meta
+            and not isinstance(p, FakeTensor)
+            and not torch.isfinite(p).all()
+        ):
             raise TFMQError(
                 f"weight {name}: holds NaN or infinite values; quantizing it would give wrong pictures."
             )
+
+
+def _dynamic_batch(x: Any) -> Any:
+    return {0: torch.export.Dim.AUTO} if isinstance(x, Tensor) and x.dim() > 0 else None
+
+
+def _words(error: Exception) -> str:
+    """Export's own first line, and the line of the network it stumbled on."""
+    text = str(error).strip()
+    first = text.splitlines()[0] if text else ""
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if not _is_library(f.filename)]
+    named = re.findall(r'File "([^"]+)", line (\d+), in (\S+)\n\s*(.+)', text)
+    where = [
+        f"{f}:{line} in {function}: {code.strip()}" for f, line, function, code in named if not _is_library(f)
+    ]
+    where = where or [f"{f.filename}:{f.lineno} in {f.name}: {f.line}" for f in frames]
+    return f"{first} At {where[-1]}." if where else first
+
+
+def _is_library(file: str) -> bool:
+    return f"{os.sep}torch{os.sep}" in file or file.startswith("<") or os.path.dirname(__file__) in file
 
 
 def _at_least_two(x: Any) -> Any:

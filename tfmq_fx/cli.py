@@ -101,9 +101,8 @@ def inspect(model: Model = None, recipe: str = "w4a8") -> None:
     pipe = load_pipeline(model)
     network = denoiser(pipe)
     example = CalibrationSet.record(pipe, num_samples=2, num_inference_steps=2)
-    inputs = {n: x[:2] for n, x in example.tensors.items()}
     started = time.monotonic()
-    gm = capture(network, {**inputs, **example.constants, "return_dict": False})
+    gm = capture(network, {**example.arguments(slice(0, 2)), "return_dict": False})
     captured = time.monotonic()
     temporal = find_temporal(gm)
     found = time.monotonic()

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import builtins
 import operator
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -35,22 +35,31 @@ _VIEWS = {
     "getitem", "slice", "select", "unsqueeze", "squeeze", "view", "reshape", "_unsafe_view", "flatten", "unflatten",
     "expand", "expand_as", "view_as", "permute", "transpose", "t", "movedim", "chunk", "split",
     "split_with_sizes", "unbind", "to", "type_as", "_to_copy", "contiguous", "clone", "detach", "alias", "dropout",
-    "repeat", "repeat_interleave", "lift_fresh_copy", "cat", "stack",
+    "repeat", "repeat_interleave", "lift_fresh_copy", "cat", "stack", "identity",
+    "float", "double", "half", "bfloat16", "long", "int", "type",
 }  # fmt: skip
 _POINTWISE = {
     "add", "sub", "mul", "div", "neg", "rsub", "silu", "gelu", "relu", "sigmoid", "tanh", "softplus", "mish",
     "exp", "log", "pow", "sqrt", "rsqrt", "clamp", "hardtanh", "leaky_relu", "elu", "lerp", "addcmul", "truediv",
     "hardswish", "softmax",
 }  # fmt: skip
+_IN_PLACE_OPERATORS = {
+    operator.iadd, operator.isub, operator.imul, operator.itruediv, operator.ifloordiv, operator.imod, operator.ipow,
+    operator.setitem,
+}  # fmt: skip
 
 
 def op_name(node: Node) -> str:
     """The bare operator name: `aten.linear.default` -> "linear", `x.view(..)` -> "view"; "" for the rest.
 
-    In-place variants are named like their functional twin; `mutated_inputs` tells them apart.
+    In-place variants are named like their functional twin; `mutated_inputs` tells them apart. A torch.nn module
+    is named like its function: nn.SiLU -> "silu".
     """
     if node.op == "call_method":
         return str(node.target).removesuffix("_")
+    if node.op == "call_module":
+        cls = type(called_module(node))
+        return cls.__name__.lower() if cls.__module__.startswith("torch.nn.modules.") else ""
     if node.op != "call_function":
         return ""
     target = node.target
@@ -62,6 +71,26 @@ def op_name(node: Node) -> str:
         assert callable(target)
         name = target.__name__
     return name if name.startswith("_") else name.removesuffix("_")
+
+
+def called_module(node: Node) -> nn.Module:
+    """The module that a call_module node calls."""
+    owner = node.graph.owning_module
+    assert owner is not None
+    return owner.get_submodule(str(node.target))
+
+
+def meta_value(node: Node) -> Any:
+    """The fake value of a node, as torch.export ("val") or Dynamo ("example_value") left it; None when neither did."""
+    return node.meta.get("val", node.meta.get("example_value"))
+
+
+def fixed_size(size: int | torch.SymInt) -> int | None:
+    """The dimension as capture fixed it, None where it may vary. (A specialised SymInt is still a SymInt.)"""
+    if isinstance(size, int):
+        return size
+    fixed: int | None = size.node.maybe_as_int()
+    return fixed
 
 
 def value_inputs(node: Node) -> list[Node]:
@@ -88,9 +117,9 @@ def is_random(node: Node) -> bool:
 
 def mutated_inputs(node: Node) -> list[Node]:
     """Inputs this node writes to in place."""
-    if node.op == "call_method" and str(node.target).endswith("_") and not str(node.target).startswith("_"):
-        return [n for n in node.args[:1] if isinstance(n, Node)]
-    if not isinstance(node.target, torch._ops.OpOverload) or not node.target._schema.is_mutable:
+    if not isinstance(node.target, torch._ops.OpOverload):
+        return [n for n in node.args[:1] if isinstance(n, Node)] if _writes_its_first_argument(node) else []
+    if not node.target._schema.is_mutable:
         return []
     return [
         value
@@ -99,12 +128,28 @@ def mutated_inputs(node: Node) -> list[Node]:
     ]
 
 
+def _writes_its_first_argument(node: Node) -> bool:
+    """For graphs of Python functions, methods and modules: `x.add_(y)`, `x += y`, `x[i] = y`, `relu(x, inplace=True)`."""
+    if node.op == "call_module":
+        return bool(getattr(called_module(node), "inplace", False))  # torch.nn's own switch
+    if node.op == "call_method":
+        name = str(node.target)
+        return name == "__setitem__" or (name.endswith("_") and not name.startswith("_"))
+    if node.op != "call_function":
+        return False
+    name = node.target if isinstance(node.target, str) else node.target.__name__
+    functional = name.endswith("_") and not name.startswith("_")
+    return functional or node.target in _IN_PLACE_OPERATORS or node.kwargs.get("inplace") is True
+
+
 def viewed_inputs(node: Node) -> list[Node]:
     """Inputs whose memory this node's output may share."""
-    if node.target is operator.getitem or node.op == "call_method":
-        return [n for n in node.args[:1] if isinstance(n, Node)]
     if not isinstance(node.target, torch._ops.OpOverload):
-        return []
+        name = op_name(node)
+        shares = (name in _VIEWS and name not in ("clone", "cat", "stack")) or _writes_its_first_argument(
+            node
+        )
+        return [n for n in node.args[:1] if isinstance(n, Node)] if shares else []
     return [v for spec, v in _schema_arguments(node) if spec.alias_info is not None and isinstance(v, Node)]
 
 
@@ -144,14 +189,39 @@ def placeholders(gm: GraphModule) -> dict[str, Node]:
     return {str(n.target): n for n in gm.graph.nodes if n.op == "placeholder"}
 
 
-def require_input(gm: GraphModule, name: str) -> Node:
+def require_input(gm: GraphModule, name: str, *, argument: str = "timestep") -> Node:
     """The placeholder called `name`. Raises TFMQError with the nearest names when there is none."""
     inputs = placeholders(gm)
     if name not in inputs:
         raise TFMQError(
-            f"timestep={name!r}: the graph has no such input; its inputs are {nearest_names(name, inputs)}."
+            f"{argument}={name!r}: the graph has no such input; its inputs are {nearest_names(name, inputs)}."
         )
     return inputs[name]
+
+
+def timestep_input(gm: GraphModule, name: str | None) -> Node:
+    """The placeholder of the timestep: `name`; or what capture recorded; or "timestep"; or the one that can be it.
+
+    Raises TFMQError for an unknown name, and for no name when none or several inputs of shape () or (N,) are there.
+    """
+    name = name or gm.meta.get("timestep")
+    inputs = placeholders(gm)
+    if name is None:
+        name = choose_timestep({n: meta_value(node) for n, node in inputs.items()})
+    return require_input(gm, name)
+
+
+def choose_timestep(values: Mapping[str, Any]) -> str:
+    """The one input that can be the timestep when none is named: "timestep", or the only tensor of shape () or (N,)."""
+    if "timestep" in values:
+        return "timestep"
+    candidates = [n for n, x in values.items() if isinstance(x, Tensor) and x.dim() <= 1]
+    if len(candidates) != 1:
+        found = f"{' and '.join(candidates)} could be it" if candidates else "no input has shape () or (N,)"
+        raise TFMQError(
+            f"timestep: not named, and {found}; name it with timestep=... Inputs are {', '.join(values)}."
+        )
+    return candidates[0]
 
 
 def attribute(gm: nn.Module, target: str) -> Any:
@@ -176,8 +246,8 @@ def set_buffer(gm: nn.Module, target: str, value: Tensor) -> None:
         module.register_buffer(name, value)
 
 
-def ancestors(nodes: Iterable[Node]) -> set[Node]:
-    """`nodes` and everything they are computed from."""
+def ancestors(nodes: Iterable[Node], also: Mapping[Node, Iterable[Node]] | None = None) -> set[Node]:
+    """`nodes` and everything they are computed from; also: further sources of a node, as by writes in place."""
     seen: set[Node] = set()
     stack = list(nodes)
     while stack:
@@ -185,6 +255,7 @@ def ancestors(nodes: Iterable[Node]) -> set[Node]:
         if node not in seen:
             seen.add(node)
             stack.extend(node.all_input_nodes)
+            stack.extend((also or {}).get(node, ()))
     return seen
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import inspect
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,8 +14,9 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
+from tfmq_fx.arguments import leaves
 from tfmq_fx.errors import TFMQError, nearest_names
-from tfmq_fx.graph import placeholders
+from tfmq_fx.graph import fixed_size, placeholders
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,30 +27,44 @@ class Interface:
     required: tuple[str, ...]  # parameters without a default
     inputs: dict[
         str, dict[str, Any]
-    ]  # graph inputs -> {"dtype": .., "shape": [None or int, ..]}; None: any size
-    constants: dict[str, Any] = field(default_factory=dict)  # arguments fixed at capture
+    ]  # graph inputs -> {"dtype": .., "shape": [None or int, ..], "path": [..]}; None: any size
+    constants: dict[str, Any] = field(default_factory=dict)  # arguments fixed at capture, by flat name
     output_type: str | None = None  # qualified name of a diffusers output class; None: a plain tuple
     timestep: str = "timestep"
 
     @staticmethod
     def of(
-        network: nn.Module, gm: GraphModule, constants: dict[str, Any], output_type: str | None
+        network: nn.Module, gm: GraphModule, example: dict[str, Any], output_type: str | None
     ) -> Interface:
+        """example: the arguments of the capture, which say what was constant and where each input belongs."""
         parameters = inspect.signature(network.forward).parameters.values()
         named = [p for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
         inputs = {}
+        found = leaves(example)
         for name, node in placeholders(gm).items():
             value = node.meta["val"]
-            shape = [d if isinstance(d, int) else None for d in value.shape]
-            inputs[name] = {"dtype": str(value.dtype).removeprefix("torch."), "shape": shape}
+            inputs[name] = {
+                "dtype": str(value.dtype).removeprefix("torch."),
+                "shape": [fixed_size(d) for d in value.shape],
+                "path": list(found[name][0]),
+            }
         return Interface(
             arguments={p.name: p.default if _is_json(p.default) else None for p in named},
             required=tuple(p.name for p in named if p.default is p.empty),
             inputs=inputs,
-            constants={k: v for k, v in constants.items() if _is_json(v)},
+            constants={k: v for k, (_, v) in found.items() if k not in inputs and _is_json(v)},
             output_type=output_type,
             timestep=gm.meta["timestep"],
         )
+
+
+def _item(value: Any, step: str | int) -> Any:
+    """value[step] in a dict or list, None where there is none."""
+    if isinstance(value, Mapping):
+        return value.get(step)
+    if isinstance(value, (list, tuple)) and isinstance(step, int) and step < len(value):
+        return value[step]
+    return None
 
 
 def _is_json(value: Any) -> bool:
@@ -61,7 +77,8 @@ class QuantizedModel(nn.Module):
     `pipe.unet = model` is all a diffusers pipeline needs: same arguments, outputs, `.config`, `.dtype`,
     `.device`. A timestep may be a number, or a tensor of shape (), (1,) or (N,), mixed in the batch. One that
     the table lacks takes its nearest neighbour's qparams and is counted in `report["unseen_timesteps"]`, or
-    is refused (`Recipe(unseen="error")`).
+    is refused (`Recipe(unseen="error")`); so are values of other inputs that were declared finite, counted in
+    `report["unseen_values"]`. The qparams alone are the neighbour's: the network computes with the value given.
     """
 
     def __init__(
@@ -70,6 +87,7 @@ class QuantizedModel(nn.Module):
         *,
         interface: Interface,
         timesteps: Tensor,
+        finite: Mapping[str, Tensor] | None = None,
         config: dict[str, Any],
         recipe: dict[str, Any],
         report: dict[str, Any],
@@ -78,10 +96,11 @@ class QuantizedModel(nn.Module):
         self.network = graph  # not `graph`: fx modules have an attribute of that name
         self.interface = interface
         self.timesteps = timesteps.cpu()
+        self.finite = {name: values.cpu() for name, values in (finite or {}).items()}
         self.recipe = recipe
         self._config = config
         self._report = report
-        self._unseen: Counter[float] = Counter()
+        self._unseen: dict[str, Counter[Any]] = {n: Counter() for n in (interface.timestep, *self.finite)}
         # The graph's own inputs carry its device and dtype; both were fixed at capture.
         first = next(n for n in interface.inputs if n != interface.timestep)
         self._dtype: torch.dtype = getattr(torch, interface.inputs[first]["dtype"])
@@ -117,11 +136,19 @@ class QuantizedModel(nn.Module):
     @property
     def report(self) -> dict[str, Any]:
         """What was quantized how, what stayed float and why, sizes, errors by timestep, unseen timesteps."""
-        return {**self._report, "unseen_timesteps": {str(t): n for t, n in sorted(self._unseen.items())}}
+        counts = {
+            name: {str(value): n for value, n in sorted(found.items())}
+            for name, found in self._unseen.items()
+        }
+        return {
+            **self._report,
+            "unseen_timesteps": counts.pop(self.interface.timestep),
+            "unseen_values": counts,
+        }
 
     @property
     def temporal_block(self) -> GraphModule:
-        """timestep (N,) -> the temporal features."""
+        """timestep (N,), and the conditioning that joins it -> the temporal features."""
         block = self.network.get_submodule("temporal_block")
         assert isinstance(block, GraphModule)
         return block
@@ -132,7 +159,8 @@ class QuantizedModel(nn.Module):
         inputs = {n: self._input(n, given[n]) for n in self.interface.inputs if n != t}
         inputs[t] = self._timestep(given[t], inputs[self._first].shape[0])
         if not torch.compiler.is_compiling():
-            self._look_up(inputs[t])
+            for name, table in {t: self.timesteps, **self.finite}.items():
+                self._look_up(name, inputs[name], table)
         output = self.network(*[inputs[n] for n in self.interface.inputs])
         wants_dict = given.get("return_dict")
         return self._output(*output) if wants_dict and self._output is not None else output
@@ -147,19 +175,29 @@ class QuantizedModel(nn.Module):
                 f"forward: {what!r} is unknown; the network takes {nearest_names(str(what), names)}."
             )
         given = {**face.arguments, **dict(zip(names, args, strict=False)), **kwargs}
-        missing = [n for n in (*face.required, *face.inputs) if given.get(n) is None]
+        tensors = {}
+        for name, spec in face.inputs.items():
+            value: Any = given
+            for step in spec["path"]:
+                value = _item(value, step)
+            if value is not None and not isinstance(value, Tensor) and name != face.timestep:
+                raise TFMQError(f"forward: {name!r} must be a tensor, found {type(value).__name__}.")
+            tensors[name] = value
+        missing = [n for n, value in tensors.items() if value is None]
+        missing += [n for n in face.required if given.get(n) is None]
         if missing:
             raise TFMQError(f"forward: the argument {missing[0]!r} is missing.")
-        for name, value in given.items():
+        defaults = {n: v for n, (_, v) in leaves(face.arguments).items()}
+        for name, (_, value) in leaves(given).items():
             if name in face.inputs or name == "return_dict":
                 continue
-            fixed = face.constants.get(name, face.arguments[name])
+            fixed = face.constants.get(name, defaults.get(name))
             if isinstance(value, Tensor) or value != fixed:
                 raise TFMQError(
                     f"forward: {name!r} was {fixed!r} when the network was captured and is fixed in the graph; "
                     "quantize again with calibration data that has it."
                 )
-        return given
+        return {**given, **tensors}
 
     def _timestep(self, value: Any, batch: int) -> Tensor:
         spec = self.interface.inputs[self.interface.timestep]
@@ -184,10 +222,8 @@ class QuantizedModel(nn.Module):
             raise TFMQError(f"timestep: {t.shape[0]} timesteps for a batch of {batch}.")
         return t
 
-    def _input(self, name: str, value: Any) -> Tensor:
+    def _input(self, name: str, value: Tensor) -> Tensor:
         spec = self.interface.inputs[name]
-        if not isinstance(value, Tensor):
-            raise TFMQError(f"forward: {name!r} must be a tensor, found {type(value).__name__}.")
         expected = spec["shape"]
         if value.dim() != len(expected) or any(
             e not in (None, s) for e, s in zip(expected, value.shape, strict=True)
@@ -198,19 +234,26 @@ class QuantizedModel(nn.Module):
             raise TFMQError(f"forward: {name!r} is {value.dtype}, captured as torch.{spec['dtype']}.")
         return value
 
-    def _look_up(self, t: Tensor) -> None:
-        """Count, or refuse, timesteps outside the table; the graph itself always takes the nearest."""
-        table = self.timesteps.double()
-        for value in t.detach().double().cpu().unique().tolist():
-            if not (table == value).any():
+    def _look_up(self, name: str, given: Tensor, table: Tensor) -> None:
+        """Count, or refuse, values outside a table; the graph itself always takes the nearest entry."""
+        same = given.is_floating_point() == table.is_floating_point()
+        given = given.detach().cpu().to(table.dtype if same else torch.float64)
+        for value in given.reshape(-1, *table.shape[1:]).unique(dim=0):
+            if not (table == value).reshape(len(table), -1).all(1).any():
                 if self.recipe.get("unseen") == "error":
-                    below = table[table < value].max().item() if (table < value).any() else None
-                    above = table[table > value].min().item() if (table > value).any() else None
-                    raise TFMQError(
-                        f"timestep={value:g}: not among the {len(table)} calibrated timesteps; its neighbours are {below} "
-                        f"and {above}. Calibrate with this schedule, or use Recipe(unseen='nearest')."
-                    )
-                self._unseen[value] += 1
+                    raise TFMQError(self._unseen_words(name, value, table))
+                self._unseen[name][value.item() if value.dim() == 0 else tuple(value.tolist())] += 1
+
+    def _unseen_words(self, name: str, value: Tensor, table: Tensor) -> str:
+        what = "calibrated timesteps" if name == self.interface.timestep else "values declared finite"
+        if table.dim() > 1:
+            return f"{name}={value.tolist()}: not among the {len(table)} {what}; calibrate with it, or use Recipe(unseen='nearest')."
+        below = table[table < value].max().item() if (table < value).any() else None
+        above = table[table > value].min().item() if (table > value).any() else None
+        return (
+            f"{name}={value.item():g}: not among the {len(table)} {what}; its neighbours are {below} and {above}. "
+            "Calibrate with this schedule, or use Recipe(unseen='nearest')."
+        )
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write the artefact; see `tfmq_fx.saving.save`."""

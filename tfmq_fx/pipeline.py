@@ -6,6 +6,7 @@ import dataclasses
 import inspect
 import platform
 import time
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -13,7 +14,15 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 from torch.utils import _pytree as pytree
 
-from tfmq_fx.calibration import CalibrationSet, calibrate, denoiser, inputs_of, is_scalar, run_temporal
+from tfmq_fx.calibration import (
+    CalibrationSet,
+    calibrate,
+    denoiser,
+    inputs_of,
+    is_scalar,
+    run_temporal,
+    temporal_rows,
+)
 from tfmq_fx.capture import capture
 from tfmq_fx.errors import TFMQError
 from tfmq_fx.graph import placeholders
@@ -21,7 +30,7 @@ from tfmq_fx.graph_json import quantized_weights, tensors_of
 from tfmq_fx.metrics import cosine_distance, relative_mse_by_timestep
 from tfmq_fx.model import Interface, QuantizedModel
 from tfmq_fx.passes.convert import convert
-from tfmq_fx.passes.find_temporal import find_temporal
+from tfmq_fx.passes.find_temporal import TemporalBlock, conditioning_vectors, find_temporal
 from tfmq_fx.passes.partition_temporal import extract_temporal
 from tfmq_fx.passes.prepare import prepare
 from tfmq_fx.recipe import Recipe
@@ -37,6 +46,7 @@ def quantize(
     calibration: CalibrationSet | None = None,
     timesteps: Tensor | None = None,
     timestep: str = "timestep",
+    finite: Mapping[str, Iterable[Any] | Tensor] | None = None,
     seed: int = 0,
 ) -> QuantizedModel:
     """Capture, find the temporal block, prepare, calibrate, reconstruct and convert.
@@ -45,6 +55,7 @@ def quantize(
         left as it was.
     calibration: for a pipeline, None records 64 trajectories of 50 steps with the pipeline's own scheduler.
     timesteps: the schedule (T,); None takes the timesteps of the calibration set.
+    finite: other inputs with finitely many values, {"class_labels": range(10)}; see `prepare`.
 
     The same seed gives the same integers. Raises TFMQError for bad input, naming it.
     """
@@ -60,31 +71,34 @@ def quantize(
     seconds: dict[str, float] = {}
     clock = _Clock(seconds)
 
-    constants = dict(calibration.constants)
+    example = calibration.arguments(slice(0, 2))
     if "return_dict" in inspect.signature(network.forward).parameters:
-        constants["return_dict"] = False
-    example = {n: x[:2] for n, x in calibration.tensors.items()}
-    gm = capture(network, {**example, **constants}, timestep=timestep)
-    temporal = find_temporal(gm, timestep=timestep)
+        example["return_dict"] = False
+    gm = capture(network, example, timestep=timestep)
+    vectors = {*conditioning_vectors(gm, timestep), *(finite or {})}
+    temporal = find_temporal(gm, timestep=timestep, conditioning=vectors)
     clock.lap("capture")
-    prepared = prepare(gm, recipe, timesteps=timesteps, temporal=temporal)
+    prepared = prepare(gm, recipe, timesteps=timesteps, temporal=temporal, finite=finite)
     clock.lap("prepare")
     calibrate(prepared, calibration)
     clock.lap("calibrate")
     reconstruct(prepared, calibration, seed=seed)
+    rows = temporal_rows(prepared, calibration)
     clock.lap("reconstruct")
     converted = convert(prepared)
     clock.lap("convert")
-    interface = Interface.of(network, gm, constants, _output_type(network, {**example, **constants}))
+    interface = Interface.of(network, gm, example, _output_type(network, example))
     quantized = QuantizedModel(
         converted,
         interface=interface,
         timesteps=timesteps,
+        finite=prepared.meta["finite"],
         config=_config(network),
         recipe=recipe.to_json(),
         report={},
     )
-    errors = _errors_by_timestep(gm, quantized, calibration.spread(ERROR_ROWS, seed=seed), timesteps)
+    distance = _temporal_distance(gm, temporal, quantized, rows)
+    errors = _errors_by_timestep(gm, quantized, calibration.spread(ERROR_ROWS, seed=seed), rows, distance)
     clock.lap("measure")
     quantized._report = _report(converted, network, recipe, seed, seconds, errors)
     return quantized
@@ -115,36 +129,41 @@ def _output_type(network: nn.Module, example: dict[str, Any]) -> str | None:
     return f"{cls.__module__}.{cls.__qualname__}" if cls.__module__.startswith("diffusers.") else None
 
 
-def temporal_features(gm: GraphModule, timesteps: Tensor) -> tuple[Tensor, ...]:
-    """The float features g_i(h(t)) of a captured graph at every timestep, (T, ...) each."""
-    block = extract_temporal(gm, find_temporal(gm, timestep=gm.meta["timestep"]))
-    with torch.no_grad():
-        return run_temporal(block, timesteps, scalar=is_scalar(gm))
+@torch.no_grad()
+def _temporal_distance(
+    gm: GraphModule, temporal: TemporalBlock, quantized: QuantizedModel, rows: Mapping[str, Tensor]
+) -> Tensor | None:
+    """(features, R) cosine distances to the float features; None where the block needs more than its keys."""
+    if not placeholders(quantized.temporal_block).keys() <= rows.keys():
+        return None
+    scalar = is_scalar(gm)
+    features = run_temporal(quantized.temporal_block, rows, scalar=scalar)
+    return cosine_distance(features, run_temporal(extract_temporal(gm, temporal), rows, scalar=scalar))
 
 
 @torch.no_grad()
 def _errors_by_timestep(
-    gm: GraphModule, quantized: QuantizedModel, data: CalibrationSet, timesteps: Tensor
+    gm: GraphModule,
+    quantized: QuantizedModel,
+    data: CalibrationSet,
+    rows: Mapping[str, Tensor],
+    distance: Tensor | None,
 ) -> list[dict[str, float]]:
     """By timestep: relative MSE of the output; cosine distance of the temporal features, their mean and worst."""
-    scalar = is_scalar(gm)
-    distance: Tensor | None = None
-    if len(placeholders(quantized.temporal_block)) == 1:
-        features = run_temporal(quantized.temporal_block, timesteps, scalar=scalar)
-        distance = cosine_distance(features, temporal_features(gm, timesteps))
-    rows: list[tuple[Tensor, Tensor, Tensor]] = []
-    for batch in data.batches(128, one_timestep=scalar):
+    outputs: list[tuple[Tensor, Tensor, Tensor]] = []
+    for batch in data.batches(128, one_timestep=is_scalar(gm)):
         inputs = inputs_of(gm, batch)
-        rows.append((_first(quantized.network(*inputs)), _first(gm(*inputs)), batch[data.timestep]))
-    output = relative_mse_by_timestep(*(torch.cat(column) for column in zip(*rows, strict=True)))
+        outputs.append((_first(quantized.network(*inputs)), _first(gm(*inputs)), batch[data.timestep]))
+    output = relative_mse_by_timestep(*(torch.cat(column) for column in zip(*outputs, strict=True)))
     errors = []
-    for i, t in enumerate(timesteps.tolist()):
-        row = {"timestep": t}
-        if t in output:
-            row["output_relative_mse"] = output[t]
+    for t in quantized.timesteps:
+        row = {"timestep": t.item()}
+        if t.item() in output:
+            row["output_relative_mse"] = output[t.item()]
         if distance is not None:
-            row["temporal_cosine_distance"] = distance[:, i].mean().item()
-            row["temporal_cosine_distance_worst"] = distance[:, i].max().item()
+            at = distance[:, rows[data.timestep] == t]
+            row["temporal_cosine_distance"] = at.mean().item()
+            row["temporal_cosine_distance_worst"] = at.max().item()
         errors.append(row)
     return errors
 
@@ -188,6 +207,7 @@ def _report(
         "seed": seed,
         "layers": layers,
         "float": floats,
+        "notes": [dataclasses.asdict(n) for n in plan.notes],
         "sizes": {
             "float_bytes": float_bytes,
             "quantized_bytes": round(weight_bytes + other_bytes),
@@ -198,6 +218,8 @@ def _report(
         "temporal_block": {
             "features": len(gm.meta["features"]),
             "timesteps": len(gm.meta["timesteps"]),
+            "finite": {name: len(values) for name, values in gm.meta["finite"].items()},
+            "keys": {f: list(k) for f, k in zip(gm.meta["features"], gm.meta["feature_keys"], strict=True)},
         },
         "reconstruction": [dataclasses.asdict(r) for r in gm.meta.get("reconstruction", ())],
         "errors_by_timestep": errors,

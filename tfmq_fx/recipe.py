@@ -44,7 +44,8 @@ class Reconstruction:
 
     method: str = "adaround"  # "nearest": no learning at all
     iterations: int = 400  # per block (reference: 20,000)
-    temporal_iterations: int = 2000  # TIAR, all timesteps in each (reference: 20,000 on batches)
+    temporal_iterations: int = 2000  # TIAR (reference: 20,000)
+    temporal_batch_size: int = 1024  # keys per iteration of TIAR: every timestep of a usual schedule at once
     batch_size: int = 32  # samples per iteration
     num_samples: int = 1024  # calibration samples used, spread evenly over the calibration set
     learning_rate: float = 0.1  # of alpha, Adam (reference: 1e-3)
@@ -59,7 +60,7 @@ class Reconstruction:
             raise TFMQError(
                 f"Reconstruction.method: {self.method!r} is unknown; use one of {', '.join(METHODS)}."
             )
-        for name in ("iterations", "temporal_iterations", "batch_size", "num_samples"):
+        for name in ("iterations", "temporal_iterations", "temporal_batch_size", "batch_size", "num_samples"):
             if getattr(self, name) < 1:
                 raise TFMQError(f"Reconstruction.{name}: {getattr(self, name)} is not positive.")
 
@@ -81,6 +82,9 @@ class Recipe:
     )
     activation_observer: str = "mse"  # estimator elsewhere: "minmax" or "mse" (torchao's histogram search)
     unseen: str = "nearest"  # a timestep outside the table: its nearest neighbour (counted), or "error"
+    max_table_entries: int = (
+        65536  # finite inputs share a key with the timestep while their product fits this
+    )
     rules: tuple[Rule, ...] = ()  # exceptions by module path; a rule that matches nothing is an error
     reconstruction: Reconstruction = field(default_factory=Reconstruction)
 
@@ -93,6 +97,8 @@ class Recipe:
             "attention_bits",
         ):
             check_bits(getattr(self, name), f"Recipe.{name}")
+        if self.max_table_entries < 1:
+            raise TFMQError(f"Recipe.max_table_entries: {self.max_table_entries} is not positive.")
         if isinstance(self.temporal_observer, str):
             if self.temporal_observer not in TEMPORAL_OBSERVERS:
                 raise TFMQError(

@@ -17,12 +17,19 @@ from torch import Tensor
 from torch.fx import GraphModule, Interpreter, Node
 from torch.fx.passes.utils.fuser_utils import fuse_as_graphmodule
 
-from tfmq_fx.calibration import CalibrationSet, inputs_of, is_scalar, run_temporal
+from tfmq_fx.calibration import (
+    CalibrationSet,
+    inputs_of,
+    is_scalar,
+    require_keys_only,
+    run_temporal,
+    temporal_rows,
+)
 from tfmq_fx.errors import TFMQError
 from tfmq_fx.graph import attribute, fresh, placeholders, weight_argument
 from tfmq_fx.observers.weight import PerChannelWeightFakeQuantize
 from tfmq_fx.passes.find_blocks import find_blocks
-from tfmq_fx.passes.find_temporal import find_temporal
+from tfmq_fx.passes.find_temporal import temporal_of
 from tfmq_fx.passes.partition_temporal import extract_temporal
 from tfmq_fx.passes.prepare import observers, require_stage, set_mode
 from tfmq_fx.progress import track
@@ -64,8 +71,11 @@ def reconstruct(
     for p in frozen:
         p.requires_grad_(False)
     try:
-        results = [_reconstruct_temporal(gm, settings)] if _learnable(gm, temporal=True) else []
-        results += _Walk(gm, data, settings, generator).run()
+        results = []
+        if _learnable(gm, temporal=True):
+            results.append(_reconstruct_temporal(gm, calibration, settings, generator))
+        if _learnable(gm, temporal=False):
+            results += _Walk(gm, data, settings, generator).run()
     finally:
         for p in frozen:
             p.requires_grad_(True)
@@ -74,7 +84,7 @@ def reconstruct(
 
 
 def _learnable(gm: GraphModule, *, temporal: bool) -> bool:
-    inside = set(find_temporal(gm, timestep=gm.meta["timestep"], features=gm.meta["features"]).nodes)
+    inside = set(temporal_of(gm).nodes)
     return any(
         (n.name in inside) == temporal
         for n, o in observers(gm)
@@ -82,28 +92,38 @@ def _learnable(gm: GraphModule, *, temporal: bool) -> bool:
     )
 
 
-def _reconstruct_temporal(gm: GraphModule, settings: Reconstruction) -> BlockResult:
-    """TIAR: L = sum_i || g_i(h(t)) - q(g_i)(q(h)(t)) ||_F^2 over all t of the schedule (TFMQ-DM, TIAR)."""
-    block = extract_temporal(
-        gm, find_temporal(gm, timestep=gm.meta["timestep"], features=gm.meta["features"])
-    )
-    if len(placeholders(block)) != 1:
-        raise TFMQError(
-            f"temporal block: it needs the inputs {', '.join(placeholders(block))} besides the timestep's values; "
-            "capture with torch.export so that the batch size can be read from the timestep."
-        )
-    timesteps, scalar = gm.meta["timesteps"], is_scalar(gm)
+def _reconstruct_temporal(
+    gm: GraphModule, calibration: CalibrationSet, settings: Reconstruction, generator: torch.Generator
+) -> BlockResult:
+    """TIAR: L = sum_i || g_i(h(t)) - q(g_i)(q(h)(t)) ||_F^2 over all t of the schedule (TFMQ-DM, TIAR).
 
-    def run() -> tuple[Tensor, ...]:
-        return run_temporal(block, timesteps, scalar=scalar)
+    Over all finite keys where other inputs join the timestep, and over sampled rows where they have no table.
+    """
+    block = extract_temporal(gm, temporal_of(gm))
+    require_keys_only(gm, block)
+    rows, scalar = temporal_rows(gm, calibration), is_scalar(gm)
+    count, size = len(rows[gm.meta["timestep"]]), settings.temporal_batch_size
+    shuffled = torch.randperm(count, generator=generator) if count > size else torch.arange(count)
+    chunks = [{n: x[part] for n, x in rows.items()} for part in shuffled.split(size)]
+    pending: list[int] = []
+
+    def order() -> int:
+        if not pending:
+            pending.extend(
+                torch.randperm(len(chunks), generator=generator).tolist() if len(chunks) > 1 else [0]
+            )
+        return pending.pop()
+
+    def run(chunk: int) -> tuple[Tensor, ...]:
+        return run_temporal(block, chunks[chunk], scalar=scalar)
 
     return _learn(
         "temporal_block",
         block,
-        run_chunk=lambda _: run(),
-        targets=[_in_float(block, run)],
+        run_chunk=run,
+        targets=[_in_float(block, lambda i=i: run(i)) for i in range(len(chunks))],  # type: ignore[misc]
         iterations=settings.temporal_iterations,
-        order=lambda: 0,
+        order=order,
         settings=settings,
         watch=True,  # the walk over the blocks has a bar of its own
     )

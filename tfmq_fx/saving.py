@@ -8,7 +8,8 @@
 Tensors carry the network's state-dict names. A quantized weight W is three of them: W_q (integers, packed as a
 little-endian stream of `bits` each, offset by quant_min), W_scale and W_zero_point (per output channel), with
 W = (q - zero_point) * scale. `quantization_config.tensors` gives every tensor's shape, dtype and bits.
-Activations of the temporal block have `<node>_by_timestep.scale` and `.zero_point` of T rows each.
+Activations of the temporal block have `<node>_by_timestep.scale` and `.zero_point` of T rows each, T timesteps or
+products of timesteps with other finite inputs.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ from tfmq_fx.graph_json import graph_from_json, graph_to_json, quantized_weights
 from tfmq_fx.model import Interface, QuantizedModel
 
 QUANT_METHOD = "tfmq"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 CONFIG, WEIGHTS, GRAPH, REPORT = (
     "config.json",
     "diffusion_pytorch_model.safetensors",
@@ -113,6 +114,7 @@ def _write(model: QuantizedModel, folder: Path) -> None:
         "recipe": model.recipe,
         "timesteps": model.timesteps.tolist(),
         "timesteps_dtype": _dtype_name(model.timesteps.dtype),
+        "finite": {n: {"values": v.tolist(), "dtype": _dtype_name(v.dtype)} for n, v in model.finite.items()},
         "interface": dataclasses.asdict(model.interface),
         "tensors": manifest,
         "sha256": {name: _sha256(folder / name) for name in (WEIGHTS, GRAPH)},
@@ -157,6 +159,10 @@ def load(folder: str | Path) -> QuantizedModel:
             graph,
             interface=Interface(**{**face, "required": tuple(face["required"])}),
             timesteps=torch.tensor(quantization["timesteps"], dtype=_dtype(quantization["timesteps_dtype"])),
+            finite={
+                n: torch.tensor(v["values"], dtype=_dtype(v["dtype"]))
+                for n, v in quantization["finite"].items()
+            },
             config=config,
             recipe=quantization["recipe"],
             report=_read_json(folder / REPORT),

@@ -1,0 +1,88 @@
+"""Real architectures, reduced: the block that dataflow finds is the one written down by hand in tests/zoo.py."""
+
+import pytest
+import torch
+from torch.utils import _pytree as pytree
+
+import tfmq_fx
+from tests.zoo import ZOO, depends
+from tfmq_fx.arguments import leaves
+from tfmq_fx.graph import fresh, placeholders, weight_argument
+from tfmq_fx.passes import extract_temporal, find_temporal, partition_temporal
+
+ENTRIES = {e.name: e for e in ZOO}
+
+
+def layer_paths(gm, names):
+    """The module paths of the weighted layers among these nodes, in no order."""
+    nodes = {n.name: n for n in gm.graph.nodes}
+    found = set()
+    for name in names:
+        index = weight_argument(nodes[name])
+        if index is not None:
+            found.add(str(nodes[name].args[index].target).removesuffix(".weight"))
+    return found
+
+
+@pytest.fixture(scope="module", params=ENTRIES)
+def captured(request):
+    entry = ENTRIES[request.param]
+    torch.manual_seed(0)
+    network = entry.build(False)
+    return entry, network, tfmq_fx.capture(network, entry.inputs(False), timestep=entry.timestep)
+
+
+def test_the_hand_written_truth_agrees_with_perturbing_the_inputs(captured):
+    entry, network, _ = captured
+    reached = depends(entry, network)
+    conditioning = set(entry.keys)
+    alone = {path for path, inputs in reached.items() if inputs == {entry.timestep}}
+    assert set(entry.pure_layers) == alone
+    assert all(reached[path] <= conditioning and reached[path] for path in entry.layers)
+    assert all(entry.timestep in reached[path] for path in entry.features)
+
+
+def test_the_block_is_the_one_written_down(captured):
+    entry, _, gm = captured
+    temporal = find_temporal(gm)
+    assert layer_paths(gm, temporal.features) == set(entry.features)
+    assert layer_paths(gm, temporal.nodes) == set(entry.layers)
+    assert set(temporal.keys) == set(entry.keys)
+    assert temporal.keys[0] == entry.timestep
+
+
+def test_the_part_of_the_timestep_alone_is_the_one_written_down(captured):
+    entry, _, gm = captured
+    alone = find_temporal(gm, conditioning=())
+    assert layer_paths(gm, alone.features) == set(entry.pure_features)
+    assert layer_paths(gm, alone.nodes) == set(entry.pure_layers)
+
+
+def test_capture_and_partition_are_bitwise_at_another_batch_size(captured):
+    entry, network, gm = captured
+    inputs = dict(entry.inputs(False))
+    if inputs[entry.timestep].dim():
+        batch = inputs[entry.timestep].shape[0]
+
+        def grow(x):
+            return (
+                torch.cat([x, x.flip(0)[:1]])
+                if isinstance(x, torch.Tensor) and x.shape[:1] == (batch,)
+                else x
+            )
+
+        inputs = pytree.tree_map(grow, inputs)
+    tensors = [x for x in pytree.tree_leaves(inputs) if isinstance(x, torch.Tensor)]
+    order = list(placeholders(gm))
+    with torch.no_grad():
+        expected = pytree.tree_leaves(network(**inputs))[0]
+        flat = {n: x for n, (_, x) in leaves(inputs).items() if isinstance(x, torch.Tensor)}
+        assert len(flat) == len(tensors)
+        values = [flat[n] for n in order]
+        assert torch.equal(pytree.tree_leaves(gm(*values))[0], expected)
+        temporal = find_temporal(gm)
+        block = extract_temporal(gm, temporal)
+        assert set(placeholders(block)) == set(entry.keys)
+        gm2 = fresh(gm)
+        partition_temporal(gm2, temporal=temporal)
+        assert torch.equal(pytree.tree_leaves(gm2(*values))[0], expected)
