@@ -22,6 +22,7 @@ from tfmq_fx._torchao import (
 from tfmq_fx.arithmetic import FLOAT_BITS, IntegerRange
 from tfmq_fx.errors import TFMQError, nearest_names
 from tfmq_fx.graph import (
+    called_module,
     edge_layers,
     matmul_inputs,
     meta_value,
@@ -83,6 +84,10 @@ def plan(gm: GraphModule, *, recipe: Recipe, temporal: TemporalBlock) -> Plan:
     for node in gm.graph.nodes:
         index = weight_argument(node)
         if index is None:
+            if node.op == "call_module" and next(called_module(node).parameters(), None) is not None:
+                floats.append(
+                    Float(name=str(node.target), reason="a module call that inline_modules could not follow")
+                )
             if matmul_inputs(node):
                 if recipe.attention_bits == FLOAT_BITS:
                     floats.append(

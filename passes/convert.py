@@ -10,9 +10,11 @@ from tfmq_fx._torchao import convert_pt2e
 from tfmq_fx.graph import fresh
 from tfmq_fx.passes.find_temporal import temporal_of
 from tfmq_fx.passes.partition_temporal import partition_temporal
+from tfmq_fx.passes.pass_manager import declare
 from tfmq_fx.passes.prepare import require_stage
 
 
+@declare(needs=("calibrate",), after=("reconstruct",))
 def convert(gm: GraphModule) -> GraphModule:
     """A new GraphModule that computes what the calibrated graph computed, from integers.
 
@@ -28,10 +30,10 @@ def convert(gm: GraphModule) -> GraphModule:
         "timestep", "conditioning", "features", "feature_keys", "timesteps", "finite", "recipe", "plan", "reconstruction"
     )  # fmt: skip
     meta = {name: gm.meta[name] for name in kept if name in gm.meta} | {"stage": "converted"}
-    # Weights are folded by the observers' own convert hooks, so torchao has nothing left to fold.
+    # Our observers' convert hooks fold their own weights; torchao folds those of another quantizer.
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)
-        gm = convert_pt2e(fresh(gm), fold_quantize=False)
+        gm = convert_pt2e(fresh(gm))
     gm = GraphModule(gm, gm.graph)  # only what the graph reads is kept: the float weights go
     gm.meta = meta
     partition_temporal(gm, temporal=temporal_of(gm))

@@ -17,6 +17,7 @@ from tfmq_fx.passes.find_temporal import (
     require_no_early_reads,
     taint,
 )
+from tfmq_fx.passes.pass_manager import CLEANING, declare
 
 BLOCK_NAME = "temporal_block"
 
@@ -71,6 +72,7 @@ def extract_temporal(gm: GraphModule, temporal: TemporalBlock) -> GraphModule:
     return block
 
 
+@declare(after=(*CLEANING, "prepare"))
 def partition_temporal(gm: GraphModule, *, temporal: TemporalBlock | None = None) -> PassResult:
     """Replace the block's flat nodes by one call_module. Bitwise unchanged.
 

@@ -17,9 +17,11 @@ from tfmq_fx.observers.weight import PerChannelWeightFakeQuantize
 from tfmq_fx.passes.annotate import RecipeQuantizer
 from tfmq_fx.passes.find_temporal import TemporalBlock, conditioning_vectors, find_temporal
 from tfmq_fx.passes.insert_step_index import insert_step_index, key_index, step_index
+from tfmq_fx.passes.pass_manager import CLEANING, declare
 from tfmq_fx.recipe import Recipe
 
 
+@declare(after=CLEANING)
 def prepare(
     gm: GraphModule,
     recipe: Recipe,

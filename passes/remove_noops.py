@@ -2,24 +2,27 @@
 
 from __future__ import annotations
 
-from torch.fx import GraphModule
+from typing import Any
+
+from torch.fx import GraphModule, Node
 from torch.fx.passes.infra.pass_base import PassResult
 
 from tfmq_fx.errors import TFMQError
-from tfmq_fx.graph import aten, op_name
+from tfmq_fx.graph import aten, called_module, op_name
 
 _ASSERTIONS = (aten._assert_tensor_metadata.default,)
 
 
 def remove_noops(gm: GraphModule) -> PassResult:
-    """dropout(x, p, train=False) ==> x, and metadata assertions vanish. Bitwise unchanged.
+    """dropout(x, p, train=False) ==> x; identity(x) ==> x; metadata assertions vanish. Bitwise unchanged.
 
     Raises TFMQError for a dropout captured in train mode: its randomness would be baked into the graph.
     """
     modified = False
     for node in list(gm.graph.nodes):
-        if op_name(node) == "dropout" and node.op == "call_function":
-            x, p, train = (*node.args, *node.kwargs.values())[:3]
+        name = op_name(node)
+        if name in ("dropout", "identity") and node.op in ("call_function", "call_module"):
+            x, p, train = _dropout(node) if name == "dropout" else (node.args[0], 0.0, False)
             if train and p != 0.0:
                 raise TFMQError(
                     f"node {node.name}: dropout(p={p}) was captured in train mode; call .eval() on the network and capture again."
@@ -34,3 +37,16 @@ def remove_noops(gm: GraphModule) -> PassResult:
         gm.graph.lint()
         gm.recompile()
     return PassResult(gm, modified)
+
+
+def _dropout(node: Node) -> tuple[Any, Any, Any]:
+    """x, p, train of a dropout function or module."""
+    if node.op == "call_module":
+        module = called_module(node)
+        return node.args[0], module.p, module.training
+    given = dict(zip(("x", "p", "train"), node.args, strict=False))
+    return (
+        given.get("x", node.kwargs.get("input")),
+        given.get("p", node.kwargs.get("p")),
+        given.get("train", node.kwargs.get("train", node.kwargs.get("training"))),
+    )

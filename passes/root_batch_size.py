@@ -7,10 +7,12 @@ from torch.fx import GraphModule
 from torch.fx.passes.infra.pass_base import PassResult
 
 from tfmq_fx.graph import aten, meta_value, op_name, placeholders, timestep_input
+from tfmq_fx.passes.pass_manager import declare
 
 _FILLS = {"ones_like": 1, "new_ones": 1, "zeros_like": 0, "new_zeros": 0}
 
 
+@declare(after=("bind_parameters",))
 def root_batch_size(gm: GraphModule, *, timestep: str | None = None) -> PassResult:
     """Take the batch size from `timestep` where capture proved it to be the same symbol. Bitwise unchanged.
 

@@ -13,11 +13,12 @@ from torch.fx import GraphModule
 from tfmq_fx._torchao import FakeQuantizeBase, ObserverBase
 from tfmq_fx.arguments import Path, leaves, nested
 from tfmq_fx.errors import TFMQError, nearest_names
-from tfmq_fx.graph import meta_value, placeholders
+from tfmq_fx.graph import fixed_size, meta_value, placeholders
 from tfmq_fx.observers.weight import PerChannelWeightFakeQuantize
 from tfmq_fx.passes.annotate import table_key
 from tfmq_fx.passes.find_temporal import temporal_of
 from tfmq_fx.passes.partition_temporal import extract_temporal
+from tfmq_fx.passes.pass_manager import declare
 from tfmq_fx.passes.prepare import observers, require_stage, set_mode
 from tfmq_fx.progress import track
 
@@ -204,6 +205,14 @@ def inputs_of(gm: GraphModule, batch: Mapping[str, Tensor]) -> list[Tensor]:
     if is_scalar(gm):
         i = names.index(gm.meta["timestep"])
         inputs[i] = inputs[i].reshape(-1)[0]
+    for name, node, x in zip(names, placeholders(gm).values(), inputs, strict=True):
+        expected = meta_value(node)
+        fixed = [fixed_size(d) for d in expected.shape] if isinstance(expected, Tensor) else [None] * x.dim()
+        if len(fixed) != x.dim() or any(f not in (None, s) for f, s in zip(fixed, x.shape, strict=True)):
+            raise TFMQError(
+                f"calibration: {name!r} has shape {tuple(x.shape)}, the graph was captured with "
+                f"({', '.join('N' if f is None else str(f) for f in fixed)}); batches must have that shape."
+            )
     return inputs
 
 
@@ -213,6 +222,7 @@ def is_scalar(gm: GraphModule) -> bool:
     return isinstance(value, Tensor) and value.dim() == 0
 
 
+@declare(needs=("prepare",))
 @torch.no_grad()
 def calibrate(gm: GraphModule, calibration: CalibrationSet, *, batch_size: int = 64) -> GraphModule:
     """Observe the calibration data with a prepared graph, in place; afterwards the graph fake-quantizes.

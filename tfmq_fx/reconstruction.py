@@ -31,6 +31,7 @@ from tfmq_fx.observers.weight import PerChannelWeightFakeQuantize
 from tfmq_fx.passes.find_blocks import find_blocks
 from tfmq_fx.passes.find_temporal import temporal_of
 from tfmq_fx.passes.partition_temporal import extract_temporal
+from tfmq_fx.passes.pass_manager import declare
 from tfmq_fx.passes.prepare import observers, require_stage, set_mode
 from tfmq_fx.progress import track
 from tfmq_fx.recipe import Reconstruction
@@ -48,6 +49,7 @@ class BlockResult:
     seconds: float
 
 
+@declare(needs=("calibrate",))
 def reconstruct(
     gm: GraphModule, calibration: CalibrationSet, settings: Reconstruction | None = None, *, seed: int = 0
 ) -> GraphModule:

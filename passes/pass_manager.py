@@ -1,0 +1,108 @@
+"""One visible list of passes, run in order, with what each needs checked before anything runs."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import logging
+from collections.abc import Callable, Iterable
+from typing import Any, TypeVar
+
+from torch import nn
+from torch.fx import GraphModule
+from torch.fx.passes.infra import pass_manager
+from torch.fx.passes.infra.pass_base import PassResult
+
+from tfmq_fx.errors import TFMQError
+
+log = logging.getLogger(__name__)
+# What tidies a captured graph, in no order but before anything else.
+CLEANING = ("bind_parameters", "inline_modules", "remove_noops", "literal_dtypes", "root_batch_size")
+F = TypeVar("F", bound=Callable[..., Any])
+_STAGES = {"prepared": ("prepare",), "calibrated": ("prepare", "calibrate")}
+_STAGES["reconstructed"] = (*_STAGES["calibrated"], "reconstruct")
+
+
+def declare(*, needs: Iterable[str] = (), after: Iterable[str] = ()) -> Callable[[F], F]:
+    """Declare a pass's place: `needs` must have run before it, `after` must not run behind it. Names of passes."""
+
+    def mark(function: F) -> F:
+        function.needs, function.after = tuple(needs), tuple(after)  # type: ignore[attr-defined]
+        return function
+
+    return mark
+
+
+class PassManager(pass_manager.PassManager):
+    """torch.fx's PassManager, for passes that return a PassResult, a GraphModule or nothing.
+
+        PassManager([remove_noops, partial(prepare, recipe=recipe, timesteps=t), partial(calibrate, calibration=data), convert])
+
+    Settings are bound with functools.partial. Raises TFMQError listing every declared need that the order
+    violates, before anything runs; a pass's own TFMQError comes through as it is.
+    """
+
+    def __init__(self, passes: Iterable[Callable[[GraphModule], Any]]) -> None:
+        self.given = list(passes)
+        super().__init__([_logged(p) for p in self.given])
+
+    def __call__(self, module: nn.Module) -> PassResult:
+        stage = module.meta.get("stage", "") if isinstance(module, GraphModule) else ""
+        violations = check_order(self.given, done=_STAGES.get(stage, ()))
+        if violations:
+            raise TFMQError("passes: " + "; ".join(violations) + ".")
+        try:
+            return super().__call__(module)
+        except Exception as error:
+            # torch wraps whatever a pass raises; a mistake of the user's should read as one.
+            if isinstance(error.__cause__, TFMQError):
+                raise error.__cause__ from None
+            raise
+
+
+def check_order(passes: Iterable[Callable[..., Any]], *, done: Iterable[str] = ()) -> list[str]:
+    """What the declared needs say against this order, one line each; [] when nothing does."""
+    names = [_name(_function(p)) for p in passes]
+    violations = []
+    for i, given in enumerate(passes):
+        function = _function(given)
+        for other in getattr(function, "needs", ()):
+            if other not in names[:i] and other not in done:
+                violations.append(f"{names[i]} needs {other} before it")
+        for other in getattr(function, "after", ()):
+            if other in names[i + 1 :]:
+                violations.append(f"{other} must come before {names[i]}")
+    return violations
+
+
+def _function(given: Callable[..., Any]) -> Callable[..., Any]:
+    while isinstance(given, functools.partial):
+        given = given.func
+    return given
+
+
+def _name(function: Callable[..., Any]) -> str:
+    return function.__name__ if inspect.isfunction(function) else type(function).__name__
+
+
+def _logged(given: Callable[..., Any]) -> Callable[[nn.Module], PassResult]:
+    name = _name(_function(given))
+
+    def run(module: nn.Module) -> PassResult:
+        before = len(module.graph.nodes) if isinstance(module, GraphModule) else 0
+        result = given(module)
+        if not isinstance(result, PassResult):
+            result = PassResult(module if result is None else result, True)
+        after = result.graph_module
+        assert isinstance(after, GraphModule)
+        log.info(
+            "%s: %d -> %d nodes%s",
+            name,
+            before,
+            len(after.graph.nodes),
+            "" if result.modified else ", nothing to do",
+        )
+        return result
+
+    run.__name__ = name  # what torch's PassManager calls it
+    return run
