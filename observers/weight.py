@@ -81,9 +81,9 @@ class PerChannelWeightFakeQuantize(FakeQuantizeBase):  # type: ignore[misc]
         self.rounding = torch.empty(0)
 
     def forward(self, weight: Tensor) -> Tensor:
-        if self.alpha is not None:
-            return self._soft_weight()
-        return self.dequantized().to(weight.dtype) if self.fake_quant_enabled[0] else weight
+        if not self.fake_quant_enabled[0]:
+            return weight
+        return self._soft_weight() if self.alpha is not None else self.dequantized().to(weight.dtype)
 
     def calculate_qparams(self, **_: Any) -> tuple[Tensor, Tensor]:
         return self.scale, self.zero_point

@@ -59,6 +59,7 @@ class Float:
 
     name: str  # parameter path or node name
     reason: str
+    chosen: bool = True  # whether the recipe says so; False: it could not be quantized
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,7 +87,11 @@ def plan(gm: GraphModule, *, recipe: Recipe, temporal: TemporalBlock) -> Plan:
         if index is None:
             if node.op == "call_module" and next(called_module(node).parameters(), None) is not None:
                 floats.append(
-                    Float(name=str(node.target), reason="a module call that inline_modules could not follow")
+                    Float(
+                        name=str(node.target),
+                        reason="a module call that inline_modules could not follow",
+                        chosen=False,
+                    )
                 )
             if matmul_inputs(node):
                 if recipe.attention_bits == FLOAT_BITS:
@@ -95,7 +100,11 @@ def plan(gm: GraphModule, *, recipe: Recipe, temporal: TemporalBlock) -> Plan:
                     )
                 elif any(isinstance(v, Node) for v in node.kwargs.values()):
                     floats.append(
-                        Float(name=node.name, reason=f"{op_name(node)}: a tensor passed by keyword")
+                        Float(
+                            name=node.name,
+                            reason=f"{op_name(node)}: a tensor passed by keyword",
+                            chosen=False,
+                        )
                     )
             continue
         weight = node.args[index] if index < len(node.args) else None
@@ -105,7 +114,11 @@ def plan(gm: GraphModule, *, recipe: Recipe, temporal: TemporalBlock) -> Plan:
             or any(isinstance(v, Node) for v in node.kwargs.values())
         ):
             floats.append(
-                Float(name=node.name, reason=f"{op_name(node)}: its weight is computed, not a parameter")
+                Float(
+                    name=node.name,
+                    reason=f"{op_name(node)}: its weight is computed, not a parameter",
+                    chosen=False,
+                )
             )
             continue
         path = str(weight.target)
@@ -229,7 +242,7 @@ class RecipeQuantizer(Quantizer):  # type: ignore[misc]
                 for n in model.graph.nodes
                 if n.name not in inside and Q_ANNOTATION_KEY in n.meta and weight_argument(n) is not None
             ]
-        self.plan = Plan(layers=tuple(layers), floats=tuple(floats), notes=tuple(notes))
+        self.plan = Plan(layers=tuple(layers), floats=tuple(floats), notes=tuple(dict.fromkeys(notes)))
         return model
 
     def _key(self, x: Node, mark: frozenset[str], *, temporal: bool) -> tuple[tuple[str, ...], str]:

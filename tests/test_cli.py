@@ -1,11 +1,17 @@
+import json
 import shutil
 import sys
 
 import pytest
+import torch
 from PIL import Image
 
+from tests.zoo import ZOO
 from tfmq_fx import cli
+from tfmq_fx.arguments import leaves
 from tfmq_fx.demo import FOLDER
+
+OWN = ("ddim-official", "latent-diffusion", "scalar-step")  # networks that diffusers cannot load
 
 
 def run(monkeypatch, capsys, *args):
@@ -29,7 +35,56 @@ def test_inspect_shows_the_block(monkeypatch, capsys):
     code, out, _ = run(monkeypatch, capsys, "inspect")
     assert code == 0
     assert "11 features" in out
-    assert "up_blocks.2.resnets.1.time_emb_proj.weight" in out
+    assert "up_blocks.2.resnets.1.time_emb_proj" in out
+
+
+def spec(name, x):
+    """A tensor as `--input` wants it."""
+    return f"{name}={','.join(map(str, x.shape))}:{str(x.dtype).removeprefix('torch.')}"
+
+
+@pytest.mark.parametrize("entry", [e for e in ZOO if e.name not in OWN], ids=lambda e: e.name)
+def test_inspect_gives_the_block_of_every_network_of_the_zoo(monkeypatch, capsys, tmp_path, entry):
+    entry.build(False).save_config(tmp_path)
+    inputs = [(path, x) for path, x in leaves(entry.inputs(False)).values() if isinstance(x, torch.Tensor)]
+    specs = [a for path, x in inputs for a in ("--input", spec(".".join(path), x))]
+    code, out, err = run(
+        monkeypatch, capsys, "inspect", "--model", tmp_path, "--no-weights", "--json", *specs
+    )
+    assert code == 0, err
+    found = json.loads(out)
+    block, layers = found["temporal_block"], {x["path"].removesuffix(".weight") for x in found["layers"]}
+    assert {f["path"] for f in block["features"]} & layers == set(entry.features)
+    assert set(block["keys"]) == set(entry.keys)
+
+
+def test_inspect_of_a_networks_folder_with_its_weights(monkeypatch, capsys):
+    inputs = ("--input", "sample=2,1,16,16", "--input", "timestep=2:int64")
+    code, out, _ = run(monkeypatch, capsys, "inspect", "--model", FOLDER / "unet", *inputs)
+    assert code == 0
+    assert "1.74 M parameters" in out
+    assert "11 features" in out
+
+
+@pytest.mark.parametrize(
+    ("inputs", "words"),
+    [
+        (
+            (),
+            "alone has no pipeline to show how it is called; give the shape of each input of sample, timestep",
+        ),
+        (("--input", "sample"), "use NAME=SHAPE"),
+        (("--input", "sample=2,x"), "use NAME=SHAPE"),
+        (("--input", "sample=2:strange"), "use NAME=SHAPE"),
+        (("--input", "noise=2"), "takes"),
+        (("--input", "sample=2,1,16,16"), "timestep: not named, and no input has shape"),
+    ],
+)
+def test_inspect_says_what_it_needs(monkeypatch, capsys, inputs, words):
+    code, _, err = run(monkeypatch, capsys, "inspect", "--model", FOLDER / "unet", *inputs)
+    assert code == 2
+    assert words in err
+    assert err.count("\n") == 1
 
 
 def test_quantize_sample_and_evaluate_a_local_folder(monkeypatch, capsys, tmp_path):

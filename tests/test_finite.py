@@ -288,3 +288,28 @@ def test_finding_on_the_prepared_graph_gives_the_same_features():
     plain = tfmq_fx.capture(make(Labelled), labelled_data().arguments(slice(0, 2)))
     assert temporal_of(gm).features == find_temporal(plain).features
     assert temporal_of(gm).feature_keys == find_temporal(plain).feature_keys
+
+
+def test_a_thousand_classes_are_walked_in_pieces():
+    class Many(Labelled):
+        classes = 1000
+
+    data = labelled_data()
+    data.tensors["class_labels"] = torch.arange(60) * 16
+    gm = tfmq_fx.capture(make(Many), data.arguments(slice(0, 2)))
+    gm = tfmq_fx.prepare(gm, RECIPE, timesteps=TIMESTEPS, finite={"class_labels": range(1000)})
+    tfmq_fx.reconstruct(tfmq_fx.calibrate(gm, data), data)
+    assert {o.num_keys for _, o in observers(gm) if isinstance(o, TemporalObserver)} == {10, 10_000}
+    assert all(o.seen.all() for _, o in observers(gm) if isinstance(o, TemporalObserver))
+    temporal = gm.meta["reconstruction"][0]
+    assert temporal.error < temporal.error_nearest
+
+
+def test_strict_refuses_a_coarser_key():
+    with pytest.raises(
+        TFMQError,
+        match=r"strict: 1 deviation\(s\) from the recipe: silu\w*: one scale per timestep .* not declared finite",
+    ):
+        tfmq_fx.quantize(make(Labelled), RECIPE, calibration=labelled_data(), strict=True)
+    finite = {"class_labels": range(Labelled.classes)}
+    tfmq_fx.quantize(make(Labelled), RECIPE, calibration=labelled_data(), finite=finite, strict=True)

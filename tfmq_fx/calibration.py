@@ -239,7 +239,8 @@ def calibrate(gm: GraphModule, calibration: CalibrationSet, *, batch_size: int =
     block = extract_temporal(gm, temporal_of(gm))
     alone = _inputs_are_keys(gm, block)
     if alone:
-        run_temporal(block, temporal_rows(gm, calibration), scalar=is_scalar(gm))
+        for rows in chunks_of(temporal_rows(gm, calibration)):
+            run_temporal(block, rows, scalar=is_scalar(gm))
         for _, observer in observers(block):
             set_mode(observer, observe=False, quantize=False)
     if any(_observing(m) for m in gm.modules()):
@@ -331,6 +332,13 @@ def temporal_rows(gm: GraphModule, calibration: CalibrationSet) -> dict[str, Ten
         )
         parts.append({n: given[n][first.sort().values] for n in names})
     return {n: torch.cat([part[n] for part in parts]) for n in names}
+
+
+def chunks_of(rows: Mapping[str, Tensor], size: int = 1024) -> Iterator[dict[str, Tensor]]:
+    """The rows in pieces: the features of a large product of keys would not fit in memory at once."""
+    count = len(next(iter(rows.values())))
+    for start in range(0, count, size):
+        yield {n: x[start : start + size] for n, x in rows.items()}
 
 
 def run_temporal(

@@ -8,7 +8,6 @@ import json
 import logging as stdlib_logging
 import os
 import sys
-import time
 import warnings
 from pathlib import Path
 from typing import Annotated, Any
@@ -74,59 +73,97 @@ def load_pipeline(model: str | None, scheduler: str | None = None) -> Any:
     return pipe
 
 
-def _pipe_kwargs(arguments: list[str] | None) -> dict[str, Any]:
-    kwargs = {}
-    for argument in arguments or []:
-        name, _, value = argument.partition("=")
+def _named_json(option: str, values: list[str] | None) -> dict[str, Any]:
+    """NAME=JSON texts as a dict."""
+    found = {}
+    for text in values or []:
+        name, _, value = text.partition("=")
         try:
-            kwargs[name] = json.loads(value)
+            found[name] = json.loads(value)
         except ValueError as error:
             raise TFMQError(
-                f"--argument {argument!r}: use NAME=JSON; strings take quotes, e.g. prompt='\"a cat\"'."
+                f"{option} {text!r}: use NAME=JSON; strings take quotes, e.g. prompt='\"a cat\"'."
             ) from error
-    return kwargs
+    return found
 
 
 @app.command()
-def inspect(model: Model = None, recipe: str = "w4a8") -> None:
+def inspect(
+    model: Annotated[
+        str | None,
+        typer.Option(
+            "--model",
+            help="A pipeline folder or hub id, or the folder of a network. Default: the embedded digits DDPM.",
+        ),
+    ] = None,
+    recipe: str = "w4a8",
+    inputs: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--input",
+            help="For a network's folder: an input as NAME=SHAPE[:DTYPE], e.g. sample=2,4,64,64 or timestep=2:int64.",
+        ),
+    ] = None,
+    weights: Annotated[
+        bool, typer.Option(help="--no-weights reads config.json alone: any size, in little memory.")
+    ] = True,
+    timestep: Annotated[
+        str | None, typer.Option(help="The timestep's name. Default: `timestep`, or the one that can be it.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
+    argument: Arguments = None,
+) -> None:
     """Show the temporal block found by dataflow, and what a recipe would do to every layer."""
 
     from tfmq_fx.calibration import CalibrationSet, denoiser
-    from tfmq_fx.capture import capture
-    from tfmq_fx.passes.annotate import plan
-    from tfmq_fx.passes.find_temporal import find_temporal
+    from tfmq_fx.inspection import describe, example_inputs, load_network
     from tfmq_fx.recipe import Recipe
 
     chosen = Recipe.preset(recipe)
-    pipe = load_pipeline(model)
-    network = denoiser(pipe)
-    example = CalibrationSet.record(pipe, num_samples=2, num_inference_steps=2)
-    started = time.monotonic()
-    gm = capture(network, {**example.arguments(slice(0, 2)), "return_dict": False})
-    captured = time.monotonic()
-    temporal = find_temporal(gm)
-    found = time.monotonic()
-    layers = plan(gm, recipe=chosen, temporal=temporal)
-    paths = {layer.node: layer.path for layer in layers.layers}
+    if model is not None and (Path(model) / "config.json").is_file():
+        network = load_network(Path(model), weights=weights)
+        example = example_inputs(network, inputs or [])
+    elif inputs or not weights:
+        raise TFMQError(
+            f"--input, --no-weights: are for the folder of a network with a config.json, not {model}."
+        )
+    else:
+        pipe = load_pipeline(model)
+        network = denoiser(pipe, timestep=timestep or "timestep")
+        data = CalibrationSet.record(
+            pipe, num_samples=2, num_inference_steps=2, **_named_json("--argument", argument)
+        )
+        example = data.arguments(slice(0, 2))
+    found = describe(network, example, chosen, timestep=timestep)
+    if as_json:
+        print(json.dumps(found, indent=1))
+        return
+    block, seconds = found["temporal_block"], found["seconds"]
     out.print(
-        f"{type(network).__name__}: {sum(p.numel() for p in network.parameters()) / 1e6:.2f} M parameters, "
-        f"{len(gm.graph.nodes)} nodes; captured in {captured - started:.1f} s, block found in {(found - captured) * 1e3:.0f} ms"
+        f"{found['network']}: {found['parameters'] / 1e6:.2f} M parameters, {found['nodes']} nodes; "
+        f"captured in {seconds['capture']:.1f} s, block found in {seconds['find'] * 1e3:.0f} ms"
     )
     out.print(
-        f"temporal block: {len(temporal.nodes)} nodes, a function of {', '.join(temporal.keys)}; {len(temporal.features)} features:"
+        f"temporal block: {block['nodes']} nodes, a function of {', '.join(block['keys'])}; {len(block['features'])} features:"
     )
-    for name in temporal.features:
-        out.print(f"  {paths.get(name, name)}")
+    for feature in block["features"]:
+        more = [k for k in feature["keys"] if k != block["keys"][0]]
+        out.print(f"  {feature['path']}" + (f"  (with {', '.join(more)})" if more else ""))
     table = Table("layers", "op", "weight bits", "activation bits", "temporal")
     groups: dict[tuple[Any, ...], int] = {}
-    for layer in layers.layers:
-        key = (layer.op, layer.weight_bits, layer.activation_bits, "yes" if layer.temporal else "")
+    for layer in found["layers"]:
+        key = (
+            layer["op"],
+            layer["weight_bits"],
+            layer["activation_bits"],
+            "yes" if layer["temporal"] else "",
+        )
         groups[key] = groups.get(key, 0) + 1
     for key, count in sorted(groups.items(), key=str):
         table.add_row(str(count), *map(str, key))
     out.print(table)
-    for kept in layers.floats:
-        out.print(f"float: {kept.name} ({kept.reason})")
+    for kept in found["float"]:
+        out.print(f"float: {kept['name']} ({kept['reason']})")
 
 
 @app.command()
@@ -143,6 +180,13 @@ def quantize(
     seed: Seed = 0,
     scheduler: Scheduler = None,
     argument: Arguments = None,
+    finite: Annotated[
+        list[str] | None,
+        typer.Option(help="An input with finitely many values, as NAME=JSON, e.g. class_labels=[0,1,2]."),
+    ] = None,
+    strict: Annotated[
+        bool, typer.Option(help="Refuse what would stay in float or be keyed more coarsely than asked for.")
+    ] = False,
 ) -> None:
     """Calibrate on the pipeline's own trajectories, reconstruct, convert, and write the artefact."""
     from tfmq_fx.calibration import CalibrationSet
@@ -159,9 +203,14 @@ def quantize(
     check_output_folder(output)  # before minutes of work, not after
     pipe = load_pipeline(model, scheduler)
     calibration = CalibrationSet.record(
-        pipe, num_samples=num_samples, num_inference_steps=steps, seed=seed, **_pipe_kwargs(argument)
+        pipe,
+        num_samples=num_samples,
+        num_inference_steps=steps,
+        seed=seed,
+        **_named_json("--argument", argument),
     )
-    quantized = run(pipe, chosen, calibration=calibration, seed=seed)
+    tables = _named_json("--finite", finite)
+    quantized = run(pipe, chosen, calibration=calibration, finite=tables, seed=seed, strict=strict)
     quantized.save_pretrained(output)
     report = quantized.report
     sizes = report["sizes"]
@@ -176,6 +225,11 @@ def quantize(
     out.print(
         f"{sizes['float_bytes'] / 1e6:.2f} MB float -> {sizes['quantized_bytes'] / 1e6:.2f} MB ({sizes['ratio']:.3f}); report.json lists what stayed float and why"
     )
+    notes: dict[str, int] = {}
+    for note in report["notes"]:
+        notes[note["reason"]] = notes.get(note["reason"], 0) + 1
+    for reason, count in notes.items():
+        out.print(f"note: {count} activations: {reason}")
     out.print("seconds: " + ", ".join(f"{k} {v:.1f}" for k, v in report["seconds"].items()))
 
 
@@ -247,7 +301,7 @@ def _both(
         "num_samples": num_samples,
         "num_inference_steps": steps,
         "seed": seed,
-        **_pipe_kwargs(argument),
+        **_named_json("--argument", argument),
     }
     return draw(pipe, None, **settings), draw(pipe, quantized, **settings)
 

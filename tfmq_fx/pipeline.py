@@ -17,6 +17,7 @@ from torch.utils import _pytree as pytree
 from tfmq_fx.calibration import (
     CalibrationSet,
     calibrate,
+    chunks_of,
     denoiser,
     inputs_of,
     is_scalar,
@@ -29,6 +30,7 @@ from tfmq_fx.graph import placeholders
 from tfmq_fx.graph_json import quantized_weights, tensors_of
 from tfmq_fx.metrics import cosine_distance, relative_mse_by_timestep
 from tfmq_fx.model import Interface, QuantizedModel
+from tfmq_fx.passes.annotate import Plan
 from tfmq_fx.passes.convert import convert
 from tfmq_fx.passes.find_temporal import TemporalBlock, conditioning_vectors, find_temporal
 from tfmq_fx.passes.partition_temporal import extract_temporal
@@ -48,6 +50,7 @@ def quantize(
     timestep: str = "timestep",
     finite: Mapping[str, Iterable[Any] | Tensor] | None = None,
     seed: int = 0,
+    strict: bool = False,
 ) -> QuantizedModel:
     """Capture, find the temporal block, prepare, calibrate, reconstruct and convert.
 
@@ -56,6 +59,9 @@ def quantize(
     calibration: for a pipeline, None records 64 trajectories of 50 steps with the pipeline's own scheduler.
     timesteps: the schedule (T,); None takes the timesteps of the calibration set.
     finite: other inputs with finitely many values, {"class_labels": range(10)}; see `prepare`.
+
+    strict: refuse, before any calibration, a network of which something would stay in float or be quantized more
+        coarsely than the recipe asks for; the report lists the same otherwise.
 
     The same seed gives the same integers. Raises TFMQError for bad input, naming it.
     """
@@ -79,6 +85,8 @@ def quantize(
     temporal = find_temporal(gm, timestep=timestep, conditioning=vectors)
     clock.lap("capture")
     prepared = prepare(gm, recipe, timesteps=timesteps, temporal=temporal, finite=finite)
+    if strict:
+        _require_whole(prepared.meta["plan"])
     clock.lap("prepare")
     calibrate(prepared, calibration)
     clock.lap("calibrate")
@@ -102,6 +110,15 @@ def quantize(
     clock.lap("measure")
     quantized._report = _report(converted, network, recipe, seed, seconds, errors)
     return quantized
+
+
+def _require_whole(plan: Plan) -> None:
+    """Raise TFMQError when something is in float, or keyed more coarsely, that the recipe did not choose so."""
+    found = [f"{f.name}: {f.reason}" for f in plan.floats if not f.chosen]
+    found += [f"{n.name}: {n.reason}" for n in plan.notes]
+    if found:
+        more = f"; and {len(found) - 3} more" if len(found) > 3 else ""
+        raise TFMQError(f"strict: {len(found)} deviation(s) from the recipe: {'; '.join(found[:3])}{more}.")
 
 
 def _config(network: nn.Module) -> dict[str, Any]:
@@ -137,8 +154,15 @@ def _temporal_distance(
     if not placeholders(quantized.temporal_block).keys() <= rows.keys():
         return None
     scalar = is_scalar(gm)
-    features = run_temporal(quantized.temporal_block, rows, scalar=scalar)
-    return cosine_distance(features, run_temporal(extract_temporal(gm, temporal), rows, scalar=scalar))
+    float_block = extract_temporal(gm, temporal)
+    distances = [
+        cosine_distance(
+            run_temporal(quantized.temporal_block, part, scalar=scalar),
+            run_temporal(float_block, part, scalar=scalar),
+        )
+        for part in chunks_of(rows)
+    ]
+    return torch.cat(distances, dim=1)
 
 
 @torch.no_grad()

@@ -27,7 +27,7 @@ METHODS = ("nearest", "adaround")
 class Rule:
     """Bits for the layers a pattern matches; the first matching rule wins over the recipe's own bits."""
 
-    pattern: str  # fnmatch over the weight's module path, e.g. "down_blocks.0.*"
+    pattern: str  # fnmatch over the weight's module path, e.g. "encoder.0.*"
     op: str | None = None  # only this operator ("conv2d", "linear"); None: any
     weight_bits: int | None = None  # None: as the recipe says
     activation_bits: int | None = None  # None: as the recipe says

@@ -123,12 +123,29 @@ def _reconstruct_temporal(
         "temporal_block",
         block,
         run_chunk=run,
-        targets=[_in_float(block, lambda i=i: run(i)) for i in range(len(chunks))],  # type: ignore[misc]
+        targets=_FloatTargets(block, run, len(chunks)),
         iterations=settings.temporal_iterations,
         order=order,
         settings=settings,
         watch=True,  # the walk over the blocks has a bar of its own
     )
+
+
+class _FloatTargets(Sequence[tuple[Tensor, ...]]):
+    """The block's float outputs, chunk by chunk: kept when there is one chunk, else computed when asked for, since
+    those of a large product of keys (50 timesteps x 1,000 classes) would not fit in memory."""
+
+    def __init__(self, block: GraphModule, run: Callable[[int], tuple[Tensor, ...]], size: int) -> None:
+        self.block, self.run, self.size = block, run, size
+        self.kept = _in_float(block, lambda: run(0)) if size == 1 else None
+
+    def __len__(self) -> int:
+        return self.size
+
+    def __getitem__(self, i: Any) -> Any:
+        if not 0 <= i < self.size:
+            raise IndexError(i)
+        return self.kept or _in_float(self.block, lambda: self.run(i))
 
 
 @torch.no_grad()

@@ -1,0 +1,95 @@
+"""Capture, find and partition every network of tests/zoo.py: reduced sizes with real weights, published sizes with fake.
+
+python -m benchmarks.capture_zoo [NAME ...]
+"""
+
+from __future__ import annotations
+
+import platform
+import sys
+import time
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+from torch._subclasses import FakeTensorMode
+from torch.utils import _pytree as pytree
+
+import tfmq_fx
+from tests.zoo import ZOO, Entry
+from tfmq_fx.arguments import leaves
+from tfmq_fx.graph import fresh, placeholders
+from tfmq_fx.passes import find_temporal, partition_temporal
+
+
+def main(names: list[str]) -> None:
+    torch.manual_seed(0)
+    table = Table(
+        "network", "size", "M params", "nodes", "features", "keyed on", "capture s", "pass s", "bitwise"
+    )
+    for entry in ZOO:
+        if not names or entry.name in names:
+            table.add_row(*_row(entry, real=False))
+            table.add_row(*_row(entry, real=True))
+    Console(width=150).print(table)
+    print(
+        "pass s: find_temporal and partition_temporal. bitwise: capture and partition against the network, a batch of 3; fake "
+        f"weights have no values. torch {torch.__version__}, {platform.machine()}, {torch.get_num_threads()} threads"
+    )
+
+
+def _row(entry: Entry, *, real: bool) -> tuple[str, ...]:
+    if real:
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            network, inputs = entry.build(True), entry.inputs(True)
+            return _measure(entry, network, inputs, size="published")
+    network, inputs = entry.build(False), entry.inputs(False)
+    return _measure(entry, network, inputs, size="reduced")
+
+
+def _measure(entry: Entry, network: nn.Module, inputs: dict[str, Any], *, size: str) -> tuple[str, ...]:
+    started = time.monotonic()
+    gm = tfmq_fx.capture(network, inputs, timestep=entry.timestep)
+    captured = time.monotonic()
+    nodes = len(gm.graph.nodes)
+    original = fresh(gm)
+    begin = time.monotonic()
+    temporal = find_temporal(gm)
+    partition_temporal(gm, temporal=temporal)
+    passed = time.monotonic()
+    equal = ""
+    if size == "reduced":
+        equal = "yes" if _bitwise(entry, network, original, gm) else "NO"
+    return (
+        entry.name,
+        size,
+        f"{sum(p.numel() for p in network.parameters()) / 1e6:.1f}",
+        str(nodes),
+        str(len(temporal.features)),
+        ", ".join(temporal.keys),
+        f"{captured - started:.1f}",
+        f"{passed - begin:.2f}",
+        equal,
+    )
+
+
+@torch.no_grad()
+def _bitwise(entry: Entry, network: nn.Module, *graphs: torch.fx.GraphModule) -> bool:
+    inputs = entry.inputs(False)
+    batch = next(x.shape[0] for x in pytree.tree_leaves(inputs) if isinstance(x, Tensor) and x.dim() > 1)
+    if inputs[entry.timestep].dim():
+        inputs = pytree.tree_map(
+            lambda x: torch.cat([x, x[:1]]) if isinstance(x, Tensor) and x.shape[:1] == (batch,) else x,
+            inputs,
+        )
+    expected = pytree.tree_leaves(network(**inputs))[0]
+    given = {n: x for n, (_, x) in leaves(inputs).items()}
+    return all(
+        torch.equal(pytree.tree_leaves(g(*[given[n] for n in placeholders(g)]))[0], expected) for g in graphs
+    )
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

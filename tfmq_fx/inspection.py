@@ -1,0 +1,135 @@
+"""What would be done to a network, found without doing it: the temporal block, and every layer's bits."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import time
+from collections.abc import Iterable
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses import FakeTensorMode
+
+from tfmq_fx.arguments import nested
+from tfmq_fx.capture import capture
+from tfmq_fx.errors import TFMQError, nearest_names
+from tfmq_fx.passes.annotate import plan
+from tfmq_fx.passes.find_temporal import find_temporal
+from tfmq_fx.recipe import Recipe
+
+
+def describe(
+    network: nn.Module,
+    example: dict[str, Any],
+    recipe: Recipe,
+    *,
+    timestep: str | None = None,
+    conditioning: Iterable[str] | None = None,
+) -> dict[str, Any]:
+    """Plain JSON values: sizes, seconds, the block's features with the inputs they depend on, and the plan of layers.
+
+    example: forward's keyword arguments, as for `capture`; `conditioning` as for `find_temporal`.
+    """
+    if "return_dict" in inspect.signature(network.forward).parameters:
+        example = {**example, "return_dict": False}
+    started = time.monotonic()
+    gm = capture(network, example, timestep=timestep)
+    captured = time.monotonic()
+    temporal = find_temporal(gm, conditioning=conditioning)
+    found = time.monotonic()
+    layers = plan(gm, recipe=recipe, temporal=temporal)
+    paths = {layer.node: layer.path.removesuffix(".weight") for layer in layers.layers}
+    return {
+        "network": type(network).__name__,
+        "parameters": sum(p.numel() for p in network.parameters()),
+        "nodes": len(gm.graph.nodes),
+        "seconds": {"capture": round(captured - started, 3), "find": round(found - captured, 3)},
+        "temporal_block": {
+            "nodes": len(temporal.nodes),
+            "keys": list(temporal.keys),
+            "features": [
+                {"path": paths.get(name, name), "keys": list(keys)}
+                for name, keys in zip(temporal.features, temporal.feature_keys, strict=True)
+            ],
+        },
+        "layers": [dataclasses.asdict(layer) for layer in layers.layers],
+        "float": [dataclasses.asdict(f) for f in layers.floats],
+    }
+
+
+def load_network(folder: Path, *, weights: bool = True) -> nn.Module:
+    """A diffusers network from its folder (config.json), in eval mode; without weights: fake ones, of any size.
+
+    Raises TFMQError for a folder that diffusers cannot load.
+    """
+    import diffusers
+
+    try:
+        if weights:
+            network = diffusers.AutoModel.from_pretrained(str(folder))
+        else:
+            config: dict[str, Any] = diffusers.AutoModel.load_config(str(folder))
+            cls: Any = getattr(diffusers, str(config.get("_class_name")), None)
+            if not (inspect.isclass(cls) and issubclass(cls, diffusers.ModelMixin)):
+                raise TFMQError(
+                    f"{folder}: config.json names {config.get('_class_name')!r}, which is no diffusers network."
+                )
+            with FakeTensorMode(allow_non_fake_inputs=True):
+                network = cls.from_config(config)  # type: ignore[attr-defined]
+    except TFMQError:
+        raise
+    except Exception as error:  # diffusers, safetensors and json raise many types
+        first = (str(error).strip().splitlines() or [""])[0]
+        raise TFMQError(f"{folder}: diffusers cannot load it ({type(error).__name__}: {first})") from error
+    assert isinstance(network, nn.Module)
+    return network.eval()
+
+
+def example_inputs(network: nn.Module, specs: Iterable[str]) -> dict[str, Any]:
+    """forward's arguments from texts like "sample=2,4,64,64" and "added_cond_kwargs.time_ids=2,6:int64".
+
+    Floats are normal noise, integers 0 and up. For a network of fake weights the tensors are fake too.
+    Raises TFMQError for a text of another form, and for an argument that forward lacks.
+    """
+    known = list(inspect.signature(network.forward).parameters)
+    fake = next((p.fake_mode for p in network.parameters() if hasattr(p, "fake_mode")), None)
+    found: dict[tuple[str | int, ...], Tensor] = {}
+    with fake or nullcontext():
+        for spec in specs:
+            name, _, rest = spec.partition("=")
+            shape, _, kind = rest.partition(":")
+            dtype = getattr(torch, kind or "float32", None)
+            try:
+                sizes = [int(s) for s in shape.split(",") if s]
+            except ValueError:
+                sizes = []
+            if (
+                not rest
+                or not isinstance(dtype, torch.dtype)
+                or any(s < 1 for s in sizes)
+                or (shape and not sizes)
+            ):
+                raise TFMQError(
+                    f"--input {spec!r}: use NAME=SHAPE or NAME=SHAPE:DTYPE, e.g. timestep=2:int64."
+                )
+            path = tuple(name.split("."))
+            if path[0] not in known:
+                raise TFMQError(
+                    f"--input {spec!r}: {type(network).__name__} takes {nearest_names(path[0], known)}."
+                )
+            count = torch.Size(sizes).numel()
+            found[path] = (
+                torch.randn(sizes, dtype=dtype)
+                if dtype.is_floating_point
+                else torch.arange(count).reshape(sizes).to(dtype)
+            )
+    if not found:
+        raise TFMQError(
+            f"--input: {type(network).__name__} alone has no pipeline to show how it is called; give the shape of each input "
+            f"of {', '.join(known)} that it needs, as NAME=SHAPE."
+        )
+    return nested(found)
