@@ -284,8 +284,9 @@ def _check_values(gm: GraphModule, calibration: CalibrationSet) -> None:
             raise TFMQError(
                 f"calibration: no tensor named {name!r}; found {nearest_names(name, calibration.tensors)}."
             )
-        known = {str(v) for v in values.tolist()}
-        data = calibration.tensors[name].to(values.dtype).unique(dim=0).tolist()
+        common = torch.promote_types(values.dtype, calibration.tensors[name].dtype)
+        known = {str(v) for v in values.to(common).tolist()}
+        data = calibration.tensors[name].to(common).unique(dim=0).tolist()
         outside = [v for v in data if str(v) not in known]
         if outside:
             what = "timesteps" if name == gm.meta["timestep"] else f"values of {name!r}"

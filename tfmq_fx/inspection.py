@@ -14,11 +14,12 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
 
-from tfmq_fx.arguments import nested
-from tfmq_fx.capture import capture
+from tfmq_fx.arguments import leaves, nested
 from tfmq_fx.errors import TFMQError, nearest_names
+from tfmq_fx.graph import choose_timestep
 from tfmq_fx.passes.annotate import plan
 from tfmq_fx.passes.find_temporal import find_temporal
+from tfmq_fx.pipeline import capture_rows
 from tfmq_fx.recipe import Recipe
 
 
@@ -37,7 +38,9 @@ def describe(
     if "return_dict" in inspect.signature(network.forward).parameters:
         example = {**example, "return_dict": False}
     started = time.monotonic()
-    gm = capture(network, example, timestep=timestep)
+    gm, _ = capture_rows(
+        network, example, timestep or choose_timestep({n: x for n, (_, x) in leaves(example).items()})
+    )
     captured = time.monotonic()
     temporal = find_temporal(gm, conditioning=conditioning)
     found = time.monotonic()

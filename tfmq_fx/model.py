@@ -206,7 +206,7 @@ class QuantizedModel(nn.Module):
         fractional = t.is_floating_point() and not dtype.is_floating_point
         if fractional and not torch.compiler.is_compiling() and not torch.equal(t, t.round()):
             raise TFMQError(
-                f"timestep={t.flatten()[0].item()}: the network was captured with integer timesteps; "
+                f"timestep={t[t != t.round()].flatten()[0].item()}: the network was captured with integer timesteps; "
                 "calibrate with the float schedule."
             )
         t = t.to(dtype)
@@ -251,7 +251,7 @@ class QuantizedModel(nn.Module):
         below = table[table < value].max().item() if (table < value).any() else None
         above = table[table > value].min().item() if (table > value).any() else None
         return (
-            f"{name}={value.item():g}: not among the {len(table)} {what}; its neighbours are {below} and {above}. "
+            f"{name}={value.item()}: not among the {len(table)} {what}; its neighbours are {below} and {above}. "
             "Calibrate with this schedule, or use Recipe(unseen='nearest')."
         )
 

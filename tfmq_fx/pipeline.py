@@ -80,7 +80,7 @@ def quantize(
     example = calibration.arguments(slice(0, 2))
     if "return_dict" in inspect.signature(network.forward).parameters:
         example["return_dict"] = False
-    gm = capture(network, example, timestep=timestep)
+    gm, example = capture_rows(network, example, timestep)
     vectors = {*conditioning_vectors(gm, timestep), *(finite or {})}
     temporal = find_temporal(gm, timestep=timestep, conditioning=vectors)
     clock.lap("capture")
@@ -110,6 +110,23 @@ def quantize(
     clock.lap("measure")
     quantized._report = _report(converted, network, recipe, seed, seconds, errors)
     return quantized
+
+
+def capture_rows(
+    network: nn.Module, example: dict[str, Any], timestep: str
+) -> tuple[GraphModule, dict[str, Any]]:
+    """`capture` on rows with a timestep each, (N,); for a network that takes one timestep a call, on ()."""
+    try:
+        return capture(network, example, timestep=timestep), example
+    except TFMQError:
+        if not isinstance(example.get(timestep), Tensor) or example[timestep].dim() != 1:
+            raise
+        one = {**example, timestep: example[timestep][0]}
+        try:
+            return capture(network, one, timestep=timestep), one
+        except TFMQError:
+            pass  # the first error is the one to show
+        raise
 
 
 def _require_whole(plan: Plan) -> None:
