@@ -26,6 +26,9 @@ LEVELS = [
     [
         "tfmq_fx.capture",
         "tfmq_fx.calibration",
+        "tfmq_fx.gptq",
+        "tfmq_fx.rounding",
+        "tfmq_fx.resume",
         "tfmq_fx.reconstruction",
         "tfmq_fx.graph_json",
         "tfmq_fx.model",

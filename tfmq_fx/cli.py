@@ -7,6 +7,7 @@ import inspect as inspect_module
 import json
 import logging as stdlib_logging
 import os
+import shutil
 import sys
 import warnings
 from pathlib import Path
@@ -210,8 +211,13 @@ def quantize(
         **_named_json("--argument", argument),
     )
     tables = _named_json("--finite", finite)
-    quantized = run(pipe, chosen, calibration=calibration, finite=tables, seed=seed, strict=strict)
+    # Beside the output, so that the same command finds it after an interruption; gone when the output is whole.
+    state = output.absolute().with_name(f".{output.name}.state")
+    quantized = run(
+        pipe, chosen, calibration=calibration, finite=tables, seed=seed, strict=strict, state=state
+    )
     quantized.save_pretrained(output)
+    shutil.rmtree(state, ignore_errors=True)
     report = quantized.report
     sizes = report["sizes"]
     distances = [

@@ -7,6 +7,7 @@ import inspect
 import platform
 import time
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -51,6 +52,7 @@ def quantize(
     finite: Mapping[str, Iterable[Any] | Tensor] | None = None,
     seed: int = 0,
     strict: bool = False,
+    state: str | Path | None = None,
 ) -> QuantizedModel:
     """Capture, find the temporal block, prepare, calibrate, reconstruct and convert.
 
@@ -62,6 +64,8 @@ def quantize(
 
     strict: refuse, before any calibration, a network of which something would stay in float or be quantized more
         coarsely than the recipe asks for; the report lists the same otherwise.
+
+    state: a folder that keeps what reconstruction has finished; see `reconstruct`.
 
     The same seed gives the same integers. Raises TFMQError for bad input, naming it.
     """
@@ -90,7 +94,7 @@ def quantize(
     clock.lap("prepare")
     calibrate(prepared, calibration)
     clock.lap("calibrate")
-    reconstruct(prepared, calibration, seed=seed)
+    reconstruct(prepared, calibration, seed=seed, state=state)
     rows = temporal_rows(prepared, calibration)
     clock.lap("reconstruct")
     converted = convert(prepared)

@@ -20,7 +20,7 @@ TEMPORAL_OBSERVERS: dict[str, type[TemporalObserver]] = {
 ACTIVATION_OBSERVERS = ("minmax", "mse")
 UNSEEN = ("nearest", "error")
 KEYED = ("block", "all")
-METHODS = ("nearest", "adaround")
+METHODS = ("nearest", "adaround", "gptq", "gptq+adaround")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,9 +40,13 @@ class Rule:
 
 @dataclass(frozen=True, kw_only=True)
 class Reconstruction:
-    """AdaRound's settings. Defaults are tuned for quality per second; the reference's stand in the comments."""
+    """How integers are chosen. Defaults are tuned for quality per second; the reference's stand in the comments."""
 
-    method: str = "adaround"  # "nearest": no learning at all
+    # "nearest": no data at all. "gptq": second order, layer by layer. "adaround": learned, block by block.
+    # "gptq+adaround": learned from where gptq ends.
+    method: str = "adaround"
+    # Of the temporal block, whose few keys make a second-order step cheap. None: "gptq", or "nearest" with `method`.
+    temporal_method: str | None = None
     iterations: int = 400  # per block (reference: 20,000)
     temporal_iterations: int = 2000  # TIAR (reference: 20,000)
     temporal_batch_size: int = 1024  # keys per iteration of TIAR: every timestep of a usual schedule at once
@@ -52,15 +56,25 @@ class Reconstruction:
     round_weight: float = (
         100.0  # of the mean rounding regulariser, where round-to-nearest's error counts as 1
     )
+    gptq_samples: int = 256  # samples whose layer inputs make GPTQ's Hessian
+    damping: float = 0.01  # of GPTQ's Hessian, as a share of its mean diagonal
     warmup: float = 0.2  # share of the iterations before the regulariser starts
     beta: tuple[float, float] = (20.0, 2.0)  # the regulariser's exponent, from and to
 
     def __post_init__(self) -> None:
-        if self.method not in METHODS:
-            raise TFMQError(
-                f"Reconstruction.method: {self.method!r} is unknown; use one of {', '.join(METHODS)}."
-            )
-        for name in ("iterations", "temporal_iterations", "temporal_batch_size", "batch_size", "num_samples"):
+        for name in ("method", "temporal_method"):
+            if getattr(self, name) not in (*METHODS, *([None] if name == "temporal_method" else [])):
+                raise TFMQError(
+                    f"Reconstruction.{name}: {getattr(self, name)!r} is unknown; use one of {', '.join(METHODS)}."
+                )
+        for name in (
+            "iterations",
+            "temporal_iterations",
+            "temporal_batch_size",
+            "batch_size",
+            "num_samples",
+            "gptq_samples",
+        ):
             if getattr(self, name) < 1:
                 raise TFMQError(f"Reconstruction.{name}: {getattr(self, name)} is not positive.")
 

@@ -1,4 +1,4 @@
-"""Learn the rounding of the weights: TIAR on the temporal block, AdaRound block after block.
+"""Choose the rounding of the weights: TIAR on the temporal block, then block after block.
 
 One walk of the graph keeps two streams, float and quantized. A block's input comes from the quantized
 stream (what it will really see), its target from the float stream; the network is never restarted.
@@ -7,13 +7,10 @@ stream (what it will really see), its target from the float stream; the network 
 from __future__ import annotations
 
 import heapq
-import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 from torch.fx import GraphModule, Interpreter, Node
 from torch.fx.passes.utils.fuser_utils import fuse_as_graphmodule
 
@@ -26,7 +23,7 @@ from tfmq_fx.calibration import (
     temporal_rows,
 )
 from tfmq_fx.errors import TFMQError
-from tfmq_fx.graph import attribute, fresh, placeholders, weight_argument
+from tfmq_fx.graph import fresh, placeholders, weight_argument
 from tfmq_fx.observers.weight import PerChannelWeightFakeQuantize
 from tfmq_fx.passes.find_blocks import find_blocks
 from tfmq_fx.passes.find_temporal import temporal_of
@@ -35,38 +32,39 @@ from tfmq_fx.passes.pass_manager import declare
 from tfmq_fx.passes.prepare import observers, require_stage, set_mode
 from tfmq_fx.progress import track
 from tfmq_fx.recipe import Reconstruction
-
-
-@dataclass(frozen=True, kw_only=True)
-class BlockResult:
-    """What reconstruction did to one block; errors are mean squared, against the float stream."""
-
-    name: str
-    weights: int  # weights whose rounding was learned
-    error_nearest: float
-    error: float
-    kept: str  # "learned", or "nearest" where learning did not help
-    seconds: float
+from tfmq_fx.resume import Finished, fingerprint
+from tfmq_fx.rounding import BlockResult, Streams, choose_rounding
 
 
 @declare(needs=("calibrate",))
 def reconstruct(
-    gm: GraphModule, calibration: CalibrationSet, settings: Reconstruction | None = None, *, seed: int = 0
+    gm: GraphModule,
+    calibration: CalibrationSet,
+    settings: Reconstruction | None = None,
+    *,
+    seed: int = 0,
+    state: str | Path | None = None,
 ) -> GraphModule:
-    """Learn the rounding of every quantized weight of a calibrated graph, in place.
+    """Choose the rounding of every quantized weight of a calibrated graph, in place, by `settings.method`.
 
     First TIAR (TFMQ-DM, Temporal Information Aware Reconstruction): the whole temporal block at once, over all timesteps of the schedule, no data.
     Then the blocks of `find_blocks` in order, AdaRound with quantized input and float target. A block whose
     learned rounding is no better than round-to-nearest on the calibration data keeps round-to-nearest.
 
-    The results are in gm.meta["reconstruction"]. Raises TFMQError when a loss becomes NaN, naming the block.
+    state: a folder that keeps every finished block; the same call after an interruption goes on from there and
+        ends with the same integers. It stays; remove it when the result is saved.
+
+    The results are in gm.meta["reconstruction"]. Raises TFMQError when a loss becomes NaN, naming the block, and
+    for a state folder that cannot be written or belongs to another run.
     """
     require_stage(gm, "calibrated")
     settings = settings or gm.meta["recipe"].reconstruction
-    if settings.method == "nearest":
+    if settings.method == temporal_method(settings) == "nearest":
         return gm
     data = calibration.spread(settings.num_samples, seed=seed)
-    generator = torch.Generator().manual_seed(seed)
+    finished = None
+    if state is not None:
+        finished = Finished(Path(state), fingerprint(gm, calibration.tensors, settings, seed))
     # Only the rounding is learned. (torch 2.11 also crashes in a group norm backward that is asked for its
     # parameters' gradients alone, channels last.)
     frozen = [p for p in gm.parameters() if p.requires_grad]
@@ -74,15 +72,19 @@ def reconstruct(
         p.requires_grad_(False)
     try:
         results = []
-        if _learnable(gm, temporal=True):
-            results.append(_reconstruct_temporal(gm, calibration, settings, generator))
-        if _learnable(gm, temporal=False):
-            results += _Walk(gm, data, settings, generator).run()
+        if temporal_method(settings) != "nearest" and _learnable(gm, temporal=True):
+            results.append(_reconstruct_temporal(gm, calibration, settings, seed, finished))
+        if settings.method != "nearest" and _learnable(gm, temporal=False):
+            results += _Walk(gm, data, settings, seed, finished).run()
     finally:
         for p in frozen:
             p.requires_grad_(True)
     gm.meta.update(stage="reconstructed", reconstruction=tuple(results))
     return gm
+
+
+def temporal_method(settings: Reconstruction) -> str:
+    return settings.temporal_method or ("nearest" if settings.method == "nearest" else "gptq")
 
 
 def _learnable(gm: GraphModule, *, temporal: bool) -> bool:
@@ -95,7 +97,11 @@ def _learnable(gm: GraphModule, *, temporal: bool) -> bool:
 
 
 def _reconstruct_temporal(
-    gm: GraphModule, calibration: CalibrationSet, settings: Reconstruction, generator: torch.Generator
+    gm: GraphModule,
+    calibration: CalibrationSet,
+    settings: Reconstruction,
+    seed: int,
+    finished: Finished | None,
 ) -> BlockResult:
     """TIAR: L = sum_i || g_i(h(t)) - q(g_i)(q(h)(t)) ||_F^2 over all t of the schedule (TFMQ-DM, TIAR).
 
@@ -103,7 +109,10 @@ def _reconstruct_temporal(
     """
     block = extract_temporal(gm, temporal_of(gm))
     require_keys_only(gm, block)
+    if finished is not None and (kept := finished.restore(0, block)):
+        return kept
     rows, scalar = temporal_rows(gm, calibration), is_scalar(gm)
+    generator = torch.Generator().manual_seed(seed)
     count, size = len(rows[gm.meta["timestep"]]), settings.temporal_batch_size
     shuffled = torch.randperm(count, generator=generator) if count > size else torch.arange(count)
     chunks = [{n: x[part] for n, x in rows.items()} for part in shuffled.split(size)]
@@ -116,162 +125,32 @@ def _reconstruct_temporal(
             )
         return pending.pop()
 
-    def run(chunk: int) -> tuple[Tensor, ...]:
-        return run_temporal(block, chunks[chunk], scalar=scalar)
-
-    return _learn(
+    result = choose_rounding(
         "temporal_block",
-        block,
-        run_chunk=run,
-        targets=_FloatTargets(block, run, len(chunks)),
+        Streams(block, lambda m, i, _: run_temporal(m, chunks[i], scalar=scalar), len(chunks)),
+        method=temporal_method(settings),
+        settings=settings,
         iterations=settings.temporal_iterations,
         order=order,
-        settings=settings,
         watch=True,  # the walk over the blocks has a bar of its own
     )
-
-
-class _FloatTargets(Sequence[tuple[Tensor, ...]]):
-    """The block's float outputs, chunk by chunk: kept when there is one chunk, else computed when asked for, since
-    those of a large product of keys (50 timesteps x 1,000 classes) would not fit in memory."""
-
-    def __init__(self, block: GraphModule, run: Callable[[int], tuple[Tensor, ...]], size: int) -> None:
-        self.block, self.run, self.size = block, run, size
-        self.kept = _in_float(block, lambda: run(0)) if size == 1 else None
-
-    def __len__(self) -> int:
-        return self.size
-
-    def __getitem__(self, i: Any) -> Any:
-        if not 0 <= i < self.size:
-            raise IndexError(i)
-        return self.kept or _in_float(self.block, lambda: self.run(i))
-
-
-@torch.no_grad()
-def _in_float(block: GraphModule, run: Callable[[], Any]) -> Any:
-    """Run with every observer of `block` passing its input through."""
-    found = [o for _, o in observers(block)]
-    for observer in found:
-        set_mode(observer, observe=False, quantize=False)
-    try:
-        return run()
-    finally:
-        for observer in found:
-            set_mode(observer, observe=False, quantize=True)
-
-
-def _learn(
-    name: str,
-    block: GraphModule,
-    *,
-    run_chunk: Callable[[int], tuple[Tensor, ...]],
-    targets: Sequence[tuple[Tensor, ...]],
-    iterations: int,
-    order: Callable[[], int],
-    settings: Reconstruction,
-    watch: bool = False,
-) -> BlockResult:
-    """AdaRound (Nagel et al. 2020, eq. 25): min over alpha of the block's error plus a rounding regulariser.
-
-    The error is measured in units of round-to-nearest's and the regulariser is a mean over weights, so that
-    one weight of the regulariser suits blocks of any size, scale and bit width.
-    """
-    started = time.monotonic()
-    weights = [
-        (o, _float_weight(block, n))
-        for n, o in observers(block)
-        if isinstance(o, PerChannelWeightFakeQuantize)
-    ]
-    nearest = [o.q for o, _ in weights]
-    error_nearest = _error(run_chunk, targets)
-    if error_nearest == 0.0:  # nothing to win
-        return BlockResult(
-            name=name,
-            weights=sum(q.numel() for q in nearest),
-            error_nearest=0.0,
-            error=0.0,
-            kept="nearest",
-            seconds=time.monotonic() - started,
-        )
-    with torch.no_grad():
-        unit = sum(_squared_error(run_chunk(i), t) for i, t in enumerate(targets)) / len(targets)
-    with torch.enable_grad():
-        alphas = [o.start_learning(w) for o, w in weights]
-        optimizer = torch.optim.Adam(alphas, lr=settings.learning_rate)
-        begin = int(settings.warmup * iterations)
-        num_weights = sum(a.numel() for a in alphas)
-        for i in track(range(iterations), f"learning {name}") if watch else range(iterations):
-            chunk = order()
-            loss = _squared_error(run_chunk(chunk), targets[chunk]) / unit
-            if i >= begin:
-                # b falls linearly: the regulariser first ignores, then pushes, what is near 0 or 1.
-                progress = (i - begin) / max(1, iterations - begin)
-                b = settings.beta[1] + (settings.beta[0] - settings.beta[1]) * (1 - progress)
-                open_ = sum((1 - (2 * o.rounding - 1).abs().pow(b)).sum() for o, _ in weights)
-                loss = loss + settings.round_weight * open_ / num_weights
-            if not torch.isfinite(loss):
-                for observer, _ in weights:
-                    observer.stop_learning()
-                raise TFMQError(
-                    f"reconstruction of block {name}: the loss became {loss.item()} at iteration {i}; check the calibration data."
-                )
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()  # type: ignore[no-untyped-call]
-            optimizer.step()
-    for observer, _ in weights:
-        observer.stop_learning()
-    error = _error(run_chunk, targets)
-    kept = "learned"
-    if error >= error_nearest:
-        kept = "nearest"
-        for (observer, _), q in zip(weights, nearest, strict=True):
-            observer.q = q
-    return BlockResult(
-        name=name,
-        weights=sum(q.numel() for q in nearest),
-        error_nearest=error_nearest,
-        error=min(error, error_nearest),
-        kept=kept,
-        seconds=time.monotonic() - started,
-    )
-
-
-def _float_weight(block: GraphModule, node: Node) -> Tensor:
-    """The float weight that an observer node of the block reads."""
-    source = node.args[0]
-    assert isinstance(source, Node)
-    weight = attribute(block, str(source.target))
-    assert isinstance(weight, Tensor)
-    return weight
-
-
-def _squared_error(outputs: tuple[Tensor, ...], targets: tuple[Tensor, ...]) -> Tensor:
-    """Sum over dim 1 (channels or features), mean over the rest, summed over the outputs."""
-    terms = [
-        (y - x).square().sum(1).mean() for y, x in zip(outputs, targets, strict=True) if x.is_floating_point()
-    ]
-    return torch.stack(terms).sum()
-
-
-@torch.no_grad()
-def _error(run_chunk: Callable[[int], tuple[Tensor, ...]], targets: Sequence[tuple[Tensor, ...]]) -> float:
-    total = count = 0.0
-    for i, target in enumerate(targets):
-        for y, x in zip(run_chunk(i), target, strict=True):
-            if x.is_floating_point():
-                total += float((y - x).square().sum())
-                count += x.numel()
-    return total / count
+    if finished is not None:
+        finished.keep(0, block, result)
+    return result
 
 
 class _Walk:
     """One pass over a prepared graph in units: single nodes, and blocks that are reconstructed when reached."""
 
     def __init__(
-        self, gm: GraphModule, data: CalibrationSet, settings: Reconstruction, generator: torch.Generator
+        self,
+        gm: GraphModule,
+        data: CalibrationSet,
+        settings: Reconstruction,
+        seed: int,
+        finished: Finished | None,
     ) -> None:
-        self.gm, self.settings, self.generator = fresh(gm), settings, generator
+        self.gm, self.settings, self.seed, self.finished = fresh(gm), settings, seed, finished
         self.gm.meta = gm.meta
         self.chunks = [
             inputs_of(gm, b) for b in data.batches(settings.batch_size, one_timestep=is_scalar(gm))
@@ -301,11 +180,11 @@ class _Walk:
         for env in (float_env, quant_env):
             for chunk, values in zip(env, self.chunks, strict=True):
                 chunk.update(zip(placeholders(gm).values(), values, strict=True))
-        results = []
+        results: list[BlockResult] = []
         interpreter = Interpreter(gm)
         for i, node in enumerate(track(order, "reconstructing blocks")):
             if node in units:
-                results += self._reconstruct(*units[node], float_env, quant_env)
+                results += self._reconstruct(*units[node], float_env, quant_env, len(results) + 1)
             elif node.op not in ("placeholder", "output"):
                 for quantize, env in ((False, float_env), (True, quant_env)):
                     self._mode(quantize)
@@ -369,34 +248,43 @@ class _Walk:
         outputs: tuple[Node, ...],
         float_env: list[dict[Node, Any]],
         quant_env: list[dict[Node, Any]],
+        index: int,
     ) -> list[BlockResult]:
-        def run(chunk: dict[Node, Any]) -> Any:
-            return module(*[chunk[n] for n in inputs])
+        def run(m: GraphModule, i: int, quantized: bool) -> Any:
+            chunk = (quant_env if quantized else float_env)[i]
+            return m(*[chunk[n] for n in inputs])
 
-        targets = [_in_float(module, lambda c=chunk: run(c)) for chunk in float_env]  # type: ignore[misc]
+        streams = Streams(module, run, len(quant_env))
         self._mode(True)
         results = []
         if any(isinstance(o, PerChannelWeightFakeQuantize) for _, o in observers(module)):
-            shuffled: list[int] = []
-
-            def next_chunk() -> int:
-                if not shuffled:
-                    shuffled.extend(torch.randperm(len(quant_env), generator=self.generator).tolist())
-                return shuffled.pop()
-
-            results.append(
-                _learn(
-                    module.meta["name"],
-                    module,
-                    run_chunk=lambda i: run(quant_env[i]),
-                    targets=targets,
-                    iterations=self.settings.iterations,
-                    order=next_chunk,
-                    settings=self.settings,
-                )
-            )
+            kept = self.finished.restore(index, module) if self.finished is not None else None
+            results.append(kept or self._choose(module, streams, index))
         with torch.no_grad():
-            for chunk, float_chunk, target in zip(quant_env, float_env, targets, strict=True):
-                chunk.update(zip(outputs, run(chunk), strict=True))
-                float_chunk.update(zip(outputs, target, strict=True))
+            for i, (chunk, float_chunk) in enumerate(zip(quant_env, float_env, strict=True)):
+                values = streams.outputs(i), streams.target(i)
+                chunk.update(zip(outputs, values[0], strict=True))
+                float_chunk.update(zip(outputs, values[1], strict=True))
         return results
+
+    def _choose(self, module: GraphModule, streams: Streams, index: int) -> BlockResult:
+        # A generator for each block: what one block draws does not depend on the blocks before it.
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + index)
+        shuffled: list[int] = []
+
+        def next_chunk() -> int:
+            if not shuffled:
+                shuffled.extend(torch.randperm(streams.chunks, generator=generator).tolist())
+            return shuffled.pop()
+
+        result = choose_rounding(
+            module.meta["name"],
+            streams,
+            method=self.settings.method,
+            settings=self.settings,
+            iterations=self.settings.iterations,
+            order=next_chunk,
+        )
+        if self.finished is not None:
+            self.finished.keep(index, module, result)
+        return result

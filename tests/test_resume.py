@@ -1,0 +1,132 @@
+"""A reconstruction that is stopped at any moment goes on from its last finished block, to the same integers."""
+
+import dataclasses
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+
+import pytest
+import torch
+
+import tfmq_fx
+from tests.networks import FAST, calibration, prepared
+from tfmq_fx import resume
+from tfmq_fx.errors import TFMQError
+from tfmq_fx.observers import PerChannelWeightFakeQuantize
+from tfmq_fx.passes.prepare import observers
+
+
+def integers(gm):
+    return {
+        str(n.args[0].target): o.q for n, o in observers(gm) if isinstance(o, PerChannelWeightFakeQuantize)
+    }
+
+
+def same(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[n], b[n]) for n in a)
+
+
+def reconstructed(state=None, **changes):
+    gm = prepared()
+    return tfmq_fx.reconstruct(gm, calibration(), dataclasses.replace(FAST, **changes), seed=0, state=state)
+
+
+@pytest.fixture(scope="module")
+def uninterrupted():
+    return reconstructed()
+
+
+def test_keeping_state_changes_nothing_and_a_second_run_learns_nothing(tmp_path, uninterrupted, monkeypatch):
+    first = reconstructed(tmp_path / "s")
+    assert same(integers(first), integers(uninterrupted))
+    blocks = len(first.meta["reconstruction"])
+    assert sorted(p.name for p in (tmp_path / "s").iterdir()) == [
+        *(f"{i:04d}.safetensors" for i in range(blocks)),
+        "state.json",
+    ]
+    monkeypatch.setattr(
+        "tfmq_fx.reconstruction.choose_rounding", lambda *_a, **_k: pytest.fail("learned again")
+    )
+    again = reconstructed(tmp_path / "s")
+    assert same(integers(again), integers(uninterrupted))
+    assert again.meta["reconstruction"] == first.meta["reconstruction"]
+
+
+@pytest.mark.parametrize("finished", [0, 1, 4])
+def test_it_goes_on_from_what_is_there(tmp_path, uninterrupted, finished):
+    reconstructed(tmp_path / "s")
+    for file in sorted((tmp_path / "s").glob("*.safetensors"))[finished:]:
+        file.unlink()
+    if finished == 4:  # as a power failure may leave it
+        (tmp_path / "s" / "0003.safetensors").write_bytes(b"")
+    assert same(integers(reconstructed(tmp_path / "s")), integers(uninterrupted))
+
+
+def test_killed_at_any_moment_the_same_command_ends_with_the_same_integers(tmp_path):
+    script = textwrap.dedent(
+        """
+        import sys, torch
+        torch.manual_seed(0); torch.set_num_threads(1)
+        import tfmq_fx
+        from tests.networks import FAST, calibration, prepared
+        gm = tfmq_fx.reconstruct(prepared(), calibration(), FAST, seed=0, state=sys.argv[1])
+        q = tfmq_fx.convert(gm)
+        torch.save({n: b for n, b in q.state_dict().items()}, sys.argv[2])
+        """
+    )
+
+    def run(state, output, kill_after=None):
+        process = subprocess.Popen([sys.executable, "-W", "ignore", "-c", script, state, output])
+        if kill_after is not None:
+            while process.poll() is None and len(list(state.glob("*.safetensors"))) < kill_after:
+                time.sleep(0.005)
+            os.kill(process.pid, signal.SIGKILL)
+        return process.wait()
+
+    assert run(tmp_path / "a", tmp_path / "a.pt") == 0
+    for kill_after in (1, 3):
+        assert run(tmp_path / "b", tmp_path / "b.pt", kill_after) == -signal.SIGKILL
+    assert not (tmp_path / "b.pt").exists()
+    assert run(tmp_path / "b", tmp_path / "b.pt") == 0
+    a, b = torch.load(tmp_path / "a.pt"), torch.load(tmp_path / "b.pt")
+    assert same(a, b)
+
+
+def test_another_run_does_not_take_over_the_state(tmp_path):
+    reconstructed(tmp_path / "s")
+    with pytest.raises(TFMQError, match="holds the unfinished reconstruction of another run"):
+        reconstructed(tmp_path / "s", iterations=21)
+
+
+def test_a_full_disk_keeps_what_was_finished(tmp_path, uninterrupted, monkeypatch):
+    save = resume.save_file
+
+    def full(tensors, file, metadata):
+        if file.name == ".0002.tmp":
+            file.write_bytes(b"half")
+            raise OSError(28, "No space left on device")
+        save(tensors, file, metadata=metadata)
+
+    monkeypatch.setattr(resume, "save_file", full)
+    with pytest.raises(TFMQError, match=r"cannot be kept \(.*No space left.*\); the 2 before it are"):
+        reconstructed(tmp_path / "s")
+    assert sorted(p.name for p in (tmp_path / "s").iterdir()) == [
+        "0000.safetensors",
+        "0001.safetensors",
+        "state.json",
+    ]
+    monkeypatch.setattr(resume, "save_file", save)
+    assert same(integers(reconstructed(tmp_path / "s")), integers(uninterrupted))
+
+
+def test_a_folder_that_cannot_be_written_is_refused_before_anything_is_learned(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(TFMQError, match="cannot keep the state of reconstruction"):
+        reconstructed(tmp_path / "file" / "s")
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "mine.txt").write_text("")
+    with pytest.raises(TFMQError, match="is not empty and holds no state"):
+        reconstructed(tmp_path / "full")

@@ -1,0 +1,154 @@
+"""GPTQ: a layer's integers chosen column by column, each rounding error made up for by the columns still to come.
+
+Shapes: a layer is G groups of (C, K) weights, C output channels and K inputs each; a convolution is the linear of its
+unfolded input, so K = C_in / G * kernel elements. R rows are samples times positions.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import Node
+from torch.nn import functional as F
+
+from tfmq_fx.arithmetic import IntegerRange
+from tfmq_fx.errors import TFMQError
+from tfmq_fx.graph import op_name
+
+COLUMNS = 128  # columns whose updates to the rest are applied at once (GPTQ, section 3.3, step 2)
+
+
+class Moments:
+    """Sums over a layer's inputs, in float64: H = X^ X^T of what it will see, D = (X - X^) X^T of what that lacks.
+
+    Adding the rows of A, then of B, equals adding both together, up to float addition order.
+    """
+
+    def __init__(self, groups: int, columns: int) -> None:
+        self.h_GKK = torch.zeros(groups, columns, columns, dtype=torch.float64)
+        self.d_GKK = torch.zeros(groups, columns, columns, dtype=torch.float64)
+        self._factors: dict[float, tuple[Tensor, Tensor]] = {}
+
+    @staticmethod
+    def of(layer: Node, weight: Tensor, given: list[Tensor], seen: list[Tensor]) -> Moments:
+        """Of a layer's inputs in the float and in the quantized network, batch by batch."""
+        found: Moments | None = None
+        for x, s in zip(given, seen, strict=True):
+            x_GRK, seen_GRK = rows(layer, x, weight), rows(layer, s, weight)
+            found = found or Moments(len(x_GRK), x_GRK.shape[2])
+            found.add(x_GRK, seen_GRK)
+        assert found is not None
+        return found
+
+    def add(self, x_GRK: Tensor, seen_GRK: Tensor) -> None:
+        """x: the float network's input rows; seen: the quantized network's, in the same order."""
+        transposed = seen_GRK.transpose(1, 2)
+        # Products in float32, sums over batches in float64: rows of one batch are few.
+        self.h_GKK += (transposed @ seen_GRK).double()
+        self.d_GKK += (transposed @ (x_GRK - seen_GRK)).double().transpose(1, 2)
+        self._factors.clear()
+
+    def factors(self, damping: float) -> tuple[Tensor, Tensor]:
+        """The columns by falling diag H (G, K), and in that order the upper Cholesky factor of the damped H's inverse."""
+        if damping not in self._factors:
+            diagonal = torch.diagonal(self.h_GKK, dim1=1, dim2=2)
+            order = torch.argsort(diagonal, dim=1, descending=True, stable=True)
+            h = torch.stack([h[o][:, o] for h, o in zip(self.h_GKK, order, strict=True)])
+            inverse = torch.cholesky_inverse(_cholesky(h, damping))
+            self._factors[damping] = order, torch.linalg.cholesky(inverse, upper=True)
+        return self._factors[damping]
+
+
+def supported(layer: Node) -> bool:
+    """Linears and convolutions; transposed convolutions scatter, so their input has no rows."""
+    return op_name(layer) in ("linear", "conv1d", "conv2d", "conv3d")
+
+
+def rows(layer: Node, x: Tensor, weight: Tensor) -> Tensor:
+    """The layer's input as rows (G, R, K), such that its output is rows @ weight.view(G, C, K)^T."""
+    if op_name(layer) == "linear":
+        return x.reshape(1, -1, x.shape[-1])
+    dims = weight.dim() - 2
+    given: dict[str, Any] = dict(
+        zip(("x", "w", "b", "stride", "padding", "dilation", "groups"), layer.args, strict=False)
+    )
+    given |= layer.kwargs
+
+    def each(name: str, default: int) -> list[int]:
+        value = given.get(name, default)
+        return [value] * dims if isinstance(value, int) else list(value) * (dims if len(value) == 1 else 1)
+
+    stride, dilation, kernel = each("stride", 1), each("dilation", 1), list(weight.shape[2:])
+    if isinstance(padding := given.get("padding", 0), str):
+        total = [d * (k - 1) if padding == "same" else 0 for d, k in zip(dilation, kernel, strict=True)]
+        pads = [(t // 2, t - t // 2) for t in total]
+    else:
+        pads = [(p, p) for p in each("padding", 0)]
+    x = F.pad(x, [side for pair in reversed(pads) for side in pair])
+    for i in range(dims):
+        x = x.unfold(2 + i, (kernel[i] - 1) * dilation[i] + 1, stride[i])[..., :: dilation[i]]
+    groups = given.get("groups", 1)
+    n, channels = x.shape[:2]
+    positions, elements = math.prod(x.shape[2 : 2 + dims]), math.prod(kernel)
+    x = x.reshape(n, groups, channels // groups, positions, elements)
+    return x.permute(1, 0, 3, 2, 4).reshape(groups, n * positions, -1)
+
+
+def corrected(w_GCK: Tensor, moments: Moments, *, damping: float) -> Tensor:
+    """argmin over V of ||W X - V X^||^2 + damping ||W - V||^2 = W + W D H^-1: what the quantized inputs ask for.
+
+    (GPTAQ, Li et al. 2025, asymmetric calibration, in closed form.) Same shape, float64.
+    """
+    w = w_GCK.double()
+    factor = _cholesky(moments.h_GKK, damping)
+    return w + torch.cholesky_solve((w @ moments.d_GKK).transpose(1, 2), factor).transpose(1, 2)
+
+
+def gptq(
+    w_GCK: Tensor,
+    moments: Moments,
+    scale_GC: Tensor,
+    zero_point_GC: Tensor,
+    integers: IntegerRange,
+    *,
+    damping: float = 0.01,
+) -> Tensor:
+    """Integers (G, C, K) that keep W X^ (GPTQ, Frantar et al. 2023, algorithm 1, columns by falling diag H).
+
+    damping: added to the diagonal of H, as a share of its mean. Inputs that were never anything but zero (dead) are
+    rounded to nearest. Raises TFMQError when H is not finite.
+    """
+    order, upper = moments.factors(damping)
+    groups, channels, columns = w_GCK.shape
+    w = torch.gather(w_GCK.double(), 2, order[:, None].expand(-1, channels, -1)).clone()
+    scale, zero_point = scale_GC.double(), zero_point_GC.double()
+    q = torch.empty_like(w)
+    for start in range(0, columns, COLUMNS):
+        end = min(start + COLUMNS, columns)
+        errors = torch.empty(groups, channels, end - start, dtype=torch.float64)
+        for k in range(start, end):
+            column = w[:, :, k]
+            rounded = (torch.round(column / scale) + zero_point).clamp(integers.quant_min, integers.quant_max)
+            q[:, :, k] = rounded
+            error = (column - (rounded - zero_point) * scale) / upper[:, k, k, None]
+            w[:, :, k:end] -= error[:, :, None] * upper[:, None, k, k:end]
+            errors[:, :, k - start] = error
+        w[:, :, end:] -= errors @ upper[:, start:end, end:]
+    back = torch.argsort(order, dim=1)
+    return torch.gather(q, 2, back[:, None].expand(-1, channels, -1))
+
+
+def _cholesky(h_GKK: Tensor, damping: float) -> Tensor:
+    """The factor of H + damping mean(diag H) I; dead inputs get a diagonal of one, so they touch nothing else."""
+    if not torch.isfinite(h_GKK).all():
+        raise TFMQError("gptq: the layer's inputs hold NaN or infinite values.")
+    h = h_GKK.clone()
+    diagonal = torch.diagonal(h, dim1=1, dim2=2)
+    mean = diagonal.mean(1, keepdim=True)
+    diagonal += damping * mean
+    diagonal[diagonal == 0] = 1.0
+    factor: Tensor = torch.linalg.cholesky(h)
+    return factor
