@@ -9,12 +9,12 @@ from torch.nn import functional as F
 
 import tfmq_fx
 from tests.networks import FAST, make, sinusoid
-from tfmq_fx.calibration import run_temporal, temporal_rows
 from tfmq_fx.errors import TFMQError
 from tfmq_fx.observers import TemporalObserver
 from tfmq_fx.passes import extract_temporal, find_temporal
 from tfmq_fx.passes.find_temporal import temporal_of
 from tfmq_fx.passes.prepare import observers
+from tfmq_fx.temporal import run_temporal, temporal_rows
 
 TIMESTEPS = torch.arange(0, 1000, 100).flip(0)
 RECIPE = tfmq_fx.Recipe(reconstruction=FAST)
@@ -108,7 +108,7 @@ def test_a_finite_label_joins_the_key():
         "emb1.weight": ("timestep", "class_labels"),
         "emb2.weight": ("timestep", "class_labels"),
     }
-    rows = temporal_rows(gm, data)
+    rows = temporal_rows(gm, data.tensors)
     pairs = set(zip(rows["timestep"].tolist(), rows["class_labels"].tolist(), strict=True))
     assert len(rows["timestep"]) == len(pairs) == 50  # the whole product, no data
     tfmq_fx.calibrate(gm, data)
@@ -143,7 +143,7 @@ def test_past_max_table_entries_the_key_is_the_timestep_and_the_report_says_so()
         "one scale per timestep over sampled values: 10 x 5 values of class_labels, timestep exceed max_table_entries=49"
     )
     pairs = set(zip(data.tensors["timestep"].tolist(), data.tensors["class_labels"].tolist(), strict=True))
-    rows = temporal_rows(gm, data)
+    rows = temporal_rows(gm, data.tensors)
     assert pairs <= set(zip(rows["timestep"].tolist(), rows["class_labels"].tolist(), strict=True))
 
 
@@ -173,7 +173,7 @@ def test_tiar_in_batches_of_keys_is_deterministic():
             tfmq_fx.Recipe(reconstruction=settings), finite={"class_labels": range(Labelled.classes)}
         )
         tfmq_fx.reconstruct(tfmq_fx.calibrate(gm, data), data, seed=3)
-        rows = temporal_rows(gm, data)
+        rows = temporal_rows(gm, data.tensors)
         with torch.no_grad():
             results.append(run_temporal(extract_temporal(gm, temporal_of(gm)), rows))
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))

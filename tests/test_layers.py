@@ -25,8 +25,10 @@ LEVELS = [
     ["tfmq_fx.passes"],
     [
         "tfmq_fx.capture",
+        "tfmq_fx.temporal",
         "tfmq_fx.calibration",
         "tfmq_fx.gptq",
+        "tfmq_fx.spill",
         "tfmq_fx.rounding",
         "tfmq_fx.resume",
         "tfmq_fx.reconstruction",

@@ -15,12 +15,12 @@ from tfmq_fx.arguments import Path, leaves, nested
 from tfmq_fx.errors import TFMQError, nearest_names
 from tfmq_fx.graph import fixed_size, meta_value, placeholders
 from tfmq_fx.observers.weight import PerChannelWeightFakeQuantize
-from tfmq_fx.passes.annotate import table_key
 from tfmq_fx.passes.find_temporal import temporal_of
 from tfmq_fx.passes.partition_temporal import extract_temporal
 from tfmq_fx.passes.pass_manager import declare
 from tfmq_fx.passes.prepare import observers, require_stage, set_mode
 from tfmq_fx.progress import track
+from tfmq_fx.temporal import chunks_of, inputs_are_keys, is_scalar, run_temporal, tables, temporal_rows
 
 
 class CalibrationSet:
@@ -216,12 +216,6 @@ def inputs_of(gm: GraphModule, batch: Mapping[str, Tensor]) -> list[Tensor]:
     return inputs
 
 
-def is_scalar(gm: GraphModule) -> bool:
-    """Whether the graph was captured with a timestep of shape ()."""
-    value = meta_value(placeholders(gm)[gm.meta["timestep"]])
-    return isinstance(value, Tensor) and value.dim() == 0
-
-
 @declare(needs=("prepare",))
 @torch.no_grad()
 def calibrate(gm: GraphModule, calibration: CalibrationSet, *, batch_size: int = 64) -> GraphModule:
@@ -237,9 +231,9 @@ def calibrate(gm: GraphModule, calibration: CalibrationSet, *, batch_size: int =
     _check_values(gm, calibration)
     found = list(observers(gm))
     block = extract_temporal(gm, temporal_of(gm))
-    alone = _inputs_are_keys(gm, block)
+    alone = inputs_are_keys(gm, block)
     if alone:
-        for rows in chunks_of(temporal_rows(gm, calibration)):
+        for rows in chunks_of(temporal_rows(gm, calibration.tensors)):
             run_temporal(block, rows, scalar=is_scalar(gm))
         for _, observer in observers(block):
             set_mode(observer, observe=False, quantize=False)
@@ -261,25 +255,8 @@ def _observing(module: nn.Module) -> bool:
     return isinstance(module, ObserverBase)
 
 
-def _inputs_are_keys(gm: GraphModule, block: GraphModule) -> bool:
-    return placeholders(block).keys() <= {gm.meta["timestep"], *gm.meta["conditioning"]}
-
-
-def require_keys_only(gm: GraphModule, block: GraphModule) -> None:
-    """Raise TFMQError unless the block can run on the timestep and conditioning alone."""
-    if not _inputs_are_keys(gm, block):
-        raise TFMQError(
-            f"temporal block: it needs the inputs {', '.join(placeholders(block))} besides the timestep's values; "
-            "capture with torch.export so that the batch size can be read from the timestep."
-        )
-
-
-def _tables(gm: GraphModule) -> dict[str, Tensor]:
-    return {gm.meta["timestep"]: gm.meta["timesteps"], **gm.meta["finite"]}
-
-
 def _check_values(gm: GraphModule, calibration: CalibrationSet) -> None:
-    for name, values in _tables(gm).items():
+    for name, values in tables(gm).items():
         if name not in calibration.tensors:
             raise TFMQError(
                 f"calibration: no tensor named {name!r}; found {nearest_names(name, calibration.tensors)}."
@@ -294,71 +271,3 @@ def _check_values(gm: GraphModule, calibration: CalibrationSet) -> None:
                 f"calibration: {what} {outside[:8]} are in the data but not in the schedule of {len(values)} values "
                 f"({values.min().item():g} to {values.max().item():g})."
             )
-
-
-def temporal_rows(gm: GraphModule, calibration: CalibrationSet) -> dict[str, Tensor]:
-    """Where the temporal block of a prepared graph is observed and reconstructed: its inputs, (R, ...) each.
-
-    Every value of each key that selects qparams, inputs outside the key taken from the calibration set in turn;
-    then, when some input of the block has no table or too large a product, every distinct row of the set.
-    """
-    timestep, tables = gm.meta["timestep"], _tables(gm)
-    sizes = {n: len(v) for n, v in tables.items()}
-    limit = gm.meta["recipe"].max_table_entries
-    names = [timestep, *gm.meta["conditioning"]]
-    keys = {layer.key for layer in gm.meta["plan"].layers if layer.temporal and layer.key}
-    whole = True
-    for feature in gm.meta["feature_keys"]:
-        key = table_key(frozenset(feature), timestep=timestep, sizes=sizes, max_entries=limit)
-        whole &= key is not None
-        keys.add(key or (timestep,))
-    keys = {k for k in keys if not any(set(k) < set(other) for other in keys)}
-    given = calibration.tensors
-    missing = [n for n in names if n not in given]
-    if missing:
-        raise TFMQError(
-            f"calibration: no tensor named {missing[0]!r}; found {nearest_names(missing[0], given)}."
-        )
-    parts: list[dict[str, Tensor]] = []
-    for key in sorted(keys):
-        index = torch.cartesian_prod(*[torch.arange(sizes[n]) for n in key]).reshape(-1, len(key))
-        turn = torch.arange(len(index)) % len(calibration)
-        rows = {n: tables[n][index[:, i]].to(given[n].dtype) for i, n in enumerate(key)}
-        parts.append({n: rows[n] if n in rows else given[n][turn] for n in names})
-    if not whole:
-        flat = torch.cat([given[n].double().reshape(len(calibration), -1) for n in names], dim=1)
-        _, inverse = flat.unique(dim=0, return_inverse=True)
-        first = torch.full((int(inverse.max()) + 1,), len(flat)).scatter_reduce_(
-            0, inverse, torch.arange(len(flat)), "amin"
-        )
-        parts.append({n: given[n][first.sort().values] for n in names})
-    return {n: torch.cat([part[n] for part in parts]) for n in names}
-
-
-def chunks_of(rows: Mapping[str, Tensor], size: int = 1024) -> Iterator[dict[str, Tensor]]:
-    """The rows in pieces: the features of a large product of keys would not fit in memory at once."""
-    count = len(next(iter(rows.values())))
-    for start in range(0, count, size):
-        yield {n: x[start : start + size] for n, x in rows.items()}
-
-
-def run_temporal(
-    block: GraphModule, rows: Mapping[str, Tensor], *, scalar: bool = False
-) -> tuple[Tensor, ...]:
-    """The temporal features of an extracted block at every row of its inputs: (R, ...) each.
-
-    A step index that the block passes on beside its features is left out.
-    scalar: the block was captured with a timestep of shape () and runs once per row.
-    """
-    inputs = [rows[n] for n in placeholders(block)]
-    if not scalar:
-        return tuple(f for f in block(*inputs) if f.is_floating_point())
-    values = [meta_value(n) for n in placeholders(block).values()]
-    out = []
-    for i in range(len(inputs[0])):
-        row = [
-            x[i] if isinstance(v, Tensor) and v.dim() == x.dim() - 1 else x[i : i + 1]
-            for x, v in zip(inputs, values, strict=True)
-        ]
-        out.append([f for f in block(*row) if f.is_floating_point()])
-    return tuple(torch.stack([row[i] for row in out]) for i in range(len(out[0])))

@@ -15,16 +15,7 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 from torch.utils import _pytree as pytree
 
-from tfmq_fx.calibration import (
-    CalibrationSet,
-    calibrate,
-    chunks_of,
-    denoiser,
-    inputs_of,
-    is_scalar,
-    run_temporal,
-    temporal_rows,
-)
+from tfmq_fx.calibration import CalibrationSet, calibrate, denoiser, inputs_of
 from tfmq_fx.capture import capture
 from tfmq_fx.errors import TFMQError
 from tfmq_fx.graph import placeholders
@@ -38,6 +29,7 @@ from tfmq_fx.passes.partition_temporal import extract_temporal
 from tfmq_fx.passes.prepare import prepare
 from tfmq_fx.recipe import Recipe
 from tfmq_fx.reconstruction import reconstruct
+from tfmq_fx.temporal import chunks_of, is_scalar, run_temporal, temporal_rows
 
 ERROR_ROWS = 512  # calibration rows on which the report's errors by timestep are measured
 
@@ -95,7 +87,7 @@ def quantize(
     calibrate(prepared, calibration)
     clock.lap("calibrate")
     reconstruct(prepared, calibration, seed=seed, state=state)
-    rows = temporal_rows(prepared, calibration)
+    rows = temporal_rows(prepared, calibration.tensors)
     clock.lap("reconstruct")
     converted = convert(prepared)
     clock.lap("convert")

@@ -56,6 +56,9 @@ class Reconstruction:
     round_weight: float = (
         100.0  # of the mean rounding regulariser, where round-to-nearest's error counts as 1
     )
+    max_memory: float = (
+        8.0  # GiB of block inputs and targets; past it they lie in half precision on disk (TMPDIR)
+    )
     gptq_samples: int = 256  # samples whose layer inputs make GPTQ's Hessian
     damping: float = 0.01  # of GPTQ's Hessian, as a share of its mean diagonal
     warmup: float = 0.2  # share of the iterations before the regulariser starts

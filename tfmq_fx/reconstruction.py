@@ -7,6 +7,7 @@ stream (what it will really see), its target from the float stream; the network 
 from __future__ import annotations
 
 import heapq
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +15,7 @@ import torch
 from torch.fx import GraphModule, Interpreter, Node
 from torch.fx.passes.utils.fuser_utils import fuse_as_graphmodule
 
-from tfmq_fx.calibration import (
-    CalibrationSet,
-    inputs_of,
-    is_scalar,
-    require_keys_only,
-    run_temporal,
-    temporal_rows,
-)
+from tfmq_fx.calibration import CalibrationSet, inputs_of
 from tfmq_fx.errors import TFMQError
 from tfmq_fx.graph import fresh, placeholders, weight_argument
 from tfmq_fx.observers.weight import PerChannelWeightFakeQuantize
@@ -33,7 +27,9 @@ from tfmq_fx.passes.prepare import observers, require_stage, set_mode
 from tfmq_fx.progress import track
 from tfmq_fx.recipe import Reconstruction
 from tfmq_fx.resume import Finished, fingerprint
-from tfmq_fx.rounding import BlockResult, Streams, choose_rounding
+from tfmq_fx.rounding import BlockResult, Outputs, Streams, choose_rounding, in_float
+from tfmq_fx.spill import Budget, Values
+from tfmq_fx.temporal import is_scalar, require_keys_only, run_temporal, temporal_rows
 
 
 @declare(needs=("calibrate",))
@@ -111,7 +107,7 @@ def _reconstruct_temporal(
     require_keys_only(gm, block)
     if finished is not None and (kept := finished.restore(0, block)):
         return kept
-    rows, scalar = temporal_rows(gm, calibration), is_scalar(gm)
+    rows, scalar = temporal_rows(gm, calibration.tensors), is_scalar(gm)
     generator = torch.Generator().manual_seed(seed)
     count, size = len(rows[gm.meta["timestep"]]), settings.temporal_batch_size
     shuffled = torch.randperm(count, generator=generator) if count > size else torch.arange(count)
@@ -158,6 +154,10 @@ class _Walk:
         self.found = [o for _, o in observers(self.gm)]
 
     def run(self) -> list[BlockResult]:
+        with Budget(self.settings.max_memory * 2**30) as budget:
+            return self._run(budget)
+
+    def _run(self, budget: Budget) -> list[BlockResult]:
         gm = self.gm
         units: dict[Node, tuple[GraphModule, tuple[Node, ...], tuple[Node, ...]]] = {}
         member_of: dict[Node, Node] = {}
@@ -175,8 +175,8 @@ class _Walk:
         for i, node in enumerate(order):
             for source in units[node][1] if node in units else node.all_input_nodes:
                 last_use[source] = i
-        float_env: list[dict[Node, Any]] = [{} for _ in self.chunks]
-        quant_env: list[dict[Node, Any]] = [{} for _ in self.chunks]
+        float_env = [Values(budget) for _ in self.chunks]
+        quant_env = [Values(budget) for _ in self.chunks]
         for env in (float_env, quant_env):
             for chunk, values in zip(env, self.chunks, strict=True):
                 chunk.update(zip(placeholders(gm).values(), values, strict=True))
@@ -189,7 +189,7 @@ class _Walk:
                 for quantize, env in ((False, float_env), (True, quant_env)):
                     self._mode(quantize)
                     for chunk in env:
-                        interpreter.env = chunk
+                        interpreter.env = chunk  # type: ignore[assignment]
                         with torch.no_grad():
                             chunk[node] = interpreter.run_node(node)
             for env in (float_env, quant_env):
@@ -246,25 +246,28 @@ class _Walk:
         module: GraphModule,
         inputs: tuple[Node, ...],
         outputs: tuple[Node, ...],
-        float_env: list[dict[Node, Any]],
-        quant_env: list[dict[Node, Any]],
+        float_env: list[Values],
+        quant_env: list[Values],
         index: int,
     ) -> list[BlockResult]:
         def run(m: GraphModule, i: int, quantized: bool) -> Any:
             chunk = (quant_env if quantized else float_env)[i]
             return m(*[chunk[n] for n in inputs])
 
-        streams = Streams(module, run, len(quant_env))
+        def target(i: int) -> Outputs:
+            return tuple(float_env[i][n] for n in outputs)
+
+        for i, chunk in enumerate(float_env):
+            chunk.update(zip(outputs, in_float(module, partial(run, module, i, False)), strict=True))
+        streams = Streams(module, run, len(quant_env), target=target)
         self._mode(True)
         results = []
         if any(isinstance(o, PerChannelWeightFakeQuantize) for _, o in observers(module)):
             kept = self.finished.restore(index, module) if self.finished is not None else None
             results.append(kept or self._choose(module, streams, index))
         with torch.no_grad():
-            for i, (chunk, float_chunk) in enumerate(zip(quant_env, float_env, strict=True)):
-                values = streams.outputs(i), streams.target(i)
-                chunk.update(zip(outputs, values[0], strict=True))
-                float_chunk.update(zip(outputs, values[1], strict=True))
+            for i, chunk in enumerate(quant_env):
+                chunk.update(zip(outputs, streams.outputs(i), strict=True))
         return results
 
     def _choose(self, module: GraphModule, streams: Streams, index: int) -> BlockResult:

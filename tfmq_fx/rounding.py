@@ -44,13 +44,19 @@ class BlockResult:
 class Streams:
     """A block, and how any module with its inputs runs on chunk i of the float or of the quantized stream.
 
-    run(module, i, quantized) -> the module's outputs. The block's float outputs are the targets.
+    run(module, i, quantized) -> the module's outputs. The block's float outputs are the targets; target(i) gives
+    those of chunk i where they are kept elsewhere, None computes them.
     """
 
     def __init__(
-        self, block: GraphModule, run: Callable[[GraphModule, int, bool], Outputs], chunks: int
+        self,
+        block: GraphModule,
+        run: Callable[[GraphModule, int, bool], Outputs],
+        chunks: int,
+        *,
+        target: Callable[[int], Outputs] | None = None,
     ) -> None:
-        self.block, self.run, self.chunks = block, run, chunks
+        self.block, self.run, self.chunks, self._given = block, run, chunks, target
         self._targets: dict[int, Outputs] = {}
 
     def outputs(self, i: int) -> Outputs:
@@ -58,7 +64,9 @@ class Streams:
 
     @torch.no_grad()
     def target(self, i: int) -> Outputs:
-        """Kept, unless there are so many chunks (a product of keys) that they would not fit in memory."""
+        """Computed ones are kept, unless there are so many (a product of keys) that they would not fit in memory."""
+        if self._given is not None:
+            return self._given(i)
         if i in self._targets:
             return self._targets[i]
         found = in_float(self.block, partial(self.run, self.block, i, False))

@@ -1,0 +1,104 @@
+"""Values of a walk over a graph: in memory while they fit, past that in half precision in memory-mapped files."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator, MutableMapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import Node
+
+from tfmq_fx.errors import TFMQError
+
+
+@dataclass(frozen=True)
+class _Spilled:
+    file: Path
+    shape: torch.Size
+    dtype: torch.dtype  # as it was
+    stored: torch.dtype  # as it lies in the file
+
+
+class Budget:
+    """The bytes that all `Values` of a walk may hold in memory together; a context manager for what exceeds them."""
+
+    def __init__(self, limit: float) -> None:
+        self.limit = limit
+        self.used = self.spilled = 0
+        self._count = 0
+        self._folder: tempfile.TemporaryDirectory[str] | None = None
+
+    def __enter__(self) -> Budget:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._folder is not None:
+            self._folder.cleanup()
+
+    def spill(self, x: Tensor) -> _Spilled:
+        """Write `x` to a file of its own. Raises TFMQError when the disk does not take it."""
+        stored = x.dtype
+        if x.is_floating_point() and x.element_size() > 2:
+            # float16 has the finer steps; bfloat16 takes what is too large for it.
+            stored = torch.float16 if x.abs().max() < 6e4 else torch.bfloat16
+        data = x.detach().cpu().to(stored).contiguous()
+        try:
+            if self._folder is None:
+                self._folder = tempfile.TemporaryDirectory(prefix="tfmq-")
+            self._count += 1
+            file = Path(self._folder.name) / f"{self._count}.bin"
+            # Written, not mapped: a full disk is then an error and not a bus error.
+            file.write_bytes(data.reshape(-1).view(torch.uint8).numpy().data)
+        except OSError as error:
+            raise TFMQError(
+                f"reconstruction: the streams exceed max_memory and cannot be spilled to {tempfile.gettempdir()} "
+                f"({error.strerror or error}); raise Reconstruction.max_memory, lower num_samples, or set TMPDIR to a larger disk."
+            ) from error
+        self.spilled += data.nbytes
+        return _Spilled(file, x.shape, x.dtype, stored)
+
+
+class Values(MutableMapping[Node, Any]):
+    """Node -> value, like the dict that torch.fx's Interpreter keeps; parameters and small things are left alone."""
+
+    def __init__(self, budget: Budget) -> None:
+        self.budget = budget
+        self._held: dict[Node, Any] = {}
+
+    def __getitem__(self, node: Node) -> Any:
+        value = self._held[node]
+        if not isinstance(value, _Spilled):
+            return value
+        flat = torch.from_file(str(value.file), size=value.shape.numel(), dtype=value.stored)
+        return flat.reshape(value.shape).to(value.dtype)
+
+    def __setitem__(self, node: Node, value: Any) -> None:
+        self.pop(node, None)
+        if _counts(node, value):
+            if self.budget.used + value.nbytes > self.budget.limit:
+                value = self.budget.spill(value)
+            else:
+                self.budget.used += value.nbytes
+        self._held[node] = value
+
+    def __delitem__(self, node: Node) -> None:
+        value = self._held.pop(node)
+        if isinstance(value, _Spilled):
+            value.file.unlink(missing_ok=True)
+        elif _counts(node, value):
+            self.budget.used -= value.nbytes
+
+    def __iter__(self) -> Iterator[Node]:
+        return iter(self._held)
+
+    def __len__(self) -> int:
+        return len(self._held)
+
+
+def _counts(node: Node, value: Any) -> bool:
+    """Tensors that the walk computes; the graph's own are in memory anyway."""
+    return isinstance(value, Tensor) and value.numel() > 0 and node.op not in ("get_attr", "placeholder")
