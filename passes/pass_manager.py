@@ -46,6 +46,10 @@ class PassManager(pass_manager.PassManager):
         self.given = list(passes)
         super().__init__([_logged(p) for p in self.given])
 
+    def add_pass(self, _pass: Callable[..., Any]) -> None:
+        self.given.append(_pass)
+        super().add_pass(_logged(_pass))
+
     def __call__(self, module: nn.Module) -> PassResult:
         stage = module.meta.get("stage", "") if isinstance(module, GraphModule) else ""
         violations = check_order(self.given, done=_STAGES.get(stage, ()))

@@ -149,6 +149,14 @@ def test_our_manager_lists_every_violation_before_anything_runs():
     assert not ran
 
 
+def test_a_pass_added_later_is_checked_too():
+    gm, _ = exported()
+    manager = PassManager([remove_noops])
+    manager.add_pass(tfmq_fx.convert)
+    with pytest.raises(TFMQError, match="passes: convert needs calibrate before it"):
+        manager(gm)
+
+
 def test_our_manager_goes_on_from_where_the_graph_stands():
     gm, _ = exported()
     prepared = tfmq_fx.prepare(gm, RECIPE, timesteps=TIMESTEPS)
