@@ -202,9 +202,12 @@ class RecipeQuantizer(Quantizer):  # type: ignore[misc]
             for name in inside:
                 nodes[name].meta.pop(Q_ANNOTATION_KEY, None)
         for layer in self.plan.layers:
-            if self.data is not None and not layer.temporal:
-                continue
             node = nodes[layer.node]
+            if self.data is not None and not layer.temporal:
+                if Q_ANNOTATION_KEY not in node.meta:
+                    reason = f"{type(self.data).__name__} does not annotate it"
+                    floats.append(Float(name=layer.path, reason=reason, chosen=False))
+                continue
             specs: dict[Node, QuantizationSpec] = {}
             x, weight = node.args[0], node.args[weight_argument(node)]  # type: ignore[index]
             assert isinstance(x, Node)
