@@ -27,3 +27,9 @@ class TemporalMinMaxObserver(TemporalObserver):
 
     def ranges(self) -> tuple[Tensor, Tensor]:
         return self.min_val, self.max_val
+
+    def merge(self, other: TemporalObserver) -> None:
+        super().merge(other)
+        assert isinstance(other, TemporalMinMaxObserver)
+        self.min_val = torch.minimum(self.min_val, other.min_val)
+        self.max_val = torch.maximum(self.max_val, other.max_val)

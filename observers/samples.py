@@ -26,8 +26,18 @@ class TemporalSampleObserver(TemporalObserver):
 
     def observe(self, x_NF: Tensor, step_N: Tensor) -> None:
         for x_F, step in zip(x_NF, step_N.tolist(), strict=True):
-            if not any(torch.equal(x_F, row) for row in self.rows[step]):
-                self.rows[step].append(x_F.clone())
+            self._add(x_F, step)
+
+    def _add(self, x_F: Tensor, step: int) -> None:
+        if not any(torch.equal(x_F, row) for row in self.rows[step]):
+            self.rows[step].append(x_F.clone())
+
+    def merge(self, other: TemporalObserver) -> None:
+        super().merge(other)
+        assert isinstance(other, TemporalSampleObserver)
+        for step, rows in enumerate(other.rows):
+            for x_F in rows:
+                self._add(x_F, step)
 
     def ranges(self) -> tuple[Tensor, Tensor]:
         min_T = torch.zeros(self.num_keys)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -15,9 +17,39 @@ class StaticFakeQuantize(FakeQuantize):  # type: ignore[misc]
     torchao's convert turns it into a quantize/dequantize pair with literal scale and zero point.
     """
 
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        if hasattr(self.activation_post_process, "dst_nbins"):
+            # torchao's range search counts the values of the dtype, where we use the lowest of them only.
+            self.activation_post_process.dst_nbins = self.quant_max - self.quant_min + 1
+        self.log_scale: Tensor | None = None  # while the scale is being learned
+        self.soft: Tensor | None = None  # the scale that the graph then computes with
+
+    def start_learning(self) -> Tensor:
+        """A variable that moves the scale; the zero point stays."""
+        self.log_scale = self.scale.detach().log().requires_grad_()
+        return self.log_scale
+
+    def soften(self) -> Tensor:
+        """The scale as a function of the variable; `soft` is the same, cut off from it."""
+        assert self.log_scale is not None
+        scale = self.log_scale.exp()
+        self.soft = scale.detach().requires_grad_()
+        return scale
+
+    def stop_learning(self) -> None:
+        assert self.log_scale is not None
+        self.scale.copy_(self.log_scale.detach().exp())
+        self.log_scale = self.soft = None
+
     def forward(self, x: Tensor) -> Tensor:
         if self.observer_enabled[0]:
             self.activation_post_process(x.detach())
+        if self.soft is not None:
+            # Gradients to x and to the scale (LSQ, Esser et al. 2020, eq. 2 and 3).
+            return torch._fake_quantize_learnable_per_tensor_affine(
+                x, self.soft, self.zero_point.to(x.dtype), self.quant_min, self.quant_max, 1.0
+            )
         if self.fake_quant_enabled[0]:
             x = torch.fake_quantize_per_tensor_affine(
                 x, self.scale, self.zero_point, self.quant_min, self.quant_max
@@ -27,6 +59,22 @@ class StaticFakeQuantize(FakeQuantize):  # type: ignore[misc]
     def calculate_qparams(self) -> tuple[Tensor, Tensor]:
         """The frozen qparams: what the fake-quantized network computed with."""
         return self.scale, self.zero_point
+
+    def merge(self, other: StaticFakeQuantize) -> None:
+        """Take over what another one, of the same tensor, observed."""
+        mine, theirs = self.activation_post_process, other.activation_post_process
+        if torch.isinf(theirs.min_val).any():
+            return
+        low, high = torch.minimum(mine.min_val, theirs.min_val), torch.maximum(mine.max_val, theirs.max_val)
+        if hasattr(mine, "histogram"):
+            total = torch.zeros_like(theirs.histogram)
+            for one in (mine, theirs):
+                if not torch.isinf(one.min_val).any():
+                    total = mine._combine_histograms(
+                        one.histogram, one.min_val, one.max_val, total, low, high
+                    )
+            mine.histogram = total
+        mine.min_val, mine.max_val = low, high
 
     def freeze(self) -> None:
         """Stop observing, start quantizing with the qparams found."""

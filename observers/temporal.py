@@ -22,6 +22,7 @@ class TemporalObserver(FakeQuantizeBase):  # type: ignore[misc]
 
         observe(x_NF, step_N)   accumulate. Observing A, then B, must equal observing A and B together.
         ranges()                the (min_T, max_T) to cover, for the keys that were observed.
+        merge(other)            optional: what two observed apart as if one had seen both; call super().merge(other) too.
 
     In the prepared graph the module is called with (x, step): x (N, ...) and step (N,) int64, indices into the
     T = `num_keys` values of its key, computed once in the graph. The key is the timestep of the schedule, or its
@@ -48,6 +49,10 @@ class TemporalObserver(FakeQuantizeBase):  # type: ignore[misc]
 
     @abstractmethod
     def ranges(self) -> tuple[Tensor, Tensor]: ...
+
+    def merge(self, other: TemporalObserver) -> None:
+        """Take over what another of this class observed. Optional: without it one thread sees all the data."""
+        self.seen |= other.seen
 
     def calculate_qparams(self, **_: Any) -> tuple[Tensor, Tensor]:
         """(scale, zero_point), each (T,). Raises TFMQError when a timestep was never observed."""

@@ -32,7 +32,7 @@ class PerChannelWeightFakeQuantize(FakeQuantizeBase):  # type: ignore[misc]
         self.dtype = self.integers.dtype
         self.bits, self.ch_axis = bits, ch_axis
         self.alpha: Tensor | None = None  # the soft rounding variable while it is being learned
-        self.rounding = torch.empty(0)  # h(alpha) in [0, 1] of the last forward (AdaRound, eq. 23)
+        self.soft: Tensor | None = None  # the weight that the graph then computes with
         self._floor: Tensor | None = None
         self.register_buffer("q", torch.empty(0, dtype=self.dtype))
         self.register_buffer("scale", torch.ones(0))
@@ -60,15 +60,23 @@ class PerChannelWeightFakeQuantize(FakeQuantizeBase):  # type: ignore[misc]
         self._floor = torch.floor(scaled)
         fraction = (scaled - self._floor).clamp(1e-4, 1 - 1e-4)
         self.alpha = torch.logit((fraction - GAMMA) / (ZETA - GAMMA)).requires_grad_()
+        self.soften()
         return self.alpha
 
-    def _soft_weight(self) -> Tensor:
+    def soften(self) -> tuple[Tensor, Tensor]:
+        """(weight, rounding), both functions of alpha: the weight softly rounded by h(alpha) in [0, 1] (AdaRound, eq. 23).
+
+        The graph computes with `soft` instead: a leaf, the same weight cut off from alpha. Its gradient may be
+        summed over parts of a batch before it goes on, once, to alpha.
+        """
         assert self.alpha is not None
         assert self._floor is not None
-        self.rounding = (torch.sigmoid(self.alpha) * (ZETA - GAMMA) + GAMMA).clamp(0, 1)
+        rounding = (torch.sigmoid(self.alpha) * (ZETA - GAMMA) + GAMMA).clamp(0, 1)
         zero_point = self._per_channel(self.zero_point, self._floor)
-        q = (self._floor + self.rounding + zero_point).clamp(self.integers.quant_min, self.integers.quant_max)
-        return (q - zero_point) * self._per_channel(self.scale, self._floor)
+        q = (self._floor + rounding + zero_point).clamp(self.integers.quant_min, self.integers.quant_max)
+        weight = (q - zero_point) * self._per_channel(self.scale, self._floor)
+        self.soft = weight.detach().requires_grad_()
+        return weight, rounding
 
     def stop_learning(self) -> None:
         """Bake the rounding: q = floor(w / s) + [h(alpha) >= 0.5] + z."""
@@ -77,13 +85,12 @@ class PerChannelWeightFakeQuantize(FakeQuantizeBase):  # type: ignore[misc]
         up = (self.alpha.detach() >= 0).to(torch.float32)  # h(0) = 0.5
         q = self._floor + up + self._per_channel(self.zero_point, self._floor)
         self.q = q.clamp(self.integers.quant_min, self.integers.quant_max).to(self.dtype)
-        self.alpha = self._floor = None
-        self.rounding = torch.empty(0)
+        self.alpha = self.soft = self._floor = None
 
     def forward(self, weight: Tensor) -> Tensor:
         if not self.fake_quant_enabled[0]:
             return weight
-        return self._soft_weight() if self.alpha is not None else self.dequantized().to(weight.dtype)
+        return self.soft if self.soft is not None else self.dequantized().to(weight.dtype)
 
     def calculate_qparams(self, **_: Any) -> tuple[Tensor, Tensor]:
         return self.scale, self.zero_point

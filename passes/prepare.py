@@ -14,6 +14,7 @@ from tfmq_fx.errors import TFMQError
 from tfmq_fx.graph import attribute, fresh, meta_value, placeholders, require_input, timestep_input
 from tfmq_fx.observers.temporal import TemporalObserver
 from tfmq_fx.observers.weight import PerChannelWeightFakeQuantize
+from tfmq_fx.parallel import workers
 from tfmq_fx.passes.annotate import RecipeQuantizer
 from tfmq_fx.passes.find_temporal import TemporalBlock, conditioning_vectors, find_temporal
 from tfmq_fx.passes.insert_step_index import insert_step_index, key_index, step_index
@@ -61,6 +62,7 @@ def prepare(
     finite_tables = {n: v for n, v in tables.items() if n != timestep}
     insert_step_index(gm, timesteps=timesteps, timestep=timestep, finite=finite_tables)
     scalar = {n for n in sizes if isinstance(v := meta_value(placeholders(gm)[n]), Tensor) and v.dim() == 0}
+    initialise: list[tuple[PerChannelWeightFakeQuantize, Tensor]] = []
     for node, observer in list(observers(gm)):
         (x,) = node.args
         assert isinstance(x, Node)
@@ -76,10 +78,12 @@ def prepare(
                 raise TFMQError(
                     f"weight {x.target}: is {weight.dtype}; quantize the float32 network (network.float()) instead."
                 )
-            observer.initialise(weight)
+            initialise.append((observer, weight))
         if x.op == "placeholder":  # prepare put it between the placeholders
             index.append(node)
         set_mode(observer, observe=True, quantize=False)
+    with workers(len(initialise)) as threads:
+        threads.map(lambda pair: pair[0].initialise(pair[1]), initialise)
     gm.graph.lint()
     gm.recompile()
     assert quantizer.plan is not None
@@ -106,6 +110,18 @@ def observers(gm: GraphModule) -> Iterator[tuple[Node, FakeQuantizeBase]]:
             if isinstance(module, FakeQuantizeBase) and id(module) not in seen:
                 seen.add(id(module))
                 yield node, module
+
+
+def without_observers(gm: GraphModule) -> GraphModule:
+    """The float function of a prepared graph: a copy in which every observer node is its input."""
+    copy = fresh(gm)
+    modules = dict(copy.named_modules(remove_duplicate=False))
+    for node in list(copy.graph.nodes):
+        if node.op == "call_module" and isinstance(modules[str(node.target)], FakeQuantizeBase):
+            node.replace_all_uses_with(node.args[0])
+            copy.graph.erase_node(node)
+    copy.recompile()
+    return copy
 
 
 def set_mode(observer: FakeQuantizeBase, *, observe: bool, quantize: bool) -> None:

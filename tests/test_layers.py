@@ -19,6 +19,7 @@ LEVELS = [
         "tfmq_fx.graph",
         "tfmq_fx.progress",
         "tfmq_fx.metrics",
+        "tfmq_fx.parallel",
     ],
     ["tfmq_fx.observers"],
     ["tfmq_fx.recipe"],

@@ -7,7 +7,7 @@ import tfmq_fx
 from tests.networks import FAST, calibration, prepared
 from tfmq_fx.errors import TFMQError
 from tfmq_fx.graph import weight_argument
-from tfmq_fx.observers import PerChannelWeightFakeQuantize
+from tfmq_fx.observers import PerChannelWeightFakeQuantize, StaticFakeQuantize
 from tfmq_fx.passes.find_blocks import find_blocks
 from tfmq_fx.passes.prepare import observers
 
@@ -66,11 +66,45 @@ def test_every_block_gets_no_worse_and_most_get_better(method, temporal_method):
 
 def test_the_same_seed_gives_the_same_integers():
     runs = []
-    for _ in range(2):  # at one thread count: another one adds floats in another order
+    for _ in range(2):
         gm = prepared()
         tfmq_fx.reconstruct(gm, calibration(), seed=7)
         runs.append(integers(gm))
     assert all(torch.equal(runs[0][k], runs[1][k]) for k in runs[0])
+
+
+@pytest.mark.parametrize("method", ["adaround", "gptq"])
+def test_one_thread_and_three_give_the_same_integers(method):
+    """Recording aside, the whole way from the float network; three threads for two parts, too."""
+    runs, threads = [], torch.get_num_threads()
+    settings = dataclasses.replace(FAST, method=method, learn_activation_scale=True)
+    for n in (1, 2, 3):
+        torch.set_num_threads(n)
+        try:
+            gm = prepared()
+            tfmq_fx.reconstruct(gm, calibration(), settings)
+            assert torch.get_num_threads() == n
+        finally:
+            torch.set_num_threads(threads)
+        runs.append(tfmq_fx.convert(gm).state_dict())
+    assert all(torch.equal(run[k], runs[0][k]) for run in runs[1:] for k in runs[0])
+
+
+def test_learned_activation_scales_move_and_win_at_four_bits():
+    errors = {}
+    for learn in (False, True):
+        gm = prepared("w4a4")
+        scales = {n.name: o.scale.clone() for n, o in observers(gm) if isinstance(o, StaticFakeQuantize)}
+        tfmq_fx.reconstruct(
+            gm, calibration(), dataclasses.replace(FAST, iterations=200, learn_activation_scale=learn)
+        )
+        moved = [
+            n.name for n, o in observers(gm) if n.name in scales and not torch.equal(o.scale, scales[n.name])
+        ]
+        assert bool(moved) == learn
+        assert all(o.soft is None for _, o in observers(gm) if isinstance(o, StaticFakeQuantize))
+        errors[learn] = {r.name: r.error for r in gm.meta["reconstruction"]}
+    assert sum(errors[True].values()) < sum(errors[False].values())
 
 
 def test_nearest_learns_nothing():

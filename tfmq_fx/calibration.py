@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator, Mapping
+from contextlib import nullcontext
+from copy import deepcopy
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,8 +16,11 @@ from torch.fx import GraphModule
 from tfmq_fx._torchao import FakeQuantizeBase, ObserverBase
 from tfmq_fx.arguments import Path, leaves, nested
 from tfmq_fx.errors import TFMQError, nearest_names
-from tfmq_fx.graph import fixed_size, meta_value, placeholders
+from tfmq_fx.graph import fixed_size, fresh, meta_value, placeholders
+from tfmq_fx.observers.static import StaticFakeQuantize
+from tfmq_fx.observers.temporal import TemporalObserver
 from tfmq_fx.observers.weight import PerChannelWeightFakeQuantize
+from tfmq_fx.parallel import Ranks, Workers, workers
 from tfmq_fx.passes.find_temporal import temporal_of
 from tfmq_fx.passes.partition_temporal import extract_temporal
 from tfmq_fx.passes.pass_manager import declare
@@ -87,18 +93,23 @@ class CalibrationSet:
         seed: int = 0,
         batch_size: int = 64,
         timestep: str = "timestep",
+        deterministic: bool = True,
         **pipe_kwargs: Any,
     ) -> CalibrationSet:
         """Run the pipeline once and keep every call of its denoiser: one trajectory per sample.
 
         The denoiser is the component that is called with a `timestep`. pipe_kwargs go to the pipeline
-        (prompt, class_labels, guidance_scale, eta, ...); samples are drawn in batches of `batch_size`.
+        (prompt, class_labels, guidance_scale, eta, ...); samples are drawn in batches of `batch_size`, each from a
+        seed of its own. The processes of a torch.distributed group share the batches, and all get every row.
+
+        deterministic: run torch on one thread, so that the rows have the same bits on any number of threads; False
+            is faster on a CPU with many cores.
         """
         if num_samples < 1 or num_inference_steps < 1:
             raise TFMQError(
                 f"calibration: num_samples={num_samples} and num_inference_steps={num_inference_steps} must be positive."
             )
-        network = denoiser(pipe, timestep=timestep)
+        network, ranks = denoiser(pipe, timestep=timestep), Ranks()
         signature = inspect.signature(network.forward)
         calls: list[dict[str, Any]] = []
 
@@ -106,25 +117,34 @@ class CalibrationSet:
             calls.append(dict(signature.bind(*args, **kwargs).arguments))
 
         handle = network.register_forward_pre_hook(keep, with_kwargs=True)
+        found: list[list[dict[str, Any]]] = []  # of each batch, what each call got by flat name
         try:
-            generator = torch.Generator().manual_seed(seed)
-            for start in track(range(0, num_samples, batch_size), "recording trajectories"):
-                run_pipeline(
-                    pipe,
-                    min(batch_size, num_samples - start),
-                    num_inference_steps=num_inference_steps,
-                    generator=generator,
-                    **pipe_kwargs,
-                )
+            with workers(1) if deterministic else nullcontext():
+                starts = ranks.share(range(0, num_samples, batch_size))
+                for start in track(starts, "recording trajectories"):
+                    run_pipeline(
+                        pipe,
+                        min(batch_size, num_samples - start),
+                        num_inference_steps=num_inference_steps,
+                        generator=torch.Generator().manual_seed(seed * 1_000_003 + start),
+                        **pipe_kwargs,
+                    )
+                    found.append([leaves(call) for call in calls])
+                    calls.clear()
         finally:
             handle.remove()
-        if not calls:
+        rows: list[dict[str, Any]] = []
+        paths: dict[str, Path] = {}
+        of_ranks = ranks.gather(found)
+        for i in range(len(of_ranks[0])):
+            for batches in of_ranks:
+                for call in batches[i] if i < len(batches) else []:
+                    paths = paths or {n: path for n, (path, _) in call.items()}
+                    rows.append(_rows({n: leaf for n, (_, leaf) in call.items()}, timestep))
+        if not rows:
             raise TFMQError(f"calibration: the pipeline never called {type(network).__name__}.")
-        found = [{n: leaf for n, (_, leaf) in leaves(call).items()} for call in calls]
-        paths = {n: path for n, (path, _) in leaves(calls[0]).items()}
-        rows = [_rows(call, timestep) for call in found]
         names = [n for n, v in rows[0].items() if isinstance(v, Tensor)]
-        constants = {n: v for n, v in found[0].items() if n not in names}
+        constants = {n: v for n, v in rows[0].items() if n not in names}
         return CalibrationSet({n: torch.cat([r[n] for r in rows]) for n in names}, constants, timestep, paths)
 
     @property
@@ -229,21 +249,70 @@ def calibrate(gm: GraphModule, calibration: CalibrationSet, *, batch_size: int =
     """
     require_stage(gm, "prepared")
     _check_values(gm, calibration)
-    found = list(observers(gm))
+    found, shards = list(observers(gm)), gm.meta["recipe"].reconstruction.shards
     block = extract_temporal(gm, temporal_of(gm))
-    alone = inputs_are_keys(gm, block)
-    if alone:
-        for rows in chunks_of(temporal_rows(gm, calibration.tensors)):
-            run_temporal(block, rows, scalar=is_scalar(gm))
-        for _, observer in observers(block):
-            set_mode(observer, observe=False, quantize=False)
-    if any(_observing(m) for m in gm.modules()):
-        for batch in track(list(calibration.batches(batch_size, one_timestep=is_scalar(gm))), "calibrating"):
-            gm(*inputs_of(gm, batch))
-    for _, observer in found:
-        observer.freeze()
+    with workers(shards) as threads:
+        if inputs_are_keys(gm, block):
+            for rows in chunks_of(temporal_rows(gm, calibration.tensors)):
+                run_temporal(block, rows, scalar=is_scalar(gm))
+            for _, observer in observers(block):
+                set_mode(observer, observe=False, quantize=False)
+        if any(_observing(m) for m in gm.modules()):
+            batches = list(calibration.batches(batch_size, one_timestep=is_scalar(gm)))
+            _observe(gm, batches, shards, threads)
+        for _, observer in found:
+            observer.freeze()
     gm.meta["stage"] = "calibrated"
     return gm
+
+
+def _observe(gm: GraphModule, batches: list[dict[str, Tensor]], shards: int, threads: Workers) -> None:
+    """Run the data through copies of the graph with observers of their own, shared out to threads and processes; merge those."""
+    ranks = Ranks()
+    shards = -(-shards // ranks.size) * ranks.size
+    learning = _learning(gm)
+    if not all(_mergeable(m) for m in learning):
+        for batch in track(batches, "calibrating"):  # every process sees all the data
+            gm(*inputs_of(gm, batch))
+        return
+    pieces = [p for p in ranks.share([batches[i::shards] for i in range(shards)]) if p]
+    copies = [_with_own(gm, learning) for _ in pieces]
+
+    def run(k: int, i: int) -> None:
+        if i < len(pieces[k]):
+            copies[k][0](*inputs_of(gm, pieces[k][i]))
+
+    for i in track(range(len(pieces[0]) if pieces else 0), "calibrating"):
+        threads.map(partial(run, i=i), range(len(pieces)))
+    found = ranks.gather([own for _, own in copies])
+    for i in range(shards // ranks.size):  # in the order of the pieces, whoever had them
+        for of_rank in found:
+            for observer, other in zip(learning, of_rank[i] if i < len(of_rank) else [], strict=False):
+                observer.merge(other)
+
+
+def _learning(gm: GraphModule) -> list[Any]:
+    """The modules that observe data, without those inside them."""
+    found: dict[str, nn.Module] = {}
+    for name, module in gm.named_modules():
+        if _observing(module) and not any(name.startswith(f"{outer}.") for outer in found):
+            found[name] = module
+    return list(found.values())
+
+
+def _with_own(gm: GraphModule, modules: list[nn.Module]) -> tuple[GraphModule, list[nn.Module]]:
+    """A copy of the graph that has copies of these modules, and those; all else is shared."""
+    copy, own = fresh(gm), {id(m): deepcopy(m) for m in modules}
+    for name, module in list(copy.named_modules(remove_duplicate=False)):
+        if id(module) in own:
+            copy.set_submodule(name, own[id(module)])
+    return copy, [own[id(m)] for m in modules]
+
+
+def _mergeable(module: nn.Module) -> bool:
+    if isinstance(module, TemporalObserver):
+        return type(module).merge is not TemporalObserver.merge
+    return isinstance(module, StaticFakeQuantize)
 
 
 def _observing(module: nn.Module) -> bool:

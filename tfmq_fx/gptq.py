@@ -7,6 +7,7 @@ unfolded input, so K = C_in / G * kernel elements. R rows are samples times posi
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from torch.nn import functional as F
 from tfmq_fx.arithmetic import IntegerRange
 from tfmq_fx.errors import TFMQError
 from tfmq_fx.graph import op_name
+from tfmq_fx.parallel import Ranks, Workers
 
 COLUMNS = 128  # columns whose updates to the rest are applied at once (GPTQ, section 3.3, step 2)
 
@@ -33,22 +35,40 @@ class Moments:
         self._factors: dict[float, tuple[Tensor, Tensor]] = {}
 
     @staticmethod
-    def of(layer: Node, weight: Tensor, given: list[Tensor], seen: list[Tensor]) -> Moments:
-        """Of a layer's inputs in the float and in the quantized network, batch by batch."""
-        found: Moments | None = None
-        for x, s in zip(given, seen, strict=True):
-            x_GRK, seen_GRK = rows(layer, x, weight), rows(layer, s, weight)
-            found = found or Moments(len(x_GRK), x_GRK.shape[2])
-            found.add(x_GRK, seen_GRK)
-        assert found is not None
+    def of(
+        layer: Node,
+        weight: Tensor,
+        given: Sequence[Tensor],
+        seen: Sequence[Tensor],
+        *,
+        workers: Workers,
+        ranks: Ranks,
+    ) -> Moments:
+        """Of a layer's inputs in the float and in the quantized network, part by part."""
+
+        def products(pair: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+            x, s = (rows(layer, y, weight) for y in pair)
+            return _products(x, s)
+
+        columns = weight[0].numel()
+        groups = rows(layer, given[0][:1], weight).shape[0] if given else 0
+        (groups,) = {g for g in ranks.gather(groups) if g}
+        found = Moments(groups, columns)
+        pairs, at_once = list(zip(given, seen, strict=True)), 8  # products of a wide layer are large
+        for start in range(0, len(pairs), at_once):
+            for h, d in workers.map(products, pairs[start : start + at_once]):
+                found._accumulate(h, d)
+        found.h_GKK, found.d_GKK = ranks.sum([found.h_GKK, found.d_GKK])
         return found
 
     def add(self, x_GRK: Tensor, seen_GRK: Tensor) -> None:
         """x: the float network's input rows; seen: the quantized network's, in the same order."""
-        transposed = seen_GRK.transpose(1, 2)
+        self._accumulate(*_products(x_GRK, seen_GRK))
+
+    def _accumulate(self, h_GKK: Tensor, d_GKK: Tensor) -> None:
         # Products in float32, sums over batches in float64: rows of one batch are few.
-        self.h_GKK += (transposed @ seen_GRK).double()
-        self.d_GKK += (transposed @ (x_GRK - seen_GRK)).double().transpose(1, 2)
+        self.h_GKK += h_GKK.double().cpu()
+        self.d_GKK += d_GKK.double().cpu()
         self._factors.clear()
 
     def factors(self, damping: float) -> tuple[Tensor, Tensor]:
@@ -60,6 +80,11 @@ class Moments:
             inverse = torch.cholesky_inverse(_cholesky(h, damping))
             self._factors[damping] = order, torch.linalg.cholesky(inverse, upper=True)
         return self._factors[damping]
+
+
+def _products(x_GRK: Tensor, seen_GRK: Tensor) -> tuple[Tensor, Tensor]:
+    transposed = seen_GRK.transpose(1, 2)
+    return transposed @ seen_GRK, (transposed @ (x_GRK - seen_GRK)).transpose(1, 2)
 
 
 def supported(layer: Node) -> bool:

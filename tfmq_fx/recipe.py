@@ -56,6 +56,11 @@ class Reconstruction:
     round_weight: float = (
         100.0  # of the mean rounding regulariser, where round-to-nearest's error counts as 1
     )
+    learn_activation_scale: bool = False  # with AdaRound: the scales of the block's static activations too
+    activation_learning_rate: float = 1e-3  # of the logarithm of those scales, Adam
+    # Parts that a mini-batch is cut into: each is computed on one thread, by one process. The integers depend on
+    # their number, not on the number of threads. As many as processes at least.
+    shards: int = 2
     max_memory: float = (
         8.0  # GiB of block inputs and targets; past it they lie in half precision on disk (TMPDIR)
     )
@@ -77,6 +82,7 @@ class Reconstruction:
             "batch_size",
             "num_samples",
             "gptq_samples",
+            "shards",
         ):
             if getattr(self, name) < 1:
                 raise TFMQError(f"Reconstruction.{name}: {getattr(self, name)} is not positive.")

@@ -6,28 +6,34 @@ stream (what it will really see), its target from the float stream; the network 
 
 from __future__ import annotations
 
+import dataclasses
 import heapq
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.fx import GraphModule, Interpreter, Node
 from torch.fx.passes.utils.fuser_utils import fuse_as_graphmodule
 
+from tfmq_fx._torchao import FakeQuantizeBase
 from tfmq_fx.calibration import CalibrationSet, inputs_of
 from tfmq_fx.errors import TFMQError
 from tfmq_fx.graph import fresh, placeholders, weight_argument
 from tfmq_fx.observers.weight import PerChannelWeightFakeQuantize
+from tfmq_fx.parallel import Ranks, Workers, workers
 from tfmq_fx.passes.find_blocks import find_blocks
 from tfmq_fx.passes.find_temporal import temporal_of
 from tfmq_fx.passes.partition_temporal import extract_temporal
 from tfmq_fx.passes.pass_manager import declare
-from tfmq_fx.passes.prepare import observers, require_stage, set_mode
+from tfmq_fx.passes.prepare import observers, require_stage, without_observers
 from tfmq_fx.progress import track
 from tfmq_fx.recipe import Reconstruction
 from tfmq_fx.resume import Finished, fingerprint
-from tfmq_fx.rounding import BlockResult, Outputs, Streams, choose_rounding, in_float
+from tfmq_fx.rounding import BlockResult, Outputs, Part, Streams, choose_rounding
 from tfmq_fx.spill import Budget, Values
 from tfmq_fx.temporal import is_scalar, require_keys_only, run_temporal, temporal_rows
 
@@ -57,10 +63,13 @@ def reconstruct(
     settings = settings or gm.meta["recipe"].reconstruction
     if settings.method == temporal_method(settings) == "nearest":
         return gm
+    ranks = Ranks()
+    if settings.shards % ranks.size:
+        settings = dataclasses.replace(settings, shards=-(-settings.shards // ranks.size) * ranks.size)
     data = calibration.spread(settings.num_samples, seed=seed)
-    finished = None
-    if state is not None:
-        finished = Finished(Path(state), fingerprint(gm, calibration.tensors, settings, seed))
+    finished = Finished(
+        None if state is None else Path(state), fingerprint(gm, calibration.tensors, settings, seed), ranks
+    )
     # Only the rounding is learned. (torch 2.11 also crashes in a group norm backward that is asked for its
     # parameters' gradients alone, channels last.)
     frozen = [p for p in gm.parameters() if p.requires_grad]
@@ -68,10 +77,12 @@ def reconstruct(
         p.requires_grad_(False)
     try:
         results = []
-        if temporal_method(settings) != "nearest" and _learnable(gm, temporal=True):
-            results.append(_reconstruct_temporal(gm, calibration, settings, seed, finished))
-        if settings.method != "nearest" and _learnable(gm, temporal=False):
-            results += _Walk(gm, data, settings, seed, finished).run()
+        with workers(settings.shards) as threads, torch.no_grad():
+            if temporal_method(settings) != "nearest" and _learnable(gm, temporal=True):
+                run = _Run(settings, seed, finished, threads, ranks)
+                results.append(_reconstruct_temporal(gm, calibration, run))
+            if settings.method != "nearest" and _learnable(gm, temporal=False):
+                results += _Walk(gm, data, _Run(settings, seed, finished, threads, ranks)).run()
     finally:
         for p in frozen:
             p.requires_grad_(True)
@@ -92,69 +103,102 @@ def _learnable(gm: GraphModule, *, temporal: bool) -> bool:
     )
 
 
-def _reconstruct_temporal(
-    gm: GraphModule,
-    calibration: CalibrationSet,
-    settings: Reconstruction,
-    seed: int,
-    finished: Finished | None,
-) -> BlockResult:
+@dataclass(frozen=True)
+class _Run:
+    """What every block of one call shares."""
+
+    settings: Reconstruction
+    seed: int
+    finished: Finished
+    workers: Workers
+    ranks: Ranks
+
+    def split(
+        self, chunks: Iterable[Mapping[str, Tensor]]
+    ) -> tuple[list[list[Part]], list[dict[str, Tensor]]]:
+        """The parts of each chunk that are this process's, and their rows."""
+        parts: list[list[Part]] = []
+        rows: list[dict[str, Tensor]] = []
+        for chunk in chunks:
+            count = len(next(iter(chunk.values())))
+            pieces = torch.arange(count).tensor_split(self.settings.shards)
+            mine = [piece for piece in self.ranks.share(pieces) if len(piece)]
+            parts.append([Part(len(rows) + i, len(piece) / count) for i, piece in enumerate(mine)])
+            rows += [{n: x[piece] for n, x in chunk.items()} for piece in mine]
+        return parts, rows
+
+    def choose(
+        self, name: str, index: int, streams: Streams, *, method: str, iterations: int, watch: bool = False
+    ) -> BlockResult:
+        """The integers of one block: what was kept from an earlier run, or else chosen now and kept."""
+        if kept := self.finished.restore(index, streams.block):
+            return kept
+        # A generator for each block: what one block draws does not depend on the blocks before it.
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + index)
+        pending: list[int] = []
+
+        def order() -> int:
+            if not pending:
+                pending.extend(torch.randperm(len(streams.chunks), generator=generator).tolist())
+            return pending.pop()
+
+        result = choose_rounding(
+            name,
+            streams,
+            method=method,
+            settings=self.settings,
+            iterations=iterations,
+            order=order,
+            watch=watch,
+        )
+        self.finished.keep(index, streams.block, result)
+        return result
+
+
+def _reconstruct_temporal(gm: GraphModule, calibration: CalibrationSet, run: _Run) -> BlockResult:
     """TIAR: L = sum_i || g_i(h(t)) - q(g_i)(q(h)(t)) ||_F^2 over all t of the schedule (TFMQ-DM, TIAR).
 
     Over all finite keys where other inputs join the timestep, and over sampled rows where they have no table.
     """
     block = extract_temporal(gm, temporal_of(gm))
     require_keys_only(gm, block)
-    if finished is not None and (kept := finished.restore(0, block)):
-        return kept
     rows, scalar = temporal_rows(gm, calibration.tensors), is_scalar(gm)
-    generator = torch.Generator().manual_seed(seed)
-    count, size = len(rows[gm.meta["timestep"]]), settings.temporal_batch_size
-    shuffled = torch.randperm(count, generator=generator) if count > size else torch.arange(count)
-    chunks = [{n: x[part] for n, x in rows.items()} for part in shuffled.split(size)]
-    pending: list[int] = []
-
-    def order() -> int:
-        if not pending:
-            pending.extend(
-                torch.randperm(len(chunks), generator=generator).tolist() if len(chunks) > 1 else [0]
-            )
-        return pending.pop()
-
-    result = choose_rounding(
+    count, size = len(rows[gm.meta["timestep"]]), run.settings.temporal_batch_size
+    shuffled = torch.arange(count)
+    if count > size:
+        shuffled = torch.randperm(count, generator=torch.Generator().manual_seed(run.seed))
+    chunks, parts = run.split({n: x[part] for n, x in rows.items()} for part in shuffled.split(size))
+    streams = Streams(
+        block,
+        lambda m, part, _: run_temporal(m, parts[part.index], scalar=scalar),
+        chunks,
+        workers=run.workers,
+        ranks=run.ranks,
+    )
+    return run.choose(
         "temporal_block",
-        Streams(block, lambda m, i, _: run_temporal(m, chunks[i], scalar=scalar), len(chunks)),
-        method=temporal_method(settings),
-        settings=settings,
-        iterations=settings.temporal_iterations,
-        order=order,
+        0,
+        streams,
+        method=temporal_method(run.settings),
+        iterations=run.settings.temporal_iterations,
         watch=True,  # the walk over the blocks has a bar of its own
     )
-    if finished is not None:
-        finished.keep(0, block, result)
-    return result
 
 
 class _Walk:
     """One pass over a prepared graph in units: single nodes, and blocks that are reconstructed when reached."""
 
-    def __init__(
-        self,
-        gm: GraphModule,
-        data: CalibrationSet,
-        settings: Reconstruction,
-        seed: int,
-        finished: Finished | None,
-    ) -> None:
-        self.gm, self.settings, self.seed, self.finished = fresh(gm), settings, seed, finished
+    def __init__(self, gm: GraphModule, data: CalibrationSet, run: _Run) -> None:
+        self.gm, self.config = fresh(gm), run
         self.gm.meta = gm.meta
-        self.chunks = [
-            inputs_of(gm, b) for b in data.batches(settings.batch_size, one_timestep=is_scalar(gm))
-        ]
-        self.found = [o for _, o in observers(self.gm)]
+        batches = data.batches(run.settings.batch_size, one_timestep=is_scalar(gm))
+        self.chunks, rows = run.split(batches)
+        self.inputs = [inputs_of(gm, r) for r in rows]
+        self.passed = {n for n in self.gm.graph.nodes if n.op == "call_module" and _is_observer(self.gm, n)}
 
     def run(self) -> list[BlockResult]:
-        with Budget(self.settings.max_memory * 2**30) as budget:
+        held = self.config.settings.max_memory * 2**30 / max(1, 2 * len(self.inputs))
+        with Budget(held) as budget:
             return self._run(budget)
 
     def _run(self, budget: Budget) -> list[BlockResult]:
@@ -175,32 +219,32 @@ class _Walk:
         for i, node in enumerate(order):
             for source in units[node][1] if node in units else node.all_input_nodes:
                 last_use[source] = i
-        float_env = [Values(budget) for _ in self.chunks]
-        quant_env = [Values(budget) for _ in self.chunks]
+        float_env = [Values(budget) for _ in self.inputs]
+        quant_env = [Values(budget) for _ in self.inputs]
         for env in (float_env, quant_env):
-            for chunk, values in zip(env, self.chunks, strict=True):
-                chunk.update(zip(placeholders(gm).values(), values, strict=True))
+            for held, values in zip(env, self.inputs, strict=True):
+                held.update(zip(placeholders(gm).values(), values, strict=True))
         results: list[BlockResult] = []
-        interpreter = Interpreter(gm)
+        interpreters = [Interpreter(gm) for _ in self.inputs]  # each has one environment at a time
+
+        def step(part: int, node: Node) -> None:
+            for env in (float_env, quant_env):
+                held = env[part]
+                if env is float_env and node in self.passed:
+                    held[node] = held[node.all_input_nodes[0]]
+                else:
+                    interpreters[part].env = held  # type: ignore[assignment]
+                    held[node] = interpreters[part].run_node(node)
+
         for i, node in enumerate(track(order, "reconstructing blocks")):
             if node in units:
                 results += self._reconstruct(*units[node], float_env, quant_env, len(results) + 1)
             elif node.op not in ("placeholder", "output"):
-                for quantize, env in ((False, float_env), (True, quant_env)):
-                    self._mode(quantize)
-                    for chunk in env:
-                        interpreter.env = chunk  # type: ignore[assignment]
-                        with torch.no_grad():
-                            chunk[node] = interpreter.run_node(node)
-            for env in (float_env, quant_env):
-                for chunk in env:
-                    for used in [n for n in chunk if last_use.get(n, -1) <= i]:
-                        del chunk[used]
+                self.config.workers.map(partial(step, node=node), range(len(self.inputs)))
+            for held in (*float_env, *quant_env):
+                for used in [n for n in held if last_use.get(n, -1) <= i]:
+                    del held[used]
         return results
-
-    def _mode(self, quantize: bool) -> None:
-        for observer in self.found:
-            set_mode(observer, observe=False, quantize=quantize)
 
     @staticmethod
     def _name(layer: Node) -> str:
@@ -250,44 +294,35 @@ class _Walk:
         quant_env: list[Values],
         index: int,
     ) -> list[BlockResult]:
-        def run(m: GraphModule, i: int, quantized: bool) -> Any:
-            chunk = (quant_env if quantized else float_env)[i]
-            return m(*[chunk[n] for n in inputs])
+        def run(m: GraphModule, part: Part, quantized: bool) -> Any:
+            held = (quant_env if quantized else float_env)[part.index]
+            return m(*[held[n] for n in inputs])
 
-        def target(i: int) -> Outputs:
-            return tuple(float_env[i][n] for n in outputs)
+        def target(part: Part) -> Outputs:
+            return tuple(float_env[part.index][n] for n in outputs)
 
-        for i, chunk in enumerate(float_env):
-            chunk.update(zip(outputs, in_float(module, partial(run, module, i, False)), strict=True))
-        streams = Streams(module, run, len(quant_env), target=target)
-        self._mode(True)
+        streams = Streams(
+            module, run, self.chunks, workers=self.config.workers, ranks=self.config.ranks, target=target
+        )
+        in_float = without_observers(module)
+
+        def keep(part: Part, env: list[Values]) -> None:
+            values = run(in_float, part, False) if env is float_env else streams.outputs(part)
+            env[part.index].update(zip(outputs, values, strict=True))
+
+        self.config.workers.map(partial(keep, env=float_env), streams.parts)
         results = []
         if any(isinstance(o, PerChannelWeightFakeQuantize) for _, o in observers(module)):
-            kept = self.finished.restore(index, module) if self.finished is not None else None
-            results.append(kept or self._choose(module, streams, index))
-        with torch.no_grad():
-            for i, chunk in enumerate(quant_env):
-                chunk.update(zip(outputs, streams.outputs(i), strict=True))
+            settings = self.config.settings
+            name = module.meta["name"]
+            results.append(
+                self.config.choose(
+                    name, index, streams, method=settings.method, iterations=settings.iterations
+                )
+            )
+        self.config.workers.map(partial(keep, env=quant_env), streams.parts)
         return results
 
-    def _choose(self, module: GraphModule, streams: Streams, index: int) -> BlockResult:
-        # A generator for each block: what one block draws does not depend on the blocks before it.
-        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + index)
-        shuffled: list[int] = []
 
-        def next_chunk() -> int:
-            if not shuffled:
-                shuffled.extend(torch.randperm(streams.chunks, generator=generator).tolist())
-            return shuffled.pop()
-
-        result = choose_rounding(
-            module.meta["name"],
-            streams,
-            method=self.settings.method,
-            settings=self.settings,
-            iterations=self.settings.iterations,
-            order=next_chunk,
-        )
-        if self.finished is not None:
-            self.finished.keep(index, module, result)
-        return result
+def _is_observer(gm: GraphModule, node: Node) -> bool:
+    return isinstance(gm.get_submodule(str(node.target)), FakeQuantizeBase)

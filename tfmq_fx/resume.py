@@ -1,7 +1,8 @@
 """What reconstruction has finished, block by block on disk, so that a run that was stopped goes on where it was.
 
     state.json              the fingerprint of the run: recipe, seed, calibration data and weights
-    0000.safetensors ...    the integers of one block's weights by path, its result as metadata; 0000 is the temporal block
+    0000.safetensors ...    one block: the integers of its weights by path, the scales of its static activations, its
+                            result as metadata; 0000 is the temporal block
 
 Each file is written under a temporary name and renamed: it is absent or whole.
 """
@@ -14,6 +15,7 @@ import json
 import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -22,7 +24,9 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from tfmq_fx.errors import TFMQError
+from tfmq_fx.observers.static import StaticFakeQuantize
 from tfmq_fx.observers.weight import PerChannelWeightFakeQuantize
+from tfmq_fx.parallel import Ranks
 from tfmq_fx.passes.prepare import observers
 from tfmq_fx.recipe import Reconstruction
 from tfmq_fx.rounding import BlockResult
@@ -31,76 +35,116 @@ STATE = "state.json"
 
 
 class Finished:
-    """The finished blocks in a folder. Raises TFMQError for a folder of another run and one that cannot be written."""
+    """The finished blocks in a folder, or nowhere. Raises TFMQError for a folder of another run and one that cannot be written.
 
-    def __init__(self, folder: Path, fingerprint: str) -> None:
-        self.folder = folder
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            if (folder / STATE).is_file():
-                found = json.loads((folder / STATE).read_text()).get("fingerprint")
-                if found != fingerprint:
-                    raise TFMQError(
-                        f"{folder}: holds the unfinished reconstruction of another run (other recipe, seed, data, weights or "
-                        "thread count); remove it, or name another folder."
-                    )
-            elif any(folder.iterdir()):
-                raise TFMQError(f"{folder}: is not empty and holds no {STATE}; name another folder.")
-            else:
-                temporary = folder / f".{STATE}.tmp"
-                temporary.write_text(json.dumps({"fingerprint": fingerprint}))
-                os.replace(temporary, folder / STATE)
-        except (OSError, ValueError) as error:
-            if isinstance(error, TFMQError):
-                raise
-            raise TFMQError(f"{folder}: cannot keep the state of reconstruction ({error}).") from error
+    Rank 0 reads and writes; what it has found every process gets, so that all hold the same integers.
+    """
+
+    def __init__(self, folder: Path | None, fingerprint: str, ranks: Ranks) -> None:
+        self.folder, self.ranks = folder, ranks
+        error = None
+        if folder is not None and ranks.rank == 0:
+            try:
+                _open(folder, fingerprint)
+            except TFMQError as e:
+                error = str(e)
+        if error := ranks.first(error):
+            raise TFMQError(error)
 
     def restore(self, index: int, block: GraphModule) -> BlockResult | None:
-        """Give the block's weights the integers that were kept; None when the block was not finished."""
+        """Give the block the integers and scales that were kept; None when it was not finished."""
+        found = None
+        if self.folder is not None and self.ranks.rank == 0:
+            found = self._read(index)
+        found = self.ranks.first(found)
+        if found is None:
+            return None
+        result, kept = found
+        learned = _learned(block)
+        if kept.keys() != learned.keys():
+            raise TFMQError(
+                f"{self.folder}: block {index} holds {', '.join(kept)}, the network {', '.join(learned)}."
+            )
+        for name, x in learned.items():
+            x.copy_(kept[name])
+        return BlockResult(**result)
+
+    def _read(self, index: int) -> tuple[dict[str, Any], dict[str, Tensor]] | None:
         try:
-            with safe_open(self.folder / f"{index:04d}.safetensors", framework="pt") as file:
-                result = BlockResult(**json.loads(file.metadata()["result"]))
-                kept = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+            with safe_open(f"{self.folder}/{index:04d}.safetensors", framework="pt") as file:
+                result = json.loads(file.metadata()["result"])
+                return result, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
         except (OSError, SafetensorError):  # absent; or cut short, as by a power failure: done again
             return None
-        weights = _weights(block)
-        if kept.keys() != weights.keys():
-            raise TFMQError(
-                f"{self.folder}: block {index} holds {', '.join(kept)}, the network {', '.join(weights)}."
-            )
-        for name, observer in weights.items():
-            observer.q = kept[name].to(observer.q.device)
-        return result
 
     def keep(self, index: int, block: GraphModule, result: BlockResult) -> None:
         """Write a finished block. Raises TFMQError when that fails; what was kept before stays."""
-        integers = {name: observer.q.contiguous().cpu() for name, observer in _weights(block).items()}
-        temporary = self.folder / f".{index:04d}.tmp"
-        try:
-            save_file(integers, temporary, metadata={"result": json.dumps(dataclasses.asdict(result))})
-            os.replace(temporary, self.folder / f"{index:04d}.safetensors")
-        except (OSError, SafetensorError) as error:
-            raise TFMQError(
-                f"{self.folder}: block {result.name} cannot be kept ({error}); the {index} before it are. Make room and run "
-                "the same command again."
-            ) from error
-        finally:
-            temporary.unlink(missing_ok=True)
+        learned = _learned(block)
+        error = None
+        if self.folder is not None and self.ranks.rank == 0:
+            temporary = self.folder / f".{index:04d}.tmp"
+            try:
+                save_file(
+                    {name: x.contiguous().cpu() for name, x in learned.items()},
+                    temporary,
+                    metadata={"result": json.dumps(dataclasses.asdict(result))},
+                )
+                os.replace(temporary, self.folder / f"{index:04d}.safetensors")
+            except (OSError, SafetensorError) as e:
+                error = (
+                    f"{self.folder}: block {result.name} cannot be kept ({e}); the {index} before it are. Make room and run "
+                    "the same command again."
+                )
+            finally:
+                temporary.unlink(missing_ok=True)
+        if error := self.ranks.first(error):
+            raise TFMQError(error)
+        # Machines of another kind may have rounded a tie otherwise.
+        first = self.ranks.first(
+            {name: x.cpu() for name, x in learned.items()} if self.ranks.size > 1 else learned
+        )
+        for name, x in learned.items():
+            x.copy_(first[name])
 
 
-def _weights(block: GraphModule) -> dict[str, PerChannelWeightFakeQuantize]:
+def _open(folder: Path, fingerprint: str) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if (folder / STATE).is_file():
+            found = json.loads((folder / STATE).read_text()).get("fingerprint")
+            if found != fingerprint:
+                raise TFMQError(
+                    f"{folder}: holds the unfinished reconstruction of another run (other recipe, seed, data or weights); "
+                    "remove it, or name another folder."
+                )
+        elif any(folder.iterdir()):
+            raise TFMQError(f"{folder}: is not empty and holds no {STATE}; name another folder.")
+        else:
+            temporary = folder / f".{STATE}.tmp"
+            temporary.write_text(json.dumps({"fingerprint": fingerprint}))
+            os.replace(temporary, folder / STATE)
+    except (OSError, ValueError) as error:
+        if isinstance(error, TFMQError):
+            raise
+        raise TFMQError(f"{folder}: cannot keep the state of reconstruction ({error}).") from error
+
+
+def _learned(block: GraphModule) -> dict[str, Tensor]:
+    """The integers of the block's weights by path, and the scales of its static activations by observer."""
     found = {}
     for node, observer in observers(block):
         source = node.args[0]
         if isinstance(observer, PerChannelWeightFakeQuantize) and isinstance(source, Node):
-            found[str(source.target)] = observer
+            found[str(source.target)] = observer.q
+        elif isinstance(observer, StaticFakeQuantize):
+            found[f"{node.target}.scale"] = observer.scale
     return found
 
 
 def fingerprint(gm: GraphModule, tensors: Mapping[str, Tensor], settings: Reconstruction, seed: int) -> str:
-    """A hash of all that decides the integers: network, data, recipe, seed; and threads, which order float sums."""
+    """A hash of all that decides the integers: network, data, recipe, seed."""
     digest = hashlib.sha256()
-    for text in (gm.meta["recipe"].to_json(), dataclasses.asdict(settings), seed, torch.get_num_threads()):
+    for text in (gm.meta["recipe"].to_json(), dataclasses.asdict(settings), seed):
         digest.update(json.dumps(text, sort_keys=True).encode())
     digest.update(str(gm.graph).encode())
     _update(digest, sorted(tensors.items()))

@@ -5,10 +5,10 @@ A block runs in two streams: on what the float network would feed it, and on wha
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 from torch import Tensor
@@ -17,13 +17,15 @@ from torch.fx import GraphModule, Node
 from tfmq_fx.errors import TFMQError
 from tfmq_fx.gptq import Moments, corrected, gptq, supported
 from tfmq_fx.graph import attribute, fresh, weight_argument
+from tfmq_fx.observers.static import StaticFakeQuantize
 from tfmq_fx.observers.weight import PerChannelWeightFakeQuantize
-from tfmq_fx.passes.prepare import observers, set_mode
+from tfmq_fx.parallel import Ranks, Workers
+from tfmq_fx.passes.prepare import observers, without_observers
 from tfmq_fx.progress import track
 from tfmq_fx.recipe import Reconstruction
 
 KEPT_TARGETS = (
-    64  # float outputs of at most this many chunks are kept; those of more are computed again each time
+    64  # float outputs of at most this many parts are kept; those of more are computed again each time
 )
 
 Outputs = tuple[Tensor, ...]
@@ -41,67 +43,114 @@ class BlockResult:
     seconds: float
 
 
-class Streams:
-    """A block, and how any module with its inputs runs on chunk i of the float or of the quantized stream.
+@dataclass(frozen=True)
+class Part:
+    """Some rows of a chunk of calibration data."""
 
-    run(module, i, quantized) -> the module's outputs. The block's float outputs are the targets; target(i) gives
-    those of chunk i where they are kept elsewhere, None computes them.
+    index: int  # among all parts that this process holds
+    share: float  # of the chunk's rows
+
+
+class Streams:
+    """A block, and how any module with its inputs runs on a part of the data in the float or the quantized network.
+
+    chunks: the mini-batches, each as the parts of it that this process holds; together they are the whole chunk.
+    run(module, part, quantized) -> the module's outputs; called by several threads at once.
+    target(part): the block's float outputs where they are kept elsewhere; None computes them.
     """
 
     def __init__(
         self,
         block: GraphModule,
-        run: Callable[[GraphModule, int, bool], Outputs],
-        chunks: int,
+        run: Callable[[GraphModule, Part, bool], Outputs],
+        chunks: Sequence[Sequence[Part]],
         *,
-        target: Callable[[int], Outputs] | None = None,
+        workers: Workers,
+        ranks: Ranks,
+        target: Callable[[Part], Outputs] | None = None,
     ) -> None:
         self.block, self.run, self.chunks, self._given = block, run, chunks, target
-        self._targets: dict[int, Outputs] = {}
+        self.workers, self.ranks = workers, ranks
+        self.parts = [part for chunk in chunks for part in chunk]
+        self._float = without_observers(block)
+        self._targets: dict[Part, Outputs] = {}
 
-    def outputs(self, i: int) -> Outputs:
-        return self.run(self.block, i, True)
+    def outputs(self, part: Part) -> Outputs:
+        return self.run(self.block, part, True)
+
+    def firsts(self, module: GraphModule, parts: Sequence[Part], *, quantized: bool) -> list[Tensor]:
+        """The first output of another module with the block's inputs, for each part."""
+        return self.workers.map(lambda part: self.run(module, part, quantized)[0], parts)
 
     @torch.no_grad()
-    def target(self, i: int) -> Outputs:
+    def target(self, part: Part) -> Outputs:
         """Computed ones are kept, unless there are so many (a product of keys) that they would not fit in memory."""
         if self._given is not None:
-            return self._given(i)
-        if i in self._targets:
-            return self._targets[i]
-        found = in_float(self.block, partial(self.run, self.block, i, False))
-        if self.chunks <= KEPT_TARGETS:
-            self._targets[i] = found
+            return self._given(part)
+        if part in self._targets:
+            return self._targets[part]
+        found = self.run(self._float, part, False)
+        if len(self.parts) <= KEPT_TARGETS:
+            self._targets[part] = found
         return found
 
-    def squared_error(self, i: int) -> Tensor:
-        """Sum over dim 1 (channels or features), mean over the rest, summed over the outputs."""
-        pairs = zip(self.outputs(i), self.target(i), strict=True)
-        return torch.stack([(y - x).square().sum(1).mean() for y, x in pairs if x.is_floating_point()]).sum()
+    def squared_error(self, part: Part) -> Tensor:
+        """Sum over dim 1 (channels or features), mean over the rest, summed over the outputs; times the part's share."""
+        pairs = zip(self.outputs(part), self.target(part), strict=True)
+        errors = [(y - x).square().sum(1).mean() for y, x in pairs if x.is_floating_point()]
+        return torch.stack(errors).sum() * part.share
+
+    @torch.no_grad()
+    def mean_squared_error(self) -> float:
+        """`squared_error` of a whole chunk, on average."""
+        (total,) = self.ranks.sum(
+            [_sum([e.double() for e in self.workers.map(self.squared_error, self.parts)])]
+        )
+        return total.item() / len(self.chunks)
+
+    def gradients(self, chunk: int, leaves: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
+        """`squared_error` of a whole chunk and its gradients: sums over parts in their order, then over processes."""
+
+        def of_part(part: Part) -> list[Tensor]:
+            with torch.enable_grad():
+                loss = self.squared_error(part)
+            return [
+                loss.detach(),
+                *torch.autograd.grad(loss, leaves, materialize_grads=True, allow_unused=True),
+            ]
+
+        found = self.workers.map(of_part, self.chunks[chunk])
+        if found:
+            sums = [_sum(column) for column in zip(*found, strict=True)]
+        else:  # fewer rows than processes
+            sums = [torch.zeros(()), *[torch.zeros_like(x) for x in leaves]]
+        loss, *gradients = self.ranks.sum(sums)
+        return loss, gradients
 
     @torch.no_grad()
     def error(self) -> float:
-        """Mean squared error over all chunks and outputs."""
-        total = count = 0.0
-        for i in range(self.chunks):
-            for y, x in zip(self.outputs(i), self.target(i), strict=True):
+        """Mean squared error over all parts and outputs."""
+
+        def of_part(part: Part) -> Tensor:
+            total = torch.zeros(2, dtype=torch.float64)
+            for y, x in zip(self.outputs(part), self.target(part), strict=True):
                 if x.is_floating_point():
-                    total += float((y - x).square().sum())
-                    count += x.numel()
-        return total / count
+                    total += torch.stack(
+                        [(y - x).square().sum().double().cpu(), torch.tensor(float(x.numel()))]
+                    )
+            return total
+
+        found = self.workers.map(of_part, self.parts)
+        (sums,) = self.ranks.sum([_sum(found) if found else torch.zeros(2, dtype=torch.float64)])
+        return float(sums[0] / sums[1])
 
 
-@torch.no_grad()
-def in_float(block: GraphModule, run: Callable[[], Outputs]) -> Outputs:
-    """Run with every observer of `block` passing its input through."""
-    found = [o for _, o in observers(block)]
-    for observer in found:
-        set_mode(observer, observe=False, quantize=False)
-    try:
-        return run()
-    finally:
-        for observer in found:
-            set_mode(observer, observe=False, quantize=True)
+def _sum(tensors: Sequence[Tensor]) -> Tensor:
+    """In their order."""
+    total = torch.zeros((), dtype=torch.float64) if not tensors else tensors[0].clone()
+    for x in tensors[1:]:
+        total += x
+    return total
 
 
 def choose_rounding(
@@ -121,16 +170,29 @@ def choose_rounding(
     """
     started = time.monotonic()
     weights = _weights(streams.block)
-    best, kept = [o.q for o, _ in weights], "nearest"
+    scales = [o for _, o in observers(streams.block) if isinstance(o, StaticFakeQuantize)]
+    scales = scales if settings.learn_activation_scale and "adaround" in method else []
+
+    def state() -> list[Tensor]:
+        return [o.q for o, _ in weights] + [o.scale.clone() for o in scales]
+
+    best, kept = state(), "nearest"
     error = error_nearest = streams.error()
+    if not math.isfinite(error):
+        raise TFMQError(
+            f"reconstruction of block {name}: the loss is {error} before anything is learned; check the calibration data and "
+            "the network's values there."
+        )
 
     def keep_if_better(name: str) -> None:
         nonlocal best, kept, error
         found = streams.error()
         if found < error:
-            best, kept, error = [o.q for o, _ in weights], name, found
-        for (observer, _), q in zip(weights, best, strict=True):
+            best, kept, error = state(), name, found
+        for (observer, _), q in zip(weights, best, strict=False):
             observer.q = q
+        for fake_quantize, scale in zip(scales, best[len(weights) :], strict=True):
+            fake_quantize.scale.copy_(scale)
 
     if error_nearest > 0.0:  # else there is nothing to win
         if "gptq" in method:
@@ -140,12 +202,12 @@ def choose_rounding(
             keep_if_better("gptq")
         if "adaround" in method:
             try:
-                _learn(name, streams, weights, settings, iterations, order, watch=watch)
+                _learn(name, streams, weights, scales, settings, iterations, order, watch=watch)
             finally:
                 keep_if_better("learned")
     return BlockResult(
         name=name,
-        weights=sum(q.numel() for q in best),
+        weights=sum(o.q.numel() for o, _ in weights),
         error_nearest=error_nearest,
         error=error,
         kept=kept,
@@ -157,6 +219,7 @@ def _learn(
     name: str,
     streams: Streams,
     weights: list[tuple[PerChannelWeightFakeQuantize, Tensor]],
+    scales: list[StaticFakeQuantize],
     settings: Reconstruction,
     iterations: int,
     order: Callable[[], int],
@@ -166,34 +229,49 @@ def _learn(
     """AdaRound (Nagel et al. 2020, eq. 25): min over alpha of the block's error plus a rounding regulariser.
 
     The error is measured in units of what the block has without learning and the regulariser is a mean over
-    weights, so that one weight of the regulariser suits blocks of any size, scale and bit width.
+    weights, so that one weight of the regulariser suits blocks of any size, scale and bit width. `scales` are
+    learned with it (LSQ, Esser et al. 2020), by their logarithm.
     """
-    with torch.no_grad():
-        unit = sum(streams.squared_error(i) for i in range(streams.chunks)) / streams.chunks
-    with torch.enable_grad():
-        alphas = [o.start_learning(w) for o, w in weights]
-        optimizer = torch.optim.Adam(alphas, lr=settings.learning_rate)
-        begin = int(settings.warmup * iterations)
-        num_weights = sum(a.numel() for a in alphas)
+    unit = streams.mean_squared_error()
+    alphas = [o.start_learning(w) for o, w in weights]
+    logs = [o.start_learning() for o in scales]
+    optimizer = torch.optim.Adam(
+        [
+            {"params": alphas, "lr": settings.learning_rate},
+            {"params": logs, "lr": settings.activation_learning_rate},
+        ][: 2 if logs else 1]
+    )
+    begin = int(settings.warmup * iterations)
+    num_weights = sum(a.numel() for a in alphas)
+    try:
         for i in track(range(iterations), f"learning {name}") if watch else range(iterations):
-            loss = streams.squared_error(order()) / unit
+            with torch.enable_grad():
+                soft, roundings = zip(*[o.soften() for o, _ in weights], strict=True)
+                outputs = [*soft, *[o.soften() for o in scales]]
+            leaves = [o.soft for o, _ in weights] + [o.soft for o in scales]
+            loss, gradients = streams.gradients(order(), [x for x in leaves if x is not None])
+            loss, gradients = loss / unit, [g / unit for g in gradients]
             if i >= begin:
                 # b falls linearly: the regulariser first ignores, then pushes, what is near 0 or 1.
                 progress = (i - begin) / max(1, iterations - begin)
                 b = settings.beta[1] + (settings.beta[0] - settings.beta[1]) * (1 - progress)
-                open_ = sum((1 - (2 * o.rounding - 1).abs().pow(b)).sum() for o, _ in weights)
-                loss = loss + settings.round_weight * open_ / num_weights
+                with torch.enable_grad():
+                    open_ = torch.stack([(1 - (2 * r - 1).abs().pow(b)).sum() for r in roundings]).sum()
+                outputs.append(open_)
+                gradients.append(torch.tensor(settings.round_weight / num_weights, device=open_.device))
+                loss = loss + gradients[-1] * open_.detach()
             if not torch.isfinite(loss):
-                for observer, _ in weights:
-                    observer.stop_learning()
                 raise TFMQError(
                     f"reconstruction of block {name}: the loss became {loss.item()} at iteration {i}; check the calibration data."
                 )
             optimizer.zero_grad(set_to_none=True)
-            loss.backward()  # type: ignore[no-untyped-call]
+            torch.autograd.backward(outputs, gradients)
             optimizer.step()
-    for observer, _ in weights:
-        observer.stop_learning()
+    finally:
+        for observer, _ in weights:
+            observer.stop_learning()
+        for fake_quantize in scales:
+            fake_quantize.stop_learning()
 
 
 @torch.no_grad()
@@ -204,7 +282,8 @@ def _second_order(streams: Streams, settings: Reconstruction) -> dict[PerChannel
     """
     targets: dict[PerChannelWeightFakeQuantize, Tensor] = {}
     observer_of = {n: o for n, o in observers(streams.block) if isinstance(o, PerChannelWeightFakeQuantize)}
-    chunks = min(streams.chunks, max(1, settings.gptq_samples // settings.batch_size))
+    chunks = streams.chunks[: max(1, settings.gptq_samples // settings.batch_size)]
+    parts = [part for chunk in chunks for part in chunk]
     last: tuple[list[Tensor], list[Tensor], Moments] | None = None
     for layer in list(streams.block.graph.nodes):
         index = weight_argument(layer)
@@ -213,11 +292,12 @@ def _second_order(streams: Streams, settings: Reconstruction) -> dict[PerChannel
             continue
         observer, probe = observer_of[source], _input_of(streams.block, layer)
         weight = _float_weight(streams.block, source)
-        given = [in_float(probe, partial(streams.run, probe, i, False))[0] for i in range(chunks)]
-        seen = [streams.run(probe, i, True)[0] for i in range(chunks)]
-        if last is None or not (_same(given, last[0]) and _same(seen, last[1])):
+        given = streams.firsts(without_observers(probe), parts, quantized=False)
+        seen = streams.firsts(probe, parts, quantized=True)
+        same = last is not None and _same(given, last[0]) and _same(seen, last[1])
+        if last is None or not streams.ranks.all(same):
             # Layers that share their input (every embedding layer of a temporal block) share one Gram matrix.
-            moments = Moments.of(layer, weight, given, seen)
+            moments = Moments.of(layer, weight, given, seen, workers=streams.workers, ranks=streams.ranks)
             last = (given, seen, moments)
         groups = last[2].h_GKK.shape[0]
         shape = (groups, weight.shape[0] // groups)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+import threading
 from collections.abc import Iterator, MutableMapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,13 +25,17 @@ class _Spilled:
 
 
 class Budget:
-    """The bytes that all `Values` of a walk may hold in memory together; a context manager for what exceeds them."""
+    """The bytes that each of a walk's `Values` may hold in memory; a context manager for what exceeds them.
+
+    Each has its own, so that what is spilled, and thereby rounded, does not depend on which thread came first.
+    """
 
     def __init__(self, limit: float) -> None:
         self.limit = limit
-        self.used = self.spilled = 0
+        self.spilled = 0
         self._count = 0
         self._folder: tempfile.TemporaryDirectory[str] | None = None
+        self._lock = threading.Lock()  # several threads compute parts at once
 
     def __enter__(self) -> Budget:
         return self
@@ -47,10 +52,12 @@ class Budget:
             stored = torch.float16 if x.abs().max() < 6e4 else torch.bfloat16
         data = x.detach().cpu().to(stored).contiguous()
         try:
-            if self._folder is None:
-                self._folder = tempfile.TemporaryDirectory(prefix="tfmq-")
-            self._count += 1
-            file = Path(self._folder.name) / f"{self._count}.bin"
+            with self._lock:
+                if self._folder is None:
+                    self._folder = tempfile.TemporaryDirectory(prefix="tfmq-")
+                self._count += 1
+                self.spilled += data.nbytes
+                file = Path(self._folder.name) / f"{self._count}.bin"
             # Written, not mapped: a full disk is then an error and not a bus error.
             file.write_bytes(data.reshape(-1).view(torch.uint8).numpy().data)
         except OSError as error:
@@ -58,7 +65,6 @@ class Budget:
                 f"reconstruction: the streams exceed max_memory and cannot be spilled to {tempfile.gettempdir()} "
                 f"({error.strerror or error}); raise Reconstruction.max_memory, lower num_samples, or set TMPDIR to a larger disk."
             ) from error
-        self.spilled += data.nbytes
         return _Spilled(file, x.shape, x.dtype, stored)
 
 
@@ -66,7 +72,7 @@ class Values(MutableMapping[Node, Any]):
     """Node -> value, like the dict that torch.fx's Interpreter keeps; parameters and small things are left alone."""
 
     def __init__(self, budget: Budget) -> None:
-        self.budget = budget
+        self.budget, self.used = budget, 0
         self._held: dict[Node, Any] = {}
 
     def __getitem__(self, node: Node) -> Any:
@@ -79,10 +85,10 @@ class Values(MutableMapping[Node, Any]):
     def __setitem__(self, node: Node, value: Any) -> None:
         self.pop(node, None)
         if _counts(node, value):
-            if self.budget.used + value.nbytes > self.budget.limit:
+            if self.used + value.nbytes > self.budget.limit:
                 value = self.budget.spill(value)
             else:
-                self.budget.used += value.nbytes
+                self.used += value.nbytes
         self._held[node] = value
 
     def __delitem__(self, node: Node) -> None:
@@ -90,7 +96,7 @@ class Values(MutableMapping[Node, Any]):
         if isinstance(value, _Spilled):
             value.file.unlink(missing_ok=True)
         elif _counts(node, value):
-            self.budget.used -= value.nbytes
+            self.used -= value.nbytes
 
     def __iter__(self) -> Iterator[Node]:
         return iter(self._held)
