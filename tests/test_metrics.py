@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from tfmq_fx.metrics import cosine_distance, psnr, psnr_by_image, relative_mse_by_timestep
+from tfmq_fx.metrics import cosine_distance, frechet_distance, psnr, psnr_by_image, relative_mse_by_timestep
 from tfmq_fx.progress import track
 from tfmq_fx.sampling import _tile
 
@@ -44,3 +44,27 @@ def test_grids_keep_the_order_and_pad_with_black():
     grid = _tile(images, per_row=2)
     assert grid.shape == (8, 8)
     assert (grid[1, 1], grid[1, 5], grid[5, 1], grid[5, 5]) == (0.0, 0.25, 0.5, -1.0)
+
+
+def test_frechet_distance_is_the_closed_form_where_there_is_one():
+    x = torch.randn(5000, 4, generator=torch.Generator().manual_seed(0))
+    shift, stretch = torch.tensor([1.0, -2.0, 0.0, 0.5]), torch.tensor([1.0, 2.0, 0.5, 3.0])
+    assert abs(frechet_distance(x, x)) < 1e-9
+    assert frechet_distance(x, x + shift) == pytest.approx(float(shift.square().sum()), rel=1e-6)
+    # Covariances that commute: the distance of their roots.
+    white = (x - x.mean(0)) @ torch.linalg.inv(torch.linalg.cholesky(torch.cov(x.T)).T)
+    expected = float((stretch - 1).square().sum())
+    assert frechet_distance(white, white * stretch) == pytest.approx(expected, rel=1e-4)
+
+
+def test_frechet_distance_is_that_of_scipy():
+    from scipy.linalg import sqrtm
+
+    g = torch.Generator().manual_seed(1)
+    a, b = (torch.randn(300, 6, generator=g) @ torch.randn(6, 6, generator=g) + i for i in (0, 1))
+    cov_a, cov_b = torch.cov(a.double().T).numpy(), torch.cov(b.double().T).numpy()
+    expected = (
+        float((a.mean(0) - b.mean(0)).square().sum())
+        + (cov_a + cov_b - 2 * sqrtm(cov_a @ cov_b).real).trace()
+    )
+    assert frechet_distance(a, b) == pytest.approx(expected, rel=1e-4)

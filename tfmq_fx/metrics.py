@@ -39,3 +39,19 @@ def psnr_by_image(images: Tensor, reference: Tensor, *, value_range: float = 2.0
     """PSNR in dB of each image (N,): a few images whose trajectory forks do not drown the others."""
     mse = (images.double() - reference.double()).square().flatten(1).mean(1)
     return 10 * torch.log10(value_range**2 / mse)
+
+
+def frechet_distance(a_ND: Tensor, b_ND: Tensor) -> float:
+    """Between the Gaussians of two sets of features: |mu_a - mu_b|^2 + tr(C_a + C_b - 2 (C_a C_b)^(1/2)).
+
+    (Heusel et al. 2017, eq. 6; covariances over n - 1.) Rows are samples; more of them than features are needed
+    for it to mean something.
+    """
+    a, b = a_ND.double(), b_ND.double()
+    cov_a, cov_b = torch.cov(a.T), torch.cov(b.T)
+    values, vectors = torch.linalg.eigh(cov_a)
+    root = (vectors * values.clamp(min=0).sqrt()) @ vectors.T
+    # C_a C_b has the eigenvalues of this symmetric matrix.
+    shared = torch.linalg.eigvalsh(root @ cov_b @ root).clamp(min=0).sqrt().sum()
+    difference = (a.mean(0) - b.mean(0)).square().sum()
+    return float(difference + cov_a.trace() + cov_b.trace() - 2 * shared)

@@ -70,8 +70,7 @@ def quantize(
             )
         calibration = CalibrationSet.record(model, num_samples=64, num_inference_steps=50, seed=seed)
     timesteps = calibration.timesteps if timesteps is None else timesteps
-    seconds: dict[str, float] = {}
-    clock = _Clock(seconds)
+    clock = _Clock()
 
     example = calibration.arguments(slice(0, 2))
     if "return_dict" in inspect.signature(network.forward).parameters:
@@ -104,7 +103,7 @@ def quantize(
     distance = _temporal_distance(gm, temporal, quantized, rows)
     errors = _errors_by_timestep(gm, quantized, calibration.spread(ERROR_ROWS, seed=seed), rows, distance)
     clock.lap("measure")
-    quantized._report = _report(converted, network, recipe, seed, seconds, errors)
+    quantized._report = _report(converted, network, recipe, seed, clock, errors)
     return quantized
 
 
@@ -141,13 +140,19 @@ def _config(network: nn.Module) -> dict[str, Any]:
 
 
 class _Clock:
-    def __init__(self, seconds: dict[str, float]) -> None:
-        self.seconds, self.last = seconds, time.monotonic()
+    """Seconds by stage: of the wall, and of all threads together."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self.cpu_seconds: dict[str, float] = {}
+        self._last = time.monotonic(), time.process_time()
 
     def lap(self, stage: str) -> None:
-        now = time.monotonic()
-        self.seconds[stage] = round(now - self.last, 3)
-        self.last = now
+        now = time.monotonic(), time.process_time()
+        self.seconds[stage], self.cpu_seconds[stage] = (
+            round(b - a, 3) for a, b in zip(self._last, now, strict=True)
+        )
+        self._last = now
 
 
 @torch.no_grad()
@@ -215,7 +220,7 @@ def _report(
     network: nn.Module,
     recipe: Recipe,
     seed: int,
-    seconds: dict[str, float],
+    clock: _Clock,
     errors: list[dict[str, float]],
 ) -> dict[str, Any]:
     plan = gm.meta["plan"]
@@ -260,7 +265,8 @@ def _report(
         },
         "reconstruction": [dataclasses.asdict(r) for r in gm.meta.get("reconstruction", ())],
         "errors_by_timestep": errors,
-        "seconds": seconds,
+        "seconds": clock.seconds,
+        "cpu_seconds": clock.cpu_seconds,
         "versions": {"torch": torch.__version__, "python": platform.python_version()},
         "machine": {"processor": platform.machine(), "threads": torch.get_num_threads()},
     }

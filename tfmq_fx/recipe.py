@@ -57,7 +57,7 @@ class Reconstruction:
         100.0  # of the mean rounding regulariser, where round-to-nearest's error counts as 1
     )
     learn_activation_scale: bool = False  # with AdaRound: the scales of the block's static activations too
-    activation_learning_rate: float = 1e-3  # of the logarithm of those scales, Adam
+    activation_learning_rate: float = 1e-2  # of the logarithm of those scales, Adam
     # Parts that a mini-batch is cut into: each is computed on one thread, by one process. The integers depend on
     # their number, not on the number of threads. As many as processes at least.
     shards: int = 2

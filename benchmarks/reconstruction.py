@@ -1,0 +1,224 @@
+"""What does each way of choosing integers cost, and what is it worth?
+
+    python -m benchmarks.reconstruction --output out/reconstruction
+
+Every method at every bit width on the two trained models, three seeds (each draws its own calibration trajectories);
+then the iteration curve of AdaRound. Each run is a process of its own, so that its CPU seconds (all threads) and its
+peak memory are its own. Finished runs are kept in OUTPUT/runs.jsonl and not repeated; the table is printed from there.
+
+Samples come from the same noise as their float twins (DDIM, 50 steps). Frechet distance: between 64 features of the
+digits classifier for quantized and for float samples; its floor is the distance between float samples of other noise.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import platform
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+import tfmq_fx
+from benchmarks.digits import recognise, train_classifier
+from tfmq_fx.demo import embedded_pipeline
+from tfmq_fx.metrics import frechet_distance, psnr, psnr_by_image
+from tfmq_fx.recipe import Recipe
+from tfmq_fx.sampling import sample
+
+STEPS, NOISE_SEED, TRAJECTORIES = 50, 1000, 64
+METHODS = ("nearest", "gptq", "gptq+adaround", "adaround")
+SETTINGS = ("w8a8", "w4a8", "w4a4", "w3a8")
+CURVE = (100, 400, 1000, 4000, 20000)
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """method: one of recipe.METHODS, or "adaround,iterations=100,learning_rate=0.03" with fields of Reconstruction."""
+
+    model: str
+    setting: str
+    method: str
+    seed: int
+    samples: int
+
+    @property
+    def recipe(self) -> Recipe:
+        name, *changes = self.method.split(",")
+        base = Recipe.preset(self.setting)
+        fields: dict[str, Any] = {"method": name}
+        for change in changes:
+            key, _, value = change.partition("=")
+            fields[key] = type(getattr(base.reconstruction, key))(json.loads(value))
+        return dataclasses.replace(base, reconstruction=dataclasses.replace(base.reconstruction, **fields))
+
+
+def pipeline(model: str) -> tuple[Any, dict[str, Any], dict[str, Any]]:
+    """The pipeline; what it is called with; its finite inputs."""
+    if model == "digits":
+        pipe = embedded_pipeline()
+        pipe.set_progress_bar_config(disable=True)
+        return pipe, {}, {}
+    from benchmarks.zoo.dit_digits import zoo_pipeline
+
+    pipe = zoo_pipeline()
+    pipe.set_progress_bar_config(disable=True)
+    return pipe, {"guidance_scale": 2.0}, {"class_labels": range(11)}
+
+
+def features(classifier: nn.Module, images: Tensor) -> Tensor:
+    """(N, 64): the classifier's last feature map, averaged over positions."""
+    assert isinstance(classifier, nn.Sequential)
+    with torch.no_grad():
+        mapped: Tensor = classifier[:-2](images)
+    return mapped.mean((2, 3))
+
+
+def prepare(output: Path, model: str, seed: int, samples: int) -> tuple[Path, Path]:
+    """The calibration set and the float samples, on disk, so that no run pays for them."""
+    data, reference = output / f"{model}-{seed}.safetensors", output / f"{model}-float-{samples}.safetensors"
+    if not data.exists() or not reference.exists():
+        pipe, kwargs, _ = pipeline(model)
+        if not data.exists():
+            found = tfmq_fx.CalibrationSet.record(
+                pipe, num_samples=TRAJECTORIES, num_inference_steps=STEPS, seed=seed, **kwargs
+            )
+            save_file(found.tensors, data)
+        if not reference.exists():
+            drawn = {
+                name: sample(
+                    pipe, num_samples=samples, num_inference_steps=STEPS, seed=noise, **kwargs
+                ).contiguous()
+                for name, noise in (("same", NOISE_SEED), ("other", NOISE_SEED + 1))
+            }
+            save_file(drawn, reference)
+    return data, reference
+
+
+def one(run: Run, output: Path) -> dict[str, float]:
+    """Quantize, sample, measure."""
+    data, reference = prepare(output, run.model, run.seed, run.samples)
+    pipe, kwargs, finite = pipeline(run.model)
+    network = tfmq_fx.calibration.denoiser(pipe)
+    calibration = tfmq_fx.CalibrationSet.from_tensors(load_file(data))
+    started, cpu = time.monotonic(), time.process_time()
+    q = tfmq_fx.quantize(network, run.recipe, calibration=calibration, finite=finite, seed=run.seed)
+    row = {
+        "seconds": time.monotonic() - started,
+        "cpu_seconds": time.process_time() - cpu,
+        "peak_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
+    }
+    row |= {f"cpu_{stage}": seconds for stage, seconds in q.report["cpu_seconds"].items()}
+    images = sample(pipe, q, num_samples=run.samples, num_inference_steps=STEPS, seed=NOISE_SEED, **kwargs)
+    floats, errors = load_file(reference), q.report["errors_by_timestep"]
+    classifier = train_classifier()
+    of_float = features(classifier, floats["same"])
+    return row | {
+        "psnr": psnr_by_image(images, floats["same"]).mean().item(),
+        "psnr_pooled": psnr(images, floats["same"]),
+        "recognised": (recognise(classifier, images)[1] > 0.9).float().mean().item() * 100,
+        "frechet": frechet_distance(features(classifier, images), of_float),
+        "frechet_floor": frechet_distance(features(classifier, floats["other"]), of_float),
+        "temporal": statistics.mean(e["temporal_cosine_distance"] for e in errors),
+        "epsilon": statistics.mean(e["output_relative_mse"] for e in errors),
+        "megabytes": q.report["sizes"]["quantized_bytes"] / 1e6,
+    }
+
+
+def read(output: Path) -> dict[Run, dict[str, float]]:
+    file = output / "runs.jsonl"
+    lines = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+    return {Run(**line["run"]): line["figures"] for line in lines}
+
+
+def spread(rows: Iterable[dict[str, float]], key: str, form: str) -> str:
+    values = [r[key] for r in rows]
+    text = f"{statistics.mean(values):{form}}"
+    return text + (f" ± {statistics.stdev(values):{form}}" if len(values) > 1 else "")
+
+
+def table(found: dict[Run, dict[str, float]]) -> Table:
+    shown = Table(
+        "model", "bits", "method", "seeds", "PSNR dB\n(mean of images)", "PSNR dB\n(pooled)", "epsilon\nrel. MSE",
+        "temporal cos.\ndistance", "Frechet\n(floor)", "recognised %", "CPU s", "of it\nreconstruct", "peak GiB",
+    )  # fmt: skip
+    groups: dict[tuple[str, str, str], list[dict[str, float]]] = {}
+    for run, row in found.items():
+        groups.setdefault((run.model, run.setting, run.method), []).append(row)
+    for key in sorted(groups, key=lambda k: (k[0], SETTINGS.index(k[1]) if k[1] in SETTINGS else 9, k[2])):
+        rows = groups[key]
+        shown.add_row(
+            *key, str(len(rows)), spread(rows, "psnr", ".2f"), spread(rows, "psnr_pooled", ".2f"),
+            spread(rows, "epsilon", ".1e"), spread(rows, "temporal", ".1e"),
+            f"{spread(rows, 'frechet', '.2f')} ({rows[0]['frechet_floor']:.2f})", spread(rows, "recognised", ".1f"),
+            spread(rows, "cpu_seconds", ".0f"), spread(rows, "cpu_reconstruct", ".0f"), spread(rows, "peak_gib", ".2f"),
+        )  # fmt: skip
+    return shown
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--output", type=Path, default=Path("out/reconstruction"))
+    parser.add_argument("--models", nargs="*", default=["digits", "dit"])
+    parser.add_argument("--settings", nargs="*", default=list(SETTINGS))
+    parser.add_argument("--methods", nargs="*", default=list(METHODS))
+    parser.add_argument(
+        "--curve", nargs="*", type=int, default=list(CURVE), help="iterations, w4a8, digits, seed 0"
+    )
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--samples", type=int, default=256)
+    parser.add_argument("--one", help=argparse.SUPPRESS)  # a run as JSON: what a child process does
+    args = parser.parse_args()
+    args.output.mkdir(parents=True, exist_ok=True)
+    if args.one:
+        print(json.dumps(one(Run(**json.loads(args.one)), args.output)))
+        return
+    runs = [
+        Run(model, setting, method, seed, args.samples)
+        for seed in range(args.seeds)
+        for model in args.models
+        for setting in args.settings
+        for method in args.methods
+    ]
+    runs += [Run("digits", "w4a8", f"adaround,iterations={n}", 0, args.samples) for n in args.curve]
+    for run in runs:
+        if run in read(args.output):
+            continue
+        prepare(args.output, run.model, run.seed, run.samples)
+        text = json.dumps(dataclasses.asdict(run))
+        command = [
+            sys.executable,
+            "-m",
+            "benchmarks.reconstruction",
+            "--output",
+            str(args.output),
+            "--one",
+            text,
+        ]
+        figures = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+        with (args.output / "runs.jsonl").open("a") as file:
+            file.write(json.dumps({"run": dataclasses.asdict(run), "figures": figures}) + "\n")
+        print(f"{text}: {figures['psnr']:.2f} dB, {figures['cpu_seconds']:.0f} CPU s", file=sys.stderr)
+    console = Console(width=170)
+    console.print(table(read(args.output)))
+    console.print(
+        f"DDIM {STEPS} steps, {args.samples} samples, {TRAJECTORIES} calibration trajectories; torch {torch.__version__}, "
+        f"{platform.machine()}, {torch.get_num_threads()} threads",
+        highlight=False,
+    )
+
+
+if __name__ == "__main__":
+    main()
