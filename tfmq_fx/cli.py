@@ -189,8 +189,12 @@ def quantize(
         bool, typer.Option(help="Refuse what would stay in float or be keyed more coarsely than asked for.")
     ] = False,
 ) -> None:
-    """Calibrate on the pipeline's own trajectories, reconstruct, convert, and write the artefact."""
+    """Calibrate on the pipeline's own trajectories, reconstruct, convert, and write the artefact.
+
+    Under `torchrun --nproc-per-node=N -m tfmq_fx.cli quantize ..` the N processes share the work.
+    """
     from tfmq_fx.calibration import CalibrationSet
+    from tfmq_fx.parallel import joined
     from tfmq_fx.pipeline import quantize as run
     from tfmq_fx.recipe import Recipe
     from tfmq_fx.saving import check_output_folder
@@ -201,21 +205,25 @@ def quantize(
         chosen = dataclasses.replace(
             chosen, reconstruction=dataclasses.replace(chosen.reconstruction, **changes)
         )
-    check_output_folder(output)  # before minutes of work, not after
-    pipe = load_pipeline(model, scheduler)
-    calibration = CalibrationSet.record(
-        pipe,
-        num_samples=num_samples,
-        num_inference_steps=steps,
-        seed=seed,
-        **_named_json("--argument", argument),
-    )
-    tables = _named_json("--finite", finite)
-    # Beside the output, so that the same command finds it after an interruption; gone when the output is whole.
-    state = output.absolute().with_name(f".{output.name}.state")
-    quantized = run(
-        pipe, chosen, calibration=calibration, finite=tables, seed=seed, strict=strict, state=state
-    )
+    with joined() as ranks:
+        check_output_folder(output)  # before minutes of work, not after
+        pipe = load_pipeline(model, scheduler)
+        calibration = CalibrationSet.record(
+            pipe,
+            num_samples=num_samples,
+            num_inference_steps=steps,
+            batch_size=max(1, min(64, -(-num_samples // ranks.size))),
+            seed=seed,
+            **_named_json("--argument", argument),
+        )
+        tables = _named_json("--finite", finite)
+        # Beside the output, so that the same command finds it after an interruption; gone when the output is whole.
+        state = output.absolute().with_name(f".{output.name}.state")
+        quantized = run(
+            pipe, chosen, calibration=calibration, finite=tables, seed=seed, strict=strict, state=state
+        )
+        if ranks.rank != 0:
+            return
     quantized.save_pretrained(output)
     shutil.rmtree(state, ignore_errors=True)
     report = quantized.report

@@ -6,6 +6,7 @@ their order. So the result depends on the parts, not on who computed them.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -113,7 +114,26 @@ class Ranks:
 
     @staticmethod
     def _device() -> torch.device:
-        return torch.device("cuda" if dist.get_backend() == "nccl" else "cpu")
+        """Where the group's messages lie: in CPU memory, unless it only speaks NCCL."""
+        return torch.device("cpu" if "cpu" in str(dist.get_backend_config()) else "cuda")
+
+
+@contextmanager
+def joined() -> Iterator[Ranks]:
+    """The group of the processes that `torchrun` started, for as long as this lasts; this process alone without it."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1 or dist.is_initialized():
+        yield Ranks()
+        return
+    try:
+        dist.init_process_group()  # gloo for tensors in CPU memory, NCCL for those on a GPU
+    except (RuntimeError, ValueError) as error:
+        raise TFMQError(
+            f"torch.distributed: WORLD_SIZE is {os.environ['WORLD_SIZE']}, but no group was made ({error}); start with torchrun."
+        ) from error
+    try:
+        yield Ranks()
+    finally:
+        dist.destroy_process_group()
 
 
 @contextmanager
