@@ -2,9 +2,11 @@ import dataclasses
 
 import pytest
 import torch
+from torch import Tensor
+from torch.nn import functional as F
 
 import tfmq_fx
-from tests.networks import FAST, calibration, prepared
+from tests.networks import FAST, TIMESTEPS, TinyUNet, calibration, captured, make, prepared, sinusoid
 from tfmq_fx.errors import TFMQError
 from tfmq_fx.graph import weight_argument
 from tfmq_fx.observers import PerChannelWeightFakeQuantize, StaticFakeQuantize
@@ -156,3 +158,50 @@ def test_second_order_on_the_temporal_block_beats_learning_it():
         )
         errors[method] = gm.meta["reconstruction"][0].error
     assert errors["gptq"] < 0.5 * errors["adaround"]
+
+
+def test_one_calibration_row_is_enough_to_run():
+    """A batch of one row has one part, whatever `shards` says."""
+    gm = captured()
+    recipe = dataclasses.replace(tfmq_fx.Recipe.preset("w4a8"), reconstruction=FAST)
+    one = calibration(rows=1)
+    for method in ("adaround", "gptq+adaround"):
+        prepared_ = tfmq_fx.calibrate(tfmq_fx.prepare(gm, recipe, timesteps=TIMESTEPS), one)
+        tfmq_fx.reconstruct(prepared_, one, dataclasses.replace(FAST, method=method))
+        assert all(r.error <= r.error_nearest for r in prepared_.meta["reconstruction"])
+        y = tfmq_fx.convert(prepared_)(**one.tensors)
+        assert torch.isfinite(y).all()
+
+
+class NoWeightsInside(torch.nn.Module):
+    """The temporal block and the residual branch hold no weight at all."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv_in, self.conv_out = torch.nn.Conv2d(1, 8, 3, padding=1), torch.nn.Conv2d(8, 1, 3, padding=1)
+
+    def forward(self, sample: Tensor, timestep: Tensor) -> Tensor:
+        h = self.conv_in(sample)
+        h = h + F.silu(h * sinusoid(timestep, 8)[:, :, None, None])
+        y: Tensor = self.conv_out(h)
+        return y
+
+
+def test_blocks_without_weights_are_passed_through():
+    recipe = dataclasses.replace(tfmq_fx.Recipe.preset("w4a8"), reconstruction=FAST)
+    gm = tfmq_fx.prepare(captured(NoWeightsInside), recipe, timesteps=TIMESTEPS)
+    tfmq_fx.reconstruct(tfmq_fx.calibrate(gm, calibration()), calibration())
+    assert [r.name for r in gm.meta["reconstruction"]] == ["conv_in.weight", "conv_out.weight"]
+
+
+def test_dead_inputs_leave_a_singular_hessian_and_a_finite_result():
+    network = make(TinyUNet)
+    with torch.no_grad():  # the attention's input, and so its Hessian, is all zeros
+        network.attention.norm.weight.zero_()
+        network.attention.norm.bias.zero_()
+    gm = tfmq_fx.capture(network, {n: x[:2] for n, x in calibration().tensors.items()})
+    recipe = dataclasses.replace(tfmq_fx.Recipe.preset("w4a8"), reconstruction=FAST)
+    gm = tfmq_fx.calibrate(tfmq_fx.prepare(gm, recipe, timesteps=TIMESTEPS), calibration())
+    tfmq_fx.reconstruct(gm, calibration(), dataclasses.replace(FAST, method="gptq"))
+    assert all(0 <= r.error <= r.error_nearest for r in gm.meta["reconstruction"])
+    assert torch.isfinite(tfmq_fx.convert(gm)(**calibration().tensors)).all()
