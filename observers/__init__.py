@@ -4,6 +4,7 @@ from tfmq_fx.observers.minmax import TemporalMinMaxObserver
 from tfmq_fx.observers.samples import TemporalMSEObserver, TemporalPercentileObserver
 from tfmq_fx.observers.static import StaticFakeQuantize
 from tfmq_fx.observers.temporal import TemporalObserver
+from tfmq_fx.observers.token import TokenFakeQuantize
 from tfmq_fx.observers.weight import PerChannelWeightFakeQuantize
 
 __all__ = [
@@ -13,4 +14,5 @@ __all__ = [
     "TemporalMinMaxObserver",
     "TemporalObserver",
     "TemporalPercentileObserver",
+    "TokenFakeQuantize",
 ]

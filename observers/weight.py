@@ -1,4 +1,7 @@
-"""Weights: per-output-channel integers, with a rounding that can be learned (AdaRound)."""
+"""Weights: integers with qparams per output channel or per group in it, with a rounding that can be learned (AdaRound).
+
+Legend: R rows of K weights that share a scale and zero point: the output channels, or the groups of each in turn.
+"""
 
 from __future__ import annotations
 
@@ -9,8 +12,8 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from tfmq_fx._torchao import FakeQuantizeBase
-from tfmq_fx.arithmetic import IntegerRange, choose_qparams, dequantize_rows, quantize_rows, search_range
-from tfmq_fx.graph import set_buffer
+from tfmq_fx.arithmetic import IntegerRange, choose_qparams, quantize_rows, search_range
+from tfmq_fx.graph import inline, set_buffer
 
 GAMMA, ZETA = -0.1, 1.1  # stretch of the hard sigmoid (AdaRound, eq. 23)
 
@@ -20,17 +23,22 @@ class PerChannelWeightFakeQuantize(FakeQuantizeBase):  # type: ignore[misc]
 
     The float weight is never written: `q` holds the integers, and what the graph computes with is
     (q - zero_point) * scale, bit for bit what the artefact dequantizes to.
+
+    group_size: that many consecutive weights of an output channel, flattened to (C_out, C_in * kernel), make a row;
+        it divides the channel. None: the channel is the row. A convolution's groups so hold as many weights as a
+        linear's, at the same cost in bits, and lie side by side in memory; those of C_in alone would be `kernel` times
+        as large.
     """
 
     q: Tensor
     scale: Tensor
     zero_point: Tensor
 
-    def __init__(self, *, bits: int, ch_axis: int, **_spec: Any) -> None:
+    def __init__(self, *, bits: int, ch_axis: int, group_size: int | None = None, **_spec: Any) -> None:
         super().__init__()
         self.integers = IntegerRange.weight(bits)
         self.dtype = self.integers.dtype
-        self.bits, self.ch_axis = bits, ch_axis
+        self.bits, self.ch_axis, self.group_size = bits, ch_axis, group_size
         self.alpha: Tensor | None = None  # the soft rounding variable while it is being learned
         self.soft: Tensor | None = None  # the weight that the graph then computes with
         self._floor: Tensor | None = None
@@ -40,23 +48,42 @@ class PerChannelWeightFakeQuantize(FakeQuantizeBase):  # type: ignore[misc]
 
     def initialise(self, weight: Tensor) -> None:
         """Scales by range search (L_2.4, 80 steps), integers by rounding to nearest."""
-        x_CK = weight.detach().float().movedim(self.ch_axis, 0).flatten(1)
-        self.scale, self.zero_point = choose_qparams(*search_range(x_CK, self.integers), self.integers)
-        self.q = quantize_rows(
-            weight.detach().float(), self.scale, self.zero_point, self.integers, self.ch_axis
-        )
+        x_RK = self._rows(weight.detach().float())
+        self.scale, self.zero_point = choose_qparams(*search_range(x_RK, self.integers), self.integers)
+        q_RK = quantize_rows(x_RK, self.scale, self.zero_point, self.integers)
+        self.q = self._unrows(q_RK, weight.shape)
 
-    def _per_channel(self, x_C: Tensor, weight: Tensor) -> Tensor:
-        shape = [1] * weight.dim()
-        shape[self.ch_axis] = -1
-        return x_C.view(shape)
+    def _rows(self, weight: Tensor) -> Tensor:
+        x_CK = weight.movedim(self.ch_axis, 0).flatten(1)
+        return x_CK if self.group_size is None else x_CK.reshape(-1, self.group_size)
+
+    def _unrows(self, x_RK: Tensor, shape: torch.Size) -> Tensor:
+        """Inverse of _rows for a weight of that shape, in operators with an overload: also what a graph takes."""
+        moved = list(range(len(shape)))
+        moved.insert(0, moved.pop(self.ch_axis))
+        x = torch.ops.aten.reshape.default(x_RK, [shape[i] for i in moved])
+        back = [moved.index(i) for i in range(len(shape))]
+        return x if self.ch_axis == 0 else torch.ops.aten.permute.default(x, back)  # type: ignore[no-any-return]
+
+    def _stored(self) -> Tensor:
+        """The integers as the artefact holds them: in rows where there are groups, else in the weight's own shape."""
+        return self.q if self.group_size is None else self._rows(self.q)
+
+    def _dequantize(self, q: Tensor, scale_R: Tensor, zero_point_R: Tensor) -> Tensor:
+        """From what is stored: run here, and traced into the converted graph."""
+        axis = self.ch_axis if self.group_size is None else 0
+        limits = (self.integers.quant_min, self.integers.quant_max, self.dtype)
+        w = torch.ops.quantized_decomposed.dequantize_per_channel.default(
+            q, scale_R, zero_point_R, axis, *limits
+        )
+        return w if self.group_size is None else self._unrows(w, self.q.shape)  # type: ignore[no-any-return]
 
     def dequantized(self) -> Tensor:
-        return dequantize_rows(self.q, self.scale, self.zero_point, self.integers, self.ch_axis)
+        return self._dequantize(self._stored(), self.scale, self.zero_point)
 
     def start_learning(self, weight: Tensor) -> Tensor:
         """A fresh alpha whose soft rounding reproduces the float weight: h(alpha) = frac(w / s) (AdaRound, section 3)."""
-        scaled = weight.detach().float() / self._per_channel(self.scale, weight)
+        scaled = self._rows(weight.detach().float()) / self.scale[:, None]
         self._floor = torch.floor(scaled)
         fraction = (scaled - self._floor).clamp(1e-4, 1 - 1e-4)
         self.alpha = torch.logit((fraction - GAMMA) / (ZETA - GAMMA)).requires_grad_()
@@ -72,9 +99,9 @@ class PerChannelWeightFakeQuantize(FakeQuantizeBase):  # type: ignore[misc]
         assert self.alpha is not None
         assert self._floor is not None
         rounding = (torch.sigmoid(self.alpha) * (ZETA - GAMMA) + GAMMA).clamp(0, 1)
-        zero_point = self._per_channel(self.zero_point, self._floor)
+        zero_point = self.zero_point[:, None]
         q = (self._floor + rounding + zero_point).clamp(self.integers.quant_min, self.integers.quant_max)
-        weight = (q - zero_point) * self._per_channel(self.scale, self._floor)
+        weight = self._unrows((q - zero_point) * self.scale[:, None], self.q.shape)
         self.soft = weight.detach().requires_grad_()
         return weight, rounding
 
@@ -83,8 +110,9 @@ class PerChannelWeightFakeQuantize(FakeQuantizeBase):  # type: ignore[misc]
         assert self.alpha is not None
         assert self._floor is not None
         up = (self.alpha.detach() >= 0).to(torch.float32)  # h(0) = 0.5
-        q = self._floor + up + self._per_channel(self.zero_point, self._floor)
-        self.q = q.clamp(self.integers.quant_min, self.integers.quant_max).to(self.dtype)
+        q = self._floor + up + self.zero_point[:, None]
+        q = q.clamp(self.integers.quant_min, self.integers.quant_max).to(self.dtype)
+        self.q = self._unrows(q, self.q.shape)
         self.alpha = self.soft = self._floor = None
 
     def forward(self, weight: Tensor) -> Tensor:
@@ -102,30 +130,23 @@ class PerChannelWeightFakeQuantize(FakeQuantizeBase):  # type: ignore[misc]
     def convert(self, model: GraphModule, node: Node) -> None:
         """torchao's convert hook.
 
-        observer(weight)  ==>  dequantize_per_channel(weight.q, weight.scale, weight.zero_point)
+        observer(weight)  ==>  dequantize_per_channel(weight_q, weight_scale, weight_zero_point)
+                               reshape(dequantize_per_channel(weight_q, ..), weight's shape)      with groups
         """
         source = node.args[0]
         assert isinstance(source, Node)
         graph, path = model.graph, str(source.target)
         with graph.inserting_before(node):
             parts = []
-            for name in ("q", "scale", "zero_point"):
+            for name, value in (
+                ("q", self._stored()),
+                ("scale", self.scale),
+                ("zero_point", self.zero_point),
+            ):
                 # The float weight keeps `path`; its integers live beside it until it is dropped as unused.
-                set_buffer(model, f"{path}_{name}", self.get_buffer(name).clone())
+                set_buffer(model, f"{path}_{name}", value.clone())
                 parts.append(graph.get_attr(f"{path}_{name}"))
-            q, scale, zero_point = parts
-            y = graph.call_function(
-                torch.ops.quantized_decomposed.dequantize_per_channel.default,
-                (
-                    q,
-                    scale,
-                    zero_point,
-                    self.ch_axis,
-                    self.integers.quant_min,
-                    self.integers.quant_max,
-                    self.dtype,
-                ),
-            )
+            y = inline(graph, self._dequantize, *parts)
             y.meta = dict(node.meta)
         node.replace_all_uses_with(y)
         graph.erase_node(node)

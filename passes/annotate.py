@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -19,9 +20,10 @@ from tfmq_fx._torchao import (
     QuantizationSpec,
     Quantizer,
 )
-from tfmq_fx.arithmetic import FLOAT_BITS, IntegerRange
+from tfmq_fx.arithmetic import FLOAT_BITS, IntegerRange, fitting_group_size
 from tfmq_fx.errors import TFMQError, nearest_names
 from tfmq_fx.graph import (
+    attribute,
     called_module,
     edge_layers,
     matmul_inputs,
@@ -32,6 +34,7 @@ from tfmq_fx.graph import (
     weight_argument,
 )
 from tfmq_fx.observers.static import StaticFakeQuantize
+from tfmq_fx.observers.token import TokenFakeQuantize
 from tfmq_fx.observers.weight import PerChannelWeightFakeQuantize
 from tfmq_fx.passes.find_temporal import TemporalBlock, taint
 from tfmq_fx.recipe import Recipe
@@ -46,6 +49,8 @@ class Layer:
     op: str  # "conv2d", "linear", ...
     weight_bits: int  # 16: float
     activation_bits: int  # 16: float
+    group_size: int | None = None  # weights of an output channel that share qparams; None: all
+    activation_granularity: str = "tensor"  # "token": qparams per token, at run time; "tensor": as `key` says
     temporal: bool  # True: inside the temporal block
     key: tuple[
         str, ...
@@ -64,10 +69,11 @@ class Float:
 
 @dataclass(frozen=True, kw_only=True)
 class Note:
-    """Something that is quantized, but more coarsely than asked for, and why."""
+    """Something that is quantized otherwise than asked for, and why."""
 
-    name: str  # node name
+    name: str  # node name or parameter path
     reason: str
+    coarser: bool = True  # False: at least as finely as asked for
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,7 +86,7 @@ class Plan:
 def plan(gm: GraphModule, *, recipe: Recipe, temporal: TemporalBlock) -> Plan:
     """Apply the recipe to every weighted layer of the graph. Raises TFMQError for a rule that matches nothing."""
     edges, inside = edge_layers(gm), set(temporal.nodes)
-    layers, floats, unused = [], [], set(recipe.rules)
+    layers, floats, notes, unused = [], [], [], set(recipe.rules)
     paths = []
     for node in gm.graph.nodes:
         index = weight_argument(node)
@@ -128,6 +134,7 @@ def plan(gm: GraphModule, *, recipe: Recipe, temporal: TemporalBlock) -> Plan:
         )
         unused.discard(rule)  # type: ignore[arg-type]
         weight_bits, activation_bits, reason = recipe.weight_bits, recipe.activation_bits, ""
+        group_size, granularity = recipe.group_size, recipe.activation_granularity
         if node in edges and weight_bits < recipe.edge_weight_bits:
             weight_bits, reason = recipe.edge_weight_bits, "first or last layer of an input or the output"
         if node in edges and node.name not in inside:
@@ -135,7 +142,20 @@ def plan(gm: GraphModule, *, recipe: Recipe, temporal: TemporalBlock) -> Plan:
         if rule is not None:
             weight_bits = rule.weight_bits or weight_bits
             activation_bits = rule.activation_bits or activation_bits
+            group_size = rule.group_size or group_size
+            granularity = rule.activation_granularity or granularity
             reason = f"rule {rule.pattern!r}"
+        if weight_bits == FLOAT_BITS:
+            group_size = None
+        elif group_size is not None:
+            group_size, note = _group_size(path, attribute(gm, path), output_channel_axis(node), group_size)
+            notes += note
+        if node.name in inside or activation_bits == FLOAT_BITS:
+            granularity = "tensor"
+        elif granularity == "token" and op_name(node) != "linear":
+            granularity = "tensor"
+            why = "one scale per tensor: scales per token would vary inside one dot product of a convolution"
+            notes.append(Note(name=path, reason=why))
         layers.append(
             Layer(
                 path=path,
@@ -143,6 +163,8 @@ def plan(gm: GraphModule, *, recipe: Recipe, temporal: TemporalBlock) -> Plan:
                 op=op_name(node),
                 weight_bits=weight_bits,
                 activation_bits=activation_bits,
+                group_size=group_size,
+                activation_granularity=granularity,
                 temporal=node.name in inside,
                 reason=reason,
             )
@@ -156,7 +178,18 @@ def plan(gm: GraphModule, *, recipe: Recipe, temporal: TemporalBlock) -> Plan:
         raise TFMQError(
             "the graph has no convolution or linear with a parameter weight: nothing to quantize."
         )
-    return Plan(layers=tuple(layers), floats=tuple(floats))
+    return Plan(layers=tuple(layers), floats=tuple(floats), notes=tuple(notes))
+
+
+def _group_size(path: str, weight: torch.Tensor, axis: int, asked: int) -> tuple[int | None, list[Note]]:
+    """The group size of a weight, and a note where that is not what was asked for."""
+    columns = weight.numel() // weight.shape[axis]
+    size = fitting_group_size(asked, columns)
+    if size == asked or columns <= asked:  # a row no longer than a group is one
+        return size, []
+    taken = "one scale per output channel" if size is None else f"groups of {size}"
+    reason = f"{taken}: group_size={asked} does not divide its {columns} weights per output channel"
+    return size, [Note(name=path, reason=reason, coarser=size is None)]
 
 
 def table_key(
@@ -169,7 +202,8 @@ def table_key(
 
 
 class RecipeQuantizer(Quantizer):  # type: ignore[misc]
-    """torchao Quantizer: temporal observers inside the block, per-tensor FakeQuantize outside, weights per channel.
+    """torchao Quantizer: temporal observers inside the block, per-tensor or per-token FakeQuantize outside, weights per
+    channel or group.
 
     sizes: the finite inputs, the timestep first, name -> number of values.
     data: another torchao Quantizer that annotates everything outside the temporal block instead.
@@ -193,7 +227,9 @@ class RecipeQuantizer(Quantizer):  # type: ignore[misc]
     def annotate(self, model: GraphModule) -> GraphModule:
         self.plan = plan(model, recipe=self.recipe, temporal=self.temporal)
         nodes = {n.name: n for n in model.graph.nodes}
-        floats, notes, layers = list(self.plan.floats), [], []
+        floats, layers = list(self.plan.floats), []
+        theirs = {n.path for n in self.plan.layers if self.data is not None and not n.temporal}
+        notes = [n for n in self.plan.notes if n.name not in theirs]
         marks = taint(model)
         inside = set(self.temporal.nodes)
         if self.data is not None:
@@ -212,7 +248,9 @@ class RecipeQuantizer(Quantizer):  # type: ignore[misc]
             x, weight = node.args[0], node.args[weight_argument(node)]  # type: ignore[index]
             assert isinstance(x, Node)
             assert isinstance(weight, Node)
-            if layer.activation_bits != FLOAT_BITS:
+            if layer.activation_granularity == "token":
+                specs[x] = self._token(layer.activation_bits)
+            elif layer.activation_bits != FLOAT_BITS:
                 key, reason = self._key(x, marks[x], temporal=layer.temporal)
                 if reason:
                     notes.append(Note(name=x.name, reason=reason))
@@ -228,7 +266,7 @@ class RecipeQuantizer(Quantizer):  # type: ignore[misc]
                     Float(name=f"input of {layer.path}", reason=layer.reason or "activation_bits is 16")
                 )
             if layer.weight_bits != FLOAT_BITS:
-                specs[weight] = self._weight(layer.weight_bits, output_channel_axis(node))
+                specs[weight] = self._weight(layer.weight_bits, layer.group_size, output_channel_axis(node))
             else:
                 floats.append(Float(name=layer.path, reason=layer.reason or "weight_bits is 16"))
             layers.append(layer)
@@ -302,11 +340,25 @@ class RecipeQuantizer(Quantizer):  # type: ignore[misc]
             qscheme=torch.per_tensor_affine,
         )
 
-    def _weight(self, bits: int, axis: int) -> QuantizationSpec:
+    @staticmethod
+    @functools.cache  # equal specs: linears that read the same tokens share one fake quantize
+    def _token(bits: int) -> QuantizationSpec:
+        integers = IntegerRange.token(bits)
+        return QuantizationSpec(
+            dtype=integers.dtype,
+            observer_or_fake_quant_ctr=TokenFakeQuantize.with_args(bits=bits),
+            quant_min=integers.quant_min,
+            quant_max=integers.quant_max,
+            qscheme=torch.per_tensor_symmetric,
+        )
+
+    def _weight(self, bits: int, group_size: int | None, axis: int) -> QuantizationSpec:
         integers = IntegerRange.weight(bits)
         return QuantizationSpec(
             dtype=integers.dtype,
-            observer_or_fake_quant_ctr=PerChannelWeightFakeQuantize.with_args(bits=bits),
+            observer_or_fake_quant_ctr=PerChannelWeightFakeQuantize.with_args(
+                bits=bits, group_size=group_size
+            ),
             quant_min=integers.quant_min,
             quant_max=integers.quant_max,
             qscheme=torch.per_channel_symmetric if integers.symmetric else torch.per_channel_affine,

@@ -57,7 +57,7 @@ def problem(seed, channels=6, columns=10, count=40):
         torch.randn(1, count, columns, generator=g) @ mix
     )  # correlated inputs: there is something to make up for
     scale, zero_point = choose_qparams(*search_range(w, INT4), INT4)
-    return w[None], x, scale[None], zero_point[None]
+    return w[None], x, scale[None, :, None], zero_point[None, :, None]
 
 
 def with_hessian(h):
@@ -67,12 +67,12 @@ def with_hessian(h):
 
 
 def loss(w, q, x, scale, zero_point):
-    error = w.double() - (q.double() - zero_point[..., None]) * scale[..., None].double()
+    error = w.double() - (q.double() - zero_point) * scale.double()
     return float((error @ x.double().transpose(1, 2)).square().sum())
 
 
 def nearest(w, scale, zero_point):
-    return (torch.round(w.double() / scale[..., None].double()) + zero_point[..., None]).clamp(0, 15)
+    return (torch.round(w.double() / scale.double()) + zero_point).clamp(0, 15)
 
 
 @settings(deadline=None, max_examples=20)

@@ -46,17 +46,18 @@ def test_a_round_trip_is_bit_exact(tiny, folder):
 def test_the_layout_is_what_is_documented(tiny, folder):
     """Read with safetensors and numpy alone, as somebody else's program would."""
     config = json.loads((folder / CONFIG).read_text())["quantization_config"]
-    assert (config["quant_method"], config["format_version"]) == ("tfmq", 2)
+    assert (config["quant_method"], config["format_version"]) == ("tfmq", 3)
     with safe_open(folder / WEIGHTS, "np") as file:
         packed, scale, zero_point = (
             file.get_tensor(f"down.weight_{part}") for part in ("q", "scale", "zero_point")
         )
     spec = config["tensors"]["down.weight_q"]
     assert spec["bits"] == 4
-    q = [nibble for byte in packed.tolist() for nibble in (byte & 15, byte >> 4)]
-    w = (torch.tensor(q).reshape(spec["shape"]) - torch.tensor(zero_point).view(-1, 1, 1, 1)) * torch.tensor(
-        scale
-    ).view(-1, 1, 1, 1)
+    q, zero_point = (
+        torch.tensor([nibble for byte in x.tolist() for nibble in (byte & 15, byte >> 4)])
+        for x in (packed, zero_point)
+    )
+    w = (q.reshape(spec["shape"]) - zero_point.view(-1, 1, 1, 1)) * torch.tensor(scale).view(-1, 1, 1, 1)
     node = next(
         n
         for n in tiny.network.graph.nodes

@@ -19,6 +19,7 @@ from tfmq_fx.errors import TFMQError, nearest_names
 from tfmq_fx.graph import fixed_size, fresh, meta_value, placeholders
 from tfmq_fx.observers.static import StaticFakeQuantize
 from tfmq_fx.observers.temporal import TemporalObserver
+from tfmq_fx.observers.token import TokenFakeQuantize
 from tfmq_fx.observers.weight import PerChannelWeightFakeQuantize
 from tfmq_fx.parallel import Ranks, Workers, workers
 from tfmq_fx.passes.find_temporal import temporal_of
@@ -316,8 +317,8 @@ def _mergeable(module: nn.Module) -> bool:
 
 
 def _observing(module: nn.Module) -> bool:
-    """Whether the module learns from data that passes: another quantizer's observers do, weights' do not."""
-    if isinstance(module, PerChannelWeightFakeQuantize):
+    """Whether the module learns from data that passes: another quantizer's observers do, weights' and tokens' do not."""
+    if isinstance(module, (PerChannelWeightFakeQuantize, TokenFakeQuantize)):
         return False
     if isinstance(module, FakeQuantizeBase):
         return bool(module.observer_enabled[0])

@@ -135,27 +135,31 @@ def corrected(w_GCK: Tensor, moments: Moments, *, damping: float) -> Tensor:
 def gptq(
     w_GCK: Tensor,
     moments: Moments,
-    scale_GC: Tensor,
-    zero_point_GC: Tensor,
+    scale_GCB: Tensor,
+    zero_point_GCB: Tensor,
     integers: IntegerRange,
     *,
     damping: float = 0.01,
 ) -> Tensor:
     """Integers (G, C, K) that keep W X^ (GPTQ, Frantar et al. 2023, algorithm 1, columns by falling diag H).
 
+    scale_GCB, zero_point_GCB: B groups of K / B consecutive columns each; a column takes those of its group, in whatever
+        order it comes.
     damping: added to the diagonal of H, as a share of its mean. Inputs that were never anything but zero (dead) are
     rounded to nearest. Raises TFMQError when H is not finite.
     """
     order, upper = moments.factors(damping)
     groups, channels, columns = w_GCK.shape
     w = torch.gather(w_GCK.double(), 2, order[:, None].expand(-1, channels, -1)).clone()
-    scale, zero_point = scale_GC.double(), zero_point_GC.double()
+    scale_GCB, zero_point_GCB = scale_GCB.double(), zero_point_GCB.double()
+    block_GCK = (order // (columns // scale_GCB.shape[2]))[:, None].expand(-1, channels, -1)
     q = torch.empty_like(w)
     for start in range(0, columns, COLUMNS):
         end = min(start + COLUMNS, columns)
         errors = torch.empty(groups, channels, end - start, dtype=torch.float64)
         for k in range(start, end):
-            column = w[:, :, k]
+            column, block = w[:, :, k], block_GCK[:, :, k : k + 1]
+            scale, zero_point = scale_GCB.gather(2, block)[..., 0], zero_point_GCB.gather(2, block)[..., 0]
             rounded = (torch.round(column / scale) + zero_point).clamp(integers.quant_min, integers.quant_max)
             q[:, :, k] = rounded
             error = (column - (rounded - zero_point) * scale) / upper[:, k, k, None]

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import builtins
 import operator
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.fx import GraphModule, Node
+from torch.fx import Graph, GraphModule, Node, Proxy
+from torch.fx.proxy import GraphAppendingTracer
 
 from tfmq_fx.errors import TFMQError, nearest_names
 
@@ -244,6 +245,13 @@ def set_buffer(gm: nn.Module, target: str, value: Tensor) -> None:
         module._buffers[name] = value
     else:
         module.register_buffer(name, value)
+
+
+def inline(graph: Graph, function: Callable[..., Any], *arguments: Node) -> Node:
+    """Insert, where the graph inserts now, the operators that `function` calls on these nodes; the node of its result."""
+    tracer = GraphAppendingTracer(graph)
+    node: Node = function(*(Proxy(n, tracer) for n in arguments)).node
+    return node
 
 
 def ancestors(nodes: Iterable[Node], also: Mapping[Node, Iterable[Node]] | None = None) -> set[Node]:

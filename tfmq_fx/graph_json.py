@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -122,16 +122,30 @@ def graph_from_json(data: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> G
 
 def quantized_weights(gm: GraphModule) -> dict[str, tuple[int, int]]:
     """(quant_min, quant_max) of every integer weight of a converted graph, by get_attr target."""
-    found = {}
+    return {str(q.target): limits for _, q, _, limits in _dequantized_weights(gm)}
+
+
+def packed_tensors(gm: GraphModule) -> dict[str, tuple[int, int]]:
+    """(quant_min, quant_max) of all that is stored at its bit width: integer weights, and zero points in their range."""
+    found = quantized_weights(gm)
+    for module, _, zero_point, (low, high) in _dequantized_weights(gm):
+        if isinstance(zero_point, Node) and zero_point.op == "get_attr":
+            value = attribute(module, str(zero_point.target))
+            # Another quantizer's may be anything.
+            if not value.is_floating_point() and low <= int(value.min()) and int(value.max()) <= high:
+                found[str(zero_point.target)] = (low, high)
+    return found
+
+
+def _dequantized_weights(gm: GraphModule) -> Iterator[tuple[GraphModule, Node, Any, tuple[int, int]]]:
+    """The graph, integers, zero point and limits of each dequantize_per_channel of a constant."""
+    target = torch.ops.quantized_decomposed.dequantize_per_channel.default
     for module in gm.modules():
         if isinstance(module, GraphModule):
-            for node in module.graph.find_nodes(
-                op="call_function", target=torch.ops.quantized_decomposed.dequantize_per_channel.default
-            ):
-                q = node.args[0]
+            for node in module.graph.find_nodes(op="call_function", target=target):
+                q, _, zero_point, _, low, high, *_ = node.args
                 if q.op == "get_attr":
-                    found[str(q.target)] = (node.args[4], node.args[5])
-    return found
+                    yield module, q, zero_point, (low, high)
 
 
 def tensors_of(gm: GraphModule) -> dict[str, Tensor]:

@@ -61,6 +61,7 @@ def describe(
         },
         "layers": [dataclasses.asdict(layer) for layer in layers.layers],
         "float": [dataclasses.asdict(f) for f in layers.floats],
+        "notes": [dataclasses.asdict(n) for n in layers.notes],
     }
 
 

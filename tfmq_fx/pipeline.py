@@ -19,7 +19,7 @@ from tfmq_fx.calibration import CalibrationSet, calibrate, denoiser, inputs_of
 from tfmq_fx.capture import capture
 from tfmq_fx.errors import TFMQError
 from tfmq_fx.graph import placeholders
-from tfmq_fx.graph_json import quantized_weights, tensors_of
+from tfmq_fx.graph_json import packed_tensors, quantized_weights, tensors_of
 from tfmq_fx.metrics import cosine_distance, relative_mse_by_timestep
 from tfmq_fx.model import Interface, QuantizedModel
 from tfmq_fx.passes.annotate import Plan
@@ -127,7 +127,7 @@ def capture_rows(
 def _require_whole(plan: Plan) -> None:
     """Raise TFMQError when something is in float, or keyed more coarsely, that the recipe did not choose so."""
     found = [f"{f.name}: {f.reason}" for f in plan.floats if not f.chosen]
-    found += [f"{n.name}: {n.reason}" for n in plan.notes]
+    found += [f"{n.name}: {n.reason}" for n in plan.notes if n.coarser]
     if found:
         more = f"; and {len(found) - 3} more" if len(found) > 3 else ""
         raise TFMQError(f"strict: {len(found)} deviation(s) from the recipe: {'; '.join(found[:3])}{more}.")
@@ -239,10 +239,11 @@ def _report(
                     else "no convolution or linear weight",
                 }
             )
-    weight_bytes = sum(
-        tensors[n].numel() * (high - low).bit_length() / 8 for n, (low, high) in integers.items()
+    packed = packed_tensors(gm)
+    packed_bytes = sum(
+        tensors[n].numel() * (high - low).bit_length() / 8 for n, (low, high) in packed.items()
     )
-    other_bytes = sum(x.numel() * x.element_size() for n, x in tensors.items() if n not in integers)
+    other_bytes = sum(x.numel() * x.element_size() for n, x in tensors.items() if n not in packed)
     float_bytes = sum(p.numel() * p.element_size() for p in network.parameters())
     return {
         "recipe": recipe.to_json(),
@@ -252,8 +253,8 @@ def _report(
         "notes": [dataclasses.asdict(n) for n in plan.notes],
         "sizes": {
             "float_bytes": float_bytes,
-            "quantized_bytes": round(weight_bytes + other_bytes),
-            "ratio": (weight_bytes + other_bytes) / float_bytes,
+            "quantized_bytes": round(packed_bytes + other_bytes),
+            "ratio": (packed_bytes + other_bytes) / float_bytes,
             "quantized_weights": sum(tensors[n].numel() for n in integers),
             "float_parameters": sum(p.numel() for n, p in network.named_parameters() if n not in quantized),
         },

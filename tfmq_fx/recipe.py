@@ -6,7 +6,7 @@ import dataclasses
 from dataclasses import dataclass, field
 from typing import Any
 
-from tfmq_fx.arithmetic import FLOAT_BITS, check_bits
+from tfmq_fx.arithmetic import FLOAT_BITS, check_bits, check_group_size
 from tfmq_fx.errors import TFMQError, nearest_names
 from tfmq_fx.observers.minmax import TemporalMinMaxObserver
 from tfmq_fx.observers.samples import TemporalMSEObserver, TemporalPercentileObserver
@@ -18,24 +18,39 @@ TEMPORAL_OBSERVERS: dict[str, type[TemporalObserver]] = {
     "percentile": TemporalPercentileObserver,
 }
 ACTIVATION_OBSERVERS = ("minmax", "mse")
+GRANULARITIES = ("tensor", "token")
 UNSEEN = ("nearest", "error")
 KEYED = ("block", "all")
 METHODS = ("nearest", "adaround", "gptq", "gptq+adaround")
 
 
+def _check_known(value: str, known: tuple[str, ...], argument: str) -> None:
+    if value not in known:
+        raise TFMQError(f"{argument}: {value!r} is unknown; use one of {', '.join(known)}.")
+
+
 @dataclass(frozen=True, kw_only=True)
 class Rule:
-    """Bits for the layers a pattern matches; the first matching rule wins over the recipe's own bits."""
+    """Settings for the layers a pattern matches; the first matching rule wins over the recipe's own."""
 
     pattern: str  # fnmatch over the weight's module path, e.g. "encoder.0.*"
     op: str | None = None  # only this operator ("conv2d", "linear"); None: any
     weight_bits: int | None = None  # None: as the recipe says
     activation_bits: int | None = None  # None: as the recipe says
+    # None: as the recipe says. A size no smaller than the row is one scale per output channel.
+    group_size: int | None = None
+    activation_granularity: str | None = None  # None: as the recipe says
 
     def __post_init__(self) -> None:
         for name in ("weight_bits", "activation_bits"):
             if (bits := getattr(self, name)) is not None:
                 check_bits(bits, f"Rule({self.pattern!r}).{name}")
+        if self.group_size is not None:
+            check_group_size(self.group_size, f"Rule({self.pattern!r}).group_size")
+        if self.activation_granularity is not None:
+            _check_known(
+                self.activation_granularity, GRANULARITIES, f"Rule({self.pattern!r}).activation_granularity"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,6 +113,13 @@ class Recipe:
     edge_activation_bits: int = (
         FLOAT_BITS  # at least this for the input of the first and last layer; 16: float
     )
+    # Consecutive weights of an output channel, flattened to (C_out, K), that share a scale and zero point; None: all K.
+    # Where it does not divide K, see `fitting_group_size`: the plan's notes say what was taken.
+    group_size: int | None = None
+    # Scales of the inputs of linear layers outside the temporal block: one per "tensor", calibrated, or one per "token",
+    # symmetric and computed at run time, whatever `keyed` says. Convolutions keep "tensor": the positions under one
+    # window would have scales of their own inside one dot product, which no integer kernel can factor out.
+    activation_granularity: str = "tensor"
     attention_bits: int = FLOAT_BITS  # of q, k and v at attention matmuls; 16 where no kernel gains from it
     temporal_observer: str | type[TemporalObserver] = "minmax"  # estimator inside the temporal block
     keyed: str = (
@@ -120,6 +142,8 @@ class Recipe:
             "attention_bits",
         ):
             check_bits(getattr(self, name), f"Recipe.{name}")
+        if self.group_size is not None:
+            check_group_size(self.group_size, "Recipe.group_size")
         if self.max_table_entries < 1:
             raise TFMQError(f"Recipe.max_table_entries: {self.max_table_entries} is not positive.")
         if isinstance(self.temporal_observer, str):
@@ -138,11 +162,9 @@ class Recipe:
             ("activation_observer", ACTIVATION_OBSERVERS),
             ("unseen", UNSEEN),
             ("keyed", KEYED),
+            ("activation_granularity", GRANULARITIES),
         ):
-            if getattr(self, name) not in known:
-                raise TFMQError(
-                    f"Recipe.{name}: {getattr(self, name)!r} is unknown; use one of {', '.join(known)}."
-                )
+            _check_known(getattr(self, name), known, f"Recipe.{name}")
 
     @property
     def temporal_observer_class(self) -> type[TemporalObserver]:

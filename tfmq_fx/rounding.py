@@ -302,7 +302,7 @@ def _second_order(streams: Streams, settings: Reconstruction) -> dict[PerChannel
         groups = last[2].h_GKK.shape[0]
         shape = (groups, weight.shape[0] // groups)
         w_GCK = corrected(weight.detach().reshape(*shape, -1), last[2], damping=settings.damping)
-        scale, zero_point = observer.scale.reshape(shape), observer.zero_point.reshape(shape)
+        scale, zero_point = observer.scale.reshape(*shape, -1), observer.zero_point.reshape(*shape, -1)
         q = gptq(w_GCK, last[2], scale, zero_point, observer.integers, damping=settings.damping)
         observer.q = q.reshape(weight.shape).to(observer.dtype)
         targets[observer] = w_GCK.reshape(weight.shape).float()

@@ -5,9 +5,11 @@
     graph.json                                  the quantized graph, so that the network's code is not needed
     report.json                                 what was quantized how
 
-Tensors carry the network's state-dict names. A quantized weight W is three of them: W_q (integers, packed as a
-little-endian stream of `bits` each, offset by quant_min), W_scale and W_zero_point (per output channel), with
-W = (q - zero_point) * scale. `quantization_config.tensors` gives every tensor's shape, dtype and bits.
+Tensors carry the network's state-dict names. A quantized weight W is three of them: W_q (integers), W_scale and
+W_zero_point, per output channel, with W = (q - zero_point) * scale. With groups W_q has the shape (R, group size): the
+rows are the groups of the first output channel, then of the next, each weight flattened to (C_out, C_in * kernel), and
+scale and zero point are per row. `quantization_config.tensors` gives every tensor's shape and dtype; one that has `bits`
+(integers and zero points) is packed as a little-endian stream of that many bits each, offset by its quant_min.
 Activations of the temporal block have `<node>_by_timestep.scale` and `.zero_point` of T rows each, T timesteps or
 products of timesteps with other finite inputs.
 """
@@ -31,11 +33,11 @@ from torch import Tensor
 
 from tfmq_fx.arithmetic import IntegerRange, pack_bits, unpack_bits
 from tfmq_fx.errors import TFMQError
-from tfmq_fx.graph_json import graph_from_json, graph_to_json, quantized_weights, tensors_of
+from tfmq_fx.graph_json import graph_from_json, graph_to_json, packed_tensors, tensors_of
 from tfmq_fx.model import Interface, QuantizedModel
 
 QUANT_METHOD = "tfmq"
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 CONFIG, WEIGHTS, GRAPH, REPORT = (
     "config.json",
     "diffusion_pytorch_model.safetensors",
@@ -94,14 +96,14 @@ def replace_folder(folder: Path, write: Callable[[Path], None]) -> None:
 
 
 def _write(model: QuantizedModel, folder: Path) -> None:
-    integers = quantized_weights(model.network)
+    packed = packed_tensors(model.network)
     tensors: dict[str, Tensor] = {}
     manifest: dict[str, dict[str, Any]] = {}
     for name, value in sorted(tensors_of(model.network).items()):
         manifest[name] = {"shape": list(value.shape), "dtype": _dtype_name(value.dtype)}
         tensors[name] = value.contiguous().cpu()
-        if name in integers:
-            low, high = integers[name]
+        if name in packed:
+            low, high = packed[name]
             span = _integers(low, high, value.dtype)
             manifest[name] |= {"bits": span.bits, "quant_min": low, "quant_max": high}
             tensors[name] = pack_bits(value, span)

@@ -1,0 +1,44 @@
+"""One scale per token, computed at run time: the inputs of linear layers outside the temporal block."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+from torch.fx import GraphModule, Node
+
+from tfmq_fx._torchao import FakeQuantizeBase
+from tfmq_fx.arithmetic import IntegerRange, fake_quantize_tokens, quantize_tokens
+from tfmq_fx.graph import inline
+
+
+class TokenFakeQuantize(FakeQuantizeBase):  # type: ignore[misc]
+    """Each token, all dimensions but the last, with a symmetric scale of its own. Nothing to calibrate."""
+
+    def __init__(self, *, bits: int, **_spec: Any) -> None:
+        super().__init__()
+        self.integers = IntegerRange.token(bits)
+        self.dtype = self.integers.dtype
+
+    def forward(self, x: Tensor) -> Tensor:
+        return fake_quantize_tokens(x, self.integers) if self.fake_quant_enabled[0] else x
+
+    def calculate_qparams(self, **_: Any) -> tuple[Tensor, Tensor]:
+        raise NotImplementedError("scales per token are computed at run time")
+
+    def freeze(self) -> None:
+        self.disable_observer()
+        self.enable_fake_quant()
+
+    def convert(self, model: GraphModule, node: Node) -> None:
+        """torchao's convert hook. Bitwise unchanged.
+
+        observer(x)  ==>  s, z = max |x| / quant_max, 0;  dequantize_per_token(quantize_per_token(x, s, z), s, z)
+        """
+        x = node.args[0]
+        assert isinstance(x, Node)
+        with model.graph.inserting_before(node):
+            y = inline(model.graph, lambda x: quantize_tokens(x, self.integers), x)
+            y.meta = dict(node.meta)
+        node.replace_all_uses_with(y)
+        model.graph.erase_node(node)
