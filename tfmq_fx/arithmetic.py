@@ -81,7 +81,7 @@ def fitting_group_size(group_size: int, columns: int) -> int | None:
     """
     if columns <= group_size:
         return None
-    divisors = [d for d in range(-(-group_size // 2), group_size + 1) if columns % d == 0]
+    divisors = [d for d in range(max(2, -(-group_size // 2)), group_size + 1) if columns % d == 0]
     return max(divisors, key=lambda d: (group_size % d == 0, d), default=None)
 
 
