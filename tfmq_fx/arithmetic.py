@@ -131,19 +131,23 @@ def search_range(
     are the reference implementation's.
     """
     shrink_S1 = torch.tensor([[1.0 - (1.0 - smallest) * i / steps] for i in range(steps)], device=x_RK.device)
-    found = []
-    # All candidates at once, of as many rows as stay in the cache: twice as fast as one candidate of all rows at a time.
-    for x_CK in x_RK.split(max(1, CANDIDATES // (steps * x_RK.shape[1]))):
-        low_SC, high_SC = x_CK.amin(1) * shrink_S1, x_CK.amax(1) * shrink_S1
+    low_R, high_R = x_RK.amin(1), x_RK.amax(1)
+    # All candidates at once, of as many rows as stay in the cache; one workspace, which malloc would scatter.
+    rows = min(len(x_RK), max(1, CANDIDATES // (steps * x_RK.shape[1])))
+    workspace = x_RK.new_empty(steps * rows * x_RK.shape[1])
+    for x_CK, low_C, high_C in zip(x_RK.split(rows), low_R.split(rows), high_R.split(rows), strict=True):
+        low_SC, high_SC = low_C * shrink_S1, high_C * shrink_S1
         qparams = choose_qparams(low_SC.flatten(), high_SC.flatten(), integers)
         scale, zero_point = (v.view(steps, -1, 1) for v in qparams)
-        y_SCK = (x_CK / scale).round_().add_(zero_point).clamp_(integers.quant_min, integers.quant_max)
+        y_SCK = workspace[: steps * x_CK.numel()].view(steps, *x_CK.shape)
+        torch.div(x_CK, scale, out=y_SCK).round_().add_(zero_point)
+        y_SCK.clamp_(integers.quant_min, integers.quant_max)
         error_SC = y_SCK.sub_(zero_point).mul_(scale).sub_(x_CK).abs_().pow_(p).sum(2)
-        # What overflows is no candidate; the first of equals, and where all overflow the whole range, is taken.
+        # What overflows is no candidate; of equals the first is taken, and the whole range where all overflow.
         best_1C = error_SC.nan_to_num(torch.inf, torch.inf).argmin(0, keepdim=True)
-        found.append((low_SC.gather(0, best_1C)[0], high_SC.gather(0, best_1C)[0]))
-    low, high = zip(*found, strict=True)
-    return torch.cat(low), torch.cat(high)
+        low_C.copy_(low_SC.gather(0, best_1C)[0])
+        high_C.copy_(high_SC.gather(0, best_1C)[0])
+    return low_R, high_R
 
 
 def pack_bits(q: Tensor, integers: IntegerRange) -> Tensor:

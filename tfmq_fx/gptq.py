@@ -157,9 +157,10 @@ def gptq(
     for start in range(0, columns, COLUMNS):
         end = min(start + COLUMNS, columns)
         errors = torch.empty(groups, channels, end - start, dtype=torch.float64)
+        blocks = block_GCK[:, :, start:end]
+        scales, zero_points = scale_GCB.gather(2, blocks), zero_point_GCB.gather(2, blocks)
         for k in range(start, end):
-            column, block = w[:, :, k], block_GCK[:, :, k : k + 1]
-            scale, zero_point = scale_GCB.gather(2, block)[..., 0], zero_point_GCB.gather(2, block)[..., 0]
+            column, scale, zero_point = w[:, :, k], scales[:, :, k - start], zero_points[:, :, k - start]
             rounded = (torch.round(column / scale) + zero_point).clamp(integers.quant_min, integers.quant_max)
             q[:, :, k] = rounded
             error = (column - (rounded - zero_point) * scale) / upper[:, k, k, None]
