@@ -18,12 +18,13 @@ from tfmq_fx.passes.prepare import require_stage
 def convert(gm: GraphModule) -> GraphModule:
     """A new GraphModule that computes what the calibrated graph computed, from integers.
 
-        observer(w)            ==>  dequantize_per_channel(w_q, w_scale, w_zero_point)
+        observer(w)            ==>  dequantize_per_channel(w_q, w_scale, w_zero_point), reshaped where w has groups
         fake_quantize(x)       ==>  dequantize_per_tensor(quantize_per_tensor(x, s, z))
+                                    dequantize_per_token(quantize_per_token(x, s(x), 0)) with a scale per token
         observer(x, step)      ==>  dequantize(quantize(x, scale[step], zero_point[step]))
 
     The temporal block becomes the submodule `temporal_block`. Weights are bitwise those of the fake-quantized
-    graph; an activation may differ by one quantization step where it falls on a rounding tie.
+    graph; an activation with one scale per tensor may differ by one quantization step where it falls on a rounding tie.
     """
     require_stage(gm, "calibrated", "reconstructed")
     kept = (

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 import tfmq_fx
 from tests.networks import FAST, TIMESTEPS, calibration, make, sinusoid
-from tfmq_fx._torchao import MinMaxObserver
+from tfmq_fx._torchao import MinMaxObserver, Quantizer
 from tfmq_fx.arithmetic import (
     IntegerRange,
     choose_qparams,
@@ -75,8 +75,8 @@ def captured():
     return tfmq_fx.capture(make(Tokens), {"sample": X[:2], "timestep": T[:2]})
 
 
-def prepare(**changes):
-    return tfmq_fx.prepare(captured(), recipe(**changes), timesteps=TIMESTEPS)
+def prepare(data_quantizer=None, **changes):
+    return tfmq_fx.prepare(captured(), recipe(**changes), timesteps=TIMESTEPS, data_quantizer=data_quantizer)
 
 
 def layers(gm):
@@ -498,6 +498,23 @@ def test_tokens_are_nearer_than_one_scale_where_tokens_differ(bits):
         return ((y - x).square().sum(1) / x.square().sum(1)).mean()
 
     assert error(quantize_tokens(x, IntegerRange.token(bits))) < 0.05 * error(static(x))
+
+
+class Nothing(Quantizer):  # type: ignore[misc]
+    """Another quantizer that leaves the data path as it is."""
+
+    def annotate(self, model):
+        return model
+
+    def validate(self, model):
+        pass
+
+
+def test_with_another_quantizer_only_the_temporal_block_has_groups():
+    gm = prepare(group_size=16, activation_granularity="token", rules=(), data_quantizer=Nothing())
+    assert weights(gm).keys() == {"time.0", "time.2", "emb"}
+    assert layers(gm)["emb"].group_size == 16
+    assert gm.meta["plan"].notes == ()
 
 
 def test_an_unknown_granularity_is_refused():
