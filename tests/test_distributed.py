@@ -100,7 +100,7 @@ def test_three_processes_agree_and_are_near_one(tmp_path):
     """Three parts instead of two: other sums in the last bit, so some weights round otherwise, no more."""
     finish(start(tmp_path, 0, name="alone"))
     finish(start(tmp_path, 3))
-    alone, *ranks = integers(tmp_path, 0, "alone"), *(integers(tmp_path, r) for r in range(3))
+    alone, ranks = integers(tmp_path, 0, "alone"), [integers(tmp_path, r) for r in range(3)]
     assert same(ranks[0], ranks[1])
     assert same(ranks[0], ranks[2])
     weights = [n for n in alone if n.endswith("_q")]

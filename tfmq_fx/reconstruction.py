@@ -22,7 +22,7 @@ from torch.fx.passes.utils.fuser_utils import fuse_as_graphmodule
 from tfmq_fx._torchao import FakeQuantizeBase
 from tfmq_fx.calibration import CalibrationSet, inputs_of
 from tfmq_fx.errors import TFMQError
-from tfmq_fx.graph import fresh, placeholders, weight_argument
+from tfmq_fx.graph import fixed_size, fresh, meta_value, placeholders, weight_argument
 from tfmq_fx.observers.weight import PerChannelWeightFakeQuantize
 from tfmq_fx.parallel import Ranks, Workers, workers
 from tfmq_fx.passes.find_blocks import find_blocks
@@ -114,14 +114,14 @@ class _Run:
     ranks: Ranks
 
     def split(
-        self, chunks: Iterable[Mapping[str, Tensor]]
+        self, chunks: Iterable[Mapping[str, Tensor]], *, whole: bool = False
     ) -> tuple[list[list[Part]], list[dict[str, Tensor]]]:
-        """The parts of each chunk that are this process's, and their rows."""
+        """The parts of each chunk that are this process's, and their rows; whole: a graph of a fixed batch has one part."""
         parts: list[list[Part]] = []
         rows: list[dict[str, Tensor]] = []
         for chunk in chunks:
             count = len(next(iter(chunk.values())))
-            pieces = torch.arange(count).tensor_split(self.settings.shards)
+            pieces = torch.arange(count).tensor_split(1 if whole else self.settings.shards)
             mine = [piece for piece in self.ranks.share(pieces) if len(piece)]
             parts.append([Part(len(rows) + i, len(piece) / count) for i, piece in enumerate(mine)])
             rows += [{n: x[piece] for n, x in chunk.items()} for piece in mine]
@@ -192,7 +192,10 @@ class _Walk:
         self.gm, self.config = fresh(gm), run
         self.gm.meta = gm.meta
         batches = data.batches(run.settings.batch_size, one_timestep=is_scalar(gm))
-        self.chunks, rows = run.split(batches)
+        values = [meta_value(n) for n in placeholders(gm).values()]
+        batch = [x.shape[0] for x in values if isinstance(x, Tensor) and x.dim()]
+        whole = any(fixed_size(size) is not None for size in batch)
+        self.chunks, rows = run.split(batches, whole=whole)
         self.inputs = [inputs_of(gm, r) for r in rows]
         self.passed = {n for n in self.gm.graph.nodes if n.op == "call_module" and _is_observer(self.gm, n)}
 
