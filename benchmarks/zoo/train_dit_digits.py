@@ -1,0 +1,140 @@
+"""Train the second demo model: a class-conditional diffusion transformer on scikit-learn's digits, seeded.
+
+    python -m benchmarks.zoo.train_dit_digits --output benchmarks/zoo/dit-digits
+
+Writes a diffusers pipeline folder and prints how good the model is: training time, and how many of 1,024 DDIM-50
+samples a classifier trained on real digits recognises, with confidence over 0.9, as the label asked for.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import time
+from pathlib import Path
+
+import torch
+from diffusers import DDIMScheduler, DiTTransformer2DModel
+from torch import nn
+from torch.nn import functional as F
+
+from benchmarks.digits import IMAGE_SIZE, NUM_CLASSES, digits, recognise, train_classifier
+from benchmarks.zoo.dit_digits import DiTDigitsPipeline
+
+LABEL_DROPOUT = 0.1
+
+
+def make_transformer(*, layers: int = 4) -> DiTTransformer2DModel:
+    """DiT as published, in small: adaLN-zero starts as the identity, which diffusers' constructor leaves out."""
+    net = DiTTransformer2DModel(
+        sample_size=IMAGE_SIZE,
+        patch_size=2,
+        in_channels=1,
+        num_layers=layers,
+        num_attention_heads=4,
+        attention_head_dim=32,
+        num_embeds_ada_norm=NUM_CLASSES,
+    )
+    for module in net.modules():
+        if isinstance(module, nn.Linear):
+            nn.init.xavier_uniform_(module.weight)
+            nn.init.zeros_(module.bias)
+    for block in net.transformer_blocks:
+        embedding = block.norm1.emb
+        nn.init.normal_(embedding.timestep_embedder.linear_1.weight, std=0.02)
+        nn.init.normal_(embedding.timestep_embedder.linear_2.weight, std=0.02)
+        nn.init.normal_(embedding.class_embedder.embedding_table.weight, std=0.02)
+        nn.init.zeros_(block.norm1.linear.weight)
+    nn.init.zeros_(net.proj_out_1.weight)
+    nn.init.zeros_(net.proj_out_2.weight)
+    return net
+
+
+def train(*, steps: int, batch: int, lr: float, seed: int, layers: int) -> DiTDigitsPipeline:
+    torch.manual_seed(seed)
+    x0_N1HW, label_N = digits()
+    # clip_sample is for sampling: DDIM clips x0 but goes on with the unclipped noise, and in the first steps, where x0
+    # is the noise's error times a hundred, that takes the samples off course (51.7% recognised instead of 9 in 10).
+    scheduler = DDIMScheduler(num_train_timesteps=1000, beta_schedule="linear", clip_sample=False)
+    # In training mode every block (each has an embedding of its own) would drop labels by itself, and a sample
+    # would meet the null class in some blocks and its label in the others. There is no other dropout: the network
+    # stays in evaluation mode, and labels are dropped below, for the whole network at once.
+    net = make_transformer(layers=layers).eval()
+    ema = copy.deepcopy(net).requires_grad_(False)
+    opt = torch.optim.AdamW(net.parameters(), lr=lr, weight_decay=0.0, betas=(0.9, 0.99), fused=True)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(opt, lr, total_steps=steps, pct_start=0.05)
+    started, running = time.monotonic(), 0.0
+    for step in range(1, steps + 1):
+        rows = torch.randint(len(x0_N1HW), (batch,))
+        x0, label = x0_N1HW[rows], label_N[rows]
+        label = torch.where(torch.rand(batch) < LABEL_DROPOUT, NUM_CLASSES, label)
+        # One timestep from each of `batch` equal intervals: the same distribution, less noise in the gradient.
+        t = ((torch.randperm(batch) + torch.rand(batch)) * (1000 / batch)).long().clamp(max=999)
+        noise = torch.randn_like(x0)
+        loss = F.mse_loss(net(scheduler.add_noise(x0, noise, t), t, label).sample, noise)
+        opt.zero_grad(set_to_none=True)
+        loss.backward()
+        nn.utils.clip_grad_norm_(net.parameters(), 1.0)
+        opt.step()
+        schedule.step()
+        decay = min(0.999, step / (step + 10))
+        with torch.no_grad():
+            for p_ema, p in zip(ema.parameters(), net.parameters(), strict=True):
+                p_ema.lerp_(p, 1 - decay)
+        running += loss.item()
+        if step % 100 == 0:
+            seconds = time.monotonic() - started
+            print(
+                f"step {step}/{steps} loss {running / 100:.4f} {seconds:.0f} s, {seconds / step * (steps - step):.0f} s to go",
+                flush=True,
+            )
+            running = 0.0
+    return DiTDigitsPipeline(ema, scheduler)
+
+
+def report(pipe: DiTDigitsPipeline, *, num_samples: int, guidance_scales: list[float]) -> None:
+    pipe.set_progress_bar_config(disable=True)
+    classifier = train_classifier()
+    asked = torch.arange(num_samples) % NUM_CLASSES
+    for scale in guidance_scales:
+        generator = torch.Generator().manual_seed(1)
+        images = torch.cat(
+            [
+                pipe(part, scale, generator, num_inference_steps=50, output_type="pt").images
+                for part in asked.split(256)
+            ]
+        )
+        label, confidence = recognise(classifier, images * 2 - 1)
+        good = (confidence > 0.9) & (label == asked)
+        by_digit = [round(100 * good[asked == digit].float().mean().item()) for digit in range(NUM_CLASSES)]
+        print(
+            f"{num_samples} samples, DDIM 50, guidance {scale}: {good.float().mean():.1%} recognised with confidence > 0.9 as the "
+            f"label asked for ({(label == asked).float().mean():.1%} at any confidence); by digit {by_digit} %",
+            flush=True,
+        )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--steps", type=int, default=4500)
+    parser.add_argument("--batch", type=int, default=32)
+    parser.add_argument("--lr", type=float, default=1.5e-3)
+    parser.add_argument("--layers", type=int, default=4)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--samples", type=int, default=1024, help="samples of the report")
+    parser.add_argument("--guidance", type=float, nargs="+", default=[2.0], help="scales of the report")
+    args = parser.parse_args()
+    # The order of the sums, and with it the weights, depends on the number of threads.
+    torch.set_num_threads(1)
+    started = time.monotonic()
+    pipe = train(steps=args.steps, batch=args.batch, lr=args.lr, seed=args.seed, layers=args.layers)
+    print(
+        f"trained {sum(p.numel() for p in pipe.transformer.parameters()) / 1e6:.2f} M parameters in {time.monotonic() - started:.0f} s on {torch.get_num_threads()} thread"
+    )
+    pipe.save_pretrained(args.output)
+    report(pipe, num_samples=args.samples, guidance_scales=args.guidance)
+
+
+if __name__ == "__main__":
+    main()
