@@ -46,7 +46,7 @@ CURVE = (100, 400, 1000, 4000, 20000)
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """method: one of recipe.METHODS, or "adaround,iterations=100,learning_rate=0.03" with fields of Reconstruction."""
+    """method: one of recipe.METHODS, or "adaround,iterations=100,group_size=64" with fields of Reconstruction or Recipe."""
 
     model: str
     setting: str
@@ -57,12 +57,18 @@ class Run:
     @property
     def recipe(self) -> Recipe:
         name, *changes = self.method.split(",")
-        base = Recipe.preset(self.setting)
-        fields: dict[str, Any] = {"method": name}
+        recipe = Recipe.preset(self.setting)
+        settings: dict[str, Any] = {"method": name}
         for change in changes:
-            key, _, value = change.partition("=")
-            fields[key] = type(getattr(base.reconstruction, key))(json.loads(value))
-        return dataclasses.replace(base, reconstruction=dataclasses.replace(base.reconstruction, **fields))
+            key, _, text = change.partition("=")
+            value = text if text.isalpha() and text not in ("true", "false") else json.loads(text)
+            if hasattr(recipe.reconstruction, key):
+                settings[key] = value
+            else:
+                recipe = dataclasses.replace(recipe, **{key: value})
+        return dataclasses.replace(
+            recipe, reconstruction=dataclasses.replace(recipe.reconstruction, **settings)
+        )
 
 
 def pipeline(model: str) -> tuple[Any, dict[str, Any], dict[str, Any]]:
@@ -71,9 +77,9 @@ def pipeline(model: str) -> tuple[Any, dict[str, Any], dict[str, Any]]:
         pipe = embedded_pipeline()
         pipe.set_progress_bar_config(disable=True)
         return pipe, {}, {}
-    from benchmarks.zoo.dit_digits import zoo_pipeline
+    from benchmarks.zoo.dit_digits import dit_digits_pipeline
 
-    pipe = zoo_pipeline()
+    pipe = dit_digits_pipeline()
     pipe.set_progress_bar_config(disable=True)
     return pipe, {"guidance_scale": 2.0}, {"class_labels": range(11)}
 
