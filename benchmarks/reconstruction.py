@@ -59,6 +59,7 @@ class Run:
         name, *changes = self.method.split(",")
         recipe = Recipe.preset(self.setting)
         settings: dict[str, Any] = {"method": name}
+        others: dict[str, Any] = {}
         for change in changes:
             key, _, text = change.partition("=")
             value = text if text.isalpha() and text not in ("true", "false") else json.loads(text)
