@@ -63,13 +63,9 @@ class Run:
         for change in changes:
             key, _, text = change.partition("=")
             value = text if text.isalpha() and text not in ("true", "false") else json.loads(text)
-            if hasattr(recipe.reconstruction, key):
-                settings[key] = value
-            else:
-                recipe = dataclasses.replace(recipe, **{key: value})
-        return dataclasses.replace(
-            recipe, reconstruction=dataclasses.replace(recipe.reconstruction, **settings)
-        )
+            (settings if hasattr(recipe.reconstruction, key) else others)[key] = value
+        reconstruction = dataclasses.replace(recipe.reconstruction, **settings)
+        return dataclasses.replace(recipe, reconstruction=reconstruction, **others)
 
 
 def pipeline(model: str) -> tuple[Any, dict[str, Any], dict[str, Any]]:
