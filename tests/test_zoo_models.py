@@ -89,6 +89,6 @@ def test_it_is_quantized_with_a_table_of_timesteps_and_labels(dit, reference):
     }
     assert {layer["path"] for layer in q.report["layers"]} == modules
     y = draw(dit, q, class_labels=LABELS)
-    # Measured 44.3 dB; the next coarser settings, 8-bit edge inputs and 4-bit weights, reach 40.5 and 30.7.
-    assert psnr_by_image(y, reference).mean() > 42
+    # Measured 44.1 dB; the next coarser settings, 8-bit edge inputs and 4-bit weights, reach 41.7 and 31.7.
+    assert psnr_by_image(y, reference).mean() > 42.5
     assert psnr(y, reference) < 80  # it is quantized, not the float network

@@ -54,7 +54,7 @@ def train(*, steps: int, batch: int, lr: float, seed: int, layers: int) -> DiTDi
     torch.manual_seed(seed)
     x0_N1HW, label_N = digits()
     # clip_sample is for sampling: DDIM clips x0 but goes on with the unclipped noise, and in the first steps, where x0
-    # is the noise's error times a hundred, that takes the samples off course (51.7% recognised instead of 9 in 10).
+    # is the noise's error times a hundred, that takes the samples off course (at 50 steps 51.7% recognised instead of 99.7%).
     scheduler = DDIMScheduler(num_train_timesteps=1000, beta_schedule="linear", clip_sample=False)
     # In training mode every block (each has an embedding of its own) would drop labels by itself, and a sample
     # would meet the null class in some blocks and its label in the others. There is no other dropout: the network
