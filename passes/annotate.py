@@ -85,7 +85,7 @@ class Plan:
 
 def plan(gm: GraphModule, *, recipe: Recipe, temporal: TemporalBlock) -> Plan:
     """Apply the recipe to every weighted layer of the graph. Raises TFMQError for a rule that matches nothing."""
-    edges, inside = edge_layers(gm), set(temporal.nodes)
+    edges, inside = edge_layers(gm, timestep=temporal.timestep), set(temporal.nodes)
     layers, floats, notes, unused = [], [], [], set(recipe.rules)
     paths = []
     for node in gm.graph.nodes:

@@ -16,15 +16,17 @@ STEPS = 10
 LABELS = list(range(10))
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture(scope="module", autouse=True)
 def _one_thread():
     # Matrices this small gain nothing from a second thread, and lose minutes to one on a busy machine.
+    threads = torch.get_num_threads()
     torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")
 def dit():
-    torch.set_num_threads(1)  # for `reference`, which is drawn before the fixture above runs
     pipe = dit_digits_pipeline()
     pipe.set_progress_bar_config(disable=True)
     return pipe
@@ -92,3 +94,22 @@ def test_it_is_quantized_with_a_table_of_timesteps_and_labels(dit, reference):
     # Measured 44.1 dB; the next coarser settings, 8-bit edge inputs and 4-bit weights, reach 41.7 and 31.7.
     assert psnr_by_image(y, reference).mean() > 42.5
     assert psnr(y, reference) < 80  # it is quantized, not the float network
+
+
+def test_every_first_time_embedding_layer_keeps_eight_bits(dit):
+    """The network embeds the timestep anew in each block: it has as many first layers as blocks."""
+    tensors = {
+        "hidden_states": torch.zeros(2, 1, 16, 16),
+        "timestep": torch.tensor([1, 2]),
+        "class_labels": torch.tensor([0, 1]),
+    }
+    gm = tfmq_fx.capture(dit.transformer, {**tensors, "return_dict": False})
+    layers = (
+        tfmq_fx.prepare(gm, tfmq_fx.Recipe.preset("w4a8"), timesteps=torch.tensor([1, 2])).meta["plan"].layers
+    )
+    bits = {layer.path: layer.weight_bits for layer in layers}
+    blocks = dit.transformer.config.num_layers
+    assert [
+        bits[f"transformer_blocks.{i}.norm1.emb.timestep_embedder.linear_1.weight"] for i in range(blocks)
+    ] == [8] * blocks
+    assert bits["transformer_blocks.0.norm1.emb.timestep_embedder.linear_2.weight"] == 4

@@ -267,18 +267,18 @@ def ancestors(nodes: Iterable[Node], also: Mapping[Node, Iterable[Node]] | None 
     return seen
 
 
-def edge_layers(gm: GraphModule) -> set[Node]:
+def edge_layers(gm: GraphModule, *, timestep: str) -> set[Node]:
     """The first and last weighted layers: the only one an input reaches first, or that reaches the output last.
 
     An input that fans out to many layers at once (a text embedding read by every cross-attention) has no
-    first layer in this sense. The first time-embedding layer is the first layer of `timestep`.
+    first layer in this sense; but the timestep has as many as it reaches: some networks embed it anew in each block.
     """
     inputs = [n for n in gm.graph.nodes if n.op == "placeholder"]
     output = next(n for n in gm.graph.nodes if n.op == "output")
     found: set[Node] = set()
     for node in inputs:
         layers = _first_weighted([node], forward=True)
-        if len(layers) == 1:
+        if len(layers) == 1 or node.target == timestep:
             found |= layers
     layers = _first_weighted([output], forward=False)
     return found | layers if len(layers) <= 2 else found
