@@ -29,7 +29,7 @@ def split(seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
     return order[360:], order[:360]
 
 
-def _network() -> nn.Sequential:
+def classifier_network() -> nn.Sequential:
     return nn.Sequential(
         nn.Conv2d(1, 32, 3, padding=1), nn.BatchNorm2d(32), nn.ReLU(), nn.MaxPool2d(2),
         nn.Conv2d(32, 64, 3, padding=1), nn.BatchNorm2d(64), nn.ReLU(), nn.MaxPool2d(2),
@@ -44,7 +44,7 @@ def train_classifier(*, epochs: int = 30, seed: int = 0) -> nn.Module:
         torch.manual_seed(seed)
         x, y = digits()
         x, y = x[split()[0]], y[split()[0]]
-        net = _network().train()
+        net = classifier_network().train()
         opt = torch.optim.AdamW(net.parameters(), lr=2e-3, weight_decay=1e-2)
         steps = epochs * (len(x) // 64)
         schedule = torch.optim.lr_scheduler.OneCycleLR(opt, 2e-3, total_steps=steps)
