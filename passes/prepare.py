@@ -18,11 +18,11 @@ from tfmq_fx.parallel import workers
 from tfmq_fx.passes.annotate import RecipeQuantizer
 from tfmq_fx.passes.find_temporal import TemporalBlock, conditioning_vectors, find_temporal
 from tfmq_fx.passes.insert_step_index import insert_step_index, key_index, step_index
-from tfmq_fx.passes.pass_manager import CLEANING, declare
+from tfmq_fx.passes.pass_manager import CLEANING, LOW_BITS, declare
 from tfmq_fx.recipe import Recipe
 
 
-@declare(after=CLEANING)
+@declare(after=(*CLEANING, *LOW_BITS))
 def prepare(
     gm: GraphModule,
     recipe: Recipe,
