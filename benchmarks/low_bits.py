@@ -9,7 +9,6 @@ A variant is a word of passes joined by "+": smooth (alpha 0.5), smooth0.75, rot
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
 import platform
 import time
@@ -39,9 +38,9 @@ VARIANTS = (
 
 
 def variant(bits: str, text: str, method: str) -> Recipe:
-    """The recipe of e.g. ("w3a8", "rotate16+rank8", "gptq"); the preset itself for the text "preset"."""
+    """The recipe of e.g. ("w3a8", "rotate16+rank8", "gptq"); for the text "preset" the preset, whatever the method."""
     if text == "preset":
-        return dataclasses.replace(Recipe.preset(bits), reconstruction=Reconstruction(method=method))
+        return Recipe.preset(bits)
     weight, activation = (int(b) for b in bits[1:].split("a"))
     changes: dict[str, Any] = {}
     for word in text.split("+"):

@@ -158,6 +158,13 @@ def test_the_order_of_the_three_is_checked():
         PassManager([rotate, partial(smooth, maxima=maxima)])(captured())
 
 
+def test_a_recipe_whose_passes_have_not_run_says_so():
+    gm = tfmq_fx.prepare(captured(), tfmq_fx.Recipe(rotate=4), timesteps=TIMESTEPS)
+    assert [(n.name, n.reason) for n in gm.meta["plan"].notes] == [
+        ("rotate", "Recipe.rotate is set, but passes.rotate has not run; see pipeline.low_bits")
+    ]
+
+
 @pytest.fixture(scope="module")
 def model():
     recipe = tfmq_fx.Recipe(weight_bits=3, activation_bits=4, reconstruction=FAST, **ALL)

@@ -207,5 +207,14 @@ PRESETS = {
     "w4a8": Recipe(weight_bits=4, activation_bits=8),
     "w8a16": Recipe(weight_bits=8, activation_bits=FLOAT_BITS),
     "w4a16": Recipe(weight_bits=4, activation_bits=FLOAT_BITS),
-    "w4a4": Recipe(weight_bits=4, activation_bits=4),
+    # Measured, docs/low_bits.md: with a branch beside it, learned rounding loses to the nearest at 4-bit activations.
+    "w4a4": Recipe(
+        weight_bits=4,
+        activation_bits=4,
+        smooth=0.5,
+        low_rank=8,
+        reconstruction=Reconstruction(method="nearest", temporal_method="gptq"),
+    ),
+    "w3a8": Recipe(weight_bits=3, activation_bits=8, low_rank=8),
+    "w2a8": Recipe(weight_bits=2, activation_bits=8, low_rank=8),
 }
