@@ -34,8 +34,9 @@ def low_rank(
     The branch reads x as it is, before any quantization, and is kept in half precision: L1 and L2 are rounded to it here
     and what is left of W is taken after that, so the sum is W. Reassociation only.
 
-    bits: of the weights to come. L is then, layer by layer, the truncated SVD of W or that of its rounding error W - Q(W) (LoftQ,
-        Li et al. 2023, one alternation): the one whose residual rounds to nearest with less error. None: that of W.
+    bits: None takes the truncated SVD of W (SVDQuant): least is left of W, so coarse activations do least harm. A number, of the
+        weights' bits to come, takes layer by layer that or the SVD of the rounding error W - Q(W) (LoftQ, Li et al. 2023, one
+        alternation), whichever's residual rounds to nearest with less error.
 
     gm.meta["low_rank"] says what was done to each layer; a graph that has it stays as it is. Left as they are: grouped and
     transposed convolutions, and layers whose branch would hold as many numbers as the weight. Raises TFMQError for a prepared graph

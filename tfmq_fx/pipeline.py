@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 from torch.utils import _pytree as pytree
 
-from tfmq_fx.arithmetic import FLOAT_BITS
 from tfmq_fx.calibration import CalibrationSet, calibrate, denoiser, input_maxima, inputs_of
 from tfmq_fx.capture import capture
 from tfmq_fx.errors import TFMQError
@@ -145,7 +144,9 @@ def low_bits(
     if recipe.rotate is not None:
         passes.append(partial(rotate, block=recipe.rotate, temporal=temporal))
     if recipe.low_rank is not None:
-        bits = None if recipe.weight_bits == FLOAT_BITS else recipe.weight_bits
+        # Coarse activations err in proportion to what is left of W: then the branch must take the largest part of W itself.
+        weights_alone = recipe.weight_bits < 8 <= recipe.activation_bits
+        bits = recipe.weight_bits if weights_alone else None
         passes.append(partial(low_rank, rank=recipe.low_rank, bits=bits, temporal=temporal))
     if not passes:
         return gm

@@ -207,7 +207,7 @@ PRESETS = {
     "w4a8": Recipe(weight_bits=4, activation_bits=8),
     "w8a16": Recipe(weight_bits=8, activation_bits=FLOAT_BITS),
     "w4a16": Recipe(weight_bits=4, activation_bits=FLOAT_BITS),
-    # Measured, docs/low_bits.md: with a branch beside it, learned rounding loses to the nearest at 4-bit activations.
+    # By measurement, see docs/low_bits.md; at 4-bit activations learned rounding gains nothing over the nearest beside a branch.
     "w4a4": Recipe(
         weight_bits=4,
         activation_bits=4,
