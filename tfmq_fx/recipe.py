@@ -207,14 +207,14 @@ PRESETS = {
     "w4a8": Recipe(weight_bits=4, activation_bits=8),
     "w8a16": Recipe(weight_bits=8, activation_bits=FLOAT_BITS),
     "w4a16": Recipe(weight_bits=4, activation_bits=FLOAT_BITS),
-    # By measurement, see docs/low_bits.md; at 4-bit activations learned rounding gains nothing over the nearest beside a branch.
+    # As measured in docs/low_bits.md.
     "w4a4": Recipe(
-        weight_bits=4,
-        activation_bits=4,
-        smooth=0.5,
-        low_rank=8,
-        reconstruction=Reconstruction(method="nearest", temporal_method="gptq"),
+        weight_bits=4, activation_bits=4, smooth=0.5, low_rank=8, reconstruction=Reconstruction(method="gptq")
     ),
-    "w3a8": Recipe(weight_bits=3, activation_bits=8, low_rank=8),
-    "w2a8": Recipe(weight_bits=2, activation_bits=8, low_rank=8),
+    "w3a8": Recipe(
+        weight_bits=3, activation_bits=8, low_rank=8, reconstruction=Reconstruction(method="gptq")
+    ),
+    "w2a8": Recipe(
+        weight_bits=2, activation_bits=8, low_rank=8, reconstruction=Reconstruction(method="gptq")
+    ),
 }
