@@ -47,7 +47,8 @@ def low_rank(
         raise TFMQError(f"rank={rank}: is not positive.")
     if "low_rank" in gm.meta:
         return PassResult(gm, False)
-    layers, changes = choose_layers(gm, (temporal or find_temporal(gm)).nodes)
+    temporal = temporal or find_temporal(gm)
+    layers, changes = choose_layers(gm, temporal.nodes, timestep=temporal.timestep)
     for layer in layers:
         out, *rest = layer.weight.shape
         numbers = rank * (out + torch.Size(rest).numel())

@@ -35,8 +35,9 @@ def rotate(gm: GraphModule, *, block: int = 16, temporal: TemporalBlock | None =
     h = hadamard(block)
     if "rotate" in gm.meta:
         return PassResult(gm, False)
-    inside = (temporal or find_temporal(gm)).nodes
-    layers, changes = choose_layers(gm, inside)
+    temporal = temporal or find_temporal(gm)
+    inside = temporal.nodes
+    layers, changes = choose_layers(gm, inside, timestep=temporal.timestep)
     fits = {layer.node for layer in layers if not len(layer.by_input()) // layer.groups % block}
     for layer in layers:
         if layer.node not in fits:

@@ -43,8 +43,9 @@ def smooth(
         raise TFMQError(f"alpha={alpha}: is not between 0 (weights stay) and 1 (activations become even).")
     if "smooth" in gm.meta:
         return PassResult(gm, False)
-    inside = (temporal or find_temporal(gm)).nodes
-    layers, changes = choose_layers(gm, inside)
+    temporal = temporal or find_temporal(gm)
+    inside = temporal.nodes
+    layers, changes = choose_layers(gm, inside, timestep=temporal.timestep)
     _check(layers, maxima)
     origins, explicit = find_origins(gm, layers, temporal=inside)
     for origin in origins:

@@ -17,7 +17,7 @@ from tfmq_fx._torchao import FakeQuantizeBase, ObserverBase
 from tfmq_fx.arguments import Path, leaves, nested
 from tfmq_fx.channels import choose_layers
 from tfmq_fx.errors import TFMQError, nearest_names
-from tfmq_fx.graph import fixed_size, fresh, meta_value, placeholders
+from tfmq_fx.graph import fixed_size, fresh, meta_value, placeholders, timestep_input
 from tfmq_fx.observers.static import StaticFakeQuantize
 from tfmq_fx.observers.temporal import TemporalObserver
 from tfmq_fx.observers.token import TokenFakeQuantize
@@ -330,7 +330,8 @@ def input_maxima(
 
     gm: a float graph; `num_samples` rows, spread evenly over the timesteps, are run through it once.
     """
-    axes = {layer.node.name: layer.axis for layer in choose_layers(gm, ())[0]}
+    timestep = str(timestep_input(gm, None).target)
+    axes = {layer.node.name: layer.axis for layer in choose_layers(gm, (), timestep=timestep)[0]}
 
     class Watch(Interpreter):
         def __init__(self) -> None:

@@ -88,12 +88,14 @@ class Layer:
         return result
 
 
-def choose_layers(gm: GraphModule, temporal: Iterable[str]) -> tuple[list[Layer], list[Change]]:
+def choose_layers(
+    gm: GraphModule, temporal: Iterable[str], *, timestep: str
+) -> tuple[list[Layer], list[Change]]:
     """The layers that low-bit passes work on, and why the others are left: temporal ones, first and last ones.
 
-    temporal: names of the temporal block's nodes.
+    temporal: names of the temporal block's nodes; timestep: the name of the input it starts from.
     """
-    inside, edges, readers = set(temporal), edge_layers(gm), count_readers(gm)
+    inside, edges, readers = set(temporal), edge_layers(gm, timestep=timestep), count_readers(gm)
     layers, left = [], []
     for node in gm.graph.nodes:
         index = weight_argument(node)
