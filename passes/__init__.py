@@ -7,11 +7,14 @@ from tfmq_fx.passes.find_temporal import TemporalBlock, find_temporal
 from tfmq_fx.passes.inline_modules import inline_modules
 from tfmq_fx.passes.insert_step_index import insert_step_index
 from tfmq_fx.passes.literal_dtypes import literal_dtypes
+from tfmq_fx.passes.low_rank import low_rank
 from tfmq_fx.passes.partition_temporal import extract_temporal, partition_temporal
 from tfmq_fx.passes.pass_manager import PassManager
 from tfmq_fx.passes.prepare import prepare
 from tfmq_fx.passes.remove_noops import remove_noops
 from tfmq_fx.passes.root_batch_size import root_batch_size
+from tfmq_fx.passes.rotate import rotate
+from tfmq_fx.passes.smooth import smooth
 
 __all__ = [
     "Block",
@@ -25,8 +28,11 @@ __all__ = [
     "inline_modules",
     "insert_step_index",
     "literal_dtypes",
+    "low_rank",
     "partition_temporal",
     "prepare",
     "remove_noops",
     "root_batch_size",
+    "rotate",
+    "smooth",
 ]

@@ -37,6 +37,7 @@ from tfmq_fx.observers.static import StaticFakeQuantize
 from tfmq_fx.observers.token import TokenFakeQuantize
 from tfmq_fx.observers.weight import PerChannelWeightFakeQuantize
 from tfmq_fx.passes.find_temporal import TemporalBlock, taint
+from tfmq_fx.passes.low_rank import branch_weight
 from tfmq_fx.recipe import Recipe
 
 
@@ -119,8 +120,11 @@ def plan(gm: GraphModule, *, recipe: Recipe, temporal: TemporalBlock) -> Plan:
             or weight.op != "get_attr"
             or any(isinstance(v, Node) for v in node.kwargs.values())
         ):
+            branch = branch_weight(node)
             floats.append(
-                Float(
+                Float(name=branch, reason="low-rank branch, kept in 16 bits: Recipe.low_rank")
+                if branch
+                else Float(
                     name=node.name,
                     reason=f"{op_name(node)}: its weight is computed, not a parameter",
                     chosen=False,

@@ -10,7 +10,7 @@ from tfmq_fx._torchao import convert_pt2e
 from tfmq_fx.graph import fresh
 from tfmq_fx.passes.find_temporal import temporal_of
 from tfmq_fx.passes.partition_temporal import partition_temporal
-from tfmq_fx.passes.pass_manager import declare
+from tfmq_fx.passes.pass_manager import LOW_BITS, declare
 from tfmq_fx.passes.prepare import require_stage
 
 
@@ -28,7 +28,8 @@ def convert(gm: GraphModule) -> GraphModule:
     """
     require_stage(gm, "calibrated", "reconstructed")
     kept = (
-        "timestep", "conditioning", "features", "feature_keys", "timesteps", "finite", "recipe", "plan", "reconstruction"
+        "timestep", "conditioning", "features", "feature_keys", "timesteps", "finite", "recipe", "plan", "reconstruction",
+        *LOW_BITS,
     )  # fmt: skip
     meta = {name: gm.meta[name] for name in kept if name in gm.meta} | {"stage": "converted"}
     # Our observers' convert hooks fold their own weights; torchao folds those of another quantizer.

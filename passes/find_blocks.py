@@ -9,6 +9,7 @@ from torch.fx import GraphModule, Node
 
 from tfmq_fx.graph import op_name, value_inputs, weight_argument
 from tfmq_fx.passes.find_temporal import TemporalBlock, constants_of, taint, temporal_of
+from tfmq_fx.passes.low_rank import is_branch_sum
 
 _JOINS = ("add", "sub")
 
@@ -79,7 +80,12 @@ def _residual_regions(gm: GraphModule, data: set[Node]) -> Iterable[set[Node]]:
             nearest = common(nearest, source)
         dominator[node] = nearest
         depth[node] = depth[nearest] + 1 if nearest is not None else 0
-        if op_name(node) in _JOINS and len(set(sources)) == 2 and nearest is not None:
+        if (
+            op_name(node) in _JOINS
+            and not is_branch_sum(node)
+            and len(set(sources)) == 2
+            and nearest is not None
+        ):
             yield _between(nearest, node, data)
 
 

@@ -18,6 +18,8 @@ from tfmq_fx.errors import TFMQError
 log = logging.getLogger(__name__)
 # What tidies a captured graph, in no order but before anything else.
 CLEANING = ("bind_parameters", "inline_modules", "remove_noops", "literal_dtypes", "root_batch_size")
+# What makes the float graph easier to quantize at few bits.
+LOW_BITS = ("smooth", "rotate", "low_rank")
 F = TypeVar("F", bound=Callable[..., Any])
 _STAGES = {"prepared": ("prepare",), "calibrated": ("prepare", "calibrate")}
 _STAGES["reconstructed"] = (*_STAGES["calibrated"], "reconstruct")

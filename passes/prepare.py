@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
@@ -15,14 +16,14 @@ from tfmq_fx.graph import attribute, fresh, meta_value, placeholders, require_in
 from tfmq_fx.observers.temporal import TemporalObserver
 from tfmq_fx.observers.weight import PerChannelWeightFakeQuantize
 from tfmq_fx.parallel import workers
-from tfmq_fx.passes.annotate import RecipeQuantizer
+from tfmq_fx.passes.annotate import Note, RecipeQuantizer
 from tfmq_fx.passes.find_temporal import TemporalBlock, conditioning_vectors, find_temporal
 from tfmq_fx.passes.insert_step_index import insert_step_index, key_index, step_index
-from tfmq_fx.passes.pass_manager import CLEANING, declare
+from tfmq_fx.passes.pass_manager import CLEANING, LOW_BITS, declare
 from tfmq_fx.recipe import Recipe
 
 
-@declare(after=CLEANING)
+@declare(after=(*CLEANING, *LOW_BITS))
 def prepare(
     gm: GraphModule,
     recipe: Recipe,
@@ -87,6 +88,12 @@ def prepare(
     gm.graph.lint()
     gm.recompile()
     assert quantizer.plan is not None
+    missing = [
+        Note(name=name, reason=f"Recipe.{name} is set, but passes.{name} has not run; see pipeline.low_bits")
+        for name in LOW_BITS
+        if getattr(recipe, name) is not None and name not in gm.meta
+    ]
+    plan = dataclasses.replace(quantizer.plan, notes=(*quantizer.plan.notes, *missing))
     gm.meta.update(
         timestep=timestep,
         conditioning=temporal.keys[1:],
@@ -95,7 +102,7 @@ def prepare(
         timesteps=timesteps,
         finite=finite_tables,
         recipe=recipe,
-        plan=quantizer.plan,
+        plan=plan,
         stage="prepared",
     )
     return gm

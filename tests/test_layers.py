@@ -16,6 +16,8 @@ LEVELS = [
         "tfmq_fx._torchao",
         "tfmq_fx.arguments",
         "tfmq_fx.arithmetic",
+        "tfmq_fx.channels",
+        "tfmq_fx.origins",
         "tfmq_fx.graph",
         "tfmq_fx.progress",
         "tfmq_fx.metrics",

@@ -24,7 +24,7 @@ def bits_by_layer(gm):
     }
 
 
-@pytest.mark.parametrize("name", ["w8a8", "w4a8", "w8a16", "w4a16", "w4a4"])
+@pytest.mark.parametrize("name", ["w8a8", "w4a8", "w8a16", "w4a16", "w4a4", "w3a8", "w2a8"])
 def test_every_preset_gives_every_layer_its_bits(name):
     gm = tfmq_fx.prepare(captured(), tfmq_fx.Recipe.preset(name), timesteps=TIMESTEPS)
     weight, activation = (int(b) for b in name[1:].split("a"))

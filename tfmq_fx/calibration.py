@@ -11,12 +11,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.fx import GraphModule
+from torch.fx import GraphModule, Interpreter, Node
 
 from tfmq_fx._torchao import FakeQuantizeBase, ObserverBase
 from tfmq_fx.arguments import Path, leaves, nested
+from tfmq_fx.channels import choose_layers
 from tfmq_fx.errors import TFMQError, nearest_names
-from tfmq_fx.graph import fixed_size, fresh, meta_value, placeholders
+from tfmq_fx.graph import fixed_size, fresh, meta_value, placeholders, timestep_input
 from tfmq_fx.observers.static import StaticFakeQuantize
 from tfmq_fx.observers.temporal import TemporalObserver
 from tfmq_fx.observers.token import TokenFakeQuantize
@@ -314,6 +315,44 @@ def _mergeable(module: nn.Module) -> bool:
     if isinstance(module, TemporalObserver):
         return type(module).merge is not TemporalObserver.merge
     return isinstance(module, StaticFakeQuantize)
+
+
+@torch.no_grad()
+def input_maxima(
+    gm: GraphModule,
+    calibration: CalibrationSet,
+    *,
+    num_samples: int = 1024,
+    batch_size: int = 64,
+    seed: int = 0,
+) -> dict[str, Tensor]:
+    """max |X_j| of each input channel j of the layers that `smooth` works on, over the calibration data, by node name.
+
+    gm: a float graph; `num_samples` rows, spread evenly over the timesteps, are run through it once.
+    """
+    timestep = str(timestep_input(gm, None).target)
+    axes = {layer.node.name: layer.axis for layer in choose_layers(gm, (), timestep=timestep)[0]}
+
+    class Watch(Interpreter):
+        def __init__(self) -> None:
+            super().__init__(gm)
+            self.largest: dict[str, Tensor] = {}
+
+        def run_node(self, n: Node) -> Any:
+            if n.name in axes:
+                x = self.env[n.args[0]]  # type: ignore[index]
+                self.largest[n.name] = x.abs().movedim(axes[n.name], 0).flatten(1).amax(1)
+            return super().run_node(n)
+
+    def observe(batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        watch = Watch()
+        watch.run(*inputs_of(gm, batch))
+        return watch.largest
+
+    data = calibration.spread(num_samples, seed=seed)
+    with workers(8) as threads:
+        found = threads.map(observe, data.batches(batch_size, one_timestep=is_scalar(gm)))
+    return {name: torch.stack([of_batch[name] for of_batch in found]).amax(0) for name in axes}
 
 
 def _observing(module: nn.Module) -> bool:

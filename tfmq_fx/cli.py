@@ -171,7 +171,7 @@ def inspect(
 def quantize(
     output: Annotated[Path, typer.Argument(help="Folder to write: new, empty, or an earlier artefact.")],
     model: Model = None,
-    recipe: Annotated[str, typer.Option(help="w8a8, w4a8, w8a16, w4a16, w4a4.")] = "w4a8",
+    recipe: Annotated[str, typer.Option(help="w8a8, w4a8, w8a16, w4a16, w4a4, w3a8, w2a8.")] = "w4a8",
     num_samples: Annotated[int, typer.Option(min=1, help="Calibration trajectories.")] = 64,
     steps: Steps = 50,
     iterations: Annotated[

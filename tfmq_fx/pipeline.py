@@ -7,6 +7,7 @@ import inspect
 import platform
 import time
 from collections.abc import Iterable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,18 +16,23 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 from torch.utils import _pytree as pytree
 
-from tfmq_fx.calibration import CalibrationSet, calibrate, denoiser, inputs_of
+from tfmq_fx.calibration import CalibrationSet, calibrate, denoiser, input_maxima, inputs_of
 from tfmq_fx.capture import capture
 from tfmq_fx.errors import TFMQError
-from tfmq_fx.graph import placeholders
+from tfmq_fx.graph import fresh, placeholders
 from tfmq_fx.graph_json import packed_tensors, quantized_weights, tensors_of
 from tfmq_fx.metrics import cosine_distance, relative_mse_by_timestep
 from tfmq_fx.model import Interface, QuantizedModel
+from tfmq_fx.parallel import workers
 from tfmq_fx.passes.annotate import Plan
 from tfmq_fx.passes.convert import convert
 from tfmq_fx.passes.find_temporal import TemporalBlock, conditioning_vectors, find_temporal
+from tfmq_fx.passes.low_rank import low_rank
 from tfmq_fx.passes.partition_temporal import extract_temporal
+from tfmq_fx.passes.pass_manager import LOW_BITS, PassManager
 from tfmq_fx.passes.prepare import prepare
+from tfmq_fx.passes.rotate import rotate
+from tfmq_fx.passes.smooth import smooth
 from tfmq_fx.recipe import Recipe
 from tfmq_fx.reconstruction import reconstruct
 from tfmq_fx.temporal import chunks_of, is_scalar, run_temporal, temporal_rows
@@ -79,7 +85,10 @@ def quantize(
     vectors = {*conditioning_vectors(gm, timestep), *(finite or {})}
     temporal = find_temporal(gm, timestep=timestep, conditioning=vectors)
     clock.lap("capture")
-    prepared = prepare(gm, recipe, timesteps=timesteps, temporal=temporal, finite=finite)
+    easier = low_bits(gm, recipe, temporal=temporal, calibration=calibration, seed=seed)
+    if easier is not gm:
+        clock.lap("low_bits")
+    prepared = prepare(easier, recipe, timesteps=timesteps, temporal=temporal, finite=finite)
     if strict:
         _require_whole(prepared.meta["plan"])
     clock.lap("prepare")
@@ -122,6 +131,29 @@ def capture_rows(
         except TFMQError:
             pass  # the first error is the one to show
         raise
+
+
+def low_bits(
+    gm: GraphModule, recipe: Recipe, *, temporal: TemporalBlock, calibration: CalibrationSet, seed: int = 0
+) -> GraphModule:
+    """The float graph as `recipe` wants it before quantization, the same function: a new graph module, or `gm` itself."""
+    passes: list[Any] = []
+    if recipe.smooth is not None:
+        maxima = input_maxima(gm, calibration, seed=seed)
+        passes.append(partial(smooth, maxima=maxima, alpha=recipe.smooth, temporal=temporal))
+    if recipe.rotate is not None:
+        passes.append(partial(rotate, block=recipe.rotate, temporal=temporal))
+    if recipe.low_rank is not None:
+        # Coarse activations err in proportion to what is left of W: then the branch must take the largest part of W itself.
+        weights_alone = recipe.weight_bits < 8 <= recipe.activation_bits
+        bits = recipe.weight_bits if weights_alone else None
+        passes.append(partial(low_rank, rank=recipe.low_rank, bits=bits, temporal=temporal))
+    if not passes:
+        return gm
+    with workers(1):  # a singular value's last bits depend on the number of threads, the integers must not
+        easier = PassManager(passes)(fresh(gm)).graph_module
+    assert isinstance(easier, GraphModule)
+    return easier
 
 
 def _require_whole(plan: Plan) -> None:
@@ -244,6 +276,8 @@ def _report(
         tensors[n].numel() * (high - low).bit_length() / 8 for n, (low, high) in packed.items()
     )
     other_bytes = sum(x.numel() * x.element_size() for n, x in tensors.items() if n not in packed)
+    changes = [change for name in LOW_BITS for change in gm.meta.get(name, ())]
+    added = {t for change in changes for t in change.tensors}
     float_bytes = sum(p.numel() * p.element_size() for p in network.parameters())
     return {
         "recipe": recipe.to_json(),
@@ -254,9 +288,15 @@ def _report(
         "sizes": {
             "float_bytes": float_bytes,
             "quantized_bytes": round(packed_bytes + other_bytes),
+            "low_bits_bytes": sum(tensors[n].numel() * tensors[n].element_size() for n in added),
             "ratio": (packed_bytes + other_bytes) / float_bytes,
             "quantized_weights": sum(tensors[n].numel() for n in integers),
             "float_parameters": sum(p.numel() for n, p in network.named_parameters() if n not in quantized),
+        },
+        "low_bits": {
+            name: [dataclasses.asdict(change) for change in gm.meta[name]]
+            for name in LOW_BITS
+            if name in gm.meta
         },
         "temporal_block": {
             "features": len(gm.meta["features"]),

@@ -130,6 +130,14 @@ class Recipe:
     max_table_entries: int = (
         65536  # finite inputs share a key with the timestep while their product fits this
     )
+    # For few bits, on the float graph before anything is quantized, outside the temporal block and the first and last layers:
+    smooth: float | None = (
+        None  # SmoothQuant's alpha: 0 leaves the weights, 1 the activations even; None: off
+    )
+    rotate: int | None = (
+        None  # block size of a Hadamard rotation of the input channels, a power of two; None: off
+    )
+    low_rank: int | None = None  # rank of a 16-bit branch beside each layer (SVDQuant); None: off
     rules: tuple[Rule, ...] = ()  # exceptions by module path; a rule that matches nothing is an error
     reconstruction: Reconstruction = field(default_factory=Reconstruction)
 
@@ -146,6 +154,12 @@ class Recipe:
             check_group_size(self.group_size, "Recipe.group_size")
         if self.max_table_entries < 1:
             raise TFMQError(f"Recipe.max_table_entries: {self.max_table_entries} is not positive.")
+        if self.smooth is not None and not 0.0 <= self.smooth <= 1.0:
+            raise TFMQError(f"Recipe.smooth: {self.smooth} is not between 0 and 1.")
+        if self.rotate is not None and (self.rotate < 2 or self.rotate & (self.rotate - 1)):
+            raise TFMQError(f"Recipe.rotate: {self.rotate} is no power of two from 2 on.")
+        if self.low_rank is not None and self.low_rank < 1:
+            raise TFMQError(f"Recipe.low_rank: {self.low_rank} is not positive.")
         if isinstance(self.temporal_observer, str):
             if self.temporal_observer not in TEMPORAL_OBSERVERS:
                 raise TFMQError(
@@ -193,5 +207,14 @@ PRESETS = {
     "w4a8": Recipe(weight_bits=4, activation_bits=8),
     "w8a16": Recipe(weight_bits=8, activation_bits=FLOAT_BITS),
     "w4a16": Recipe(weight_bits=4, activation_bits=FLOAT_BITS),
-    "w4a4": Recipe(weight_bits=4, activation_bits=4),
+    # As measured in docs/low_bits.md.
+    "w4a4": Recipe(
+        weight_bits=4, activation_bits=4, smooth=0.5, low_rank=8, reconstruction=Reconstruction(method="gptq")
+    ),
+    "w3a8": Recipe(
+        weight_bits=3, activation_bits=8, low_rank=8, reconstruction=Reconstruction(method="gptq")
+    ),
+    "w2a8": Recipe(
+        weight_bits=2, activation_bits=8, low_rank=8, reconstruction=Reconstruction(method="gptq")
+    ),
 }
