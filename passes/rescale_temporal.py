@@ -1,0 +1,147 @@
+"""Give activations whose scale depends on the timestep constant qparams, as kernels prepared once need them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule, Node
+from torch.fx.passes.infra.pass_base import PassResult
+
+from tfmq_fx import _torchao  # noqa: F401  (registers the quantized_decomposed operators)
+from tfmq_fx.errors import TFMQError
+from tfmq_fx.graph import aten, attribute, fixed_size, meta_value, op_name, set_buffer, weight_argument
+from tfmq_fx.passes.pass_manager import declare
+
+ops = torch.ops.quantized_decomposed
+_QUANTIZE = (ops.quantize_per_channel.default, ops.quantize_per_tensor.tensor)
+_DEQUANTIZE = (ops.dequantize_per_channel.default, ops.dequantize_per_tensor.tensor)
+
+
+@declare(after=("convert",))
+def rescale_temporal(gm: GraphModule) -> PassResult:
+    """Move looked-up scales and zero points out of the quantized operators, by q(x; s, z) = q(x / s + z; 1, 0).
+
+        s, z = scale[step], zero_point[step]
+        x' = dequantize(quantize(x, s, z), s, z)   ==>   y = dequantize(quantize(x / s + z, 1, 0), 1, 0)
+        linear(x', W, b), convolution(x', W, b)    ==>   (linear(y, W) - z * linear(1, W)) * s + b
+        every other user of x'                     ==>   (y - z) * s
+
+    y holds the integers themselves. linear(1, W) is a constant; of a convolution that pads it is a map over the
+    picture, so the zeros around x' stay zeros. A weight is evaluated here for it, and not changed.
+
+    Numerics: the integers are the same but for rounding ties (z is added before rounding, not after). A layer's
+    sum is of numbers up to quant_max that cancel against z: float32 is enough for it, bfloat16 is not.
+    Raises TFMQError where a tensor's shape is unknown, and where something else reads the integers.
+    """
+    modified = False
+    for module in [m for m in gm.modules() if isinstance(m, GraphModule)]:
+        for node in list(module.graph.nodes):
+            if node.target in _QUANTIZE and isinstance(node.args[1], Node) and node.args[1].op != "get_attr":
+                _rescale(module, node)
+                modified = True
+        if modified:
+            module.graph.eliminate_dead_code()
+            module.graph.lint()
+            module.recompile()
+    return PassResult(gm, modified)
+
+
+def _rescale(gm: GraphModule, quantize: Node) -> None:
+    call = gm.graph.call_function
+    is_per_row = quantize.target is ops.quantize_per_channel.default
+    x, scale, zero_point, *limits = quantize.args
+    axis = limits.pop(0) if is_per_row else None
+    assert isinstance(x, Node)
+    shape = [-1 if i == axis else 1 for i in range(_fake(x).dim())] if is_per_row else [1]
+    for user in quantize.users:
+        if user.target not in _DEQUANTIZE or user.args[1:] != quantize.args[1:]:
+            raise TFMQError(
+                f"node {user.name}: reads the integers of {quantize.name}, whose scale depends on the timestep, other "
+                "than by dequantizing them with the same scale; no constant scale can stand for it."
+            )
+    with gm.graph.inserting_before(quantize):
+        s = call(aten.view.default, (scale, shape))
+        z = call(aten._to_copy.default, (zero_point,), {"dtype": torch.float32})
+        z = call(aten.view.default, (z, shape))
+        # The quantize operators multiply by the reciprocal, too.
+        scaled = call(aten.mul.Tensor, (x, call(aten.reciprocal.default, (s,))))
+        q = call(ops.quantize_per_tensor.default, (call(aten.add.Tensor, (scaled, z)), 1.0, 0, *limits))
+        y = call(ops.dequantize_per_tensor.default, (q, 1.0, 0, *limits))
+        y.meta = {"val": _fake(x)}
+    for dequantize in list(quantize.users):
+        for layer in list(dequantize.users):
+            if axis in (None, 0) and _is_layer_of(layer, dequantize):
+                _rescale_layer(gm, layer, y, s, z)
+        if dequantize.users:
+            with gm.graph.inserting_before(dequantize):
+                value = call(aten.mul.Tensor, (call(aten.sub.Tensor, (y, z)), s))
+            value.meta = dict(dequantize.meta)
+            dequantize.replace_all_uses_with(value)
+
+
+def _is_layer_of(layer: Node, x: Node) -> bool:
+    """Whether this is a linear or convolution of x with a quantized weight, each row of x giving a row of output."""
+    index = weight_argument(layer)
+    if index is None or layer.args[0] is not x or layer.all_input_nodes.count(x) != 1 or layer.kwargs:
+        return False
+    weight = layer.args[index]
+    if not isinstance(weight, Node) or weight.target is not ops.dequantize_per_channel.default:
+        return False
+    is_constant = all(n.op == "get_attr" for n in weight.all_input_nodes)
+    rank = _fake(x).dim()
+    return is_constant and (rank > 1 if op_name(layer) == "linear" else rank == _weight(weight).dim())
+
+
+def _rescale_layer(gm: GraphModule, layer: Node, y: Node, s: Node, z: Node) -> None:
+    call = gm.graph.call_function
+    weight, bias, *rest = [*layer.args[1:], None][: max(2, len(layer.args) - 1)]
+    assert isinstance(weight, Node)
+    ones = torch.ones(1, *_sizes_after_batch(y), dtype=torch.float64)
+    assert callable(layer.target)
+    of_ones = layer.target(ones, _weight(weight).double(), None, *rest).float()
+    name = f"{layer.name}_of_ones"
+    set_buffer(gm, name, of_ones.contiguous())
+    with gm.graph.inserting_before(layer):
+        total = call(layer.target, (y, weight, None, *rest))
+        offset = call(aten.mul.Tensor, (z, gm.graph.get_attr(name)))
+        value = call(aten.mul.Tensor, (call(aten.sub.Tensor, (total, offset)), s))
+        if isinstance(bias, Node):
+            if op_name(layer) != "linear":  # (C,) beside (N, C, H, W)
+                bias = call(aten.view.default, (bias, [-1] + [1] * (of_ones.dim() - 2)))
+            value = call(aten.add.Tensor, (value, bias))
+    total.meta = dict(layer.meta)
+    value.meta = dict(layer.meta)
+    layer.replace_all_uses_with(value)
+    gm.graph.erase_node(layer)
+
+
+def _weight(dequantize: Node) -> Tensor:
+    """The weight that a dequantize node makes of constants."""
+    gm = dequantize.graph.owning_module
+    assert gm is not None
+    assert callable(dequantize.target)
+    values = [attribute(gm, str(a.target)) if isinstance(a, Node) else a for a in dequantize.args]
+    weight: Tensor = dequantize.target(*values, **dequantize.kwargs)
+    return weight
+
+
+def _fake(node: Node) -> Tensor:
+    value: Any = meta_value(node)
+    if not isinstance(value, Tensor):
+        raise TFMQError(
+            f"node {node.name}: its shape is unknown, and with it how the timesteps of a batch lie in it; "
+            "run this pass on the graph of torch.export.export(q.network, ...).module()."
+        )
+    return value
+
+
+def _sizes_after_batch(node: Node) -> list[int]:
+    sizes = [fixed_size(d) for d in _fake(node).shape[1:]]
+    if None in sizes:
+        raise TFMQError(
+            f"node {node.name}: shape {tuple(_fake(node).shape)}; the sizes after the batch must be fixed, so that what a "
+            "layer makes of ones is a constant."
+        )
+    return [size for size in sizes if size is not None]
