@@ -10,6 +10,8 @@ from tfmq_fx import _torchao  # noqa: F401  (registers the quantized_decomposed 
 from tfmq_fx.graph import aten, attribute, set_buffer
 from tfmq_fx.passes.pass_manager import declare
 
+SUFFIX = "_int8"  # of the buffer that holds the bytes
+
 
 @declare(after=("convert", "rescale_temporal"))
 def integer_weights(gm: GraphModule) -> PassResult:
@@ -30,10 +32,10 @@ def integer_weights(gm: GraphModule) -> PassResult:
             shape = [-1 if i == axis else 1 for i in range(q.dim())]
             centred = q.to(torch.int16) - zero_point.to(torch.int16).reshape(shape)
             fits = centred.amin() >= -128 and centred.amax() <= 127
-            set_buffer(module, f"{source.target}_int8", centred.to(torch.int8) if fits else q)
+            set_buffer(module, f"{source.target}{SUFFIX}", centred.to(torch.int8) if fits else q)
             set_buffer(module, f"{source.target}_factor", scale.float().reshape(shape))
             with module.graph.inserting_before(node):
-                value = module.graph.get_attr(f"{source.target}_int8")
+                value = module.graph.get_attr(f"{source.target}{SUFFIX}")
                 value = call(aten._to_copy.default, (value,), {"dtype": torch.float32})
                 if not fits:
                     set_buffer(module, f"{source.target}_offset", zero_point.float().reshape(shape))

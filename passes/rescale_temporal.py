@@ -16,6 +16,7 @@ from tfmq_fx.passes.pass_manager import declare
 
 ops = torch.ops.quantized_decomposed
 _QUANTIZE = (ops.quantize_per_channel.default, ops.quantize_per_tensor.tensor)
+PRECISE = "precise"  # in a node's meta: bfloat16 would lose what it computes
 _DEQUANTIZE = (ops.dequantize_per_channel.default, ops.dequantize_per_tensor.tensor)
 
 
@@ -32,7 +33,8 @@ def rescale_temporal(gm: GraphModule) -> PassResult:
     picture, so the zeros around x' stay zeros. A weight is evaluated here for it, and not changed.
 
     Numerics: the integers are the same but for rounding ties (z is added before rounding, not after). A layer's
-    sum is of numbers up to quant_max that cancel against z: float32 is enough for it, bfloat16 is not.
+    sum is of numbers up to quant_max that cancel against z: float32 is enough for it, bfloat16 is not, and the nodes
+    are marked so (PRECISE).
     Raises TFMQError where a tensor's shape is unknown, and where something else reads the integers.
     """
     modified = False
@@ -106,12 +108,14 @@ def _rescale_layer(gm: GraphModule, layer: Node, y: Node, s: Node, z: Node) -> N
     with gm.graph.inserting_before(layer):
         total = call(layer.target, (y, weight, None, *rest))
         offset = call(aten.mul.Tensor, (z, gm.graph.get_attr(name)))
-        value = call(aten.mul.Tensor, (call(aten.sub.Tensor, (total, offset)), s))
+        centred = call(aten.sub.Tensor, (total, offset))
+        value = call(aten.mul.Tensor, (centred, s))
         if isinstance(bias, Node):
             if op_name(layer) != "linear":  # (C,) beside (N, C, H, W)
                 bias = call(aten.view.default, (bias, [-1] + [1] * (of_ones.dim() - 2)))
             value = call(aten.add.Tensor, (value, bias))
-    total.meta = dict(layer.meta)
+    offset.meta = centred.meta = {PRECISE: True}
+    total.meta = {**layer.meta, PRECISE: True}
     value.meta = dict(layer.meta)
     layer.replace_all_uses_with(value)
     gm.graph.erase_node(layer)

@@ -202,9 +202,8 @@ def _read_tensors(file: Path, manifest: dict[str, dict[str, Any]]) -> dict[str, 
     return tensors
 
 
-def export_pt2(model: QuantizedModel, file: Path) -> None:
-    if file.suffix != ".pt2":
-        raise TFMQError(f"export: {file.name}: the suffix {file.suffix!r} is not supported; use .pt2.")
+def exported(model: QuantizedModel) -> torch.export.ExportedProgram:
+    """The quantized graph, flat and functional, its inputs by name and any batch size."""
     inputs = {}
     for name, spec in model.interface.inputs.items():
         shape = [2 if s is None else s for s in spec["shape"]]
@@ -214,7 +213,13 @@ def export_pt2(model: QuantizedModel, file: Path) -> None:
         for n, spec in model.interface.inputs.items()
     }
     with torch.no_grad():
-        program = torch.export.export(model.network, (), inputs, dynamic_shapes=dynamic, strict=False)
+        return torch.export.export(model.network, (), inputs, dynamic_shapes=dynamic, strict=False)
+
+
+def export_pt2(model: QuantizedModel, file: Path) -> None:
+    if file.suffix != ".pt2":
+        raise TFMQError(f"export: {file.name}: the suffix {file.suffix!r} is not supported; use .pt2, or a folder.")
+    program = exported(model)
     temporary = file.with_name(f".{file.name}.tmp-{os.getpid()}.pt2")
     try:
         torch.export.save(program, temporary)
