@@ -6,7 +6,6 @@ import torch
 from torch.fx import GraphModule
 from torch.fx.passes.infra.pass_base import PassResult
 
-from tfmq_fx import _torchao  # noqa: F401  (registers the quantized_decomposed operators)
 from tfmq_fx.arithmetic import IntegerRange
 from tfmq_fx.graph import aten
 from tfmq_fx.passes.pass_manager import declare
@@ -24,9 +23,7 @@ def byte_activations(gm: GraphModule) -> PassResult:
     limits = (BYTE.quant_min, BYTE.quant_max, BYTE.dtype)
     modified = False
     for module in [m for m in gm.modules() if isinstance(m, GraphModule)]:
-        for node in module.graph.find_nodes(
-            op="call_function", target=ops.quantize_per_tensor.default
-        ):
+        for node in module.graph.find_nodes(op="call_function", target=ops.quantize_per_tensor.default):
             x, scale, zero_point, low, high, dtype = node.args
             if dtype != BYTE.dtype or (low, high) == limits[:2]:
                 continue

@@ -6,7 +6,6 @@ import torch
 from torch.fx import GraphModule
 from torch.fx.passes.infra.pass_base import PassResult
 
-from tfmq_fx import _torchao  # noqa: F401  (registers the quantized_decomposed operators)
 from tfmq_fx.graph import aten, attribute, set_buffer
 from tfmq_fx.passes.pass_manager import declare
 

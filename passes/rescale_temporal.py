@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -9,7 +10,6 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 from torch.fx.passes.infra.pass_base import PassResult
 
-from tfmq_fx import _torchao  # noqa: F401  (registers the quantized_decomposed operators)
 from tfmq_fx.errors import TFMQError
 from tfmq_fx.graph import aten, attribute, fixed_size, meta_value, op_name, set_buffer, weight_argument
 from tfmq_fx.passes.pass_manager import declare
@@ -22,20 +22,19 @@ _DEQUANTIZE = (ops.dequantize_per_channel.default, ops.dequantize_per_tensor.ten
 
 @declare(after=("convert",))
 def rescale_temporal(gm: GraphModule) -> PassResult:
-    """Move looked-up scales and zero points out of the quantized operators, by q(x; s, z) = q(x / s + z; 1, 0).
+    """Move looked-up scales and zero points out of the quantized operators, by q(x; s, z) = q(x / s + z - c; 1, c).
 
         s, z = scale[step], zero_point[step]
-        x' = dequantize(quantize(x, s, z), s, z)   ==>   y = dequantize(quantize(x / s + z, 1, 0), 1, 0)
-        linear(x', W, b), convolution(x', W, b)    ==>   (linear(y, W) - z * linear(1, W)) * s + b
-        every other user of x'                     ==>   (y - z) * s
+        x' = dequantize(quantize(x, s, z), s, z)   ==>   y = dequantize(quantize(x / s + (z - c), 1, c), 1, c)
+        linear(x', W, b), convolution(x', W, b)    ==>   (linear(y, W) - (z - c) * linear(1, W)) * s + b
+        every other user of x'                     ==>   (y - (z - c)) * s
 
-    y holds the integers themselves. linear(1, W) is a constant; of a convolution that pads it is a map over the
-    picture, so the zeros around x' stay zeros. A weight is evaluated here for it, and not changed.
+    c, amid the zero points of the table, is constant, and y = q - c. So is linear(1, W); of a convolution that pads
+    it is a map over the picture, and the zeros around x' stay zeros. The weights are read for it, and not changed.
 
     Numerics: the integers are the same but for rounding ties (z is added before rounding, not after). A layer's
-    sum is of numbers up to quant_max that cancel against z: float32 is enough for it, bfloat16 is not, and the nodes
-    are marked so (PRECISE).
-    Raises TFMQError where a tensor's shape is unknown, and where something else reads the integers.
+    sum has (z - c) * linear(1, W) too much, which cancels: float32 is enough for it, and the nodes that need it are
+    marked (PRECISE). Raises TFMQError where a tensor's shape is unknown, and where something else reads the integers.
     """
     modified = False
     for module in [m for m in gm.modules() if isinstance(m, GraphModule)]:
@@ -56,6 +55,7 @@ def _rescale(gm: GraphModule, quantize: Node) -> None:
     x, scale, zero_point, *limits = quantize.args
     axis = limits.pop(0) if is_per_row else None
     assert isinstance(x, Node)
+    assert isinstance(zero_point, Node)
     shape = [-1 if i == axis else 1 for i in range(_fake(x).dim())] if is_per_row else [1]
     for user in quantize.users:
         if user.target not in _DEQUANTIZE or user.args[1:] != quantize.args[1:]:
@@ -65,12 +65,12 @@ def _rescale(gm: GraphModule, quantize: Node) -> None:
             )
     with gm.graph.inserting_before(quantize):
         s = call(aten.view.default, (scale, shape))
-        z = call(aten._to_copy.default, (zero_point,), {"dtype": torch.float32})
+        centre, z = _centred(gm, zero_point, limits)
         z = call(aten.view.default, (z, shape))
         # The quantize operators multiply by the reciprocal, too.
         scaled = call(aten.mul.Tensor, (x, call(aten.reciprocal.default, (s,))))
-        q = call(ops.quantize_per_tensor.default, (call(aten.add.Tensor, (scaled, z)), 1.0, 0, *limits))
-        y = call(ops.dequantize_per_tensor.default, (q, 1.0, 0, *limits))
+        q = call(ops.quantize_per_tensor.default, (call(aten.add.Tensor, (scaled, z)), 1.0, centre, *limits))
+        y = call(ops.dequantize_per_tensor.default, (q, 1.0, centre, *limits))
         y.meta = {"val": _fake(x)}
     for dequantize in list(quantize.users):
         for layer in list(dequantize.users):
@@ -81,6 +81,23 @@ def _rescale(gm: GraphModule, quantize: Node) -> None:
                 value = call(aten.mul.Tensor, (call(aten.sub.Tensor, (y, z)), s))
             value.meta = dict(dequantize.meta)
             dequantize.replace_all_uses_with(value)
+
+
+def _centred(gm: GraphModule, zero_point: Node, limits: Sequence[Any]) -> tuple[int, Node]:
+    """(c, z - c in float32): c in the middle of the table that z is looked up in; without a table, of the integers."""
+    call = gm.graph.call_function
+    table = zero_point.args[0] if zero_point.target is aten.index_select.default else None
+    if not isinstance(table, Node) or table.op != "get_attr":
+        centre = (limits[0] + limits[1] + 1) // 2
+        return centre, call(
+            aten.sub.Tensor, (call(aten._to_copy.default, (zero_point,), {"dtype": torch.float32}), centre)
+        )
+    values = attribute(gm, str(table.target))
+    centre = int(values.amin() + values.amax()) // 2
+    set_buffer(gm, f"{table.target}_centred", (values - centre).float())
+    return centre, call(
+        aten.index_select.default, (gm.graph.get_attr(f"{table.target}_centred"), *zero_point.args[1:])
+    )
 
 
 def _is_layer_of(layer: Node, x: Node) -> bool:

@@ -160,7 +160,9 @@ def _layers(gm: GraphModule) -> Iterator[Layer]:
             reasons.append("its input is float" if index is not None else "its operands are float")
         yield Layer(
             node=node.name,
-            path="" if index is None else _weight_path(node.args[index]).removesuffix(SUFFIX).removesuffix("_q"),
+            path=""
+            if index is None
+            else _weight_path(node.args[index]).removesuffix(SUFFIX).removesuffix("_q"),
             op=op_name(node),
             flops=_flops(node),
             float_because=" and ".join(reasons),
@@ -192,7 +194,7 @@ def _flops(node: Node) -> int:
     return 2 * x[-1] * torch.Size(y).numel() // y[0]
 
 
-def _sizes(node: Node) -> list[int]:
+def _sizes(node: Any) -> list[int]:
     """The sizes at capture: a batch of two where it may vary."""
     value = meta_value(node)
     assert isinstance(value, Tensor), node
@@ -209,7 +211,14 @@ class Execution:
     layers: tuple[str, ...]  # the layers of the model that it computes
 
 
-PRODUCTS = ("Convolution", "Deconvolution", "FullyConnected", "MatMul", "ScaledDotProductAttention", "Subgraph")
+PRODUCTS = (
+    "Convolution",
+    "Deconvolution",
+    "FullyConnected",
+    "MatMul",
+    "ScaledDotProductAttention",
+    "Subgraph",
+)
 
 
 class Compiled(nn.Module):

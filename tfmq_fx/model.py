@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -125,7 +125,7 @@ class DropIn(nn.Module):
     def device(self) -> torch.device:
         return next(self.network.buffers()).device
 
-    def _apply(self, fn: Any, recurse: bool = True) -> QuantizedModel:
+    def _apply(self, fn: Any, recurse: bool = True) -> Self:
         """nn.Module's one road for .to(), .half(), .cuda(): refused where it would change what capture fixed."""
         probe = fn(torch.empty(0, dtype=self.dtype, device=self.device))
         if (probe.dtype, probe.device) != (self.dtype, self.device):
