@@ -57,7 +57,8 @@ def assert_same_but_for_ties(pairs):
 
 
 @pytest.mark.parametrize(
-    ("bits", "keyed"), [("w8a8", "block"), ("w4a8", "block"), ("w4a4", "block"), ("w4a8", "all")]
+    ("bits", "keyed"),
+    [("w8a8", "block"), ("w4a8", "block"), ("w4a4", "block"), ("w4a16", "block"), ("w4a8", "all")],
 )
 @torch.no_grad()
 def test_every_batch_size_and_step_gives_what_the_quantized_network_gives(bits, keyed):
@@ -116,6 +117,7 @@ def test_it_is_the_same_to_call():
             assert torch.equal(low(x, t), expected)
         assert torch.equal(low(sample=x, timestep=300), expected)
         low(x, torch.tensor([300, 451, 452, 451]))
+        low(x, 451)
     assert low.report["unseen_timesteps"] == {"451": 2, "452": 1}
     assert low.report["layers"] == q.report["layers"]
     low._unseen["timestep"].clear()
@@ -199,7 +201,7 @@ def test_a_layer_that_falls_back_is_reported_and_refused_on_request(monkeypatch)
     monkeypatch.setattr(lowering, "Compiled", without_low_precision)
     low = quantized().lower("cpu", precision="float32")
     fallen = [k for k in low.report["lowering"]["kernels"] if k["fell_back"]]
-    assert {k["reason"] for k in fallen} == {"OpenVINO chose f32 for it"}
+    assert "OpenVINO chose a float kernel" in {k["reason"] for k in fallen}
     assert len(fallen) == len(quantized().report["layers"]) - 2  # conv_in and conv_out keep float inputs
     assert low.report["lowering"]["flops"]["int8"] == 0
     with pytest.raises(

@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import json
 import logging
+import os
 import time
 import warnings
 from collections.abc import Iterable
@@ -45,7 +46,7 @@ class Kernel:
     path: str  # its weight's name in the network's state dict; its node's name without one
     op: str
     kernel: str  # OpenVINO's name of it; "" where it is not found among the executed nodes
-    precision: str  # of the inputs it multiplies: "u8", "bf16", "f32"
+    precision: str  # of what it reads: "u8", "bf16", "f32"
     int8: bool
     reason: str  # why it is not int8; "" when it is
     fell_back: bool  # whether its inputs are quantized and it is not int8 all the same
@@ -115,6 +116,8 @@ def lower(
         "PERFORMANCE_HINT": "LATENCY",
         "INFERENCE_PRECISION_HINT": PRECISIONS[precision],
         "INFERENCE_NUM_THREADS": torch.get_num_threads(),
+        # OpenVINO would round what the recipe leaves in float, in front of weights that it unpacks.
+        "DYNAMIC_QUANTIZATION_GROUP_SIZE": 0,
         # Without these instructions, byte products are summed in 16 bits, and saturate.
         **({} if instructions else {"LP_TRANSFORMS_MODE": "NO"}),
         **({} if cache is None else {"CACHE_DIR": str(cache)}),
@@ -127,16 +130,24 @@ def lower(
             replace_folder(folder, lambda temporary: write(model, temporary))
         converted = time.perf_counter()
         compiled = Compiled(folder, model=model, settings=settings)
-        layers = read_layers(folder)
-    compiled_at = time.perf_counter()
-    # With a batch of any size, OpenVINO chooses the kernels when it first sees one.
-    compiled(*example_inputs(model, batch=1).values())
-    seconds = {
-        "convert": converted - start,
-        "compile": compiled_at - converted,
-        "first": time.perf_counter() - compiled_at,
-    }
-    kernels = coverage(layers, compiled)
+        compiled_at = time.perf_counter()
+        # With a batch of any size, OpenVINO chooses the kernels when it first sees one.
+        compiled(*example_inputs(model, batch=1).values())
+        seconds = {
+            "convert": converted - start,
+            "compile": compiled_at - converted,
+            "first": time.perf_counter() - compiled_at,
+        }
+        # A compiled network from the cache has forgotten some names of what it fused; we keep what we saw.
+        machine = hashlib.sha256(json.dumps([settings, can, instructions], default=str).encode()).hexdigest()
+        seen = folder / f"kernels-{machine[:16]}.json"
+        if cached and seen.is_file():
+            kernels = [Kernel(**k) for k in json.loads(seen.read_text())]
+        else:
+            kernels = coverage(read_layers(folder), compiled)
+            temporary = seen.with_suffix(f".tmp-{os.getpid()}")
+            temporary.write_text(json.dumps([dataclasses.asdict(k) for k in kernels]))
+            os.replace(temporary, seen)
     total, int8 = (sum(k.flops for k in kernels if k.int8 or every) for every in (True, False))
     lowering = {
         "target": target,
@@ -179,12 +190,12 @@ def _kernel(layer: Layer, executions: list[Execution]) -> Kernel:
     """Several executed nodes may bear a layer's name: what became of its multiplication, bias and scales."""
     products = [e for e in executions if e.kind in PRODUCTS] or executions[:1]
     kernel, precision = (products[0].kernel, products[0].precision) if products else ("", "")
-    int8 = precision in ("u8", "i8")
+    int8 = kernel.endswith("_I8")  # the precision may be that of weights which a float kernel unpacks
     reason = ""
     if not products:
         reason = "not among the nodes that OpenVINO executes: folded, or fused under another name"
     elif not int8:
-        reason = layer.float_because or f"OpenVINO chose {precision} for it"
+        reason = layer.float_because or "OpenVINO chose a float kernel"
     return Kernel(
         path=layer.path or layer.node,
         op=layer.op,

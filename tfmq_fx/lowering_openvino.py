@@ -31,6 +31,7 @@ from tfmq_fx.graph import matmul_inputs, meta_value, op_name, placeholders, weig
 from tfmq_fx.model import QuantizedModel
 from tfmq_fx.passes.byte_activations import byte_activations
 from tfmq_fx.passes.integer_weights import SUFFIX, integer_weights
+from tfmq_fx.passes.partition_temporal import BLOCK_NAME
 from tfmq_fx.passes.pass_manager import PassManager
 from tfmq_fx.passes.rescale_temporal import PRECISE, rescale_temporal
 from tfmq_fx.saving import exported, replace_folder
@@ -173,7 +174,10 @@ def _weight_path(weight: Node) -> str:
     """The constant that a weight is made of, which is its first argument's first argument and so on."""
     while weight.op != "get_attr" and weight.all_input_nodes:
         weight = weight.all_input_nodes[0]
-    return str(weight.target) if weight.op == "get_attr" else ""
+    path = str(weight.target) if weight.op == "get_attr" else ""
+    return path.removeprefix(
+        f"{BLOCK_NAME}."
+    )  # the block's parameters lie beside the others in the state dict
 
 
 def _is_quantized(x: Node) -> bool:
