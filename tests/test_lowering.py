@@ -132,14 +132,18 @@ def test_it_is_the_same_to_call():
 
 
 @torch.no_grad()
-def test_one_compiled_model_serves_every_call(monkeypatch):
-    import openvino
-
-    low = quantized().lower("cpu", precision="float32")
-    monkeypatch.setattr(openvino.Core, "compile_model", lambda *_: pytest.fail("compiled again"))
+def test_one_compiled_network_serves_all_steps_of_a_batch_size():
+    low = lowered()
+    for size in (2, 5, 2, 1):
+        for t in TIMESTEPS:
+            low(noise(size), t)
+            low(noise(size), mixed(size))
+    assert {"1", "2", "5"} <= low.report["lowering"]["compiled_seconds"].keys()
+    compiled = list(low.network.compiled.values())
+    assert len(compiled) <= low.network.KEPT
     for t in TIMESTEPS:
         low(noise(2), t)
-    low(noise(7), mixed(7))
+    assert {id(c) for c in low.network.compiled.values()} == {id(c) for c in compiled}
 
 
 @torch.no_grad()
@@ -162,7 +166,14 @@ def test_guided_batches_and_labels():
 def test_a_network_of_one_timestep_per_call():
     q = one_timestep(ScalarTime)
     low = q.lower("cpu", precision="float32")
-    assert [k["int8"] for k in low.report["lowering"]["kernels"]] == [True] * 4
+    reasons = {k["path"]: k["reason"] for k in low.report["lowering"]["kernels"]}
+    float_input = "its input is float"  # the first and the last layer's, by the recipe
+    assert reasons == {
+        "time.0.weight": "",
+        "time.2.weight": "",
+        "body.weight": float_input,
+        "head.weight": float_input,
+    }
     for size in SIZES:
         x = torch.randn(size, 4, generator=torch.Generator().manual_seed(size))
         assert_same_but_for_ties([(low(x, t), q(x, t)) for t in TIMESTEPS])
@@ -195,8 +206,8 @@ def test_digits_through_the_pipeline(pipe):
 def test_a_layer_that_falls_back_is_reported_and_refused_on_request(monkeypatch):
     original = lowering.Compiled
 
-    def without_low_precision(folder, *, model, settings):
-        return original(folder, model=model, settings={**settings, "LP_TRANSFORMS_MODE": "NO"})
+    def without_low_precision(folder, *, settings, **rest):
+        return original(folder, settings={**settings, "LP_TRANSFORMS_MODE": "NO"}, **rest)
 
     monkeypatch.setattr(lowering, "Compiled", without_low_precision)
     low = quantized().lower("cpu", precision="float32")

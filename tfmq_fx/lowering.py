@@ -7,10 +7,12 @@ import hashlib
 import json
 import logging
 import os
+import tempfile
 import time
 import warnings
+import weakref
 from collections.abc import Iterable
-from contextlib import nullcontext
+from contextlib import ExitStack
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -27,7 +29,6 @@ from tfmq_fx.lowering_openvino import (
     Layer,
     read_layers,
     require_openvino,
-    temporary_folder,
     write,
 )
 from tfmq_fx.model import DropIn, QuantizedModel
@@ -56,9 +57,12 @@ class Kernel:
 class LoweredModel(DropIn):
     """The quantized network, compiled: same calls, outputs, `.config`, `.dtype`, `.device`.
 
-    One compiled model serves all batch sizes and timesteps: the scales are looked up inside. It cannot be saved;
-    save the network it was made from. `report["lowering"]` says what every layer runs as.
+    One compiled network serves all timesteps of a batch size: the scales are looked up inside. It cannot be saved;
+    save the network it was made from. `report["lowering"]` says what every layer runs as, and
+    `["compiled_seconds"]` in it, by batch size, what was compiled since.
     """
+
+    network: Compiled
 
     def __init__(self, model: QuantizedModel, compiled: Compiled, *, lowering: dict[str, Any]) -> None:
         super().__init__(
@@ -72,6 +76,12 @@ class LoweredModel(DropIn):
         )
 
     @property
+    def report(self) -> dict[str, Any]:
+        report = super().report
+        seconds = {str(size): round(value, 2) for size, value in self.network.seconds.items()}
+        return {**report, "lowering": {**report["lowering"], "compiled_seconds": seconds}}
+
+    @property
     def device(self) -> torch.device:
         return torch.device("cpu")
 
@@ -81,6 +91,7 @@ def lower(
     target: str = "cpu",
     *,
     precision: str | None = None,
+    batch: int = 1,
     strict: bool = False,
     cache: str | Path | None = None,
 ) -> LoweredModel:
@@ -89,6 +100,8 @@ def lower(
     precision: of what is not int8, "bfloat16" or "float32"; None takes bfloat16 where the CPU computes in it. In
         float32 the outputs are the quantized network's but for rounding ties: an activation within float rounding of
         a tie may become the next integer. bfloat16 adds its own rounding, about 1% of the largest output.
+    batch: the size of batch to compile for now. Any other is compiled for when it first comes, and the last four are
+        kept; all steps of a schedule run on the same.
     strict: refuse a network of which a quantized layer does not get an int8 kernel.
     cache: a folder that keeps the converted and the compiled network: the next process starts in a fraction.
 
@@ -106,6 +119,8 @@ def lower(
     precision = precision or ("bfloat16" if "BF16" in can else "float32")
     if precision not in PRECISIONS:
         raise TFMQError(f"precision={precision!r}: unknown; use {nearest_names(precision, PRECISIONS)}.")
+    if PRECISIONS[precision] == "bf16" and "BF16" not in can:
+        raise TFMQError(f"precision={precision!r}: this CPU does not compute in it; use 'float32', or None.")
     instructions = int8_instructions()
     if not instructions:
         words = "this CPU has no int8 instructions (VNNI, AMX): every layer runs in float, with the same integers."
@@ -123,43 +138,20 @@ def lower(
         **({} if cache is None else {"CACHE_DIR": str(cache)}),
     }
     start = time.perf_counter()
-    with temporary_folder() if cache is None else nullcontext(cache) as root:
+    with ExitStack() as stack:
+        root = cache or stack.enter_context(tempfile.TemporaryDirectory(prefix="tfmq-lowering-"))
         folder = Path(root) / _key(model)
         cached = folder.is_dir()
         if not cached:
-            replace_folder(folder, lambda temporary: write(model, temporary))
-        converted = time.perf_counter()
+            replace_folder(folder, lambda new: write(model, new))
+        converted = time.perf_counter() - start
         compiled = Compiled(folder, model=model, settings=settings)
-        compiled_at = time.perf_counter()
-        # With a batch of any size, OpenVINO chooses the kernels when it first sees one.
-        compiled(*example_inputs(model, batch=1).values())
-        seconds = {
-            "convert": converted - start,
-            "compile": compiled_at - converted,
-            "first": time.perf_counter() - compiled_at,
-        }
-        # A compiled network from the cache has forgotten some names of what it fused; we keep what we saw.
-        machine = hashlib.sha256(json.dumps([settings, can, instructions], default=str).encode()).hexdigest()
-        seen = folder / f"kernels-{machine[:16]}.json"
-        if cached and seen.is_file():
-            kernels = [Kernel(**k) for k in json.loads(seen.read_text())]
-        else:
-            kernels = coverage(read_layers(folder), compiled)
-            temporary = seen.with_suffix(f".tmp-{os.getpid()}")
-            temporary.write_text(json.dumps([dataclasses.asdict(k) for k in kernels]))
-            os.replace(temporary, seen)
+        compiled(*example_inputs(model, batch=batch).values())
+        first = time.perf_counter() - start - converted
+        kernels = _kernels(folder, compiled, conditions=[settings, sorted(can), openvino.__version__])
+        # Without a cache, the files live as long as the network that compiles from them.
+        weakref.finalize(compiled, stack.pop_all().close)
     total, int8 = (sum(k.flops for k in kernels if k.int8 or every) for every in (True, False))
-    lowering = {
-        "target": target,
-        "library": f"openvino {openvino.__version__}",
-        "instructions": instructions,
-        "precision": precision,
-        "threads": torch.get_num_threads(),
-        "seconds": {name: round(value, 2) for name, value in seconds.items()},
-        "cached": cached,
-        "flops": {"total": total, "int8": int8},
-        "kernels": [dataclasses.asdict(k) for k in kernels],
-    }
     log.info("lower: %.1f%% of %.3g FLOPs in int8", 100 * int8 / max(total, 1), total)
     fallen = [k for k in kernels if k.fell_back]
     if strict and fallen:
@@ -168,7 +160,30 @@ def lower(
             + "; ".join(f"{k.path}: {k.reason}" for k in fallen[:8])
             + ("; ..." if len(fallen) > 8 else ".")
         )
+    lowering = {
+        "target": target,
+        "library": f"openvino {openvino.__version__}",
+        "instructions": instructions,
+        "precision": precision,
+        "threads": settings["INFERENCE_NUM_THREADS"],
+        "cached": cached,
+        "seconds": {"convert": round(converted, 2), "first": round(first, 2)},
+        "flops": {"total": total, "int8": int8},
+        "kernels": [dataclasses.asdict(k) for k in kernels],
+    }
     return LoweredModel(model, compiled, lowering=lowering)
+
+
+def _kernels(folder: Path, compiled: Compiled, *, conditions: Any) -> list[Kernel]:
+    """`coverage`, kept in the folder: a compiled network from the cache has forgotten some names of what it fused."""
+    digest = hashlib.sha256(json.dumps(conditions).encode()).hexdigest()
+    seen = folder / f"kernels-{digest[:16]}.json"
+    if not seen.is_file():
+        kernels = coverage(read_layers(folder), compiled)
+        temporary = seen.with_suffix(f".tmp-{os.getpid()}")
+        temporary.write_text(json.dumps([dataclasses.asdict(k) for k in kernels]))
+        os.replace(temporary, seen)
+    return [Kernel(**k) for k in json.loads(seen.read_text())]
 
 
 def int8_instructions() -> list[str]:
@@ -182,8 +197,8 @@ def coverage(layers: Iterable[Layer], compiled: Compiled) -> list[Kernel]:
     found: dict[str, list[Execution]] = {}
     for execution in compiled.executions():
         for name in execution.layers:
-            found.setdefault(name.partition("/")[0], []).append(execution)
-    return [_kernel(layer, found.get(layer.node, [])) for layer in layers]
+            found.setdefault(name, []).append(execution)
+    return [_kernel(layer, found.get(layer.node, []) + found.get(layer.weight, [])) for layer in layers]
 
 
 def _kernel(layer: Layer, executions: list[Execution]) -> Kernel:

@@ -287,13 +287,14 @@ class QuantizedModel(DropIn):
         target: str = "cpu",
         *,
         precision: str | None = None,
+        batch: int = 1,
         strict: bool = False,
         cache: str | Path | None = None,
     ) -> LoweredModel:
         """The same network on int8 kernels; see `tfmq_fx.lowering.lower`."""
         from tfmq_fx.lowering import lower
 
-        return lower(self, target, precision=precision, strict=strict, cache=cache)
+        return lower(self, target, precision=precision, batch=batch, strict=strict, cache=cache)
 
 
 def _output_class(name: str) -> Any:
