@@ -1,17 +1,20 @@
 """Graph passes: a GraphModule in, a GraphModule or a finding out; each can be called alone."""
 
 from tfmq_fx.passes.bind_parameters import bind_parameters
+from tfmq_fx.passes.byte_activations import byte_activations
 from tfmq_fx.passes.convert import convert
 from tfmq_fx.passes.find_blocks import Block, find_blocks
 from tfmq_fx.passes.find_temporal import TemporalBlock, find_temporal
 from tfmq_fx.passes.inline_modules import inline_modules
 from tfmq_fx.passes.insert_step_index import insert_step_index
+from tfmq_fx.passes.integer_weights import integer_weights
 from tfmq_fx.passes.literal_dtypes import literal_dtypes
 from tfmq_fx.passes.low_rank import low_rank
 from tfmq_fx.passes.partition_temporal import extract_temporal, partition_temporal
 from tfmq_fx.passes.pass_manager import PassManager
 from tfmq_fx.passes.prepare import prepare
 from tfmq_fx.passes.remove_noops import remove_noops
+from tfmq_fx.passes.rescale_temporal import rescale_temporal
 from tfmq_fx.passes.root_batch_size import root_batch_size
 from tfmq_fx.passes.rotate import rotate
 from tfmq_fx.passes.smooth import smooth
@@ -21,17 +24,20 @@ __all__ = [
     "PassManager",
     "TemporalBlock",
     "bind_parameters",
+    "byte_activations",
     "convert",
     "extract_temporal",
     "find_blocks",
     "find_temporal",
     "inline_modules",
     "insert_step_index",
+    "integer_weights",
     "literal_dtypes",
     "low_rank",
     "partition_temporal",
     "prepare",
     "remove_noops",
+    "rescale_temporal",
     "root_batch_size",
     "rotate",
     "smooth",

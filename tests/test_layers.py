@@ -38,6 +38,8 @@ LEVELS = [
         "tfmq_fx.graph_json",
         "tfmq_fx.model",
         "tfmq_fx.saving",
+        "tfmq_fx.lowering_openvino",
+        "tfmq_fx.lowering",
     ],
     ["tfmq_fx.pipeline", "tfmq_fx.demo", "tfmq_fx.sampling", "tfmq_fx.inspection"],
     ["tfmq_fx.cli", "tfmq_fx.__init__"],

@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,9 @@ from torch.fx import GraphModule
 from tfmq_fx.arguments import leaves
 from tfmq_fx.errors import TFMQError, nearest_names
 from tfmq_fx.graph import fixed_size, placeholders
+
+if TYPE_CHECKING:
+    from tfmq_fx.lowering import LoweredModel
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,8 +74,8 @@ def _is_json(value: Any) -> bool:
     return value is None or isinstance(value, (bool, int, float, str))
 
 
-class QuantizedModel(nn.Module):
-    """A converted graph behind the float network's calling convention.
+class DropIn(nn.Module):
+    """Something that computes the network, behind the float network's calling convention.
 
     `pipe.unet = model` is all a diffusers pipeline needs: same arguments, outputs, `.config`, `.dtype`,
     `.device`. A timestep may be a number, or a tensor of shape (), (1,) or (N,), mixed in the batch. One that
@@ -83,7 +86,7 @@ class QuantizedModel(nn.Module):
 
     def __init__(
         self,
-        graph: GraphModule,
+        network: nn.Module,
         *,
         interface: Interface,
         timesteps: Tensor,
@@ -93,7 +96,7 @@ class QuantizedModel(nn.Module):
         report: dict[str, Any],
     ) -> None:
         super().__init__()
-        self.network = graph  # not `graph`: fx modules have an attribute of that name
+        self.network = network
         self.interface = interface
         self.timesteps = timesteps.cpu()
         self.finite = {name: values.cpu() for name, values in (finite or {}).items()}
@@ -122,7 +125,7 @@ class QuantizedModel(nn.Module):
     def device(self) -> torch.device:
         return next(self.network.buffers()).device
 
-    def _apply(self, fn: Any, recurse: bool = True) -> QuantizedModel:
+    def _apply(self, fn: Any, recurse: bool = True) -> Self:
         """nn.Module's one road for .to(), .half(), .cuda(): refused where it would change what capture fixed."""
         probe = fn(torch.empty(0, dtype=self.dtype, device=self.device))
         if (probe.dtype, probe.device) != (self.dtype, self.device):
@@ -145,13 +148,6 @@ class QuantizedModel(nn.Module):
             "unseen_timesteps": counts.pop(self.interface.timestep),
             "unseen_values": counts,
         }
-
-    @property
-    def temporal_block(self) -> GraphModule:
-        """timestep (N,), and the conditioning that joins it -> the temporal features."""
-        block = self.network.get_submodule("temporal_block")
-        assert isinstance(block, GraphModule)
-        return block
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         given = self._bind(args, kwargs)
@@ -255,6 +251,19 @@ class QuantizedModel(nn.Module):
             "Calibrate with this schedule, or use Recipe(unseen='nearest')."
         )
 
+
+class QuantizedModel(DropIn):
+    """A converted graph behind the float network's calling convention: it can be saved, exported and lowered."""
+
+    network: GraphModule
+
+    @property
+    def temporal_block(self) -> GraphModule:
+        """timestep (N,), and the conditioning that joins it -> the temporal features."""
+        block = self.network.get_submodule("temporal_block")
+        assert isinstance(block, GraphModule)
+        return block
+
     def save_pretrained(self, folder: str | Path) -> None:
         """Write the artefact; see `tfmq_fx.saving.save`."""
         from tfmq_fx.saving import save
@@ -262,13 +271,30 @@ class QuantizedModel(nn.Module):
         save(self, Path(folder))
 
     def export(self, file: str | Path) -> None:
-        """Write a .pt2 that torch.export.load runs without this library (its custom operators are torch's own).
+        """NAME.pt2: what torch.export.load runs without this library (its custom operators are torch's own).
+        A folder, without suffix: OpenVINO's network.xml and network.bin; int8 weights, batch of any size.
 
         Raises TFMQError for another suffix.
         """
+        from tfmq_fx.lowering_openvino import export_folder
         from tfmq_fx.saving import export_pt2
 
-        export_pt2(self, Path(file))
+        file = Path(file)
+        export_pt2(self, file) if file.suffix else export_folder(self, file)
+
+    def lower(
+        self,
+        target: str = "cpu",
+        *,
+        precision: str | None = None,
+        batch: int = 1,
+        strict: bool = False,
+        cache: str | Path | None = None,
+    ) -> LoweredModel:
+        """The same network on int8 kernels; see `tfmq_fx.lowering.lower`."""
+        from tfmq_fx.lowering import lower
+
+        return lower(self, target, precision=precision, batch=batch, strict=strict, cache=cache)
 
 
 def _output_class(name: str) -> Any:

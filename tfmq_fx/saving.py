@@ -202,19 +202,35 @@ def _read_tensors(file: Path, manifest: dict[str, dict[str, Any]]) -> dict[str, 
     return tensors
 
 
-def export_pt2(model: QuantizedModel, file: Path) -> None:
-    if file.suffix != ".pt2":
-        raise TFMQError(f"export: {file.name}: the suffix {file.suffix!r} is not supported; use .pt2.")
-    inputs = {}
-    for name, spec in model.interface.inputs.items():
-        shape = [2 if s is None else s for s in spec["shape"]]
-        inputs[name] = torch.zeros(shape, dtype=_dtype(spec["dtype"]), device=model.device)
+def exported(model: QuantizedModel) -> torch.export.ExportedProgram:
+    """The quantized graph, flat and functional, its inputs by name and any batch size."""
+    inputs = example_inputs(model, batch=2)
     dynamic = {
         n: {i: torch.export.Dim.AUTO for i, s in enumerate(spec["shape"]) if s is None}
         for n, spec in model.interface.inputs.items()
     }
     with torch.no_grad():
-        program = torch.export.export(model.network, (), inputs, dynamic_shapes=dynamic, strict=False)
+        return torch.export.export(model.network, (), inputs, dynamic_shapes=dynamic, strict=False)
+
+
+def example_inputs(model: QuantizedModel, *, batch: int) -> dict[str, Tensor]:
+    """Zeros of the shapes and types that the graph takes."""
+    return {
+        name: torch.zeros(
+            [batch if s is None else s for s in spec["shape"]],
+            dtype=_dtype(spec["dtype"]),
+            device=model.device,
+        )
+        for name, spec in model.interface.inputs.items()
+    }
+
+
+def export_pt2(model: QuantizedModel, file: Path) -> None:
+    if file.suffix != ".pt2":
+        raise TFMQError(
+            f"export: {file.name}: the suffix {file.suffix!r} is not supported; use .pt2, or a folder."
+        )
+    program = exported(model)
     temporary = file.with_name(f".{file.name}.tmp-{os.getpid()}.pt2")
     try:
         torch.export.save(program, temporary)

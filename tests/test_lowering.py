@@ -1,0 +1,309 @@
+"""The lowered network is the quantized one, on int8 kernels: values, calls, what really ran, and what is refused."""
+
+import dataclasses
+import functools
+import sys
+import warnings
+
+import pytest
+import torch
+from torch import nn
+
+import tfmq_fx
+from tests.networks import TIMESTEPS, ScalarTime, TinyUNet, calibration, make
+from tests.test_finite import Labelled, labelled_data
+from tests.test_mixed_batches import FLIPPED_BY, FLIPPED_ROWS, moved, one_timestep
+from tfmq_fx import lowering
+from tfmq_fx.errors import TFMQError
+from tfmq_fx.model import DropIn
+
+pytest.importorskip("openvino", reason="lowering needs the openvino extra")
+SIZES = (1, 2, 3, 5, 16)
+# Eight bits of mantissa: each of some ten layers adds half of 2^-8 of its output, and flips activations by a step.
+# 2.2% of the largest output was measured on the tiny network.
+BFLOAT16 = 0.05
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    torch.set_num_threads(1)
+
+
+@functools.cache
+def quantized(bits="w8a8", keyed="block", network_class=TinyUNet):
+    nearest = tfmq_fx.Reconstruction(method="nearest")
+    recipe = dataclasses.replace(tfmq_fx.Recipe.preset(bits), reconstruction=nearest, keyed=keyed)
+    return tfmq_fx.quantize(make(network_class), recipe, calibration=calibration())
+
+
+@functools.cache
+def lowered(bits="w8a8", keyed="block", precision="float32"):
+    return quantized(bits, keyed).lower("cpu", precision=precision)
+
+
+def noise(size):
+    return torch.randn(size, 1, 8, 8, generator=torch.Generator().manual_seed(size))
+
+
+def mixed(size):
+    return TIMESTEPS[torch.arange(size) * 3 % 10]
+
+
+def assert_same_but_for_ties(pairs):
+    """(got, expected): see tests/test_mixed_batches.py. OpenVINO adds in another order, as another batch size does."""
+    masks, worst = zip(*(moved(got, expected) for got, expected in pairs), strict=True)
+    assert torch.cat(masks).float().mean() <= FLIPPED_ROWS
+    assert max(worst) <= FLIPPED_BY
+
+
+@pytest.mark.parametrize(
+    ("bits", "keyed"),
+    [("w8a8", "block"), ("w4a8", "block"), ("w4a4", "block"), ("w4a16", "block"), ("w4a8", "all")],
+)
+@torch.no_grad()
+def test_every_batch_size_and_step_gives_what_the_quantized_network_gives(bits, keyed):
+    q, low = quantized(bits, keyed), lowered(bits, keyed)
+    pairs = [(low(noise(n), mixed(n)), q(noise(n), mixed(n))) for n in SIZES]
+    pairs += [(low(noise(2), t), q(noise(2), t)) for t in TIMESTEPS]
+    assert_same_but_for_ties(pairs)
+    for (one, _), (other, _) in zip(pairs[len(SIZES) :], pairs[len(SIZES) + 1 :], strict=False):
+        assert moved(one, other)[0].all()  # the control: the step shows
+
+
+@torch.no_grad()
+def test_bfloat16_stays_within_its_rounding():
+    q, low = quantized(), lowered(precision="bfloat16")
+    for t in TIMESTEPS:
+        got, expected = low(noise(3), t), q(noise(3), t)
+        assert moved(got, expected)[1] <= BFLOAT16
+    assert moved(low(noise(10), TIMESTEPS), q(noise(10), TIMESTEPS))[1] <= BFLOAT16
+
+
+def test_what_follows_from_the_timestep_is_computed_in_float32():
+    """bfloat16 has no 901; the step index would be another timestep's."""
+    low = lowered(precision="bfloat16")
+    found = {
+        kind: e.precision for e in low.network.executions() for kind in [e.kind] if kind in ("TopK", "Math")
+    }
+    assert found == {"TopK": "f32", "Math": "f32"}
+
+
+def test_every_quantized_layer_has_an_int8_kernel():
+    report = lowered().report["lowering"]
+    kernels = {k["path"]: k for k in report["kernels"]}
+    layers = {layer["path"]: layer for layer in quantized().report["layers"]}
+    assert layers.keys() <= kernels.keys()
+    for path, layer in layers.items():
+        assert kernels[path]["int8"] == (layer["activation_bits"] == 8), path
+        assert not kernels[path]["fell_back"]
+        assert kernels[path]["kernel"].endswith("_I8" if kernels[path]["int8"] else "_f32")
+    assert kernels["conv_in.weight"]["reason"] == "its input is float"
+    attention = kernels.keys() - layers.keys()
+    assert [kernels[a]["op"] for a in attention] == ["scaled_dot_product_attention"]
+    assert report["flops"]["total"] == sum(k["flops"] for k in report["kernels"])
+    assert kernels["conv_in.weight"]["flops"] == 2 * 9 * 8 * 64
+    assert kernels["attention.qkv.weight"]["flops"] == 2 * 8 * 24 * 16
+    assert 0.9 < report["flops"]["int8"] / report["flops"]["total"] < 1
+
+
+def test_it_is_the_same_to_call():
+    q, low = quantized(), lowered()
+    assert isinstance(low, DropIn)
+    assert (low.config, low.dtype, low.device) == (q.config, q.dtype, q.device)
+    x = noise(4)
+    with torch.no_grad():
+        expected = low(x, torch.tensor([300] * 4))
+        for t in (300, 300.0, torch.tensor(300), torch.tensor([300])):
+            assert torch.equal(low(x, t), expected)
+        assert torch.equal(low(sample=x, timestep=300), expected)
+        low(x, torch.tensor([300, 451, 452, 451]))
+        low(x, 451)
+    assert low.report["unseen_timesteps"] == {"451": 2, "452": 1}
+    assert low.report["layers"] == q.report["layers"]
+    low._unseen["timestep"].clear()
+    for call, words in (
+        (lambda: low(x, 300, 1), "'argument 3' is unknown"),
+        (lambda: low(x[:, :, :4], 300), r"shape \(4, 1, 4, 8\), captured with \(N, 1, 8, 8\)"),
+        (lambda: low(x, torch.tensor([1, 2])), "2 timesteps for a batch of 4"),
+        (lambda: low.half(), r"stays on cpu in torch\.float32"),
+    ):
+        with pytest.raises(TFMQError, match=words):
+            call()
+
+
+@torch.no_grad()
+def test_one_compiled_network_serves_all_steps_of_a_batch_size():
+    low = lowered()
+    for size in (2, 5, 2, 1):
+        for t in TIMESTEPS:
+            low(noise(size), t)
+            low(noise(size), mixed(size))
+    assert {"1", "2", "5"} <= low.report["lowering"]["compiled_seconds"].keys()
+    compiled = list(low.network.compiled.values())
+    assert len(compiled) <= low.network.KEPT
+    for t in TIMESTEPS:
+        low(noise(2), t)
+    assert {id(c) for c in low.network.compiled.values()} == {id(c) for c in compiled}
+
+
+@torch.no_grad()
+def test_guided_batches_and_labels():
+    nearest = tfmq_fx.Reconstruction(method="nearest")
+    recipe = dataclasses.replace(tfmq_fx.Recipe.preset("w8a8"), reconstruction=nearest)
+    finite = {"class_labels": range(Labelled.classes)}
+    q = tfmq_fx.quantize(make(Labelled), recipe, calibration=labelled_data(), finite=finite)
+    low, x, y = q.lower("cpu", precision="float32"), torch.randn(3, 1, 6, 6), torch.tensor([0, 1, 2])
+    null, pairs = torch.full((3,), Labelled.classes - 1), []
+    for t in TIMESTEPS[:4]:
+        guided = low(torch.cat([x, x]), t, torch.cat([y, null]))
+        pairs += [(guided, q(torch.cat([x, x]), t, torch.cat([y, null])))]
+        pairs += [(guided, torch.cat([low(x, t, y), low(x, t, null)]))]
+        assert moved(guided[:3], guided[3:])[0].all()
+    assert_same_but_for_ties(pairs)
+
+
+@torch.no_grad()
+def test_a_network_of_one_timestep_per_call():
+    q = one_timestep(ScalarTime)
+    low = q.lower("cpu", precision="float32")
+    reasons = {k["path"]: k["reason"] for k in low.report["lowering"]["kernels"]}
+    float_input = "its input is float"  # the first and the last layer's, by the recipe
+    assert reasons == {
+        "time.0.weight": "",
+        "time.2.weight": "",
+        "body.weight": float_input,
+        "head.weight": float_input,
+    }
+    for size in SIZES:
+        x = torch.randn(size, 4, generator=torch.Generator().manual_seed(size))
+        assert_same_but_for_ties([(low(x, t), q(x, t)) for t in TIMESTEPS])
+
+
+@torch.no_grad()
+def test_digits_through_the_pipeline(pipe):
+    from diffusers import DDIMPipeline, DDIMScheduler
+
+    nearest = tfmq_fx.Reconstruction(method="nearest")
+    data = tfmq_fx.CalibrationSet.record(pipe, num_samples=4, num_inference_steps=5, seed=0)
+    q = tfmq_fx.quantize(pipe, tfmq_fx.Recipe(reconstruction=nearest), calibration=data)
+    low = q.lower("cpu", strict=True)
+    x, t = torch.randn(4, 1, 16, 16), q.timesteps[[0, 4, 2, 1]]
+    assert type(low(x, t)) is type(q(x, t))
+    assert isinstance(low(x, t, return_dict=False), tuple)
+    assert moved(low(x, t).sample, q(x, t).sample)[1] <= BFLOAT16
+    assert low.config.in_channels == pipe.unet.config.in_channels
+    run = {"batch_size": 2, "num_inference_steps": 5, "output_type": "np"}
+    pictures = []
+    for unet in (q, low):
+        ours = DDIMPipeline(pipe.unet, DDIMScheduler.from_config(pipe.scheduler.config))
+        ours.unet = unet
+        ours.set_progress_bar_config(disable=True)
+        pictures.append(ours(generator=torch.Generator().manual_seed(0), **run).images)
+    assert abs(pictures[0] - pictures[1]).mean() < 0.02
+    assert low.report["unseen_timesteps"] == {}
+
+
+def test_a_layer_that_falls_back_is_reported_and_refused_on_request(monkeypatch):
+    original = lowering.Compiled
+
+    def without_low_precision(folder, *, settings, **rest):
+        return original(folder, settings={**settings, "LP_TRANSFORMS_MODE": "NO"}, **rest)
+
+    monkeypatch.setattr(lowering, "Compiled", without_low_precision)
+    low = quantized().lower("cpu", precision="float32")
+    fallen = [k for k in low.report["lowering"]["kernels"] if k["fell_back"]]
+    assert "OpenVINO chose a float kernel" in {k["reason"] for k in fallen}
+    assert len(fallen) == len(quantized().report["layers"]) - 2  # conv_in and conv_out keep float inputs
+    assert low.report["lowering"]["flops"]["int8"] == 0
+    with pytest.raises(
+        TFMQError,
+        match=r"strict: 12 of 15 layers are quantized and run in float: \S+\.weight: OpenVINO chose",
+    ):
+        quantized().lower("cpu", precision="float32", strict=True)
+
+
+@torch.no_grad()
+def test_a_cpu_without_int8_instructions_says_so_and_computes_the_same(monkeypatch):
+    monkeypatch.setattr(lowering, "int8_instructions", list)
+    with pytest.warns(UserWarning, match="this CPU has no int8 instructions"):
+        low = quantized().lower("cpu", precision="float32")
+    assert low.report["lowering"]["flops"]["int8"] == 0
+    assert_same_but_for_ties([(low(noise(n), mixed(n)), quantized()(noise(n), mixed(n))) for n in SIZES])
+    with pytest.raises(TFMQError, match="this CPU has no int8 instructions"):
+        quantized().lower("cpu", strict=True)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ({"target": "tpu"}, "target='tpu': unknown; there is \"cpu\""),
+        ({"precision": "float16"}, "precision='float16': unknown; use (bfloat16|float32)"),
+    ],
+)
+def test_unknown_targets_and_precisions_are_refused(arguments, words):
+    with pytest.raises(TFMQError, match=words):
+        quantized().lower(**arguments)
+
+
+def test_a_missing_package_names_the_extra(monkeypatch):
+    monkeypatch.setitem(sys.modules, "openvino", None)
+    with pytest.raises(TFMQError, match=r'pip install "tfmq_fx\[openvino\]"'):
+        quantized().lower("cpu")
+
+
+class Strange(nn.Module):
+    """An operator of which OpenVINO has no form."""
+
+    def __init__(self):
+        super().__init__()
+        self.unet = TinyUNet()
+
+    def forward(self, sample, timestep):
+        return torch.special.bessel_j0(self.unet(sample, timestep))
+
+
+def test_an_operator_that_openvino_lacks_names_its_node():
+    with pytest.raises(
+        TFMQError, match=r"node special_bessel_j0: OpenVINO has no form of aten\.special_bessel_j0"
+    ):
+        quantized(network_class=Strange).lower("cpu")
+
+
+@torch.no_grad()
+def test_the_cache_keeps_the_conversion(tmp_path):
+    q = quantized()
+    first = q.lower("cpu", precision="float32", cache=tmp_path)
+    second = q.lower("cpu", precision="float32", cache=tmp_path)
+    assert [low.report["lowering"]["cached"] for low in (first, second)] == [False, True]
+    assert torch.equal(first(noise(3), mixed(3)), second(noise(3), mixed(3)))
+    assert first.report["lowering"]["kernels"] == second.report["lowering"]["kernels"]
+    assert quantized("w4a8").lower("cpu", cache=tmp_path).report["lowering"]["cached"] is False
+
+
+@torch.no_grad()
+def test_the_exported_folder_is_openvinos_alone(tmp_path):
+    import openvino
+
+    quantized().export(tmp_path / "ir")
+    assert {f.name for f in (tmp_path / "ir").iterdir()} == {"network.xml", "network.bin", "layers.json"}
+    hint = {"INFERENCE_PRECISION_HINT": "f32"}
+    model = openvino.Core().compile_model(tmp_path / "ir" / "network.xml", "CPU", hint)
+    x, t = noise(4), mixed(4)
+    got = torch.from_numpy(model({"sample": x.numpy(), "timestep": t.numpy()})[0])
+    assert_same_but_for_ties([(got, quantized()(x, t))])
+    quantized().export(tmp_path / "ir")  # over itself
+    (tmp_path / "ir" / "mine.txt").write_text("")
+    with pytest.raises(TFMQError, match="holds something else"):
+        quantized().export(tmp_path / "ir")
+    with pytest.raises(TFMQError, match=r"'\.xml' is not supported; use \.pt2, or a folder"):
+        quantized().export(tmp_path / "net.xml")
+
+
+def test_lowering_leaves_the_quantized_network_as_it_is(tmp_path):
+    with warnings.catch_warnings(), torch.no_grad():
+        before = quantized()(noise(2), 300)
+        quantized().lower("cpu")
+        assert torch.equal(quantized()(noise(2), 300), before)
+    quantized().save_pretrained(tmp_path / "q")
+    with torch.no_grad():
+        assert torch.equal(tfmq_fx.load(tmp_path / "q")(noise(2), 300), before)

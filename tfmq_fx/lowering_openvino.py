@@ -1,0 +1,320 @@
+"""A quantized graph as an OpenVINO model: written, compiled, and what its kernels turned out to be.
+
+    network.xml, network.bin    OpenVINO's own format; weights as int8, activations by FakeQuantize
+    layers.json                 the convolutions, linears and matmuls, with what they should run as
+
+OpenVINO fuses FakeQuantize and the int8 constants into int8 kernels when it compiles. On a CPU with bfloat16 it
+computes everything else in that type, unless a layer is marked `precise` in the file. Timesteps up to 1000 and the
+sums that cancel a zero point do not fit bfloat16's eight bits: what follows from the timestep alone is marked, and
+what `rescale_temporal` put in.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+import time
+import xml.etree.ElementTree as ElementTree
+from collections import OrderedDict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.fx import GraphModule, Node
+from torch.utils import _pytree as pytree
+
+from tfmq_fx.errors import TFMQError
+from tfmq_fx.graph import matmul_inputs, meta_value, op_name, placeholders, weight_argument
+from tfmq_fx.model import QuantizedModel
+from tfmq_fx.passes.byte_activations import byte_activations
+from tfmq_fx.passes.integer_weights import SUFFIX, integer_weights
+from tfmq_fx.passes.partition_temporal import BLOCK_NAME
+from tfmq_fx.passes.pass_manager import PassManager
+from tfmq_fx.passes.rescale_temporal import PRECISE, rescale_temporal
+from tfmq_fx.saving import exported, replace_folder
+
+MODEL, WEIGHTS, LAYERS = "network.xml", "network.bin", "layers.json"
+PASSES = (rescale_temporal, byte_activations, integer_weights)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layer:
+    """One convolution, linear or matmul of the graph that OpenVINO is given."""
+
+    node: str  # its name in that graph, with which OpenVINO's layers begin
+    weight: str  # the name of its weight's node there, with which OpenVINO's constants begin
+    path: str  # its weight's name in the network's state dict; "" without one
+    op: str  # "convolution", "linear", ...
+    flops: int  # for one sample, a multiplication and an addition being two
+    float_because: str  # why no int8 kernel can run it; "" when both its inputs are quantized
+
+
+def require_openvino() -> Any:
+    """The package, or a TFMQError that says how to get it."""
+    try:
+        import openvino
+    except ImportError as error:
+        raise TFMQError(
+            f'target "cpu": needs the package openvino ({error}); pip install "tfmq_fx[openvino]".'
+        ) from error
+    return openvino
+
+
+def export_folder(model: QuantizedModel, folder: Path) -> None:
+    """Write OpenVINO's files. Raises TFMQError when the folder holds anything else."""
+    names = {f.name for f in folder.iterdir()} if folder.is_dir() else set()
+    if not names <= {MODEL, WEIGHTS, LAYERS} or folder.is_file():
+        raise TFMQError(f"{folder}: holds something else; choose another folder or remove it yourself.")
+    replace_folder(folder, lambda temporary: write(model, temporary))
+
+
+def write(model: QuantizedModel, folder: Path) -> None:
+    """Write the model's files into a folder that is there. Raises TFMQError naming a node OpenVINO lacks."""
+    openvino = require_openvino()
+    gm = _decomposed(model)
+    PassManager(PASSES)(gm)
+    ir = _convert(gm)
+    _name_weights(ir)
+    openvino.serialize(ir, folder / MODEL, folder / WEIGHTS)
+    block = placeholders(model.temporal_block)
+    marked = [n.name for n in gm.graph.nodes if n.meta.get(PRECISE)]
+    mark_precise(folder / MODEL, inputs=block, nodes=marked)
+    layers = [dataclasses.asdict(layer) for layer in _layers(gm)]
+    (folder / LAYERS).write_text(json.dumps(layers, indent=1) + "\n")
+
+
+def _decomposed(model: QuantizedModel) -> GraphModule:
+    """The flat graph, in the operators that OpenVINO's converter wants to see."""
+    from openvino.frontend.pytorch.torchdynamo.export_decompositions import ops_to_not_decompose
+
+    table = torch.export.default_decompositions()
+    for op in ops_to_not_decompose():
+        table.pop(op, None)
+    gm = exported(model).run_decompositions(table).module(check_guards=False)
+    assert isinstance(gm, GraphModule)
+    gm.meta = {}
+    return gm
+
+
+def _convert(gm: GraphModule) -> Any:
+    import openvino
+    from openvino.frontend.pytorch.fx_decoder import TorchFXPythonDecoder
+
+    try:
+        # "dynamic_shapes" would make every size dynamic; the batch is so already.
+        return openvino.convert_model(TorchFXPythonDecoder(gm, dynamic_shapes=False))
+    except Exception as error:  # OpenVINO's own types differ by what failed; its words name operator or node
+        raise TFMQError(_cannot_express(gm, str(error))) from error
+
+
+def _name_weights(ir: Any) -> None:
+    """Call the bytes of a weight like the node that multiplies them by their scales.
+
+    Layers lose their names where OpenVINO fuses them; the constants that they read keep theirs.
+    """
+    for product in ir.get_ops():
+        if product.get_type_name() == "Multiply":
+            value = product.input_value(0).get_node()
+            if value.get_type_name() == "Subtract":
+                value = value.input_value(0).get_node()
+            if (
+                value.get_type_name() == "Convert"
+                and value.input_value(0).get_node().get_type_name() == "Constant"
+            ):
+                name = product.get_friendly_name().partition("/")[0]
+                value.input_value(0).get_node().set_friendly_name(f"{name}/integers")
+
+
+def _cannot_express(gm: GraphModule, words: str) -> str:
+    missing = re.findall(r"No conversion rule found for operations: (.*)", words)
+    operators = {op.strip() for line in missing for op in line.split(",")}
+    failed = re.findall(r"during conversion of operation ([^/\s]+)/", words)
+    nodes = [n for n in gm.graph.nodes if str(n.target) in operators or n.name in failed]
+    if nodes:
+        return f"node {nodes[0].name}: OpenVINO has no form of {nodes[0].target}; {_NOT_LOWERED}"
+    return f"OpenVINO cannot convert the graph: {words.strip().splitlines()[-1]}; {_NOT_LOWERED}"
+
+
+_NOT_LOWERED = "use the quantized network as it is, or export it as .pt2."
+
+
+def mark_precise(file: Path, *, inputs: Iterable[str], nodes: Iterable[str]) -> None:
+    """Mark as `precise` in OpenVINO's XML what depends on the given inputs alone, and what was made of `nodes`.
+
+    A shape says nothing of values: what is read from the shape of another input is not its dependent.
+    """
+    tree = ElementTree.parse(file)
+    sources: dict[str, list[str]] = {}
+    for edge in tree.iterfind("./edges/edge"):
+        sources.setdefault(edge.attrib["to-layer"], []).append(edge.attrib["from-layer"])
+    inputs, nodes = set(inputs), set(nodes)
+    marks: dict[str, set[str]] = {}
+    for layer in tree.iterfind("./layers/layer"):  # in the order of the graph
+        key, name, kind = (layer.attrib[a] for a in ("id", "name", "type"))
+        above = [marks[source] for source in sources.get(key, [])]
+        marks[key] = {name} if kind == "Parameter" else set().union(*above) if kind != "ShapeOf" else set()
+        alone = bool(marks[key]) and marks[key] <= inputs and kind != "Parameter"
+        if alone or name.partition("/")[0] in nodes:
+            info = layer.find("rt_info")
+            if info is None:
+                info = ElementTree.Element("rt_info")
+                layer.insert(1 if layer.find("data") is not None else 0, info)
+            ElementTree.SubElement(info, "attribute", name="precise", version="0")
+    tree.write(file)
+
+
+def _layers(gm: GraphModule) -> Iterator[Layer]:
+    for node in gm.graph.nodes:
+        index = weight_argument(node)
+        operands = matmul_inputs(node)
+        if index is None and not operands:
+            continue
+        reasons = []
+        if index is not None:
+            operands = [node.args[0]]
+            if not _weight_path(node.args[index]).endswith(SUFFIX):
+                reasons.append("its weight is float")
+        if any(not _is_quantized(x) for x in operands):
+            reasons.append("its input is float" if index is not None else "its operands are float")
+        yield Layer(
+            node=node.name,
+            weight="" if index is None else node.args[index].name,
+            path=""
+            if index is None
+            else _weight_path(node.args[index]).removesuffix(SUFFIX).removesuffix("_q"),
+            op=op_name(node),
+            flops=_flops(node),
+            float_because=" and ".join(reasons),
+        )
+
+
+def _weight_path(weight: Node) -> str:
+    """The constant that a weight is made of, which is its first argument's first argument and so on."""
+    while weight.op != "get_attr" and weight.all_input_nodes:
+        weight = weight.all_input_nodes[0]
+    path = str(weight.target) if weight.op == "get_attr" else ""
+    return path.removeprefix(
+        f"{BLOCK_NAME}."
+    )  # the block's parameters lie beside the others in the state dict
+
+
+def _is_quantized(x: Node) -> bool:
+    return x.target is torch.ops.quantized_decomposed.dequantize_per_tensor.default
+
+
+def _flops(node: Node) -> int:
+    """Of one sample: 2 * what is summed * outputs; two matmuls for an attention."""
+    x, y = (_sizes(n) for n in (node.args[0], node))
+    index = weight_argument(node)
+    if index is not None:
+        weight = _sizes(node.args[index])
+        summed = torch.Size(weight).numel() // (weight[1] if op_name(node) == "conv_transpose" else weight[0])
+        return 2 * summed * torch.Size(y).numel() // y[0]
+    if op_name(node) == "scaled_dot_product_attention":
+        keys = _sizes(node.args[1])[-2]
+        return 2 * keys * (x[-1] + y[-1]) * torch.Size(y[:-1]).numel() // y[0]
+    return 2 * x[-1] * torch.Size(y).numel() // y[0]
+
+
+def _sizes(node: Any) -> list[int]:
+    """The sizes at capture: a batch of two where it may vary."""
+    value = meta_value(node)
+    assert isinstance(value, Tensor), node
+    return [d if isinstance(d, int) else d.node.hint for d in value.shape]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Execution:
+    """One node of OpenVINO's execution graph."""
+
+    kind: str  # "Convolution", "FullyConnected", "Eltwise", ...
+    kernel: str  # "brgconv_avx512_I8"
+    precision: str  # "u8", "bf16", "f32"
+    layers: tuple[str, ...]  # the nodes of our graph that it computes, and those whose constants it reads
+
+
+PRODUCTS = (
+    "Convolution",
+    "Deconvolution",
+    "FullyConnected",
+    "MatMul",
+    "ScaledDotProductAttention",
+    "Subgraph",
+)
+
+
+class Compiled(nn.Module):
+    """The graph on OpenVINO's kernels: its inputs in order, its outputs nested as the graph nests them.
+
+    OpenVINO lays out memory for a known batch, which is 1.6 to 1.9 times as fast as one of any size (digits, one
+    thread): there is one compiled network for each shape of inputs, the last `KEPT` of them. They share the file.
+    """
+
+    KEPT = 4
+
+    def __init__(self, folder: Path, *, model: QuantizedModel, settings: Mapping[str, Any]) -> None:
+        super().__init__()
+        self.folder, self.settings = folder, dict(settings)
+        self.core = require_openvino().Core()
+        file = self.core.read_model(folder / MODEL)
+        names = list(model.interface.inputs)
+        self.order = [names.index(i.get_node().get_friendly_name()) for i in file.inputs]
+        outputs = iter(range(len(file.outputs)))
+        self.nested = torch.fx.map_arg(model.network.graph.output_node().args[0], lambda _: next(outputs))
+        self.compiled: OrderedDict[tuple[tuple[int, ...], ...], Any] = OrderedDict()
+        self.seconds: dict[int, float] = {}  # what compiling for a batch took, by its size
+
+    def forward(self, *inputs: Tensor) -> Any:
+        given = [inputs[i].detach().contiguous() for i in self.order]
+        result = self.compile(given)([x.numpy() for x in given], share_inputs=True)
+        return pytree.tree_map(lambda i: torch.from_numpy(result[i]), self.nested)
+
+    def compile(self, inputs: Sequence[Tensor]) -> Any:  # type: ignore[override]
+        """OpenVINO's network for inputs of these shapes, in its own order."""
+        shapes = tuple(tuple(x.shape) for x in inputs)
+        if shapes in self.compiled:
+            self.compiled.move_to_end(shapes)
+        else:
+            start = time.perf_counter()
+            network = self.core.read_model(self.folder / MODEL)
+            network.reshape(dict(zip(network.inputs, map(list, shapes), strict=True)))
+            self.compiled[shapes] = self.core.compile_model(network, "CPU", self.settings)
+            self.seconds[max(s[0] for s in shapes if s)] = time.perf_counter() - start
+            if len(self.compiled) > self.KEPT:
+                self.compiled.popitem(last=False)
+        return self.compiled[shapes]
+
+    def executions(self) -> Iterator[Execution]:
+        """Of the network that was called last."""
+        compiled = next(reversed(self.compiled.values()))
+        for node in compiled.get_runtime_model().get_ordered_ops():
+            names = [*_info(node, "originalLayersNames").split(","), *_constants(node)]
+            yield Execution(
+                kind=_info(node, "layerType"),
+                kernel=_info(node, "primitiveType"),
+                precision=_info(node, "runtimePrecision"),
+                layers=tuple(name.partition("/")[0] for name in names),
+            )
+
+
+def _info(node: Any, key: str) -> str:
+    value: str = node.get_rt_info()[key].astype(str)
+    return value
+
+
+def _constants(node: Any) -> Iterator[str]:
+    """The names of the constants that an executed node reads, as they are or laid out anew."""
+    for value in node.input_values():
+        source = value.get_node()
+        while _info(source, "layerType") in ("Reorder", "Reshape", "Transpose", "Convert"):
+            source = source.input_value(0).get_node()
+        if _info(source, "layerType") == "Const":
+            yield source.get_friendly_name()
+
+
+def read_layers(folder: Path) -> list[Layer]:
+    return [Layer(**layer) for layer in json.loads((folder / LAYERS).read_text())]
