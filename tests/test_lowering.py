@@ -243,6 +243,30 @@ def test_a_cpu_without_int8_instructions_says_so_and_computes_the_same(monkeypat
         quantized().lower("cpu", strict=True)
 
 
+def other_granularity(**changes):
+    nearest = tfmq_fx.Reconstruction(method="nearest")
+    return tfmq_fx.quantize(
+        make(TinyUNet), tfmq_fx.Recipe(reconstruction=nearest, **changes), calibration=calibration()
+    )
+
+
+@torch.no_grad()
+def test_scales_per_group_run_in_float_and_are_reported():
+    q = other_granularity(group_size=8)
+    low = q.lower("cpu", precision="float32")
+    assert_same_but_for_ties([(low(noise(n), mixed(n)), q(noise(n), mixed(n))) for n in SIZES])
+    kernels = {k["path"]: k for k in low.report["lowering"]["kernels"]}
+    for path in ("time_mlp.2.weight", "down_block.conv1.weight"):
+        assert (kernels[path]["int8"], kernels[path]["fell_back"]) == (False, True)
+
+
+def test_scales_per_token_name_their_node():
+    with pytest.raises(
+        TFMQError, match=r"node quantize_per_token\w*: OpenVINO has no form of quantized_decomposed"
+    ):
+        other_granularity(activation_granularity="token").lower("cpu")
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
