@@ -17,6 +17,7 @@ from tfmq_fx.passes.pass_manager import declare
 ops = torch.ops.quantized_decomposed
 _QUANTIZE = (ops.quantize_per_channel.default, ops.quantize_per_tensor.tensor)
 PRECISE = "precise"  # in a node's meta: bfloat16 would lose what it computes
+DEQUANTIZED = "dequantized"  # in a node's meta: what is left of a dequantization, for others than layers
 _DEQUANTIZE = (ops.dequantize_per_channel.default, ops.dequantize_per_tensor.tensor)
 
 
@@ -79,7 +80,7 @@ def _rescale(gm: GraphModule, quantize: Node) -> None:
         if dequantize.users:
             with gm.graph.inserting_before(dequantize):
                 value = call(aten.mul.Tensor, (call(aten.sub.Tensor, (y, z)), s))
-            value.meta = dict(dequantize.meta)
+            value.meta = {**dequantize.meta, DEQUANTIZED: True}
             dequantize.replace_all_uses_with(value)
 
 

@@ -2,8 +2,9 @@
 
 import dataclasses
 import functools
+import shutil
 import sys
-import warnings
+import tempfile
 
 import pytest
 import torch
@@ -24,6 +25,15 @@ SIZES = (1, 2, 3, 5, 16)
 BFLOAT16 = 0.05
 
 
+CACHE = tempfile.mkdtemp(prefix="tfmq-tests-")  # so that each network is converted once
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _clean_up():
+    yield
+    shutil.rmtree(CACHE)
+
+
 @pytest.fixture(autouse=True)
 def _one_thread():
     torch.set_num_threads(1)
@@ -38,7 +48,7 @@ def quantized(bits="w8a8", keyed="block", network_class=TinyUNet):
 
 @functools.cache
 def lowered(bits="w8a8", keyed="block", precision="float32"):
-    return quantized(bits, keyed).lower("cpu", precision=precision)
+    return quantized(bits, keyed).lower("cpu", precision=precision, cache=CACHE)
 
 
 def noise(size):
@@ -203,34 +213,58 @@ def test_digits_through_the_pipeline(pipe):
     assert low.report["unseen_timesteps"] == {}
 
 
-def test_a_layer_that_falls_back_is_reported_and_refused_on_request(monkeypatch):
+def test_a_layer_that_falls_back_is_reported_and_refused_on_request(monkeypatch, tmp_path):
     original = lowering.Compiled
 
     def without_low_precision(folder, *, settings, **rest):
         return original(folder, settings={**settings, "LP_TRANSFORMS_MODE": "NO"}, **rest)
 
     monkeypatch.setattr(lowering, "Compiled", without_low_precision)
-    low = quantized().lower("cpu", precision="float32")
+    low = quantized().lower("cpu", precision="float32", cache=tmp_path)
     fallen = [k for k in low.report["lowering"]["kernels"] if k["fell_back"]]
     assert "OpenVINO chose a float kernel" in {k["reason"] for k in fallen}
     assert len(fallen) == len(quantized().report["layers"]) - 2  # conv_in and conv_out keep float inputs
     assert low.report["lowering"]["flops"]["int8"] == 0
     with pytest.raises(
         TFMQError,
-        match=r"strict: 12 of 15 layers are quantized and run in float: \S+\.weight: OpenVINO chose",
+        match=r"strict: 12 of 15 layers are quantized and run in float: \S+\.weight: OpenVINO chose a float kernel",
     ):
-        quantized().lower("cpu", precision="float32", strict=True)
+        quantized().lower("cpu", precision="float32", strict=True, cache=tmp_path)
 
 
 @torch.no_grad()
 def test_a_cpu_without_int8_instructions_says_so_and_computes_the_same(monkeypatch):
     monkeypatch.setattr(lowering, "int8_instructions", list)
     with pytest.warns(UserWarning, match="this CPU has no int8 instructions"):
-        low = quantized().lower("cpu", precision="float32")
+        low = quantized().lower("cpu", precision="float32", cache=CACHE)
     assert low.report["lowering"]["flops"]["int8"] == 0
     assert_same_but_for_ties([(low(noise(n), mixed(n)), quantized()(noise(n), mixed(n))) for n in SIZES])
     with pytest.raises(TFMQError, match="this CPU has no int8 instructions"):
         quantized().lower("cpu", strict=True)
+
+
+def other_granularity(**changes):
+    nearest = tfmq_fx.Reconstruction(method="nearest")
+    return tfmq_fx.quantize(
+        make(TinyUNet), tfmq_fx.Recipe(reconstruction=nearest, **changes), calibration=calibration()
+    )
+
+
+@torch.no_grad()
+def test_scales_per_group_run_in_float_and_are_reported():
+    q = other_granularity(group_size=8)
+    low = q.lower("cpu", precision="float32")
+    assert_same_but_for_ties([(low(noise(n), mixed(n)), q(noise(n), mixed(n))) for n in SIZES])
+    kernels = {k["path"]: k for k in low.report["lowering"]["kernels"]}
+    for path in ("time_mlp.2.weight", "down_block.conv1.weight"):
+        assert (kernels[path]["int8"], kernels[path]["fell_back"]) == (False, True)
+
+
+def test_scales_per_token_name_their_node():
+    with pytest.raises(
+        TFMQError, match=r"node quantize_per_token\w*: OpenVINO has no form of quantized_decomposed"
+    ):
+        other_granularity(activation_granularity="token").lower("cpu")
 
 
 @pytest.mark.parametrize(
@@ -300,9 +334,9 @@ def test_the_exported_folder_is_openvinos_alone(tmp_path):
 
 
 def test_lowering_leaves_the_quantized_network_as_it_is(tmp_path):
-    with warnings.catch_warnings(), torch.no_grad():
+    with torch.no_grad():
         before = quantized()(noise(2), 300)
-        quantized().lower("cpu")
+        quantized().lower("cpu", cache=CACHE)
         assert torch.equal(quantized()(noise(2), 300), before)
     quantized().save_pretrained(tmp_path / "q")
     with torch.no_grad():

@@ -9,6 +9,7 @@ from tfmq_fx import observers, passes
 from tfmq_fx.calibration import CalibrationSet, calibrate
 from tfmq_fx.capture import capture
 from tfmq_fx.errors import TFMQError
+from tfmq_fx.lowering import LoweredModel
 from tfmq_fx.model import QuantizedModel
 from tfmq_fx.passes import convert, prepare
 from tfmq_fx.pipeline import quantize
@@ -19,6 +20,7 @@ from tfmq_fx.saving import load
 __version__ = "0.1.0"
 __all__ = [
     "CalibrationSet",
+    "LoweredModel",
     "QuantizedModel",
     "Recipe",
     "Reconstruction",

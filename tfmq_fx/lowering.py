@@ -35,6 +35,7 @@ from tfmq_fx.model import DropIn, QuantizedModel
 from tfmq_fx.saving import example_inputs, replace_folder
 
 log = logging.getLogger(__name__)
+LAYOUT = 1  # of what a cache folder holds: another number reads none of the old
 PRECISIONS = {"bfloat16": "bf16", "float32": "f32"}
 # What multiplies bytes: VNNI in its two encodings, AMX, and Arm's dot products.
 INT8_INSTRUCTIONS = ("avx512_vnni", "avx_vnni", "avx_vnni_int8", "amx_int8", "dotprod", "i8mm")
@@ -127,7 +128,7 @@ def lower(
         if strict:
             raise TFMQError(f'target "cpu": {words}')
         warnings.warn(words, stacklevel=2)
-    settings = {
+    settings: dict[str, Any] = {
         "PERFORMANCE_HINT": "LATENCY",
         "INFERENCE_PRECISION_HINT": PRECISIONS[precision],
         "INFERENCE_NUM_THREADS": torch.get_num_threads(),
@@ -135,7 +136,6 @@ def lower(
         "DYNAMIC_QUANTIZATION_GROUP_SIZE": 0,
         # Without these instructions, byte products are summed in 16 bits, and saturate.
         **({} if instructions else {"LP_TRANSFORMS_MODE": "NO"}),
-        **({} if cache is None else {"CACHE_DIR": str(cache)}),
     }
     start = time.perf_counter()
     with ExitStack() as stack:
@@ -145,10 +145,17 @@ def lower(
         if not cached:
             replace_folder(folder, lambda new: write(model, new))
         converted = time.perf_counter() - start
+        # OpenVINO tells compiled networks apart by some of these settings, and not by all.
+        conditions = json.dumps([settings, sorted(can), openvino.__version__])
+        kept = folder / hashlib.sha256(conditions.encode()).hexdigest()[:16]
+        if cache is not None:
+            kept.mkdir(exist_ok=True)
+            settings["CACHE_DIR"] = str(kept)
         compiled = Compiled(folder, model=model, settings=settings)
         compiled(*example_inputs(model, batch=batch).values())
         first = time.perf_counter() - start - converted
-        kernels = _kernels(folder, compiled, conditions=[settings, sorted(can), openvino.__version__])
+        layers = read_layers(folder)
+        kernels = coverage(layers, compiled) if cache is None else _seen(kept, layers, compiled)
         # Without a cache, the files live as long as the network that compiles from them.
         weakref.finalize(compiled, stack.pop_all().close)
     total, int8 = (sum(k.flops for k in kernels if k.int8 or every) for every in (True, False))
@@ -174,16 +181,14 @@ def lower(
     return LoweredModel(model, compiled, lowering=lowering)
 
 
-def _kernels(folder: Path, compiled: Compiled, *, conditions: Any) -> list[Kernel]:
+def _seen(folder: Path, layers: list[Layer], compiled: Compiled) -> list[Kernel]:
     """`coverage`, kept in the folder: a compiled network from the cache has forgotten some names of what it fused."""
-    digest = hashlib.sha256(json.dumps(conditions).encode()).hexdigest()
-    seen = folder / f"kernels-{digest[:16]}.json"
-    if not seen.is_file():
-        kernels = coverage(read_layers(folder), compiled)
-        temporary = seen.with_suffix(f".tmp-{os.getpid()}")
-        temporary.write_text(json.dumps([dataclasses.asdict(k) for k in kernels]))
-        os.replace(temporary, seen)
-    return [Kernel(**k) for k in json.loads(seen.read_text())]
+    file = folder / "kernels.json"
+    if not file.is_file():
+        temporary = file.with_suffix(f".tmp-{os.getpid()}")
+        temporary.write_text(json.dumps([dataclasses.asdict(k) for k in coverage(layers, compiled)]))
+        os.replace(temporary, file)
+    return [Kernel(**k) for k in json.loads(file.read_text())]
 
 
 def int8_instructions() -> list[str]:
@@ -225,7 +230,7 @@ def _kernel(layer: Layer, executions: list[Execution]) -> Kernel:
 
 def _key(model: QuantizedModel) -> str:
     """What the converted network depends on: the graph, its tensors, and the versions that convert it."""
-    versions = [torch.__version__, require_openvino().__version__, version("tfmq_fx")]
+    versions = [LAYOUT, torch.__version__, require_openvino().__version__, version("tfmq_fx")]
     digest = hashlib.sha256(
         json.dumps([graph_to_json(model.network), model.interface.inputs, versions]).encode()
     )

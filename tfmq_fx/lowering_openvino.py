@@ -34,7 +34,7 @@ from tfmq_fx.passes.byte_activations import byte_activations
 from tfmq_fx.passes.integer_weights import SUFFIX, integer_weights
 from tfmq_fx.passes.partition_temporal import BLOCK_NAME
 from tfmq_fx.passes.pass_manager import PassManager
-from tfmq_fx.passes.rescale_temporal import PRECISE, rescale_temporal
+from tfmq_fx.passes.rescale_temporal import DEQUANTIZED, PRECISE, rescale_temporal
 from tfmq_fx.saving import exported, replace_folder
 
 MODEL, WEIGHTS, LAYERS = "network.xml", "network.bin", "layers.json"
@@ -203,7 +203,8 @@ def _weight_path(weight: Node) -> str:
 
 
 def _is_quantized(x: Node) -> bool:
-    return x.target is torch.ops.quantized_decomposed.dequantize_per_tensor.default
+    is_pair = x.target is torch.ops.quantized_decomposed.dequantize_per_tensor.default
+    return is_pair or bool(x.meta.get(DEQUANTIZED))
 
 
 def _flops(node: Node) -> int:
