@@ -113,7 +113,7 @@ def test_three_processes_agree_and_are_near_one(tmp_path):
 
 def test_one_that_is_killed_stops_the_others_and_what_was_finished_stays(tmp_path):
     first, second = start(tmp_path, 2, state=tmp_path / "state", die=True)
-    second.wait(timeout=200)
+    second.communicate(timeout=200)  # its pipes closed, too
     assert second.returncode == -signal.SIGKILL
     died = time.monotonic()
     stdout, _ = first.communicate(timeout=60)
