@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from tfmq_fx.arithmetic import IntegerRange, choose_qparams, search_range
 from tfmq_fx.errors import TFMQError
-from tfmq_fx.gptq import Moments, corrected, gptq, rows, supported
+from tfmq_fx.gptq import Moments, column_pieces, corrected, gptq, joined, parted, rows, supported
 
 INT4 = IntegerRange.weight(4)
 
@@ -179,3 +179,24 @@ def test_linear_of_quantized_inputs_is_nearer_after_correction():
     assert (F.linear(seen[0], v[0]) - target).square().sum() < (
         F.linear(seen[0], w[0]) - target
     ).square().sum()
+
+
+@pytest.mark.parametrize("blocks", [1, 4])
+def test_a_hessian_past_the_limit_is_cut_into_pieces_of_columns_each_on_its_own(blocks):
+    w, x, _, _ = problem(3, columns=16)
+    scale, zero_point = choose_qparams(*search_range(w[0].reshape(6 * blocks, -1), INT4), INT4)
+    scale, zero_point = scale.reshape(1, 6, blocks), zero_point.reshape(1, 6, blocks)
+    assert column_pieces(1, 16, blocks, 48 * 16**2) == 1
+    assert column_pieces(1, 16, blocks, 48 * 16**2 - 1) == 2
+    assert column_pieces(1, 16, 4, 1) == 4, "a piece holds whole blocks"
+    assert torch.equal(joined(parted(x, 2), 2), x)
+    halves = Moments(2, 8, pieces=2)
+    halves.add(parted(x, 2), parted(x, 2))
+    spread = [s.expand(-1, -1, max(blocks, 2)) for s in (scale, zero_point)]
+    q = joined(gptq(parted(w, 2), halves, *[parted(s, 2) for s in spread], INT4), 2)
+    for i in range(2):
+        alone, columns = Moments(1, 8), slice(8 * i, 8 * i + 8)
+        alone.add(x[:, :, columns], x[:, :, columns])
+        own = slice(0, 1) if blocks == 1 else slice(2 * i, 2 * i + 2)
+        expected = gptq(w[:, :, columns], alone, scale[:, :, own], zero_point[:, :, own], INT4)
+        assert torch.equal(q[:, :, columns], expected)

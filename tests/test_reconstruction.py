@@ -205,3 +205,14 @@ def test_dead_inputs_leave_a_singular_hessian_and_a_finite_result():
     tfmq_fx.reconstruct(gm, calibration(), dataclasses.replace(FAST, method="gptq"))
     assert all(0 <= r.error <= r.error_nearest for r in gm.meta["reconstruction"])
     assert torch.isfinite(tfmq_fx.convert(gm)(**calibration().tensors)).all()
+
+
+def test_gptq_cuts_hessians_past_max_memory_and_says_so():
+    gm = prepared()
+    settings = dataclasses.replace(FAST, method="gptq", max_memory=1e-4)
+    tfmq_fx.reconstruct(gm, calibration(), settings)
+    results = {r.name: r for r in gm.meta["reconstruction"]}
+    assert results["down_block.conv1.weight"].hessian_pieces > 1
+    assert results["conv_in.weight"].hessian_pieces == 1
+    assert all(r.error <= r.error_nearest for r in results.values())
+    assert any(r.hessian_pieces > 1 and r.kept == "gptq" for r in results.values())

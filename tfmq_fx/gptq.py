@@ -20,6 +20,7 @@ from tfmq_fx.errors import TFMQError
 from tfmq_fx.graph import op_name
 from tfmq_fx.parallel import Ranks, Workers
 
+PRODUCTS = 2**28  # float32 numbers
 COLUMNS = 128  # columns whose updates to the rest are applied at once (GPTQ, section 3.3, step 2)
 
 
@@ -27,9 +28,12 @@ class Moments:
     """Sums over a layer's inputs, in float64: H = X^ X^T of what it will see, D = (X - X^) X^T of what that lacks.
 
     Adding the rows of A, then of B, equals adding both together, up to float addition order.
+    pieces: of consecutive columns, treated as groups of their own, that a wide layer's H is cut into to fit in
+        memory: errors are then made up for within a piece alone.
     """
 
-    def __init__(self, groups: int, columns: int) -> None:
+    def __init__(self, groups: int, columns: int, *, pieces: int = 1) -> None:
+        self.pieces = pieces
         self.h_GKK = torch.zeros(groups, columns, columns, dtype=torch.float64)
         self.d_GKK = torch.zeros(groups, columns, columns, dtype=torch.float64)
         self._factors: dict[float, tuple[Tensor, Tensor]] = {}
@@ -43,18 +47,18 @@ class Moments:
         *,
         workers: Workers,
         ranks: Ranks,
+        pieces: int = 1,
     ) -> Moments:
         """Of a layer's inputs in the float and in the quantized network, part by part."""
 
         def products(pair: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-            x, s = (rows(layer, y, weight) for y in pair)
+            x, s = (parted(rows(layer, y, weight), pieces) for y in pair)
             return _products(x, s)
 
-        columns = weight[0].numel()
-        groups = rows(layer, given[0][:1], weight).shape[0] if given else 0
-        (groups,) = {g for g in ranks.gather(groups) if g}
-        found = Moments(groups, columns)
-        pairs, at_once = list(zip(given, seen, strict=True)), 8  # products of a wide layer are large
+        found = Moments(groups_of(layer) * pieces, weight[0].numel() // pieces, pieces=pieces)
+        # Products in float32 of so many pairs are held at once: those of a wide layer are large.
+        at_once = max(1, min(8, PRODUCTS // (2 * found.h_GKK.numel())))
+        pairs = list(zip(given, seen, strict=True))
         for start in range(0, len(pairs), at_once):
             for h, d in workers.map(products, pairs[start : start + at_once]):
                 found._accumulate(h, d)
@@ -92,15 +96,52 @@ def supported(layer: Node) -> bool:
     return op_name(layer) in ("linear", "conv1d", "conv2d", "conv3d")
 
 
+def column_pieces(groups: int, columns: int, blocks: int, limit: float) -> int:
+    """The fewest equal pieces of K columns whose moments and factors take at most `limit` bytes.
+
+    A piece holds whole blocks of the columns that share a scale. One column each is the most.
+    """
+    for pieces in range(1, columns + 1):
+        whole = columns % pieces == 0 and (blocks == 1 or blocks % pieces == 0)
+        if whole and 48 * groups * columns**2 / pieces <= limit:  # six matrices of float64
+            return pieces
+    return columns if blocks == 1 else blocks
+
+
+def parted(x_GRK: Tensor, pieces: int) -> Tensor:
+    """(G * pieces, R, K / pieces): consecutive columns as groups of their own."""
+    groups, count, columns = x_GRK.shape
+    x = x_GRK.reshape(groups, count, pieces, columns // pieces)
+    return x.transpose(1, 2).reshape(groups * pieces, count, columns // pieces)
+
+
+def joined(x_GRK: Tensor, pieces: int) -> Tensor:
+    """What `parted` took apart."""
+    groups, count, columns = x_GRK.shape
+    x = x_GRK.reshape(groups // pieces, pieces, count, columns)
+    return x.transpose(1, 2).reshape(groups // pieces, count, pieces * columns)
+
+
+def groups_of(layer: Node) -> int:
+    """G: of a convolution, its groups; of a linear, 1."""
+    if op_name(layer) == "linear":
+        return 1
+    found = _arguments(layer).get("groups", 1)
+    assert isinstance(found, int)
+    return found
+
+
+def _arguments(convolution: Node) -> dict[str, Any]:
+    names = ("x", "w", "b", "stride", "padding", "dilation", "groups")
+    return dict(zip(names, convolution.args, strict=False)) | convolution.kwargs
+
+
 def rows(layer: Node, x: Tensor, weight: Tensor) -> Tensor:
     """The layer's input as rows (G, R, K), such that its output is rows @ weight.view(G, C, K)^T."""
     if op_name(layer) == "linear":
         return x.reshape(1, -1, x.shape[-1])
     dims = weight.dim() - 2
-    given: dict[str, Any] = dict(
-        zip(("x", "w", "b", "stride", "padding", "dilation", "groups"), layer.args, strict=False)
-    )
-    given |= layer.kwargs
+    given = _arguments(layer)
 
     def each(name: str, default: int) -> list[int]:
         value = given.get(name, default)
@@ -115,7 +156,7 @@ def rows(layer: Node, x: Tensor, weight: Tensor) -> Tensor:
     x = F.pad(x, [side for pair in reversed(pads) for side in pair])
     for i in range(dims):
         x = x.unfold(2 + i, (kernel[i] - 1) * dilation[i] + 1, stride[i])[..., :: dilation[i]]
-    groups = given.get("groups", 1)
+    groups = groups_of(layer)
     n, channels = x.shape[:2]
     positions, elements = math.prod(x.shape[2 : 2 + dims]), math.prod(kernel)
     x = x.reshape(n, groups, channels // groups, positions, elements)

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from tfmq_fx.errors import TFMQError
-from tfmq_fx.gptq import Moments, corrected, gptq, supported
+from tfmq_fx.gptq import Moments, column_pieces, corrected, gptq, groups_of, joined, parted, supported
 from tfmq_fx.graph import attribute, fresh, weight_argument
 from tfmq_fx.observers.static import StaticFakeQuantize
 from tfmq_fx.observers.weight import PerChannelWeightFakeQuantize
@@ -41,6 +41,7 @@ class BlockResult:
     error: float
     kept: str  # "learned" or "gptq"; "nearest" where neither helped
     seconds: float
+    hessian_pieces: int = 1  # the most pieces that GPTQ cut a layer's columns into, to keep to max_memory
 
 
 @dataclass(frozen=True)
@@ -178,6 +179,7 @@ def choose_rounding(
 
     best, kept = state(), "nearest"
     error = error_nearest = streams.error()
+    hessian_pieces = 1
     if not math.isfinite(error):
         raise TFMQError(
             f"reconstruction of block {name}: the loss is {error} before anything is learned; check the calibration data and "
@@ -196,7 +198,7 @@ def choose_rounding(
 
     if error_nearest > 0.0:  # else there is nothing to win
         if "gptq" in method:
-            targets = _second_order(streams, settings)
+            targets, hessian_pieces = _second_order(streams, settings)
             # AdaRound then rounds what the quantized inputs ask for, instead of the float weight.
             weights = [(o, targets.get(o, w)) for o, w in weights]
             keep_if_better("gptq")
@@ -212,6 +214,7 @@ def choose_rounding(
         error=error,
         kept=kept,
         seconds=time.monotonic() - started,
+        hessian_pieces=hessian_pieces,
     )
 
 
@@ -275,12 +278,15 @@ def _learn(
 
 
 @torch.no_grad()
-def _second_order(streams: Streams, settings: Reconstruction) -> dict[PerChannelWeightFakeQuantize, Tensor]:
+def _second_order(
+    streams: Streams, settings: Reconstruction
+) -> tuple[dict[PerChannelWeightFakeQuantize, Tensor], int]:
     """GPTQ, layer after layer: each sees its inputs as the layers before it, already in integers, make them.
 
-    The corrected weights that it rounded, by observer.
+    The corrected weights that it rounded, by observer; the most pieces that a layer's columns were cut into.
     """
     targets: dict[PerChannelWeightFakeQuantize, Tensor] = {}
+    most = 1
     observer_of = {n: o for n, o in observers(streams.block) if isinstance(o, PerChannelWeightFakeQuantize)}
     chunks = streams.chunks[: max(1, settings.gptq_samples // settings.batch_size)]
     parts = [part for chunk in chunks for part in chunk]
@@ -294,19 +300,36 @@ def _second_order(streams: Streams, settings: Reconstruction) -> dict[PerChannel
         weight = _float_weight(streams.block, source)
         given = streams.firsts(without_observers(probe), parts, quantized=False)
         seen = streams.firsts(probe, parts, quantized=True)
-        same = last is not None and _same(given, last[0]) and _same(seen, last[1])
+        groups, channels = groups_of(layer), weight.shape[0] // groups_of(layer)
+        scale, zero_point = (x.reshape(groups, channels, -1) for x in (observer.scale, observer.zero_point))
+        columns, blocks = weight[0].numel(), scale.shape[2]
+        pieces = column_pieces(groups, columns, blocks, settings.max_memory * 2**30)
+        most = max(most, pieces)
+        same = (
+            last is not None and last[2].pieces == pieces and _same(given, last[0]) and _same(seen, last[1])
+        )
         if last is None or not streams.ranks.all(same):
             # Layers that share their input (every embedding layer of a temporal block) share one Gram matrix.
-            moments = Moments.of(layer, weight, given, seen, workers=streams.workers, ranks=streams.ranks)
+            last = None  # the old one's memory goes before the new one's comes
+            moments = Moments.of(
+                layer, weight, given, seen, workers=streams.workers, ranks=streams.ranks, pieces=pieces
+            )
             last = (given, seen, moments)
-        groups = last[2].h_GKK.shape[0]
-        shape = (groups, weight.shape[0] // groups)
-        w_GCK = corrected(weight.detach().reshape(*shape, -1), last[2], damping=settings.damping)
-        scale, zero_point = observer.scale.reshape(*shape, -1), observer.zero_point.reshape(*shape, -1)
-        q = gptq(w_GCK, last[2], scale, zero_point, observer.integers, damping=settings.damping)
-        observer.q = q.reshape(weight.shape).to(observer.dtype)
-        targets[observer] = w_GCK.reshape(weight.shape).float()
-    return targets
+        if blocks == 1:  # one scale for all columns is one for each part's
+            scale, zero_point = (x.expand(-1, -1, pieces) for x in (scale, zero_point))
+        w_GCK = parted(weight.detach().reshape(groups, channels, -1), pieces)
+        w_GCK = corrected(w_GCK, last[2], damping=settings.damping)
+        q = gptq(
+            w_GCK,
+            last[2],
+            parted(scale, pieces),
+            parted(zero_point, pieces),
+            observer.integers,
+            damping=settings.damping,
+        )
+        observer.q = joined(q, pieces).reshape(weight.shape).to(observer.dtype)
+        targets[observer] = joined(w_GCK, pieces).reshape(weight.shape).float()
+    return targets, most
 
 
 def _same(a: list[Tensor], b: list[Tensor]) -> bool:
