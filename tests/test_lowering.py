@@ -34,11 +34,6 @@ def _clean_up():
     shutil.rmtree(CACHE)
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    torch.set_num_threads(1)
-
-
 @functools.cache
 def quantized(bits="w8a8", keyed="block", network_class=TinyUNet):
     nearest = tfmq_fx.Reconstruction(method="nearest")

@@ -29,12 +29,6 @@ CLOSE = 50 * torch.finfo(torch.float32).eps
 FLIPPED_ROWS, FLIPPED_BY = 0.1, 0.03
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    """Networks this small gain nothing from a second, and lose much where another process wants the core."""
-    torch.set_num_threads(1)  # the fixture of conftest.py, which comes first, sets it for every other test
-
-
 def recipe(bits, keyed="block"):
     """Round-to-nearest: the graph is the same, whichever way the weights were rounded."""
     nearest = tfmq_fx.Reconstruction(method="nearest")

@@ -27,12 +27,6 @@ pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:Depreca
 RECIPE = tfmq_fx.Recipe(weight_bits=8, reconstruction=tfmq_fx.Reconstruction(method="nearest"))
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    """Networks this small gain nothing from a second, and lose much where another process wants the core."""
-    torch.set_num_threads(1)  # the fixture of conftest.py, which comes first, sets it for every other test
-
-
 class Growing(nn.Module):
     """The embedding grows twentyfold over the schedule, as sigma does: another timestep's qparams are wrong here."""
 

@@ -16,15 +16,6 @@ STEPS = 10
 LABELS = list(range(10))
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread():
-    # Matrices this small gain nothing from a second thread, and lose minutes to one on a busy machine.
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture(scope="module")
 def dit():
     pipe = dit_digits_pipeline()
