@@ -8,6 +8,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from tfmq_fx.errors import TFMQError
+
 
 def psnr(images: Tensor, reference: Tensor, *, value_range: float = 2.0) -> float:
     """Peak signal-to-noise ratio in dB over all elements: 10 log10(range^2 / MSE); inf for equal tensors."""
@@ -55,3 +57,47 @@ def frechet_distance(a_ND: Tensor, b_ND: Tensor) -> float:
     shared = torch.linalg.eigvalsh(root @ cov_b @ root).clamp(min=0).sqrt().sum()
     difference = (a.mean(0) - b.mean(0)).square().sum()
     return float(difference + cov_a.trace() + cov_b.trace() - 2 * shared)
+
+
+def ssim_by_image(images: Tensor, reference: Tensor, *, value_range: float = 2.0) -> Tensor:
+    """Structural similarity of each image (N,), at most 1 (Wang et al. 2004; torchmetrics' Gaussian window, sigma 1.5).
+
+    Raises TFMQError without torchmetrics.
+    """
+    try:
+        from torchmetrics.functional.image import structural_similarity_index_measure
+    except ImportError as error:
+        raise TFMQError(f'SSIM needs torchmetrics ({error}); pip install "tfmq_fx[metrics]".') from error
+    found = structural_similarity_index_measure(
+        images.float(), reference.float(), data_range=value_range, reduction="none"
+    )
+    assert isinstance(found, Tensor)
+    return found
+
+
+def inception_score(probabilities_NK: Tensor) -> float:
+    """exp(E_x KL(p(y|x) || p(y))), between 1 and K (Salimans et al. 2016, section 4; one split)."""
+    p = probabilities_NK.double()
+    marginal = p.mean(0, keepdim=True)
+    divergence = torch.special.xlogy(p, p) - torch.special.xlogy(p, marginal)
+    return float(divergence.sum(1).mean().exp())
+
+
+def precision_recall(a_ND: Tensor, b_ND: Tensor, *, neighbours: int = 3) -> tuple[float, float]:
+    """Share of `a` within the manifold of the reference `b`, and share of `b` within that of `a`.
+
+    A set's manifold is the union of balls around its rows, each out to its k-th nearest other row (Kynkäänniemi et
+    al. 2019, eq. 1-2). Raises TFMQError when a set has no k other rows.
+    """
+    for name, x in (("a", a_ND), ("b", b_ND)):
+        if len(x) <= neighbours:
+            raise TFMQError(f"precision_recall: {name} has {len(x)} rows; more than {neighbours} are needed.")
+    a, b = a_ND.double(), b_ND.double()
+    between = torch.cdist(a, b)
+
+    def radii(x: Tensor) -> Tensor:
+        return torch.cdist(x, x).kthvalue(neighbours + 1, dim=1).values  # the nearest is the row itself
+
+    precision = (between <= radii(b)).any(1).double().mean()
+    recall = (radii(a) >= between.T).any(1).double().mean()
+    return float(precision), float(recall)
