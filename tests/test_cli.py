@@ -124,7 +124,7 @@ def test_quantize_sample_and_evaluate_a_local_folder(monkeypatch, capsys, tmp_pa
     assert "temporal_cosine_distance" in out
 
 
-@pytest.mark.parametrize("command", ["inspect", "quantize", "sample", "evaluate"])
+@pytest.mark.parametrize("command", ["inspect", "quantize", "sample", "evaluate", "report"])
 def test_every_command_has_help(monkeypatch, capsys, command):
     code, out, _ = run(monkeypatch, capsys, command, "--help")
     assert code == 0

@@ -1,4 +1,4 @@
-"""The command line: tfmq inspect | quantize | sample | evaluate."""
+"""The command line: tfmq inspect | quantize | sample | evaluate | report."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import inspect as inspect_module
 import json
 import logging as stdlib_logging
 import os
+import shlex
 import shutil
 import sys
 import warnings
@@ -224,6 +225,7 @@ def quantize(
         )
         if ranks.rank != 0:
             return
+    quantized.record_command(shlex.join(["tfmq", *sys.argv[1:]]))
     quantized.save_pretrained(output)
     shutil.rmtree(state, ignore_errors=True)
     report = quantized.report
@@ -304,6 +306,40 @@ def evaluate(
             )
     table.add_row("unseen timesteps", str(len(quantized.report["unseen_timesteps"])))
     out.print(table)
+
+
+@app.command()
+def report(
+    folder: Folder,
+    output: Annotated[
+        Path | None, typer.Option(help="Folder to write. Default: the artefact's name with -report.")
+    ] = None,
+    model: Model = None,
+    num_samples: Annotated[int, typer.Option(min=1)] = 16,
+    steps: Steps = 50,
+    seed: Seed = 1,
+    scheduler: Scheduler = None,
+    argument: Arguments = None,
+    nearest: Annotated[bool, typer.Option(help="Also calibrate round-to-nearest, to compare with.")] = True,
+) -> None:
+    """Write one HTML page, which needs no network: drift by timestep, pictures along the way, kernels, numbers."""
+    from tfmq_fx.report import PAGE, measure, write_report
+    from tfmq_fx.saving import load
+
+    quantized = load(folder)
+    target = output or folder.absolute().with_name(f"{folder.absolute().name}-report")
+    numbers, runs = measure(
+        load_pipeline(model, scheduler),
+        quantized,
+        num_samples=num_samples,
+        num_inference_steps=steps,
+        seed=seed,
+        nearest=nearest,
+        command=shlex.join(["tfmq", *sys.argv[1:]]),
+        **_named_json("--argument", argument),
+    )
+    write_report(numbers, runs, target, title=f"tfmq_fx: {folder.absolute().name}")
+    out.print(f"{target / PAGE}: PSNR {numbers['pictures']['psnr']:.1f} dB, mean of {num_samples} images")
 
 
 def _both(

@@ -107,7 +107,7 @@ class DropIn(nn.Module):
         # The graph's own inputs carry its device and dtype; both were fixed at capture.
         first = next(n for n in interface.inputs if n != interface.timestep)
         self._dtype: torch.dtype = getattr(torch, interface.inputs[first]["dtype"])
-        self._first = first
+        self.first_input = first  # what the network denoises
         # Imported here and not in forward, which torch.compile traces.
         self._output: Any = None if interface.output_type is None else _output_class(interface.output_type)
 
@@ -153,7 +153,7 @@ class DropIn(nn.Module):
         given = self._bind(args, kwargs)
         t = self.interface.timestep
         inputs = {n: self._input(n, given[n]) for n in self.interface.inputs if n != t}
-        inputs[t] = self._timestep(given[t], inputs[self._first].shape[0])
+        inputs[t] = self._timestep(given[t], inputs[self.first_input].shape[0])
         if not torch.compiler.is_compiling():
             for name, table in {t: self.timesteps, **self.finite}.items():
                 self._look_up(name, inputs[name], table)
@@ -263,6 +263,10 @@ class QuantizedModel(DropIn):
         block = self.network.get_submodule("temporal_block")
         assert isinstance(block, GraphModule)
         return block
+
+    def record_command(self, command: str) -> None:
+        """Keep in the report what made this network, for whoever wants to make it again."""
+        self._report["command"] = command
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write the artefact; see `tfmq_fx.saving.save`."""

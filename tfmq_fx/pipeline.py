@@ -113,6 +113,7 @@ def quantize(
     errors = _errors_by_timestep(gm, quantized, calibration.spread(ERROR_ROWS, seed=seed), rows, distance)
     clock.lap("measure")
     quantized._report = _report(converted, network, recipe, seed, clock, errors)
+    quantized._report["temporal_drift"] = _drift(gm, temporal, quantized, rows, distance)
     return quantized
 
 
@@ -213,6 +214,28 @@ def _temporal_distance(
         for part in chunks_of(rows)
     ]
     return torch.cat(distances, dim=1)
+
+
+def _drift(
+    gm: GraphModule,
+    temporal: TemporalBlock,
+    quantized: QuantizedModel,
+    rows: Mapping[str, Tensor],
+    distance: Tensor | None,
+) -> dict[str, Any] | None:
+    """Every feature's mean cosine distance at every timestep, features by the path of the layer they come from."""
+    if distance is None:
+        return None
+    paths = {
+        layer.node: layer.path.removesuffix(".weight") for layer in quantized.network.meta["plan"].layers
+    }
+    t = rows[gm.meta["timestep"]]
+    by_timestep = torch.stack([distance[:, t == value].mean(1) for value in quantized.timesteps], dim=1)
+    return {
+        "features": [paths.get(name, name) for name in temporal.features],
+        "timesteps": quantized.timesteps.tolist(),
+        "cosine_distance": [[float(f"{x:.3e}") for x in row] for row in by_timestep.tolist()],
+    }
 
 
 @torch.no_grad()

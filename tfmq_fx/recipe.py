@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -191,6 +192,22 @@ class Recipe:
         if name not in PRESETS:
             raise TFMQError(f"recipe: {name!r} is no preset; presets are {nearest_names(name, PRESETS)}.")
         return PRESETS[name]
+
+    @staticmethod
+    def from_json(values: Mapping[str, Any]) -> Recipe:
+        """What `to_json` gave. Raises TFMQError for unknown fields, and for an observer class of the user's."""
+        given = dict(values)
+        settings, rules = dict(given.pop("reconstruction", {})), given.pop("rules", ())
+        if "beta" in settings:
+            settings["beta"] = tuple(settings["beta"])
+        try:
+            return Recipe(
+                **given,
+                reconstruction=Reconstruction(**settings),
+                rules=tuple(Rule(**rule) for rule in rules),
+            )
+        except TypeError as error:
+            raise TFMQError(f"recipe: {error}; it was written by another version of tfmq_fx.") from error
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON values; an observer class of the user's is kept by its qualified name, for the record only."""
