@@ -21,6 +21,7 @@ LEVELS = [
         "tfmq_fx.graph",
         "tfmq_fx.progress",
         "tfmq_fx.metrics",
+        "tfmq_fx.extractors",
         "tfmq_fx.parallel",
     ],
     ["tfmq_fx.observers"],
@@ -42,6 +43,7 @@ LEVELS = [
         "tfmq_fx.lowering",
     ],
     ["tfmq_fx.pipeline", "tfmq_fx.demo", "tfmq_fx.sampling", "tfmq_fx.inspection"],
+    ["tfmq_fx.drift", "tfmq_fx.report"],
     ["tfmq_fx.cli", "tfmq_fx.__init__"],
 ]
 FILES = {
