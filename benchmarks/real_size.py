@@ -51,28 +51,32 @@ def real_size(rows: int, iterations: int, batch_size: int) -> None:
         network, chosen, calibration=tfmq_fx.CalibrationSet.from_tensors(tensors), timesteps=timesteps
     )
     report, settings = q.report, Recipe.preset("w4a8").reconstruction
+    cpu = report["cpu_seconds"]
     print(f"ran to its end in {time.monotonic() - started:.0f} s, peak {peak_gib():.1f} GiB")
-    print("seconds: " + ", ".join(f"{stage} {s:.0f}" for stage, s in report["seconds"].items()))
+    print("CPU seconds: " + ", ".join(f"{stage} {s:.0f}" for stage, s in cpu.items()))
     blocks = report["reconstruction"]
-    learning = sum(b["seconds"] for b in blocks[1:])
-    walking = report["seconds"]["reconstruct"] - blocks[0]["seconds"] - learning
+    # Blocks know their wall time alone; their share of it is their share of the CPU's.
+    of_wall = cpu["reconstruct"] / report["seconds"]["reconstruct"]
+    temporal = blocks[0]["seconds"] * of_wall
+    learning = sum(b["seconds"] for b in blocks[1:]) * of_wall
+    walking = cpu["reconstruct"] - temporal - learning
     # A block's error is measured three times over all rows; a learning step is a forward and a backward pass.
     row_forwards = 3 * rows + 3 * iterations * batch_size
     full = 3 * settings.num_samples + 3 * settings.iterations * settings.batch_size
     hours = (
-        report["seconds"]["capture"]
-        + report["seconds"]["prepare"]
-        + report["seconds"]["calibrate"] / rows * FULL_ROWS
-        + blocks[0]["seconds"]
+        cpu["capture"]
+        + cpu["prepare"]
+        + cpu["calibrate"] / rows * FULL_ROWS
+        + temporal
         + learning / row_forwards * full
         + walking / rows * settings.num_samples
     ) / 3600
     print(
-        f"{len(blocks)} blocks, temporal block {blocks[0]['seconds']:.0f} s, learning {learning:.0f} s, walk {walking:.0f} s"
+        f"{len(blocks)} blocks; CPU seconds: temporal block {temporal:.0f}, learning {learning:.0f}, walk {walking:.0f}"
     )
     print(
         f"estimate for the default recipe ({settings.num_samples} rows, {settings.iterations} iterations of "
-        f"{settings.batch_size}) and {FULL_ROWS} calibration rows on this machine: {hours:.0f} hours"
+        f"{settings.batch_size}) and {FULL_ROWS} calibration rows: {hours:.0f} CPU hours a model, of cores like these"
     )
     print(
         f"{report['sizes']['float_bytes'] / 2**30:.2f} GiB float -> {report['sizes']['quantized_bytes'] / 2**30:.2f} GiB; "
