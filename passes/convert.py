@@ -14,7 +14,7 @@ from tfmq_fx.passes.pass_manager import LOW_BITS, declare
 from tfmq_fx.passes.prepare import require_stage
 
 
-@declare(needs=("calibrate",), after=("reconstruct",))
+@declare(needs=("calibrate",), after=("reconstruct", "cache_temporal", "maintain"))
 def convert(gm: GraphModule) -> GraphModule:
     """A new GraphModule that computes what the calibrated graph computed, from integers.
 
@@ -29,7 +29,7 @@ def convert(gm: GraphModule) -> GraphModule:
     require_stage(gm, "calibrated", "reconstructed")
     kept = (
         "timestep", "conditioning", "features", "feature_keys", "timesteps", "finite", "recipe", "plan", "reconstruction",
-        *LOW_BITS,
+        "cached", "removed", "maintenance", *LOW_BITS,
     )  # fmt: skip
     meta = {name: gm.meta[name] for name in kept if name in gm.meta} | {"stage": "converted"}
     # Our observers' convert hooks fold their own weights; torchao folds those of another quantizer.
