@@ -19,10 +19,9 @@ from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 from torch.utils import _pytree as pytree
 
-from tfmq_fx._torchao import convert_pt2e
 from tfmq_fx.calibration import CalibrationSet, inputs_of
 from tfmq_fx.errors import TFMQError
-from tfmq_fx.graph import ancestors, fixed_size, fresh, meta_value, placeholders
+from tfmq_fx.graph import ancestors, fixed_size, meta_value, placeholders
 from tfmq_fx.graph_json import packed_tensors, tensors_of
 from tfmq_fx.metrics import cosine_distance
 from tfmq_fx.passes.annotate import Note
@@ -35,6 +34,7 @@ from tfmq_fx.passes.cache_temporal import (
     table_sizes,
     uncacheable,
 )
+from tfmq_fx.passes.convert import to_integers
 from tfmq_fx.passes.find_temporal import temporal_of
 from tfmq_fx.passes.insert_step_index import TIMESTEPS
 from tfmq_fx.passes.partition_temporal import BLOCK_NAME, extract_temporal, partition_temporal
@@ -231,7 +231,8 @@ def feature_tables(gm: GraphModule, features: Iterable[str] | None = None) -> di
     keys = {name: feature_key(gm, name) for name in names}
     block = _float_block(gm)
     require_keys_only(gm, block)
-    scalar, found = is_scalar(gm), {}
+    scalar = is_scalar(gm)
+    found: dict[str, Tensor] = {}
     for key in dict.fromkeys(keys.values()):
         wanted = [n for n in names if keys[n] == key]
         pieces: dict[str, list[Tensor]] = {n: [] for n in wanted}
@@ -270,8 +271,7 @@ def _converted_block(gm: GraphModule) -> GraphModule:
     """The temporal block alone, as `convert` would leave it."""
     block = extract_temporal(gm, temporal_of(gm))
     block.meta.update(gm.meta)  # torchao asks it for a mark that prepare set
-    converted = convert_pt2e(fresh(block))
-    return GraphModule(converted, converted.graph)
+    return to_integers(block)
 
 
 def _needs(gm: GraphModule, block: GraphModule) -> list[dict[str, int]]:
