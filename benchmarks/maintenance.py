@@ -4,7 +4,7 @@
 
 The embedded digits model at W4A8 (`--recipe`), its temporal block reconstructed, the rest rounded to nearest. For each number
 of timesteps T of the DDIM schedule: the block reconstructed, its features cached, and the measured choice, without a
-budget and with the bytes of either pure choice as its budget.
+budget, with the bytes of either pure choice as its budget, and with their mean.
 
 bytes: of everything that gives the features. Cosine distance: of the features to float, mean over features and
 timesteps. Effect: sum |output - float|^2 / sum |float|^2 with these features in the otherwise float network, on digits of
@@ -161,9 +161,11 @@ def main() -> None:
         int8 = measure(prepared, data, held_out, maintain="cache", cache_type="int8")
         rows = {**pure, "cache int8": int8["chosen"]}
         rows["auto"] = measure(prepared, data, held_out, maintain="auto")["chosen"]
-        for name, row in pure.items():
-            bounds = {"maintain": "auto", "maintain_bytes": row["bytes"]}
-            rows[f"auto, {name}'s bytes"] = measure(prepared, data, held_out, **bounds)["chosen"]
+        budgets = {f"auto, {name}'s bytes": row["bytes"] for name, row in pure.items()}
+        budgets["auto, half-way"] = sum(budgets.values()) // 2
+        for name, budget in budgets.items():
+            bounds = {"maintain": "auto", "maintain_bytes": budget}
+            rows[name] = measure(prepared, data, held_out, **bounds)["chosen"]
         for name, row in rows.items():
             shown.add_row(
                 str(length) if name == "reconstruct" else "",

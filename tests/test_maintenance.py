@@ -29,7 +29,7 @@ from tfmq_fx.maintenance import (
     total_disturbance,
 )
 from tfmq_fx.metrics import cosine_distance
-from tfmq_fx.passes import cache_temporal, extract_temporal
+from tfmq_fx.passes import cache_temporal, extract_temporal, inline_modules
 from tfmq_fx.passes.cache_temporal import decode, encode
 from tfmq_fx.passes.find_temporal import temporal_of
 from tfmq_fx.saving import WEIGHTS
@@ -40,6 +40,11 @@ W4A8 = tfmq_fx.Recipe(reconstruction=NEAREST)
 FINITE = {"class_labels": range(Labelled.classes)}
 # Half a unit in the last place, relative to the value: float16 has 11 bits of mantissa, bfloat16 8.
 HALF_ULP = {"float16": 2**-11, "bfloat16": 2**-8}
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    torch.set_num_threads(1)
 
 
 class Nested(nn.Module):
@@ -85,23 +90,23 @@ DATA = {TinyUNet: calibration, Nested: calibration, Labelled: labelled_data, Gui
 
 
 @functools.cache
-def once(network, bits="w4a8"):
+def once(network, bits="w4a8", keyed="block"):
     data = DATA[network]()
     gm = tfmq_fx.capture(make(network), data.arguments(slice(0, 2)))
-    recipe = dataclasses.replace(tfmq_fx.Recipe.preset(bits), reconstruction=NEAREST)
+    recipe = dataclasses.replace(tfmq_fx.Recipe.preset(bits), reconstruction=NEAREST, keyed=keyed)
     finite = FINITE if network is Labelled else None
     return tfmq_fx.calibrate(tfmq_fx.prepare(gm, recipe, timesteps=TIMESTEPS, finite=finite), data)
 
 
-def prepared(network=TinyUNet, bits="w4a8", **changes):
+def prepared(network=TinyUNet, bits="w4a8", keyed="block", **changes):
     """A calibrated graph of one's own; its recipe changed."""
-    gm = fresh(once(network, bits))
+    gm = fresh(once(network, bits, keyed))
     gm.meta["recipe"] = dataclasses.replace(gm.meta["recipe"], **changes)
     return gm
 
 
-def maintained(network=TinyUNet, bits="w4a8", **changes):
-    gm = maintain(prepared(network, bits, **changes), DATA[network]())
+def maintained(network=TinyUNet, **changes):
+    gm = maintain(prepared(network, **changes), DATA[network]())
     return tfmq_fx.convert(gm)
 
 
@@ -267,6 +272,19 @@ def test_a_timestep_of_shape_0_and_a_whole_network_of_one_call():
             assert feature.shape == expected.shape
             torch.testing.assert_close(feature, expected, rtol=HALF_ULP["float16"], atol=1e-6)
             assert q(x[:5], torch.tensor(t)).shape == (5, 4)
+
+
+def test_a_graph_of_symbolic_trace_without_shapes():
+    gm = torch.fx.symbolic_trace(make(TinyUNet))
+    inline_modules(gm)
+    gm = tfmq_fx.calibrate(
+        tfmq_fx.prepare(gm, dataclasses.replace(W4A8, maintain="auto"), timesteps=TIMESTEPS), calibration()
+    )
+    expected = list(feature_tables(gm).values())
+    q = tfmq_fx.convert(maintain(gm, calibration()))
+    for got, table in zip(features(q), expected, strict=True):
+        assert torch.equal(got, table.half().float())
+    assert gm.meta["maintenance"]["bytes"]["chosen"] == 400
 
 
 @pytest.mark.parametrize(
@@ -461,8 +479,17 @@ def test_the_recipes_bound_and_budget_reach_the_choice():
     q = maintained(bits="w8a8", maintain="auto", maintain_bound=0.0, cache_type="int8")
     assert {r["chosen"] for r in q.meta["maintenance"]["features"]} == {"reconstruct"}
     assert q.meta["maintenance"]["bytes"]["chosen"] == q.meta["maintenance"]["bytes"]["reconstruct"]
+    assert {n.reason for n in q.meta["plan"].notes if n.coarser} == {"disturbance over maintain_bound=0"}
     with pytest.raises(TFMQError, match="need 400 bytes at least"):
         maintained(maintain="auto", maintain_bytes=399)
+
+
+def test_strict_refuses_a_feature_over_the_bound():
+    recipe = dataclasses.replace(W4A8, maintain="auto", maintain_bound=0.0)
+    with pytest.raises(
+        TFMQError, match=r"strict: 2 deviation\(s\).*linear_2: disturbance over maintain_bound=0"
+    ):
+        tfmq_fx.quantize(make(TinyUNet), recipe, calibration=calibration(), strict=True)
 
 
 def test_the_effect_of_a_feature_is_that_of_its_error_alone():
@@ -495,7 +522,13 @@ def test_reconstruct_leaves_the_graph_as_it_is():
 
 @pytest.mark.parametrize(
     "changes",
-    [{"maintain": "remember"}, {"cache_type": "int4"}, {"maintain_bound": -1.0}, {"maintain_bytes": 0}],
+    [
+        {"maintain": "remember"},
+        {"cache_type": "int4"},
+        {"maintain_bound": -1.0},
+        {"maintain_bytes": 0},
+        {"maintain_bytes": 9, "maintain": "cache"},
+    ],
 )
 def test_a_recipe_checks_its_maintenance(changes):
     with pytest.raises(TFMQError, match=f"Recipe.{next(iter(changes))}"):
@@ -520,7 +553,8 @@ def test_it_is_saved_and_loaded_bit_by_bit(tmp_path, cache_type):
     ("network", "changes"),
     [
         (TinyUNet, {}),
-        (TinyUNet, {"bits": "w3a8"}),
+        (TinyUNet, {"bits": "w3a8", "keyed": "all"}),
+        (TinyUNet, {"bits": "w4a16"}),
         (Nested, {"cache_type": "int8"}),
         (Labelled, {"cache_type": "int8"}),
     ],

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import statistics
 import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -85,7 +84,8 @@ def maintain(gm: GraphModule, calibration: CalibrationSet, *, seed: int = 0) -> 
 
     "reconstruct": nothing to do. "cache": every feature is looked up in a table of its float values. "auto": for each
     feature the one of the two that `choose` takes, with its disturbance measured on the feature (all keys) and on the
-    network's output (`EFFECT_ROWS` rows, this feature alone being quantized).
+    network's output (`EFFECT_ROWS` rows, this feature alone being quantized). One that stays over the bound, because
+    neither way or the budget allows less, is among the plan's notes.
 
     gm.meta["maintenance"] has the table of decisions, the bytes and the seconds per call. Raises TFMQError for "cache" where
     a feature has no finite key, naming it, and for a budget that nothing fits.
@@ -115,6 +115,10 @@ def maintain(gm: GraphModule, calibration: CalibrationSet, *, seed: int = 0) -> 
     notes = [
         Note(name=n, reason=f"reconstructed, not cached: {why}", coarser=False) for n, why in floats.items()
     ]
+    if not forced:
+        harms = {n: options[n][m].disturbance for n, m in chosen.items()}
+        over = f"disturbance over maintain_bound={recipe.maintain_bound:g}"
+        notes += [Note(name=n, reason=over) for n, harm in harms.items() if harm > recipe.maintain_bound]
     gm.meta["plan"] = dataclasses.replace(plan, notes=(*plan.notes, *notes))
     gm.meta["maintenance"] = {
         "bound": None if forced else recipe.maintain_bound,
@@ -438,7 +442,7 @@ def _flat(output: Any) -> Tensor:
 
 
 def _seconds(gm: GraphModule, block: GraphModule, *, runs: int = 21) -> float:
-    """Median time of the block for one sample, in eager mode."""
+    """The block for one sample, in eager mode: the least of some runs, which other work on the machine disturbs least."""
     key = (gm.meta["timestep"],)
     rows = {n: x[:1] for n, x in _key_rows(gm, key).items()}
     inputs = [rows[n] for n in placeholders(block)]
@@ -452,7 +456,7 @@ def _seconds(gm: GraphModule, block: GraphModule, *, runs: int = 21) -> float:
         start = time.perf_counter()
         block(*inputs)
         taken.append(time.perf_counter() - start)
-    return statistics.median(taken)
+    return min(taken)
 
 
 def _decisions(

@@ -62,7 +62,8 @@ def quantize(
     finite: other inputs with finitely many values, {"class_labels": range(10)}; see `prepare`.
 
     strict: refuse, before any calibration, a network of which something would stay in float or be quantized more
-        coarsely than the recipe asks for; the report lists the same otherwise.
+        coarsely than the recipe asks for; and, later, a temporal feature that maintain="auto" cannot keep within its
+        bound. The report lists the same otherwise.
 
     state: a folder that keeps what reconstruction has finished; see `reconstruct`.
 
@@ -100,6 +101,8 @@ def quantize(
     clock.lap("reconstruct")
     if recipe.maintain != "reconstruct":
         maintain(prepared, calibration, seed=seed)
+        if strict:
+            _require_whole(prepared.meta["plan"])
         clock.lap("maintain")
     converted = convert(prepared)
     clock.lap("convert")

@@ -198,6 +198,8 @@ class Recipe:
             raise TFMQError(f"Recipe.maintain_bound: {self.maintain_bound} is not zero or more.")
         if self.maintain_bytes is not None and self.maintain_bytes < 1:
             raise TFMQError(f"Recipe.maintain_bytes: {self.maintain_bytes} is not positive.")
+        if self.maintain_bytes is not None and self.maintain != "auto":
+            raise TFMQError(f"Recipe.maintain_bytes: a budget is for maintain='auto', not {self.maintain!r}.")
 
     @property
     def temporal_observer_class(self) -> type[TemporalObserver]:
