@@ -178,7 +178,7 @@ def _look_up(
     """Insert the look-up of features that share a key; old -> new names of their layers that others still need."""
     call, nodes = gm.graph.call_function, {n.name: n for n in gm.graph.nodes}
     index = key_index(gm, key, timestep=gm.meta["timestep"], sizes=table_sizes(gm))
-    flat = {name: table.detach().float().flatten(1) for name, table in tables.items()}
+    flat = {name: table.detach().float().reshape(len(table), -1) for name, table in tables.items()}
     stored = {name: encode(table, cache_type) for name, table in flat.items()}
     path = _unused(gm, f"{ROOT}.{'_and_'.join(key)}")
     scales = [scale for _, scale in stored.values() if scale is not None]

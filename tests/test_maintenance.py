@@ -80,13 +80,33 @@ class Guided(nn.Module):
         return self.conv2(F.silu(self.mid(h) + self.emb3(emb)[:, :, None, None]))
 
 
+class Scaled(nn.Module):
+    """The output is divided by the timestep itself, a feature of one number and no weight."""
+
+    def __init__(self):
+        super().__init__()
+        self.time, self.emb = nn.Linear(8, 16), nn.Linear(16, 4)
+        self.conv1, self.conv2 = nn.Conv2d(1, 4, 3, padding=1), nn.Conv2d(4, 1, 3, padding=1)
+
+    def forward(self, sample, timestep):
+        emb = self.emb(F.silu(self.time(sinusoid(timestep, 8))))
+        h = self.conv2(F.silu(self.conv1(sample) + emb[:, :, None, None]))
+        return h / torch.floor(timestep / 7 + 1)[:, None, None, None]
+
+
 def guided_data():
     tensors = calibration().tensors
     guidance = torch.rand(40, generator=torch.Generator().manual_seed(1))
     return tfmq_fx.CalibrationSet.from_tensors({**tensors, "guidance": guidance})
 
 
-DATA = {TinyUNet: calibration, Nested: calibration, Labelled: labelled_data, Guided: guided_data}
+DATA = {
+    TinyUNet: calibration,
+    Scaled: calibration,
+    Nested: calibration,
+    Labelled: labelled_data,
+    Guided: guided_data,
+}
 
 
 @functools.cache
@@ -355,11 +375,32 @@ def test_a_continuous_conditioning_is_refused_by_cache_and_reconstructed_by_auto
     }  # fmt: skip
     assert rows["emb2.weight"]["why"] == "it depends on guidance, not declared finite"
     assert list(rows["emb2.weight"]["disturbance"]) == ["reconstruct"]
-    assert q.meta["maintenance"]["bytes"]["cache"] is None
+    assert q.meta["maintenance"]["bytes"]["cache"] == q.meta["maintenance"]["bytes"]["chosen"]
     (note,) = [n for n in q.meta["plan"].notes if "not cached" in n.reason]
     assert not note.coarser
     assert {"time.weight_q", "emb2.weight_q"} <= set(tensors_of(q))
     assert not {"emb1.weight_q", "emb3.weight_q"} & set(tensors_of(q))
+
+
+@pytest.mark.parametrize("maintenance", ["cache", "auto"])
+def test_a_feature_without_weights_stays_computed(maintenance):
+    q = maintained(Scaled, maintain=maintenance)
+    rows = {r["path"]: (r["chosen"], r["why"]) for r in q.meta["maintenance"]["features"]}
+    assert rows.pop("emb.weight")[0] == "cache"
+    assert list(rows.values()) == [("reconstruct", "it takes no bytes as it is")]
+    with torch.no_grad():
+        assert torch.equal(
+            features(q)[[len(f.shape) for f in features(q)].index(1)], torch.floor(TIMESTEPS / 7 + 1)
+        )
+
+
+def test_a_feature_of_one_number_can_be_cached():
+    gm = prepared(Scaled)
+    tables = feature_tables(gm)
+    (name,) = [n for n, table in tables.items() if table.dim() == 1]
+    cache_temporal(gm, tables={name: tables[name]}, cache_type="bfloat16")
+    got = dict(zip(gm.meta["features"], features(gm), strict=True))[name]
+    assert torch.equal(got, tables[name].bfloat16().float())
 
 
 # The choice

@@ -82,7 +82,8 @@ class Decision:
 def maintain(gm: GraphModule, calibration: CalibrationSet, *, seed: int = 0) -> GraphModule:
     """Give each temporal feature of a calibrated graph its maintenance, in place, by `recipe.maintain`.
 
-    "reconstruct": nothing to do. "cache": every feature is looked up in a table of its float values. "auto": for each
+    "reconstruct": nothing to do. "cache": every feature is looked up in a table of its float values,
+    but one that takes no weights. "auto": for each
     feature the one of the two that `choose` takes, with its disturbance measured on the feature (all keys) and on the
     network's output (`EFFECT_ROWS` rows, this feature alone being quantized). One that stays over the bound, because
     neither way or the budget allows less, is among the plan's notes.
@@ -99,13 +100,17 @@ def maintain(gm: GraphModule, calibration: CalibrationSet, *, seed: int = 0) -> 
     if forced:
         for name in floats:
             feature_key(gm, name)  # raises
-    cached = {n: _cached_bytes(gm, n, recipe.cache_type) for n in features if n not in floats}
     before = _converted_block(gm)
+    needs = dict(zip(features, _needs(gm, before), strict=True))
+    # What takes no weights, the timestep itself say, is exact as it is, and free.
+    floats |= {n: "it takes no bytes as it is" for n, tensors in needs.items() if not tensors}
+    cached = {n: _cached_bytes(gm, n, recipe.cache_type) for n in features if n not in floats}
     options = _options(
-        gm, calibration, reconstructed=_needs(gm, before), cached=cached, seed=seed, effects=not forced
+        gm, calibration, reconstructed=list(needs.values()), cached=cached, seed=seed, effects=not forced
     )
-    chosen = dict.fromkeys(features, CACHE)
-    if not forced:
+    if forced:
+        chosen = {n: CACHE if n in cached else RECONSTRUCT for n in features}
+    else:
         chosen = choose(options, bound=recipe.maintain_bound, budget=recipe.maintain_bytes)
     decisions = _decisions(gm, options, chosen, floats, forced=forced)
     names = [n for n in features if chosen[n] == CACHE]
@@ -127,7 +132,8 @@ def maintain(gm: GraphModule, calibration: CalibrationSet, *, seed: int = 0) -> 
         "features": [dataclasses.asdict(d) for d in decisions],
         "bytes": {
             RECONSTRUCT: total_bytes(options, dict.fromkeys(features, RECONSTRUCT)),
-            CACHE: None if floats else total_bytes(options, dict.fromkeys(features, CACHE)),
+            # Of everything that can be.
+            CACHE: total_bytes(options, {n: CACHE if n in cached else RECONSTRUCT for n in features}),
             "chosen": total_bytes(options, chosen),
         },
         "seconds_per_call": {RECONSTRUCT: _seconds(gm, before), "chosen": _seconds(gm, after)},
@@ -375,7 +381,7 @@ def _options(
 
 def _rounded(x_N: Tensor, cache_type: str) -> Tensor:
     """Rows of a feature as a table would give them back."""
-    return decode(*encode(x_N.float().flatten(1), cache_type)).reshape(x_N.shape)
+    return decode(*encode(x_N.float().reshape(len(x_N), -1), cache_type)).reshape(x_N.shape)
 
 
 class _Changed(nn.Module):
@@ -485,10 +491,10 @@ def _decisions(
                 disturbance={m: o.distance for m, o in given.items()},
                 effect={m: o.effect for m, o in given.items() if o.effect is not None},
                 chosen=chosen[name],
-                why="Recipe.maintain is cache"
-                if forced
-                else floats[name]
+                why=floats[name]
                 if name in floats
+                else "Recipe.maintain is cache"
+                if forced
                 else _why(given, own, chosen[name], recipe.maintain_bound),
             )
         )

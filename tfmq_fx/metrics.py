@@ -19,8 +19,8 @@ def cosine_distance(features: Sequence[Tensor], reference: Sequence[Tensor]) -> 
     """1 - cos between temporal features, (features, T): TFMQ-DM's measure of temporal disturbance."""
     return torch.stack(
         [
-            1 - torch.cosine_similarity(a.double().flatten(1), b.double().flatten(1), dim=1)
-            for a, b in zip(features, reference, strict=True)
+            1 - torch.cosine_similarity(*(x.double().reshape(len(x), -1) for x in pair), dim=1)
+            for pair in zip(features, reference, strict=True)
         ]
     )
 
