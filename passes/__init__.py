@@ -2,6 +2,7 @@
 
 from tfmq_fx.passes.bind_parameters import bind_parameters
 from tfmq_fx.passes.byte_activations import byte_activations
+from tfmq_fx.passes.cache_temporal import cache_temporal
 from tfmq_fx.passes.convert import convert
 from tfmq_fx.passes.find_blocks import Block, find_blocks
 from tfmq_fx.passes.find_temporal import TemporalBlock, find_temporal
@@ -25,6 +26,7 @@ __all__ = [
     "TemporalBlock",
     "bind_parameters",
     "byte_activations",
+    "cache_temporal",
     "convert",
     "extract_temporal",
     "find_blocks",

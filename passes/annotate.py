@@ -296,7 +296,7 @@ class RecipeQuantizer(Quantizer):  # type: ignore[misc]
         batch = meta_value(require_input(x.graph.owning_module, timestep))  # type: ignore[arg-type]
         if not temporal and self.recipe.keyed != "all":
             return (), ""
-        if not _rows_are_samples(x, batch):
+        if not rows_are_samples(x, batch):
             return (), "one scale per tensor: its rows are not the batch"
         if not temporal:
             return (timestep,), ""
@@ -370,7 +370,7 @@ class RecipeQuantizer(Quantizer):  # type: ignore[misc]
         )
 
 
-def _rows_are_samples(x: Node, timestep: object) -> bool:
+def rows_are_samples(x: Node, timestep: object) -> bool:
     """Whether dim 0 of x is the batch of timesteps; a scalar timestep serves any x; unknown shapes are trusted."""
     value = meta_value(x)
     if not isinstance(value, torch.Tensor) or not isinstance(timestep, torch.Tensor) or timestep.dim() == 0:

@@ -14,7 +14,7 @@ from tfmq_fx.passes.pass_manager import LOW_BITS, declare
 from tfmq_fx.passes.prepare import require_stage
 
 
-@declare(needs=("calibrate",), after=("reconstruct",))
+@declare(needs=("calibrate",), after=("reconstruct", "cache_temporal", "maintain"))
 def convert(gm: GraphModule) -> GraphModule:
     """A new GraphModule that computes what the calibrated graph computed, from integers.
 
@@ -29,14 +29,19 @@ def convert(gm: GraphModule) -> GraphModule:
     require_stage(gm, "calibrated", "reconstructed")
     kept = (
         "timestep", "conditioning", "features", "feature_keys", "timesteps", "finite", "recipe", "plan", "reconstruction",
-        *LOW_BITS,
+        "cached", "removed", "maintenance", *LOW_BITS,
     )  # fmt: skip
     meta = {name: gm.meta[name] for name in kept if name in gm.meta} | {"stage": "converted"}
+    gm = to_integers(gm)
+    gm.meta = meta
+    partition_temporal(gm, temporal=temporal_of(gm))
+    return gm
+
+
+def to_integers(gm: GraphModule) -> GraphModule:
+    """The observers of a calibrated graph, or of a part of it, written out as integers and quantize/dequantize pairs."""
     # Our observers' convert hooks fold their own weights; torchao folds those of another quantizer.
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)
         gm = convert_pt2e(fresh(gm))
-    gm = GraphModule(gm, gm.graph)  # only what the graph reads is kept: the float weights go
-    gm.meta = meta
-    partition_temporal(gm, temporal=temporal_of(gm))
-    return gm
+    return GraphModule(gm, gm.graph)  # only what the graph reads is kept: the float weights go

@@ -22,6 +22,24 @@ from tfmq_fx.passes.pass_manager import CLEANING, declare
 BLOCK_NAME = "temporal_block"
 
 
+def separate(gm: GraphModule, temporal: TemporalBlock) -> list[Node]:
+    """The block's nodes; what is cheap among them and that the rest of the graph reads too, views and constants, gets a
+    copy there. Bitwise unchanged."""
+    names = set(temporal.nodes)
+    inside = [n for n in gm.graph.nodes if n.name in names]
+    members = set(inside)
+    marks, written = taint(gm), overwritten(gm, members)
+    for node in reversed(inside):
+        outside = [u for u in node.users if u not in members]
+        cheap = not marks[node] or is_view_or_pointwise(node)
+        if outside and node.name not in temporal.features and cheap and node not in written:
+            with gm.graph.inserting_after(node):
+                twin = gm.graph.node_copy(node)
+            for user in outside:
+                user.replace_input_with(node, twin)
+    return inside
+
+
 def _fuse(
     gm: GraphModule, temporal: TemporalBlock
 ) -> tuple[GraphModule, list[Node], tuple[Node, ...], list[Node]]:
@@ -31,18 +49,9 @@ def _fuse(
     that a further layer of the block reads as well. Any other value that the rest uses without its being a
     feature (the step index) becomes a further output, so that it is computed once.
     """
-    names, features = set(temporal.nodes), temporal.features
-    inside = [n for n in gm.graph.nodes if n.name in names]
+    features = temporal.features
+    inside = separate(gm, temporal)
     members = set(inside)
-    marks, written = taint(gm), overwritten(gm, members)
-    for node in reversed(inside):
-        outside = [u for u in node.users if u not in members]
-        cheap = not marks[node] or is_view_or_pointwise(node)
-        if outside and node.name not in features and cheap and node not in written:
-            with gm.graph.inserting_after(node):
-                twin = gm.graph.node_copy(node)
-            for user in outside:
-                user.replace_input_with(node, twin)
     require_no_early_reads(gm, members)
     outer = {n for node in inside for n in node.all_input_nodes if n not in members}
     for node in outer:

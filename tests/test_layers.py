@@ -37,6 +37,7 @@ LEVELS = [
         "tfmq_fx.resume",
         "tfmq_fx.reconstruction",
         "tfmq_fx.graph_json",
+        "tfmq_fx.maintenance",
         "tfmq_fx.model",
         "tfmq_fx.saving",
         "tfmq_fx.lowering_openvino",

@@ -10,6 +10,7 @@ from tfmq_fx.calibration import CalibrationSet, calibrate
 from tfmq_fx.capture import capture
 from tfmq_fx.errors import TFMQError
 from tfmq_fx.lowering import LoweredModel
+from tfmq_fx.maintenance import maintain
 from tfmq_fx.model import QuantizedModel
 from tfmq_fx.passes import convert, prepare
 from tfmq_fx.pipeline import quantize
@@ -30,6 +31,7 @@ __all__ = [
     "capture",
     "convert",
     "load",
+    "maintain",
     "observers",
     "passes",
     "prepare",

@@ -186,6 +186,12 @@ def quantize(
         list[str] | None,
         typer.Option(help="An input with finitely many values, as NAME=JSON, e.g. class_labels=[0,1,2]."),
     ] = None,
+    maintain: Annotated[
+        str | None,
+        typer.Option(
+            help="What gives the temporal features: reconstruct (the quantized block), cache (tables), auto. Default: the recipe's."
+        ),
+    ] = None,
     strict: Annotated[
         bool, typer.Option(help="Refuse what would stay in float or be keyed more coarsely than asked for.")
     ] = False,
@@ -206,6 +212,8 @@ def quantize(
         chosen = dataclasses.replace(
             chosen, reconstruction=dataclasses.replace(chosen.reconstruction, **changes)
         )
+    if maintain is not None:
+        chosen = dataclasses.replace(chosen, maintain=maintain)
     with joined() as ranks:
         check_output_folder(output)  # before minutes of work, not after
         pipe = load_pipeline(model, scheduler)
@@ -241,6 +249,12 @@ def quantize(
     out.print(
         f"{sizes['float_bytes'] / 1e6:.2f} MB float -> {sizes['quantized_bytes'] / 1e6:.2f} MB ({sizes['ratio']:.3f}); report.json lists what stayed float and why"
     )
+    if (kept := report["maintenance"]).get("features"):
+        cached = sum(f["chosen"] == "cache" for f in kept["features"])
+        out.print(
+            f"maintenance: {cached} of {len(kept['features'])} temporal features cached; {kept['bytes']['chosen'] / 1e3:.1f} kB for "
+            f"them all, reconstructed {kept['bytes']['reconstruct'] / 1e3:.1f} kB"
+        )
     notes: dict[str, int] = {}
     for note in report["notes"]:
         notes[note["reason"]] = notes.get(note["reason"], 0) + 1

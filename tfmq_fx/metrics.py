@@ -19,12 +19,8 @@ def psnr(images: Tensor, reference: Tensor, *, value_range: float = 2.0) -> floa
 
 def cosine_distance(features: Sequence[Tensor], reference: Sequence[Tensor]) -> Tensor:
     """1 - cos between temporal features, (features, T): TFMQ-DM's measure of temporal disturbance."""
-    return torch.stack(
-        [
-            1 - torch.cosine_similarity(a.double().flatten(1), b.double().flatten(1), dim=1)
-            for a, b in zip(features, reference, strict=True)
-        ]
-    )
+    rows = [[x.double().reshape(len(x), -1) for x in values] for values in (features, reference)]
+    return torch.stack([1 - torch.cosine_similarity(a, b, dim=1) for a, b in zip(*rows, strict=True)])
 
 
 def relative_mse_by_timestep(output: Tensor, reference: Tensor, timestep: Tensor) -> dict[float, float]:

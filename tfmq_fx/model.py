@@ -81,7 +81,8 @@ class DropIn(nn.Module):
     `.device`. A timestep may be a number, or a tensor of shape (), (1,) or (N,), mixed in the batch. One that
     the table lacks takes its nearest neighbour's qparams and is counted in `report["unseen_timesteps"]`, or
     is refused (`Recipe(unseen="error")`); so are values of other inputs that were declared finite, counted in
-    `report["unseen_values"]`. The qparams alone are the neighbour's: the network computes with the value given.
+    `report["unseen_values"]`. The qparams alone are the neighbour's, and the temporal features where they are cached
+    (`Recipe(maintain="cache")`): all else is computed with the value given.
     """
 
     def __init__(

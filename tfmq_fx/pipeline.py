@@ -21,6 +21,7 @@ from tfmq_fx.capture import capture
 from tfmq_fx.errors import TFMQError
 from tfmq_fx.graph import fresh, placeholders
 from tfmq_fx.graph_json import packed_tensors, quantized_weights, tensors_of
+from tfmq_fx.maintenance import maintain
 from tfmq_fx.metrics import cosine_distance, relative_mse_by_timestep
 from tfmq_fx.model import Interface, QuantizedModel
 from tfmq_fx.parallel import workers
@@ -52,7 +53,7 @@ def quantize(
     strict: bool = False,
     state: str | Path | None = None,
 ) -> QuantizedModel:
-    """Capture, find the temporal block, prepare, calibrate, reconstruct and convert.
+    """Capture, find the temporal block, prepare, calibrate, reconstruct, maintain and convert.
 
     model: a diffusers pipeline, whose denoiser is quantized, or any network that torch.export captures. It is
         left as it was.
@@ -61,7 +62,8 @@ def quantize(
     finite: other inputs with finitely many values, {"class_labels": range(10)}; see `prepare`.
 
     strict: refuse, before any calibration, a network of which something would stay in float or be quantized more
-        coarsely than the recipe asks for; the report lists the same otherwise.
+        coarsely than the recipe asks for; and, later, a temporal feature that maintain="auto" cannot keep within its
+        bound. The report lists the same otherwise.
 
     state: a folder that keeps what reconstruction has finished; see `reconstruct`.
 
@@ -97,6 +99,11 @@ def quantize(
     reconstruct(prepared, calibration, seed=seed, state=state)
     rows = temporal_rows(prepared, calibration.tensors)
     clock.lap("reconstruct")
+    if recipe.maintain != "reconstruct":
+        maintain(prepared, calibration, seed=seed)
+        if strict:
+            _require_whole(prepared.meta["plan"])
+        clock.lap("maintain")
     converted = convert(prepared)
     clock.lap("convert")
     interface = Interface.of(network, gm, example, _output_type(network, example))
@@ -284,7 +291,8 @@ def _report(
     layers = [dataclasses.asdict(layer) for layer in plan.layers]
     floats = [dataclasses.asdict(f) for f in plan.floats]
     quantized = {layer.path for layer in plan.layers if f"{layer.path}_q" in integers}
-    for name, p in network.named_parameters():
+    left = {n: p for n, p in network.named_parameters() if n not in gm.meta.get("removed", ())}
+    for name, p in left.items():
         if name not in quantized and name not in {f["name"] for f in floats}:
             floats.append(
                 {
@@ -314,7 +322,7 @@ def _report(
             "low_bits_bytes": sum(tensors[n].numel() * tensors[n].element_size() for n in added),
             "ratio": (packed_bytes + other_bytes) / float_bytes,
             "quantized_weights": sum(tensors[n].numel() for n in integers),
-            "float_parameters": sum(p.numel() for n, p in network.named_parameters() if n not in quantized),
+            "float_parameters": sum(p.numel() for n, p in left.items() if n not in quantized),
         },
         "low_bits": {
             name: [dataclasses.asdict(change) for change in gm.meta[name]]
@@ -327,6 +335,7 @@ def _report(
             "finite": {name: len(values) for name, values in gm.meta["finite"].items()},
             "keys": {f: list(k) for f, k in zip(gm.meta["features"], gm.meta["feature_keys"], strict=True)},
         },
+        "maintenance": {"maintain": recipe.maintain, **gm.meta.get("maintenance", {})},
         "reconstruction": [dataclasses.asdict(r) for r in gm.meta.get("reconstruction", ())],
         "errors_by_timestep": errors,
         "seconds": clock.seconds,

@@ -22,6 +22,8 @@ ACTIVATION_OBSERVERS = ("minmax", "mse")
 GRANULARITIES = ("tensor", "token")
 UNSEEN = ("nearest", "error")
 KEYED = ("block", "all")
+MAINTENANCES = ("reconstruct", "cache", "auto")
+CACHE_TYPES = ("float16", "bfloat16", "int8")
 METHODS = ("nearest", "adaround", "gptq", "gptq+adaround")
 
 
@@ -131,6 +133,17 @@ class Recipe:
     max_table_entries: int = (
         65536  # finite inputs share a key with the timestep while their product fits this
     )
+    # What gives the temporal features at inference: "reconstruct", the quantized temporal block; "cache", a table of what
+    # the float block computes at every key; "auto", for each feature the one of fewer bytes whose disturbance is in bounds.
+    maintain: str = "reconstruct"
+    cache_type: str = (
+        "float16"  # of that table: "float16", "bfloat16", or "int8" with a scale per key and feature
+    )
+    # For "auto", the largest disturbance of a feature: its mean cosine distance to float, and the relative squared error
+    # that it alone makes in the network's output.
+    maintain_bound: float = 1e-4
+    # For "auto", bytes for everything that gives the features: the least disturbance that fits. None: the fewest bytes.
+    maintain_bytes: int | None = None
     # For few bits, on the float graph before anything is quantized, outside the temporal block and the first and last layers:
     smooth: float | None = (
         None  # SmoothQuant's alpha: 0 leaves the weights, 1 the activations even; None: off
@@ -178,8 +191,16 @@ class Recipe:
             ("unseen", UNSEEN),
             ("keyed", KEYED),
             ("activation_granularity", GRANULARITIES),
+            ("maintain", MAINTENANCES),
+            ("cache_type", CACHE_TYPES),
         ):
             _check_known(getattr(self, name), known, f"Recipe.{name}")
+        if not self.maintain_bound >= 0:
+            raise TFMQError(f"Recipe.maintain_bound: {self.maintain_bound} is not zero or more.")
+        if self.maintain_bytes is not None and self.maintain_bytes < 1:
+            raise TFMQError(f"Recipe.maintain_bytes: {self.maintain_bytes} is not positive.")
+        if self.maintain_bytes is not None and self.maintain != "auto":
+            raise TFMQError(f"Recipe.maintain_bytes: a budget is for maintain='auto', not {self.maintain!r}.")
 
     @property
     def temporal_observer_class(self) -> type[TemporalObserver]:

@@ -11,7 +11,8 @@ rows are the groups of the first output channel, then of the next, each weight f
 scale and zero point are per row. `quantization_config.tensors` gives every tensor's shape and dtype; one that has `bits`
 (integers and zero points) is packed as a little-endian stream of that many bits each, offset by its quant_min.
 Activations of the temporal block have `<node>_by_timestep.scale` and `.zero_point` of T rows each, T timesteps or
-products of timesteps with other finite inputs.
+products of timesteps with other finite inputs. Cached temporal features lie side by side in the T rows of
+`temporal_cache.<key>.values`; int8 ones times `.scale`, of a column per feature.
 """
 
 from __future__ import annotations

@@ -1,0 +1,197 @@
+"""Does the measured choice beat both pure ones, at every length of schedule?
+
+    python -m benchmarks.maintenance
+
+The embedded digits model at W4A8 (`--recipe`), its temporal block reconstructed, the rest rounded to nearest. For each number
+of timesteps T of the DDIM schedule: the block reconstructed, its features cached, and the measured choice, without a
+budget, with the bytes of either pure choice as its budget, and with their mean.
+
+bytes: of everything that gives the features. Cosine distance: of the features to float, mean over features and
+timesteps. Effect: sum |output - float|^2 / sum |float|^2 with these features in the otherwise float network, on digits of
+the data set with noise, at timesteps of the schedule; other rows than the choice was made on. ms: the block for one sample, eager,
+one thread, median of 21. Beaten by: the pure choices with fewer bytes and less error, or one of both the same, for either error.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import platform
+from typing import Any
+
+import torch
+from diffusers import DDIMScheduler
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+from torch.fx import GraphModule
+
+import tfmq_fx
+from benchmarks.digits import digits
+from tfmq_fx.demo import embedded_pipeline
+from tfmq_fx.graph import fresh
+from tfmq_fx.maintenance import feature_tables, maintain
+from tfmq_fx.metrics import cosine_distance
+from tfmq_fx.passes.find_temporal import temporal_of
+from tfmq_fx.passes.partition_temporal import partition_temporal
+from tfmq_fx.passes.prepare import without_observers
+from tfmq_fx.recipe import Reconstruction
+from tfmq_fx.temporal import run_temporal
+
+LENGTHS = (10, 20, 50, 100, 250, 1000)
+ROWS = 64
+
+
+def noisy_digits(scheduler: Any, timesteps: Tensor, *, seed: int) -> tfmq_fx.CalibrationSet:
+    """ROWS digits as the network meets them at timesteps spread over the schedule."""
+    generator = torch.Generator().manual_seed(seed)
+    images = digits()[0]
+    x = images[torch.randint(len(images), (ROWS,), generator=generator)]
+    t = timesteps[torch.linspace(0, len(timesteps) - 1, ROWS).round().long()]
+    noise = torch.randn(x.shape, generator=generator)
+    return tfmq_fx.CalibrationSet.from_tensors({"sample": scheduler.add_noise(x, noise, t), "timestep": t})
+
+
+def reconstructed(gm: GraphModule, recipe: tfmq_fx.Recipe, timesteps: Tensor, data: Any) -> GraphModule:
+    prepared = tfmq_fx.prepare(gm, recipe, timesteps=timesteps)
+    return tfmq_fx.reconstruct(tfmq_fx.calibrate(prepared, data), data, seed=0)
+
+
+@torch.no_grad()
+def errors(gm: GraphModule, maintained: GraphModule, held_out: Any) -> dict[str, float]:
+    """Of a maintained copy of the reconstructed graph `gm`: cosine distance of its features, and their effect on the output."""
+    block = tfmq_fx.convert(maintained).get_submodule("temporal_block")
+    assert isinstance(block, GraphModule)
+    reference = list(feature_tables(gm).values())
+    features = run_temporal(block, {"timestep": gm.meta["timesteps"]})
+    network = without_observers(gm)
+    partition_temporal(network, temporal=temporal_of(network))
+    inputs = held_out.tensors["sample"], held_out.tensors["timestep"]
+    exact = network(*inputs)[0].double()
+    network.set_submodule("temporal_block", block)
+    error = network(*inputs)[0].double() - exact
+    return {
+        "distance": cosine_distance(features, reference).mean().item(),
+        "effect": (error.square().sum() / exact.square().sum()).item(),
+    }
+
+
+def measure(gm: GraphModule, data: Any, held_out: Any, **settings: Any) -> dict[str, dict[str, Any]]:
+    """The rows of a choice and of the reconstructed block, which the choice is measured beside. `gm` stays as it is."""
+    copy = fresh(gm)
+    copy.meta["recipe"] = dataclasses.replace(gm.meta["recipe"], **settings)
+    found = maintain(copy, data).meta["maintenance"]
+    cached = sum(f["chosen"] == "cache" for f in found["features"])
+    rows = {}
+    for name, graph, count in (("reconstruct", gm, 0), ("chosen", copy, cached)):
+        rows[name] = {
+            "bytes": found["bytes"][name],
+            "ms": 1e3 * found["seconds_per_call"][name],
+            "cached": f"{count} of {len(found['features'])}",
+            "decisions": found["features"],
+            **errors(gm, graph, held_out),
+        }
+    return rows
+
+
+def beaten(row: dict[str, Any], others: dict[str, dict[str, Any]]) -> str:
+    """The other rows that are no worse in bytes and one of the errors, and better in one of both."""
+    found = []
+    for name, other in others.items():
+        for error in ("distance", "effect"):
+            mine, theirs = (row["bytes"], row[error]), (other["bytes"], other[error])
+            if theirs[0] <= mine[0] and theirs[1] <= mine[1] and theirs != mine:
+                found.append(f"{name} ({error})")
+    return ", ".join(found) or "none"
+
+
+@torch.no_grad()
+def segment(gm: GraphModule) -> str:
+    """What a table for the worst tenth of the timesteps alone would do, beside the weights."""
+    reference = list(feature_tables(gm).values())
+    block = tfmq_fx.convert(fresh(gm)).get_submodule("temporal_block")
+    assert isinstance(block, GraphModule)
+    d_FT = cosine_distance(run_temporal(block, {"timestep": gm.meta["timesteps"]}), reference)
+    worst = d_FT.sort(dim=1, descending=True).values[:, : max(1, d_FT.shape[1] // 10)].sum(1)
+    share = (worst.sum() / d_FT.sum()).item()
+    whole = (d_FT.sum(1).sort(descending=True).values[: max(1, len(d_FT) // 10)].sum() / d_FT.sum()).item()
+    added = max(1, d_FT.shape[1] // 10) * sum(x[0].numel() for x in reference) * 2
+    return f"{100 * share:.0f}% of the distance for {added} bytes more; the worst tenth of the features holds {100 * whole:.0f}%"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--timesteps", type=int, nargs="+", default=LENGTHS)
+    parser.add_argument("--recipe", default="w4a8")
+    parser.add_argument("--bound", type=float, default=tfmq_fx.Recipe().maintain_bound)
+    parser.add_argument(
+        "--decisions", action="store_true", help="also print every decision of the unbounded choice"
+    )
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    unet = embedded_pipeline().unet.eval()
+    scheduler = DDIMScheduler.from_config(embedded_pipeline().scheduler.config)
+    recipe = dataclasses.replace(
+        tfmq_fx.Recipe.preset(args.recipe),
+        reconstruction=Reconstruction(method="nearest", temporal_method="gptq"),
+        maintain_bound=args.bound,
+    )
+    out = Console(width=130)
+    shown = Table(
+        "T",
+        "maintenance",
+        "cached",
+        "bytes",
+        "saved",
+        "cosine distance",
+        "effect on output",
+        "ms a call",
+        "beaten by",
+    )
+    segments, gm = [], None
+    for length in args.timesteps:
+        scheduler.set_timesteps(length)
+        timesteps = scheduler.timesteps
+        data, held_out = (noisy_digits(scheduler, timesteps, seed=s) for s in (0, 1))
+        if gm is None:
+            gm = tfmq_fx.capture(unet, {**data.arguments(slice(0, 2)), "return_dict": False})
+        prepared = reconstructed(gm, recipe, timesteps, data)
+        cache = measure(prepared, data, held_out, maintain="cache")
+        pure = {"reconstruct": cache["reconstruct"], "cache float16": cache["chosen"]}
+        int8 = measure(prepared, data, held_out, maintain="cache", cache_type="int8")
+        rows = {**pure, "cache int8": int8["chosen"]}
+        rows["auto"] = measure(prepared, data, held_out, maintain="auto")["chosen"]
+        budgets = {f"auto, {name}'s bytes": row["bytes"] for name, row in pure.items()}
+        budgets["auto, half-way"] = sum(budgets.values()) // 2
+        for name, budget in budgets.items():
+            bounds = {"maintain": "auto", "maintain_bytes": budget}
+            rows[name] = measure(prepared, data, held_out, **bounds)["chosen"]
+        for name, row in rows.items():
+            shown.add_row(
+                str(length) if name == "reconstruct" else "",
+                name,
+                row["cached"],
+                str(row["bytes"]),
+                str(pure["reconstruct"]["bytes"] - row["bytes"]),
+                f"{row['distance']:.1e}",
+                f"{row['effect']:.1e}",
+                f"{row['ms']:.2f}",
+                beaten(row, pure) if name.startswith("auto") else "",
+            )
+        shown.add_section()
+        segments.append(
+            f"T = {length}: a table for the worst tenth of the timesteps would remove {segment(prepared)}"
+        )
+        if args.decisions:
+            for d in rows["auto"]["decisions"]:
+                out.print(f"T = {length} {d['path']}: {d['chosen']}, {d['why']}", highlight=False)
+    out.print(shown)
+    for line in segments:
+        out.print(line, highlight=False)
+    print(
+        f"digits, {args.recipe}, bound {args.bound:g}; torch {torch.__version__}, {platform.machine()}, 1 thread"
+    )
+
+
+if __name__ == "__main__":
+    main()
