@@ -115,6 +115,28 @@ def test_an_artefact_without_drift_says_so_and_infinity_is_null(measured, tmp_pa
     assert not (tmp_path / "page" / "drift.png").exists()
 
 
+def test_the_choice_of_maintenance_is_shown(measured, tmp_path):
+    numbers, runs = measured
+    feature = {
+        "path": "up.time",
+        "chosen": "cache",
+        "bytes": {"reconstruct": 640, "cache": 320},
+        "why": "smaller",
+    }
+    kept = {
+        "maintain": "auto",
+        "features": [{**feature, "disturbance": {"reconstruct": 1e-5, "cache": 2e-8}}],
+    }
+    changed = {**numbers, "quantization": {**numbers["quantization"], "maintenance": kept}}
+    write_report(changed, runs, tmp_path / "page", title="x")
+    text = (tmp_path / "page" / "report.html").read_text()
+    assert "What gives each temporal feature (auto)" in text
+    assert "cache 320" in text
+    older = {k: v for k, v in numbers["quantization"].items() if k != "maintenance"}
+    write_report({**numbers, "quantization": older}, runs, tmp_path / "page", title="x")
+    assert "What gives each" not in (tmp_path / "page" / "report.html").read_text()
+
+
 def test_a_folder_with_something_else_is_refused_and_left_alone(measured, tmp_path):
     (tmp_path / "mine.txt").write_text("mine")
     with pytest.raises(TFMQError, match="holds something else"):
