@@ -20,7 +20,9 @@ _ARITHMETIC = ("add", "sub", "mul", "div", "clamp")
 
 
 @declare(after=("onednn_kernels", "share_quantized"))
-def bfloat16_glue(gm: GraphModule, *, dtypes: dict[Node, torch.dtype], precise: Collection[str]) -> PassResult:
+def bfloat16_glue(
+    gm: GraphModule, *, dtypes: dict[Node, torch.dtype], precise: Collection[str]
+) -> PassResult:
     """Give float32 nodes bfloat16 inputs, cast once where the two meet; kernels write bfloat16.
 
         y = kernel(x, ..., float32); z = group_norm(y, w, b)
@@ -36,25 +38,20 @@ def bfloat16_glue(gm: GraphModule, *, dtypes: dict[Node, torch.dtype], precise: 
     casts: dict[tuple[Node, torch.dtype], Node] = {}
     lowered: set[Node] = set()  # whose dtype was float32 and is bfloat16
     for node in list(gm.graph.nodes):
-        if node.op in ("placeholder", "get_attr"):
-            continue
-        if node.op == "output":
-            wanted = torch.float32
-        elif node in kept or node.target in KERNELS:
-            wanted = torch.float32
-        else:
-            wanted = torch.bfloat16
-            if dtypes.get(node) is torch.float32 or _holds_float32(node, dtypes):
-                lowered.add(node)
-        if node.target in KERNELS and node not in kept and output_dtype(node) is torch.float32:
-            set_output(node, dtype=torch.bfloat16)
-            lowered.add(node)
-        if node.target is QUANTIZE or node.target in LAY_OUT:
+        if node.op in ("placeholder", "get_attr") or node.target is QUANTIZE or node.target in LAY_OUT:
             continue  # a quantization reads either, and a weight's scales are float32
-        if node.target not in KERNELS:
-            _give(gm, node, wanted, dtypes=dtypes, lowered=lowered, casts=casts)
-        if node in lowered and node.kwargs.get("dtype") is torch.float32:
-            node.kwargs = {**node.kwargs, "dtype": torch.bfloat16}
+        if node.target in KERNELS:
+            if node not in kept and output_dtype(node) is torch.float32:
+                set_output(node, dtype=torch.bfloat16)
+                lowered.add(node)
+            continue
+        keeps = node in kept or node.op == "output"
+        wanted = torch.float32 if keeps else torch.bfloat16
+        _give(gm, node, wanted, dtypes=dtypes, lowered=lowered, casts=casts)
+        if not keeps and (dtypes.get(node) is torch.float32 or _holds_float32(node, dtypes)):
+            lowered.add(node)
+            if node.kwargs.get("dtype") is torch.float32:
+                node.kwargs = {**node.kwargs, "dtype": torch.bfloat16}
     if lowered:
         gm.graph.lint()
         gm.recompile()

@@ -132,7 +132,7 @@ def _replace(gm: GraphModule, layer: Node, *, pack: str | None) -> None:
     assert isinstance(weight, Node)
     assert isinstance(weight.args[0], Node)
     source = str(weight.args[0].target)
-    q, scale, zero_point = _integers(gm, weight)
+    q, _, zero_point = _integers(gm, weight)
     low, high = int(weight.args[4]), int(weight.args[5])  # type: ignore[arg-type]
     is_conv = op_name(layer) != "linear"
     place: tuple[Any, ...] = _place(layer, rest) if is_conv else ()

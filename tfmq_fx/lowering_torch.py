@@ -10,16 +10,18 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import itertools
 import json
 import logging
 import os
 import re
+import shutil
 import tempfile
 import time
 import zipfile
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -27,10 +29,11 @@ from unittest import mock
 import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule, Interpreter, Node
+from torch.utils import _pytree as pytree
 
 from tfmq_fx.coverage import Kernel, Layer, layers_of
 from tfmq_fx.errors import TFMQError
-from tfmq_fx.graph import attribute, fresh, op_name, placeholders, set_buffer, weight_argument
+from tfmq_fx.graph import attribute, fresh, placeholders, set_buffer, weight_argument
 from tfmq_fx.model import QuantizedModel
 from tfmq_fx.passes.bfloat16_glue import bfloat16_glue
 from tfmq_fx.passes.byte_activations import byte_activations
@@ -75,7 +78,7 @@ def prepare_graph(model: QuantizedModel, *, precision: str, pack: str | None, in
     if precision == "bfloat16":
         block = placeholders(model.temporal_block)
         bfloat16_glue(gm, dtypes=dtypes_of(gm, inputs), precise=set(block))
-    kernels = coverage(gm, layers, PRECISIONS[precision], int8=int8)
+    kernels = coverage(gm, layers, PRECISIONS[precision])
     keep_what_is_read(gm)
     return Prepared(gm=gm, kernels=kernels)
 
@@ -147,7 +150,7 @@ def keep_what_is_read(gm: GraphModule) -> None:
                 delattr(module, name)
 
 
-def coverage(gm: GraphModule, layers: Sequence[Layer], glue: str, *, int8: bool) -> list[Kernel]:
+def coverage(gm: GraphModule, layers: Sequence[Layer], glue: str) -> list[Kernel]:
     """What became of each layer of the graph before the kernels were put in."""
     replaced = {n.meta[LAYER]: n for n in gm.graph.nodes if LAYER in n.meta}
     left = {n.name for n in gm.graph.nodes}
@@ -156,7 +159,9 @@ def coverage(gm: GraphModule, layers: Sequence[Layer], glue: str, *, int8: bool)
         node = replaced.get(layer.node)
         reason = layer.float_because or gm.meta[FALLBACKS].get(layer.node, "")
         if node is None and not reason:
-            reason = "its operands are quantized: torch has no int8 kernel of it" if layer.node in left else "gone"
+            reason = (
+                "its operands are quantized: torch has no int8 kernel of it" if layer.node in left else "gone"
+            )
         found.append(
             Kernel(
                 path=layer.path or layer.node,
@@ -191,41 +196,52 @@ def quantize(x: Tensor, scale: float, zero_point: int, low: int, high: int, dtyp
     return y.round_().add_(zero_point).clamp_(low, high).to(dtype)
 
 
-def compiler() -> str:
-    """Why there is no C++ compiler that Inductor can use; "" where there is one."""
+def compiler_missing() -> str:
+    """Why Inductor finds no C++ compiler; "" where there is one."""
     from torch._inductor.cpp_builder import get_cpp_compiler
 
     try:
         get_cpp_compiler()
-    except Exception as error:  # Inductor's own type, and what a missing program raises
-        return _first_line(error) or type(error).__name__
+    except Exception as error:  # Inductor's own type, or what starting a program raises
+        return f"no C++ compiler ({_first_line(error)})"
     return ""
 
 
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [""])[0]
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
+
+
+class TorchEager(nn.Module):
+    """The graph on oneDNN's kernels, node by node: any batch size, no compiler."""
+
+    def __init__(self, gm: GraphModule, *, nested: Any) -> None:
+        super().__init__()
+        self.gm, self.nested = lay_out(gm), nested
+        self.seconds: dict[int, float] = {}
+
+    def forward(self, *inputs: Tensor) -> Any:
+        with torch.no_grad():
+            return _nest(self.gm(*[x.detach() for x in inputs]), self.nested)
 
 
 class TorchCompiled(nn.Module):
-    """The graph on oneDNN's kernels: its inputs in order, its outputs nested as the graph nests them.
+    """The graph on oneDNN's kernels, compiled: one shared library for each shape of inputs, the last `KEPT` of them.
 
-    With `folder`, compiled: a shared library for each shape of inputs, the last `KEPT` of them; files in the folder are
-    used as they are. Without, the graph itself, for any batch.
+    Libraries that lie in the folder are used as they are, and then `make`, which prepares the graph, is not called.
     """
 
     KEPT = 4
 
-    def __init__(self, make: Callable[[], GraphModule], *, folder: Path | None, kernels: Sequence[Kernel]) -> None:
+    def __init__(self, make: Callable[[], GraphModule], *, folder: Path, nested: Any) -> None:
         super().__init__()
-        self.make, self.folder, self.kernels = functools.cache(make), folder, kernels
+        self.make, self.folder, self.nested = make, folder, nested
         self.compiled: OrderedDict[tuple[tuple[int, ...], ...], Callable[..., Any]] = OrderedDict()
         self.seconds: dict[int, float] = {}  # what compiling or loading for a batch took, by its size
-        self.eager = lay_out(make()) if folder is None else None
 
     def forward(self, *inputs: Tensor) -> Any:
         given = [x.detach().contiguous() for x in inputs]
         with torch.no_grad():
-            return (self.eager or self.compile(given))(*given)
+            return _nest(self.compile(given)(*given), self.nested)
 
     def compile(self, inputs: Sequence[Tensor]) -> Callable[..., Any]:  # type: ignore[override]
         """The library for inputs of these shapes."""
@@ -234,11 +250,9 @@ class TorchCompiled(nn.Module):
             self.compiled.move_to_end(shapes)
             return self.compiled[shapes]
         start = time.perf_counter()
-        assert self.folder is not None
-        name = hashlib.sha256(json.dumps([shapes, torch.get_num_threads()]).encode()).hexdigest()[:16]
-        file = self.folder / f"{name}.pt2"
+        file = self.folder / f"{hashlib.sha256(json.dumps(shapes).encode()).hexdigest()[:16]}.pt2"
         if not file.is_file():
-            compile_to(file, self.make(), inputs, kernels=self.kernels)
+            compile_to(file, self.make(), inputs)
         self.compiled[shapes] = torch._inductor.aoti_load_package(str(file), run_single_threaded=True)
         self.seconds[max(s[0] for s in shapes if s)] = time.perf_counter() - start
         if len(self.compiled) > self.KEPT:
@@ -246,34 +260,76 @@ class TorchCompiled(nn.Module):
         return self.compiled[shapes]
 
 
-def compile_to(file: Path, gm: GraphModule, inputs: Sequence[Tensor], *, kernels: Sequence[Kernel]) -> None:
+def _nest(flat: Sequence[Any], nested: Any) -> Any:
+    return pytree.tree_map(lambda i: flat[i], nested)
+
+
+def compiled_or_not(
+    make: Callable[[], GraphModule],
+    inputs: Sequence[Tensor],
+    *,
+    model: QuantizedModel,
+    folder: Path,
+    compile: bool | None,
+) -> tuple[nn.Module, str]:
+    """The network, called once on these inputs, and why it is not compiled ("" when it is).
+
+    Raises TFMQError for compile=True where that cannot be.
+    """
+    count = itertools.count()
+    nested = torch.fx.map_arg(model.network.graph.output_node().args[0], lambda _: next(count))
+    why_not = "compile=False" if compile is False else ""
+    if not why_not:
+        network = TorchCompiled(make, folder=folder, nested=nested)
+        try:
+            network(*inputs)
+        except Exception as error:  # Inductor's and the compiler's types differ by what failed
+            why_not = compiler_missing() or f"{type(error).__name__}: {_first_line(error)}"
+            if compile:
+                raise TFMQError(
+                    f"compile=True: {why_not}; use compile=False, which runs the same kernels node by node."
+                ) from error
+            log.warning("lower: not compiled, runs node by node: %s", why_not)
+        else:
+            return network, ""
+    eager = TorchEager(make(), nested=nested)
+    eager(*inputs)
+    return eager, why_not
+
+
+def compile_to(file: Path, gm: GraphModule, inputs: Sequence[Tensor]) -> None:
     """Write the graph's library for inputs of these shapes: whole, or not at all.
 
-    Inductor's files, weights and all, go to a folder that is removed.
+    Inductor's own files, weights and all, go to a folder that is removed.
     """
+    missing = compiler_missing()
+    if missing:
+        raise TFMQError(missing)
     with tempfile.TemporaryDirectory(prefix="tfmq-inductor-") as folder:
+        package = Path(folder) / "compiled.pt2"
+        # Without gradients, Inductor may take weights as constants.
         with mock.patch.dict(os.environ, {"TORCHINDUCTOR_CACHE_DIR": folder}), torch.no_grad():
             program = torch.export.export(gm, tuple(inputs), strict=False)
-            temporary = Path(folder) / "compiled.pt2"
             torch._inductor.aoti_compile_and_package(
-                program, package_path=str(temporary), inductor_configs=OPTIONS
+                program, package_path=str(package), inductor_configs=dict(OPTIONS)
             )
-        check_calls(temporary, gm)
+        check_calls(package, gm)
         beside = file.with_name(f".{file.stem}.tmp-{os.getpid()}.pt2")
         try:
-            beside.write_bytes(temporary.read_bytes())
+            shutil.copyfile(package, beside)
             os.replace(beside, file)
         finally:
             beside.unlink(missing_ok=True)
 
 
-def check_calls(file: Path, gm: GraphModule) -> None:
-    """Raise TFMQError unless the generated C++ calls as many int8 kernels as the graph has."""
-    expected = len([n for n in gm.graph.nodes if n.target in KERNELS and n.target not in PACKED])
-    with zipfile.ZipFile(file) as archive:
+def check_calls(package: Path, gm: GraphModule) -> None:
+    """Raise TFMQError unless the C++ that Inductor wrote calls every int8 kernel of the graph."""
+    expected = sum(n.target in KERNELS and n.target not in PACKED for n in gm.graph.nodes)
+    with zipfile.ZipFile(package) as archive:
         sources = [archive.read(n).decode() for n in archive.namelist() if n.endswith(".wrapper.cpp")]
-    calls = sum(len(re.findall(r"= *aoti_torch_cpu\w*q(?:conv|linear)\w*\(|aoti_torch_cpu\w*_q(?:conv|linear)\w*\(", s)) for s in sources)
-    print("calls", calls, expected)
+    calls = sum(len(re.findall(r"\baoti_torch_cpu_*q(?:conv|linear)\w*\(", source)) for source in sources)
+    if calls < expected:
+        raise TFMQError(f"Inductor calls {calls} int8 kernels where the graph has {expected}")
 
 
 def weight_bytes(gm: GraphModule) -> int:
@@ -285,10 +341,3 @@ def weight_bytes(gm: GraphModule) -> int:
         else:
             found[value.untyped_storage().data_ptr()] = value.untyped_storage().nbytes()
     return sum(found.values())
-
-
-def to_json(kernels: Sequence[Kernel]) -> list[dict[str, Any]]:
-    return [asdict(k) for k in kernels]
-
-
-_ = (Iterator, op_name)

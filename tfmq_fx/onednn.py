@@ -16,7 +16,11 @@ from torch import Tensor
 
 onednn = torch.ops.onednn
 FLOAT = (1.0, 0)  # output scale and zero point of a kernel whose output is not quantized
-NO_POST_OP = ("none", [], "")  # torch's words for nothing fused behind the kernel
+NO_POST_OP: tuple[str, list[float], str] = (
+    "none",
+    [],
+    "",
+)  # torch's words for nothing fused behind the kernel
 
 _library = torch.library.Library("tfmq", "FRAGMENT")
 _library.define(
