@@ -34,7 +34,7 @@ def bfloat16_glue(
 
     Numerics: each node rounds to 8 bits, about 1% of the largest output in all. Inputs and outputs keep their dtypes.
     """
-    kept = _kept(gm, precise) | {n for n in gm.graph.nodes if _makes_float32(n)}
+    kept = _kept(gm, precise) | {n for n in gm.graph.nodes if _makes_float32(n) or _of_a_float_layer(n)}
     casts: dict[tuple[Node, torch.dtype], Node] = {}
     lowered: set[Node] = set()  # whose dtype was float32 and is bfloat16
     for node in list(gm.graph.nodes):
@@ -50,12 +50,17 @@ def bfloat16_glue(
         _give(gm, node, wanted, dtypes=dtypes, lowered=lowered, casts=casts)
         if not keeps and (dtypes.get(node) is torch.float32 or _holds_float32(node, dtypes)):
             lowered.add(node)
-            if node.kwargs.get("dtype") is torch.float32:
-                node.kwargs = {**node.kwargs, "dtype": torch.bfloat16}
+            node.args = tuple(_narrow(a) for a in node.args)
+            node.kwargs = {name: _narrow(a) for name, a in node.kwargs.items()}
     if lowered:
         gm.graph.lint()
         gm.recompile()
     return PassResult(gm, bool(lowered))
+
+
+def _narrow(argument: Any) -> Any:
+    """What a cast to float32 casts to instead."""
+    return torch.bfloat16 if argument is torch.float32 else argument
 
 
 def _kept(gm: GraphModule, precise: Collection[str]) -> set[Node]:
@@ -83,7 +88,16 @@ def _feeds(node: Node) -> bool:
 
 def _makes_float32(node: Node) -> bool:
     """Numbers out of nothing: arange has more of them than bfloat16 can tell apart."""
-    return node.op == "call_function" and not value_inputs(node) and "dtype" in node.kwargs
+    given = (*node.args, *node.kwargs.values())
+    return node.op == "call_function" and not value_inputs(node) and torch.float32 in given
+
+
+def _of_a_float_layer(node: Node) -> bool:
+    """The pairs around layers without a kernel: they round in float32, and what they give is float32."""
+    is_pair = (
+        isinstance(node.target, torch._ops.OpOverload) and node.target.namespace == "quantized_decomposed"
+    )
+    return is_pair and node.target is not QUANTIZE
 
 
 def _holds_float32(node: Node, dtypes: dict[Node, torch.dtype]) -> bool:

@@ -15,7 +15,7 @@ QUANTIZE = torch.ops.quantized_decomposed.quantize_per_tensor.default
 # They move values and compute none, and torch has them for bytes.
 _MOVES = (
     aten.view.default, aten.reshape.default, aten.permute.default, aten.transpose.int, aten.unsqueeze.default,
-    aten.squeeze.dim, aten.flatten.using_ints, aten.clone.default, aten.expand.default, aten.slice.Tensor,
+    aten.squeeze.dim, aten.flatten.using_ints, aten.clone.default, aten.contiguous.default, aten.expand.default, aten.slice.Tensor,
 )  # fmt: skip
 
 

@@ -28,13 +28,14 @@ from tfmq_fx.errors import TFMQError, nearest_names
 from tfmq_fx.graph_json import graph_to_json, tensors_of
 from tfmq_fx.lowering_openvino import (
     PRODUCTS,
+    WEIGHTS,
     Compiled,
     Execution,
     read_layers,
     require_openvino,
     write,
 )
-from tfmq_fx.lowering_torch import OPTIONS, compiled_or_not, prepare_graph
+from tfmq_fx.lowering_torch import OPTIONS, compiled_or_not, prepare_graph, weight_bytes
 from tfmq_fx.model import DropIn, QuantizedModel
 from tfmq_fx.saving import example_inputs, replace_folder
 
@@ -175,7 +176,7 @@ def lower(
         "pack": pack,
         **lowered.details,
         "flops": {"total": total, "int8": int8},
-        "kernels": [dataclasses.asdict(k) for k in kernels],
+        "kernels": _to_json(kernels),
     }
     return LoweredModel(model, lowered.network, lowering=lowering)
 
@@ -240,9 +241,13 @@ def _with_openvino(
         "precision": precision,
         "cached": cached,
         "compiled": True,
+        "weight_bytes": (folder / WEIGHTS).stat().st_size,
         "seconds": {"convert": round(converted, 2), "first": round(first, 2)},
     }
-    kernels = _seen(kept, lambda: coverage(layers, compiled)) if keep else coverage(layers, compiled)
+    kernels = coverage(layers, compiled)
+    if keep:
+        found = _remembered(kept / "kernels.json", lambda: _to_json(kernels))
+        kernels = [Kernel(**k) for k in found]
     return Lowered(network=compiled, kernels=kernels, details=details)
 
 
@@ -256,15 +261,16 @@ def _with_torch(
     pack: str | None,
     int8: bool,
 ) -> Lowered:
-    has = torch.cpu.get_capabilities()
+    has = dict(torch.cpu.get_capabilities())
     precision = _precision(precision, has_bfloat16=bool(has.get("avx512_bf16") or has.get("amx_bf16")))
     start = time.perf_counter()
-    conditions = json.dumps([precision, pack, int8, torch.get_num_threads(), has, OPTIONS])
+    conditions = json.dumps([precision, pack, int8, torch.get_num_threads(), has, OPTIONS], default=str)
     folder = root / _key(model, conditions)
     cached = folder.is_dir()
     folder.mkdir(parents=True, exist_ok=True)
     prepare = functools.cache(lambda: prepare_graph(model, precision=precision, pack=pack, int8=int8))
-    kernels = _seen(folder, lambda: prepare().kernels)
+    kernels = _remembered(folder / "kernels.json", lambda: _to_json(prepare().kernels))
+    held = _remembered(folder / "weight_bytes.json", lambda: weight_bytes(prepare().gm))
     inputs = list(example_inputs(model, batch=batch).values())
     network, why_not = compiled_or_not(
         lambda: prepare().gm, inputs, model=model, folder=folder, compile=compile
@@ -275,10 +281,11 @@ def _with_torch(
         "precision": precision,
         "cached": cached,
         "compiled": not why_not,
+        "weight_bytes": held,
         **({"not_compiled_because": why_not} if why_not else {}),
         "seconds": {"first": round(first, 2)},
     }
-    return Lowered(network=network, kernels=kernels, details=details)
+    return Lowered(network=network, kernels=[Kernel(**k) for k in kernels], details=details)
 
 
 def _precision(precision: str | None, *, has_bfloat16: bool) -> str:
@@ -287,19 +294,22 @@ def _precision(precision: str | None, *, has_bfloat16: bool) -> str:
     return precision or ("bfloat16" if has_bfloat16 else "float32")
 
 
-def _seen(folder: Path, look: Callable[[], list[Kernel]]) -> list[Kernel]:
-    """The coverage, kept in the folder: a compiled network from the cache has forgotten some names of what it fused."""
-    file = folder / "kernels.json"
+def _remembered(file: Path, look: Callable[[], Any]) -> Any:
+    """What `look` finds, as JSON in a file: a compiled network from the cache has forgotten some of it."""
     if not file.is_file():
         temporary = file.with_suffix(f".tmp-{os.getpid()}")
-        temporary.write_text(json.dumps([dataclasses.asdict(k) for k in look()]))
+        temporary.write_text(json.dumps(look()))
         os.replace(temporary, file)
-    return [Kernel(**k) for k in json.loads(file.read_text())]
+    return json.loads(file.read_text())
+
+
+def _to_json(kernels: Iterable[Kernel]) -> list[dict[str, Any]]:
+    return [dataclasses.asdict(k) for k in kernels]
 
 
 def int8_instructions() -> list[str]:
     """Those of INT8_INSTRUCTIONS that this CPU has."""
-    has = torch.cpu.get_capabilities()
+    has = dict(torch.cpu.get_capabilities())
     return [name for name in INT8_INSTRUCTIONS if has.get(name)]
 
 

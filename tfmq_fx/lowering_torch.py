@@ -33,7 +33,7 @@ from torch.utils import _pytree as pytree
 
 from tfmq_fx.coverage import Kernel, Layer, layers_of
 from tfmq_fx.errors import TFMQError
-from tfmq_fx.graph import attribute, fresh, placeholders, set_buffer, weight_argument
+from tfmq_fx.graph import aten, attribute, fresh, mutated_inputs, placeholders, set_buffer, weight_argument
 from tfmq_fx.model import QuantizedModel
 from tfmq_fx.passes.bfloat16_glue import bfloat16_glue
 from tfmq_fx.passes.byte_activations import byte_activations
@@ -63,10 +63,7 @@ def prepare_graph(model: QuantizedModel, *, precision: str, pack: str | None, in
 
     int8: without, every layer stays in float on the same integers: for a CPU whose kernels would saturate.
     """
-    module = exported(model).run_decompositions({}).module(check_guards=False)
-    assert isinstance(module, GraphModule)
-    gm = fresh(module)  # flat inputs and outputs, and none of torch.export's checks at each call
-    gm.meta = {}
+    gm = flat_graph(model)
     PassManager([rescale_temporal, byte_activations])(gm)
     layers = list(layers_of(gm))
     if int8:
@@ -74,13 +71,28 @@ def prepare_graph(model: QuantizedModel, *, precision: str, pack: str | None, in
     else:
         gm.meta[FALLBACKS] = {n.name: "this CPU has no int8 instructions" for n in gm.graph.nodes}
     fold_weights(gm)
-    inputs = example_inputs(model, batch=2)
+    inputs = example_inputs(model, batch=1)
+    dtypes = dtypes_of(gm, inputs)
     if precision == "bfloat16":
-        block = placeholders(model.temporal_block)
-        bfloat16_glue(gm, dtypes=dtypes_of(gm, inputs), precise=set(block))
+        bfloat16_glue(gm, dtypes=dtypes, precise=set(placeholders(model.temporal_block)))
+        dtypes_of(gm, inputs)  # an operator that has no bfloat16 is named
     kernels = coverage(gm, layers, PRECISIONS[precision])
     keep_what_is_read(gm)
     return Prepared(gm=gm, kernels=kernels)
+
+
+def flat_graph(model: QuantizedModel) -> GraphModule:
+    """Without the submodule, writes in place, and checks: flat inputs and outputs, torch's composite operators."""
+    program = exported(model)
+    if any(mutated_inputs(n) for n in program.graph.nodes):
+        program = program.run_decompositions({})  # which traces it once more
+    module = program.module(check_guards=False)
+    assert isinstance(module, GraphModule)
+    gm = fresh(module)
+    gm.meta = {}
+    for node in gm.graph.find_nodes(op="call_function", target=aten._assert_tensor_metadata.default):
+        gm.graph.erase_node(node)  # of the dtypes at capture; `DropIn` checks the inputs
+    return gm
 
 
 class _Dtypes(Interpreter):
@@ -88,6 +100,7 @@ class _Dtypes(Interpreter):
 
     def __init__(self, gm: GraphModule) -> None:
         super().__init__(gm)
+        self.extra_traceback = False  # torch's words behind ours
         self.found: dict[Node, torch.dtype] = {}
 
     def run_node(self, n: Node) -> Any:
