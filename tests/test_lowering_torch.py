@@ -359,11 +359,11 @@ print(time.perf_counter() - start)
 @torch.no_grad()
 def test_compiled_once_for_all_steps_and_processes(tmp_path, monkeypatch):
     q = quantized("w4a8", "all")
-    global_settings = torch._inductor.config.shallow_copy_dict()
+    global_settings = torch._inductor.config.get_config_copy()
     cache = tmp_path / "cache"
     low = q.lower(engine="torch", precision="float32", cache=cache, batch=2, compile=True, strict=True)
     assert low.report["lowering"]["compiled"]
-    assert torch._inductor.config.shallow_copy_dict() == global_settings
+    assert torch._inductor.config.get_config_copy() == global_settings
     before = {k: dict(v) for k, v in counters.items()}
     pairs = [(low(noise(2), t), q(noise(2), t)) for t in TIMESTEPS]
     pairs += [(low(noise(2), TIMESTEPS[[i, 3]]), q(noise(2), TIMESTEPS[[i, 3]])) for i in range(10)]

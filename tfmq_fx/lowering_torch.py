@@ -320,11 +320,11 @@ def compile_to(file: Path, gm: GraphModule, inputs: Sequence[Tensor]) -> None:
         raise TFMQError(missing)
     with tempfile.TemporaryDirectory(prefix="tfmq-inductor-") as folder:
         package = Path(folder) / "compiled.pt2"
-        # Without gradients, Inductor may take weights as constants.
+        # Without gradients, Inductor may take weights as constants. It fills the dict of metadata in place.
         with mock.patch.dict(os.environ, {"TORCHINDUCTOR_CACHE_DIR": folder}), torch.no_grad():
             program = torch.export.export(gm, tuple(inputs), strict=False)
             torch._inductor.aoti_compile_and_package(
-                program, package_path=str(package), inductor_configs=dict(OPTIONS)
+                program, package_path=str(package), inductor_configs={**OPTIONS, "aot_inductor.metadata": {}}
             )
         check_calls(package, gm)
         beside = file.with_name(f".{file.stem}.tmp-{os.getpid()}.pt2")
