@@ -64,8 +64,8 @@ def _narrow(argument: Any) -> Any:
 
 
 def _kept(gm: GraphModule, precise: Collection[str]) -> set[Node]:
-    """What follows from the precise inputs and constants alone, what is marked, what is made of these by arithmetic, and what only a
-    quantization reads."""
+    """What follows from the precise inputs and constants alone, what is marked, arithmetic on these alone, and
+    arithmetic that only a quantization reads."""
     marks: dict[Node, set[str]] = {}
     kept: set[Node] = set()
     for node in gm.graph.nodes:

@@ -40,6 +40,15 @@ def _one_thread():
     torch.set_num_threads(1)
 
 
+exported = functools.cache(lowering_torch.exported)
+
+
+@pytest.fixture(autouse=True)
+def _one_export(monkeypatch):
+    """Half of the time of lowering: one for each network, however it is lowered."""
+    monkeypatch.setattr(lowering_torch, "exported", exported)
+
+
 @functools.cache
 def quantized(bits="w8a8", keyed="block", network_class=TinyUNet, **changes):
     nearest = tfmq_fx.Reconstruction(method="nearest")
