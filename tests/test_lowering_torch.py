@@ -16,7 +16,7 @@ import tfmq_fx
 from tests.networks import TIMESTEPS, ScalarTime, TinyUNet, calibration, make
 from tests.test_finite import Labelled, labelled_data
 from tests.test_mixed_batches import FLIPPED_BY, FLIPPED_ROWS, moved, one_timestep
-from tfmq_fx import lowering, lowering_torch
+from tfmq_fx import lowering, lowering_torch, saving
 from tfmq_fx.errors import TFMQError
 from tfmq_fx.onednn import pack_int4, unpack_int4
 from tfmq_fx.passes.onednn_kernels import KERNELS
@@ -40,7 +40,7 @@ def _one_thread():
     torch.set_num_threads(1)
 
 
-exported = functools.cache(lowering_torch.exported)
+exported = functools.cache(saving.exported)
 
 
 @pytest.fixture(autouse=True)
