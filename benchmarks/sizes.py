@@ -23,6 +23,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -76,7 +77,8 @@ def child(given: argparse.Namespace) -> None:
     before, found = resident(), {}
     step: Callable[[], Any]
     if not recipe:
-        with torch.device("meta"):
+        # The zoo looks at what it draws for a reduced network.
+        with torch.device("meta" if published else "cpu"):
             network = entry_of(given.network).build(published)
         network.load_state_dict(load_file(folder / "float32.safetensors"), assign=True)
         found["tensors"] = held(network.parameters())
@@ -109,6 +111,7 @@ def write(given: argparse.Namespace, folder: Path) -> dict[str, int]:
     entry = entry_of(given.network)
     torch.manual_seed(0)
     network = entry.build(not given.reduced)
+    folder.mkdir(exist_ok=True)
     save_file(network.state_dict(), folder / "float32.safetensors")
     sizes = {"": (folder / "float32.safetensors").stat().st_size}
     inputs = batch_of(entry, published=not given.reduced, size=2)
@@ -119,8 +122,9 @@ def write(given: argparse.Namespace, folder: Path) -> dict[str, int]:
             activation_observer="minmax",
             reconstruction=tfmq_fx.Reconstruction(method="nearest"),
         )
-        q = tfmq_fx.quantize(network, recipe, calibration=data, timesteps=inputs["timestep"].unique())
-        q.save_pretrained(folder / bits)
+        if not (folder / bits).is_dir():
+            q = tfmq_fx.quantize(network, recipe, calibration=data, timesteps=inputs["timestep"].unique())
+            q.save_pretrained(folder / bits)
         sizes[bits] = sum(f.stat().st_size for f in (folder / bits).iterdir())
     return sizes
 
@@ -134,14 +138,15 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--child", choices=ROWS, help=argparse.SUPPRESS)
-    parser.add_argument("--folder", help=argparse.SUPPRESS)
+    parser.add_argument("--folder", help="keep the files in this folder, and use those that it has")
     given = parser.parse_args()
     warnings.filterwarnings("ignore")
     if given.child:
         child(given)
         return
     table = Table("weights", "file MB", "tensors MB", "process MB", "peak MB", "ms a step")
-    with tempfile.TemporaryDirectory() as name:
+    with ExitStack() as stack:
+        name = given.folder or stack.enter_context(tempfile.TemporaryDirectory())
         files = write(given, Path(name))
         for row, (recipe, _) in ROWS.items():
             command = [
@@ -158,6 +163,7 @@ def main() -> None:
             if run.returncode:
                 raise SystemExit(f"{row}: {run.stderr.strip()[-2000:]}")
             found = json.loads(run.stdout.strip().splitlines()[-1])
+            print(f"{row}: {found}", flush=True)
             megabytes = [f"{found[k] / 1e6:.1f}" for k in ("tensors", "process", "peak")]
             table.add_row(row, f"{files[recipe] / 1e6:.1f}", *megabytes, f"{found['ms']:.0f}")
     print(
