@@ -102,7 +102,7 @@ def nncf_static(network: nn.Module, inputs: Inputs) -> Step:
     return openvino_step(model, arrays)
 
 
-def ours(recipe: str, precision: str, keyed: str = "block") -> Make:
+def ours(recipe: str, precision: str, keyed: str = "block", engine: str = "openvino") -> Make:
     def make(network: nn.Module, inputs: Inputs) -> Step:
         tensors = {n: x for n, x in inputs.items() if isinstance(x, Tensor)}
         settings = dataclasses.replace(
@@ -115,12 +115,13 @@ def ours(recipe: str, precision: str, keyed: str = "block") -> Make:
         )
         data = tfmq_fx.CalibrationSet.from_tensors(tensors)
         q = tfmq_fx.quantize(network, settings, calibration=data, timesteps=inputs["timestep"].unique())
-        low = q.lower("cpu", precision=precision, batch=len(inputs["timestep"]))
+        low = q.lower("cpu", engine=engine, precision=precision, batch=len(inputs["timestep"]))
         report = low.report["lowering"]
         share = report["flops"]["int8"] / report["flops"]["total"]
         fallen = [k["path"] for k in report["kernels"] if k["fell_back"]]
         print(
-            f"  {recipe} {precision} keyed={keyed}: {share:.1%} of FLOPs in int8, fell back: {fallen or 'none'}"
+            f"  {recipe} {engine} {precision} keyed={keyed}: {share:.1%} of FLOPs in int8, fell back: {fallen or 'none'}, "
+            f"compiled: {report['compiled']}"
         )
         print(f"  seconds: {report['seconds']}, compile {report['compiled_seconds']}")
         return lambda: low(**inputs)
@@ -139,6 +140,8 @@ CONTENDERS: dict[str, Make] = {
     "tfmq_fx w8a8, fp32 glue": ours("w8a8", "float32"),
     "tfmq_fx w8a8, bf16 glue": ours("w8a8", "bfloat16"),
     "tfmq_fx w8a8, bf16, all keyed": ours("w8a8", "bfloat16", "all"),
+    "tfmq_fx w8a8, torch int8, fp32 glue": ours("w8a8", "float32", engine="torch"),
+    "tfmq_fx w8a8, torch int8, bf16 glue": ours("w8a8", "bfloat16", engine="torch"),
 }
 
 

@@ -1,5 +1,6 @@
 """Graph passes: a GraphModule in, a GraphModule or a finding out; each can be called alone."""
 
+from tfmq_fx.passes.bfloat16_glue import bfloat16_glue
 from tfmq_fx.passes.bind_parameters import bind_parameters
 from tfmq_fx.passes.byte_activations import byte_activations
 from tfmq_fx.passes.cache_temporal import cache_temporal
@@ -11,6 +12,7 @@ from tfmq_fx.passes.insert_step_index import insert_step_index
 from tfmq_fx.passes.integer_weights import integer_weights
 from tfmq_fx.passes.literal_dtypes import literal_dtypes
 from tfmq_fx.passes.low_rank import low_rank
+from tfmq_fx.passes.onednn_kernels import onednn_kernels
 from tfmq_fx.passes.partition_temporal import extract_temporal, partition_temporal
 from tfmq_fx.passes.pass_manager import PassManager
 from tfmq_fx.passes.prepare import prepare
@@ -18,12 +20,14 @@ from tfmq_fx.passes.remove_noops import remove_noops
 from tfmq_fx.passes.rescale_temporal import rescale_temporal
 from tfmq_fx.passes.root_batch_size import root_batch_size
 from tfmq_fx.passes.rotate import rotate
+from tfmq_fx.passes.share_quantized import share_quantized
 from tfmq_fx.passes.smooth import smooth
 
 __all__ = [
     "Block",
     "PassManager",
     "TemporalBlock",
+    "bfloat16_glue",
     "bind_parameters",
     "byte_activations",
     "cache_temporal",
@@ -36,11 +40,13 @@ __all__ = [
     "integer_weights",
     "literal_dtypes",
     "low_rank",
+    "onednn_kernels",
     "partition_temporal",
     "prepare",
     "remove_noops",
     "rescale_temporal",
     "root_batch_size",
     "rotate",
+    "share_quantized",
     "smooth",
 ]

@@ -277,7 +277,7 @@ def test_unknown_targets_and_precisions_are_refused(arguments, words):
 def test_a_missing_package_names_the_extra(monkeypatch):
     monkeypatch.setitem(sys.modules, "openvino", None)
     with pytest.raises(TFMQError, match=r'pip install "tfmq_fx\[openvino\]"'):
-        quantized().lower("cpu")
+        quantized().lower("cpu", engine="openvino")
 
 
 class Strange(nn.Module):

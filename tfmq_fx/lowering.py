@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import json
 import logging
@@ -11,48 +12,54 @@ import tempfile
 import time
 import warnings
 import weakref
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
+from torch import nn
 
+from tfmq_fx.coverage import Kernel, Layer
 from tfmq_fx.errors import TFMQError, nearest_names
 from tfmq_fx.graph_json import graph_to_json, tensors_of
 from tfmq_fx.lowering_openvino import (
     PRODUCTS,
+    WEIGHTS,
     Compiled,
     Execution,
-    Layer,
     read_layers,
     require_openvino,
     write,
 )
+from tfmq_fx.lowering_torch import OPTIONS, compiled_or_not, prepare_graph, weight_bytes
 from tfmq_fx.model import DropIn, QuantizedModel
 from tfmq_fx.saving import example_inputs, replace_folder
 
 log = logging.getLogger(__name__)
 LAYOUT = 1  # of what a cache folder holds: another number reads none of the old
+ENGINES = ("openvino", "torch")
 PRECISIONS = {"bfloat16": "bf16", "float32": "f32"}
 # What multiplies bytes: VNNI in its two encodings, AMX, and Arm's dot products.
 INT8_INSTRUCTIONS = ("avx512_vnni", "avx_vnni", "avx_vnni_int8", "amx_int8", "dotprod", "i8mm")
 
 
-@dataclass(frozen=True, kw_only=True)
-class Kernel:
-    """What one convolution, linear or matmul runs as."""
+class Engine(Protocol):
+    """A compiled network: the graph's inputs in order, its outputs nested as the graph nests them."""
 
-    path: str  # its weight's name in the network's state dict; its node's name without one
-    op: str
-    kernel: str  # OpenVINO's name of it; "" where it is not found among the executed nodes
-    precision: str  # of what it reads: "u8", "bf16", "f32"
-    int8: bool
-    reason: str  # why it is not int8; "" when it is
-    fell_back: bool  # whether its inputs are quantized and it is not int8 all the same
-    flops: int  # for one sample
+    seconds: dict[int, float]  # what compiling or loading for a batch took, by its size
+
+
+@dataclass(frozen=True, kw_only=True)
+class Lowered:
+    """What an engine made of a network."""
+
+    network: nn.Module  # an Engine
+    kernels: list[Kernel]
+    details: dict[str, Any]  # the engine's own lines of the report, as plain JSON values
 
 
 class LoweredModel(DropIn):
@@ -63,9 +70,9 @@ class LoweredModel(DropIn):
     `["compiled_seconds"]` in it, by batch size, what was compiled since.
     """
 
-    network: Compiled
+    network: Any  # an Engine
 
-    def __init__(self, model: QuantizedModel, compiled: Compiled, *, lowering: dict[str, Any]) -> None:
+    def __init__(self, model: QuantizedModel, compiled: nn.Module, *, lowering: dict[str, Any]) -> None:
         super().__init__(
             compiled,
             interface=model.interface,
@@ -91,13 +98,18 @@ def lower(
     model: QuantizedModel,
     target: str = "cpu",
     *,
+    engine: str | None = None,
     precision: str | None = None,
     batch: int = 1,
     strict: bool = False,
     cache: str | Path | None = None,
+    compile: bool | None = None,
+    pack: str | None = None,
 ) -> LoweredModel:
-    """Compile for this machine's CPU with OpenVINO, for as many threads as torch has now.
+    """Compile for this machine's CPU, for as many threads as torch has now.
 
+    engine: "openvino" or "torch" (oneDNN's kernels through Inductor); None takes OpenVINO where it is installed: it was
+        the faster of the two, and needs no C++ compiler.
     precision: of what is not int8, "bfloat16" or "float32"; None takes bfloat16 where the CPU computes in it. In
         float32 the outputs are the quantized network's but for rounding ties: an activation within float rounding of
         a tie may become the next integer. bfloat16 adds its own rounding, about 1% of the largest output.
@@ -105,9 +117,13 @@ def lower(
         kept; all steps of a schedule run on the same.
     strict: refuse a network of which a quantized layer does not get an int8 kernel.
     cache: a folder that keeps the converted and the compiled network: the next process starts in a fraction.
+    compile: for engine "torch": True needs a C++ compiler, False runs the int8 kernels node by node, None compiles
+        where it can; `report["lowering"]["compiled"]` says which, and why not.
+    pack: "int4", for engine "torch": weights of at most four bits stay two to a byte in memory, and are unpacked at
+        each call.
 
-    Raises TFMQError for another target, without OpenVINO, and naming a node that it cannot express. A CPU without
-    int8 instructions is warned of, and computes the same in float.
+    Raises TFMQError for another target, without the engine's package, and naming a node that it cannot express. A CPU
+    without int8 instructions is warned of, and computes the same in float.
     """
     if target != "cpu":
         raise TFMQError(f'target={target!r}: unknown; there is "cpu".')
@@ -115,49 +131,34 @@ def lower(
         raise TFMQError(
             f'target "cpu": the network is on {model.device}; quantize it on the CPU, or load it from disk.'
         )
-    openvino = require_openvino()
-    can = openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
-    precision = precision or ("bfloat16" if "BF16" in can else "float32")
-    if precision not in PRECISIONS:
-        raise TFMQError(f"precision={precision!r}: unknown; use {nearest_names(precision, PRECISIONS)}.")
-    if PRECISIONS[precision] == "bf16" and "BF16" not in can:
-        raise TFMQError(f"precision={precision!r}: this CPU does not compute in it; use 'float32', or None.")
+    engine = _engine(engine, compile=compile, pack=pack)
+    if precision not in (None, *PRECISIONS):
+        raise TFMQError(f"precision={precision!r}: unknown; use {nearest_names(str(precision), PRECISIONS)}.")
     instructions = int8_instructions()
     if not instructions:
         words = "this CPU has no int8 instructions (VNNI, AMX): every layer runs in float, with the same integers."
         if strict:
             raise TFMQError(f'target "cpu": {words}')
         warnings.warn(words, stacklevel=2)
-    settings: dict[str, Any] = {
-        "PERFORMANCE_HINT": "LATENCY",
-        "INFERENCE_PRECISION_HINT": PRECISIONS[precision],
-        "INFERENCE_NUM_THREADS": torch.get_num_threads(),
-        # OpenVINO would round what the recipe leaves in float, in front of weights that it unpacks.
-        "DYNAMIC_QUANTIZATION_GROUP_SIZE": 0,
-        # Without these instructions, byte products are summed in 16 bits, and saturate.
-        **({} if instructions else {"LP_TRANSFORMS_MODE": "NO"}),
-    }
-    start = time.perf_counter()
     with ExitStack() as stack:
-        root = cache or stack.enter_context(tempfile.TemporaryDirectory(prefix="tfmq-lowering-"))
-        folder = Path(root) / _key(model)
-        cached = folder.is_dir()
-        if not cached:
-            replace_folder(folder, lambda new: write(model, new))
-        converted = time.perf_counter() - start
-        # OpenVINO tells compiled networks apart by some of these settings, and not by all.
-        conditions = json.dumps([settings, sorted(can), openvino.__version__])
-        kept = folder / hashlib.sha256(conditions.encode()).hexdigest()[:16]
-        if cache is not None:
-            kept.mkdir(exist_ok=True)
-            settings["CACHE_DIR"] = str(kept)
-        compiled = Compiled(folder, model=model, settings=settings)
-        compiled(*example_inputs(model, batch=batch).values())
-        first = time.perf_counter() - start - converted
-        layers = read_layers(folder)
-        kernels = coverage(layers, compiled) if cache is None else _seen(kept, layers, compiled)
         # Without a cache, the files live as long as the network that compiles from them.
-        weakref.finalize(compiled, stack.pop_all().close)
+        root = Path(cache or stack.enter_context(tempfile.TemporaryDirectory(prefix="tfmq-lowering-")))
+        if engine == "openvino":
+            lowered = _with_openvino(
+                model, root, precision=precision, batch=batch, keep=cache is not None, int8=bool(instructions)
+            )
+        else:
+            lowered = _with_torch(
+                model,
+                root,
+                precision=precision,
+                batch=batch,
+                compile=compile,
+                pack=pack,
+                int8=bool(instructions),
+            )
+        weakref.finalize(lowered.network, stack.pop_all().close)
+    kernels = lowered.kernels
     total, int8 = (sum(k.flops for k in kernels if k.int8 or every) for every in (True, False))
     log.info("lower: %.1f%% of %.3g FLOPs in int8", 100 * int8 / max(total, 1), total)
     fallen = [k for k in kernels if k.fell_back]
@@ -169,31 +170,146 @@ def lower(
         )
     lowering = {
         "target": target,
-        "library": f"openvino {openvino.__version__}",
+        "engine": engine,
         "instructions": instructions,
-        "precision": precision,
-        "threads": settings["INFERENCE_NUM_THREADS"],
-        "cached": cached,
-        "seconds": {"convert": round(converted, 2), "first": round(first, 2)},
+        "threads": torch.get_num_threads(),
+        "pack": pack,
+        **lowered.details,
         "flops": {"total": total, "int8": int8},
-        "kernels": [dataclasses.asdict(k) for k in kernels],
+        "kernels": _to_json(kernels),
     }
-    return LoweredModel(model, compiled, lowering=lowering)
+    return LoweredModel(model, lowered.network, lowering=lowering)
 
 
-def _seen(folder: Path, layers: list[Layer], compiled: Compiled) -> list[Kernel]:
-    """`coverage`, kept in the folder: a compiled network from the cache has forgotten some names of what it fused."""
-    file = folder / "kernels.json"
+def _engine(engine: str | None, *, compile: bool | None, pack: str | None) -> str:
+    """The engine to use. Raises TFMQError for an unknown one, and for what the one wanted cannot do."""
+    if engine not in (None, *ENGINES):
+        raise TFMQError(f"engine={engine!r}: unknown; use {nearest_names(str(engine), ENGINES)}, or None.")
+    if pack not in (None, "int4"):
+        raise TFMQError(f'pack={pack!r}: unknown; use "int4", or None.')
+    if engine == "openvino":
+        require_openvino()
+    if engine is None:
+        wants_torch = pack is not None or compile is not None  # what OpenVINO has no form of
+        engine = "torch" if wants_torch or find_spec("openvino") is None else "openvino"
+        if not wants_torch and engine == "torch":
+            log.warning(
+                'lower: openvino is not installed, torch compiles instead; pip install "tfmq_fx[openvino]" for the faster engine.'
+            )
+    if engine == "openvino" and pack is not None:
+        raise TFMQError(f'pack={pack!r}: OpenVINO\'s int8 kernels hold weights as bytes; use engine="torch".')
+    if engine == "openvino" and compile is not None:
+        raise TFMQError(
+            f'compile={compile}: OpenVINO always compiles, without a C++ compiler; use engine="torch".'
+        )
+    return engine
+
+
+def _with_openvino(
+    model: QuantizedModel, root: Path, *, precision: str | None, batch: int, keep: bool, int8: bool
+) -> Lowered:
+    openvino = require_openvino()
+    can = openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+    precision = _precision(precision, has_bfloat16="BF16" in can)
+    settings: dict[str, Any] = {
+        "PERFORMANCE_HINT": "LATENCY",
+        "INFERENCE_PRECISION_HINT": PRECISIONS[precision],
+        "INFERENCE_NUM_THREADS": torch.get_num_threads(),
+        # OpenVINO would round what the recipe leaves in float, in front of weights that it unpacks.
+        "DYNAMIC_QUANTIZATION_GROUP_SIZE": 0,
+        # Without these instructions, byte products are summed in 16 bits, and saturate.
+        **({} if int8 else {"LP_TRANSFORMS_MODE": "NO"}),
+    }
+    start = time.perf_counter()
+    folder = root / _key(model, openvino.__version__)
+    cached = folder.is_dir()
+    if not cached:
+        replace_folder(folder, lambda new: write(model, new))
+    converted = time.perf_counter() - start
+    # OpenVINO tells compiled networks apart by some of these settings, and not by all.
+    conditions = json.dumps([settings, sorted(can), openvino.__version__])
+    kept = folder / hashlib.sha256(conditions.encode()).hexdigest()[:16]
+    if keep:
+        kept.mkdir(exist_ok=True)
+        settings["CACHE_DIR"] = str(kept)
+    compiled = Compiled(folder, model=model, settings=settings)
+    compiled(*example_inputs(model, batch=batch).values())
+    first = time.perf_counter() - start - converted
+    layers = read_layers(folder)
+    details = {
+        "library": f"openvino {openvino.__version__}",
+        "precision": precision,
+        "cached": cached,
+        "compiled": True,
+        "weight_bytes": (folder / WEIGHTS).stat().st_size,
+        "seconds": {"convert": round(converted, 2), "first": round(first, 2)},
+    }
+    kernels = coverage(layers, compiled)
+    if keep:
+        found = _remembered(kept / "kernels.json", lambda: _to_json(kernels))
+        kernels = [Kernel(**k) for k in found]
+    return Lowered(network=compiled, kernels=kernels, details=details)
+
+
+def _with_torch(
+    model: QuantizedModel,
+    root: Path,
+    *,
+    precision: str | None,
+    batch: int,
+    compile: bool | None,
+    pack: str | None,
+    int8: bool,
+) -> Lowered:
+    has = dict(torch.cpu.get_capabilities())
+    precision = _precision(precision, has_bfloat16=bool(has.get("avx512_bf16") or has.get("amx_bf16")))
+    start = time.perf_counter()
+    conditions = json.dumps([precision, pack, int8, torch.get_num_threads(), has, OPTIONS], default=str)
+    folder = root / _key(model, conditions)
+    cached = folder.is_dir()
+    folder.mkdir(parents=True, exist_ok=True)
+    prepare = functools.cache(lambda: prepare_graph(model, precision=precision, pack=pack, int8=int8))
+    kernels = _remembered(folder / "kernels.json", lambda: _to_json(prepare().kernels))
+    held = _remembered(folder / "weight_bytes.json", lambda: weight_bytes(prepare().gm))
+    inputs = list(example_inputs(model, batch=batch).values())
+    network, why_not = compiled_or_not(
+        lambda: prepare().gm, inputs, model=model, folder=folder, compile=compile
+    )
+    first = time.perf_counter() - start
+    details = {
+        "library": f"torch {torch.__version__}",
+        "precision": precision,
+        "cached": cached,
+        "compiled": not why_not,
+        "weight_bytes": held,
+        **({"not_compiled_because": why_not} if why_not else {}),
+        "seconds": {"first": round(first, 2)},
+    }
+    return Lowered(network=network, kernels=[Kernel(**k) for k in kernels], details=details)
+
+
+def _precision(precision: str | None, *, has_bfloat16: bool) -> str:
+    if precision == "bfloat16" and not has_bfloat16:
+        raise TFMQError(f"precision={precision!r}: this CPU does not compute in it; use 'float32', or None.")
+    return precision or ("bfloat16" if has_bfloat16 else "float32")
+
+
+def _remembered(file: Path, look: Callable[[], Any]) -> Any:
+    """What `look` finds, as JSON in a file: a compiled network from the cache has forgotten some of it."""
     if not file.is_file():
         temporary = file.with_suffix(f".tmp-{os.getpid()}")
-        temporary.write_text(json.dumps([dataclasses.asdict(k) for k in coverage(layers, compiled)]))
+        temporary.write_text(json.dumps(look()))
         os.replace(temporary, file)
-    return [Kernel(**k) for k in json.loads(file.read_text())]
+    return json.loads(file.read_text())
+
+
+def _to_json(kernels: Iterable[Kernel]) -> list[dict[str, Any]]:
+    return [dataclasses.asdict(k) for k in kernels]
 
 
 def int8_instructions() -> list[str]:
     """Those of INT8_INSTRUCTIONS that this CPU has."""
-    has = torch.cpu.get_capabilities()
+    has = dict(torch.cpu.get_capabilities())
     return [name for name in INT8_INSTRUCTIONS if has.get(name)]
 
 
@@ -228,9 +344,9 @@ def _kernel(layer: Layer, executions: list[Execution]) -> Kernel:
     )
 
 
-def _key(model: QuantizedModel) -> str:
+def _key(model: QuantizedModel, engine: str) -> str:
     """What the converted network depends on: the graph, its tensors, and the versions that convert it."""
-    versions = [LAYOUT, torch.__version__, require_openvino().__version__, version("tfmq_fx")]
+    versions = [LAYOUT, torch.__version__, engine, version("tfmq_fx")]
     digest = hashlib.sha256(
         json.dumps([graph_to_json(model.network), model.interface.inputs, versions]).encode()
     )

@@ -24,33 +24,21 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.fx import GraphModule, Node
+from torch.fx import GraphModule
 from torch.utils import _pytree as pytree
 
+from tfmq_fx.coverage import Layer, layers_of
 from tfmq_fx.errors import TFMQError
-from tfmq_fx.graph import matmul_inputs, meta_value, op_name, placeholders, weight_argument
+from tfmq_fx.graph import placeholders
 from tfmq_fx.model import QuantizedModel
 from tfmq_fx.passes.byte_activations import byte_activations
-from tfmq_fx.passes.integer_weights import SUFFIX, integer_weights
-from tfmq_fx.passes.partition_temporal import BLOCK_NAME
+from tfmq_fx.passes.integer_weights import integer_weights
 from tfmq_fx.passes.pass_manager import PassManager
-from tfmq_fx.passes.rescale_temporal import DEQUANTIZED, PRECISE, rescale_temporal
+from tfmq_fx.passes.rescale_temporal import PRECISE, rescale_temporal
 from tfmq_fx.saving import exported, replace_folder
 
 MODEL, WEIGHTS, LAYERS = "network.xml", "network.bin", "layers.json"
 PASSES = (rescale_temporal, byte_activations, integer_weights)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Layer:
-    """One convolution, linear or matmul of the graph that OpenVINO is given."""
-
-    node: str  # its name in that graph, with which OpenVINO's layers begin
-    weight: str  # the name of its weight's node there, with which OpenVINO's constants begin
-    path: str  # its weight's name in the network's state dict; "" without one
-    op: str  # "convolution", "linear", ...
-    flops: int  # for one sample, a multiplication and an addition being two
-    float_because: str  # why no int8 kernel can run it; "" when both its inputs are quantized
 
 
 def require_openvino() -> Any:
@@ -83,7 +71,7 @@ def write(model: QuantizedModel, folder: Path) -> None:
     block = placeholders(model.temporal_block)
     marked = [n.name for n in gm.graph.nodes if n.meta.get(PRECISE)]
     mark_precise(folder / MODEL, inputs=block, nodes=marked)
-    layers = [dataclasses.asdict(layer) for layer in _layers(gm)]
+    layers = [dataclasses.asdict(layer) for layer in layers_of(gm)]
     (folder / LAYERS).write_text(json.dumps(layers, indent=1) + "\n")
 
 
@@ -165,67 +153,6 @@ def mark_precise(file: Path, *, inputs: Iterable[str], nodes: Iterable[str]) -> 
                 layer.insert(1 if layer.find("data") is not None else 0, info)
             ElementTree.SubElement(info, "attribute", name="precise", version="0")
     tree.write(file)
-
-
-def _layers(gm: GraphModule) -> Iterator[Layer]:
-    for node in gm.graph.nodes:
-        index = weight_argument(node)
-        operands = matmul_inputs(node)
-        if index is None and not operands:
-            continue
-        reasons = []
-        if index is not None:
-            operands = [node.args[0]]
-            if not _weight_path(node.args[index]).endswith(SUFFIX):
-                reasons.append("its weight is float")
-        if any(not _is_quantized(x) for x in operands):
-            reasons.append("its input is float" if index is not None else "its operands are float")
-        yield Layer(
-            node=node.name,
-            weight="" if index is None else node.args[index].name,
-            path=""
-            if index is None
-            else _weight_path(node.args[index]).removesuffix(SUFFIX).removesuffix("_q"),
-            op=op_name(node),
-            flops=_flops(node),
-            float_because=" and ".join(reasons),
-        )
-
-
-def _weight_path(weight: Node) -> str:
-    """The constant that a weight is made of, which is its first argument's first argument and so on."""
-    while weight.op != "get_attr" and weight.all_input_nodes:
-        weight = weight.all_input_nodes[0]
-    path = str(weight.target) if weight.op == "get_attr" else ""
-    return path.removeprefix(
-        f"{BLOCK_NAME}."
-    )  # the block's parameters lie beside the others in the state dict
-
-
-def _is_quantized(x: Node) -> bool:
-    is_pair = x.target is torch.ops.quantized_decomposed.dequantize_per_tensor.default
-    return is_pair or bool(x.meta.get(DEQUANTIZED))
-
-
-def _flops(node: Node) -> int:
-    """Of one sample: 2 * what is summed * outputs; two matmuls for an attention."""
-    x, y = (_sizes(n) for n in (node.args[0], node))
-    index = weight_argument(node)
-    if index is not None:
-        weight = _sizes(node.args[index])
-        summed = torch.Size(weight).numel() // (weight[1] if op_name(node) == "conv_transpose" else weight[0])
-        return 2 * summed * torch.Size(y).numel() // y[0]
-    if op_name(node) == "scaled_dot_product_attention":
-        keys = _sizes(node.args[1])[-2]
-        return 2 * keys * (x[-1] + y[-1]) * torch.Size(y[:-1]).numel() // y[0]
-    return 2 * x[-1] * torch.Size(y).numel() // y[0]
-
-
-def _sizes(node: Any) -> list[int]:
-    """The sizes at capture: a batch of two where it may vary."""
-    value = meta_value(node)
-    assert isinstance(value, Tensor), node
-    return [d if isinstance(d, int) else d.node.hint for d in value.shape]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -291,15 +291,28 @@ class QuantizedModel(DropIn):
         self,
         target: str = "cpu",
         *,
+        engine: str | None = None,
         precision: str | None = None,
         batch: int = 1,
         strict: bool = False,
         cache: str | Path | None = None,
+        compile: bool | None = None,
+        pack: str | None = None,
     ) -> LoweredModel:
         """The same network on int8 kernels; see `tfmq_fx.lowering.lower`."""
         from tfmq_fx.lowering import lower
 
-        return lower(self, target, precision=precision, batch=batch, strict=strict, cache=cache)
+        return lower(
+            self,
+            target,
+            engine=engine,
+            precision=precision,
+            batch=batch,
+            strict=strict,
+            cache=cache,
+            compile=compile,
+            pack=pack,
+        )
 
 
 def _output_class(name: str) -> Any:

@@ -1,0 +1,410 @@
+"""The same network on oneDNN's int8 kernels with torch alone: values, coverage, packed weights, what is refused."""
+
+import dataclasses
+import functools
+import logging
+import subprocess
+import sys
+from collections import Counter
+
+import pytest
+import torch
+from torch import nn
+from torch._dynamo.utils import counters
+
+import tfmq_fx
+from tests.networks import TIMESTEPS, ScalarTime, TinyUNet, calibration, make
+from tests.test_finite import Labelled, labelled_data
+from tests.test_mixed_batches import FLIPPED_BY, FLIPPED_ROWS, moved, one_timestep
+from tfmq_fx import lowering, lowering_torch, saving
+from tfmq_fx.errors import TFMQError
+from tfmq_fx.onednn import pack_int4, unpack_int4
+from tfmq_fx.passes.onednn_kernels import KERNELS
+from tfmq_fx.passes.share_quantized import QUANTIZE
+
+SIZES = (1, 2, 3, 5, 16)
+# Eight bits of mantissa, as in tests/test_lowering.py: 1.4% of the largest output was measured on the tiny network.
+BFLOAT16 = 0.05
+
+needs_kernels = pytest.mark.skipif(
+    not lowering.int8_instructions(), reason="this CPU has no int8 instructions"
+)
+needs_compiler = pytest.mark.skipif(
+    bool(lowering_torch.compiler_missing()), reason="there is no C++ compiler"
+)
+pytestmark = needs_kernels
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    torch.set_num_threads(1)
+
+
+exported = functools.cache(saving.exported)
+
+
+@pytest.fixture(autouse=True)
+def _one_export(monkeypatch):
+    """Half of the time of lowering: one for each network, however it is lowered."""
+    monkeypatch.setattr(lowering_torch, "exported", exported)
+
+
+@functools.cache
+def quantized(bits="w8a8", keyed="block", network_class=TinyUNet, **changes):
+    nearest = tfmq_fx.Reconstruction(method="nearest")
+    recipe = dataclasses.replace(tfmq_fx.Recipe.preset(bits), reconstruction=nearest, keyed=keyed, **changes)
+    return tfmq_fx.quantize(make(network_class), recipe, calibration=calibration())
+
+
+@functools.cache
+def lowered(bits="w8a8", keyed="block", precision="float32", pack=None):
+    return quantized(bits, keyed).lower(engine="torch", precision=precision, compile=False, pack=pack)
+
+
+def noise(size):
+    return torch.randn(size, 1, 8, 8, generator=torch.Generator().manual_seed(size))
+
+
+def mixed(size):
+    return TIMESTEPS[torch.arange(size) * 3 % 10]
+
+
+def assert_same_but_for_ties(pairs):
+    """(got, expected): see tests/test_mixed_batches.py. A kernel scales the exact sum of integers once, where the float
+    layer rounds every product: an activation within that distance of a rounding tie becomes the next integer."""
+    masks, worst = zip(*(moved(got, expected) for got, expected in pairs), strict=True)
+    assert torch.cat(masks).float().mean() <= FLIPPED_ROWS
+    assert max(worst) <= FLIPPED_BY
+
+
+def kernels_of(low):
+    return {k["path"]: k for k in low.report["lowering"]["kernels"]}
+
+
+@pytest.mark.parametrize(
+    ("bits", "keyed"),
+    [("w8a8", "block"), ("w4a8", "block"), ("w4a4", "block"), ("w4a16", "block"), ("w4a8", "all")],
+)
+@torch.no_grad()
+def test_every_batch_size_and_step_gives_what_the_quantized_network_gives(bits, keyed):
+    q, low = quantized(bits, keyed), lowered(bits, keyed)
+    pairs = [(low(noise(n), mixed(n)), q(noise(n), mixed(n))) for n in SIZES]
+    pairs += [(low(noise(2), t), q(noise(2), t)) for t in TIMESTEPS]
+    assert_same_but_for_ties(pairs)
+    for (one, _), (other, _) in zip(pairs[len(SIZES) :], pairs[len(SIZES) + 1 :], strict=False):
+        assert moved(one, other)[0].all()  # the control: the step shows
+
+
+@pytest.mark.parametrize("keyed", ["block", "all"])
+@torch.no_grad()
+def test_bfloat16_stays_within_its_rounding(keyed):
+    q, low = quantized("w4a8", keyed), lowered("w4a8", keyed, "bfloat16")
+    for t in TIMESTEPS:
+        assert moved(low(noise(3), t), q(noise(3), t))[1] <= BFLOAT16
+    got, expected = low(noise(10), TIMESTEPS), q(noise(10), TIMESTEPS)
+    assert 1e-4 < moved(got, expected)[1] <= BFLOAT16  # and the glue is bfloat16
+    assert got.dtype is torch.float32
+
+
+@torch.no_grad()
+def test_what_follows_from_the_timestep_alone_is_float32():
+    """bfloat16 has no 901. Its nearest is 900, whose row of the table it would read."""
+    gm = lowered("w4a8", "all", "bfloat16").network.gm
+    dtypes = lowering_torch.dtypes_of(gm, {"sample": noise(2), "timestep": mixed(2)})
+    found = {n.name: d for n, d in dtypes.items() if n.op == "call_function"}
+    assert {d for name, d in found.items() if name.startswith(("sin", "cos", "reciprocal"))} == {
+        torch.float32
+    }
+    assert {d for name, d in found.items() if name.startswith(("group_norm", "scaled_dot"))} == {
+        torch.bfloat16
+    }
+
+
+def test_every_quantized_layer_has_an_int8_kernel():
+    report = lowered().report["lowering"]
+    kernels, layers = kernels_of(lowered()), {x["path"]: x for x in quantized().report["layers"]}
+    for path, layer in layers.items():
+        assert kernels[path]["int8"] == (layer["activation_bits"] == 8), path
+        assert not kernels[path]["fell_back"]
+    assert kernels["down.weight"]["kernel"] == "onednn.qconv_pointwise.default"
+    assert kernels["attention.out.weight"]["kernel"] == "onednn.qlinear_pointwise.default"
+    assert kernels["conv_in.weight"]["reason"] == "its input is float"
+    assert [kernels[a]["op"] for a in kernels.keys() - layers.keys()] == ["scaled_dot_product_attention"]
+    assert 0.9 < report["flops"]["int8"] / report["flops"]["total"] < 1
+    assert (report["engine"], report["compiled"], report["pack"]) == ("torch", False, None)
+    assert report["not_compiled_because"] == "compile=False"
+    # The graph that runs has one kernel for each, and no integers beside theirs.
+    gm = lowered().network.gm
+    calls = Counter(n.target for n in gm.graph.nodes if n.target in KERNELS)
+    assert sum(calls.values()) == sum(k["int8"] for k in kernels.values())
+    assert not gm.graph.find_nodes(op="call_function", target=QUANTIZE)
+    assert {b.dtype for b in gm.buffers() if b.is_mkldnn} == {torch.int8}
+    assert all(b.is_mkldnn for b in gm.buffers() if b.dtype in (torch.int8, torch.uint8))
+
+
+def test_the_engines_count_the_same_layers():
+    pytest.importorskip("openvino")
+    other = quantized().lower(engine="openvino", precision="float32")
+    assert other.report["lowering"]["engine"] == "openvino"
+    assert other.report["lowering"]["flops"] == lowered().report["lowering"]["flops"]
+    assert kernels_of(other).keys() == kernels_of(lowered()).keys()
+
+
+@torch.no_grad()
+def test_it_is_the_same_to_call():
+    q, low = quantized(), lowered()
+    assert (low.config, low.dtype, low.device) == (q.config, q.dtype, q.device)
+    x = noise(4)
+    expected = low(x, torch.tensor([300] * 4))
+    for t in (300, 300.0, torch.tensor(300), torch.tensor([300])):
+        assert torch.equal(low(x, t), expected)
+    assert torch.equal(low(sample=x, timestep=300), expected)
+    assert torch.equal(low(x.transpose(2, 3).contiguous().transpose(2, 3), 300), expected)
+    low(x, 451)
+    assert low.report["unseen_timesteps"] == {"451": 1}
+    low._unseen["timestep"].clear()
+    with pytest.raises(TFMQError, match="2 timesteps for a batch of 4"):
+        low(x, torch.tensor([1, 2]))
+
+
+@torch.no_grad()
+def test_guided_batches_and_labels():
+    nearest = tfmq_fx.Reconstruction(method="nearest")
+    recipe = dataclasses.replace(tfmq_fx.Recipe.preset("w8a8"), reconstruction=nearest)
+    finite = {"class_labels": range(Labelled.classes)}
+    q = tfmq_fx.quantize(make(Labelled), recipe, calibration=labelled_data(), finite=finite)
+    low = q.lower(engine="torch", precision="float32", compile=False, strict=True)
+    x, y = torch.randn(3, 1, 6, 6), torch.tensor([0, 1, 2])
+    null, pairs = torch.full((3,), Labelled.classes - 1), []
+    for t in TIMESTEPS[:4]:
+        guided = low(torch.cat([x, x]), t, torch.cat([y, null]))
+        pairs += [(guided, q(torch.cat([x, x]), t, torch.cat([y, null])))]
+        pairs += [(guided, torch.cat([low(x, t, y), low(x, t, null)]))]
+        assert moved(guided[:3], guided[3:])[0].all()
+    assert_same_but_for_ties(pairs)
+
+
+@torch.no_grad()
+def test_a_network_of_one_timestep_per_call():
+    q = one_timestep(ScalarTime)
+    low = q.lower(engine="torch", precision="float32", compile=False)
+    assert [k["int8"] for k in low.report["lowering"]["kernels"]] == [True, True, False, False]
+    for size in SIZES:
+        x = torch.randn(size, 4, generator=torch.Generator().manual_seed(size))
+        assert_same_but_for_ties([(low(x, t), q(x, t)) for t in TIMESTEPS])
+
+
+@pytest.mark.parametrize(("columns", "shape"), [(8, (4, 8)), (9, (5, 9)), (27, (6, 3, 3, 3))])
+def test_packing_keeps_every_integer(columns, shape):
+    q = torch.randint(0, 16, shape, generator=torch.Generator().manual_seed(columns))
+    zero_point = torch.arange(shape[0], dtype=torch.int8)
+    packed = pack_int4(q)
+    assert (packed.dtype, packed.shape) == (torch.uint8, (shape[0], -(-columns // 2)))
+    expected = q - zero_point.view(-1, *[1] * (len(shape) - 1))
+    assert torch.equal(unpack_int4(packed, zero_point, list(shape)), expected.to(torch.int8))
+
+
+@pytest.mark.parametrize("keyed", ["block", "all"])
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+@torch.no_grad()
+def test_packed_weights_compute_the_same_bits_in_half_the_memory(precision, keyed):
+    plain, packed = (lowered("w4a8", keyed, precision, pack) for pack in (None, "int4"))
+    for size in (1, 3):
+        assert torch.equal(plain(noise(size), mixed(size)), packed(noise(size), mixed(size)))
+    bits = {x["path"]: x["weight_bits"] for x in quantized("w4a8", keyed).report["layers"]}
+    for path, kernel in kernels_of(packed).items():
+        assert kernel["kernel"].startswith("tfmq.int4") == (bits.get(path) == 4 and kernel["int8"]), path
+    weights = [b for b in packed.network.gm.buffers() if b.dtype is torch.uint8]
+    rows = [p.flatten(1) for n, p in make(TinyUNet).named_parameters() if bits.get(n) == 4]
+    assert sum(b.numel() for b in weights) == sum(len(r) * -(-r.shape[1] // 2) for r in rows)
+    bytes_ = [low.report["lowering"]["weight_bytes"] for low in (plain, packed)]
+    saved = sum(r.numel() for r in rows) - sum(b.numel() for b in weights)
+    assert 0.9 * saved < bytes_[0] - bytes_[1] <= saved  # but for the zero points; all else weighs as before
+
+
+def test_eight_bits_cannot_be_packed_and_stay():
+    low = lowered("w8a8", pack="int4")
+    assert "onednn.qconv_pointwise.default" in {k["kernel"] for k in kernels_of(low).values()}
+    assert low.report["lowering"]["weight_bytes"] == lowered("w8a8").report["lowering"]["weight_bytes"]
+
+
+class Neighbours(nn.Module):
+    """Two layers with nothing between them, and two that read the same tensor."""
+
+    def __init__(self):
+        super().__init__()
+        self.unet = TinyUNet()
+        self.a, self.b, self.c = nn.Conv2d(1, 8, 1), nn.Conv2d(8, 8, 3, padding=1), nn.Conv2d(8, 8, 1)
+        self.out = nn.Conv2d(8, 1, 1)
+
+    def forward(self, sample, timestep):
+        h = torch.sin(self.a(self.unet(sample, timestep)))
+        return self.out(torch.sin(self.c(self.b(h)) + self.b(h) * 0.5))
+
+
+@torch.no_grad()
+def test_nothing_is_quantized_twice_and_neighbours_hand_over_bytes():
+    q = quantized(network_class=Neighbours)
+    low = q.lower(engine="torch", precision="float32", compile=False)
+    assert_same_but_for_ties([(low(noise(n), mixed(n)), q(noise(n), mixed(n))) for n in SIZES])
+    gm = low.network.gm
+    dtypes = [
+        lowering_torch.dtypes_of(gm, {"sample": noise(1), "timestep": mixed(1)})[n]
+        for n in gm.graph.nodes
+        if n.target in KERNELS
+    ]
+    assert torch.uint8 in dtypes
+    read = Counter(n.args for n in gm.graph.nodes if n.target is lowering_torch.quantize)
+    assert max(read.values()) == 1
+
+
+@torch.no_grad()
+def test_scales_per_group_and_per_token_run_in_float_and_are_reported():
+    for changes, words in (
+        ({"group_size": 8}, "its weight has scales per group"),
+        ({"activation_granularity": "token"}, "its input has a scale per token"),
+    ):
+        q = quantized(**changes)
+        low = q.lower(engine="torch", precision="float32", compile=False)
+        assert_same_but_for_ties([(low(noise(n), mixed(n)), q(noise(n), mixed(n))) for n in SIZES])
+        half = q.lower(engine="torch", precision="bfloat16", compile=False)
+        assert moved(half(noise(3), mixed(3)), q(noise(3), mixed(3)))[1] <= BFLOAT16
+        fallen = [k for k in kernels_of(low).values() if k["fell_back"]]
+        assert fallen
+        assert all(k["reason"].startswith(words) and not k["int8"] for k in fallen)
+        with pytest.raises(TFMQError, match=f"strict: {len(fallen)} of 15 layers .* {words}"):
+            q.lower(engine="torch", compile=False, strict=True)
+
+
+@torch.no_grad()
+def test_a_cpu_without_int8_instructions_says_so_and_computes_the_same(monkeypatch):
+    monkeypatch.setattr(lowering, "int8_instructions", list)
+    with pytest.warns(UserWarning, match="this CPU has no int8 instructions"):
+        low = quantized().lower(engine="torch", precision="float32", compile=False)
+    assert low.report["lowering"]["flops"]["int8"] == 0
+    assert {k["reason"] for k in kernels_of(low).values() if k["fell_back"]} == {
+        "this CPU has no int8 instructions"
+    }
+    assert_same_but_for_ties([(low(noise(n), mixed(n)), quantized()(noise(n), mixed(n))) for n in SIZES])
+
+
+def test_without_openvino_torch_lowers_and_says_so(monkeypatch, caplog):
+    monkeypatch.setattr(lowering, "find_spec", lambda _: None)
+    monkeypatch.setattr(lowering_torch, "compiler_missing", lambda: "no C++ compiler (none)")
+    with caplog.at_level(logging.WARNING, "tfmq_fx.lowering"):
+        low = quantized().lower(precision="float32")
+    assert low.report["lowering"]["engine"] == "torch"
+    said = [r.message for r in caplog.records if r.name == "tfmq_fx.lowering"]
+    assert len(said) == 1
+    assert "openvino is not installed" in said[0]
+    assert 'pip install "tfmq_fx[openvino]"' in said[0]
+    monkeypatch.setitem(sys.modules, "openvino", None)
+    with pytest.raises(TFMQError, match=r'pip install "tfmq_fx\[openvino\]"'):
+        quantized().lower(engine="openvino")
+
+
+@torch.no_grad()
+def test_a_missing_compiler_is_reported_and_the_kernels_run_all_the_same(monkeypatch, tmp_path):
+    monkeypatch.setenv("CXX", str(tmp_path / "none"))
+    monkeypatch.setattr("torch._inductor.config.cpp.cxx", (str(tmp_path / "none"),))
+    low = quantized().lower(engine="torch", precision="float32")
+    report = low.report["lowering"]
+    assert (report["compiled"], report["compiled_seconds"]) == (False, {})
+    assert report["not_compiled_because"].startswith("no C++ compiler")
+    assert torch.equal(low(noise(3), mixed(3)), lowered()(noise(3), mixed(3)))
+    with pytest.raises(TFMQError, match=r"compile=True: no C\+\+ compiler .*use compile=False"):
+        quantized().lower(engine="torch", compile=True)
+
+
+class Strange(nn.Module):
+    """An operator that does not run in bfloat16."""
+
+    def __init__(self):
+        super().__init__()
+        self.unet = TinyUNet()
+
+    def forward(self, sample, timestep):
+        return torch.fft.fft(self.unet(sample, timestep)).real
+
+
+def test_an_operator_that_cannot_run_names_its_node():
+    with pytest.raises(TFMQError, match=r"node fft_fft: aten\.fft_fft\.default cannot run here \(.*BFloat16"):
+        quantized(network_class=Strange).lower(engine="torch", precision="bfloat16", compile=False)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ({"engine": "onnx"}, "engine='onnx': unknown; use"),
+        ({"engine": "torch", "pack": "int2"}, "pack='int2': unknown; use \"int4\""),
+        ({"engine": "openvino", "pack": "int4"}, 'hold weights as bytes; use engine="torch"'),
+        ({"engine": "openvino", "compile": False}, 'OpenVINO always compiles.* use engine="torch"'),
+        ({"engine": "torch", "precision": "float16"}, "precision='float16': unknown"),
+    ],
+)
+def test_what_an_engine_has_not_is_refused(arguments, words):
+    pytest.importorskip("openvino")
+    with pytest.raises(TFMQError, match=words):
+        quantized().lower(**arguments)
+
+
+SECOND_PROCESS = """
+import sys, time, torch, tfmq_fx
+from torch._dynamo.utils import counters
+torch.set_num_threads(1)
+q = tfmq_fx.load(sys.argv[1])
+start = time.perf_counter()
+low = q.lower(engine="torch", precision="float32", cache=sys.argv[2], batch=2, compile=True)
+x, t = torch.load(sys.argv[3], weights_only=True)
+torch.save(low(x, t), sys.argv[4])
+report = low.report["lowering"]
+assert report["cached"] and report["compiled"], report
+assert not counters["inductor"], counters
+print(time.perf_counter() - start)
+"""
+
+
+@needs_compiler
+@torch.no_grad()
+def test_compiled_once_for_all_steps_and_processes(tmp_path, monkeypatch):
+    q = quantized("w4a8", "all")
+    global_settings = torch._inductor.config.get_config_copy()
+    cache = tmp_path / "cache"
+    low = q.lower(engine="torch", precision="float32", cache=cache, batch=2, compile=True, strict=True)
+    assert low.report["lowering"]["compiled"]
+    assert torch._inductor.config.get_config_copy() == global_settings
+    before = {k: dict(v) for k, v in counters.items()}
+    pairs = [(low(noise(2), t), q(noise(2), t)) for t in TIMESTEPS]
+    pairs += [(low(noise(2), TIMESTEPS[[i, 3]]), q(noise(2), TIMESTEPS[[i, 3]])) for i in range(10)]
+    assert {k: dict(v) for k, v in counters.items()} == before  # nothing was traced or compiled
+    assert low.report["lowering"]["compiled_seconds"].keys() == {"2"}
+    assert_same_but_for_ties(pairs)
+    assert low.report["lowering"]["kernels"] == lowered("w4a8", "all").report["lowering"]["kernels"]
+
+    # Another process needs no compiler, and has the same bits.
+    q.save_pretrained(tmp_path / "q")
+    torch.save((noise(2), mixed(2)), tmp_path / "inputs.pt")
+    files = [tmp_path / "q", cache, tmp_path / "inputs.pt", tmp_path / "output.pt"]
+    monkeypatch.setenv("CXX", str(tmp_path / "none"))
+    run = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", SECOND_PROCESS, *map(str, files)],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert run.returncode == 0, run.stderr[-2000:]
+    assert torch.equal(torch.load(tmp_path / "output.pt", weights_only=True), low(noise(2), mixed(2)))
+
+
+def test_code_that_lacks_a_kernel_is_not_used(tmp_path):
+    """The check behind the report of a compiled network: as many calls in the C++ as kernels in the graph."""
+    import zipfile
+
+    gm = lowering_torch.prepare_graph(quantized(), precision="float32", pack=None).gm
+    call = "aoti_torch_cpu__qlinear_pointwise_tensor(x);\n"
+    for calls, file in ((12, "all.pt2"), (11, "less.pt2")):
+        with zipfile.ZipFile(tmp_path / file, "w") as archive:
+            archive.writestr("model/x.wrapper.cpp", call * calls)
+    lowering_torch.check_calls(tmp_path / "all.pt2", gm)
+    with pytest.raises(TFMQError, match="calls 11 int8 kernels where the graph has 12"):
+        lowering_torch.check_calls(tmp_path / "less.pt2", gm)

@@ -1,0 +1,111 @@
+"""Which kernel every convolution, linear and matmul of a lowered network runs as, in one form for all engines."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule, Node
+
+from tfmq_fx.graph import matmul_inputs, meta_value, op_name, weight_argument
+from tfmq_fx.passes.integer_weights import SUFFIX
+from tfmq_fx.passes.partition_temporal import BLOCK_NAME
+from tfmq_fx.passes.rescale_temporal import DEQUANTIZED
+
+
+@dataclass(frozen=True, kw_only=True)
+class Kernel:
+    """What one convolution, linear or matmul runs as."""
+
+    path: str  # its weight's name in the network's state dict; its node's name without one
+    op: str
+    kernel: str  # the engine's name of it; "" where it is not found among the executed nodes
+    precision: str  # of what it reads: "u8", "bf16", "f32"
+    int8: bool
+    reason: str  # why it is not int8; "" when it is
+    fell_back: bool  # whether its inputs are quantized and it is not int8 all the same
+    flops: int  # for one sample
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layer:
+    """One convolution, linear or matmul of the graph that an engine is given."""
+
+    node: str  # its name in that graph
+    weight: str  # the name of its weight's node there
+    path: str  # its weight's name in the network's state dict; "" without one
+    op: str  # "convolution", "linear", ...
+    flops: int  # for one sample, a multiplication and an addition being two
+    float_because: str  # why no int8 kernel can run it; "" when both its inputs are quantized
+
+
+def layers_of(gm: GraphModule) -> Iterator[Layer]:
+    """The layers of a quantized graph whose nodes have the shapes of capture."""
+    for node in gm.graph.nodes:
+        index = weight_argument(node)
+        operands = matmul_inputs(node)
+        if index is None and not operands:
+            continue
+        reasons = []
+        path = ""
+        if index is not None:
+            operands = [node.args[0]]
+            path = _weight_path(node.args[index])
+            if not _is_quantized_weight(node.args[index]):
+                reasons.append("its weight is float")
+        if any(not _is_quantized(x) for x in operands):
+            reasons.append("its input is float" if index is not None else "its operands are float")
+        yield Layer(
+            node=node.name,
+            weight="" if index is None else node.args[index].name,
+            path=path.removesuffix(SUFFIX).removesuffix("_q"),
+            op=op_name(node),
+            flops=_flops(node),
+            float_because=" and ".join(reasons),
+        )
+
+
+def _weight_path(weight: Node) -> str:
+    """The constant that a weight is made of, which is its first argument's first argument and so on."""
+    while weight.op != "get_attr" and weight.all_input_nodes:
+        weight = weight.all_input_nodes[0]
+    path = str(weight.target) if weight.op == "get_attr" else ""
+    return path.removeprefix(
+        f"{BLOCK_NAME}."
+    )  # the block's parameters lie beside the others in the state dict
+
+
+def _is_quantized_weight(weight: Node) -> bool:
+    """Whether it is made of integers: still by a dequantization, or as `integer_weights` writes it."""
+    while weight.op != "get_attr" and weight.all_input_nodes and not _is_quantized(weight):
+        weight = weight.all_input_nodes[0]
+    return _is_quantized(weight) or (weight.op == "get_attr" and str(weight.target).endswith(SUFFIX))
+
+
+def _is_quantized(x: Node) -> bool:
+    is_pair = isinstance(x.target, torch._ops.OpOverload) and x.target.namespace == "quantized_decomposed"
+    return (is_pair and op_name(x).startswith("dequantize")) or bool(x.meta.get(DEQUANTIZED))
+
+
+def _flops(node: Node) -> int:
+    """Of one sample: 2 * what is summed * outputs; two matmuls for an attention."""
+    x, y = (sizes(n) for n in (node.args[0], node))
+    index = weight_argument(node)
+    if index is not None:
+        weight = sizes(node.args[index])
+        summed = torch.Size(weight).numel() // (weight[1] if op_name(node) == "conv_transpose" else weight[0])
+        return 2 * summed * torch.Size(y).numel() // y[0]
+    if op_name(node) == "scaled_dot_product_attention":
+        keys = sizes(node.args[1])[-2]
+        return 2 * keys * (x[-1] + y[-1]) * torch.Size(y[:-1]).numel() // y[0]
+    return 2 * x[-1] * torch.Size(y).numel() // y[0]
+
+
+def sizes(node: Any) -> list[int]:
+    """The sizes at capture: a batch of two where it may vary."""
+    value = meta_value(node)
+    assert isinstance(value, Tensor), node
+    return [d if isinstance(d, int) else d.node.hint for d in value.shape]
