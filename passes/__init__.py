@@ -18,6 +18,7 @@ from tfmq_fx.passes.rescale_temporal import rescale_temporal
 from tfmq_fx.passes.root_batch_size import root_batch_size
 from tfmq_fx.passes.rotate import rotate
 from tfmq_fx.passes.smooth import smooth
+from tfmq_fx.passes.unfold_convolutions import unfold_convolutions
 
 __all__ = [
     "Block",
@@ -41,4 +42,5 @@ __all__ = [
     "root_batch_size",
     "rotate",
     "smooth",
+    "unfold_convolutions",
 ]

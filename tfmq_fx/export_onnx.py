@@ -1,0 +1,233 @@
+"""A quantized graph as an ONNX file: QuantizeLinear and DequantizeLinear, opset 21, the timestep's tables inside.
+
+Scales that depend on the timestep are moved out of the quantized operators (`rescale_temporal`): with constants in them a
+runtime can fuse QuantizeLinear, DequantizeLinear and a matrix product into an int8 kernel; a computed scale is legal
+ONNX, and stops that. The step is looked up in the graph by ArgMin |table - t|.
+
+What onnxruntime 1.31 does with the standard form on a CPU: matrix products run in int8, without an 8-bit output too
+(MatMulIntegerToFloat), if no Add of a bias follows, which it would fuse into a float Gemm first: hence the Sub. A
+convolution needs an 8-bit output (QLinearConv), which would round what the recipe does not round; without one it runs in
+float, and its weight is dequantized at every call. So there are two forms: the standard one for other runtimes, and one
+for onnxruntime, in which convolutions are matrix products over patches (`unfold_convolutions`), and 4-bit weights are
+cast to bytes by operators that it computes once, when it loads the file.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch.fx import GraphModule
+
+from tfmq_fx.errors import TFMQError
+from tfmq_fx.exporting import replace_files
+from tfmq_fx.graph import aten, meta_value
+from tfmq_fx.model import QuantizedModel
+from tfmq_fx.passes.byte_activations import byte_activations
+from tfmq_fx.passes.pass_manager import PassManager
+from tfmq_fx.passes.rescale_temporal import rescale_temporal
+from tfmq_fx.passes.unfold_convolutions import unfold_convolutions
+from tfmq_fx.saving import dynamic_shapes, example_inputs, exported
+
+log = logging.getLogger(__name__)
+ops = torch.ops.quantized_decomposed
+OPSET = 21  # the first with 4-bit integers and scales per block
+LARGEST = 2**31 - 2**20  # bytes of weights inside the file; protobuf ends at 2 GiB
+_INT8_KERNELS = {
+    "ConvInteger", "DynamicQuantizeMatMul", "MatMulInteger", "MatMulIntegerToFloat", "QGemm", "QLinearConv",
+    "QLinearMatMul",
+}  # fmt: skip
+_FLOAT_KERNELS = {"Conv", "FusedConv", "FusedGemm", "FusedMatMul", "Gemm", "MatMul", "MatMulNBits"}
+
+
+def require_onnx() -> None:
+    """Raise a TFMQError that says how to get the packages when one is missing."""
+    try:
+        import onnx_ir  # noqa: F401
+        import onnxscript  # noqa: F401
+    except ImportError as error:
+        raise TFMQError(f'export to ONNX: a package is missing ({error}); pip install "tfmq_fx[onnx]".') from error
+
+
+def export_onnx(model: QuantizedModel, file: Path, *, for_onnxruntime: bool) -> dict[str, Any]:
+    """Write the file, and beside it FILE.data when the weights are too large for one; what `Exported` wants to know.
+
+    Raises TFMQError without the packages, and naming a node of which ONNX has no form.
+    """
+    require_onnx()
+    import onnx_ir
+
+    ir = _translated(_program(model, for_onnxruntime=for_onnxruntime))
+    weights = store_weights(ir, cast=for_onnxruntime)
+
+    def write(path: Path) -> None:
+        size = sum(v.const_value.nbytes for v in ir.graph.initializers.values() if v.const_value is not None)
+        onnx_ir.save(ir, path, external_data=f"{path.name}.data" if size > LARGEST else None)
+
+    replace_files(file, write)
+    return {"weights": weights}
+
+
+def _program(model: QuantizedModel, *, for_onnxruntime: bool) -> torch.export.ExportedProgram:
+    gm = exported(model).module(check_guards=False)
+    assert isinstance(gm, GraphModule)
+    gm.meta = {}
+    passes = (rescale_temporal, byte_activations, *([unfold_convolutions] if for_onnxruntime else []))
+    PassManager(passes)(gm)
+    _four_dimensional_attention(gm)
+    inputs = example_inputs(model, batch=2)
+    with torch.no_grad():
+        return torch.export.export(gm, (), inputs, dynamic_shapes=dynamic_shapes(model), strict=False)
+
+
+def _four_dimensional_attention(gm: GraphModule) -> None:
+    """attention(q, k, v) of rank 3 ==> squeeze(attention(unsqueeze(q), ..)), the rank that torch's exporter knows."""
+    call = gm.graph.call_function
+    for node in gm.graph.find_nodes(op="call_function", target=aten.scaled_dot_product_attention.default):
+        value = meta_value(node)
+        if not isinstance(value, torch.Tensor) or value.dim() != 3:
+            continue
+        with gm.graph.inserting_before(node):
+            heads = [call(aten.unsqueeze.default, (x, 1)) if x is not None else None for x in node.args[:4]]
+            node.args = (*heads, *node.args[4:])
+        with gm.graph.inserting_after(node):
+            flat = call(aten.squeeze.dim, (node, 1))
+        flat.meta = dict(node.meta)
+        node.replace_all_uses_with(flat)
+        flat.args = (node, 1)
+    gm.recompile()
+
+
+def _translated(program: torch.export.ExportedProgram) -> Any:
+    """The ONNX model in memory. Raises TFMQError naming the node that cannot be translated."""
+    with _quiet():
+        try:
+            translated = torch.onnx.export(
+                program, dynamo=True, opset_version=OPSET, verbose=False, custom_translation_table=_translations()
+            )
+        except torch.onnx.OnnxExporterError as error:
+            raise TFMQError(_cannot_express(error)) from error
+    assert translated is not None
+    return translated.model
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """The exporter warns of operators of torchvision, which nobody here uses."""
+    logger = logging.getLogger("torch.onnx")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
+def _cannot_express(error: BaseException) -> str:
+    causes: list[BaseException] = []
+    cause: BaseException | None = error
+    while cause is not None:
+        causes.append(cause)
+        cause = cause.__cause__
+    node = re.search(r"node %(\w+) .*?target=torch\.ops\.([\w.]+)", " ".join(map(str, causes)), re.S)
+    last = str(causes[-1]).strip().splitlines()[0]
+    where = f"node {node[1]}: ONNX has no form of {node[2]}" if node else "ONNX cannot express the graph"
+    return f"{where} ({last}); export it as .pt2, or use the quantized network as it is."
+
+
+def _translations() -> dict[Callable[..., Any], Callable[..., Any]]:
+    """Operators of ours that torch's exporter does not know, or not in the form that is fused."""
+    import onnx_ir
+    from onnxscript import opset21 as op
+
+    def constant(value: float, dtype: int) -> Any:
+        return op.Constant(value=onnx_ir.tensor(value, dtype=onnx_ir.DataType(dtype)))
+
+    def quantize(x: Any, scale: float, zero_point: int, low: int, high: int, dtype: int) -> Any:
+        return op.QuantizeLinear(x, constant(scale, 1), constant(zero_point, dtype))
+
+    def dequantize(q: Any, scale: float, zero_point: int, low: int, high: int, dtype: int) -> Any:
+        return op.DequantizeLinear(q, constant(scale, 1), constant(zero_point, dtype))
+
+    def dequantize_rows(q: Any, scale: Any, zero_point: Any, axis: int, low: int, high: int, dtype: int) -> Any:
+        return op.DequantizeLinear(q, scale, op.Cast(zero_point, to=dtype), axis=axis)
+
+    def linear(x: Any, weight: Any, bias: Any = None) -> Any:
+        y = op.MatMul(x, op.Transpose(weight, perm=[1, 0]))
+        return y if bias is None else op.Sub(y, op.Neg(bias))
+
+    return {
+        ops.quantize_per_tensor.default: quantize,
+        ops.dequantize_per_tensor.default: dequantize,
+        ops.dequantize_per_channel.default: dequantize_rows,
+        aten.linear.default: linear,
+    }
+
+
+def store_weights(ir: Any, *, cast: bool) -> dict[str, int]:
+    """Store the unsigned integers that weights are dequantized from in four bits, where they fit; how many are stored how.
+
+        DequantizeLinear(uint8 q, s, uint8 z)  ==>  DequantizeLinear(uint4 q, s, uint4 z)
+        cast:                                  ==>  DequantizeLinear(int8(int32(uint4 q) - z), s)
+
+    onnxruntime computes what `cast` puts in when it loads the file, for q and z are constants, and then has the signed
+    bytes with zero point 0 that its int8 kernels take. Without `cast` it would multiply such weights in float.
+    """
+    import onnx_ir
+    from onnx_ir import DataType
+
+    stored: Counter[str] = Counter()
+
+    def initializer(name: str, array: Any, dtype: Any) -> Any:
+        value = ir.graph.initializers.get(name)
+        if value is None:
+            tensor = onnx_ir.tensor(array.astype(dtype.numpy()), dtype=dtype, name=name)
+            value = onnx_ir.Value(name=name, const_value=tensor, type=onnx_ir.TensorType(dtype), shape=tensor.shape)
+            ir.graph.register_initializer(value)
+        return value
+
+    for node in [n for n in ir.graph if n.op_type == "DequantizeLinear"]:
+        q, scale, zero_point = node.inputs
+        if q.const_value is None or len(q.const_value.shape) < 2:
+            continue
+        integers, z = q.const_value.numpy(), zero_point.const_value.numpy()
+        fits = integers.dtype == np.uint8 and max(integers.max(), z.max()) < 16
+        stored["int4" if fits else "int8"] += 1
+        if integers.dtype != np.uint8:
+            continue
+        axis = node.attributes["axis"].as_int()
+        shape = [-1 if i == axis else 1 for i in range(integers.ndim)]
+        centred = integers.astype(np.int16) - z.reshape(shape).astype(np.int16)
+        signed = cast and centred.min() >= -128 and centred.max() <= 127
+        if fits:
+            q4 = initializer(f"{q.name}_4bit", integers, DataType.UINT4)
+            if signed:
+                offset = initializer(f"{zero_point.name}_{q.name}_offset", z.reshape(shape), DataType.INT32)
+                wide = onnx_ir.node("Cast", [q4], {"to": DataType.INT32})
+                less = onnx_ir.node("Sub", [wide.outputs[0], offset])
+                byte = onnx_ir.node("Cast", [less.outputs[0]], {"to": DataType.INT8})
+                ir.graph.insert_before(node, [wide, less, byte])
+                new = (byte.outputs[0], scale, initializer(f"{q.name}_zeros", np.zeros_like(z), DataType.INT8))
+            else:
+                new = (q4, scale, initializer(f"{zero_point.name}_4bit", z, DataType.UINT4))
+        elif signed:
+            new = (
+                initializer(f"{q.name}_signed", centred, DataType.INT8),
+                scale,
+                initializer(f"{q.name}_zeros", np.zeros_like(z), DataType.INT8),
+            )
+        else:
+            continue
+        for i, value in enumerate(new):
+            node.replace_input_with(i, value)
+    for value in list(ir.graph.initializers.values()):
+        if not value.uses() and not value.is_graph_output():
+            del ir.graph.initializers[value.name]
+    return dict(stored)
