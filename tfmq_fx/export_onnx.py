@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import logging
 import re
+import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -27,7 +28,7 @@ import torch
 from torch.fx import GraphModule
 
 from tfmq_fx.errors import TFMQError
-from tfmq_fx.exporting import replace_files
+from tfmq_fx.exporting import fallen_back, quantized_layers, replace_files
 from tfmq_fx.graph import aten, meta_value
 from tfmq_fx.model import QuantizedModel
 from tfmq_fx.passes.byte_activations import byte_activations
@@ -53,38 +54,81 @@ def require_onnx() -> None:
         import onnx_ir  # noqa: F401
         import onnxscript  # noqa: F401
     except ImportError as error:
-        raise TFMQError(f'export to ONNX: a package is missing ({error}); pip install "tfmq_fx[onnx]".') from error
+        raise TFMQError(
+            f'export to ONNX: a package is missing ({error}); pip install "tfmq_fx[onnx]".'
+        ) from error
 
 
-def export_onnx(model: QuantizedModel, file: Path, *, for_onnxruntime: bool) -> dict[str, Any]:
+def export_onnx(model: QuantizedModel, file: Path, *, for_onnxruntime: bool, strict: bool) -> dict[str, Any]:
     """Write the file, and beside it FILE.data when the weights are too large for one; what `Exported` wants to know.
 
-    Raises TFMQError without the packages, and naming a node of which ONNX has no form.
+    Raises TFMQError without the packages, naming a node of which ONNX has no form, and under `strict` when onnxruntime
+    computes a quantized layer in float.
     """
     require_onnx()
     import onnx_ir
 
-    ir = _translated(_program(model, for_onnxruntime=for_onnxruntime))
-    weights = store_weights(ir, cast=for_onnxruntime)
-
-    def write(path: Path) -> None:
-        size = sum(v.const_value.nbytes for v in ir.graph.initializers.values() if v.const_value is not None)
-        onnx_ir.save(ir, path, external_data=f"{path.name}.data" if size > LARGEST else None)
-
-    replace_files(file, write)
-    return {"weights": weights}
-
-
-def _program(model: QuantizedModel, *, for_onnxruntime: bool) -> torch.export.ExportedProgram:
     gm = exported(model).module(check_guards=False)
     assert isinstance(gm, GraphModule)
     gm.meta = {}
     passes = (rescale_temporal, byte_activations, *([unfold_convolutions] if for_onnxruntime else []))
     PassManager(passes)(gm)
     _four_dimensional_attention(gm)
+    wanted = len(quantized_layers(gm))
     inputs = example_inputs(model, batch=2)
     with torch.no_grad():
-        return torch.export.export(gm, (), inputs, dynamic_shapes=dynamic_shapes(model), strict=False)
+        program = torch.export.export(gm, (), inputs, dynamic_shapes=dynamic_shapes(model), strict=False)
+    ir = _translated(program, for_onnxruntime=for_onnxruntime)
+    found: dict[str, Any] = {"weights": store_weights(ir, cast=for_onnxruntime)}
+
+    def write(path: Path) -> None:
+        size = sum(v.const_value.nbytes for v in ir.graph.initializers.values() if v.const_value is not None)
+        onnx_ir.save(ir, path, external_data=f"{path.name}.data" if size > LARGEST else None)
+        try:
+            found["kernels"] = kernels(path)
+        except ImportError as error:
+            if strict:
+                raise TFMQError(f'strict: {error}; pip install "tfmq_fx[onnx]".') from error
+            found["notes"] = ("onnxruntime is not installed: which kernels it runs is not known",)
+        else:
+            found["notes"] = fallen_back(found["kernels"], wanted, strict=strict)
+
+    replace_files(file, write)
+    return found
+
+
+def kernels(file: Path) -> dict[str, int]:
+    """How many convolutions, linears and other products with constants onnxruntime's CPU computes in bytes, how many in float.
+
+    Read from the graph as onnxruntime rewrites it when it loads the file. Raises ImportError without onnxruntime.
+    """
+    import onnx_ir
+    import onnxruntime
+
+    with tempfile.TemporaryDirectory(prefix="tfmq-onnx-") as folder:
+        optimized = Path(folder) / "optimized.onnx"
+        options = onnxruntime.SessionOptions()
+        options.optimized_model_filepath = str(optimized)
+        # The level above lays out convolutions for this CPU, and warns that the file is for no other.
+        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
+        options.add_session_config_entry(
+            "session.optimized_model_external_initializers_file_name", "weights.bin"
+        )
+        options.log_severity_level = 3
+        onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
+        graph = onnx_ir.load(optimized).graph
+    found = {"int8": 0, "float": 0}
+    matrices = {name for name, value in graph.initializers.items() if len(value.shape) > 1}
+    constants = set(graph.initializers)
+    for node in graph:
+        given = {v.name for v in node.inputs if v is not None}
+        if given <= constants:  # what dequantizes or transposes a weight
+            made = {v.name for v in node.outputs}
+            constants |= made
+            matrices |= made if given & matrices else set()
+        elif given & matrices and node.op_type in _INT8_KERNELS | _FLOAT_KERNELS:
+            found["int8" if node.op_type in _INT8_KERNELS else "float"] += 1
+    return found
 
 
 def _four_dimensional_attention(gm: GraphModule) -> None:
@@ -105,17 +149,30 @@ def _four_dimensional_attention(gm: GraphModule) -> None:
     gm.recompile()
 
 
-def _translated(program: torch.export.ExportedProgram) -> Any:
-    """The ONNX model in memory. Raises TFMQError naming the node that cannot be translated."""
+def _translated(program: torch.export.ExportedProgram, *, for_onnxruntime: bool) -> Any:
+    """The ONNX model in memory, without the exporter's notes of where in our code a node came from. Raises TFMQError naming the node that cannot be translated."""
     with _quiet():
         try:
             translated = torch.onnx.export(
-                program, dynamo=True, opset_version=OPSET, verbose=False, custom_translation_table=_translations()
+                program,
+                dynamo=True,
+                opset_version=OPSET,
+                verbose=False,
+                custom_translation_table=_translations(for_onnxruntime),
             )
         except torch.onnx.OnnxExporterError as error:
             raise TFMQError(_cannot_express(error)) from error
     assert translated is not None
-    return translated.model
+    ir = translated.model
+    for part in (
+        ir,
+        ir.graph,
+        *ir.graph,
+        *ir.graph.initializers.values(),
+        *(v for n in ir.graph for v in n.outputs),
+    ):
+        part.metadata_props.clear()
+    return ir
 
 
 @contextmanager
@@ -142,7 +199,7 @@ def _cannot_express(error: BaseException) -> str:
     return f"{where} ({last}); export it as .pt2, or use the quantized network as it is."
 
 
-def _translations() -> dict[Callable[..., Any], Callable[..., Any]]:
+def _translations(for_onnxruntime: bool) -> dict[Callable[..., Any], Callable[..., Any]]:
     """Operators of ours that torch's exporter does not know, or not in the form that is fused."""
     import onnx_ir
     from onnxscript import opset21 as op
@@ -150,24 +207,48 @@ def _translations() -> dict[Callable[..., Any], Callable[..., Any]]:
     def constant(value: float, dtype: int) -> Any:
         return op.Constant(value=onnx_ir.tensor(value, dtype=onnx_ir.DataType(dtype)))
 
-    def quantize(x: Any, scale: float, zero_point: int, low: int, high: int, dtype: int) -> Any:
+    # The limits are those of the type: `byte_activations` saw to it, and weights are constants within them.
+    def quantize(x: Any, scale: float, zero_point: int, _low: int, _high: int, dtype: int) -> Any:
         return op.QuantizeLinear(x, constant(scale, 1), constant(zero_point, dtype))
 
-    def dequantize(q: Any, scale: float, zero_point: int, low: int, high: int, dtype: int) -> Any:
+    def dequantize(q: Any, scale: float, zero_point: int, _low: int, _high: int, dtype: int) -> Any:
         return op.DequantizeLinear(q, constant(scale, 1), constant(zero_point, dtype))
 
-    def dequantize_rows(q: Any, scale: Any, zero_point: Any, axis: int, low: int, high: int, dtype: int) -> Any:
+    def dequantize_rows(
+        q: Any, scale: Any, zero_point: Any, axis: int, _low: int, _high: int, dtype: int
+    ) -> Any:
         return op.DequantizeLinear(q, scale, op.Cast(zero_point, to=dtype), axis=axis)
 
     def linear(x: Any, weight: Any, bias: Any = None) -> Any:
         y = op.MatMul(x, op.Transpose(weight, perm=[1, 0]))
         return y if bias is None else op.Sub(y, op.Neg(bias))
 
+    def group_norm(
+        x: Any,
+        num_groups: int,
+        weight: Any = None,
+        bias: Any = None,
+        eps: float = 1e-5,
+        _cudnn: bool = True,
+    ) -> Any:
+        """onnxruntime's CPU has no GroupNormalization, and makes thirteen operators of it; this one it has."""
+        ones = onnx_ir.tensor(np.ones(num_groups, np.float32))
+        zeros = onnx_ir.tensor(np.zeros(num_groups, np.float32))
+        groups = op.Reshape(x, op.Constant(value_ints=[0, num_groups, -1]))
+        normed = op.InstanceNormalization(
+            groups, op.Constant(value=ones), op.Constant(value=zeros), epsilon=eps
+        )
+        y = op.Reshape(normed, op.Shape(x))
+        places = op.Constant(value_ints=list(range(1, len(x.shape) - 1)))
+        y = y if weight is None else op.Mul(y, op.Unsqueeze(weight, places))
+        return y if bias is None else op.Add(y, op.Unsqueeze(bias, places))
+
     return {
         ops.quantize_per_tensor.default: quantize,
         ops.dequantize_per_tensor.default: dequantize,
         ops.dequantize_per_channel.default: dequantize_rows,
         aten.linear.default: linear,
+        **({aten.group_norm.default: group_norm} if for_onnxruntime else {}),
     }
 
 
@@ -189,7 +270,9 @@ def store_weights(ir: Any, *, cast: bool) -> dict[str, int]:
         value = ir.graph.initializers.get(name)
         if value is None:
             tensor = onnx_ir.tensor(array.astype(dtype.numpy()), dtype=dtype, name=name)
-            value = onnx_ir.Value(name=name, const_value=tensor, type=onnx_ir.TensorType(dtype), shape=tensor.shape)
+            value = onnx_ir.Value(
+                name=name, const_value=tensor, type=onnx_ir.TensorType(dtype), shape=tensor.shape
+            )
             ir.graph.register_initializer(value)
         return value
 
@@ -214,7 +297,11 @@ def store_weights(ir: Any, *, cast: bool) -> dict[str, int]:
                 less = onnx_ir.node("Sub", [wide.outputs[0], offset])
                 byte = onnx_ir.node("Cast", [less.outputs[0]], {"to": DataType.INT8})
                 ir.graph.insert_before(node, [wide, less, byte])
-                new = (byte.outputs[0], scale, initializer(f"{q.name}_zeros", np.zeros_like(z), DataType.INT8))
+                new = (
+                    byte.outputs[0],
+                    scale,
+                    initializer(f"{q.name}_zeros", np.zeros_like(z), DataType.INT8),
+                )
             else:
                 new = (q4, scale, initializer(f"{zero_point.name}_4bit", z, DataType.UINT4))
         elif signed:

@@ -271,11 +271,11 @@ class QuantizedModel(DropIn):
 
         save(self, Path(folder))
 
-    def export(self, file: str | Path, *, format: str | None = None, **settings: Any) -> Exported:
+    def export(self, file: str | Path, *, format: str | None = None, strict: bool = False) -> Exported:
         """Write the network for another runtime, by suffix or `format`; see `tfmq_fx.exporting.export`."""
         from tfmq_fx.exporting import export
 
-        return export(self, file, format=format, **settings)
+        return export(self, file, format=format, strict=strict)
 
     def lower(
         self,
