@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import itertools
+import math
 from typing import Any
 
 import torch
@@ -24,7 +24,7 @@ def unfold_convolutions(gm: GraphModule) -> PassResult:
 
         conv(dequantize(q, s, z), dequantize_per_channel(W, w_s, w_z), b)
           ==>
-        p = cat([slice(pad(permute(q, to NHWC), z), at each place of the kernel)], -1)
+        p = index_select(pad(permute(q, to NHWC), z) as (N, H * W, C_in), 1, what each place of the kernel sees)
         permute(linear(dequantize(p, s, z), dequantize_per_channel(W as (C_out, places * C_in), w_s, w_z), b), to NCHW)
 
     Numerics: the same products, summed in another order. The patches take as many times q's bytes as the kernel has
@@ -63,42 +63,54 @@ def _fits(node: Node) -> bool:
     if not is_int8 or groups != 1 or weight.args[3] != 0 or weight.args[0].op != "get_attr":
         return False
     y = meta_value(node)
-    return isinstance(y, Tensor) and y.dim() == _CONVOLUTIONS[op_name(node)] + 2 and None not in _spatial(y)
+    given = meta_value(x)
+    known = (
+        isinstance(y, Tensor) and isinstance(given, Tensor) and y.dim() == _CONVOLUTIONS[op_name(node)] + 2
+    )
+    return known and None not in (_spatial(y) + _spatial(given))
 
 
-def _spatial(y: Tensor) -> list[int | None]:
+def _spatial(y: Tensor) -> list[Any]:
+    """The sizes after batch and channels, None where one may vary."""
     return [fixed_size(size) for size in y.shape[2:]]
+
+
+def _places(padded: list[int], kernel: list[int], stride: list[int], dilation: list[int]) -> Tensor:
+    """Indices into the flattened, padded picture: for every output, in order, what each place of the kernel sees."""
+    cells = torch.arange(math.prod(padded), dtype=torch.int32).reshape(padded)
+    for i, (k, s, d) in enumerate(zip(kernel, stride, dilation, strict=True)):
+        # Outputs stay in place; what the kernel sees of this dimension goes to the end.
+        cells = cells.unfold(i, (k - 1) * d + 1, s)[..., ::d]
+    return cells.flatten().contiguous()
 
 
 def _unfold(gm: GraphModule, node: Node) -> None:
     call = gm.graph.call_function
     x, weight, bias, stride, padding, dilation, _ = _arguments(node)
     q, *qparams = x.args
-    integers, *rows = weight.args
+    integers, *weight_qparams = weight.args
     w = attribute(gm, str(integers.target))
-    places = list(itertools.product(*[range(k) for k in w.shape[2:]]))
+    kernel = list(w.shape[2:])
+    places = math.prod(kernel)
     n, sizes = len(stride), _spatial(meta_value(node))
     name = f"{integers.target}{SUFFIX}"
     # (C_out, C_in, places) -> (C_out, places * C_in), as the patches lie in memory
     set_buffer(gm, name, w.flatten(2).movedim(1, 2).flatten(1).contiguous())
     with gm.graph.inserting_before(node):
-        bytes_NHWC = call(aten.permute.default, (q, [0, *range(2, n + 2), 1]))
+        columns = call(aten.permute.default, (q, [0, *range(2, n + 2), 1]))
         if any(padding):
             around = [p for size in reversed(padding) for p in (size, size)]
-            bytes_NHWC = call(aten.constant_pad_nd.default, (bytes_NHWC, [0, 0, *around], qparams[1]))
-        patches = []
-        for place in places:
-            patch = bytes_NHWC
-            for i, offset in enumerate(place):
-                size = sizes[i]
-                assert size is not None  # _fits
-                start = offset * dilation[i]
-                end = start + (size - 1) * stride[i] + 1
-                patch = call(aten.slice.Tensor, (patch, i + 1, start, end, stride[i]))
-            patches.append(patch)
-        columns = patches[0] if len(places) == 1 else call(aten.cat.default, (patches, -1))
+            columns = call(aten.constant_pad_nd.default, (columns, [0, 0, *around], qparams[1]))
+        if places > 1 or any(size > 1 for size in stride):
+            padded = [size + 2 * p for size, p in zip(_spatial(meta_value(x)), padding, strict=True)]
+            geometry = "_".join("x".join(map(str, part)) for part in (padded, kernel, stride, dilation))
+            index = f"patches_{geometry}"
+            set_buffer(gm, index, _places(padded, kernel, stride, dilation))
+            rows = call(aten.reshape.default, (columns, [-1, math.prod(padded), w.shape[1]]))
+            rows = call(aten.index_select.default, (rows, 1, gm.graph.get_attr(index)))
+            columns = call(aten.reshape.default, (rows, [-1, *sizes, places * w.shape[1]]))
         x = call(x.target, (columns, *qparams))
-        matrix = call(weight.target, (gm.graph.get_attr(name), *rows))
+        matrix = call(weight.target, (gm.graph.get_attr(name), *weight_qparams))
         y = call(aten.linear.default, (x, matrix, bias))
         value = call(aten.permute.default, (y, [0, n + 1, *range(1, n + 1)]))
     value.meta = dict(node.meta)
