@@ -16,6 +16,7 @@ from tfmq_fx.passes.pass_manager import PassManager
 from tfmq_fx.passes.prepare import prepare
 from tfmq_fx.passes.remove_noops import remove_noops
 from tfmq_fx.passes.rescale_temporal import rescale_temporal
+from tfmq_fx.passes.rescale_tokens import rescale_tokens
 from tfmq_fx.passes.root_batch_size import root_batch_size
 from tfmq_fx.passes.rotate import rotate
 from tfmq_fx.passes.signed_weights import signed_weights
@@ -42,6 +43,7 @@ __all__ = [
     "prepare",
     "remove_noops",
     "rescale_temporal",
+    "rescale_tokens",
     "root_batch_size",
     "rotate",
     "signed_weights",

@@ -33,11 +33,12 @@ from tfmq_fx.passes.byte_activations import byte_activations
 from tfmq_fx.passes.flatten_linears import flatten_linears
 from tfmq_fx.passes.pass_manager import PassManager
 from tfmq_fx.passes.rescale_temporal import rescale_temporal
+from tfmq_fx.passes.rescale_tokens import rescale_tokens
 from tfmq_fx.passes.signed_weights import signed_weights
 from tfmq_fx.saving import dynamic_shapes, example_inputs, exported
 
 log = logging.getLogger(__name__)
-PASSES = (rescale_temporal, byte_activations, signed_weights, flatten_linears)
+PASSES = (rescale_temporal, rescale_tokens, byte_activations, signed_weights, flatten_linears)
 COMPILERS = ("g++", "clang++", "c++")
 # What Inductor's C++ calls for a convolution or linear: oneDNN on bytes, and everything else.
 _INT8 = re.compile(r"aoti_torch_cpu__q(?:conv|linear)\w*pointwise\w*\(")

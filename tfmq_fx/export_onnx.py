@@ -34,6 +34,7 @@ from tfmq_fx.model import QuantizedModel
 from tfmq_fx.passes.byte_activations import byte_activations
 from tfmq_fx.passes.pass_manager import PassManager
 from tfmq_fx.passes.rescale_temporal import rescale_temporal
+from tfmq_fx.passes.rescale_tokens import rescale_tokens
 from tfmq_fx.passes.unfold_convolutions import unfold_convolutions
 from tfmq_fx.saving import dynamic_shapes, example_inputs, exported
 
@@ -71,7 +72,7 @@ def export_onnx(model: QuantizedModel, file: Path, *, for_onnxruntime: bool, str
     gm = exported(model).module(check_guards=False)
     assert isinstance(gm, GraphModule)
     gm.meta = {}
-    passes = (rescale_temporal, byte_activations, *([unfold_convolutions] if for_onnxruntime else []))
+    passes = (rescale_temporal, rescale_tokens, byte_activations, *([unfold_convolutions] if for_onnxruntime else []))
     PassManager(passes)(gm)
     _four_dimensional_attention(gm)
     wanted = len(quantized_layers(gm))
