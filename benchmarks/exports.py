@@ -32,6 +32,10 @@ from tfmq_fx.demo import embedded_pipeline
 from tfmq_fx.metrics import psnr
 from tfmq_fx.sampling import swapped
 
+COLUMNS = (
+    "recipe", "format", "MB", "export s", "int8 layers", "weights", "worst rel. error", "rel. rms error", "PSNR dB",
+    "sample CPU s",
+)  # fmt: skip
 RUNNER = Path(__file__).with_name("run_exported.py")
 
 
@@ -93,10 +97,12 @@ def main() -> None:
     pipe = embedded_pipeline()
     pipe.set_progress_bar_config(disable=True)
     data = inputs_of(pipe, samples=given.samples, steps=given.steps)
-    table = Table(
-        "recipe", "format", "MB", "export s", "int8 layers", "weights", "worst rel. error", "rel. rms error",
-        f"PSNR dB, {given.steps} steps", "sample CPU s",
-    )  # fmt: skip
+    table = Table(*COLUMNS)
+
+    def show(*cells: str) -> None:
+        table.add_row(*cells)
+        print(" | ".join(cells), flush=True)  # a row is minutes of work
+
     for recipe in given.recipe or ["w8a8", "w4a8"]:
         model = quantized(pipe, recipe, steps=given.steps)
 
@@ -119,7 +125,7 @@ def main() -> None:
 
         alone, drawn_alone = answers(one_by_one, data), draw(one_by_one, data)
         found = (*errors(alone, expected), f"{psnr(drawn_alone, pictures):.1f}")
-        table.add_row(recipe, "q, one by one", *[""] * 4, *found)
+        show(recipe, "q, one by one", *[""] * 4, *found)
         for kind in given.format or LOADERS:
             with tempfile.TemporaryDirectory(prefix="tfmq-exports-") as folder:
                 root = Path(folder)
@@ -129,7 +135,7 @@ def main() -> None:
                 command = [RUNNER, kind, exported.file, root / "data.pt", root / "result.pt"]
                 subprocess.run([sys.executable, "-W", "ignore", *map(str, command)], check=True, cwd=folder)
                 result = torch.load(root / "result.pt")
-            table.add_row(
+            show(
                 recipe,
                 kind,
                 f"{exported.bytes / 1e6:.2f}",
@@ -143,7 +149,9 @@ def main() -> None:
     Console(width=140).print(table)
     packages = ", ".join(f"{p} {importlib.metadata.version(p)}" for p in ("torch", "onnxruntime", "openvino"))
     cpu = torch.cpu.get_capabilities()["cpu_name"]
-    print(f"{given.samples} samples, 1 thread; {packages}; {platform.machine()}, {cpu}")
+    print(
+        f"{given.samples} samples, {given.steps} DDIM steps, 1 thread; {packages}; {platform.machine()}, {cpu}"
+    )
 
 
 if __name__ == "__main__":

@@ -29,7 +29,7 @@ from torch.fx import GraphModule
 
 from tfmq_fx.errors import TFMQError
 from tfmq_fx.exporting import fallen_back, quantized_layers, replace_files
-from tfmq_fx.graph import aten, meta_value
+from tfmq_fx.graph import aten, attribute, meta_value, op_name
 from tfmq_fx.model import QuantizedModel
 from tfmq_fx.passes.byte_activations import byte_activations
 from tfmq_fx.passes.pass_manager import PassManager
@@ -72,10 +72,16 @@ def export_onnx(model: QuantizedModel, file: Path, *, for_onnxruntime: bool, str
     gm = exported(model).module(check_guards=False)
     assert isinstance(gm, GraphModule)
     gm.meta = {}
-    passes = (rescale_temporal, rescale_tokens, byte_activations, *([unfold_convolutions] if for_onnxruntime else []))
+    passes = (
+        rescale_temporal,
+        rescale_tokens,
+        byte_activations,
+        *([unfold_convolutions] if for_onnxruntime else []),
+    )
     PassManager(passes)(gm)
     _four_dimensional_attention(gm)
     wanted = len(quantized_layers(gm))
+    plain_weights(gm, for_onnxruntime=for_onnxruntime)
     inputs = example_inputs(model, batch=2)
     with torch.no_grad():
         program = torch.export.export(gm, (), inputs, dynamic_shapes=dynamic_shapes(model), strict=False)
@@ -130,6 +136,36 @@ def kernels(file: Path) -> dict[str, int]:
         elif given & matrices and node.op_type in _INT8_KERNELS | _FLOAT_KERNELS:
             found["int8" if node.op_type in _INT8_KERNELS else "float"] += 1
     return found
+
+
+def plain_weights(gm: GraphModule, *, for_onnxruntime: bool) -> None:
+    """dequantize_per_channel(q, s, z) ==> (to(q, float32) - z) * s, for weights that no int8 kernel reads.
+
+    A linear with a float input is onnxruntime's MatMulNBits, if it sees DequantizeLinear, and that rounds the input to 8
+    bits unless a session option forbids it (`session.qdq_matmulnbits_accuracy_level`, 4 by default): 1% off in the tests.
+    Other layers would dequantize at every call; of these operators onnxruntime makes a constant when it loads the file.
+    The standard form is changed for linears with a float input alone.
+    """
+    call = gm.graph.call_function
+    quantized = set(quantized_layers(gm))
+    for node in gm.graph.find_nodes(op="call_function", target=ops.dequantize_per_channel.default):
+        if any(n.op != "get_attr" for n in node.all_input_nodes):
+            continue
+        linears = [n for n in node.users if op_name(n) == "linear" and n.args[1] is node]
+        if for_onnxruntime and len(linears) == len(node.users) and quantized.issuperset(linears):
+            continue
+        if not for_onnxruntime and quantized.issuperset(linears):
+            continue
+        q, scale, zero_point, axis, *_ = node.args
+        shape = [-1 if i == axis else 1 for i in range(attribute(gm, str(q.target)).dim())]
+        with gm.graph.inserting_before(node):
+            rows = [call(aten.reshape.default, (v, shape)) for v in (scale, zero_point)]
+            value = call(aten.sub.Tensor, (call(aten.to.dtype, (q, torch.float32)), rows[1]))
+            value = call(aten.mul.Tensor, (value, rows[0]))
+        value.meta = dict(node.meta)
+        node.replace_all_uses_with(value)
+        gm.graph.erase_node(node)
+    gm.recompile()
 
 
 def _four_dimensional_attention(gm: GraphModule) -> None:
@@ -277,10 +313,23 @@ def store_weights(ir: Any, *, cast: bool) -> dict[str, int]:
             ir.graph.register_initializer(value)
         return value
 
-    for node in [n for n in ir.graph if n.op_type == "DequantizeLinear"]:
-        q, scale, zero_point = node.inputs
-        if q.const_value is None or len(q.const_value.shape) < 2:
+    for node in [n for n in ir.graph if n.op_type in ("DequantizeLinear", "Cast")]:
+        q = node.inputs[0]
+        if (
+            q.const_value is None
+            or len(q.const_value.shape) < 2
+            or q.dtype not in (DataType.UINT8, DataType.INT8)
+        ):
             continue
+        if node.op_type == "Cast":  # of `plain_weights`
+            narrow = q.dtype == DataType.UINT8 and q.const_value.numpy().max() < 16
+            stored["int4" if narrow else "int8"] += 1
+            if narrow:
+                node.replace_input_with(
+                    0, initializer(f"{q.name}_4bit", q.const_value.numpy(), DataType.UINT4)
+                )
+            continue
+        _, scale, zero_point = node.inputs
         integers, z = q.const_value.numpy(), zero_point.const_value.numpy()
         fits = integers.dtype == np.uint8 and max(integers.max(), z.max()) < 16
         stored["int4" if fits else "int8"] += 1
