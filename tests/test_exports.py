@@ -74,9 +74,7 @@ def rows(size):
 def counts(file):
     model = onnx_ir.load(file)
     stored = Counter(
-        v.dtype.name
-        for v in model.graph.initializers.values()
-        if len(v.shape) > 1 and "weight" in v.name and "offset" not in v.name
+        v.dtype.name for v in model.graph.initializers.values() if len(v.shape) > 1 and "weight_q" in v.name
     )
     return model, Counter(n.op_type for n in model.graph), stored
 

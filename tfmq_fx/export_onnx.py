@@ -29,7 +29,7 @@ from torch.fx import GraphModule
 
 from tfmq_fx.errors import TFMQError
 from tfmq_fx.exporting import fallen_back, quantized_layers, replace_files
-from tfmq_fx.graph import aten, attribute, meta_value, op_name
+from tfmq_fx.graph import aten, meta_value
 from tfmq_fx.model import QuantizedModel
 from tfmq_fx.passes.byte_activations import byte_activations
 from tfmq_fx.passes.pass_manager import PassManager
@@ -81,12 +81,11 @@ def export_onnx(model: QuantizedModel, file: Path, *, for_onnxruntime: bool, str
     PassManager(passes)(gm)
     _four_dimensional_attention(gm)
     wanted = len(quantized_layers(gm))
-    plain_weights(gm, for_onnxruntime=for_onnxruntime)
     inputs = example_inputs(model, batch=2)
     with torch.no_grad():
         program = torch.export.export(gm, (), inputs, dynamic_shapes=dynamic_shapes(model), strict=False)
     ir = _translated(program, for_onnxruntime=for_onnxruntime)
-    found: dict[str, Any] = {"weights": store_weights(ir, cast=for_onnxruntime)}
+    found: dict[str, Any] = {"weights": store_weights(ir, for_onnxruntime=for_onnxruntime)}
 
     def write(path: Path) -> None:
         size = sum(v.const_value.nbytes for v in ir.graph.initializers.values() if v.const_value is not None)
@@ -136,36 +135,6 @@ def kernels(file: Path) -> dict[str, int]:
         elif given & matrices and node.op_type in _INT8_KERNELS | _FLOAT_KERNELS:
             found["int8" if node.op_type in _INT8_KERNELS else "float"] += 1
     return found
-
-
-def plain_weights(gm: GraphModule, *, for_onnxruntime: bool) -> None:
-    """dequantize_per_channel(q, s, z) ==> (to(q, float32) - z) * s, for weights that no int8 kernel reads.
-
-    A linear with a float input is onnxruntime's MatMulNBits, if it sees DequantizeLinear, and that rounds the input to 8
-    bits unless a session option forbids it (`session.qdq_matmulnbits_accuracy_level`, 4 by default): 1% off in the tests.
-    Other layers would dequantize at every call; of these operators onnxruntime makes a constant when it loads the file.
-    The standard form is changed for linears with a float input alone.
-    """
-    call = gm.graph.call_function
-    quantized = set(quantized_layers(gm))
-    for node in gm.graph.find_nodes(op="call_function", target=ops.dequantize_per_channel.default):
-        if any(n.op != "get_attr" for n in node.all_input_nodes):
-            continue
-        linears = [n for n in node.users if op_name(n) == "linear" and n.args[1] is node]
-        if for_onnxruntime and len(linears) == len(node.users) and quantized.issuperset(linears):
-            continue
-        if not for_onnxruntime and quantized.issuperset(linears):
-            continue
-        q, scale, zero_point, axis, *_ = node.args
-        shape = [-1 if i == axis else 1 for i in range(attribute(gm, str(q.target)).dim())]
-        with gm.graph.inserting_before(node):
-            rows = [call(aten.reshape.default, (v, shape)) for v in (scale, zero_point)]
-            value = call(aten.sub.Tensor, (call(aten.to.dtype, (q, torch.float32)), rows[1]))
-            value = call(aten.mul.Tensor, (value, rows[0]))
-        value.meta = dict(node.meta)
-        node.replace_all_uses_with(value)
-        gm.graph.erase_node(node)
-    gm.recompile()
 
 
 def _four_dimensional_attention(gm: GraphModule) -> None:
@@ -289,14 +258,17 @@ def _translations(for_onnxruntime: bool) -> dict[Callable[..., Any], Callable[..
     }
 
 
-def store_weights(ir: Any, *, cast: bool) -> dict[str, int]:
-    """Store the unsigned integers that weights are dequantized from in four bits, where they fit; how many are stored how.
+def store_weights(ir: Any, *, for_onnxruntime: bool) -> dict[str, int]:
+    """Store the integers of weights in four bits where they fit, in the form that is computed best; how many are stored how.
 
-        DequantizeLinear(uint8 q, s, uint8 z)  ==>  DequantizeLinear(uint4 q, s, uint4 z)
-        cast:                                  ==>  DequantizeLinear(int8(int32(uint4 q) - z), s)
+        DequantizeLinear(uint8 q, s, uint8 z)   ==>   DequantizeLinear(uint4 q, s, uint4 z)
+        an int8 kernel can read it:             ==>   DequantizeLinear(int8(int32(uint4 q) - z), s, 0)
+        none can:                               ==>   (float(uint4 q) - z) * s
 
-    onnxruntime computes what `cast` puts in when it loads the file, for q and z are constants, and then has the signed
-    bytes with zero point 0 that its int8 kernels take. Without `cast` it would multiply such weights in float.
+    The second and third are for onnxruntime. It computes what stands before the product once, when it loads the file; then
+    has the signed bytes that its int8 kernels take, or a float weight that it need not dequantize at every call. A
+    product of a float with DequantizeLinear is its MatMulNBits, which rounds that float to 8 bits unless a session option
+    forbids it (`session.qdq_matmulnbits_accuracy_level`): so there the third is for every runtime.
     """
     import onnx_ir
     from onnx_ir import DataType
@@ -304,67 +276,68 @@ def store_weights(ir: Any, *, cast: bool) -> dict[str, int]:
     stored: Counter[str] = Counter()
 
     def initializer(name: str, array: Any, dtype: Any) -> Any:
-        value = ir.graph.initializers.get(name)
-        if value is None:
+        if name not in ir.graph.initializers:
             tensor = onnx_ir.tensor(array.astype(dtype.numpy()), dtype=dtype, name=name)
-            value = onnx_ir.Value(
-                name=name, const_value=tensor, type=onnx_ir.TensorType(dtype), shape=tensor.shape
-            )
+            kind = onnx_ir.TensorType(dtype)
+            value = onnx_ir.Value(name=name, const_value=tensor, type=kind, shape=tensor.shape)
             ir.graph.register_initializer(value)
-        return value
+        return ir.graph.initializers[name]
 
-    for node in [n for n in ir.graph if n.op_type in ("DequantizeLinear", "Cast")]:
-        q = node.inputs[0]
-        if (
-            q.const_value is None
-            or len(q.const_value.shape) < 2
-            or q.dtype not in (DataType.UINT8, DataType.INT8)
-        ):
+    for node in [n for n in ir.graph if n.op_type == "DequantizeLinear"]:
+        q, scale, zero_point = node.inputs
+        if q.const_value is None or len(q.const_value.shape) < 2:
             continue
-        if node.op_type == "Cast":  # of `plain_weights`
-            narrow = q.dtype == DataType.UINT8 and q.const_value.numpy().max() < 16
-            stored["int4" if narrow else "int8"] += 1
-            if narrow:
-                node.replace_input_with(
-                    0, initializer(f"{q.name}_4bit", q.const_value.numpy(), DataType.UINT4)
-                )
-            continue
-        _, scale, zero_point = node.inputs
         integers, z = q.const_value.numpy(), zero_point.const_value.numpy()
         fits = integers.dtype == np.uint8 and max(integers.max(), z.max()) < 16
         stored["int4" if fits else "int8"] += 1
-        if integers.dtype != np.uint8:
-            continue
+        source = initializer(f"{q.name}_4bit", integers, DataType.UINT4) if fits else q
         axis = node.attributes["axis"].as_int()
         shape = [-1 if i == axis else 1 for i in range(integers.ndim)]
         centred = integers.astype(np.int16) - z.reshape(shape).astype(np.int16)
-        signed = cast and centred.min() >= -128 and centred.max() <= 127
-        if fits:
-            q4 = initializer(f"{q.name}_4bit", integers, DataType.UINT4)
-            if signed:
-                offset = initializer(f"{zero_point.name}_{q.name}_offset", z.reshape(shape), DataType.INT32)
-                wide = onnx_ir.node("Cast", [q4], {"to": DataType.INT32})
-                less = onnx_ir.node("Sub", [wide.outputs[0], offset])
-                byte = onnx_ir.node("Cast", [less.outputs[0]], {"to": DataType.INT8})
-                ir.graph.insert_before(node, [wide, less, byte])
-                new = (
-                    byte.outputs[0],
-                    scale,
-                    initializer(f"{q.name}_zeros", np.zeros_like(z), DataType.INT8),
-                )
-            else:
-                new = (q4, scale, initializer(f"{zero_point.name}_4bit", z, DataType.UINT4))
-        elif signed:
-            new = (
-                initializer(f"{q.name}_signed", centred, DataType.INT8),
-                scale,
-                initializer(f"{q.name}_zeros", np.zeros_like(z), DataType.INT8),
+        bytes_fit = centred.min() >= -128 and centred.max() <= 127
+        readers = list(_readers(node.outputs[0]))
+        float_product = any(n.op_type == "MatMul" and not _is_dequantized(n.inputs[0]) for n in readers)
+        int8 = bytes_fit and all(n.op_type == "MatMul" and _is_dequantized(n.inputs[0]) for n in readers)
+        if float_product or (for_onnxruntime and not int8):
+            offset = initializer(f"{node.name}_offset", z.reshape(shape), DataType.FLOAT)
+            factor = initializer(
+                f"{node.name}_factor", scale.const_value.numpy().reshape(shape), DataType.FLOAT
             )
-        else:
-            continue
-        for i, value in enumerate(new):
-            node.replace_input_with(i, value)
+            value = onnx_ir.node("Cast", [source], {"to": DataType.FLOAT})
+            less = onnx_ir.node("Sub", [value.outputs[0], offset])
+            product = onnx_ir.node("Mul", [less.outputs[0], factor])
+            ir.graph.insert_before(node, [value, less, product])
+            node.outputs[0].replace_all_uses_with(product.outputs[0])
+            ir.graph.remove(node, safe=True)
+        elif for_onnxruntime and fits:
+            offset = initializer(f"{node.name}_offset", z.reshape(shape), DataType.INT32)
+            wide = onnx_ir.node("Cast", [source], {"to": DataType.INT32})
+            less = onnx_ir.node("Sub", [wide.outputs[0], offset])
+            byte = onnx_ir.node("Cast", [less.outputs[0]], {"to": DataType.INT8})
+            ir.graph.insert_before(node, [wide, less, byte])
+            node.replace_input_with(0, byte.outputs[0])
+            node.replace_input_with(2, initializer(f"{node.name}_zeros", np.zeros_like(z), DataType.INT8))
+        elif for_onnxruntime and integers.dtype == np.uint8:
+            node.replace_input_with(0, initializer(f"{q.name}_signed", centred, DataType.INT8))
+            node.replace_input_with(2, initializer(f"{node.name}_zeros", np.zeros_like(z), DataType.INT8))
+        elif fits:
+            node.replace_input_with(0, source)
+            node.replace_input_with(2, initializer(f"{node.name}_zero_point", z, DataType.UINT4))
     for value in list(ir.graph.initializers.values()):
         if not value.uses() and not value.is_graph_output():
             del ir.graph.initializers[value.name]
     return dict(stored)
+
+
+def _readers(value: Any) -> Iterator[Any]:
+    """The nodes that compute with a value, also after a transposition."""
+    for use in value.uses():
+        if use.node.op_type == "Transpose":
+            yield from _readers(use.node.outputs[0])
+        else:
+            yield use.node
+
+
+def _is_dequantized(value: Any) -> bool:
+    node = value.producer()
+    return node is not None and node.op_type == "DequantizeLinear"
