@@ -7,6 +7,7 @@ from tfmq_fx.passes.cache_temporal import cache_temporal
 from tfmq_fx.passes.convert import convert
 from tfmq_fx.passes.find_blocks import Block, find_blocks
 from tfmq_fx.passes.find_temporal import TemporalBlock, find_temporal
+from tfmq_fx.passes.flatten_linears import flatten_linears
 from tfmq_fx.passes.inline_modules import inline_modules
 from tfmq_fx.passes.insert_step_index import insert_step_index
 from tfmq_fx.passes.integer_weights import integer_weights
@@ -18,10 +19,13 @@ from tfmq_fx.passes.pass_manager import PassManager
 from tfmq_fx.passes.prepare import prepare
 from tfmq_fx.passes.remove_noops import remove_noops
 from tfmq_fx.passes.rescale_temporal import rescale_temporal
+from tfmq_fx.passes.rescale_tokens import rescale_tokens
 from tfmq_fx.passes.root_batch_size import root_batch_size
 from tfmq_fx.passes.rotate import rotate
 from tfmq_fx.passes.share_quantized import share_quantized
+from tfmq_fx.passes.signed_weights import signed_weights
 from tfmq_fx.passes.smooth import smooth
+from tfmq_fx.passes.unfold_convolutions import unfold_convolutions
 
 __all__ = [
     "Block",
@@ -35,6 +39,7 @@ __all__ = [
     "extract_temporal",
     "find_blocks",
     "find_temporal",
+    "flatten_linears",
     "inline_modules",
     "insert_step_index",
     "integer_weights",
@@ -45,8 +50,11 @@ __all__ = [
     "prepare",
     "remove_noops",
     "rescale_temporal",
+    "rescale_tokens",
     "root_batch_size",
     "rotate",
     "share_quantized",
+    "signed_weights",
     "smooth",
+    "unfold_convolutions",
 ]

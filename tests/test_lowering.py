@@ -324,7 +324,7 @@ def test_the_exported_folder_is_openvinos_alone(tmp_path):
     (tmp_path / "ir" / "mine.txt").write_text("")
     with pytest.raises(TFMQError, match="holds something else"):
         quantized().export(tmp_path / "ir")
-    with pytest.raises(TFMQError, match=r"'\.xml' is not supported; use \.pt2, or a folder"):
+    with pytest.raises(TFMQError, match=r"'\.xml' is not supported; use \.pt2, \.onnx, or a folder"):
         quantized().export(tmp_path / "net.xml")
 
 

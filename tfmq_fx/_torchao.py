@@ -27,6 +27,12 @@ with warnings.catch_warnings():
     from torchao.quantization.quant_primitives import MappingType, choose_qparams_affine_with_min_max
 _pytree_log.setLevel(_level)
 
+
+def register_x86_patterns() -> None:
+    """Teach this process's Inductor torchao's patterns, which make oneDNN's int8 kernels of a quantized graph."""
+    import torchao.quantization.pt2e.quantizer.x86_inductor_quantizer  # noqa: F401  (registers them)
+
+
 __all__ = [
     "Q_ANNOTATION_KEY",
     "FakeQuantize",
@@ -41,4 +47,5 @@ __all__ = [
     "choose_qparams_affine_with_min_max",
     "convert_pt2e",
     "prepare_pt2e",
+    "register_x86_patterns",
 ]

@@ -1,4 +1,4 @@
-"""The command line: tfmq inspect | quantize | sample | evaluate | report."""
+"""The command line: tfmq inspect | quantize | sample | evaluate | report | export."""
 
 from __future__ import annotations
 
@@ -354,6 +354,37 @@ def report(
     )
     write_report(numbers, runs, target, title=f"tfmq_fx: {folder.absolute().name}")
     out.print(f"{target / PAGE}: PSNR {numbers['pictures']['psnr']:.1f} dB, mean of {num_samples} images")
+
+
+@app.command()
+def export(
+    folder: Folder,
+    target: Annotated[
+        Path,
+        typer.Argument(help="NAME.pt2, NAME.onnx, or a folder for OpenVINO; absent or whole afterwards."),
+    ],
+    format: Annotated[
+        str | None,
+        typer.Option(
+            help="pt2, aot (.pt2), onnx, onnxruntime (.onnx), openvino. Default: by the name; .onnx is onnxruntime's."
+        ),
+    ] = None,
+    strict: Annotated[
+        bool, typer.Option(help="Refuse when a quantized layer would run in float (aot, onnx, onnxruntime).")
+    ] = False,
+) -> None:
+    """Write the network for another runtime, and say what of it runs in int8 there."""
+    from tfmq_fx.saving import load
+
+    quantized = load(folder)
+    with Console(stderr=True).status(f"export to {target}"):  # nothing where stderr is no terminal
+        written = quantized.export(target, format=format, strict=strict)
+    kernels = ", ".join(f"{n} layers {kind}" for kind, n in written.kernels.items())
+    weights = ", ".join(f"{n} weights {kind}" for kind, n in written.weights.items())
+    facts = [f"{written.bytes / 1e6:.2f} MB", weights, kernels, f"{written.seconds:.0f} s"]
+    out.print(f"{target}: {written.format}, " + "; ".join(f for f in facts if f))
+    for note in written.notes:
+        out.print(f"note: {note}")
 
 
 def _both(

@@ -19,6 +19,7 @@ from tfmq_fx.errors import TFMQError, nearest_names
 from tfmq_fx.graph import fixed_size, placeholders
 
 if TYPE_CHECKING:
+    from tfmq_fx.exporting import Exported
     from tfmq_fx.lowering import LoweredModel
 
 
@@ -275,17 +276,11 @@ class QuantizedModel(DropIn):
 
         save(self, Path(folder))
 
-    def export(self, file: str | Path) -> None:
-        """NAME.pt2: what torch.export.load runs without this library (its custom operators are torch's own).
-        A folder, without suffix: OpenVINO's network.xml and network.bin; int8 weights, batch of any size.
+    def export(self, file: str | Path, *, format: str | None = None, strict: bool = False) -> Exported:
+        """Write the network for another runtime, by suffix or `format`; see `tfmq_fx.exporting.export`."""
+        from tfmq_fx.exporting import export
 
-        Raises TFMQError for another suffix.
-        """
-        from tfmq_fx.lowering_openvino import export_folder
-        from tfmq_fx.saving import export_pt2
-
-        file = Path(file)
-        export_pt2(self, file) if file.suffix else export_folder(self, file)
+        return export(self, file, format=format, strict=strict)
 
     def lower(
         self,

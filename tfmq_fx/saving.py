@@ -205,13 +205,17 @@ def _read_tensors(file: Path, manifest: dict[str, dict[str, Any]]) -> dict[str, 
 
 def exported(model: QuantizedModel) -> torch.export.ExportedProgram:
     """The quantized graph, flat and functional, its inputs by name and any batch size."""
-    inputs = example_inputs(model, batch=2)
-    dynamic = {
+    inputs, dynamic = example_inputs(model, batch=2), dynamic_shapes(model)
+    with torch.no_grad():
+        return torch.export.export(model.network, (), inputs, dynamic_shapes=dynamic, strict=False)
+
+
+def dynamic_shapes(model: QuantizedModel) -> dict[str, dict[int, Any]]:
+    """The dimensions of the graph's inputs that may have any size, as torch.export wants to hear of them."""
+    return {
         n: {i: torch.export.Dim.AUTO for i, s in enumerate(spec["shape"]) if s is None}
         for n, spec in model.interface.inputs.items()
     }
-    with torch.no_grad():
-        return torch.export.export(model.network, (), inputs, dynamic_shapes=dynamic, strict=False)
 
 
 def example_inputs(model: QuantizedModel, *, batch: int) -> dict[str, Tensor]:
@@ -227,10 +231,6 @@ def example_inputs(model: QuantizedModel, *, batch: int) -> dict[str, Tensor]:
 
 
 def export_pt2(model: QuantizedModel, file: Path) -> None:
-    if file.suffix != ".pt2":
-        raise TFMQError(
-            f"export: {file.name}: the suffix {file.suffix!r} is not supported; use .pt2, or a folder."
-        )
     program = exported(model)
     temporary = file.with_name(f".{file.name}.tmp-{os.getpid()}.pt2")
     try:

@@ -1,0 +1,181 @@
+"""One door for every file format that a quantized network can be written to."""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.fx import GraphModule, Node
+
+from tfmq_fx.errors import TFMQError
+from tfmq_fx.graph import op_name, weight_argument
+from tfmq_fx.model import QuantizedModel
+from tfmq_fx.passes.rescale_temporal import DEQUANTIZED
+
+log = logging.getLogger(__name__)
+ops = torch.ops.quantized_decomposed
+
+# format -> the suffix that names it; "" is a folder
+SUFFIXES = {"pt2": ".pt2", "aot": ".pt2", "onnx": ".onnx", "onnxruntime": ".onnx", "openvino": ""}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Exported:
+    """What was written, and what is known of how it will run."""
+
+    format: str  # a key of SUFFIXES
+    file: Path  # or folder
+    bytes: int  # of all files together
+    seconds: float
+    weights: Mapping[str, int] = field(default_factory=dict)  # "int4" -> how many weights are stored so
+    kernels: Mapping[str, int] = field(
+        default_factory=dict
+    )  # "int8", "float" -> layers, where the file fixes it
+    notes: tuple[str, ...] = ()  # what somebody who expects int8 everywhere should know
+
+
+def export(
+    model: QuantizedModel, file: str | Path, *, format: str | None = None, strict: bool = False
+) -> Exported:
+    """Write the quantized network for another runtime; the file is absent, as it was, or whole.
+
+    format: "pt2" torch.export's; "aot" a package compiled by AOTInductor; "onnx" standard QDQ; "onnxruntime" QDQ in the
+        form of which onnxruntime's CPU computes every quantized layer in bytes; "openvino" a folder. None: by the
+        file's name, .pt2, .onnx ("onnxruntime") or a folder without suffix.
+    strict: refuse when a quantized layer would not run on an int8 kernel; "aot", "onnx" and "onnxruntime" can tell.
+
+    Raises TFMQError for an unknown format or suffix, for a package or compiler that is missing, and naming the node
+    that the format cannot express.
+    """
+    file = Path(file)
+    chosen = format or _by_suffix(file)
+    if chosen not in SUFFIXES:
+        raise TFMQError(f"export: format={chosen!r} is unknown; use {', '.join(SUFFIXES)}, or None.")
+    if file.suffix != SUFFIXES[chosen]:
+        wanted = f"a name that ends in {SUFFIXES[chosen]}" if SUFFIXES[chosen] else "a folder without suffix"
+        raise TFMQError(f"export: {file.name}: format {chosen!r} needs {wanted}.")
+    if strict and chosen in ("pt2", "openvino"):
+        raise TFMQError(
+            f"export: strict: which kernels run is not known of format {chosen!r} before it is loaded; "
+            'q.lower("cpu", strict=True) tells for OpenVINO.'
+        )
+    start = time.perf_counter()
+    found = _WRITERS[chosen](model, file, strict)
+    exported = Exported(
+        format=chosen,
+        file=file,
+        bytes=sum(f.stat().st_size for f in _files(file)),
+        seconds=time.perf_counter() - start,
+        **found,
+    )
+    log.info("export: %s", exported)
+    return exported
+
+
+def _by_suffix(file: Path) -> str:
+    by_suffix = {".pt2": "pt2", ".onnx": "onnxruntime", "": "openvino"}
+    if file.suffix not in by_suffix:
+        raise TFMQError(
+            f"export: {file.name}: the suffix {file.suffix!r} is not supported; use .pt2, .onnx, or a folder."
+        )
+    return by_suffix[file.suffix]
+
+
+def _files(file: Path) -> list[Path]:
+    """The exported file and what lies beside it under its name."""
+    return list(file.iterdir()) if file.is_dir() else sorted(file.parent.glob(f"{file.name}*"))
+
+
+def _pt2(model: QuantizedModel, file: Path, _strict: bool) -> dict[str, Any]:
+    from tfmq_fx.saving import export_pt2
+
+    export_pt2(model, file)
+    return {"notes": ("torch.export.load gives quantize/dequantize pairs around float kernels",)}
+
+
+def _openvino(model: QuantizedModel, folder: Path, _strict: bool) -> dict[str, Any]:
+    from tfmq_fx.lowering_openvino import export_folder
+
+    export_folder(model, folder)
+    return {}
+
+
+def _onnx(model: QuantizedModel, file: Path, strict: bool) -> dict[str, Any]:
+    from tfmq_fx.export_onnx import export_onnx
+
+    return export_onnx(model, file, for_onnxruntime=False, strict=strict)
+
+
+def _onnxruntime(model: QuantizedModel, file: Path, strict: bool) -> dict[str, Any]:
+    from tfmq_fx.export_onnx import export_onnx
+
+    return export_onnx(model, file, for_onnxruntime=True, strict=strict)
+
+
+def _aot(model: QuantizedModel, file: Path, strict: bool) -> dict[str, Any]:
+    from tfmq_fx.export_aot import export_aot
+
+    return export_aot(model, file, strict=strict)
+
+
+_WRITERS: dict[str, Callable[[QuantizedModel, Path, bool], dict[str, Any]]] = {
+    "pt2": _pt2, "aot": _aot, "onnx": _onnx, "onnxruntime": _onnxruntime, "openvino": _openvino,
+}  # fmt: skip
+
+
+def quantized_layers(gm: GraphModule) -> list[Node]:
+    """The convolutions and linears of quantized weights and quantized inputs, after `rescale_temporal`."""
+    pairs = (ops.dequantize_per_tensor.default, ops.dequantize_per_token.default)
+    found = []
+    for node in gm.graph.nodes:
+        index = weight_argument(node)
+        if index is None:
+            continue
+        x, weight = node.args[0], node.args[index]
+        while op_name(weight) in ("view", "reshape"):  # groups
+            weight = weight.args[0]
+        if weight.target is ops.dequantize_per_channel.default:
+            found += [node] if x.target in pairs or x.meta.get(DEQUANTIZED) else []
+    return found
+
+
+def fallen_back(kernels: Mapping[str, int], wanted: int, *, strict: bool) -> tuple[str, ...]:
+    """Words for the quantized layers that run in float. Raises TFMQError of them when `strict`."""
+    fallen = wanted - kernels["int8"]
+    if fallen <= 0:
+        return ()
+    words = f"{fallen} of {wanted} quantized layers run in float"
+    if strict:
+        raise TFMQError(f"strict: {words}.")
+    return (words,)
+
+
+def replace_files(file: Path, write: Callable[[Path], None]) -> None:
+    """Let `write` write `file`'s name, and files beside it, in a temporary folder; then move them to their places.
+
+    The files beside it go first: what bears the name of `file` is absent, as it was, or whole.
+    """
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=f".{file.name}.tmp-", dir=file.parent))
+    except OSError as error:
+        raise TFMQError(f"{file}: cannot be written ({error.strerror or error}).") from error
+    try:
+        write(temporary / file.name)
+        written = sorted(temporary.iterdir(), key=lambda f: f.name == file.name)
+        if len(written) > 1:
+            file.unlink(missing_ok=True)  # never an old file beside new data
+        for part in written:
+            os.replace(part, file.with_name(part.name))
+    except OSError as error:
+        raise TFMQError(f"{file}: cannot be written ({error.strerror or error}).") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
