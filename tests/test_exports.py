@@ -22,6 +22,14 @@ from tests.test_granularity import Tokens
 from tests.test_mixed_batches import assert_same_but_for_flips, moved, one_timestep
 from tfmq_fx import export_aot, export_onnx, exporting, saving
 from tfmq_fx.errors import TFMQError
+from tfmq_fx.passes import (
+    flatten_linears,
+    rescale_temporal,
+    rescale_tokens,
+    signed_weights,
+    unfold_convolutions,
+)
+from tfmq_fx.passes.unfold_convolutions import _places
 
 onnx_ir = pytest.importorskip("onnx_ir", reason="ONNX needs the onnx extra")
 onnxruntime = pytest.importorskip("onnxruntime", reason="ONNX needs the onnx extra")
@@ -308,6 +316,79 @@ def test_the_command_line_exports(monkeypatch, capsys, tmp_path):
         assert (code, out) == (2, "")
         assert words in err
         assert len(err.strip().splitlines()) == 1
+
+
+def graph(network_class=Tokens, **changes):
+    gm = saving.exported(quantized(network_class, "w4a8", **changes)).module(check_guards=False)
+    gm.meta = {}
+    rescale_temporal(gm)
+    return gm
+
+
+def targets(gm):
+    return Counter(str(n.target) for n in gm.graph.nodes if n.op == "call_function")
+
+
+QDQ = "quantized_decomposed"
+
+
+@pytest.mark.parametrize(
+    ("given", "change", "before", "after"),
+    [
+        (
+            functools.partial(graph, TinyUNet),
+            unfold_convolutions,
+            {"aten.conv2d.default": 8, "aten.linear.default": 6},
+            {"aten.conv2d.default": 2, "aten.linear.default": 12},
+        ),
+        (
+            graph,
+            signed_weights,
+            {f"{QDQ}.dequantize_per_channel.default": 13},
+            {f"{QDQ}.dequantize_per_channel.default": 13},
+        ),
+        (graph, flatten_linears, {"aten.reshape.default": 2}, {"aten.reshape.default": 2 + 6 + 6}),
+        (
+            functools.partial(graph, activation_granularity="token"),
+            rescale_tokens,
+            {f"{QDQ}.quantize_per_token.default": 4, f"{QDQ}.quantize_per_tensor.default": 5},
+            {f"{QDQ}.quantize_per_tensor.default": 9},
+        ),
+    ],
+    ids=["unfold_convolutions", "signed_weights", "flatten_linears", "rescale_tokens"],
+)
+@torch.no_grad()
+def test_the_passes_keep_the_values(given, change, before, after):
+    gm, batches = given(), [rows(n) for n in (2, 33)]
+    expected = [gm(**batch) for batch in batches]
+    found = targets(gm)
+    assert {op: found[op] for op in before} == before
+    assert change(gm).modified
+    assert_same_but_for_flips([(gm(**batch), y) for batch, y in zip(batches, expected, strict=True)])
+    if change is signed_weights:
+        assert all(torch.equal(gm(**batch), y) for batch, y in zip(batches, expected, strict=True))
+        kinds = {n.args[-1] for n in gm.graph.nodes if "dequantize_per_channel" in str(n.target)}
+        assert kinds == {torch.int8}
+    found = targets(gm)
+    assert {op: found[op] for op in after} == after
+    assert not change(gm).modified
+
+
+@pytest.mark.parametrize(
+    ("size", "kernel", "stride", "padding", "dilation"),
+    [([9], [3], [2], [1], [2]), ([9, 8], [3, 2], [2, 1], [0, 2], [2, 3]), ([4, 5, 6], [2, 3, 1], [1, 2, 2], [1, 0, 1], [1, 2, 1])],
+)  # fmt: skip
+def test_patches_are_what_a_convolution_sees(size, kernel, stride, padding, dilation):
+    n = len(size)
+    convolution = getattr(torch.nn.functional, f"conv{n}d")
+    x, w = torch.randn(2, 3, *size, dtype=torch.float64), torch.randn(4, 3, *kernel, dtype=torch.float64)
+    expected = convolution(x, w, None, stride, padding, dilation)
+    padded = torch.nn.functional.pad(x, [p for size in reversed(padding) for p in (size, size)])
+    index = _places(list(padded.shape[2:]), kernel, stride, dilation)
+    rows = padded.movedim(1, -1).reshape(2, -1, 3).index_select(1, index)
+    rows = rows.reshape(2, *expected.shape[2:], -1)
+    got = torch.nn.functional.linear(rows, w.flatten(2).movedim(1, 2).flatten(1)).movedim(-1, 1)
+    torch.testing.assert_close(got, expected)
 
 
 def test_every_format_has_a_writer_and_a_suffix():

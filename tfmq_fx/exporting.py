@@ -90,8 +90,9 @@ def _by_suffix(file: Path) -> str:
 
 
 def _files(file: Path) -> list[Path]:
-    """The exported file and what lies beside it under its name."""
-    return list(file.iterdir()) if file.is_dir() else sorted(file.parent.glob(f"{file.name}*"))
+    """The exported file, and the weights beside it; or what is in the folder."""
+    beside = file.with_name(f"{file.name}.data")
+    return list(file.iterdir()) if file.is_dir() else [file, *([beside] if beside.is_file() else [])]
 
 
 def _pt2(model: QuantizedModel, file: Path, _strict: bool) -> dict[str, Any]:
