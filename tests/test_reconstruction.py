@@ -207,9 +207,9 @@ def test_dead_inputs_leave_a_singular_hessian_and_a_finite_result():
     assert torch.isfinite(tfmq_fx.convert(gm)(**calibration().tensors)).all()
 
 
-def test_gptq_cuts_hessians_past_max_memory_and_says_so():
+def test_gptq_cuts_hessians_past_gptq_memory_and_says_so():
     gm = prepared()
-    settings = dataclasses.replace(FAST, method="gptq", max_memory=1e-4)
+    settings = dataclasses.replace(FAST, method="gptq", gptq_memory=1e-4)
     tfmq_fx.reconstruct(gm, calibration(), settings)
     results = {r.name: r for r in gm.meta["reconstruction"]}
     assert results["down_block.conv1.weight"].hessian_pieces > 1

@@ -79,10 +79,13 @@ class Reconstruction:
     # Parts that a mini-batch is cut into: each is computed on one thread, by one process. The integers depend on
     # their number, not on the number of threads. As many as processes at least.
     shards: int = 2
-    # GiB of block inputs and targets; past it they lie in half precision on disk (TMPDIR). A layer whose Hessian and
-    # factors (48 K^2 bytes) take more is cut into pieces of columns.
-    max_memory: float = 8.0
+    max_memory: float = (
+        8.0  # GiB of block inputs and targets; past it they lie in half precision on disk (TMPDIR)
+    )
     gptq_samples: int = 256  # samples whose layer inputs make GPTQ's Hessian
+    gptq_memory: float = (
+        8.0  # GiB; a layer of K inputs whose Hessian and factors (48 K^2 bytes) take more is cut into pieces
+    )
     damping: float = 0.01  # of GPTQ's Hessian, as a share of its mean diagonal
     warmup: float = 0.2  # share of the iterations before the regulariser starts
     beta: tuple[float, float] = (20.0, 2.0)  # the regulariser's exponent, from and to

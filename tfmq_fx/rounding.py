@@ -41,7 +41,7 @@ class BlockResult:
     error: float
     kept: str  # "learned" or "gptq"; "nearest" where neither helped
     seconds: float
-    hessian_pieces: int = 1  # the most pieces that GPTQ cut a layer's columns into, to keep to max_memory
+    hessian_pieces: int = 1  # the most pieces that GPTQ cut a layer's columns into, to keep to gptq_memory
 
 
 @dataclass(frozen=True)
@@ -303,7 +303,7 @@ def _second_order(
         groups, channels = groups_of(layer), weight.shape[0] // groups_of(layer)
         scale, zero_point = (x.reshape(groups, channels, -1) for x in (observer.scale, observer.zero_point))
         columns, blocks = weight[0].numel(), scale.shape[2]
-        pieces = column_pieces(groups, columns, blocks, settings.max_memory * 2**30)
+        pieces = column_pieces(groups, columns, blocks, settings.gptq_memory * 2**30)
         most = max(most, pieces)
         same = (
             last is not None and last[2].pieces == pieces and _same(given, last[0]) and _same(seen, last[1])
