@@ -4,7 +4,8 @@
 
 Every method at every bit width on the two trained models, three seeds (each draws its own calibration trajectories);
 then the iteration curve of AdaRound. Each run is a process of its own, so that its CPU seconds (all threads) and its
-peak memory are its own. Finished runs are kept in OUTPUT/runs.jsonl and not repeated; the table is printed from there.
+peak memory are its own. Finished runs are kept in benchmarks/reconstruction.jsonl, with the revision they ran at, and not
+repeated; the table is printed from there. Remove from it what a change of the library made stale.
 
 Samples come from the same noise as their float twins (DDIM, 50 steps). Frechet distance: between 64 features of the
 digits classifier for quantized and for float samples; its floor is the distance between float samples of other noise.
@@ -42,6 +43,7 @@ STEPS, NOISE_SEED, TRAJECTORIES = 50, 1000, 64
 METHODS = ("nearest", "gptq", "gptq+adaround", "adaround")
 SETTINGS = ("w8a8", "w4a8", "w4a4", "w3a8")
 CURVE = (100, 400, 1000, 4000, 20000)
+RESULTS = Path(__file__).with_suffix(".jsonl")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -143,10 +145,16 @@ def one(run: Run, output: Path) -> dict[str, float]:
     }
 
 
-def read(output: Path) -> dict[Run, dict[str, float]]:
-    file = output / "runs.jsonl"
-    lines = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+def read() -> dict[Run, dict[str, float]]:
+    lines = [json.loads(line) for line in RESULTS.read_text().splitlines()] if RESULTS.exists() else []
     return {Run(**line["run"]): line["figures"] for line in lines}
+
+
+def revision() -> str:
+    command = ["git", "rev-parse", "--short", "HEAD"]
+    return subprocess.run(
+        command, check=True, capture_output=True, text=True, cwd=RESULTS.parent
+    ).stdout.strip()
 
 
 def spread(rows: Iterable[dict[str, float]], key: str, form: str) -> str:
@@ -200,7 +208,7 @@ def main() -> None:
     ]
     runs += [Run("digits", "w4a8", f"adaround,iterations={n}", 0, args.samples) for n in args.curve]
     for run in runs:
-        if run in read(args.output):
+        if run in read():
             continue
         prepare(args.output, run.model, run.seed, run.samples)
         text = json.dumps(dataclasses.asdict(run))
@@ -214,11 +222,14 @@ def main() -> None:
             text,
         ]
         figures = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
-        with (args.output / "runs.jsonl").open("a") as file:
-            file.write(json.dumps({"run": dataclasses.asdict(run), "figures": figures}) + "\n")
+        with RESULTS.open("a") as file:
+            file.write(
+                json.dumps({"run": dataclasses.asdict(run), "revision": revision(), "figures": figures})
+                + "\n"
+            )
         print(f"{text}: {figures['psnr']:.2f} dB, {figures['cpu_seconds']:.0f} CPU s", file=sys.stderr)
     console = Console(width=170)
-    console.print(table(read(args.output)))
+    console.print(table(read()))
     console.print(
         f"DDIM {STEPS} steps, {args.samples} samples, {TRAJECTORIES} calibration trajectories; torch {torch.__version__}, "
         f"{platform.machine()}, {torch.get_num_threads()} threads",
