@@ -176,7 +176,7 @@ def table(found: dict[Run, dict[str, float]]) -> Table:
         shown.add_row(
             *key, str(len(rows)), spread(rows, "psnr", ".2f"), spread(rows, "psnr_pooled", ".2f"),
             spread(rows, "epsilon", ".1e"), spread(rows, "temporal", ".1e"),
-            f"{spread(rows, 'frechet', '.2f')} ({rows[0]['frechet_floor']:.2f})", spread(rows, "recognised", ".1f"),
+            f"{spread(rows, 'frechet', '.4f')} ({rows[0]['frechet_floor']:.4f})", spread(rows, "recognised", ".1f"),
             spread(rows, "cpu_seconds", ".0f"), spread(rows, "cpu_reconstruct", ".0f"), spread(rows, "peak_gib", ".2f"),
         )  # fmt: skip
     return shown
