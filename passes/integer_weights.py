@@ -7,7 +7,7 @@ from torch.fx import GraphModule
 from torch.fx.passes.infra.pass_base import PassResult
 
 from tfmq_fx.graph import aten, attribute, set_buffer
-from tfmq_fx.passes.pass_manager import declare
+from tfmq_fx.passes.pass_manager import declare, rewrite_modules
 
 SUFFIX = "_int8"  # of the buffer that holds the bytes
 
@@ -18,33 +18,32 @@ def integer_weights(gm: GraphModule) -> PassResult:
 
     An affine weight of at most 7 bits has q - z within a signed byte. One that has not keeps q, and subtracts z.
     """
+    return rewrite_modules(gm, _rewrite)
+
+
+def _rewrite(module: GraphModule) -> bool:
     modified = False
-    for module in [m for m in gm.modules() if isinstance(m, GraphModule)]:
-        call = module.graph.call_function
-        for node in module.graph.find_nodes(
-            op="call_function", target=torch.ops.quantized_decomposed.dequantize_per_channel.default
-        ):
-            if any(n.op != "get_attr" for n in node.all_input_nodes):
-                continue
-            source, axis = node.args[0], node.args[3]
-            q, scale, zero_point = (attribute(module, str(a.target)) for a in node.args[:3])
-            shape = [-1 if i == axis else 1 for i in range(q.dim())]
-            centred = q.to(torch.int16) - zero_point.to(torch.int16).reshape(shape)
-            fits = centred.amin() >= -128 and centred.amax() <= 127
-            set_buffer(module, f"{source.target}{SUFFIX}", centred.to(torch.int8) if fits else q)
-            set_buffer(module, f"{source.target}_factor", scale.float().reshape(shape))
-            with module.graph.inserting_before(node):
-                value = module.graph.get_attr(f"{source.target}{SUFFIX}")
-                value = call(aten._to_copy.default, (value,), {"dtype": torch.float32})
-                if not fits:
-                    set_buffer(module, f"{source.target}_offset", zero_point.float().reshape(shape))
-                    value = call(aten.sub.Tensor, (value, module.graph.get_attr(f"{source.target}_offset")))
-                value = call(aten.mul.Tensor, (value, module.graph.get_attr(f"{source.target}_factor")))
-            value.meta = dict(node.meta)
-            node.replace_all_uses_with(value)
-            modified = True
-        if modified:
-            module.graph.eliminate_dead_code()
-            module.graph.lint()
-            module.recompile()
-    return PassResult(gm, modified)
+    call = module.graph.call_function
+    for node in module.graph.find_nodes(
+        op="call_function", target=torch.ops.quantized_decomposed.dequantize_per_channel.default
+    ):
+        if any(n.op != "get_attr" for n in node.all_input_nodes):
+            continue
+        source, axis = node.args[0], node.args[3]
+        q, scale, zero_point = (attribute(module, str(a.target)) for a in node.args[:3])
+        shape = [-1 if i == axis else 1 for i in range(q.dim())]
+        centred = q.to(torch.int16) - zero_point.to(torch.int16).reshape(shape)
+        fits = centred.amin() >= -128 and centred.amax() <= 127
+        set_buffer(module, f"{source.target}{SUFFIX}", centred.to(torch.int8) if fits else q)
+        set_buffer(module, f"{source.target}_factor", scale.float().reshape(shape))
+        with module.graph.inserting_before(node):
+            value = module.graph.get_attr(f"{source.target}{SUFFIX}")
+            value = call(aten._to_copy.default, (value,), {"dtype": torch.float32})
+            if not fits:
+                set_buffer(module, f"{source.target}_offset", zero_point.float().reshape(shape))
+                value = call(aten.sub.Tensor, (value, module.graph.get_attr(f"{source.target}_offset")))
+            value = call(aten.mul.Tensor, (value, module.graph.get_attr(f"{source.target}_factor")))
+        value.meta = dict(node.meta)
+        node.replace_all_uses_with(value)
+        modified = True
+    return modified

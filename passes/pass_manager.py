@@ -81,6 +81,21 @@ def check_order(passes: Iterable[Callable[..., Any]], *, done: Iterable[str] = (
     return violations
 
 
+def rewrite_modules(gm: GraphModule, rewrite: Callable[[GraphModule], bool]) -> PassResult:
+    """Apply `rewrite`, which says whether it changed anything, to the graph and to those of its submodules.
+
+    One that changed loses its dead code, is checked and recompiled.
+    """
+    modified = False
+    for module in [m for m in gm.modules() if isinstance(m, GraphModule)]:
+        if rewrite(module):
+            module.graph.eliminate_dead_code()
+            module.graph.lint()
+            module.recompile()
+            modified = True
+    return PassResult(gm, modified)
+
+
 def _function(given: Callable[..., Any]) -> Callable[..., Any]:
     while isinstance(given, functools.partial):
         given = given.func

@@ -12,7 +12,7 @@ from torch.fx.passes.infra.pass_base import PassResult
 
 from tfmq_fx.errors import TFMQError
 from tfmq_fx.graph import aten, attribute, fixed_size, meta_value, op_name, set_buffer, weight_argument
-from tfmq_fx.passes.pass_manager import declare
+from tfmq_fx.passes.pass_manager import declare, rewrite_modules
 
 ops = torch.ops.quantized_decomposed
 _QUANTIZE = (ops.quantize_per_channel.default, ops.quantize_per_tensor.tensor)
@@ -37,17 +37,16 @@ def rescale_temporal(gm: GraphModule) -> PassResult:
     sum has (z - c) * linear(1, W) too much, which cancels: float32 is enough for it, and the nodes that need it are
     marked (PRECISE). Raises TFMQError where a tensor's shape is unknown, and where something else reads the integers.
     """
+    return rewrite_modules(gm, _rewrite)
+
+
+def _rewrite(module: GraphModule) -> bool:
     modified = False
-    for module in [m for m in gm.modules() if isinstance(m, GraphModule)]:
-        for node in list(module.graph.nodes):
-            if node.target in _QUANTIZE and isinstance(node.args[1], Node) and node.args[1].op != "get_attr":
-                _rescale(module, node)
-                modified = True
-        if modified:
-            module.graph.eliminate_dead_code()
-            module.graph.lint()
-            module.recompile()
-    return PassResult(gm, modified)
+    for node in list(module.graph.nodes):
+        if node.target in _QUANTIZE and isinstance(node.args[1], Node) and node.args[1].op != "get_attr":
+            _rescale(module, node)
+            modified = True
+    return modified
 
 
 def _rescale(gm: GraphModule, quantize: Node) -> None:

@@ -8,7 +8,7 @@ from torch.fx.passes.infra.pass_base import PassResult
 
 from tfmq_fx.arithmetic import IntegerRange
 from tfmq_fx.graph import aten, op_name
-from tfmq_fx.passes.pass_manager import declare
+from tfmq_fx.passes.pass_manager import declare, rewrite_modules
 
 ops = torch.ops.quantized_decomposed
 BYTE = IntegerRange.activation(8)
@@ -26,17 +26,16 @@ def rescale_tokens(gm: GraphModule) -> PassResult:
     become unsigned, as the x86 kernels and onnxruntime's fusions want them.
     Numerics: y has bitwise the same integers; a linear multiplies by s once a sum, not once a product.
     """
+    return rewrite_modules(gm, _rewrite)
+
+
+def _rewrite(module: GraphModule) -> bool:
     modified = False
-    for module in [m for m in gm.modules() if isinstance(m, GraphModule)]:
-        for node in module.graph.find_nodes(op="call_function", target=ops.dequantize_per_token.default):
-            if node.args[0].target is ops.quantize_per_token.default:
-                _rescale(module, node)
-                modified = True
-        if modified:
-            module.graph.eliminate_dead_code()
-            module.graph.lint()
-            module.recompile()
-    return PassResult(gm, modified)
+    for node in module.graph.find_nodes(op="call_function", target=ops.dequantize_per_token.default):
+        if node.args[0].target is ops.quantize_per_token.default:
+            _rescale(module, node)
+            modified = True
+    return modified
 
 
 def _rescale(gm: GraphModule, dequantize: Node) -> None:

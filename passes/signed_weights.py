@@ -7,7 +7,7 @@ from torch.fx import GraphModule
 from torch.fx.passes.infra.pass_base import PassResult
 
 from tfmq_fx.graph import attribute, set_buffer
-from tfmq_fx.passes.pass_manager import declare
+from tfmq_fx.passes.pass_manager import declare, rewrite_modules
 
 ops = torch.ops.quantized_decomposed
 
@@ -20,26 +20,25 @@ def signed_weights(gm: GraphModule) -> PassResult:
 
     Bitwise unchanged. An affine weight of at most 7 bits has q - z within a signed byte; another stays as it is.
     """
+    return rewrite_modules(gm, _rewrite)
+
+
+def _rewrite(module: GraphModule) -> bool:
     modified = False
-    for module in [m for m in gm.modules() if isinstance(m, GraphModule)]:
-        for node in module.graph.find_nodes(op="call_function", target=ops.dequantize_per_channel.default):
-            source, scale, offset, axis, *_, dtype = node.args
-            if dtype is not torch.uint8 or any(n.op != "get_attr" for n in node.all_input_nodes):
-                continue
-            q, zero_point = (attribute(module, str(n.target)) for n in (source, offset))
-            shape = [-1 if i == axis else 1 for i in range(q.dim())]
-            centred = q.to(torch.int16) - zero_point.to(torch.int16).reshape(shape)
-            if centred.amin() < -128 or centred.amax() > 127:
-                continue
-            names = f"{source.target}_signed", f"{offset.target}_signed"
-            set_buffer(module, names[0], centred.to(torch.int8))
-            set_buffer(module, names[1], torch.zeros_like(zero_point))
-            with module.graph.inserting_before(node):
-                new = [module.graph.get_attr(name) for name in names]
-            node.args = (new[0], scale, new[1], axis, -128, 127, torch.int8)
-            modified = True
-        if modified:
-            module.graph.eliminate_dead_code()
-            module.graph.lint()
-            module.recompile()
-    return PassResult(gm, modified)
+    for node in module.graph.find_nodes(op="call_function", target=ops.dequantize_per_channel.default):
+        source, scale, offset, axis, *_, dtype = node.args
+        if dtype is not torch.uint8 or any(n.op != "get_attr" for n in node.all_input_nodes):
+            continue
+        q, zero_point = (attribute(module, str(n.target)) for n in (source, offset))
+        shape = [-1 if i == axis else 1 for i in range(q.dim())]
+        centred = q.to(torch.int16) - zero_point.to(torch.int16).reshape(shape)
+        if centred.amin() < -128 or centred.amax() > 127:
+            continue
+        names = f"{source.target}_signed", f"{offset.target}_signed"
+        set_buffer(module, names[0], centred.to(torch.int8))
+        set_buffer(module, names[1], torch.zeros_like(zero_point))
+        with module.graph.inserting_before(node):
+            new = [module.graph.get_attr(name) for name in names]
+        node.args = (new[0], scale, new[1], axis, -128, 127, torch.int8)
+        modified = True
+    return modified

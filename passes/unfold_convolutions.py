@@ -11,7 +11,7 @@ from torch.fx import GraphModule, Node
 from torch.fx.passes.infra.pass_base import PassResult
 
 from tfmq_fx.graph import aten, attribute, fixed_size, meta_value, op_name, set_buffer
-from tfmq_fx.passes.pass_manager import declare
+from tfmq_fx.passes.pass_manager import declare, rewrite_modules
 
 ops = torch.ops.quantized_decomposed
 _CONVOLUTIONS = {"conv1d": 1, "conv2d": 2, "conv3d": 3}  # name -> spatial dimensions
@@ -30,17 +30,16 @@ def unfold_convolutions(gm: GraphModule) -> PassResult:
     Numerics: the same products, summed in another order. The patches take as many times q's bytes as the kernel has
     places. A convolution stays as it is if it has groups, a scale per group of weights, or a size unknown at capture.
     """
+    return rewrite_modules(gm, _rewrite)
+
+
+def _rewrite(module: GraphModule) -> bool:
     modified = False
-    for module in [m for m in gm.modules() if isinstance(m, GraphModule)]:
-        for node in list(module.graph.nodes):
-            if _fits(node):
-                _unfold(module, node)
-                modified = True
-        if modified:
-            module.graph.eliminate_dead_code()
-            module.graph.lint()
-            module.recompile()
-    return PassResult(gm, modified)
+    for node in list(module.graph.nodes):
+        if _fits(node):
+            _unfold(module, node)
+            modified = True
+    return modified
 
 
 def _arguments(node: Node) -> tuple[Any, Any, Any, list[int], list[int], list[int], int]:
