@@ -6,6 +6,7 @@ import torch
 from torch.fx import GraphModule
 from torch.fx.passes.infra.pass_base import PassResult
 
+from tfmq_fx.arithmetic import centred
 from tfmq_fx.graph import aten, attribute, set_buffer
 from tfmq_fx.passes.pass_manager import declare, rewrite_modules
 
@@ -32,14 +33,13 @@ def _rewrite(module: GraphModule) -> bool:
         source, axis = node.args[0], node.args[3]
         q, scale, zero_point = (attribute(module, str(a.target)) for a in node.args[:3])
         shape = [-1 if i == axis else 1 for i in range(q.dim())]
-        centred = q.to(torch.int16) - zero_point.to(torch.int16).reshape(shape)
-        fits = centred.amin() >= -128 and centred.amax() <= 127
-        set_buffer(module, f"{source.target}{SUFFIX}", centred.to(torch.int8) if fits else q)
+        signed = centred(q, zero_point, axis)
+        set_buffer(module, f"{source.target}{SUFFIX}", q if signed is None else signed)
         set_buffer(module, f"{source.target}_factor", scale.float().reshape(shape))
         with module.graph.inserting_before(node):
             value = module.graph.get_attr(f"{source.target}{SUFFIX}")
             value = call(aten._to_copy.default, (value,), {"dtype": torch.float32})
-            if not fits:
+            if signed is None:
                 set_buffer(module, f"{source.target}_offset", zero_point.float().reshape(shape))
                 value = call(aten.sub.Tensor, (value, module.graph.get_attr(f"{source.target}_offset")))
             value = call(aten.mul.Tensor, (value, module.graph.get_attr(f"{source.target}_factor")))

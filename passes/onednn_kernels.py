@@ -9,7 +9,16 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 from torch.fx.passes.infra.pass_base import PassResult
 
-from tfmq_fx.graph import attribute, meta_value, op_name, set_buffer, weight_argument
+from tfmq_fx.arithmetic import centred
+from tfmq_fx.graph import (
+    attribute,
+    convolution_arguments,
+    hinted_shape,
+    meta_value,
+    op_name,
+    set_buffer,
+    weight_argument,
+)
 from tfmq_fx.onednn import FLOAT, NO_POST_OP, onednn, pack_int4
 from tfmq_fx.passes.integer_weights import SUFFIX
 from tfmq_fx.passes.pass_manager import declare
@@ -25,7 +34,6 @@ KERNELS = (
 LAY_OUT = (tfmq.lay_out_conv.default, tfmq.lay_out_linear.default)
 LAYER = "layer"  # in a kernel's meta: the name of the node that it replaced
 FALLBACKS = "fallbacks"  # in the graph's meta: layer -> why it stayed as it was
-_PLACE = ((1,), (0,), (1,), 1)  # stride, padding, dilation, groups where a convolution leaves them out
 
 
 @declare(after=("convert", "rescale_temporal", "byte_activations"))
@@ -99,7 +107,7 @@ def _why_not(gm: GraphModule, layer: Node) -> str:
     if (name == "linear" and rank < 2) or (name != "linear" and rank != _integers(gm, weight)[0].dim()):
         return "its input has no batch dimension"
     q, _, zero_point = _integers(gm, weight)
-    if not _fits(_centred(q, zero_point)):
+    if centred(q, zero_point, 0) is None:
         return "its weight minus its zero point does not fit a signed byte"
     return ""
 
@@ -116,18 +124,8 @@ def _integers(gm: GraphModule, weight: Node) -> tuple[Tensor, Tensor, Tensor]:
     return q, scale, zero_point
 
 
-def _centred(q: Tensor, zero_point: Tensor) -> Tensor:
-    if not zero_point.any():
-        return q
-    return q.to(torch.int16) - zero_point.to(torch.int16).reshape(-1, *[1] * (q.dim() - 1))
-
-
-def _fits(centred: Tensor) -> bool:
-    return bool(centred.amin() >= -128) and bool(centred.amax() <= 127)
-
-
 def _replace(gm: GraphModule, layer: Node, *, pack: str | None) -> None:
-    x, weight, bias, *rest = [*layer.args, None][: max(3, len(layer.args))]
+    x, weight, bias = (*layer.args, None)[:3]
     assert isinstance(x, Node)
     assert isinstance(weight, Node)
     assert isinstance(weight.args[0], Node)
@@ -135,7 +133,10 @@ def _replace(gm: GraphModule, layer: Node, *, pack: str | None) -> None:
     q, _, zero_point = _integers(gm, weight)
     low, high = int(weight.args[4]), int(weight.args[5])  # type: ignore[arg-type]
     is_conv = op_name(layer) != "linear"
-    place: tuple[Any, ...] = _place(layer, rest) if is_conv else ()
+    place: tuple[Any, ...] = ()
+    if is_conv:
+        arguments = convolution_arguments(layer)
+        place = tuple(arguments[name] for name in ("stride", "padding", "dilation", "groups"))
     scale_node = weight.args[1]
     read: tuple[Any, ...] = (x.args[0], x.args[1], x.args[2])
     call, get = gm.graph.call_function, gm.graph.get_attr
@@ -147,11 +148,11 @@ def _replace(gm: GraphModule, layer: Node, *, pack: str | None) -> None:
             target = tfmq.int4_conv.default if is_conv else tfmq.int4_linear.default
             kernel = call(target, (*read, *packed, scale_node, bias, *place, *FLOAT, torch.float32))
         else:
-            _buffer(gm, f"{source}{SUFFIX}", lambda: _centred(q, zero_point).to(torch.int8))
+            _buffer(gm, f"{source}{SUFFIX}", lambda: centred(q, zero_point, 0))
             zeros = f"zeros_{q.shape[0]}"
             _buffer(gm, zeros, lambda: torch.zeros(q.shape[0], dtype=torch.int32))
             integers = get(f"{source}{SUFFIX}")
-            shape = _shape(x)
+            shape = hinted_shape(x)
             if is_conv:
                 given = (integers, scale_node, x.args[1], x.args[2], *place, shape)
                 laid_out = call(tfmq.lay_out_conv.default, given)
@@ -166,21 +167,6 @@ def _replace(gm: GraphModule, layer: Node, *, pack: str | None) -> None:
     kernel.meta = {k: v for k, v in layer.meta.items() if k in ("val", PRECISE)} | {LAYER: layer.name}
     layer.replace_all_uses_with(kernel)
     gm.graph.erase_node(layer)
-
-
-def _place(layer: Node, rest: list[Any]) -> tuple[Any, ...]:
-    """stride, padding, dilation, groups, with one number for each dimension."""
-    count = _rank(layer) - 2
-    given = [*rest, *_PLACE[len(rest) :]]
-    lists = [[v] * count if isinstance(v, int) else list(v) for v in given[:3]]
-    return (*[v * count if len(v) == 1 else v for v in lists], given[3])
-
-
-def _shape(x: Node) -> list[int]:
-    """The sizes at capture: oneDNN chooses the layout of the weight by them."""
-    value = meta_value(x)
-    assert isinstance(value, Tensor), x
-    return [d if isinstance(d, int) else d.node.hint for d in value.shape]
 
 
 def _buffer(gm: GraphModule, target: str, make: Any) -> None:

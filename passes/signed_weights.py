@@ -6,6 +6,7 @@ import torch
 from torch.fx import GraphModule
 from torch.fx.passes.infra.pass_base import PassResult
 
+from tfmq_fx.arithmetic import centred
 from tfmq_fx.graph import attribute, set_buffer
 from tfmq_fx.passes.pass_manager import declare, rewrite_modules
 
@@ -30,12 +31,11 @@ def _rewrite(module: GraphModule) -> bool:
         if dtype is not torch.uint8 or any(n.op != "get_attr" for n in node.all_input_nodes):
             continue
         q, zero_point = (attribute(module, str(n.target)) for n in (source, offset))
-        shape = [-1 if i == axis else 1 for i in range(q.dim())]
-        centred = q.to(torch.int16) - zero_point.to(torch.int16).reshape(shape)
-        if centred.amin() < -128 or centred.amax() > 127:
+        signed = centred(q, zero_point, axis)
+        if signed is None:
             continue
         names = f"{source.target}_signed", f"{offset.target}_signed"
-        set_buffer(module, names[0], centred.to(torch.int8))
+        set_buffer(module, names[0], signed)
         set_buffer(module, names[1], torch.zeros_like(zero_point))
         with module.graph.inserting_before(node):
             new = [module.graph.get_attr(name) for name in names]

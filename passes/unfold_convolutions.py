@@ -10,11 +10,11 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 from torch.fx.passes.infra.pass_base import PassResult
 
-from tfmq_fx.graph import aten, attribute, fixed_size, meta_value, op_name, set_buffer
+from tfmq_fx.graph import aten, attribute, convolution_arguments, fixed_size, meta_value, op_name, set_buffer
 from tfmq_fx.passes.pass_manager import declare, rewrite_modules
 
 ops = torch.ops.quantized_decomposed
-_CONVOLUTIONS = {"conv1d": 1, "conv2d": 2, "conv3d": 3}  # name -> spatial dimensions
+_CONVOLUTIONS = ("conv1d", "conv2d", "conv3d")
 SUFFIX = "_patches"  # of the buffer that holds the weight as a matrix
 
 
@@ -42,31 +42,19 @@ def _rewrite(module: GraphModule) -> bool:
     return modified
 
 
-def _arguments(node: Node) -> tuple[Any, Any, Any, list[int], list[int], list[int], int]:
-    """x, weight, bias, stride, padding, dilation and groups of a conv1d, conv2d or conv3d."""
-    n = _CONVOLUTIONS[op_name(node)]
-    defaults: list[Any] = [None, None, None, 1, 0, 1, 1]
-    given = [*node.args, *defaults[len(node.args) :]]
-    x, weight, bias, *sizes, groups = given
-    stride, padding, dilation = ([v] * n if isinstance(v, int) else list(v) * (n // len(v)) for v in sizes)
-    return x, weight, bias, stride, padding, dilation, groups
-
-
 def _fits(node: Node) -> bool:
     if op_name(node) not in _CONVOLUTIONS or node.kwargs or "padding" in str(node.target):
         return False
-    x, weight, _, *_, groups = _arguments(node)
+    given = convolution_arguments(node)
+    x, weight = given["input"], given["weight"]
     is_int8 = (
         x.target is ops.dequantize_per_tensor.default and weight.target is ops.dequantize_per_channel.default
     )
-    if not is_int8 or groups != 1 or weight.args[3] != 0 or weight.args[0].op != "get_attr":
+    if not is_int8 or given["groups"] != 1 or weight.args[3] != 0 or weight.args[0].op != "get_attr":
         return False
-    y = meta_value(node)
-    given = meta_value(x)
-    known = (
-        isinstance(y, Tensor) and isinstance(given, Tensor) and y.dim() == _CONVOLUTIONS[op_name(node)] + 2
-    )
-    return known and None not in (_spatial(y) + _spatial(given))
+    y, seen = meta_value(node), meta_value(x)
+    known = isinstance(y, Tensor) and isinstance(seen, Tensor) and y.dim() == len(given["stride"]) + 2
+    return known and None not in (_spatial(y) + _spatial(seen))
 
 
 def _spatial(y: Tensor) -> list[Any]:
@@ -85,7 +73,9 @@ def _places(padded: list[int], kernel: list[int], stride: list[int], dilation: l
 
 def _unfold(gm: GraphModule, node: Node) -> None:
     call = gm.graph.call_function
-    x, weight, bias, stride, padding, dilation, _ = _arguments(node)
+    given = convolution_arguments(node)
+    x, weight, bias = (given[name] for name in ("input", "weight", "bias"))
+    stride, padding, dilation = (given[name] for name in ("stride", "padding", "dilation"))
     q, *qparams = x.args
     integers, *weight_qparams = weight.args
     w = attribute(gm, str(integers.target))

@@ -11,20 +11,24 @@ import torch
 from torch import nn
 
 import tfmq_fx
+from tests.lowered import (
+    BFLOAT16,
+    SETTINGS,
+    SIZES,
+    assert_every_batch_size_and_step_agrees,
+    assert_same_but_for_ties,
+    mixed,
+    noise,
+    quantized,
+)
 from tests.networks import TIMESTEPS, ScalarTime, TinyUNet, calibration, make
 from tests.test_finite import Labelled, labelled_data
-from tests.test_mixed_batches import FLIPPED_BY, FLIPPED_ROWS, moved, one_timestep
+from tests.test_mixed_batches import moved, one_timestep
 from tfmq_fx import lowering
 from tfmq_fx.errors import TFMQError
 from tfmq_fx.model import DropIn
 
 pytest.importorskip("openvino", reason="lowering needs the openvino extra")
-SIZES = (1, 2, 3, 5, 16)
-# Eight bits of mantissa: each of some ten layers adds half of 2^-8 of its output, and flips activations by a step.
-# 2.2% of the largest output was measured on the tiny network.
-BFLOAT16 = 0.05
-
-
 CACHE = tempfile.mkdtemp(prefix="tfmq-tests-")  # so that each network is converted once
 
 
@@ -35,44 +39,13 @@ def _clean_up():
 
 
 @functools.cache
-def quantized(bits="w8a8", keyed="block", network_class=TinyUNet):
-    nearest = tfmq_fx.Reconstruction(method="nearest")
-    recipe = dataclasses.replace(tfmq_fx.Recipe.preset(bits), reconstruction=nearest, keyed=keyed)
-    return tfmq_fx.quantize(make(network_class), recipe, calibration=calibration())
-
-
-@functools.cache
 def lowered(bits="w8a8", keyed="block", precision="float32"):
     return quantized(bits, keyed).lower("cpu", precision=precision, cache=CACHE)
 
 
-def noise(size):
-    return torch.randn(size, 1, 8, 8, generator=torch.Generator().manual_seed(size))
-
-
-def mixed(size):
-    return TIMESTEPS[torch.arange(size) * 3 % 10]
-
-
-def assert_same_but_for_ties(pairs):
-    """(got, expected): see tests/test_mixed_batches.py. OpenVINO adds in another order, as another batch size does."""
-    masks, worst = zip(*(moved(got, expected) for got, expected in pairs), strict=True)
-    assert torch.cat(masks).float().mean() <= FLIPPED_ROWS
-    assert max(worst) <= FLIPPED_BY
-
-
-@pytest.mark.parametrize(
-    ("bits", "keyed"),
-    [("w8a8", "block"), ("w4a8", "block"), ("w4a4", "block"), ("w4a16", "block"), ("w4a8", "all")],
-)
-@torch.no_grad()
+@pytest.mark.parametrize(("bits", "keyed"), SETTINGS)
 def test_every_batch_size_and_step_gives_what_the_quantized_network_gives(bits, keyed):
-    q, low = quantized(bits, keyed), lowered(bits, keyed)
-    pairs = [(low(noise(n), mixed(n)), q(noise(n), mixed(n))) for n in SIZES]
-    pairs += [(low(noise(2), t), q(noise(2), t)) for t in TIMESTEPS]
-    assert_same_but_for_ties(pairs)
-    for (one, _), (other, _) in zip(pairs[len(SIZES) :], pairs[len(SIZES) + 1 :], strict=False):
-        assert moved(one, other)[0].all()  # the control: the step shows
+    assert_every_batch_size_and_step_agrees(lowered(bits, keyed), quantized(bits, keyed))
 
 
 @torch.no_grad()

@@ -13,18 +13,24 @@ from torch import nn
 from torch._dynamo.utils import counters
 
 import tfmq_fx
-from tests.networks import TIMESTEPS, ScalarTime, TinyUNet, calibration, make
+from tests.lowered import (
+    BFLOAT16,
+    SETTINGS,
+    SIZES,
+    assert_every_batch_size_and_step_agrees,
+    assert_same_but_for_ties,
+    mixed,
+    noise,
+    quantized,
+)
+from tests.networks import TIMESTEPS, ScalarTime, TinyUNet, make
 from tests.test_finite import Labelled, labelled_data
-from tests.test_mixed_batches import FLIPPED_BY, FLIPPED_ROWS, moved, one_timestep
+from tests.test_mixed_batches import moved, one_timestep
 from tfmq_fx import lowering, lowering_torch, saving
 from tfmq_fx.errors import TFMQError
 from tfmq_fx.onednn import pack_int4, unpack_int4
 from tfmq_fx.passes.onednn_kernels import KERNELS
 from tfmq_fx.passes.share_quantized import QUANTIZE
-
-SIZES = (1, 2, 3, 5, 16)
-# Eight bits of mantissa, as in tests/test_lowering.py: 1.4% of the largest output was measured on the tiny network.
-BFLOAT16 = 0.05
 
 needs_kernels = pytest.mark.skipif(
     not lowering.int8_instructions(), reason="this CPU has no int8 instructions"
@@ -33,11 +39,6 @@ needs_compiler = pytest.mark.skipif(
     bool(lowering_torch.compiler_missing()), reason="there is no C++ compiler"
 )
 pytestmark = needs_kernels
-
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    torch.set_num_threads(1)
 
 
 exported = functools.cache(saving.exported)
@@ -50,49 +51,17 @@ def _one_export(monkeypatch):
 
 
 @functools.cache
-def quantized(bits="w8a8", keyed="block", network_class=TinyUNet, **changes):
-    nearest = tfmq_fx.Reconstruction(method="nearest")
-    recipe = dataclasses.replace(tfmq_fx.Recipe.preset(bits), reconstruction=nearest, keyed=keyed, **changes)
-    return tfmq_fx.quantize(make(network_class), recipe, calibration=calibration())
-
-
-@functools.cache
 def lowered(bits="w8a8", keyed="block", precision="float32", pack=None):
     return quantized(bits, keyed).lower(engine="torch", precision=precision, compile=False, pack=pack)
-
-
-def noise(size):
-    return torch.randn(size, 1, 8, 8, generator=torch.Generator().manual_seed(size))
-
-
-def mixed(size):
-    return TIMESTEPS[torch.arange(size) * 3 % 10]
-
-
-def assert_same_but_for_ties(pairs):
-    """(got, expected): see tests/test_mixed_batches.py. A kernel scales the exact sum of integers once, where the float
-    layer rounds every product: an activation within that distance of a rounding tie becomes the next integer."""
-    masks, worst = zip(*(moved(got, expected) for got, expected in pairs), strict=True)
-    assert torch.cat(masks).float().mean() <= FLIPPED_ROWS
-    assert max(worst) <= FLIPPED_BY
 
 
 def kernels_of(low):
     return {k["path"]: k for k in low.report["lowering"]["kernels"]}
 
 
-@pytest.mark.parametrize(
-    ("bits", "keyed"),
-    [("w8a8", "block"), ("w4a8", "block"), ("w4a4", "block"), ("w4a16", "block"), ("w4a8", "all")],
-)
-@torch.no_grad()
+@pytest.mark.parametrize(("bits", "keyed"), SETTINGS)
 def test_every_batch_size_and_step_gives_what_the_quantized_network_gives(bits, keyed):
-    q, low = quantized(bits, keyed), lowered(bits, keyed)
-    pairs = [(low(noise(n), mixed(n)), q(noise(n), mixed(n))) for n in SIZES]
-    pairs += [(low(noise(2), t), q(noise(2), t)) for t in TIMESTEPS]
-    assert_same_but_for_ties(pairs)
-    for (one, _), (other, _) in zip(pairs[len(SIZES) :], pairs[len(SIZES) + 1 :], strict=False):
-        assert moved(one, other)[0].all()  # the control: the step shows
+    assert_every_batch_size_and_step_agrees(lowered(bits, keyed), quantized(bits, keyed))
 
 
 @pytest.mark.parametrize("keyed", ["block", "all"])

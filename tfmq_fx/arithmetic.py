@@ -58,6 +58,14 @@ class IntegerRange:
         return (self.quant_max - self.quant_min).bit_length()
 
 
+def centred(q: Tensor, zero_point: Tensor, axis: int) -> Tensor | None:
+    """q - zero_point, one zero point for each index of `axis`, as signed bytes; None where they do not fit."""
+    shape = [-1 if i == axis else 1 for i in range(q.dim())]
+    found = q.to(torch.int16) - zero_point.to(torch.int16).reshape(shape)
+    fits = found.amin() >= -128 and found.amax() <= 127
+    return found.to(torch.int8) if fits else None
+
+
 def check_bits(bits: int, argument: str) -> None:
     """Raise TFMQError unless `bits` is 2..8, or 16 for "left in float"."""
     if isinstance(bits, bool) or not isinstance(bits, int) or bits not in (*SUPPORTED_BITS, FLOAT_BITS):

@@ -13,6 +13,7 @@ from tfmq_fx.errors import TFMQError
 from tfmq_fx.graph import (
     attribute,
     edge_layers,
+    groups_of,
     op_name,
     output_channel_axis,
     weight_argument,
@@ -56,15 +57,7 @@ class Layer:
 
     @property
     def groups(self) -> int:
-        """Of a convolution: each output channel sees C_in / groups input channels."""
-        if op_name(self.node) == "linear":
-            return 1
-        position = 8 if op_name(self.node) == "convolution" else 6
-        found = (
-            self.node.args[position] if len(self.node.args) > position else self.node.kwargs.get("groups", 1)
-        )
-        assert isinstance(found, int)
-        return found
+        return groups_of(self.node)
 
     @property
     def transposed(self) -> bool:

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import torch
-from torch import Tensor
 from torch.fx import GraphModule, Node
 
-from tfmq_fx.graph import matmul_inputs, meta_value, op_name, weight_argument
+from tfmq_fx.graph import hinted_shape, matmul_inputs, op_name, weight_argument
 from tfmq_fx.passes.integer_weights import SUFFIX
 from tfmq_fx.passes.partition_temporal import BLOCK_NAME
 from tfmq_fx.passes.rescale_temporal import DEQUANTIZED
@@ -92,20 +90,13 @@ def _is_quantized(x: Node) -> bool:
 
 def _flops(node: Node) -> int:
     """Of one sample: 2 * what is summed * outputs; two matmuls for an attention."""
-    x, y = (sizes(n) for n in (node.args[0], node))
+    x, y = hinted_shape(node.args[0]), hinted_shape(node)
     index = weight_argument(node)
     if index is not None:
-        weight = sizes(node.args[index])
+        weight = hinted_shape(node.args[index])
         summed = torch.Size(weight).numel() // (weight[1] if op_name(node) == "conv_transpose" else weight[0])
         return 2 * summed * torch.Size(y).numel() // y[0]
     if op_name(node) == "scaled_dot_product_attention":
-        keys = sizes(node.args[1])[-2]
+        keys = hinted_shape(node.args[1])[-2]
         return 2 * keys * (x[-1] + y[-1]) * torch.Size(y[:-1]).numel() // y[0]
     return 2 * x[-1] * torch.Size(y).numel() // y[0]
-
-
-def sizes(node: Any) -> list[int]:
-    """The sizes at capture: a batch of two where it may vary."""
-    value = meta_value(node)
-    assert isinstance(value, Tensor), node
-    return [d if isinstance(d, int) else d.node.hint for d in value.shape]

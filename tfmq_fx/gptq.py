@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,7 +16,7 @@ from torch.nn import functional as F
 
 from tfmq_fx.arithmetic import IntegerRange
 from tfmq_fx.errors import TFMQError
-from tfmq_fx.graph import op_name
+from tfmq_fx.graph import convolution_arguments, groups_of, op_name
 from tfmq_fx.parallel import Ranks, Workers
 
 PRODUCTS = 2**28  # float32 numbers
@@ -122,37 +121,19 @@ def joined(x_GRK: Tensor, pieces: int) -> Tensor:
     return x.transpose(1, 2).reshape(groups // pieces, count, pieces * columns)
 
 
-def groups_of(layer: Node) -> int:
-    """G: of a convolution, its groups; of a linear, 1."""
-    if op_name(layer) == "linear":
-        return 1
-    found = _arguments(layer).get("groups", 1)
-    assert isinstance(found, int)
-    return found
-
-
-def _arguments(convolution: Node) -> dict[str, Any]:
-    names = ("x", "w", "b", "stride", "padding", "dilation", "groups")
-    return dict(zip(names, convolution.args, strict=False)) | convolution.kwargs
-
-
 def rows(layer: Node, x: Tensor, weight: Tensor) -> Tensor:
     """The layer's input as rows (G, R, K), such that its output is rows @ weight.view(G, C, K)^T."""
     if op_name(layer) == "linear":
         return x.reshape(1, -1, x.shape[-1])
     dims = weight.dim() - 2
-    given = _arguments(layer)
-
-    def each(name: str, default: int) -> list[int]:
-        value = given.get(name, default)
-        return [value] * dims if isinstance(value, int) else list(value) * (dims if len(value) == 1 else 1)
-
-    stride, dilation, kernel = each("stride", 1), each("dilation", 1), list(weight.shape[2:])
-    if isinstance(padding := given.get("padding", 0), str):
+    given = convolution_arguments(layer)
+    stride, padding, dilation = (given[name] for name in ("stride", "padding", "dilation"))
+    kernel = list(weight.shape[2:])
+    if isinstance(padding, str):
         total = [d * (k - 1) if padding == "same" else 0 for d, k in zip(dilation, kernel, strict=True)]
         pads = [(t // 2, t - t // 2) for t in total]
     else:
-        pads = [(p, p) for p in each("padding", 0)]
+        pads = [(p, p) for p in padding]
     x = F.pad(x, [side for pair in reversed(pads) for side in pair])
     for i in range(dims):
         x = x.unfold(2 + i, (kernel[i] - 1) * dilation[i] + 1, stride[i])[..., :: dilation[i]]

@@ -24,6 +24,14 @@ _WEIGHT_ARGUMENT = {
     "linear": 1, "conv1d": 1, "conv2d": 1, "conv3d": 1, "convolution": 1,
     "conv_transpose1d": 1, "conv_transpose2d": 1, "conv_transpose3d": 1,
 }  # fmt: skip
+_CONVOLUTION_ARGUMENTS = {
+    "conv": ("input", "weight", "bias", "stride", "padding", "dilation", "groups"),
+    "transpose": ("input", "weight", "bias", "stride", "padding", "output_padding", "groups", "dilation"),
+    "convolution": (
+        "input", "weight", "bias", "stride", "padding", "dilation", "transposed", "output_padding", "groups",
+    ),
+}  # fmt: skip
+_CONVOLUTION_DEFAULTS = {"bias": None, "stride": 1, "padding": 0, "dilation": 1, "groups": 1}
 _MATMULS = {"scaled_dot_product_attention": (0, 1, 2), "matmul": (0, 1), "bmm": (0, 1), "baddbmm": (1, 2)}
 _METADATA = {
     "sym_size", "sym_stride", "sym_numel", "sym_storage_offset", "size", "stride", "numel", "dim", "shape",
@@ -84,6 +92,40 @@ def called_module(node: Node) -> nn.Module:
 def meta_value(node: Node) -> Any:
     """The fake value of a node, as torch.export ("val") or Dynamo ("example_value") left it; None when neither did."""
     return node.meta.get("val", node.meta.get("example_value"))
+
+
+def hinted_shape(node: Any) -> list[int]:
+    """The sizes of a node's tensor at capture: a batch of two where it may vary."""
+    value = meta_value(node)
+    assert isinstance(value, Tensor), node
+    return [d if isinstance(d, int) else d.node.hint for d in value.shape]
+
+
+def convolution_arguments(node: Node) -> dict[str, Any]:
+    """Those of a convolution by name, with defaults.
+
+    stride, padding (unless it is a word) and dilation have a number for each dimension that the kernel moves along.
+    """
+    name = op_name(node)
+    names = _CONVOLUTION_ARGUMENTS["transpose" if "transpose" in name else name.rstrip("123d")]
+    given: dict[str, Any] = {
+        **_CONVOLUTION_DEFAULTS,
+        **dict(zip(names, node.args, strict=False)),
+        **node.kwargs,
+    }
+    dims = int(name[-2]) if name.endswith("d") else len(given["stride"])
+    for key in ("stride", "padding", "dilation"):
+        value = given[key]
+        if not isinstance(value, str):
+            values = [value] if isinstance(value, int) else list(value)
+            given[key] = values * (dims // len(values))
+    return given
+
+
+def groups_of(layer: Node) -> int:
+    """Of a convolution: each output channel sees C_in / groups input channels. Of a linear: 1."""
+    found: int = 1 if op_name(layer) == "linear" else convolution_arguments(layer)["groups"]
+    return found
 
 
 def fixed_size(size: int | torch.SymInt) -> int | None:

@@ -15,8 +15,8 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from tfmq_fx.errors import TFMQError
-from tfmq_fx.gptq import Moments, column_pieces, corrected, gptq, groups_of, joined, parted, supported
-from tfmq_fx.graph import attribute, fresh, weight_argument
+from tfmq_fx.gptq import Moments, column_pieces, corrected, gptq, joined, parted, supported
+from tfmq_fx.graph import attribute, fresh, groups_of, weight_argument
 from tfmq_fx.observers.static import StaticFakeQuantize
 from tfmq_fx.observers.weight import PerChannelWeightFakeQuantize
 from tfmq_fx.parallel import Ranks, Workers
