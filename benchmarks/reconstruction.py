@@ -114,14 +114,14 @@ def prepare(output: Path, model: str, seed: int, samples: int) -> tuple[Path, Pa
     return data, reference
 
 
-def one(run: Run, output: Path) -> dict[str, float]:
-    """Quantize, sample, measure."""
+def measure(run: Run, recipe: Recipe, output: Path) -> dict[str, float]:
+    """Quantize, sample, measure. Of `run`: model, seed and samples."""
     data, reference = prepare(output, run.model, run.seed, run.samples)
     pipe, kwargs, finite = pipeline(run.model)
     network = tfmq_fx.calibration.denoiser(pipe)
     calibration = tfmq_fx.CalibrationSet.from_tensors(load_file(data))
     started, cpu = time.monotonic(), time.process_time()
-    q = tfmq_fx.quantize(network, run.recipe, calibration=calibration, finite=finite, seed=run.seed)
+    q = tfmq_fx.quantize(network, recipe, calibration=calibration, finite=finite, seed=run.seed)
     row = {
         "seconds": time.monotonic() - started,
         "cpu_seconds": time.process_time() - cpu,
@@ -145,8 +145,8 @@ def one(run: Run, output: Path) -> dict[str, float]:
     }
 
 
-def read() -> dict[Run, dict[str, float]]:
-    lines = [json.loads(line) for line in RESULTS.read_text().splitlines()] if RESULTS.exists() else []
+def read(results: Path) -> dict[Run, dict[str, float]]:
+    lines = [json.loads(line) for line in results.read_text().splitlines()] if results.exists() else []
     return {Run(**line["run"]): line["figures"] for line in lines}
 
 
@@ -155,6 +155,21 @@ def revision() -> str:
     return subprocess.run(
         command, check=True, capture_output=True, text=True, cwd=RESULTS.parent
     ).stdout.strip()
+
+
+def run_all(runs: Iterable[Run], *, module: str, results: Path, output: Path) -> None:
+    """Each that `results` lacks, in a process of its own: python -m `module` --output `output` --one RUN."""
+    for run in runs:
+        if run in read(results):
+            continue
+        prepare(output, run.model, run.seed, run.samples)
+        text = json.dumps(dataclasses.asdict(run))
+        command = [sys.executable, "-m", module, "--output", str(output), "--one", text]
+        figures = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+        line = {"run": dataclasses.asdict(run), "revision": revision(), "figures": figures}
+        with results.open("a") as file:
+            file.write(json.dumps(line) + "\n")
+        print(f"{text}: {figures['psnr']:.2f} dB, {figures['cpu_seconds']:.0f} CPU s", file=sys.stderr)
 
 
 def spread(rows: Iterable[dict[str, float]], key: str, form: str) -> str:
@@ -197,7 +212,8 @@ def main() -> None:
     args = parser.parse_args()
     args.output.mkdir(parents=True, exist_ok=True)
     if args.one:
-        print(json.dumps(one(Run(**json.loads(args.one)), args.output)))
+        run = Run(**json.loads(args.one))
+        print(json.dumps(measure(run, run.recipe, args.output)))
         return
     runs = [
         Run(model, setting, method, seed, args.samples)
@@ -207,29 +223,9 @@ def main() -> None:
         for method in args.methods
     ]
     runs += [Run("digits", "w4a8", f"adaround,iterations={n}", 0, args.samples) for n in args.curve]
-    for run in runs:
-        if run in read():
-            continue
-        prepare(args.output, run.model, run.seed, run.samples)
-        text = json.dumps(dataclasses.asdict(run))
-        command = [
-            sys.executable,
-            "-m",
-            "benchmarks.reconstruction",
-            "--output",
-            str(args.output),
-            "--one",
-            text,
-        ]
-        figures = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
-        with RESULTS.open("a") as file:
-            file.write(
-                json.dumps({"run": dataclasses.asdict(run), "revision": revision(), "figures": figures})
-                + "\n"
-            )
-        print(f"{text}: {figures['psnr']:.2f} dB, {figures['cpu_seconds']:.0f} CPU s", file=sys.stderr)
+    run_all(runs, module="benchmarks.reconstruction", results=RESULTS, output=args.output)
     console = Console(width=170)
-    console.print(table(read()))
+    console.print(table(read(RESULTS)))
     console.print(
         f"DDIM {STEPS} steps, {args.samples} samples, {TRAJECTORIES} calibration trajectories; torch {torch.__version__}, "
         f"{platform.machine()}, {torch.get_num_threads()} threads",

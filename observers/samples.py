@@ -1,4 +1,4 @@
-"""Estimators that need the values themselves: MSE and percentile.
+"""Estimators that need the values themselves: MSE, KL and percentile.
 
 An activation of the temporal block is a function of the timestep (and of other finite inputs), so the
 distinct rows of a timestep are few; they are kept, and a row seen again is dropped. That makes observing
@@ -74,3 +74,48 @@ class TemporalPercentileObserver(TemporalSampleObserver):
     def range_of(self, x_RK: Tensor) -> tuple[Tensor, Tensor]:
         tail = (1.0 - self.percentile / 100.0) / 2.0
         return torch.quantile(x_RK, tail, dim=1), torch.quantile(x_RK, 1.0 - tail, dim=1)
+
+
+class TemporalKLObserver(TemporalSampleObserver):
+    """The shrunk range with the least Kullback-Leibler divergence from the values to the rounded ones, per timestep.
+
+    Entropy calibration (Migacz, "8-bit Inference with TensorRT", GTC 2017) for affine ranges, on a histogram of a
+    timestep's values: P is its part in the range, what lies outside counted in the outermost bins; Q spreads the sum over
+    the bins of an integer evenly over those that are not empty. With fewer values than bins the whole range wins.
+    """
+
+    CANDIDATES = 80  # as many as `search_range` tries
+    BINS = 8  # for each integer
+
+    def range_of(self, x_RK: Tensor) -> tuple[Tensor, Tensor]:
+        levels = self.integers.quant_max - self.integers.quant_min + 1
+        bins = levels * self.BINS
+        low_R1, high_R1 = x_RK.amin(1, keepdim=True), x_RK.amax(1, keepdim=True)
+        width_R1 = (high_R1 - low_R1).clamp_min(1e-12)
+        bin_RK = ((x_RK - low_R1) / width_R1 * bins).long().clamp_max(bins - 1)
+        counts_RB = torch.zeros(len(x_RK), bins).scatter_add(1, bin_RK, torch.ones_like(x_RK))
+        centre_RB = low_R1 + (torch.arange(bins) + 0.5) / bins * width_R1
+        best_R1, shrink_R1 = torch.full_like(low_R1, torch.inf), torch.ones_like(low_R1)
+        for shrink in torch.linspace(1.0, 0.2, self.CANDIDATES).tolist():
+            level_RB = ((centre_RB - shrink * low_R1) / (shrink * width_R1) * levels).floor()
+            inside_RB = (level_RB >= 0) & (level_RB < levels)
+            level_RB = level_RB.clamp(0, levels - 1).long()
+            # The bins inside are neighbours: those outside count in the first or the last of them.
+            first_R1 = inside_RB.int().argmax(1, keepdim=True)
+            last_R1 = first_R1 + inside_RB.sum(1, keepdim=True) - 1
+            nearest_RB = torch.arange(bins).clamp(first_R1, last_R1)
+            p_RB = torch.zeros_like(counts_RB).scatter_add(1, nearest_RB, counts_RB)
+            kept_RB = counts_RB * inside_RB
+            sums_RL, filled_RL = (
+                torch.zeros(len(x_RK), levels).scatter_add(1, level_RB, n)
+                for n in (kept_RB, (kept_RB > 0).float())
+            )
+            q_RB = (kept_RB > 0) * (sums_RL / filled_RL.clamp_min(1)).gather(1, level_RB)
+            p_RB, q_RB = (n / n.sum(1, keepdim=True) for n in (p_RB, q_RB))
+            # Where P has a bin that Q lacks, all of its values were clipped there.
+            terms_RB = torch.where(p_RB > 0, p_RB * (p_RB / q_RB.clamp_min(1e-9)).log(), 0.0)
+            divergence_R1 = terms_RB.sum(1, keepdim=True).nan_to_num(torch.inf)
+            better_R1 = divergence_R1 < best_R1
+            best_R1 = torch.where(better_R1, divergence_R1, best_R1)
+            shrink_R1 = torch.where(better_R1, shrink, shrink_R1)
+        return (shrink_R1 * low_R1)[:, 0], (shrink_R1 * high_R1)[:, 0]

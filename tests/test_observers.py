@@ -8,13 +8,14 @@ from tests.networks import TIMESTEPS, calibration, captured
 from tfmq_fx.errors import TFMQError
 from tfmq_fx.observers import (
     PerChannelWeightFakeQuantize,
+    TemporalKLObserver,
     TemporalMinMaxObserver,
     TemporalMSEObserver,
     TemporalObserver,
     TemporalPercentileObserver,
 )
 
-ESTIMATORS = [TemporalMinMaxObserver, TemporalMSEObserver, TemporalPercentileObserver]
+ESTIMATORS = [TemporalMinMaxObserver, TemporalMSEObserver, TemporalKLObserver, TemporalPercentileObserver]
 
 
 def observed(cls, *parts, num_keys=4):
@@ -111,3 +112,15 @@ def test_learning_starts_at_the_float_weight_and_bakes_integers_in_range():
     assert (observer.q.int() - nearest.int()).abs().max() <= 1
     assert observer.q.max() <= 15
     assert torch.equal(observer(weight), observer.dequantized())
+
+
+def test_kl_clips_lone_outliers_and_keeps_what_is_even():
+    generator = torch.Generator().manual_seed(0)
+    bell = torch.randn(1, 20000, generator=generator)
+    bell[0, :2] = torch.tensor([-12.0, 12.0])
+    even = torch.rand(1, 20000, generator=generator) * 8 - 4
+    data = (bell, torch.tensor([0])), (even, torch.tensor([1]))
+    low, high = observed(TemporalKLObserver, *data, num_keys=2).ranges()
+    assert -5 < low[0] < -3.5
+    assert 3.5 < high[0] < 5  # the bulk ends at 4.3
+    assert (low[1], high[1]) == (even.min(), even.max())

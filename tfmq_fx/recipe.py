@@ -10,12 +10,13 @@ from typing import Any
 from tfmq_fx.arithmetic import FLOAT_BITS, check_bits, check_group_size
 from tfmq_fx.errors import TFMQError, nearest_names
 from tfmq_fx.observers.minmax import TemporalMinMaxObserver
-from tfmq_fx.observers.samples import TemporalMSEObserver, TemporalPercentileObserver
+from tfmq_fx.observers.samples import TemporalKLObserver, TemporalMSEObserver, TemporalPercentileObserver
 from tfmq_fx.observers.temporal import TemporalObserver
 
 TEMPORAL_OBSERVERS: dict[str, type[TemporalObserver]] = {
     "minmax": TemporalMinMaxObserver,
     "mse": TemporalMSEObserver,
+    "kl": TemporalKLObserver,
     "percentile": TemporalPercentileObserver,
 }
 ACTIVATION_OBSERVERS = ("minmax", "mse")

@@ -1,0 +1,184 @@
+"""Do the papers' ideas for the temporal block hold on our models?
+
+    python -m benchmarks.ablation --output out/ablation
+    python -m benchmarks.ablation --output out/ablation --observers      the estimators of finite set calibration instead
+
+    none        the block's weights rounded to nearest, one static scale for each of its activations
+    TIAR        the block's rounding learned on all timesteps at once (TFMQ-DM, section 4.2)
+    FSC         activation scales per timestep (TFMQ-DM, section 4.3)
+    TIAR+FSC    both: the library's default, but for TIAR's second-order step
+    cache       the block's features from a table (Temporal Feature Matters)
+    auto        for each feature the cheaper of TIAR+FSC and a table whose disturbance is in bounds (ditto)
+
+The rest of the network is quantized alike in all of them, by `--rest`. Five seeds, each with calibration trajectories
+of its own; samples come from the same noise as their float twins. After ±: the 95% confidence interval of the mean, by
+Student's t; "gain" is the PSNR over "none" with the same seed, so what seeds have in common cancels. Runs are kept in
+benchmarks/ablation.jsonl as in benchmarks.reconstruction.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import math
+import platform
+import statistics
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from safetensors.torch import load_file
+from torch import Tensor
+
+import tfmq_fx
+from benchmarks.reconstruction import Run, measure, pipeline, prepare, read, run_all
+from tfmq_fx.graph import fresh
+from tfmq_fx.metrics import cosine_distance
+from tfmq_fx.observers import TemporalMinMaxObserver, TemporalObserver
+from tfmq_fx.passes.find_temporal import temporal_of
+from tfmq_fx.passes.partition_temporal import extract_temporal
+from tfmq_fx.passes.prepare import observers, set_mode, without_observers
+from tfmq_fx.recipe import TEMPORAL_OBSERVERS, Recipe
+from tfmq_fx.temporal import chunks_of, run_temporal, temporal_rows
+
+RESULTS = Path(__file__).with_suffix(".jsonl")
+SETTINGS = ("w8a8", "w4a8", "w4a4")
+STUDENT = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306, 10: 2.262}
+
+
+class StaticObserver(TemporalMinMaxObserver):
+    """One range for all timesteps: what finite set calibration is compared with."""
+
+    def ranges(self) -> tuple[Tensor, Tensor]:
+        low_T, high_T = super().ranges()
+        return low_T.amin().expand_as(low_T), high_T.amax().expand_as(high_T)
+
+
+VARIANTS: dict[str, dict[str, Any]] = {
+    "none": {"temporal_method": "nearest", "temporal_observer": StaticObserver},
+    "TIAR": {"temporal_method": "adaround", "temporal_observer": StaticObserver},
+    "FSC": {"temporal_method": "nearest"},
+    "TIAR+FSC": {"temporal_method": "adaround"},
+    "cache": {"temporal_method": "nearest", "maintain": "cache"},
+    "auto": {"temporal_method": "adaround", "maintain": "auto"},
+}
+
+
+def recipe_of(run: Run) -> Recipe:
+    """`run.method` is "variant,rest"."""
+    variant, rest = run.method.split(",")
+    recipe, changes = Recipe.preset(run.setting), dict(VARIANTS[variant])
+    settings = {"method": rest, "temporal_method": changes.pop("temporal_method")}
+    return dataclasses.replace(
+        recipe, reconstruction=dataclasses.replace(recipe.reconstruction, **settings), **changes
+    )
+
+
+def interval(values: Sequence[float], form: str) -> str:
+    """mean ± half of its 95% confidence interval."""
+    text = f"{statistics.mean(values):{form}}"
+    if len(values) < 2:
+        return text
+    return text + f" ± {STUDENT[len(values)] * statistics.stdev(values) / math.sqrt(len(values)):{form}}"
+
+
+def table(found: dict[Run, dict[str, float]]) -> Table:
+    shown = Table(
+        "model", "bits", "variant, rest", "seeds", "temporal cos.\ndistance", "epsilon\nrel. MSE", "PSNR dB", "gain dB",
+        "Frechet", "MB",
+    )  # fmt: skip
+    groups: dict[tuple[str, str, str], dict[int, dict[str, float]]] = {}
+    for run, row in found.items():
+        groups.setdefault((run.model, run.setting, run.method), {})[run.seed] = row
+    order = list(VARIANTS)
+    for key in sorted(groups, key=lambda k: (k[0], SETTINGS.index(k[1]), order.index(k[2].split(",")[0]))):
+        rows = groups[key]
+        base = groups.get((key[0], key[1], f"none,{key[2].split(',')[1]}"), {})
+        gains = [rows[seed]["psnr"] - base[seed]["psnr"] for seed in rows.keys() & base.keys()]
+
+        def column(name: str, form: str, rows: dict[int, dict[str, float]] = rows) -> str:
+            return interval([row[name] for row in rows.values()], form)
+
+        shown.add_row(
+            *key, str(len(rows)), column("temporal", ".1e"), column("epsilon", ".1e"), column("psnr", ".2f"),
+            interval(gains, "+.2f") if gains else "", column("frechet", ".4f"), f"{rows[min(rows)]['megabytes']:.3f}",
+        )  # fmt: skip
+    return shown
+
+
+@torch.no_grad()
+def estimators(model: str, output: Path, *, bits: int, repeats: int = 5) -> Table:
+    """What each estimator costs for the whole block, and what its ranges alone, with float weights, do to the features."""
+    data, _ = prepare(output, model, 0, 2)
+    pipe, _, finite = pipeline(model)
+    found = tfmq_fx.CalibrationSet.from_tensors(load_file(data))
+    graph = tfmq_fx.capture(tfmq_fx.calibration.denoiser(pipe), found.arguments(slice(2)))
+    shown = Table("estimator", "CPU s", f"temporal cosine distance, {bits} bits")
+    known: dict[str, type[TemporalObserver]] = {"static": StaticObserver, **TEMPORAL_OBSERVERS}
+    for name, observer in known.items():
+        seconds = []
+        for _ in range(repeats):
+            recipe = Recipe(temporal_observer=observer, activation_bits=bits)
+            prepared = tfmq_fx.prepare(fresh(graph), recipe, timesteps=found.timesteps, finite=finite)
+            block = extract_temporal(prepared, temporal_of(prepared))
+            rows = temporal_rows(prepared, found.tensors)
+            exact = run_temporal(without_observers(block), rows)
+            start = time.process_time()
+            for chunk in chunks_of(rows):
+                run_temporal(block, chunk)
+            for _, o in observers(block):
+                o.freeze()
+            seconds.append(time.process_time() - start)
+        for _, o in observers(block):
+            set_mode(o, observe=False, quantize=isinstance(o, TemporalObserver))
+        distance = cosine_distance(run_temporal(block, rows), exact).mean()
+        shown.add_row(name, f"{statistics.median(seconds):.2f}", f"{distance:.2e}")
+    return shown
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--output", type=Path, default=Path("out/ablation"))
+    parser.add_argument("--models", nargs="*", default=["digits", "dit"])
+    parser.add_argument("--settings", nargs="*", default=list(SETTINGS))
+    parser.add_argument("--variants", nargs="*", default=list(VARIANTS))
+    parser.add_argument("--rest", default="nearest", help="how the rest of the network is rounded")
+    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--samples", type=int, default=128)
+    parser.add_argument(
+        "--observers", action="store_true", help="compare the estimators of activation ranges instead"
+    )
+    parser.add_argument("--one", help=argparse.SUPPRESS)  # a run as JSON: what a child process does
+    args = parser.parse_args()
+    args.output.mkdir(parents=True, exist_ok=True)
+    if args.one:
+        run = Run(**json.loads(args.one))
+        print(json.dumps(measure(run, recipe_of(run), args.output)))
+        return
+    console = Console(width=150)
+    if args.observers:
+        for model in args.models:
+            for bits in (8, 4):
+                console.print(model, estimators(model, args.output, bits=bits))
+    else:
+        runs = [
+            Run(model, setting, f"{variant},{args.rest}", seed, args.samples)
+            for model in args.models
+            for setting in args.settings
+            for seed in range(args.seeds)
+            for variant in args.variants
+        ]
+        run_all(runs, module="benchmarks.ablation", results=RESULTS, output=args.output)
+        console.print(table(read(RESULTS)))
+    console.print(
+        f"torch {torch.__version__}, {platform.machine()}, {torch.get_num_threads()} threads", highlight=False
+    )
+
+
+if __name__ == "__main__":
+    main()
