@@ -89,8 +89,7 @@ def _why_not(gm: GraphModule, layer: Node) -> str:
     if not isinstance(weight, Node) or weight.target is not ops.dequantize_per_channel.default:
         return "its weight has scales per group: oneDNN's kernels take one per output channel"
     if not isinstance(x, Node) or x.target is not ops.dequantize_per_tensor.default:
-        token = isinstance(x, Node) and x.target is ops.dequantize_per_token.default
-        return f"its input has {'a scale per token' if token else 'no constant scale'}: oneDNN's kernels take one per tensor"
+        return "its input has no constant scale: oneDNN's kernels take one per tensor"
     if x.args[5] != torch.uint8:
         return f"its input is {x.args[5]}: oneDNN's kernels take uint8"
     if "transpose" in name or name == "convolution":

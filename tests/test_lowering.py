@@ -228,11 +228,34 @@ def test_scales_per_group_run_in_float_and_are_reported():
         assert (kernels[path]["int8"], kernels[path]["fell_back"]) == (False, True)
 
 
-def test_scales_per_token_name_their_node():
-    with pytest.raises(
-        TFMQError, match=r"node quantize_per_token\w*: OpenVINO has no form of quantized_decomposed"
-    ):
-        other_granularity(activation_granularity="token").lower("cpu")
+@torch.no_grad()
+def test_scales_per_token_run_on_int8_kernels():
+    q = other_granularity(activation_granularity="token")
+    low = q.lower("cpu", precision="float32", strict=True)
+    assert_same_but_for_ties([(low(noise(n), mixed(n)), q(noise(n), mixed(n))) for n in SIZES])
+    kernels = {k["path"]: k for k in low.report["lowering"]["kernels"]}
+    assert kernels["attention.qkv.weight"]["int8"]
+
+
+class Symmetric(TinyUNet):
+    """What attention reads lies in [-1, 1], and reaches both."""
+
+    def __init__(self):
+        super().__init__()
+        self.attention.norm = Saturated()
+
+
+class Saturated(nn.Module):
+    def forward(self, x):
+        return torch.tanh(1000 * x)
+
+
+def test_kernels_that_read_signed_bytes_are_int8_too():
+    """OpenVINO takes them where the zero point is in the middle."""
+    low = quantized(network_class=Symmetric).lower("cpu", precision="float32", strict=True)
+    (kernel,) = [k for k in low.report["lowering"]["kernels"] if k["path"] == "attention.qkv.weight"]
+    assert kernel["kernel"].endswith("_i8")
+    assert kernel["int8"]
 
 
 @pytest.mark.parametrize(

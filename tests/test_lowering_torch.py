@@ -228,21 +228,24 @@ def test_nothing_is_quantized_twice_and_neighbours_hand_over_bytes():
 
 
 @torch.no_grad()
-def test_scales_per_group_and_per_token_run_in_float_and_are_reported():
-    for changes, words in (
-        ({"group_size": 8}, "its weight has scales per group"),
-        ({"activation_granularity": "token"}, "its input has a scale per token"),
-    ):
-        q = quantized(**changes)
-        low = q.lower(engine="torch", precision="float32", compile=False)
-        assert_same_but_for_ties([(low(noise(n), mixed(n)), q(noise(n), mixed(n))) for n in SIZES])
-        half = q.lower(engine="torch", precision="bfloat16", compile=False)
-        assert moved(half(noise(3), mixed(3)), q(noise(3), mixed(3)))[1] <= BFLOAT16
-        fallen = [k for k in kernels_of(low).values() if k["fell_back"]]
-        assert fallen
-        assert all(k["reason"].startswith(words) and not k["int8"] for k in fallen)
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [({"group_size": 8}, "its weight has scales per group"), ({"activation_granularity": "token"}, "")],
+)
+def test_scales_per_group_run_in_float_and_are_reported_and_those_per_token_in_int8(changes, words):
+    q = quantized(**changes)
+    low = q.lower(engine="torch", precision="float32", compile=False)
+    assert_same_but_for_ties([(low(noise(n), mixed(n)), q(noise(n), mixed(n))) for n in SIZES])
+    half = q.lower(engine="torch", precision="bfloat16", compile=False)
+    assert moved(half(noise(3), mixed(3)), q(noise(3), mixed(3)))[1] <= BFLOAT16
+    fallen = [k for k in kernels_of(low).values() if k["fell_back"]]
+    assert all(words and k["reason"].startswith(words) and not k["int8"] for k in fallen)
+    if words:
         with pytest.raises(TFMQError, match=f"strict: {len(fallen)} of 15 layers .* {words}"):
             q.lower(engine="torch", compile=False, strict=True)
+    else:
+        q.lower(engine="torch", compile=False, strict=True)
+        assert kernels_of(low)["attention.qkv.weight"]["int8"]
 
 
 @torch.no_grad()
@@ -379,3 +382,15 @@ def test_code_that_lacks_a_kernel_is_not_used(tmp_path):
     lowering_torch.check_calls(tmp_path / "all.pt2", gm)
     with pytest.raises(TFMQError, match="calls 11 int8 kernels where the graph has 12"):
         lowering_torch.check_calls(tmp_path / "less.pt2", gm)
+
+
+def test_a_batch_size_that_does_not_compile_names_its_shapes(monkeypatch, tmp_path):
+    def fails(*_):
+        raise RuntimeError("cc1plus: out of memory\nand more")
+
+    monkeypatch.setattr(lowering_torch, "compile_to", fails)
+    network = lowering_torch.TorchCompiled(lambda: None, folder=tmp_path, nested=0)
+    with pytest.raises(
+        TFMQError, match=r"for inputs of \(3, 1, 8, 8\), \(3,\): RuntimeError: cc1plus: out of memory$"
+    ):
+        network(noise(3), mixed(3))

@@ -326,7 +326,9 @@ def _kernel(layer: Layer, executions: list[Execution]) -> Kernel:
     """Several executed nodes may bear a layer's name: what became of its multiplication, bias and scales."""
     products = [e for e in executions if e.kind in PRODUCTS] or executions[:1]
     kernel, precision = (products[0].kernel, products[0].precision) if products else ("", "")
-    int8 = kernel.endswith("_I8")  # the precision may be that of weights which a float kernel unpacks
+    # "_I8" reads unsigned bytes, "_i8" signed ones: OpenVINO's choice where the zero point is in the middle. `precision` may be
+    # that of weights which a float kernel unpacks.
+    int8 = kernel.lower().endswith("_i8")
     reason = ""
     if not products:
         reason = "not among the nodes that OpenVINO executes: folded, or fused under another name"

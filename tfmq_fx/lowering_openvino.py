@@ -35,10 +35,11 @@ from tfmq_fx.passes.byte_activations import byte_activations
 from tfmq_fx.passes.integer_weights import integer_weights
 from tfmq_fx.passes.pass_manager import PassManager
 from tfmq_fx.passes.rescale_temporal import PRECISE, rescale_temporal
+from tfmq_fx.passes.rescale_tokens import rescale_tokens
 from tfmq_fx.saving import exported, replace_folder
 
 MODEL, WEIGHTS, LAYERS = "network.xml", "network.bin", "layers.json"
-PASSES = (rescale_temporal, byte_activations, integer_weights)
+PASSES = (rescale_temporal, rescale_tokens, byte_activations, integer_weights)
 
 
 def require_openvino() -> Any:

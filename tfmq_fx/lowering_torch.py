@@ -40,6 +40,7 @@ from tfmq_fx.passes.byte_activations import byte_activations
 from tfmq_fx.passes.onednn_kernels import FALLBACKS, KERNELS, LAY_OUT, LAYER, onednn_kernels
 from tfmq_fx.passes.pass_manager import PassManager
 from tfmq_fx.passes.rescale_temporal import rescale_temporal
+from tfmq_fx.passes.rescale_tokens import rescale_tokens
 from tfmq_fx.passes.share_quantized import QUANTIZE, share_quantized
 from tfmq_fx.saving import example_inputs, exported
 
@@ -64,7 +65,7 @@ def prepare_graph(model: QuantizedModel, *, precision: str, pack: str | None, in
     int8: without, every layer stays in float on the same integers: for a CPU whose kernels would saturate.
     """
     gm = flat_graph(model)
-    PassManager([rescale_temporal, byte_activations])(gm)
+    PassManager([rescale_temporal, rescale_tokens, byte_activations])(gm)
     layers = list(layers_of(gm))
     if int8:
         PassManager([functools.partial(onednn_kernels, pack=pack), share_quantized])(gm)
@@ -265,7 +266,14 @@ class TorchCompiled(nn.Module):
         start = time.perf_counter()
         file = self.folder / f"{hashlib.sha256(json.dumps(shapes).encode()).hexdigest()[:16]}.pt2"
         if not file.is_file():
-            compile_to(file, self.make(), inputs)
+            try:
+                compile_to(file, self.make(), inputs)
+            except TFMQError:
+                raise
+            except Exception as error:  # Inductor's and the compiler's types differ by what failed
+                raise TFMQError(
+                    f"compiling for inputs of {', '.join(map(str, shapes))}: {type(error).__name__}: {_first_line(error)}"
+                ) from error
         self.compiled[shapes] = torch._inductor.aoti_load_package(str(file), run_single_threaded=True)
         self.seconds[max(s[0] for s in shapes if s)] = time.perf_counter() - start
         if len(self.compiled) > self.KEPT:
@@ -296,8 +304,8 @@ def compiled_or_not(
         network = TorchCompiled(make, folder=folder, nested=nested)
         try:
             network(*inputs)
-        except Exception as error:  # Inductor's and the compiler's types differ by what failed
-            why_not = compiler_missing() or f"{type(error).__name__}: {_first_line(error)}"
+        except TFMQError as error:
+            why_not = str(error)
             if compile:
                 raise TFMQError(
                     f"compile=True: {why_not}; use compile=False, which runs the same kernels node by node."
