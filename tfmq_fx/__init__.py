@@ -6,6 +6,7 @@ pipe.unet = q
 """
 
 from tfmq_fx import observers, passes
+from tfmq_fx.bit_widths import mixed_precision, sensitivity
 from tfmq_fx.calibration import CalibrationSet, calibrate
 from tfmq_fx.capture import capture
 from tfmq_fx.errors import TFMQError
@@ -32,9 +33,11 @@ __all__ = [
     "convert",
     "load",
     "maintain",
+    "mixed_precision",
     "observers",
     "passes",
     "prepare",
     "quantize",
     "reconstruct",
+    "sensitivity",
 ]

@@ -278,7 +278,7 @@ def _observe(gm: GraphModule, batches: list[dict[str, Tensor]], shards: int, thr
             gm(*inputs_of(gm, batch))
         return
     pieces = [p for p in ranks.share([batches[i::shards] for i in range(shards)]) if p]
-    copies = [_with_own(gm, learning) for _ in pieces]
+    copies = [with_own(gm, learning) for _ in pieces]
 
     def run(k: int, i: int) -> None:
         if i < len(pieces[k]):
@@ -302,7 +302,7 @@ def _learning(gm: GraphModule) -> list[Any]:
     return list(found.values())
 
 
-def _with_own(gm: GraphModule, modules: list[nn.Module]) -> tuple[GraphModule, list[nn.Module]]:
+def with_own(gm: GraphModule, modules: list[nn.Module]) -> tuple[GraphModule, list[nn.Module]]:
     """A copy of the graph that has copies of these modules, and those; all else is shared."""
     copy, own = fresh(gm), {id(m): deepcopy(m) for m in modules}
     for name, module in list(copy.named_modules(remove_duplicate=False)):

@@ -192,6 +192,12 @@ def quantize(
             help="What gives the temporal features: reconstruct (the quantized block), cache (tables), auto. Default: the recipe's."
         ),
     ] = None,
+    max_megabytes: Annotated[
+        float | None,
+        typer.Option(
+            help="For the layers' weights: 4 or 8 bits for each, by its measured effect on the output. Default: the recipe's bits."
+        ),
+    ] = None,
     strict: Annotated[
         bool, typer.Option(help="Refuse what would stay in float or be keyed more coarsely than asked for.")
     ] = False,
@@ -200,6 +206,7 @@ def quantize(
 
     Under `torchrun --nproc-per-node=N -m tfmq_fx.cli quantize ..` the N processes share the work.
     """
+    from tfmq_fx.bit_widths import mixed_precision
     from tfmq_fx.calibration import CalibrationSet
     from tfmq_fx.parallel import joined
     from tfmq_fx.pipeline import quantize as run
@@ -226,6 +233,10 @@ def quantize(
             **_named_json("--argument", argument),
         )
         tables = _named_json("--finite", finite)
+        if max_megabytes is not None:
+            chosen = mixed_precision(
+                pipe, chosen, calibration=calibration, max_bytes=max_megabytes * 1e6, finite=tables, seed=seed
+            )
         # Beside the output, so that the same command finds it after an interruption; gone when the output is whole.
         state = output.absolute().with_name(f".{output.name}.state")
         quantized = run(

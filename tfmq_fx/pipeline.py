@@ -80,10 +80,7 @@ def quantize(
     timesteps = calibration.timesteps if timesteps is None else timesteps
     clock = _Clock()
 
-    example = calibration.arguments(slice(0, 2))
-    if "return_dict" in inspect.signature(network.forward).parameters:
-        example["return_dict"] = False
-    gm, example = capture_rows(network, example, timestep)
+    gm, example = captured(network, calibration, timestep)
     vectors = {*conditioning_vectors(gm, timestep), *(finite or {})}
     temporal = find_temporal(gm, timestep=timestep, conditioning=vectors)
     clock.lap("capture")
@@ -122,6 +119,16 @@ def quantize(
     quantized._report = _report(converted, network, recipe, seed, clock, errors)
     quantized._report["temporal_drift"] = _drift(gm, temporal, quantized, rows, distance)
     return quantized
+
+
+def captured(
+    network: nn.Module, calibration: CalibrationSet, timestep: str
+) -> tuple[GraphModule, dict[str, Any]]:
+    """`capture` on the first rows of the calibration set; the graph and the arguments it was captured with."""
+    example = calibration.arguments(slice(0, 2))
+    if "return_dict" in inspect.signature(network.forward).parameters:
+        example["return_dict"] = False
+    return capture_rows(network, example, timestep)
 
 
 def capture_rows(
@@ -257,7 +264,9 @@ def _errors_by_timestep(
     outputs: list[tuple[Tensor, Tensor, Tensor]] = []
     for batch in data.batches(128, one_timestep=is_scalar(gm)):
         inputs = inputs_of(gm, batch)
-        outputs.append((_first(quantized.network(*inputs)), _first(gm(*inputs)), batch[data.timestep]))
+        outputs.append(
+            (first_tensor(quantized.network(*inputs)), first_tensor(gm(*inputs)), batch[data.timestep])
+        )
     output = relative_mse_by_timestep(*(torch.cat(column) for column in zip(*outputs, strict=True)))
     errors = []
     for t in quantized.timesteps:
@@ -272,7 +281,7 @@ def _errors_by_timestep(
     return errors
 
 
-def _first(output: Any) -> Tensor:
+def first_tensor(output: Any) -> Tensor:
     leaf: Tensor = pytree.tree_leaves(output)[0]
     return leaf
 

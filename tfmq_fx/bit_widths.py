@@ -1,0 +1,301 @@
+"""Mixed precision: what each layer's bits do to the network's output, and the bits that do least within a budget.
+
+Every layer is quantized alone, the rest of the network being float, as HAWQ and its successors do with a Hessian; errors
+of layers are taken to add up. The error is kept by timestep, so that one layer's late or early harm can be seen.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import math
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.fx import GraphModule, Node
+
+from tfmq_fx.arithmetic import FLOAT_BITS, check_bits
+from tfmq_fx.calibration import CalibrationSet, calibrate, denoiser, inputs_of, with_own
+from tfmq_fx.coverage import layers_of
+from tfmq_fx.errors import TFMQError
+from tfmq_fx.graph import attribute, output_channel_axis
+from tfmq_fx.metrics import relative_mse_by_timestep
+from tfmq_fx.observers.weight import PerChannelWeightFakeQuantize
+from tfmq_fx.passes.prepare import observers, prepare, require_stage, set_mode, without_observers
+from tfmq_fx.pipeline import captured, first_tensor
+from tfmq_fx.progress import track
+from tfmq_fx.recipe import Recipe, Rule
+from tfmq_fx.temporal import is_scalar
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerSensitivity:
+    """What quantizing one layer alone does: relative MSE of the network's output, by timestep."""
+
+    path: str  # its weight's name in the network's state dict
+    op: str
+    temporal: bool
+    weights: int
+    rows: int  # of weights that share a scale and a zero point
+    flops: int  # for one sample
+    weight_errors: dict[int, list[float]]  # by bits; the widths that the recipe allows here
+    activation_errors: list[float]  # of its input, with the recipe's bits; zeros where that is float
+
+    def bytes(self, bits: int) -> int:
+        """In the artefact, with a float32 scale and a zero point of as many bits for each row."""
+        if bits == FLOAT_BITS:
+            return 4 * self.weights
+        return -(-self.weights * bits // 8) - (-self.rows * bits // 8) + 4 * self.rows
+
+    def error(self, bits: int) -> float:
+        """Mean over the timesteps; 0 for a layer left in float, weight and input."""
+        if bits == FLOAT_BITS:
+            return 0.0
+        pairs = zip(self.weight_errors[bits], self.activation_errors, strict=True)
+        return sum(w + a for w, a in pairs) / len(self.activation_errors)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sensitivity:
+    timesteps: list[float]
+    layers: tuple[LayerSensitivity, ...]
+    key: str  # of what it was measured on
+
+    def to_json(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+    @staticmethod
+    def from_json(values: Mapping[str, Any]) -> Sensitivity:
+        layers = [
+            LayerSensitivity(
+                **{**layer, "weight_errors": {int(b): e for b, e in layer["weight_errors"].items()}}
+            )
+            for layer in values["layers"]
+        ]
+        return Sensitivity(timesteps=values["timesteps"], layers=tuple(layers), key=values["key"])
+
+    def bytes(self, bits: Mapping[str, int]) -> int:
+        """Of the weights of these layers in the artefact, scales and zero points included."""
+        return sum(layer.bytes(bits[layer.path]) for layer in self.layers)
+
+    def error(self, bits: Mapping[str, int]) -> float:
+        return sum(layer.error(bits[layer.path]) for layer in self.layers)
+
+    def choose(self, *, max_bytes: float, max_float_flops: float = 0.0) -> dict[str, int]:
+        """Bits for each layer's weight by path, 16 for a layer left in float: the least error within the budgets.
+
+        max_bytes: for the weights of these layers, as `bytes` counts them. max_float_flops: the largest share of these
+        layers' multiplications that may be float, 0 to 1: int8 kernels run 4 and 8 bits alike, so float is what costs time.
+
+        From the fewest bytes upwards, always the step that wins most error for a byte (the greedy rule for the knapsack
+        problem, exact for its relaxation). Raises TFMQError where nothing fits, with what would.
+        """
+        bits = {layer.path: min(layer.weight_errors) for layer in self.layers}
+        least = self.bytes(bits)
+        if least > max_bytes:
+            raise TFMQError(
+                f"max_bytes={max_bytes:g}: {len(self.layers)} layers take {least} bytes at their fewest bits; allow as much, or "
+                "measure fewer bits (widths)."
+            )
+        room, float_room = max_bytes - least, max_float_flops * sum(layer.flops for layer in self.layers)
+        while True:
+            best: tuple[float, LayerSensitivity, int] | None = None
+            for layer in self.layers:
+                now = bits[layer.path]
+                for wider in (*layer.weight_errors, FLOAT_BITS):
+                    won = layer.error(now) - layer.error(wider)
+                    cost = layer.bytes(wider) - layer.bytes(now)
+                    fits = cost <= room and (wider != FLOAT_BITS or layer.flops <= float_room)
+                    worth = (
+                        won / cost if cost > 0 else math.inf
+                    )  # of few weights, qparams take more than float
+                    if wider > now and won > 0 and fits and (best is None or worth > best[0]):
+                        best = (worth, layer, wider)
+            if best is None:
+                return bits
+            _, layer, wider = best
+            room -= layer.bytes(wider) - layer.bytes(bits[layer.path])
+            float_room -= layer.flops if wider == FLOAT_BITS else 0
+            bits[layer.path] = wider
+
+
+@torch.no_grad()
+def sensitivity(
+    gm: GraphModule,
+    calibration: CalibrationSet,
+    *,
+    widths: Sequence[int] = (4, 8),
+    rows: int = 64,
+    seed: int = 0,
+    cache: str | Path | None = None,
+) -> Sensitivity:
+    """Measure a calibrated graph, which stays as it is: each weight at each of `widths` alone, each layer's input alone.
+
+    Weights are rounded to nearest. rows: of the calibration set, spread over the timesteps. cache: a JSON file that keeps the
+    result; it is read again where network, recipe, data and arguments are the same, and written anew where not.
+
+    Layers of which a rule says the bits are left out, and widths below what the recipe demands of first and last layers.
+    """
+    require_stage(gm, "calibrated", "reconstructed")
+    for width in widths:
+        check_bits(width, "widths")
+    if not widths or FLOAT_BITS in widths:
+        raise TFMQError(
+            f"widths={tuple(widths)}: name integer widths, such as (4, 8); float is always compared."
+        )
+    data = calibration.spread(rows, seed=seed)
+    plain = without_observers(gm)
+    key = _key(gm, plain, data, widths)
+    file = None if cache is None else Path(cache)
+    if file is not None and (found := _read(file, key)) is not None:
+        return found
+    batches = list(data.batches(rows, one_timestep=is_scalar(gm)))
+    exact = [first_tensor(plain(*inputs_of(plain, batch))) for batch in batches]
+    timesteps = torch.cat([batch[data.timestep] for batch in batches])
+
+    def errors(network: nn.Module) -> list[float]:
+        outputs = [first_tensor(network(*inputs_of(plain, batch))) for batch in batches]
+        by_timestep = relative_mse_by_timestep(torch.cat(outputs), torch.cat(exact), timesteps)
+        return [by_timestep[t] for t in sorted(by_timestep)]
+
+    alone = _Alone(gm)
+    flops = {layer.path: layer.flops for layer in layers_of(plain)}
+    nodes = {n.name: n for n in plain.graph.nodes}
+    layers = []
+    for planned in track(gm.meta["plan"].layers, "measuring layers"):
+        if planned.reason.startswith("rule"):
+            continue
+        weight = attribute(plain, planned.path)
+        lowest = planned.weight_bits if planned.reason else 0
+        weight_errors = {}
+        for bits in sorted(w for w in widths if w >= lowest) or [planned.weight_bits]:
+            integers = PerChannelWeightFakeQuantize(
+                bits=bits, ch_axis=output_channel_axis(nodes[planned.node]), group_size=planned.group_size
+            )
+            integers.initialise(weight)
+            weight_errors[bits] = errors(
+                _With(plain, {planned.path: integers.dequantized().to(weight.dtype)})
+            )
+        layers.append(
+            LayerSensitivity(
+                path=planned.path,
+                op=planned.op,
+                temporal=planned.temporal,
+                weights=weight.numel(),
+                rows=integers.scale.numel(),
+                flops=flops[planned.path],
+                weight_errors=weight_errors,
+                activation_errors=errors(alone.quantizing(planned.node)),
+            )
+        )
+    found = Sensitivity(timesteps=sorted(set(timesteps.tolist())), layers=tuple(layers), key=key)
+    if file is not None:
+        temporary = file.with_name(f".{file.name}.tmp-{os.getpid()}")
+        temporary.write_text(json.dumps(found.to_json()) + "\n")
+        os.replace(temporary, file)
+    return found
+
+
+class _With(nn.Module):
+    """A network with some of its parameters replaced."""
+
+    def __init__(self, network: nn.Module, tensors: dict[str, Tensor]) -> None:
+        super().__init__()
+        self.network, self.tensors = network, tensors
+
+    def forward(self, *inputs: Any) -> Any:
+        return torch.func.functional_call(self.network, self.tensors, inputs)
+
+
+class _Alone:
+    """The prepared graph with one layer's input quantized, and nothing else."""
+
+    def __init__(self, gm: GraphModule) -> None:
+        self.gm, own = with_own(gm, [observer for _, observer in observers(gm)])
+        for observer in own:
+            set_mode(observer, observe=False, quantize=False)
+        self.observer_of, self.nodes = dict(observers(self.gm)), {n.name: n for n in self.gm.graph.nodes}
+        self.on: Any = None
+
+    def quantizing(self, layer: str) -> GraphModule:
+        if self.on is not None:
+            set_mode(self.on, observe=False, quantize=False)
+        source = self.nodes[layer].args[0]
+        self.on = self.observer_of.get(source) if isinstance(source, Node) else None
+        if self.on is not None:
+            set_mode(self.on, observe=False, quantize=True)
+        return self.gm
+
+
+def mixed_precision(
+    model: Any,
+    recipe: str | Recipe = "w4a8",
+    *,
+    calibration: CalibrationSet,
+    max_bytes: float,
+    max_float_flops: float = 0.0,
+    widths: Sequence[int] = (4, 8),
+    finite: Mapping[str, Iterable[Any] | Tensor] | None = None,
+    timestep: str = "timestep",
+    rows: int = 64,
+    seed: int = 0,
+    cache: str | Path | None = None,
+) -> Recipe:
+    """The recipe with a rule for each layer whose bits are chosen otherwise, for `quantize`.
+
+    model: as `quantize` takes it. Arguments as in `sensitivity` and `Sensitivity.choose`; sensitivities are measured
+    without the recipe's low-bit passes. Raises TFMQError as those do.
+    """
+    recipe = Recipe.preset(recipe) if isinstance(recipe, str) else recipe
+    network = model if isinstance(model, nn.Module) else denoiser(model, timestep=timestep)
+    plain = dataclasses.replace(recipe, smooth=None, rotate=None, low_rank=None)
+    gm, _ = captured(network, calibration, timestep)
+    prepared = prepare(gm, plain, timesteps=calibration.timesteps, finite=finite)
+    calibrate(prepared, calibration)
+    found = sensitivity(prepared, calibration, widths=widths, rows=rows, seed=seed, cache=cache)
+    return with_bits(
+        recipe, found.choose(max_bytes=max_bytes, max_float_flops=max_float_flops), prepared.meta["plan"]
+    )
+
+
+def with_bits(recipe: Recipe, bits: Mapping[str, int], plan: Any) -> Recipe:
+    """The recipe and a rule for each layer of `plan` that it gives other bits."""
+    rules = [
+        Rule(
+            pattern="".join(f"[{c}]" if c in "*?[" else c for c in layer.path),
+            weight_bits=bits[layer.path],
+            activation_bits=FLOAT_BITS if bits[layer.path] == FLOAT_BITS else None,
+        )
+        for layer in plan.layers
+        if bits.get(layer.path, layer.weight_bits) != layer.weight_bits
+    ]
+    return dataclasses.replace(recipe, rules=(*recipe.rules, *rules))
+
+
+def _key(gm: GraphModule, plain: GraphModule, data: CalibrationSet, widths: Sequence[int]) -> str:
+    recipe = gm.meta["recipe"].to_json()
+    recipe.pop("reconstruction")
+    digest = hashlib.sha256(json.dumps([recipe, list(widths), torch.__version__]).encode())
+    for name, x in sorted({**plain.state_dict(), **data.tensors}.items()):
+        digest.update(f"{name} {x.dtype} {tuple(x.shape)}".encode())
+        digest.update(x.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def _read(file: Path, key: str) -> Sensitivity | None:
+    """What the file holds, if it is for this key. Raises TFMQError for a file that is something else."""
+    if not file.is_file():
+        return None
+    try:
+        values = json.loads(file.read_text())
+        return Sensitivity.from_json(values) if values["key"] == key else None
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise TFMQError(
+            f"{file}: is no file of sensitivities ({type(error).__name__}: {error}); remove it, or choose another name."
+        ) from error
