@@ -60,6 +60,8 @@ def pt2e_x86(network: nn.Module, inputs: Inputs) -> Step:
     from torchao.quantization.pt2e.quantizer import x86_inductor_quantizer as x86
 
     quantizer = x86.X86InductorQuantizer().set_global(x86.get_default_x86_inductor_quantization_config())
+    # Its observers take no integers, and it puts one on the timestep.
+    inputs = {n: x.float() if isinstance(x, Tensor) else x for n, x in inputs.items()}
     module = torch.export.export(network, (), dict(inputs), strict=False).module(check_guards=False)
     prepared = prepare_pt2e(module, quantizer)
     prepared(**inputs)
@@ -203,10 +205,15 @@ def main() -> None:
     parser.add_argument(
         "--without", nargs="+", default=[], help="leave out contenders with this in their name"
     )
+    parser.add_argument("--only", nargs="+", default=[""], help="contenders with this in their name, alone")
     given = parser.parse_args()
     warnings.filterwarnings("ignore")
     torch._inductor.config.freezing = True  # weights are constants for torch.compile's contenders, too
-    names = [n for n in CONTENDERS if not any(word in n for word in given.without)]
+    names = [
+        n
+        for n in CONTENDERS
+        if any(word in n for word in given.only) and not any(word in n for word in given.without)
+    ]
     entries = {e.name: e for e in ZOO}
     for name in given.network or ["ddpm-cifar10", "sd-1.5", "dit"]:
         torch.manual_seed(0)

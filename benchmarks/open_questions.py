@@ -51,7 +51,7 @@ class Block(nn.Module):
 class Generator(nn.Module):
     """Noise (N, 16) and labels (N,) to images (N, 1, 16, 16) in [-1, 1]."""
 
-    def __init__(self, channels: int = 64, emb: int = 128) -> None:
+    def __init__(self, channels: int = 32, emb: int = 128) -> None:
         super().__init__()
         self.label = nn.Embedding(10, emb)
         self.mlp = nn.Sequential(nn.Linear(emb, emb), nn.SiLU(), nn.Linear(emb, emb))
@@ -69,12 +69,12 @@ class Generator(nn.Module):
         return torch.tanh(self.end(F.silu(h)))
 
 
-def train_generator(*, steps: int = 2000, batch: int = 64) -> Generator:
+def train_generator(*, steps: int = 1000, batch: int = 64) -> Generator:
     torch.manual_seed(0)
     x_N1HW, label_N = digits()
     net = Generator()
     encoder = nn.Sequential(
-        nn.Conv2d(11, 64, 3, 2, 1), nn.SiLU(), nn.Conv2d(64, 64, 3, 2, 1), nn.SiLU(), nn.Flatten(), nn.Linear(1024, 2 * LATENT)
+        nn.Conv2d(11, 32, 3, 2, 1), nn.SiLU(), nn.Conv2d(32, 32, 3, 2, 1), nn.SiLU(), nn.Flatten(), nn.Linear(512, 2 * LATENT)
     )  # fmt: skip
     parameters = [*net.parameters(), *encoder.parameters()]
     opt = torch.optim.AdamW(parameters, lr=2e-3)
@@ -95,7 +95,7 @@ def train_generator(*, steps: int = 2000, batch: int = 64) -> Generator:
     return net.eval()
 
 
-def train_flow(*, steps: int = 2500, batch: int = 64) -> UNet2DModel:
+def train_flow(*, steps: int = 1500, batch: int = 64) -> UNet2DModel:
     torch.manual_seed(0)
     x_N1HW, _ = digits()
     net = UNet2DModel(
