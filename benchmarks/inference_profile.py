@@ -26,7 +26,7 @@ from torch import Tensor
 import tfmq_fx
 from benchmarks.inference_speed import batch_of
 from tests.zoo import ZOO
-from tfmq_fx.lowering_openvino import PRODUCTS
+from tfmq_fx.lowering_openvino import PRODUCTS, Compiled
 from tfmq_fx.onednn import FLOAT, NO_POST_OP, onednn
 
 SIZE = 2048
@@ -63,12 +63,12 @@ def rates() -> dict[str, float]:
     }
 
 
-def profile(low: tfmq_fx.LoweredModel, inputs: list[Tensor], *, rounds: int = 21) -> dict[str, float]:
+def profile(
+    q: tfmq_fx.QuantizedModel, low: tfmq_fx.LoweredModel, inputs: list[Tensor], *, rounds: int = 21
+) -> dict[str, float]:
     """Milliseconds of a call by kind of kernel, medians; "" is the whole call."""
     network: Any = low.network
-    again = type(network).__new__(type(network))
-    again.__dict__ = {**network.__dict__, "settings": {**network.settings, "PERF_COUNT": True}}
-    again.compiled = type(network.compiled)()
+    again = Compiled(network.folder, model=q, settings={**network.settings, "PERF_COUNT": True})
     request = again.compile([inputs[i] for i in network.order]).create_infer_request()
     found: dict[str, list[float]] = defaultdict(list)
     for _ in range(rounds):
@@ -104,7 +104,7 @@ def main() -> None:
     q = tfmq_fx.quantize(network, recipe, calibration=tfmq_fx.CalibrationSet.from_tensors(tensors))
     low = q.lower("cpu", engine="openvino", precision=args.precision, batch=args.batch)
     flops = {k: args.batch * v for k, v in low.report["lowering"]["flops"].items()}
-    found = profile(low, list(tensors.values()))
+    found = profile(q, low, list(tensors.values()))
     whole = found.pop("")
     table = Table("kernels", "ms", "share of the step")
     for kind, milliseconds in sorted(found.items(), key=lambda pair: -pair[1]):

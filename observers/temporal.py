@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from tfmq_fx._torchao import FakeQuantizeBase
-from tfmq_fx.arithmetic import IntegerRange, choose_qparams, fake_quantize_rows
+from tfmq_fx.arithmetic import IntegerRange, choose_qparams, choose_shared_qparams, fake_quantize_rows
 from tfmq_fx.errors import TFMQError
 from tfmq_fx.graph import set_buffer
 
@@ -27,17 +27,21 @@ class TemporalObserver(FakeQuantizeBase):  # type: ignore[misc]
     In the prepared graph the module is called with (x, step): x (N, ...) and step (N,) int64, indices into the
     T = `num_keys` values of its key, computed once in the graph. The key is the timestep of the schedule, or its
     product with other finite inputs that x depends on. A batch may mix keys.
+
+    shared_zero_point: all keys have the same one, so that what a scale by key costs an int8 kernel is one multiplication.
     """
 
     seen: Tensor
     scale: Tensor
     zero_point: Tensor
 
-    def __init__(self, *, num_keys: int, bits: int = 8, **_spec: Any) -> None:
+    def __init__(
+        self, *, num_keys: int, bits: int = 8, shared_zero_point: bool = False, **_spec: Any
+    ) -> None:
         super().__init__()  # _spec: what torchao passes along from the QuantizationSpec; `bits` says it all
         self.integers = IntegerRange.activation(bits)
         self.dtype = self.integers.dtype
-        self.num_keys = num_keys
+        self.num_keys, self.shared_zero_point = num_keys, shared_zero_point
         # False when the key is of shape () as captured: one row of qparams then serves the whole tensor.
         self.per_sample = True
         self.register_buffer("seen", torch.zeros(num_keys, dtype=torch.bool))
@@ -62,7 +66,8 @@ class TemporalObserver(FakeQuantizeBase):  # type: ignore[misc]
                 f"calibration: {len(missing)} of {self.num_keys} timesteps (or keys with them) were never observed "
                 f"(step indices {missing[:8]}); every value must occur in the calibration data."
             )
-        return choose_qparams(*self.ranges(), self.integers)
+        choose = choose_shared_qparams if self.shared_zero_point else choose_qparams
+        return choose(*self.ranges(), self.integers)
 
     def freeze(self) -> None:
         """Stop observing, start quantizing with the qparams found."""

@@ -261,7 +261,7 @@ class RecipeQuantizer(Quantizer):  # type: ignore[misc]
                 if key:
                     self.keys[x.name] = key
                     num_keys = math.prod(self.sizes[n] for n in key)
-                    specs[x] = self._temporal(layer.activation_bits, num_keys)
+                    specs[x] = self._temporal(layer.activation_bits, num_keys, temporal=layer.temporal)
                 else:
                     specs[x] = self._static(layer.activation_bits)
                 layer = dataclasses.replace(layer, key=key)
@@ -322,12 +322,13 @@ class RecipeQuantizer(Quantizer):  # type: ignore[misc]
         if specs:
             node.meta[Q_ANNOTATION_KEY] = QuantizationAnnotation(input_qspec_map=specs, _annotated=True)
 
-    def _temporal(self, bits: int, num_keys: int) -> QuantizationSpec:
+    def _temporal(self, bits: int, num_keys: int, *, temporal: bool) -> QuantizationSpec:
         integers = IntegerRange.activation(bits)
         observer = self.recipe.temporal_observer_class
+        shared = {} if temporal or not self.recipe.shared_zero_point else {"shared_zero_point": True}
         return QuantizationSpec(
             dtype=integers.dtype,
-            observer_or_fake_quant_ctr=observer.with_args(num_keys=num_keys, bits=bits),
+            observer_or_fake_quant_ctr=observer.with_args(num_keys=num_keys, bits=bits, **shared),
             quant_min=integers.quant_min,
             quant_max=integers.quant_max,
             qscheme=torch.per_tensor_affine,

@@ -33,6 +33,8 @@ def rescale_temporal(gm: GraphModule) -> PassResult:
     c, amid the zero points of the table, is constant, and y = q - c. So is linear(1, W); of a convolution that pads
     it is a map over the picture, and the zeros around x' stay zeros. The weights are read for it, and not changed.
 
+    Where all of a table's zero points are c, z - c and what follows from it are left out.
+
     Numerics: the integers are the same but for rounding ties (z is added before rounding, not after). A layer's
     sum has (z - c) * linear(1, W) too much, which cancels: float32 is enough for it, and the nodes that need it are
     marked (PRECISE). Raises TFMQError where a tensor's shape is unknown, and where something else reads the integers.
@@ -66,10 +68,12 @@ def _rescale(gm: GraphModule, quantize: Node) -> None:
     with gm.graph.inserting_before(quantize):
         s = call(aten.view.default, (scale, shape))
         centre, z = _centred(gm, zero_point, limits)
-        z = call(aten.view.default, (z, shape))
+        z = None if z is None else call(aten.view.default, (z, shape))
         # The quantize operators multiply by the reciprocal, too.
         scaled = call(aten.mul.Tensor, (x, call(aten.reciprocal.default, (s,))))
-        q = call(ops.quantize_per_tensor.default, (call(aten.add.Tensor, (scaled, z)), 1.0, centre, *limits))
+        if z is not None:
+            scaled = call(aten.add.Tensor, (scaled, z))
+        q = call(ops.quantize_per_tensor.default, (scaled, 1.0, centre, *limits))
         y = call(ops.dequantize_per_tensor.default, (q, 1.0, centre, *limits))
         y.meta = {"val": _fake(x)}
     for dequantize in list(quantize.users):
@@ -78,13 +82,17 @@ def _rescale(gm: GraphModule, quantize: Node) -> None:
                 _rescale_layer(gm, layer, y, s, z)
         if dequantize.users:
             with gm.graph.inserting_before(dequantize):
-                value = call(aten.mul.Tensor, (call(aten.sub.Tensor, (y, z)), s))
+                value = y if z is None else call(aten.sub.Tensor, (y, z))
+                value = call(aten.mul.Tensor, (value, s))
             value.meta = {**dequantize.meta, DEQUANTIZED: True}
             dequantize.replace_all_uses_with(value)
 
 
-def _centred(gm: GraphModule, zero_point: Node, limits: Sequence[Any]) -> tuple[int, Node]:
-    """(c, z - c in float32): c in the middle of the table that z is looked up in; without a table, of the integers."""
+def _centred(gm: GraphModule, zero_point: Node, limits: Sequence[Any]) -> tuple[int, Node | None]:
+    """(c, z - c in float32): c in the middle of the table that z is looked up in; without a table, of the integers.
+
+    None where every z of the table is c.
+    """
     call = gm.graph.call_function
     table = zero_point.args[0] if zero_point.target is aten.index_select.default else None
     if not isinstance(table, Node) or table.op != "get_attr":
@@ -94,6 +102,8 @@ def _centred(gm: GraphModule, zero_point: Node, limits: Sequence[Any]) -> tuple[
         )
     values = attribute(gm, str(table.target))
     centre = int(values.amin() + values.amax()) // 2
+    if (values == centre).all():
+        return centre, None
     set_buffer(gm, f"{table.target}_centred", (values - centre).float())
     return centre, call(
         aten.index_select.default, (gm.graph.get_attr(f"{table.target}_centred"), *zero_point.args[1:])
@@ -113,29 +123,39 @@ def _is_layer_of(layer: Node, x: Node) -> bool:
     return is_constant and (rank > 1 if op_name(layer) == "linear" else rank == _weight(weight).dim())
 
 
-def _rescale_layer(gm: GraphModule, layer: Node, y: Node, s: Node, z: Node) -> None:
+def _rescale_layer(gm: GraphModule, layer: Node, y: Node, s: Node, z: Node | None) -> None:
     call = gm.graph.call_function
     weight, bias, *rest = [*layer.args[1:], None][: max(2, len(layer.args) - 1)]
     assert isinstance(weight, Node)
-    ones = torch.ones(1, *_sizes_after_batch(y), dtype=torch.float64)
     assert callable(layer.target)
-    of_ones = layer.target(ones, _weight(weight).double(), None, *rest).float()
-    name = f"{layer.name}_of_ones"
-    set_buffer(gm, name, of_ones.contiguous())
     with gm.graph.inserting_before(layer):
-        total = call(layer.target, (y, weight, None, *rest))
-        offset = call(aten.mul.Tensor, (z, gm.graph.get_attr(name)))
-        centred = call(aten.sub.Tensor, (total, offset))
-        value = call(aten.mul.Tensor, (centred, s))
+        total = value = call(layer.target, (y, weight, None, *rest))
+        total.meta = dict(layer.meta)
+        if z is not None:
+            value = _without_offset(gm, layer, total, y, z)
+        value = call(aten.mul.Tensor, (value, s))
         if isinstance(bias, Node):
             if op_name(layer) != "linear":  # (C,) beside (N, C, H, W)
-                bias = call(aten.view.default, (bias, [-1] + [1] * (of_ones.dim() - 2)))
+                bias = call(aten.view.default, (bias, [-1] + [1] * (_fake(y).dim() - 2)))
             value = call(aten.add.Tensor, (value, bias))
-    offset.meta = centred.meta = {PRECISE: True}
-    total.meta = {**layer.meta, PRECISE: True}
     value.meta = dict(layer.meta)
     layer.replace_all_uses_with(value)
     gm.graph.erase_node(layer)
+
+
+def _without_offset(gm: GraphModule, layer: Node, total: Node, y: Node, z: Node) -> Node:
+    """total - z * layer(1), layer without its bias."""
+    weight, _, *rest = [*layer.args[1:], None][: max(2, len(layer.args) - 1)]
+    assert isinstance(weight, Node)
+    assert callable(layer.target)
+    ones = torch.ones(1, *_sizes_after_batch(y), dtype=torch.float64)
+    name = f"{layer.name}_of_ones"
+    set_buffer(gm, name, layer.target(ones, _weight(weight).double(), None, *rest).float().contiguous())
+    offset = gm.graph.call_function(aten.mul.Tensor, (z, gm.graph.get_attr(name)))
+    centred = gm.graph.call_function(aten.sub.Tensor, (total, offset))
+    offset.meta = centred.meta = {PRECISE: True}
+    total.meta[PRECISE] = True
+    return centred
 
 
 def _weight(dequantize: Node) -> Tensor:

@@ -8,6 +8,7 @@ from tfmq_fx.arithmetic import (
     IntegerRange,
     check_bits,
     choose_qparams,
+    choose_shared_qparams,
     dequantize_rows,
     fake_quantize_rows,
     pack_bits,
@@ -29,6 +30,26 @@ def test_qparams_are_finite_and_in_range(x, bits, weight):
     assert torch.isfinite(scale).all()
     assert (scale > 0).all()
     assert ((zero_point >= integers.quant_min) & (zero_point <= integers.quant_max)).all()
+
+
+@given(ROWS, BITS)
+def test_a_shared_zero_point_covers_every_row_with_no_finer_scale_than_its_own(x, bits):
+    integers, rows = IntegerRange.activation(bits), torch.from_numpy(x)
+    low, high = rows.amin(1).clamp_max(0), rows.amax(1).clamp_min(0)
+    scale, zero_point = choose_shared_qparams(low, high, integers)
+    assert len(zero_point.unique()) == 1
+    assert 0 <= zero_point[0] <= integers.quant_max
+    assert (scale > 0).all()
+    slack = 1e-5 * scale * integers.quant_max
+    assert ((0 - zero_point) * scale <= low + slack).all()
+    assert ((integers.quant_max - zero_point) * scale >= high - slack).all()
+    own, _ = choose_qparams(low, high, integers)
+    assert (scale >= own * (1 - 1e-5)).all()
+    # Rows that are multiples of one another lose what rounding the zero point costs, and no more.
+    both = low[:1] * torch.tensor([1.0, 2.0, 4.0]), high[:1] * torch.tensor([1.0, 2.0, 4.0])
+    scale, zero_point = choose_shared_qparams(*both, integers)
+    own, _ = choose_qparams(*both, integers)
+    assert (scale <= 2 * own).all()
 
 
 @pytest.mark.parametrize("row", [[0.0, 0.0], [3.0, 3.0], [-3.0, -3.0], [1.0, 2.0], [-2.0, -1.0]])

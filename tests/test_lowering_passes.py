@@ -10,6 +10,7 @@ from tfmq_fx.arithmetic import IntegerRange, choose_qparams, quantize_rows
 from tfmq_fx.errors import TFMQError
 from tfmq_fx.graph import op_name, weight_argument
 from tfmq_fx.passes import byte_activations, integer_weights, rescale_temporal
+from tfmq_fx.passes.rescale_temporal import PRECISE
 
 ops = torch.ops.quantized_decomposed
 T, BITS = 5, IntegerRange.activation(8)
@@ -20,7 +21,7 @@ CLOSE = 1e-5
 class Keyed(nn.Module):
     """An activation with one row of qparams per step, in front of `layer`; `twice`: something else reads it, too."""
 
-    def __init__(self, layer, *, bits=8, scalar=False, twice=False):
+    def __init__(self, layer, *, bits=8, scalar=False, twice=False, zero_points=(0, 17, 128, 200, 255)):
         super().__init__()
         weight = layer.weight.detach()
         self.axis = 1 if "Transpose" in type(layer).__name__ else 0
@@ -31,7 +32,7 @@ class Keyed(nn.Module):
         )
         self.q = nn.Buffer(quantize_rows(weight, self.scale, self.zero_point, self.weights, self.axis))
         self.scales = nn.Buffer(torch.linspace(0.01, 0.03, T))
-        self.zero_points = nn.Buffer(torch.tensor([0, 17, 128, 200, 255], dtype=torch.int32))
+        self.zero_points = nn.Buffer(torch.tensor(zero_points, dtype=torch.int32))
         self.bias, self.layer, self.scalar, self.twice = layer.bias, layer, scalar, twice
 
     def forward(self, x, step):
@@ -93,6 +94,20 @@ def test_rescaled_layers_compute_the_same_up_to_the_border(name, bits):
         x, step = torch.randn(len(steps), *shape), torch.tensor(steps)
         for got, expected in zip(gm(x, step), module(x, step), strict=True):
             torch.testing.assert_close(got, expected, rtol=0, atol=CLOSE * expected.abs().max().item())
+
+
+@pytest.mark.parametrize("name", LAYERS)
+@torch.no_grad()
+def test_a_zero_point_that_all_steps_share_costs_one_multiplication(name):
+    layer, shape = LAYERS[name]
+    module = Keyed(layer, twice=True, zero_points=[90] * T)
+    gm = graph_of(module, torch.randn(2, *shape), torch.tensor([0, 1]))
+    rescale_temporal(gm)
+    assert not {"add", "sub"} & (set(operators(gm)) - ({"add"} if layer.bias is not None else set()))
+    assert not any(n.meta.get(PRECISE) for n in gm.graph.nodes)
+    x, step = torch.randn(T, *shape), torch.arange(T)
+    for got, expected in zip(gm(x, step), module(x, step), strict=True):
+        torch.testing.assert_close(got, expected, rtol=0, atol=CLOSE * expected.abs().max().item())
 
 
 @torch.no_grad()

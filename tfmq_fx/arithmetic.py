@@ -112,6 +112,26 @@ def choose_qparams(min_R: Tensor, max_R: Tensor, integers: IntegerRange) -> tupl
     )
 
 
+def choose_shared_qparams(min_R: Tensor, max_R: Tensor, integers: IntegerRange) -> tuple[Tensor, Tensor]:
+    """As `choose_qparams`, with one zero point for all rows: the one whose scales, which cover each row, err least.
+
+    Errs: mean over rows of (scale / the row's own best scale) ** 2, which rounding errors are in proportion to.
+    """
+    low_R, high_R = min_R.float().clamp_max(0), max_R.float().clamp_min(0)
+    steps = integers.quant_max - integers.quant_min
+    below_Z1 = torch.arange(steps + 1, device=low_R.device)[:, None]
+
+    def needed(bound_R: Tensor, count_Z1: Tensor) -> Tensor:
+        return torch.where(bound_R > 0, bound_R / count_Z1, 0.0)
+
+    scale_ZR = torch.maximum(needed(-low_R, below_Z1), needed(high_R, steps - below_Z1))
+    worse_ZR = torch.where(high_R > low_R, scale_ZR * steps / (high_R - low_R), 1.0)
+    best = int(worse_ZR.square().mean(1).argmin())
+    scale_R = scale_ZR[best].clamp_min(torch.finfo(torch.float32).tiny)
+    zero_point_R = torch.full_like(scale_R, integers.quant_min + best, dtype=torch.int32)
+    return scale_R, zero_point_R
+
+
 def quantize_rows(
     x: Tensor, scale_R: Tensor, zero_point_R: Tensor, integers: IntegerRange, axis: int = 0
 ) -> Tensor:

@@ -132,6 +132,9 @@ class Recipe:
     keyed: str = (
         "block"  # which activations have qparams per timestep: "block" (the temporal block's) or "all"
     )
+    # With keyed="all", outside the temporal block: the keys of an activation share its zero point. Its scale then costs an
+    # int8 kernel one multiplication; zero points of their own cost a float32 map to subtract, too.
+    shared_zero_point: bool = True
     activation_observer: str = "mse"  # estimator elsewhere: "minmax" or "mse" (torchao's histogram search)
     unseen: str = "nearest"  # a timestep outside the table: its nearest neighbour (counted), or "error"
     max_table_entries: int = (
