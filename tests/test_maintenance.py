@@ -32,6 +32,7 @@ from tfmq_fx.metrics import cosine_distance
 from tfmq_fx.passes import cache_temporal, extract_temporal, inline_modules
 from tfmq_fx.passes.cache_temporal import decode, encode
 from tfmq_fx.passes.find_temporal import temporal_of
+from tfmq_fx.passes.prepare import observers
 from tfmq_fx.saving import WEIGHTS
 from tfmq_fx.temporal import run_temporal
 
@@ -45,6 +46,37 @@ HALF_ULP = {"float16": 2**-11, "bfloat16": 2**-8}
 @pytest.fixture(autouse=True)
 def _one_thread():
     torch.set_num_threads(1)
+
+
+def test_blocks_are_reconstructed_on_the_features_that_they_will_look_up():
+    """So they get the integers that they would beside a temporal block left in float."""
+
+    def integers(**changes):
+        recipe = tfmq_fx.Recipe(reconstruction=tfmq_fx.Reconstruction(method="gptq"), **changes)
+        gm = tfmq_fx.capture(make(TinyUNet), {n: x[:2] for n, x in calibration().tensors.items()})
+        gm = tfmq_fx.calibrate(tfmq_fx.prepare(gm, recipe, timesteps=TIMESTEPS), calibration())
+        gm = tfmq_fx.reconstruct(gm, calibration())
+        temporal = {x.node for x in gm.meta["plan"].layers if x.temporal}
+        assert len(temporal) == 4
+        block = extract_temporal(gm, temporal_of(gm))
+        for _, o in observers(block):  # as they were
+            assert o.fake_quant_enabled[0]
+        return {
+            x.path: dict(observers(gm))[nodes(gm)[x.node].args[1]].q
+            for x in gm.meta["plan"].layers
+            if not x.temporal
+        }
+
+    def nodes(gm):
+        return {n.name: n for n in gm.graph.nodes}
+
+    float_block = tuple(
+        tfmq_fx.Rule(pattern=p, weight_bits=16, activation_bits=16) for p in ("time_mlp.*", "*.emb.*")
+    )
+    cached, beside_float = integers(maintain="cache"), integers(rules=float_block)
+    other = integers()
+    assert all(torch.equal(q, beside_float[path]) for path, q in cached.items())
+    assert not all(torch.equal(q, other[path]) for path, q in cached.items())
 
 
 class Nested(nn.Module):

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import dataclasses
 import heapq
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -29,7 +30,7 @@ from tfmq_fx.passes.find_blocks import find_blocks
 from tfmq_fx.passes.find_temporal import temporal_of
 from tfmq_fx.passes.partition_temporal import extract_temporal
 from tfmq_fx.passes.pass_manager import declare
-from tfmq_fx.passes.prepare import observers, require_stage, without_observers
+from tfmq_fx.passes.prepare import observers, require_stage, set_mode, without_observers
 from tfmq_fx.progress import track
 from tfmq_fx.recipe import Reconstruction
 from tfmq_fx.resume import Finished, fingerprint
@@ -51,7 +52,8 @@ def reconstruct(
 
     First TIAR (TFMQ-DM, Temporal Information Aware Reconstruction): the whole temporal block at once, over all timesteps of the schedule, no data.
     Then the blocks of `find_blocks` in order, AdaRound with quantized input and float target. A block whose
-    learned rounding is no better than round-to-nearest on the calibration data keeps round-to-nearest.
+    learned rounding is no better than round-to-nearest on the calibration data keeps round-to-nearest. With
+    maintain="cache" the temporal block is passed over, and the others see its float features, as they will.
 
     state: a folder that keeps every finished block; the same call after an interruption goes on from there and
         ends with the same integers. It stays; remove it when the result is saved.
@@ -78,16 +80,32 @@ def reconstruct(
     try:
         results = []
         with workers(settings.shards) as threads, torch.no_grad():
-            if temporal_method(settings) != "nearest" and _learnable(gm, temporal=True):
-                run = _Run(settings, seed, finished, threads, ranks)
+            run = _Run(settings, seed, finished, threads, ranks)
+            # A block whose features will be looked up is not worth learning, and the others shall see what they will look up.
+            cached = gm.meta["recipe"].maintain == "cache"
+            if temporal_method(settings) != "nearest" and _learnable(gm, temporal=True) and not cached:
                 results.append(_reconstruct_temporal(gm, calibration, run))
             if settings.method != "nearest" and _learnable(gm, temporal=False):
-                results += _Walk(gm, data, _Run(settings, seed, finished, threads, ranks)).run()
+                with _temporal_in_float(gm) if cached else nullcontext():
+                    results += _Walk(gm, data, run).run()
     finally:
         for p in frozen:
             p.requires_grad_(True)
     gm.meta.update(stage="reconstructed", reconstruction=tuple(results))
     return gm
+
+
+@contextmanager
+def _temporal_in_float(gm: GraphModule) -> Iterator[None]:
+    inside = set(temporal_of(gm).nodes)
+    of_block = [o for n, o in observers(gm) if n.name in inside]
+    for observer in of_block:
+        set_mode(observer, observe=False, quantize=False)
+    try:
+        yield
+    finally:
+        for observer in of_block:
+            set_mode(observer, observe=False, quantize=True)
 
 
 def temporal_method(settings: Reconstruction) -> str:
