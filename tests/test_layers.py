@@ -50,7 +50,7 @@ LEVELS = [
         "tfmq_fx.export_aot",
     ],
     ["tfmq_fx.pipeline", "tfmq_fx.demo", "tfmq_fx.sampling", "tfmq_fx.inspection"],
-    ["tfmq_fx.drift", "tfmq_fx.report"],
+    ["tfmq_fx.bit_widths", "tfmq_fx.drift", "tfmq_fx.report"],
     ["tfmq_fx.cli", "tfmq_fx.__init__"],
 ]
 FILES = {
