@@ -10,7 +10,6 @@ rate is the least that its layers can take; the rest of the step is the other ke
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import platform
 import statistics
 import time
@@ -24,9 +23,9 @@ from rich.table import Table
 from torch import Tensor
 
 import tfmq_fx
-from benchmarks.inference_speed import batch_of
+from benchmarks.inference_speed import batch_of, quantized
 from tests.zoo import ZOO
-from tfmq_fx.lowering_openvino import PRODUCTS, Compiled
+from tfmq_fx.lowering_openvino import PRODUCTS, Compiled, is_int8
 from tfmq_fx.onednn import FLOAT, NO_POST_OP, onednn
 
 SIZE = 2048
@@ -77,7 +76,7 @@ def profile(
         found[""].append(1e3 * (time.perf_counter() - start))
         by_kind: dict[str, float] = defaultdict(float)
         for node in request.profiling_info:
-            kind = f"{node.node_type}, int8" if node.exec_type.lower().endswith("_i8") else node.node_type
+            kind = f"{node.node_type}, int8" if is_int8(node.exec_type) else node.node_type
             by_kind[kind] += node.real_time.total_seconds() * 1e3
         for kind, milliseconds in by_kind.items():
             found[kind].append(milliseconds)
@@ -96,12 +95,7 @@ def main() -> None:
     network = entry.build(not args.reduced)
     inputs = batch_of(entry, published=not args.reduced, size=args.batch)
     tensors = {n: x for n, x in inputs.items() if isinstance(x, Tensor)}
-    recipe = dataclasses.replace(
-        tfmq_fx.Recipe.preset("w8a8"),
-        activation_observer="minmax",
-        reconstruction=tfmq_fx.Reconstruction(method="nearest"),
-    )
-    q = tfmq_fx.quantize(network, recipe, calibration=tfmq_fx.CalibrationSet.from_tensors(tensors))
+    q = quantized(network, inputs, "w8a8")
     low = q.lower("cpu", engine="openvino", precision=args.precision, batch=args.batch)
     flops = {k: args.batch * v for k, v in low.report["lowering"]["flops"].items()}
     found = profile(q, low, list(tensors.values()))

@@ -104,19 +104,24 @@ def nncf_static(network: nn.Module, inputs: Inputs) -> Step:
     return openvino_step(model, arrays)
 
 
+def quantized(
+    network: nn.Module, inputs: Inputs, recipe: str, *, keyed: str = "block"
+) -> tfmq_fx.QuantizedModel:
+    """Rounded to nearest: the rounding does not show in the speed."""
+    tensors = {n: x for n, x in inputs.items() if isinstance(x, Tensor)}
+    settings = dataclasses.replace(
+        tfmq_fx.Recipe.preset(recipe),
+        keyed=keyed,
+        activation_observer="minmax",
+        reconstruction=tfmq_fx.Reconstruction(method="nearest"),
+    )
+    data = tfmq_fx.CalibrationSet.from_tensors(tensors)
+    return tfmq_fx.quantize(network, settings, calibration=data, timesteps=inputs["timestep"].unique())
+
+
 def ours(recipe: str, precision: str, keyed: str = "block", engine: str = "openvino") -> Make:
     def make(network: nn.Module, inputs: Inputs) -> Step:
-        tensors = {n: x for n, x in inputs.items() if isinstance(x, Tensor)}
-        settings = dataclasses.replace(
-            tfmq_fx.Recipe.preset(recipe),
-            keyed=keyed,
-            activation_observer="minmax",
-            reconstruction=tfmq_fx.Reconstruction(
-                method="nearest"
-            ),  # the rounding does not show in the speed
-        )
-        data = tfmq_fx.CalibrationSet.from_tensors(tensors)
-        q = tfmq_fx.quantize(network, settings, calibration=data, timesteps=inputs["timestep"].unique())
+        q = quantized(network, inputs, recipe, keyed=keyed)
         low = q.lower("cpu", engine=engine, precision=precision, batch=len(inputs["timestep"]))
         report = low.report["lowering"]
         share = report["flops"]["int8"] / report["flops"]["total"]

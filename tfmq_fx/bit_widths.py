@@ -31,6 +31,7 @@ from tfmq_fx.passes.prepare import observers, prepare, require_stage, set_mode, 
 from tfmq_fx.pipeline import captured, first_tensor
 from tfmq_fx.progress import track
 from tfmq_fx.recipe import Recipe, Rule
+from tfmq_fx.resume import update_with_tensors
 from tfmq_fx.temporal import is_scalar
 
 
@@ -282,9 +283,7 @@ def _key(gm: GraphModule, plain: GraphModule, data: CalibrationSet, widths: Sequ
     recipe = gm.meta["recipe"].to_json()
     recipe.pop("reconstruction")
     digest = hashlib.sha256(json.dumps([recipe, list(widths), torch.__version__]).encode())
-    for name, x in sorted({**plain.state_dict(), **data.tensors}.items()):
-        digest.update(f"{name} {x.dtype} {tuple(x.shape)}".encode())
-        digest.update(x.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    update_with_tensors(digest, sorted({**plain.state_dict(), **data.tensors}.items()))
     return digest.hexdigest()
 
 

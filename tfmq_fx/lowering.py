@@ -31,12 +31,14 @@ from tfmq_fx.lowering_openvino import (
     WEIGHTS,
     Compiled,
     Execution,
+    is_int8,
     read_layers,
     require_openvino,
     write,
 )
 from tfmq_fx.lowering_torch import OPTIONS, compiled_or_not, prepare_graph, weight_bytes
 from tfmq_fx.model import DropIn, QuantizedModel
+from tfmq_fx.resume import update_with_tensors
 from tfmq_fx.saving import example_inputs, replace_folder
 
 log = logging.getLogger(__name__)
@@ -326,9 +328,7 @@ def _kernel(layer: Layer, executions: list[Execution]) -> Kernel:
     """Several executed nodes may bear a layer's name: what became of its multiplication, bias and scales."""
     products = [e for e in executions if e.kind in PRODUCTS] or executions[:1]
     kernel, precision = (products[0].kernel, products[0].precision) if products else ("", "")
-    # "_I8" reads unsigned bytes, "_i8" signed ones: OpenVINO's choice where the zero point is in the middle. `precision` may be
-    # that of weights which a float kernel unpacks.
-    int8 = kernel.lower().endswith("_i8")
+    int8 = is_int8(kernel)
     reason = ""
     if not products:
         reason = "not among the nodes that OpenVINO executes: folded, or fused under another name"
@@ -352,7 +352,5 @@ def _key(model: QuantizedModel, engine: str) -> str:
     digest = hashlib.sha256(
         json.dumps([graph_to_json(model.network), model.interface.inputs, versions]).encode()
     )
-    for name, value in sorted(tensors_of(model.network).items()):
-        digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
-        digest.update(value.contiguous().flatten().view(torch.uint8).numpy().data)
+    update_with_tensors(digest, sorted(tensors_of(model.network).items()))
     return digest.hexdigest()[:32]

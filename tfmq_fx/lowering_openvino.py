@@ -176,6 +176,14 @@ PRODUCTS = (
 )
 
 
+def is_int8(kernel: str) -> bool:
+    """By OpenVINO's name of a kernel: "_I8" reads unsigned bytes, "_i8" signed ones, its choice where the zero point is amid.
+
+    `Execution.precision` does not tell: it may be that of weights which a float kernel unpacks.
+    """
+    return kernel.lower().endswith("_i8")
+
+
 class Compiled(nn.Module):
     """The graph on OpenVINO's kernels: its inputs in order, its outputs nested as the graph nests them.
 

@@ -147,12 +147,13 @@ def fingerprint(gm: GraphModule, tensors: Mapping[str, Tensor], settings: Recons
     for text in (gm.meta["recipe"].to_json(), dataclasses.asdict(settings), seed):
         digest.update(json.dumps(text, sort_keys=True).encode())
     digest.update(str(gm.graph).encode())
-    _update(digest, sorted(tensors.items()))
-    _update(digest, sorted(gm.state_dict().items()))
+    update_with_tensors(digest, sorted(tensors.items()))
+    update_with_tensors(digest, sorted(gm.state_dict().items()))
     return digest.hexdigest()
 
 
-def _update(digest: hashlib._Hash, tensors: Iterable[tuple[str, Tensor]]) -> None:
+def update_with_tensors(digest: hashlib._Hash, tensors: Iterable[tuple[str, Tensor]]) -> None:
+    """Names, types, shapes and bytes, in the order given."""
     for name, x in tensors:
         digest.update(f"{name} {x.dtype} {tuple(x.shape)}".encode())
         digest.update(x.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
