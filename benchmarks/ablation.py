@@ -117,7 +117,7 @@ def estimators(model: str, output: Path, *, bits: int, repeats: int = 5) -> Tabl
     data, _ = prepare(output, model, 0, 2)
     pipe, _, finite = pipeline(model)
     found = tfmq_fx.CalibrationSet.from_tensors(load_file(data))
-    graph = tfmq_fx.capture(tfmq_fx.calibration.denoiser(pipe), found.arguments(slice(2)))
+    graph = tfmq_fx.capture(tfmq_fx.recording.denoiser(pipe), found.arguments(slice(2)))
     shown = Table("estimator", "CPU s", f"temporal cosine distance, {bits} bits")
     known: dict[str, type[TemporalObserver]] = {"static": StaticObserver, **TEMPORAL_OBSERVERS}
     for name, observer in known.items():

@@ -118,7 +118,7 @@ def measure(run: Run, recipe: Recipe, output: Path) -> dict[str, float]:
     """Quantize, sample, measure. Of `run`: model, seed and samples."""
     data, reference = prepare(output, run.model, run.seed, run.samples)
     pipe, kwargs, finite = pipeline(run.model)
-    network = tfmq_fx.calibration.denoiser(pipe)
+    network = tfmq_fx.recording.denoiser(pipe)
     calibration = tfmq_fx.CalibrationSet.from_tensors(load_file(data))
     started, cpu = time.monotonic(), time.process_time()
     q = tfmq_fx.quantize(network, recipe, calibration=calibration, finite=finite, seed=run.seed)

@@ -13,6 +13,7 @@ from tfmq_fx.passes.insert_step_index import insert_step_index
 from tfmq_fx.passes.integer_weights import integer_weights
 from tfmq_fx.passes.literal_dtypes import literal_dtypes
 from tfmq_fx.passes.low_rank import low_rank
+from tfmq_fx.passes.move_to_device import move_to_device
 from tfmq_fx.passes.onednn_kernels import onednn_kernels
 from tfmq_fx.passes.partition_temporal import extract_temporal, partition_temporal
 from tfmq_fx.passes.pass_manager import PassManager
@@ -45,6 +46,7 @@ __all__ = [
     "integer_weights",
     "literal_dtypes",
     "low_rank",
+    "move_to_device",
     "onednn_kernels",
     "partition_temporal",
     "prepare",

@@ -29,8 +29,9 @@ LEVELS = [
     ["tfmq_fx.recipe"],
     ["tfmq_fx.passes"],
     [
-        "tfmq_fx.capture",
+        "tfmq_fx.capturing",
         "tfmq_fx.temporal",
+        "tfmq_fx.recording",
         "tfmq_fx.calibration",
         "tfmq_fx.gptq",
         "tfmq_fx.spill",
@@ -40,6 +41,7 @@ LEVELS = [
         "tfmq_fx.graph_json",
         "tfmq_fx.maintenance",
         "tfmq_fx.model",
+        "tfmq_fx.diffusers_quantizer",
         "tfmq_fx.saving",
         "tfmq_fx.coverage",
         "tfmq_fx.lowering_openvino",
@@ -49,7 +51,7 @@ LEVELS = [
         "tfmq_fx.export_onnx",
         "tfmq_fx.export_aot",
     ],
-    ["tfmq_fx.pipeline", "tfmq_fx.demo", "tfmq_fx.sampling", "tfmq_fx.inspection"],
+    ["tfmq_fx.pipeline", "tfmq_fx.demo", "tfmq_fx.sampling", "tfmq_fx.inspection", "tfmq_fx.presets"],
     ["tfmq_fx.bit_widths", "tfmq_fx.drift", "tfmq_fx.report"],
     ["tfmq_fx.cli", "tfmq_fx.__init__"],
 ]

@@ -29,7 +29,7 @@ def test_the_wheel_holds_the_rooms_and_the_model_and_no_generic_names(tmp_path):
     assert "tfmq_fx/ddpm-digits/unet/diffusion_pytorch_model.safetensors" in names
     assert not any(n.startswith(("passes/", "observers/", "tests/", "benchmarks/")) for n in names)
     code = (
-        "import sys; sys.path.insert(0, 'site'); import tfmq_fx; assert 'site' in sys.modules['tfmq_fx.passes.prepare'].__file__\n"
+        "import sys; sys.path.insert(0, 'site'); import tfmq_fx.passes.prepare; assert 'site' in sys.modules['tfmq_fx.passes.prepare'].__file__\n"
         "try:\n    import passes\nexcept ImportError:\n    sys.exit(0)\nsys.exit('a bare passes is importable')"
     )
     subprocess.run(

@@ -145,7 +145,7 @@ def test_a_folder_with_something_else_is_refused_and_left_alone(measured, tmp_pa
 
 
 def test_the_hook_is_gone_when_sampling_fails(pipe, digits):
-    with pytest.raises(TypeError):
+    with pytest.raises(TFMQError):
         trajectory(pipe, digits, digits, **SETTINGS, no_such_argument=1)
     assert not digits._forward_pre_hooks
 

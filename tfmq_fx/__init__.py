@@ -3,33 +3,50 @@
 q = tfmq_fx.quantize(pipe, "w4a8")
 q.save_pretrained("folder");  q = tfmq_fx.load("folder")
 pipe.unet = q
+
+After `import tfmq_fx` diffusers reads what was saved: DiffusionPipeline.from_pretrained, and a network class's own.
 """
 
-from tfmq_fx import observers, passes
-from tfmq_fx.bit_widths import mixed_precision, sensitivity
-from tfmq_fx.calibration import CalibrationSet, calibrate
-from tfmq_fx.capture import capture
-from tfmq_fx.errors import TFMQError
-from tfmq_fx.lowering import LoweredModel
-from tfmq_fx.maintenance import maintain
-from tfmq_fx.model import QuantizedModel
-from tfmq_fx.passes import convert, prepare
-from tfmq_fx.pipeline import quantize
-from tfmq_fx.recipe import Recipe, Reconstruction, Rule
-from tfmq_fx.reconstruction import reconstruct
-from tfmq_fx.saving import load
+from __future__ import annotations
+
+import importlib
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+import wrapt
+
+if TYPE_CHECKING:
+    from tfmq_fx import observers, passes
+    from tfmq_fx.bit_widths import mixed_precision, sensitivity
+    from tfmq_fx.calibration import CalibrationSet, calibrate
+    from tfmq_fx.capturing import capture
+    from tfmq_fx.diffusers_quantizer import TFMQConfig
+    from tfmq_fx.errors import TFMQError
+    from tfmq_fx.lowering import LoweredModel
+    from tfmq_fx.maintenance import maintain
+    from tfmq_fx.model import QuantizedModel
+    from tfmq_fx.passes import convert, prepare
+    from tfmq_fx.pipeline import quantize
+    from tfmq_fx.presets import CalibrationPreset
+    from tfmq_fx.recipe import Recipe, Reconstruction, Rule
+    from tfmq_fx.reconstruction import reconstruct
+    from tfmq_fx.recording import coco_captions
+    from tfmq_fx.saving import load
 
 __version__ = "0.1.0"
 __all__ = [
+    "CalibrationPreset",
     "CalibrationSet",
     "LoweredModel",
     "QuantizedModel",
     "Recipe",
     "Reconstruction",
     "Rule",
+    "TFMQConfig",
     "TFMQError",
     "calibrate",
     "capture",
+    "coco_captions",
     "convert",
     "load",
     "maintain",
@@ -41,3 +58,64 @@ __all__ = [
     "reconstruct",
     "sensitivity",
 ]
+
+# Loaded when first touched: torchao alone takes three seconds, and `import tfmq_fx` should not.
+_HOMES = {
+    "CalibrationPreset": "presets",
+    "CalibrationSet": "calibration",
+    "LoweredModel": "lowering",
+    "QuantizedModel": "model",
+    "Recipe": "recipe",
+    "Reconstruction": "recipe",
+    "Rule": "recipe",
+    "TFMQConfig": "diffusers_quantizer",
+    "TFMQError": "errors",
+    "calibrate": "calibration",
+    "capture": "capturing",
+    "coco_captions": "recording",
+    "convert": "passes",
+    "load": "saving",
+    "maintain": "maintenance",
+    "mixed_precision": "bit_widths",
+    "prepare": "passes",
+    "quantize": "pipeline",
+    "reconstruct": "reconstruction",
+    "sensitivity": "bit_widths",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOMES:
+        value = getattr(importlib.import_module(f"tfmq_fx.{_HOMES[name]}"), name)
+    elif not name.startswith("_"):
+        try:
+            value = importlib.import_module(f"tfmq_fx.{name}")  # tfmq_fx.passes, tfmq_fx.recording
+        except ModuleNotFoundError as error:
+            if error.name != f"tfmq_fx.{name}":
+                raise
+            raise AttributeError(f"module 'tfmq_fx' has no attribute {name!r}") from None
+    else:
+        raise AttributeError(f"module 'tfmq_fx' has no attribute {name!r}")
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
+def _register(module: ModuleType) -> None:
+    from tfmq_fx.diffusers_quantizer import register
+
+    register(module)
+
+
+def _register_pipelines(module: ModuleType) -> None:
+    from tfmq_fx.diffusers_quantizer import register_pipelines
+
+    register_pipelines(module)
+
+
+# When diffusers is imported, now or later: importing it here would cost a second.
+wrapt.register_post_import_hook(_register, "diffusers.quantizers.auto")
+wrapt.register_post_import_hook(_register_pipelines, "diffusers.pipelines.pipeline_loading_utils")

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
 from tfmq_fx.arithmetic import FLOAT_BITS, check_bits
-from tfmq_fx.calibration import CalibrationSet, calibrate, denoiser, inputs_of, with_own
+from tfmq_fx.calibration import CalibrationSet, calibrate, inputs_of, with_own
 from tfmq_fx.coverage import layers_of
 from tfmq_fx.errors import TFMQError
 from tfmq_fx.graph import attribute, output_channel_axis
@@ -31,6 +31,7 @@ from tfmq_fx.passes.prepare import observers, prepare, require_stage, set_mode, 
 from tfmq_fx.pipeline import captured, first_tensor
 from tfmq_fx.progress import track
 from tfmq_fx.recipe import Recipe, Rule
+from tfmq_fx.recording import denoiser
 from tfmq_fx.resume import update_with_tensors
 from tfmq_fx.temporal import is_scalar
 

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterator, Mapping
-from contextlib import nullcontext
 from copy import deepcopy
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,7 +13,8 @@ from torch import Tensor, nn
 from torch.fx import GraphModule, Interpreter, Node
 
 from tfmq_fx._torchao import FakeQuantizeBase, ObserverBase
-from tfmq_fx.arguments import Path, leaves, nested
+from tfmq_fx.arguments import Path as ArgumentPath
+from tfmq_fx.arguments import leaves, nested
 from tfmq_fx.channels import choose_layers
 from tfmq_fx.errors import TFMQError, nearest_names
 from tfmq_fx.graph import fixed_size, fresh, meta_value, placeholders, timestep_input
@@ -28,6 +28,7 @@ from tfmq_fx.passes.partition_temporal import extract_temporal
 from tfmq_fx.passes.pass_manager import declare
 from tfmq_fx.passes.prepare import observers, require_stage, set_mode
 from tfmq_fx.progress import track
+from tfmq_fx.recording import MAX_MEMORY, Session, denoiser, record
 from tfmq_fx.temporal import chunks_of, inputs_are_keys, is_scalar, run_temporal, tables, temporal_rows
 
 
@@ -36,6 +37,8 @@ class CalibrationSet:
 
     Invariants: at least one row; all tensors have the same first dimension; every value is finite. A tensor
     inside a dict or list argument has a flat name ("added_cond_kwargs_time_ids") and its path in `paths`.
+    `constants` has what is the same in every call: plain values, and tensors without rows (position ids).
+    `conditional` (N,) is False for the rows that guidance adds, those without the condition.
     """
 
     def __init__(
@@ -43,12 +46,14 @@ class CalibrationSet:
         tensors: Mapping[str, Tensor],
         constants: Mapping[str, Any],
         timestep: str,
-        paths: Mapping[str, Path] | None = None,
+        paths: Mapping[str, ArgumentPath] | None = None,
+        *,
+        conditional: Tensor | None = None,
     ) -> None:
         self.tensors = dict(tensors)
-        self.constants = dict(constants)  # non-tensor leaves of the recorded calls, by flat name
+        self.constants = dict(constants)
         self.timestep = timestep
-        self.paths: dict[str, Path] = {n: (n,) for n in (*tensors, *constants)} | dict(paths or {})
+        self.paths: dict[str, ArgumentPath] = {n: (n,) for n in (*tensors, *constants)} | dict(paths or {})
         if timestep not in self.tensors:
             raise TFMQError(
                 f"calibration: no tensor named {timestep!r}; found {nearest_names(timestep, self.tensors)}."
@@ -59,11 +64,18 @@ class CalibrationSet:
         if len(set(sizes.values())) != 1:
             raise TFMQError(f"calibration: tensors have different numbers of rows: {sizes}.")
         for name, x in self.tensors.items():
-            if x.is_floating_point() and not torch.isfinite(x).all():
-                row = int((~torch.isfinite(x.flatten(1) if x.dim() > 1 else x[:, None]).all(1)).nonzero()[0])
-                raise TFMQError(
-                    f"calibration: tensor {name!r} holds NaN or infinite values, first in row {row}."
+            for start in (
+                range(0, len(x), 1024) if x.is_floating_point() else ()
+            ):  # they may be larger than memory
+                finite = torch.isfinite(
+                    x[start : start + 1024].flatten(1) if x.dim() > 1 else x[start : start + 1024, None]
                 )
+                if not finite.all():
+                    row = start + int((~finite.all(1)).nonzero()[0])
+                    raise TFMQError(
+                        f"calibration: tensor {name!r} holds NaN or infinite values, first in row {row}."
+                    )
+        self.conditional = torch.ones(len(self), dtype=torch.bool) if conditional is None else conditional
 
     def __len__(self) -> int:
         return len(self.tensors[self.timestep])
@@ -95,59 +107,38 @@ class CalibrationSet:
         seed: int = 0,
         batch_size: int = 64,
         timestep: str = "timestep",
+        component: str | None = None,
         deterministic: bool = True,
+        cache: str | Path | None = None,
+        max_memory: float = MAX_MEMORY,
         **pipe_kwargs: Any,
     ) -> CalibrationSet:
         """Run the pipeline once and keep every call of its denoiser: one trajectory per sample.
 
-        The denoiser is the component that is called with a `timestep`. pipe_kwargs go to the pipeline
-        (prompt, class_labels, guidance_scale, eta, ...); samples are drawn in batches of `batch_size`, each from a
-        seed of its own. The processes of a torch.distributed group share the batches, and all get every row.
+        The denoiser is the component that is called with a `timestep`; `component` names one of several. pipe_kwargs go
+        to the pipeline (prompt, class_labels, guidance_scale, eta, ...); a list has one value per sample, taken in turn.
+        Samples are drawn in batches of `batch_size`, each from a seed of its own. Rows of a guided pipeline are marked in
+        `conditional`. The processes of a torch.distributed group share the batches, and all get every row.
 
         deterministic: run torch on one thread, so that the rows have the same bits on any number of threads; False
             is faster on a CPU with many cores.
+        cache: a folder that keeps recordings; an equal one (weights, scheduler, arguments, seeds, versions) is read.
+        max_memory: bytes; larger recordings are memory-mapped files, in `cache` or the system's temporary folder.
         """
-        if num_samples < 1 or num_inference_steps < 1:
+        if num_samples < 1 or num_inference_steps < 1 or batch_size < 1:
             raise TFMQError(
-                f"calibration: num_samples={num_samples} and num_inference_steps={num_inference_steps} must be positive."
+                f"calibration: num_samples={num_samples}, num_inference_steps={num_inference_steps} and "
+                f"batch_size={batch_size} must be positive."
             )
-        network, ranks = denoiser(pipe, timestep=timestep), Ranks()
-        signature = inspect.signature(network.forward)
-        calls: list[dict[str, Any]] = []
-
-        def keep(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            calls.append(dict(signature.bind(*args, **kwargs).arguments))
-
-        handle = network.register_forward_pre_hook(keep, with_kwargs=True)
-        found: list[list[dict[str, Any]]] = []  # of each batch, what each call got by flat name
-        try:
-            with workers(1) if deterministic else nullcontext():
-                starts = ranks.share(range(0, num_samples, batch_size))
-                for start in track(starts, "recording trajectories"):
-                    run_pipeline(
-                        pipe,
-                        min(batch_size, num_samples - start),
-                        num_inference_steps=num_inference_steps,
-                        generator=torch.Generator().manual_seed(seed * 1_000_003 + start),
-                        **pipe_kwargs,
-                    )
-                    found.append([leaves(call) for call in calls])
-                    calls.clear()
-        finally:
-            handle.remove()
-        rows: list[dict[str, Any]] = []
-        paths: dict[str, Path] = {}
-        of_ranks = ranks.gather(found)
-        for i in range(len(of_ranks[0])):
-            for batches in of_ranks:
-                for call in batches[i] if i < len(batches) else []:
-                    paths = paths or {n: path for n, (path, _) in call.items()}
-                    rows.append(_rows({n: leaf for n, (_, leaf) in call.items()}, timestep))
-        if not rows:
-            raise TFMQError(f"calibration: the pipeline never called {type(network).__name__}.")
-        names = [n for n, v in rows[0].items() if isinstance(v, Tensor)]
-        constants = {n: v for n, v in rows[0].items() if n not in names}
-        return CalibrationSet({n: torch.cat([r[n] for r in rows]) for n in names}, constants, timestep, paths)
+        network = denoiser(pipe, timestep=timestep, component=component)
+        session = Session(
+            pipe, network, timestep, num_samples, num_inference_steps, seed, batch_size, pipe_kwargs
+        )
+        folder = None if cache is None else Path(cache)
+        found = record(session, deterministic=deterministic, cache=folder, max_memory=max_memory)
+        return CalibrationSet(
+            found.rows, found.constants, timestep, found.paths, conditional=found.conditional
+        )
 
     @property
     def timesteps(self) -> Tensor:
@@ -167,11 +158,18 @@ class CalibrationSet:
         tie = torch.randperm(len(self), generator=generator)
         chosen = by_t[tie][torch.argsort(rank[tie], stable=True)][:num_samples]
         chosen = chosen[torch.randperm(len(chosen), generator=generator)]
+        return self.rows(chosen)
+
+    def rows(self, chosen: Tensor) -> CalibrationSet:
+        """These rows, by index or by mask: `data.rows(data.conditional)`."""
         tensors = {n: x[chosen] for n, x in self.tensors.items()}
-        return CalibrationSet(tensors, self.constants, self.timestep, self.paths)
+        return CalibrationSet(
+            tensors, self.constants, self.timestep, self.paths, conditional=self.conditional[chosen]
+        )
 
     def batches(self, batch_size: int, *, one_timestep: bool = False) -> Iterator[dict[str, Tensor]]:
-        """At most `batch_size` rows each; one_timestep: of one timestep each, for networks that take one a call."""
+        """At most `batch_size` rows each, and what has no rows; one_timestep: of one timestep each, for networks that take one a call."""
+        shared = {n: x for n, x in self.constants.items() if isinstance(x, Tensor)}
         t = self.tensors[self.timestep]
         groups = (
             [(t == value).nonzero().flatten() for value in t.unique()]
@@ -180,39 +178,7 @@ class CalibrationSet:
         )
         for group in groups:
             for rows in group.split(batch_size):
-                yield {n: x[rows] for n, x in self.tensors.items()}
-
-
-def run_pipeline(pipe: Any, num_samples: int, **pipe_kwargs: Any) -> Any:
-    """The pipeline's images as numpy, `num_samples` of them, or that many for each prompt it is given."""
-    takes = inspect.signature(pipe.__call__).parameters
-    for name in ("batch_size", "num_images_per_prompt"):
-        if name in takes:
-            pipe_kwargs.setdefault(name, num_samples)
-            break
-    return pipe(output_type="np", **pipe_kwargs).images
-
-
-def denoiser(pipe: Any, *, timestep: str = "timestep") -> nn.Module:
-    """The pipeline's component whose forward takes a `timestep`. Raises TFMQError when there is none or several."""
-    found = {
-        name: module
-        for name, module in pipe.components.items()
-        if isinstance(module, nn.Module) and timestep in inspect.signature(module.forward).parameters
-    }
-    if len(found) != 1:
-        raise TFMQError(
-            f"pipeline: {len(found) or 'no'} components take a {timestep!r} ({', '.join(found) or ', '.join(pipe.components)}); "
-            "quantize the network itself with quantize(network, calibration=CalibrationSet.from_tensors(..))."
-        )
-    return next(iter(found.values()))
-
-
-def _rows(call: dict[str, Any], timestep: str) -> dict[str, Any]:
-    """One recorded call with the timestep as one value per row."""
-    batch = max(x.shape[0] for n, x in call.items() if isinstance(x, Tensor) and n != timestep and x.dim())
-    t = torch.as_tensor(call[timestep])
-    return {**call, timestep: t.expand(batch) if t.dim() == 0 else t.repeat(batch // len(t))}
+                yield {n: x[rows] for n, x in self.tensors.items()} | shared
 
 
 def inputs_of(gm: GraphModule, batch: Mapping[str, Tensor]) -> list[Tensor]:

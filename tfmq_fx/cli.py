@@ -11,6 +11,8 @@ import shlex
 import shutil
 import sys
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -18,7 +20,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from tfmq_fx.errors import TFMQError
+from tfmq_fx.errors import TFMQError, nearest_names
 
 app = typer.Typer(
     add_completion=False,
@@ -27,6 +29,8 @@ app = typer.Typer(
     help="Quantize diffusion models.",
 )
 out = Console(soft_wrap=True)
+
+_UsageError: Any = typer.BadParameter.__base__  # of click, or of the click that a newer typer has inside
 
 Model = Annotated[
     str | None,
@@ -89,6 +93,23 @@ def _named_json(option: str, values: list[str] | None) -> dict[str, Any]:
     return found
 
 
+@contextmanager
+def _called(pipe: Any, arguments: dict[str, Any]) -> Iterator[None]:
+    """What a pipeline says of its arguments, as a TFMQError: diffusers checks them when it is called."""
+    taken = inspect_module.signature(pipe.__call__).parameters
+    ours = ("num_inference_steps", "generator", "output_type")
+    for name in arguments:
+        if name in ours or name not in taken:
+            others = [n for n in taken if n not in ours]
+            raise TFMQError(f"--argument {name}: {type(pipe).__name__} takes {nearest_names(name, others)}.")
+    try:
+        yield
+    except TFMQError:
+        raise
+    except (TypeError, ValueError) as error:
+        raise TFMQError(f"{type(pipe).__name__}: {error}") from error
+
+
 @app.command()
 def inspect(
     model: Annotated[
@@ -117,9 +138,10 @@ def inspect(
 ) -> None:
     """Show the temporal block found by dataflow, and what a recipe would do to every layer."""
 
-    from tfmq_fx.calibration import CalibrationSet, denoiser
+    from tfmq_fx.calibration import CalibrationSet
     from tfmq_fx.inspection import describe, example_inputs, load_network
     from tfmq_fx.recipe import Recipe
+    from tfmq_fx.recording import denoiser
 
     chosen = Recipe.preset(recipe)
     if model is not None and (Path(model) / "config.json").is_file():
@@ -132,9 +154,9 @@ def inspect(
     else:
         pipe = load_pipeline(model)
         network = denoiser(pipe, timestep=timestep or "timestep")
-        data = CalibrationSet.record(
-            pipe, num_samples=2, num_inference_steps=2, **_named_json("--argument", argument)
-        )
+        arguments = _named_json("--argument", argument)
+        with _called(pipe, arguments):
+            data = CalibrationSet.record(pipe, num_samples=2, num_inference_steps=2, **arguments)
         example = data.arguments(slice(0, 2))
     found = describe(network, example, chosen, timestep=timestep)
     if as_json:
@@ -224,15 +246,16 @@ def quantize(
     with joined() as ranks:
         check_output_folder(output)  # before minutes of work, not after
         pipe = load_pipeline(model, scheduler)
-        calibration = CalibrationSet.record(
-            pipe,
-            num_samples=num_samples,
-            num_inference_steps=steps,
-            batch_size=max(1, min(64, -(-num_samples // ranks.size))),
-            seed=seed,
-            **_named_json("--argument", argument),
-        )
-        tables = _named_json("--finite", finite)
+        arguments, tables = _named_json("--argument", argument), _named_json("--finite", finite)
+        with _called(pipe, arguments):
+            calibration = CalibrationSet.record(
+                pipe,
+                num_samples=num_samples,
+                num_inference_steps=steps,
+                batch_size=max(1, min(64, -(-num_samples // ranks.size))),
+                seed=seed,
+                **arguments,
+            )
         if max_megabytes is not None:
             chosen = mixed_precision(
                 pipe, chosen, calibration=calibration, max_bytes=max_megabytes * 1e6, finite=tables, seed=seed
@@ -353,16 +376,18 @@ def report(
 
     quantized = load(folder)
     target = output or folder.absolute().with_name(f"{folder.absolute().name}-report")
-    numbers, runs = measure(
-        load_pipeline(model, scheduler),
-        quantized,
-        num_samples=num_samples,
-        num_inference_steps=steps,
-        seed=seed,
-        nearest=nearest,
-        command=shlex.join(["tfmq", *sys.argv[1:]]),
-        **_named_json("--argument", argument),
-    )
+    pipe, arguments = load_pipeline(model, scheduler), _named_json("--argument", argument)
+    with _called(pipe, arguments):
+        numbers, runs = measure(
+            pipe,
+            quantized,
+            num_samples=num_samples,
+            num_inference_steps=steps,
+            seed=seed,
+            nearest=nearest,
+            command=shlex.join(["tfmq", *sys.argv[1:]]),
+            **arguments,
+        )
     write_report(numbers, runs, target, title=f"tfmq_fx: {folder.absolute().name}")
     out.print(f"{target / PAGE}: PSNR {numbers['pictures']['psnr']:.1f} dB, mean of {num_samples} images")
 
@@ -403,13 +428,10 @@ def _both(
 ) -> Any:
     from tfmq_fx.sampling import sample as draw
 
-    settings = {
-        "num_samples": num_samples,
-        "num_inference_steps": steps,
-        "seed": seed,
-        **_named_json("--argument", argument),
-    }
-    return draw(pipe, None, **settings), draw(pipe, quantized, **settings)
+    arguments = _named_json("--argument", argument)
+    settings = {"num_samples": num_samples, "num_inference_steps": steps, "seed": seed, **arguments}
+    with _called(pipe, arguments):
+        return draw(pipe, None, **settings), draw(pipe, quantized, **settings)
 
 
 def main() -> None:
@@ -419,10 +441,16 @@ def main() -> None:
     # Libraries about themselves, at import; ours are errors or in the report.
     warnings.simplefilter("ignore")
     stdlib_logging.getLogger("torch.utils._pytree").setLevel(stdlib_logging.ERROR)
+    # A capture that fails is tried in another way, or is our error: torch need not say so too.
+    stdlib_logging.getLogger("torch._subclasses.fake_tensor").setLevel(stdlib_logging.CRITICAL)
     try:
-        app()
-    except TFMQError as error:
-        Console(stderr=True, soft_wrap=True).print(f"error: {error}", markup=False, highlight=False)
+        sys.exit(app(standalone_mode=False))
+    except (TFMQError, _UsageError) as error:
+        text = error.format_message() if isinstance(error, _UsageError) else str(error)
+        if not text:  # `tfmq` alone has shown the help
+            sys.exit(2)
+        words = text if isinstance(error, _UsageError) and "Usage:" in text else " ".join(text.splitlines())
+        Console(stderr=True, soft_wrap=True).print(f"error: {words}", markup=False, highlight=False)
         sys.exit(2)
 
 

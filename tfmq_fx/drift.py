@@ -11,12 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tfmq_fx.calibration import CalibrationSet, denoiser, run_pipeline
+from tfmq_fx.calibration import CalibrationSet
 from tfmq_fx.errors import TFMQError
 from tfmq_fx.metrics import relative_mse_by_timestep
 from tfmq_fx.model import DropIn, QuantizedModel
 from tfmq_fx.pipeline import quantize
 from tfmq_fx.recipe import Recipe
+from tfmq_fx.recording import denoiser, run_pipeline
 from tfmq_fx.sampling import swapped
 
 ROWS = 64  # rows of one call when errors are measured

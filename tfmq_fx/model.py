@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import logging
 from collections import Counter
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
@@ -17,10 +19,13 @@ from torch.fx import GraphModule
 from tfmq_fx.arguments import leaves
 from tfmq_fx.errors import TFMQError, nearest_names
 from tfmq_fx.graph import fixed_size, placeholders
+from tfmq_fx.passes.move_to_device import move_to_device
 
 if TYPE_CHECKING:
     from tfmq_fx.exporting import Exported
     from tfmq_fx.lowering import LoweredModel
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,6 +40,8 @@ class Interface:
     constants: dict[str, Any] = field(default_factory=dict)  # arguments fixed at capture, by flat name
     output_type: str | None = None  # qualified name of a diffusers output class; None: a plain tuple
     timestep: str = "timestep"
+    # Module path -> plain attributes of the float network's, which pipelines read (a layer's in_features).
+    attributes: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     @staticmethod
     def of(
@@ -59,7 +66,35 @@ class Interface:
             constants={k: v for k, (_, v) in found.items() if k not in inputs and _is_json(v)},
             output_type=output_type,
             timestep=gm.meta["timestep"],
+            attributes={
+                path: {
+                    n: v
+                    for n, v in vars(m).items()
+                    if not n.startswith("_") and n != "training" and _is_json(v)
+                }
+                for path, m in network.named_modules()
+            },
         )
+
+
+class Attributes:
+    """Read-only: the plain attributes of one of the float network's modules, and its children."""
+
+    def __init__(self, values: Mapping[str, Mapping[str, Any]], path: str) -> None:
+        self._values, self._path = values, path
+
+    def __getattr__(self, name: str) -> Any:
+        path = f"{self._path}.{name}" if self._path else name
+        if name in self._values.get(self._path, {}):
+            return self._values[self._path][name]
+        if path in self._values:
+            return Attributes(self._values, path)
+        raise AttributeError(
+            f"a quantized network keeps the plain attributes of the float one's modules; {path!r} is none of them"
+        )
+
+    def __getitem__(self, index: int) -> Any:
+        return getattr(self, str(index))
 
 
 def _item(value: Any, step: str | int) -> Any:
@@ -99,6 +134,9 @@ class DropIn(nn.Module):
     ) -> None:
         super().__init__()
         self.network = network
+        # Its weights are buffers, but accelerate's hooks ask a module's first parameter where it is.
+        device = next((b.device for b in network.buffers()), None)
+        self.where = nn.Parameter(torch.empty(0, device=device), requires_grad=False)
         self.interface = interface
         self.timesteps = timesteps.cpu()
         self.finite = {name: values.cpu() for name, values in (finite or {}).items()}
@@ -112,6 +150,37 @@ class DropIn(nn.Module):
         self.first_input = first  # what the network denoises
         # Imported here and not in forward, which torch.compile traces.
         self._output: Any = None if interface.output_type is None else _output_class(interface.output_type)
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if "interface" not in vars(self):  # not made yet
+                raise
+            return getattr(Attributes(self.interface.attributes, ""), name)
+
+    def cache_context(self, _name: str) -> AbstractContextManager[None]:
+        """Pipelines name what they compute, for caches of a network's inner values; there are none here."""
+        return nullcontext()
+
+    def set_attention_slice(self, slice_size: Any) -> None:
+        """What `pipe.enable_attention_slicing()` calls: attention is part of the graph, so this is without effect."""
+        if slice_size is not None:
+            log.warning(
+                "set_attention_slice(%r): attention is fixed in the captured graph; nothing changes",
+                slice_size,
+            )
+
+    def load_lora_adapter(self, *_: Any, **__: Any) -> None:
+        """Always raises TFMQError: a quantized network's weights are integers."""
+        raise TFMQError(
+            "LoRA: a quantized network takes no adapters; load them into the float pipeline, pipe.fuse_lora(), "
+            "pipe.unload_lora_weights(), and quantize that."
+        )
+
+    def register_to_config(self, **values: Any) -> None:
+        """diffusers' way to add to `.config`; what JSON cannot hold is left out."""
+        self._config |= {name: value for name, value in values.items() if _is_json(value)}
 
     @property
     def config(self) -> Any:
@@ -128,15 +197,23 @@ class DropIn(nn.Module):
         return next(self.network.buffers()).device
 
     def _apply(self, fn: Any, recurse: bool = True) -> Self:
-        """nn.Module's one road for .to(), .half(), .cuda(): refused where it would change what capture fixed."""
-        probe = fn(torch.empty(0, dtype=self.dtype, device=self.device))
-        if (probe.dtype, probe.device) != (self.dtype, self.device):
+        """nn.Module's one road for .to(), .half(), .cuda(): refused where it would change what is fixed."""
+        self._check_dtype(fn)
+        device = fn(torch.empty(0, device=self.device)).device
+        if device != self.device:
             raise TFMQError(
-                f"to({probe.device}, {probe.dtype}): a quantized network stays on {self.device} in {self.dtype}, both fixed "
-                "at capture; move the float network first and quantize it there."
+                f"to({device}): this network is compiled for {self.device}; move the one it was lowered from."
             )
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         return self
+
+    def _check_dtype(self, fn: Any) -> None:
+        dtype = fn(torch.empty(0, dtype=self.dtype, device=self.device)).dtype
+        if dtype != self.dtype:
+            raise TFMQError(
+                f"to({dtype}): a quantized network computes in {self.dtype}, as captured; cast the float network first and "
+                "quantize that."
+            )
 
     @property
     def report(self) -> dict[str, Any]:
@@ -258,6 +335,28 @@ class QuantizedModel(DropIn):
     """A converted graph behind the float network's calling convention: it can be saved, exported and lowered."""
 
     network: GraphModule
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path, *, torch_dtype: torch.dtype | None = None) -> QuantizedModel:
+        """`tfmq_fx.load`, as `DiffusionPipeline.from_pretrained` calls it."""
+        from tfmq_fx.saving import load
+
+        model = load(folder)
+        if torch_dtype not in (None, model.dtype):
+            raise TFMQError(
+                f"{folder}: torch_dtype={torch_dtype}, but the network was captured in {model.dtype}; load without torch_dtype."
+            )
+        return model
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Self:
+        """A graph can be moved to another device, other than what is compiled."""
+        device = fn(torch.empty(0, device=self.device)).device
+        if device != self.device:
+            self._check_dtype(fn)
+            nn.Module._apply(self, fn, recurse)  # type: ignore[no-untyped-call]
+            move_to_device(self.network, device=device)
+            return self
+        return super()._apply(fn, recurse)
 
     @property
     def temporal_block(self) -> GraphModule:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import platform
+import sys
 import time
 from collections.abc import Iterable, Mapping
 from functools import partial
@@ -16,8 +17,8 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 from torch.utils import _pytree as pytree
 
-from tfmq_fx.calibration import CalibrationSet, calibrate, denoiser, input_maxima, inputs_of
-from tfmq_fx.capture import capture
+from tfmq_fx.calibration import CalibrationSet, calibrate, input_maxima, inputs_of
+from tfmq_fx.capturing import capture
 from tfmq_fx.errors import TFMQError
 from tfmq_fx.graph import fresh, placeholders
 from tfmq_fx.graph_json import packed_tensors, quantized_weights, tensors_of
@@ -36,6 +37,7 @@ from tfmq_fx.passes.rotate import rotate
 from tfmq_fx.passes.smooth import smooth
 from tfmq_fx.recipe import Recipe
 from tfmq_fx.reconstruction import reconstruct
+from tfmq_fx.recording import denoiser
 from tfmq_fx.temporal import chunks_of, is_scalar, run_temporal, temporal_rows
 
 ERROR_ROWS = 512  # calibration rows on which the report's errors by timestep are measured
@@ -49,6 +51,7 @@ def quantize(
     timesteps: Tensor | None = None,
     timestep: str = "timestep",
     finite: Mapping[str, Iterable[Any] | Tensor] | None = None,
+    component: str | None = None,
     seed: int = 0,
     strict: bool = False,
     state: str | Path | None = None,
@@ -59,6 +62,7 @@ def quantize(
         left as it was.
     calibration: for a pipeline, None records 64 trajectories of 50 steps with the pipeline's own scheduler.
     timesteps: the schedule (T,); None takes the timesteps of the calibration set.
+    component: which of a pipeline's components, where several take a timestep.
     finite: other inputs with finitely many values, {"class_labels": range(10)}; see `prepare`.
 
     strict: refuse, before any calibration, a network of which something would stay in float or be quantized more
@@ -70,13 +74,18 @@ def quantize(
     The same seed gives the same integers. Raises TFMQError for bad input, naming it.
     """
     recipe = Recipe.preset(recipe) if isinstance(recipe, str) else recipe
-    network = model if isinstance(model, nn.Module) else denoiser(model, timestep=timestep)
+    network = (
+        model if isinstance(model, nn.Module) else denoiser(model, timestep=timestep, component=component)
+    )
+    _refuse_adapters(network)
     if calibration is None:
         if network is model:
             raise TFMQError(
                 "calibration: a network alone has no trajectories to record; give a CalibrationSet."
             )
-        calibration = CalibrationSet.record(model, num_samples=64, num_inference_steps=50, seed=seed)
+        calibration = CalibrationSet.record(
+            model, num_samples=64, num_inference_steps=50, seed=seed, timestep=timestep, component=component
+        )
     timesteps = calibration.timesteps if timesteps is None else timesteps
     clock = _Clock()
 
@@ -119,6 +128,15 @@ def quantize(
     quantized._report = _report(converted, network, recipe, seed, clock, errors)
     quantized._report["temporal_drift"] = _drift(gm, temporal, quantized, rows, distance)
     return quantized
+
+
+def _refuse_adapters(network: nn.Module) -> None:
+    """Raise TFMQError when peft has put layers of its own into the network: they would be rounded one by one."""
+    tuners = sys.modules.get("peft.tuners.tuners_utils")
+    if tuners is not None and any(isinstance(m, tuners.BaseTunerLayer) for m in network.modules()):
+        raise TFMQError(
+            "quantize: the network has adapters (LoRA) beside its weights; pipe.fuse_lora(), then pipe.unload_lora_weights()."
+        )
 
 
 def captured(

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tfmq_fx.calibration import CalibrationSet, denoiser
+from tfmq_fx.calibration import CalibrationSet
 from tfmq_fx.drift import (
     Trajectory,
     in_bfloat16,
@@ -29,6 +29,7 @@ from tfmq_fx.drift import (
 from tfmq_fx.errors import TFMQError
 from tfmq_fx.extractors import Extractor, compare
 from tfmq_fx.model import QuantizedModel
+from tfmq_fx.recording import denoiser
 from tfmq_fx.saving import replace_folder
 
 PAGE, NUMBERS = "report.html", "report.json"

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tfmq_fx.calibration import denoiser, run_pipeline
 from tfmq_fx.errors import TFMQError
+from tfmq_fx.recording import denoiser, run_pipeline
 
 
 @contextmanager
@@ -43,7 +43,12 @@ def sample(
         for start in range(0, num_samples, batch_size):
             size = min(batch_size, num_samples - start)
             drawn = run_pipeline(
-                pipe, size, num_inference_steps=num_inference_steps, generator=generator, **pipe_kwargs
+                pipe,
+                size,
+                first=start,
+                num_inference_steps=num_inference_steps,
+                generator=generator,
+                **pipe_kwargs,
             )
             images.append(torch.from_numpy(drawn).permute(0, 3, 1, 2) * 2 - 1)
     return torch.cat(images)

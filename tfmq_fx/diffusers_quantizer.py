@@ -1,0 +1,149 @@
+"""diffusers' doors to what tfmq_fx has saved: `from_pretrained` of the float network's class, and of pipelines.
+
+diffusers has no registry for quantizers of others: `register` enters ours into its two mappings, and `register_pipelines`
+our model's class among those that a pipeline's model_index.json may name.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+from collections.abc import Mapping
+from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+import torch
+from diffusers.quantizers.base import DiffusersQuantizer
+from diffusers.quantizers.quantization_config import QuantizationConfigMixin
+from torch import nn
+
+from tfmq_fx.errors import TFMQError, nearest_names
+
+if TYPE_CHECKING:
+    from tfmq_fx.recipe import Recipe
+
+METHOD = "tfmq"
+
+
+class QuantizationMethod(str, enum.Enum):  # noqa: UP042  # diffusers compares it with str, and reads its value
+    TFMQ = METHOD
+
+
+class TFMQConfig(QuantizationConfigMixin):  # type: ignore[misc]
+    """What diffusers calls a quantization config: a recipe, for `tfmq_fx.quantize(pipe, config.to_recipe(pipe.unet))`.
+
+    recipe: a preset's name, or `Recipe.to_json()` as an artefact has it.
+    modules_to_not_convert: paths of modules that stay float, as diffusers matches them: a name, or any module under it.
+
+    With `from_pretrained(.., quantization_config=TFMQConfig(..))` of a float network it is refused: there is nothing to
+    calibrate with.
+    """
+
+    def __init__(
+        self,
+        recipe: str | Mapping[str, Any] = "w4a8",
+        modules_to_not_convert: list[str] | None = None,
+        **artefact: Any,  # the rest of a saved quantization_config, which `tfmq_fx.load` reads by itself
+    ) -> None:
+        artefact.pop("quant_method", None)
+        self.quant_method = QuantizationMethod.TFMQ
+        self.recipe = recipe
+        self.modules_to_not_convert = modules_to_not_convert or []
+        self.format_version = artefact.get("format_version")
+
+    def to_recipe(self, network: nn.Module) -> Recipe:
+        """network: whose modules `modules_to_not_convert` names. Raises TFMQError for an unknown preset or module."""
+        from tfmq_fx.arithmetic import FLOAT_BITS
+        from tfmq_fx.recipe import Recipe, Rule
+
+        recipe = Recipe.preset(self.recipe) if isinstance(self.recipe, str) else Recipe.from_json(self.recipe)
+        paths = [path for path, _ in network.named_modules() if path]
+        chosen: list[str] = []
+        for name in self.modules_to_not_convert:
+            found = [p for p in paths if p == name or p.endswith(f".{name}")]
+            if not found:
+                raise TFMQError(
+                    f"modules_to_not_convert: no module {name!r}; nearest are {nearest_names(name, paths)}."
+                )
+            chosen += found
+        outer = [p for p in dict.fromkeys(chosen) if not any(p.startswith(f"{other}.") for other in chosen)]
+        floats = [Rule(pattern=f"{p}.*", weight_bits=FLOAT_BITS, activation_bits=FLOAT_BITS) for p in outer]
+        return dataclasses.replace(recipe, rules=(*floats, *recipe.rules))
+
+    def to_dict(self) -> dict[str, Any]:
+        return {**vars(self), "quant_method": METHOD}
+
+    def to_diff_dict(self) -> dict[str, Any]:
+        return self.to_dict()
+
+
+class TFMQQuantizer(DiffusersQuantizer):  # type: ignore[misc]
+    """Lets `from_pretrained` of a diffusers class give a QuantizedModel, when the folder is an artefact of ours."""
+
+    def __init__(self, quantization_config: TFMQConfig, *, pre_quantized: bool = True, **_: Any) -> None:
+        if not pre_quantized:
+            raise TFMQError(
+                "quantization_config: tfmq needs calibration, which from_pretrained cannot do. Load the float pipeline, then "
+                "pipe.unet = tfmq_fx.quantize(pipe, config.to_recipe(pipe.unet)); save it with pipe.save_pretrained(folder)."
+            )
+        super().__init__(quantization_config, pre_quantized=pre_quantized)
+        self.folder: Path | None = None
+
+    def validate_environment(
+        self, *_: Any, torch_dtype: torch.dtype | None = None, device_map: Any = None, **__: Any
+    ) -> None:
+        if device_map not in (None, "cpu", {"": "cpu"}, {"": torch.device("cpu")}):
+            raise TFMQError(
+                f"device_map={device_map}: a quantized network loads on the CPU; move it afterwards with .to(device)."
+            )
+        if torch_dtype not in (None, torch.float32):
+            raise TFMQError(
+                f"torch_dtype={torch_dtype}: a quantized network computes in the type it was captured in; load without torch_dtype."
+            )
+
+    def maybe_update_loaded_keys(self, _keys: list[str], checkpoint_files: list[str]) -> list[str]:
+        self.folder = Path(checkpoint_files[0]).parent
+        return []  # diffusers is to load none of them: `load` does, and checks them
+
+    def maybe_update_state_dict(self, _: dict[str, Any]) -> dict[str, Any]:
+        return {}
+
+    def _process_model_before_weight_loading(self, model: Any, **_: Any) -> None:
+        for name in [n for n, _ in model.named_children()]:
+            delattr(model, name)
+        model._parameters.clear()
+        model._buffers.clear()
+
+    def _process_model_after_weight_loading(self, model: Any, **_: Any) -> None:
+        from tfmq_fx.saving import load
+
+        if self.folder is None:
+            raise TFMQError(
+                "from_pretrained: this diffusers does not tell where it loads from; use tfmq_fx.load(folder)."
+            )
+        quantized = load(self.folder)
+        # diffusers goes on with the object it has made, so that object becomes the quantized model.
+        model.__class__ = type(quantized)
+        model.__dict__ = quantized.__dict__
+
+    @property
+    def is_serializable(self) -> bool:
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        return False
+
+
+def register(auto: ModuleType) -> None:
+    """auto: diffusers.quantizers.auto."""
+    auto.AUTO_QUANTIZER_MAPPING[METHOD] = TFMQQuantizer
+    auto.AUTO_QUANTIZATION_CONFIG_MAPPING[METHOD] = TFMQConfig
+
+
+def register_pipelines(loading: ModuleType) -> None:
+    """loading: diffusers.pipelines.pipeline_loading_utils."""
+    classes = {"QuantizedModel": ["save_pretrained", "from_pretrained"]}
+    loading.LOADABLE_CLASSES["tfmq_fx"] = classes
+    loading.ALL_IMPORTABLE_CLASSES.update(classes)
