@@ -106,7 +106,7 @@ def _called(pipe: Any, arguments: dict[str, Any]) -> Iterator[None]:
         yield
     except TFMQError:
         raise
-    except (TypeError, ValueError) as error:
+    except (AttributeError, TypeError, ValueError) as error:
         raise TFMQError(f"{type(pipe).__name__}: {error}") from error
 
 
@@ -195,8 +195,22 @@ def quantize(
     output: Annotated[Path, typer.Argument(help="Folder to write: new, empty, or an earlier artefact.")],
     model: Model = None,
     recipe: Annotated[str, typer.Option(help="w8a8, w4a8, w8a16, w4a16, w4a4, w3a8, w2a8.")] = "w4a8",
-    num_samples: Annotated[int, typer.Option(min=1, help="Calibration trajectories.")] = 64,
-    steps: Steps = 50,
+    num_samples: Annotated[
+        int | None, typer.Option(min=1, help="Calibration trajectories. Default: 64, or the preset's.")
+    ] = None,
+    steps: Annotated[
+        int | None, typer.Option(min=1, help="Denoising steps. Default: 50, or the preset's.")
+    ] = None,
+    calibration: Annotated[
+        str | None,
+        typer.Option(
+            help="The papers' settings: ddim-cifar10, ldm-bedrooms, ldm-churches, ldm-celebahq, ldm-ffhq, ldm-imagenet, sd14-coco, sdxl."
+        ),
+    ] = None,
+    captions: Annotated[
+        Path | None, typer.Option(help="A COCO captions JSON: one prompt of it for each trajectory.")
+    ] = None,
+    cache: Annotated[Path | None, typer.Option(help="A folder that keeps recorded trajectories.")] = None,
     iterations: Annotated[
         int | None,
         typer.Option(min=0, help="Reconstruction per block; 0: round to nearest. Default: the recipe's."),
@@ -229,10 +243,11 @@ def quantize(
     Under `torchrun --nproc-per-node=N -m tfmq_fx.cli quantize ..` the N processes share the work.
     """
     from tfmq_fx.bit_widths import mixed_precision
-    from tfmq_fx.calibration import CalibrationSet
     from tfmq_fx.parallel import joined
     from tfmq_fx.pipeline import quantize as run
+    from tfmq_fx.presets import CalibrationPreset
     from tfmq_fx.recipe import Recipe
+    from tfmq_fx.recording import coco_captions
     from tfmq_fx.saving import check_output_folder
 
     chosen = Recipe.preset(recipe)
@@ -243,28 +258,34 @@ def quantize(
         )
     if maintain is not None:
         chosen = dataclasses.replace(chosen, maintain=maintain)
+    preset = CalibrationPreset.named(calibration) if calibration is not None else CalibrationPreset()
+    settings = {
+        n: v for n, v in (("num_samples", num_samples), ("num_inference_steps", steps)) if v is not None
+    }
     with joined() as ranks:
         check_output_folder(output)  # before minutes of work, not after
         pipe = load_pipeline(model, scheduler)
         arguments, tables = _named_json("--argument", argument), _named_json("--finite", finite)
+        if captions is not None:
+            arguments["prompt"] = coco_captions(
+                captions, num=settings.get("num_samples", preset.num_samples), seed=seed
+            )
         with _called(pipe, arguments):
-            calibration = CalibrationSet.record(
+            data = preset.record(
                 pipe,
-                num_samples=num_samples,
-                num_inference_steps=steps,
-                batch_size=max(1, min(64, -(-num_samples // ranks.size))),
+                batch_size=max(1, min(64, -(-settings.get("num_samples", preset.num_samples) // ranks.size))),
                 seed=seed,
+                cache=cache,
+                **settings,
                 **arguments,
             )
         if max_megabytes is not None:
             chosen = mixed_precision(
-                pipe, chosen, calibration=calibration, max_bytes=max_megabytes * 1e6, finite=tables, seed=seed
+                pipe, chosen, calibration=data, max_bytes=max_megabytes * 1e6, finite=tables, seed=seed
             )
         # Beside the output, so that the same command finds it after an interruption; gone when the output is whole.
         state = output.absolute().with_name(f".{output.name}.state")
-        quantized = run(
-            pipe, chosen, calibration=calibration, finite=tables, seed=seed, strict=strict, state=state
-        )
+        quantized = run(pipe, chosen, calibration=data, finite=tables, seed=seed, strict=strict, state=state)
         if ranks.rank != 0:
             return
     quantized.record_command(shlex.join(["tfmq", *sys.argv[1:]]))

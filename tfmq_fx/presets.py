@@ -70,13 +70,15 @@ class QuadraticDDIMScheduler(diffusers.DDIMScheduler):  # type: ignore[misc]
 
 @dataclass(frozen=True, kw_only=True)
 class CalibrationPreset:
-    """How one row of the papers' tables was calibrated."""
+    """How one row of the papers' tables was calibrated; without arguments, as `quantize` does by itself."""
 
-    name: str
-    source: str  # which row
-    scheduler: type[Any]  # takes the place of the pipeline's own while recording, with its configuration
-    num_samples: int  # trajectories; for prompts, one of each
-    num_inference_steps: int
+    name: str = "default"
+    source: str = ""  # which row
+    scheduler: type[Any] | None = (
+        None  # in place of the pipeline's own, with its configuration; None: its own
+    )
+    num_samples: int = 64  # trajectories; for prompts, one of each
+    num_inference_steps: int = 50
     num_rows: int | None = None  # drawn evenly over the timesteps; None: all
     arguments: dict[str, Any] = field(default_factory=dict)  # of the pipeline
     needs: tuple[str, ...] = ()  # arguments that the caller must give
@@ -92,7 +94,8 @@ class CalibrationPreset:
 
     def with_scheduler(self, pipe: Any) -> Any:
         """The pipeline, from now on with this preset's scheduler: what it is calibrated with it must be sampled with."""
-        pipe.scheduler = self.scheduler.from_config(pipe.scheduler.config)
+        if self.scheduler is not None:
+            pipe.scheduler = self.scheduler.from_config(pipe.scheduler.config)
         return pipe
 
     def record(self, pipe: Any, *, seed: int = 0, **changes: Any) -> CalibrationSet:
@@ -119,7 +122,7 @@ class CalibrationPreset:
 
 _DDIM = diffusers.DDIMScheduler
 _LDM = CalibrationPreset(
-    name="", source="", scheduler=_DDIM, num_samples=256, num_inference_steps=200, num_rows=5120
+    scheduler=_DDIM, num_samples=256, num_inference_steps=200, num_rows=5120
 )  # fmt: skip
 PRESETS = {
     preset.name: preset
