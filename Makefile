@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test lint format quality clean
+.PHONY: demo test lint format quality table api clean
 
 demo: $(READY)
 	$(BIN)/python -m benchmarks.demo
@@ -24,6 +24,13 @@ format: $(READY)
 
 quality: $(READY)
 	$(BIN)/python -m benchmarks.quality
+
+# The papers' table in small. Hours of CPU time from nothing; finished runs are kept in benchmarks/reconstruction.jsonl.
+table: $(READY)
+	$(BIN)/python -m benchmarks.table
+
+api: $(READY)
+	$(BIN)/python -m benchmarks.api_page out/api
 
 $(READY): pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "tfmq_fx needs Python 3.11 or newer, found " + sys.version.split()[0])'

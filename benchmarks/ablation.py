@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 import math
 import platform
 import statistics
@@ -36,7 +35,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import tfmq_fx
-from benchmarks.reconstruction import Run, measure, pipeline, prepare, read, run_all
+from benchmarks.reconstruction import Run, measure, prepare, read, run_all
+from benchmarks.zoo.models import MODELS
 from tfmq_fx.graph import fresh
 from tfmq_fx.metrics import cosine_distance
 from tfmq_fx.observers import TemporalMinMaxObserver, TemporalObserver
@@ -48,6 +48,7 @@ from tfmq_fx.temporal import chunks_of, run_temporal, temporal_rows
 
 RESULTS = Path(__file__).with_suffix(".jsonl")
 SETTINGS = ("w8a8", "w4a8", "w4a4")
+TRAJECTORIES = 16  # of calibration: 800 rows
 STUDENT = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306, 10: 2.262}
 
 
@@ -114,8 +115,8 @@ def table(found: dict[Run, dict[str, float]]) -> Table:
 @torch.no_grad()
 def estimators(model: str, output: Path, *, bits: int, repeats: int = 5) -> Table:
     """What each estimator costs for the whole block, and what its ranges alone, with float weights, do to the features."""
-    data, _ = prepare(output, model, 0, 2)
-    pipe, _, finite = pipeline(model)
+    data, _ = prepare(output, model, 0, 2, TRAJECTORIES)
+    pipe, finite = MODELS[model].pipeline(), MODELS[model].finite
     found = tfmq_fx.CalibrationSet.from_tensors(load_file(data))
     graph = tfmq_fx.capture(tfmq_fx.recording.denoiser(pipe), found.arguments(slice(2)))
     shown = Table("estimator", "CPU s", f"temporal cosine distance, {bits} bits")
@@ -144,7 +145,7 @@ def estimators(model: str, output: Path, *, bits: int, repeats: int = 5) -> Tabl
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--output", type=Path, default=Path("out/ablation"))
-    parser.add_argument("--models", nargs="*", default=["digits", "dit"])
+    parser.add_argument("--models", nargs="*", default=["digits", "flow"])
     parser.add_argument("--settings", nargs="*", default=list(SETTINGS))
     parser.add_argument("--variants", nargs="*", default=list(VARIANTS))
     parser.add_argument("--rest", default="nearest", help="how the rest of the network is rounded")
@@ -153,13 +154,8 @@ def main() -> None:
     parser.add_argument(
         "--observers", action="store_true", help="compare the estimators of activation ranges instead"
     )
-    parser.add_argument("--one", help=argparse.SUPPRESS)  # a run as JSON: what a child process does
     args = parser.parse_args()
     args.output.mkdir(parents=True, exist_ok=True)
-    if args.one:
-        run = Run(**json.loads(args.one))
-        print(json.dumps(measure(run, recipe_of(run), args.output)))
-        return
     console = Console(width=150)
     if args.observers:
         for model in args.models:
@@ -173,7 +169,11 @@ def main() -> None:
             for seed in range(args.seeds)
             for variant in args.variants
         ]
-        run_all(runs, module="benchmarks.ablation", results=RESULTS, output=args.output)
+
+        def figures(run: Run) -> dict[str, float]:
+            return measure(run, recipe_of(run), args.output, TRAJECTORIES)
+
+        run_all(runs, results=RESULTS, figures=figures)
         console.print(table(read(RESULTS)))
     console.print(
         f"torch {torch.__version__}, {platform.machine()}, {torch.get_num_threads()} threads", highlight=False

@@ -22,7 +22,8 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,16 +31,14 @@ import torch
 from rich.console import Console
 from rich.table import Table
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
 
 import tfmq_fx
-from benchmarks.digits import classifier_network, recognise, train_classifier
-from tfmq_fx.demo import embedded_pipeline
+from benchmarks.zoo.models import MODELS
 from tfmq_fx.metrics import frechet_distance, psnr, psnr_by_image
 from tfmq_fx.recipe import Recipe
 from tfmq_fx.sampling import sample
 
-STEPS, NOISE_SEED, TRAJECTORIES = 50, 1000, 64
+NOISE_SEED, TRAJECTORIES = 1000, 64
 METHODS = ("nearest", "gptq", "gptq+adaround", "adaround")
 SETTINGS = ("w8a8", "w4a8", "w4a4", "w3a8")
 CURVE = (100, 400, 1000, 4000, 20000)
@@ -70,75 +69,68 @@ class Run:
         return dataclasses.replace(recipe, reconstruction=reconstruction, **others)
 
 
-def pipeline(model: str) -> tuple[Any, dict[str, Any], dict[str, Any]]:
-    """The pipeline; what it is called with; its finite inputs."""
-    if model == "digits":
-        pipe = embedded_pipeline()
-        pipe.set_progress_bar_config(disable=True)
-        return pipe, {}, {}
-    from benchmarks.zoo.dit_digits import dit_digits_pipeline
-
-    pipe = dit_digits_pipeline()
-    pipe.set_progress_bar_config(disable=True)
-    return pipe, {"guidance_scale": 2.0}, {"class_labels": range(11)}
-
-
-def features(classifier: nn.Module, images: Tensor) -> Tensor:
-    """(N, 64): the classifier's last feature map, averaged over positions."""
-    assert isinstance(classifier, nn.Sequential)
-    with torch.no_grad():
-        mapped: Tensor = classifier[:-2](images)
-    return mapped.mean((2, 3))
-
-
-def prepare(output: Path, model: str, seed: int, samples: int) -> tuple[Path, Path]:
+def prepare(
+    output: Path, model: str, seed: int, samples: int, trajectories: int = TRAJECTORIES
+) -> tuple[Path, Path]:
     """The calibration set and the float samples, on disk, so that no run pays for them."""
-    data, reference = output / f"{model}-{seed}.safetensors", output / f"{model}-float-{samples}.safetensors"
-    if not (output / "classifier.safetensors").exists():
-        save_file(train_classifier().state_dict(), output / "classifier.safetensors")
-    if not data.exists() or not reference.exists():
-        pipe, kwargs, _ = pipeline(model)
-        if not data.exists():
-            found = tfmq_fx.CalibrationSet.record(
-                pipe, num_samples=TRAJECTORIES, num_inference_steps=STEPS, seed=seed, **kwargs
-            )
-            save_file(found.tensors, data)
-        if not reference.exists():
-            drawn = {
-                name: sample(
-                    pipe, num_samples=samples, num_inference_steps=STEPS, seed=noise, **kwargs
-                ).contiguous()
-                for name, noise in (("same", NOISE_SEED), ("other", NOISE_SEED + 1))
-            }
-            save_file(drawn, reference)
+    entry = MODELS[model]
+    rows = f"{model}-{seed}" if trajectories == TRAJECTORIES else f"{model}-{seed}-{trajectories}"
+    data, reference = output / f"{rows}.safetensors", output / f"{model}-float-{samples}.safetensors"
+    if not data.exists():
+        found = tfmq_fx.CalibrationSet.record(
+            entry.pipeline(),
+            num_samples=trajectories,
+            num_inference_steps=entry.steps,
+            seed=seed,
+            **entry.arguments,
+        )
+        save_file(found.tensors, data)
+    if not reference.exists():
+        drawn = {
+            name: sample(
+                entry.pipeline(),
+                num_samples=samples,
+                num_inference_steps=entry.steps,
+                seed=noise,
+                **entry.arguments,
+            ).contiguous()
+            for name, noise in (("same", NOISE_SEED), ("other", NOISE_SEED + 1))
+        }
+        save_file(drawn, reference)
     return data, reference
 
 
-def measure(run: Run, recipe: Recipe, output: Path) -> dict[str, float]:
+def measure(run: Run, recipe: Recipe, output: Path, trajectories: int = TRAJECTORIES) -> dict[str, float]:
     """Quantize, sample, measure. Of `run`: model, seed and samples."""
-    data, reference = prepare(output, run.model, run.seed, run.samples)
-    pipe, kwargs, finite = pipeline(run.model)
+    data, reference = prepare(output, run.model, run.seed, run.samples, trajectories)
+    entry = MODELS[run.model]
+    pipe = entry.pipeline()
     network = tfmq_fx.recording.denoiser(pipe)
     calibration = tfmq_fx.CalibrationSet.from_tensors(load_file(data))
     started, cpu = time.monotonic(), time.process_time()
-    q = tfmq_fx.quantize(network, recipe, calibration=calibration, finite=finite, seed=run.seed)
+    q = tfmq_fx.quantize(network, recipe, calibration=calibration, finite=entry.finite, seed=run.seed)
     row = {
         "seconds": time.monotonic() - started,
         "cpu_seconds": time.process_time() - cpu,
         "peak_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
     }
     row |= {f"cpu_{stage}": seconds for stage, seconds in q.report["cpu_seconds"].items()}
-    images = sample(pipe, q, num_samples=run.samples, num_inference_steps=STEPS, seed=NOISE_SEED, **kwargs)
+    images = sample(
+        pipe,
+        q,
+        num_samples=run.samples,
+        num_inference_steps=entry.steps,
+        seed=NOISE_SEED,
+        **entry.arguments,
+    )
     floats, errors = load_file(reference), q.report["errors_by_timestep"]
-    classifier = classifier_network().eval()
-    classifier.load_state_dict(load_file(output / "classifier.safetensors"))
-    of_float = features(classifier, floats["same"])
+    of_float = entry.features(floats["same"], output)
     return row | {
         "psnr": psnr_by_image(images, floats["same"]).mean().item(),
         "psnr_pooled": psnr(images, floats["same"]),
-        "recognised": (recognise(classifier, images)[1] > 0.9).float().mean().item() * 100,
-        "frechet": frechet_distance(features(classifier, images), of_float),
-        "frechet_floor": frechet_distance(features(classifier, floats["other"]), of_float),
+        "recognised": entry.good(images, output),
+        "frechet": frechet_distance(entry.features(images, output), of_float),
+        "frechet_floor": frechet_distance(entry.features(floats["other"], output), of_float),
         "temporal": statistics.mean(e["temporal_cosine_distance"] for e in errors),
         "epsilon": statistics.mean(e["output_relative_mse"] for e in errors),
         "megabytes": q.report["sizes"]["quantized_bytes"] / 1e6,
@@ -157,19 +149,27 @@ def revision() -> str:
     ).stdout.strip()
 
 
-def run_all(runs: Iterable[Run], *, module: str, results: Path, output: Path) -> None:
-    """Each that `results` lacks, in a process of its own: python -m `module` --output `output` --one RUN."""
+def in_a_process(run: Run, *, output: Path) -> dict[str, float]:
+    """`measure` in a process of its own, whose CPU seconds and peak memory are the run's."""
+    prepare(output, run.model, run.seed, run.samples)
+    command = [sys.executable, "-m", "benchmarks.reconstruction", "--output", str(output)]
+    command += ["--one", json.dumps(dataclasses.asdict(run))]
+    found: dict[str, float] = json.loads(
+        subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    )
+    return found
+
+
+def run_all(runs: Iterable[Run], *, results: Path, figures: Callable[[Run], dict[str, float]]) -> None:
+    """Each that `results` lacks."""
     for run in runs:
         if run in read(results):
             continue
-        prepare(output, run.model, run.seed, run.samples)
-        text = json.dumps(dataclasses.asdict(run))
-        command = [sys.executable, "-m", module, "--output", str(output), "--one", text]
-        figures = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
-        line = {"run": dataclasses.asdict(run), "revision": revision(), "figures": figures}
+        row = figures(run)
+        line = {"run": dataclasses.asdict(run), "revision": revision(), "figures": row}
         with results.open("a") as file:
             file.write(json.dumps(line) + "\n")
-        print(f"{text}: {figures['psnr']:.2f} dB, {figures['cpu_seconds']:.0f} CPU s", file=sys.stderr)
+        print(f"{line['run']}: {row['psnr']:.2f} dB, {row['cpu_seconds']:.0f} CPU s", file=sys.stderr)
 
 
 def spread(rows: Iterable[dict[str, float]], key: str, form: str) -> str:
@@ -223,11 +223,11 @@ def main() -> None:
         for method in args.methods
     ]
     runs += [Run("digits", "w4a8", f"adaround,iterations={n}", 0, args.samples) for n in args.curve]
-    run_all(runs, module="benchmarks.reconstruction", results=RESULTS, output=args.output)
+    run_all(runs, results=RESULTS, figures=partial(in_a_process, output=args.output))
     console = Console(width=170)
     console.print(table(read(RESULTS)))
     console.print(
-        f"DDIM {STEPS} steps, {args.samples} samples, {TRAJECTORIES} calibration trajectories; torch {torch.__version__}, "
+        f"50 steps (flow: 20), {args.samples} samples, {TRAJECTORIES} calibration trajectories; torch {torch.__version__}, "
         f"{platform.machine()}, {torch.get_num_threads()} threads",
         highlight=False,
     )

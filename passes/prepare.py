@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Iterator, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -57,7 +58,10 @@ def prepare(
         temporal = find_temporal(gm, timestep=timestep, conditioning=vectors)
     sizes = {name: len(values) for name, values in tables.items()}
     quantizer = RecipeQuantizer(recipe=recipe, temporal=temporal, sizes=sizes, data=data_quantizer)
-    prepared = prepare_pt2e(fresh(gm), quantizer)
+    copy = fresh(gm)
+    _hide_shared_batch_norms(copy)
+    prepared = prepare_pt2e(copy, quantizer)
+    _show_batch_norms(prepared)
     gm = GraphModule(prepared, prepared.graph)  # sheds torchao's refusal of train() and eval()
     gm.meta = dict(prepared.meta)
     finite_tables = {n: v for n, v in tables.items() if n != timestep}
@@ -106,6 +110,42 @@ def prepare(
         stage="prepared",
     )
     return gm
+
+
+def _batch_norm(*args: Any) -> Any:
+    return torch.ops.aten.batch_norm.default(*args)
+
+
+def _native_batch_norm(*args: Any) -> Any:
+    return torch.ops.aten._native_batch_norm_legit_no_training.default(*args)
+
+
+_HIDDEN: dict[Any, Callable[..., Any]] = {
+    torch.ops.aten.batch_norm.default: _batch_norm,
+    torch.ops.aten._native_batch_norm_legit_no_training.default: _native_batch_norm,
+}
+
+
+def _hide_shared_batch_norms(gm: GraphModule) -> None:
+    """Give another target, for a while, to the batch norms that are no part of the layer before them.
+
+    torchao folds every batch norm into the weight of its layer, also where something else reads the layer's output or
+    its weight, which then is another.
+    """
+    reads = Counter(str(n.target) for n in gm.graph.find_nodes(op="get_attr") for _ in n.users)
+    for target, hidden in _HIDDEN.items():
+        for node in gm.graph.find_nodes(op="call_function", target=target):
+            layer = node.args[0]
+            weights = [str(n.target) for n in layer.all_input_nodes if n.op == "get_attr"]
+            if len(layer.users) > 1 or any(reads[w] > 1 for w in weights):
+                node.target = hidden
+
+
+def _show_batch_norms(gm: GraphModule) -> None:
+    for target, hidden in _HIDDEN.items():
+        for node in gm.graph.find_nodes(op="call_function", target=hidden):
+            node.target = target
+    gm.recompile()
 
 
 def observers(gm: GraphModule) -> Iterator[tuple[Node, FakeQuantizeBase]]:

@@ -1,4 +1,4 @@
-"""Read the batch size from `timestep`, so that the temporal block needs no other input."""
+"""Read the batch size from an input of the temporal block, so that the block needs no other one."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from torch.fx import GraphModule
 from torch.fx.passes.infra.pass_base import PassResult
 
 from tfmq_fx.graph import aten, meta_value, op_name, placeholders, timestep_input
+from tfmq_fx.passes.find_temporal import conditioning_vectors
 from tfmq_fx.passes.pass_manager import declare
 
 _FILLS = {"ones_like": 1, "new_ones": 1, "zeros_like": 0, "new_zeros": 0}
@@ -16,15 +17,22 @@ _FILLS = {"ones_like": 1, "new_ones": 1, "zeros_like": 0, "new_zeros": 0}
 def root_batch_size(gm: GraphModule, *, timestep: str | None = None) -> PassResult:
     """Take the batch size from `timestep` where capture proved it to be the same symbol. Bitwise unchanged.
 
+    From the first conditioning vector where the timestep is one for the whole batch, of shape ().
+
         n = sym_size(sample, 0)          n = sym_size(timestep, 0)      (or Dynamo's input n, which stays unused)
         ones([n]) * timestep      ==>    ones([n]) * timestep
         ones_like(sample[:, 0])          full([n], 1)
 
     Networks broadcast a timestep to the batch through the sample's shape; the block would then depend on the
-    sample for its shape only. A graph without shape metadata, or a scalar timestep, is left as it is.
+    sample for its shape only. A graph without shape metadata, or whose only such input is a scalar timestep, is left
+    as it is.
     """
     source = timestep_input(gm, timestep)
     value = meta_value(source)
+    if isinstance(value, torch.Tensor) and value.dim() == 0:
+        vectors = [placeholders(gm)[n] for n in conditioning_vectors(gm, str(source.target))]
+        source = next((n for n in vectors if meta_value(n).dim() > 0), source)
+        value = meta_value(source)
     if (
         not isinstance(value, torch.Tensor)
         or value.dim() == 0

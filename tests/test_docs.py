@@ -6,6 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 
+import tfmq_fx
+from benchmarks.api_page import write
+
 ROOT = Path(__file__).parent.parent
 DOCS = sorted((ROOT / "docs").glob("*.md"))
 
@@ -26,3 +29,11 @@ def test_the_code_of_the_guide_runs(file, tmp_path, monkeypatch):
             exec(compile(block, str(file), "exec"), namespace)
     finally:
         torch._inductor.config.pre_grad_custom_pass = before  # torchao's x86 quantizer sets it at import
+
+
+def test_the_docstrings_render_as_pages(tmp_path):
+    pages = {str(p.relative_to(tmp_path)): p.read_text() for p in write(tmp_path)}
+    assert "tfmq_fx/calibration.html" in pages
+    for name in tfmq_fx.__all__:
+        assert any(f'id="{name}"' in page or f"/{name}.html" in page for page in pages.values()), name
+    assert "one trajectory per sample" in pages["tfmq_fx/calibration.html"]

@@ -1,7 +1,10 @@
+import importlib.util
 import subprocess
 import sys
 import zipfile
 from pathlib import Path
+
+import pytest
 
 ROOT = Path(__file__).parent.parent
 
@@ -23,6 +26,9 @@ def test_the_wheel_holds_the_rooms_and_the_model_and_no_generic_names(tmp_path):
     with zipfile.ZipFile(file) as archive:
         names = archive.namelist()
         archive.extractall(tmp_path / "site")
+        metadata = archive.read(next(n for n in names if n.endswith("/METADATA"))).decode()
+    for extra in ("onnx", "openvino", "report", "eval", "all", "dev"):
+        assert f"Provides-Extra: {extra}\n" in metadata
     assert {"tfmq_fx/passes/find_temporal.py", "tfmq_fx/observers/minmax.py", "tfmq_fx/py.typed"} <= set(
         names
     )
@@ -35,3 +41,46 @@ def test_the_wheel_holds_the_rooms_and_the_model_and_no_generic_names(tmp_path):
     subprocess.run(
         [sys.executable, "-W", "ignore", "-c", code], cwd=tmp_path, check=True, capture_output=True
     )
+
+
+def python(code, cwd=ROOT):
+    """What a fresh interpreter prints."""
+    command = [sys.executable, "-W", "ignore", "-c", code]
+    return subprocess.run(command, cwd=cwd, check=True, capture_output=True, text=True).stdout
+
+
+def test_the_import_takes_little_beyond_torchs_own():
+    code = "import time, torch; t = time.perf_counter(); import tfmq_fx; print(time.perf_counter() - t)"
+    assert min(float(python(code)) for _ in range(3)) < 1.5
+
+
+IMPORT = """
+import socket, sys
+class NoSocket(socket.socket):
+    def __init__(self, *_, **__): sys.exit("a socket was made")
+socket.socket = NoSocket
+import tfmq_fx
+{then}
+heavy = "transformers", "accelerate", "peft", "openvino", "onnx", "onnxruntime", "matplotlib", "jinja2", "torchmetrics"
+print([m for m in heavy if m in sys.modules])
+"""
+
+
+@pytest.mark.parametrize("then", ["", "import tfmq_fx.cli"])
+def test_the_import_asks_no_network_and_loads_no_extras(then):
+    assert python(IMPORT.format(then=then)) == "[]\n"
+
+
+@pytest.mark.skipif(
+    not all(importlib.util.find_spec(m) for m in ("twine", "build")), reason="needs twine and build"
+)
+def test_wheel_and_sdist_pass_twine_check(tmp_path):
+    build = [sys.executable, "-m", "build", "--no-isolation", "--outdir", str(tmp_path), str(ROOT)]
+    subprocess.run(build, check=True, capture_output=True)
+    files = [str(f) for f in tmp_path.iterdir()]
+    assert sorted(f.rpartition(".")[2] for f in files) == ["gz", "whl"]
+    checked = subprocess.run(
+        [sys.executable, "-m", "twine", "check", "--strict", *files], capture_output=True, text=True
+    )
+    assert checked.returncode == 0, checked.stdout
+    assert checked.stdout.count("PASSED") == 2

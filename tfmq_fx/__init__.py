@@ -104,18 +104,17 @@ def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
 
 
-def _register(module: ModuleType) -> None:
-    from tfmq_fx.diffusers_quantizer import register
-
-    register(module)
+def _register_quantizer(_: ModuleType) -> None:
+    importlib.import_module("tfmq_fx.diffusers_quantizer")  # which registers itself, at its end
 
 
-def _register_pipelines(module: ModuleType) -> None:
-    from tfmq_fx.diffusers_quantizer import register_pipelines
-
-    register_pipelines(module)
+def _register_model(loading: ModuleType) -> None:
+    """Let a pipeline's model_index.json name our model: ["tfmq_fx", "QuantizedModel"]."""
+    classes = {"QuantizedModel": ["save_pretrained", "from_pretrained"]}
+    loading.LOADABLE_CLASSES["tfmq_fx"] = classes
+    loading.ALL_IMPORTABLE_CLASSES.update(classes)
 
 
 # When diffusers is imported, now or later: importing it here would cost a second.
-wrapt.register_post_import_hook(_register, "diffusers.quantizers.auto")
-wrapt.register_post_import_hook(_register_pipelines, "diffusers.pipelines.pipeline_loading_utils")
+wrapt.register_post_import_hook(_register_quantizer, "diffusers.quantizers.auto")
+wrapt.register_post_import_hook(_register_model, "diffusers.pipelines.pipeline_loading_utils")

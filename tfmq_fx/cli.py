@@ -11,8 +11,6 @@ import shlex
 import shutil
 import sys
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -20,7 +18,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from tfmq_fx.errors import TFMQError, nearest_names
+from tfmq_fx.errors import TFMQError
 
 app = typer.Typer(
     add_completion=False,
@@ -93,21 +91,15 @@ def _named_json(option: str, values: list[str] | None) -> dict[str, Any]:
     return found
 
 
-@contextmanager
-def _called(pipe: Any, arguments: dict[str, Any]) -> Iterator[None]:
-    """What a pipeline says of its arguments, as a TFMQError: diffusers checks them when it is called."""
-    taken = inspect_module.signature(pipe.__call__).parameters
-    ours = ("num_inference_steps", "generator", "output_type")
-    for name in arguments:
-        if name in ours or name not in taken:
-            others = [n for n in taken if n not in ours]
-            raise TFMQError(f"--argument {name}: {type(pipe).__name__} takes {nearest_names(name, others)}.")
-    try:
-        yield
-    except TFMQError:
-        raise
-    except (AttributeError, TypeError, ValueError) as error:
-        raise TFMQError(f"{type(pipe).__name__}: {error}") from error
+def _pipeline_arguments(values: list[str] | None) -> dict[str, Any]:
+    """--argument; names that the commands have options for, or give themselves, are refused."""
+    from tfmq_fx.calibration import CalibrationSet
+
+    found = _named_json("--argument", values)
+    ours = {*inspect_module.signature(CalibrationSet.record).parameters, "generator", "output_type"}
+    if wrong := [name for name in found if name in ours]:
+        raise TFMQError(f"--argument {wrong[0]}: the command gives that itself; see its --help.")
+    return found
 
 
 @app.command()
@@ -154,9 +146,8 @@ def inspect(
     else:
         pipe = load_pipeline(model)
         network = denoiser(pipe, timestep=timestep or "timestep")
-        arguments = _named_json("--argument", argument)
-        with _called(pipe, arguments):
-            data = CalibrationSet.record(pipe, num_samples=2, num_inference_steps=2, **arguments)
+        arguments = _pipeline_arguments(argument)
+        data = CalibrationSet.record(pipe, num_samples=2, num_inference_steps=2, **arguments)
         example = data.arguments(slice(0, 2))
     found = describe(network, example, chosen, timestep=timestep)
     if as_json:
@@ -265,20 +256,19 @@ def quantize(
     with joined() as ranks:
         check_output_folder(output)  # before minutes of work, not after
         pipe = load_pipeline(model, scheduler)
-        arguments, tables = _named_json("--argument", argument), _named_json("--finite", finite)
+        arguments, tables = _pipeline_arguments(argument), _named_json("--finite", finite)
         if captions is not None:
             arguments["prompt"] = coco_captions(
                 captions, num=settings.get("num_samples", preset.num_samples), seed=seed
             )
-        with _called(pipe, arguments):
-            data = preset.record(
-                pipe,
-                batch_size=max(1, min(64, -(-settings.get("num_samples", preset.num_samples) // ranks.size))),
-                seed=seed,
-                cache=cache,
-                **settings,
-                **arguments,
-            )
+        data = preset.record(
+            pipe,
+            batch_size=max(1, min(64, -(-settings.get("num_samples", preset.num_samples) // ranks.size))),
+            seed=seed,
+            cache=cache,
+            **settings,
+            **arguments,
+        )
         if max_megabytes is not None:
             chosen = mixed_precision(
                 pipe, chosen, calibration=data, max_bytes=max_megabytes * 1e6, finite=tables, seed=seed
@@ -331,9 +321,11 @@ def sample(
 ) -> None:
     """Write a PNG: float beside quantized, from the same noise."""
     from tfmq_fx.metrics import psnr
+    from tfmq_fx.report import require_packages
     from tfmq_fx.sampling import save_grid
     from tfmq_fx.saving import load
 
+    require_packages("sample")
     quantized = load(folder)
     images = _both(load_pipeline(model, scheduler), quantized, num_samples, steps, seed, argument)
     save_grid([("float", images[0]), (folder.name, images[1])], output)
@@ -392,23 +384,23 @@ def report(
     nearest: Annotated[bool, typer.Option(help="Also calibrate round-to-nearest, to compare with.")] = True,
 ) -> None:
     """Write one HTML page, which needs no network: drift by timestep, pictures along the way, kernels, numbers."""
-    from tfmq_fx.report import PAGE, measure, write_report
+    from tfmq_fx.report import PAGE, measure, require_packages, write_report
     from tfmq_fx.saving import load
 
+    require_packages("report")  # before minutes of work, not after
     quantized = load(folder)
     target = output or folder.absolute().with_name(f"{folder.absolute().name}-report")
-    pipe, arguments = load_pipeline(model, scheduler), _named_json("--argument", argument)
-    with _called(pipe, arguments):
-        numbers, runs = measure(
-            pipe,
-            quantized,
-            num_samples=num_samples,
-            num_inference_steps=steps,
-            seed=seed,
-            nearest=nearest,
-            command=shlex.join(["tfmq", *sys.argv[1:]]),
-            **arguments,
-        )
+    pipe, arguments = load_pipeline(model, scheduler), _pipeline_arguments(argument)
+    numbers, runs = measure(
+        pipe,
+        quantized,
+        num_samples=num_samples,
+        num_inference_steps=steps,
+        seed=seed,
+        nearest=nearest,
+        command=shlex.join(["tfmq", *sys.argv[1:]]),
+        **arguments,
+    )
     write_report(numbers, runs, target, title=f"tfmq_fx: {folder.absolute().name}")
     out.print(f"{target / PAGE}: PSNR {numbers['pictures']['psnr']:.1f} dB, mean of {num_samples} images")
 
@@ -449,10 +441,9 @@ def _both(
 ) -> Any:
     from tfmq_fx.sampling import sample as draw
 
-    arguments = _named_json("--argument", argument)
+    arguments = _pipeline_arguments(argument)
     settings = {"num_samples": num_samples, "num_inference_steps": steps, "seed": seed, **arguments}
-    with _called(pipe, arguments):
-        return draw(pipe, None, **settings), draw(pipe, quantized, **settings)
+    return draw(pipe, None, **settings), draw(pipe, quantized, **settings)
 
 
 def main() -> None:

@@ -1,7 +1,7 @@
-"""diffusers' doors to what tfmq_fx has saved: `from_pretrained` of the float network's class, and of pipelines.
+"""diffusers' door to what tfmq_fx has saved: `from_pretrained` of the float network's class.
 
-diffusers has no registry for quantizers of others: `register` enters ours into its two mappings, and `register_pipelines`
-our model's class among those that a pipeline's model_index.json may name.
+diffusers has no registry for quantizers of others: importing this module enters ours into its two mappings, and
+`import tfmq_fx` sees to that as soon as diffusers has them.
 """
 
 from __future__ import annotations
@@ -10,10 +10,10 @@ import dataclasses
 import enum
 from collections.abc import Mapping
 from pathlib import Path
-from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 import torch
+from diffusers.quantizers import auto
 from diffusers.quantizers.base import DiffusersQuantizer
 from diffusers.quantizers.quantization_config import QuantizationConfigMixin
 from torch import nn
@@ -136,14 +136,5 @@ class TFMQQuantizer(DiffusersQuantizer):  # type: ignore[misc]
         return False
 
 
-def register(auto: ModuleType) -> None:
-    """auto: diffusers.quantizers.auto."""
-    auto.AUTO_QUANTIZER_MAPPING[METHOD] = TFMQQuantizer
-    auto.AUTO_QUANTIZATION_CONFIG_MAPPING[METHOD] = TFMQConfig
-
-
-def register_pipelines(loading: ModuleType) -> None:
-    """loading: diffusers.pipelines.pipeline_loading_utils."""
-    classes = {"QuantizedModel": ["save_pretrained", "from_pretrained"]}
-    loading.LOADABLE_CLASSES["tfmq_fx"] = classes
-    loading.ALL_IMPORTABLE_CLASSES.update(classes)
+auto.AUTO_QUANTIZER_MAPPING[METHOD] = TFMQQuantizer
+auto.AUTO_QUANTIZATION_CONFIG_MAPPING[METHOD] = TFMQConfig

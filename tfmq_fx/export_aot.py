@@ -35,7 +35,7 @@ from tfmq_fx.passes.pass_manager import PassManager
 from tfmq_fx.passes.rescale_temporal import rescale_temporal
 from tfmq_fx.passes.rescale_tokens import rescale_tokens
 from tfmq_fx.passes.signed_weights import signed_weights
-from tfmq_fx.saving import dynamic_shapes, example_inputs, exported
+from tfmq_fx.saving import dynamic_shapes, example_inputs, exported, save_program
 
 log = logging.getLogger(__name__)
 PASSES = (rescale_temporal, rescale_tokens, byte_activations, signed_weights, flatten_linears)
@@ -80,7 +80,7 @@ def export_aot(model: QuantizedModel, file: Path, *, strict: bool) -> dict[str, 
 
     def write(path: Path) -> None:
         with tempfile.TemporaryDirectory(prefix="tfmq-aot-") as folder:
-            torch.export.save(program, Path(folder) / "graph.pt2")
+            save_program(program, Path(folder) / "graph.pt2")
             _compile(Path(folder) / "graph.pt2", path)
         found["kernels"] = kernels(path)
         found["notes"] = fallen_back(found["kernels"], wanted, strict=strict)

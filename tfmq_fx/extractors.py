@@ -152,7 +152,7 @@ def lpips_distance(images: Tensor, reference: Tensor, *, network: str = "alex") 
         from torchmetrics.functional.image.lpips import learned_perceptual_image_patch_similarity
     except ImportError as error:
         raise TFMQError(
-            f'LPIPS needs torchmetrics and torchvision ({error}); pip install "tfmq_fx[metrics]" torchvision.'
+            f'LPIPS needs torchmetrics and torchvision ({error}); pip install "tfmq_fx[eval]" torchvision.'
         ) from error
     file = Path(torch.hub.get_dir()) / "checkpoints" / files[network]
     if not file.is_file():

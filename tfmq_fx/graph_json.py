@@ -6,8 +6,10 @@ functions come from a short list. Tensors are not here: a get_attr node names on
 
 from __future__ import annotations
 
+import keyword
 import math
 import operator
+import reprlib
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -19,7 +21,6 @@ from tfmq_fx.errors import TFMQError
 from tfmq_fx.graph import attribute, set_buffer
 
 _NAMESPACES = ("aten", "quantized_decomposed")
-_REFUSED = {"aten.from_file"}  # opens a file of the graph's choosing
 _FUNCTIONS: dict[str, Callable[..., Any]] = {
     f"{module.__name__}.{name}": getattr(module, name)
     for module, names in (
@@ -88,16 +89,18 @@ def graph_from_json(data: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> G
     root, graph = nn.Module(), Graph()
     made: dict[str, Node] = {}
     for name, sub in data["submodules"].items():
-        if not name.isidentifier():
+        if not is_name(name):
             raise TFMQError(f"graph.json: {name!r} is no name for a submodule.")
         root.add_module(name, graph_from_json(sub, tensors))
     for entry in data["nodes"]:
         name, op, target = str(entry["name"]), entry["op"], entry["target"]
-        if not name.isidentifier() or name in made:
+        if not is_name(name) or name in made:
             raise TFMQError(f"graph.json: {name!r} is no valid or no unique node name.")
         args = tuple(_decode(a, made) for a in entry.get("args", []))
         kwargs = {k: _decode(v, made) for k, v in entry.get("kwargs", {}).items()}
-        if op == "placeholder" and target.isidentifier():
+        if wrong := [k for k in kwargs if not is_name(k)]:
+            raise TFMQError(f"graph.json: node {name!r}: {wrong[0]!r} is no name for an argument.")
+        if op == "placeholder" and is_name(target):
             node = graph.placeholder(target)
         elif op == "get_attr":
             if target not in tensors:
@@ -118,6 +121,18 @@ def graph_from_json(data: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> G
         made[name] = node
     graph.lint()
     return GraphModule(root, graph)
+
+
+def is_name(name: Any) -> bool:
+    """Whether it can stand in the Python source that torch.fx makes of a graph, and runs, without ending it."""
+    return isinstance(name, str) and name.isidentifier() and not keyword.iskeyword(name)
+
+
+def is_tensor_name(name: Any) -> bool:
+    """Whether it is a path of modules: torch.fx puts its parts, which may be numbers, into source between quotes."""
+    return (
+        isinstance(name, str) and name.isprintable() and all(name.split(".")) and not set(name) & set("\"'\\")
+    )
 
 
 def quantized_weights(gm: GraphModule) -> dict[str, tuple[int, int]]:
@@ -177,14 +192,19 @@ def _target(name: str) -> Callable[..., Any]:
     if name in _FUNCTIONS:
         return _FUNCTIONS[name]
     parts = str(name).split(".")
-    if len(parts) == 3 and parts[0] in _NAMESPACES and ".".join(parts[:2]) not in _REFUSED:
+    if len(parts) == 3 and parts[0] in _NAMESPACES:
         packet = getattr(getattr(torch.ops, parts[0]), parts[1], None)
         overload = getattr(packet, parts[2], None)
-        if isinstance(overload, torch._ops.OpOverload):
+        # A few read or write a file of the graph's choosing.
+        if isinstance(overload, torch._ops.OpOverload) and not _takes_a_file(overload):
             return overload
     raise TFMQError(
         f"graph.json: operator {name!r} is unknown to this torch {torch.__version__} or not allowed."
     )
+
+
+def _takes_a_file(overload: torch._ops.OpOverload) -> bool:
+    return any(a.name == "filename" for a in overload._schema.arguments)
 
 
 def _encode(value: Any, node: Node) -> Any:
@@ -195,7 +215,7 @@ def _encode(value: Any, node: Node) -> Any:
     if isinstance(value, float):
         return value if math.isfinite(value) else {"float": str(value)}
     if isinstance(value, torch.device):
-        return {"device": str(value)}
+        return {"device": "cpu"}  # where `load` puts the tensors, wherever the network was
     if isinstance(value, slice):
         return {"slice": [_encode(v, node) for v in (value.start, value.stop, value.step)]}
     if isinstance(value, tuple):
@@ -218,7 +238,7 @@ def _decode(value: Any, made: Mapping[str, Node]) -> Any:
     if not isinstance(value, dict):
         return value
     if len(value) != 1:
-        raise TFMQError(f"graph.json: {value!r} is not an argument.")
+        raise TFMQError(f"graph.json: {reprlib.repr(value)} is not an argument.")
     ((kind, content),) = value.items()
     if kind == "node" and content in made:
         return made[content]
@@ -234,4 +254,4 @@ def _decode(value: Any, made: Mapping[str, Node]) -> Any:
         return {k: _decode(v, made) for k, v in content.items()}
     if kind in _CONSTANTS and content in _CONSTANTS[kind]:
         return _CONSTANTS[kind][content]
-    raise TFMQError(f"graph.json: {value!r} is not an argument.")
+    raise TFMQError(f"graph.json: {reprlib.repr(value)} is not an argument.")

@@ -68,7 +68,10 @@ def write(model: QuantizedModel, folder: Path) -> None:
     PassManager(PASSES)(gm)
     ir = _convert(gm)
     _name_weights(ir)
-    openvino.serialize(ir, folder / MODEL, folder / WEIGHTS)
+    try:
+        openvino.serialize(ir, folder / MODEL, folder / WEIGHTS)
+    except RuntimeError as error:  # all that C++'s streams say of a disk that is full
+        raise OSError(f"OpenVINO: {error}") from error
     block = placeholders(model.temporal_block)
     marked = [n.name for n in gm.graph.nodes if n.meta.get(PRECISE)]
     mark_precise(folder / MODEL, inputs=block, nodes=marked)

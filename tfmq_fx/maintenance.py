@@ -362,6 +362,7 @@ def _options(
 ) -> dict[str, dict[str, Option]]:
     names, cache_type = gm.meta["features"], gm.meta["recipe"].cache_type
     blocks = (extract_temporal(gm, temporal_of(gm)), _float_block(gm))
+    require_keys_only(gm, blocks[0])
     distances: dict[str, list[Tensor]] = {RECONSTRUCT: [], CACHE: []}
     for part in chunks_of(temporal_rows(gm, calibration.tensors)):
         quantized, reference = (run_temporal(b, part, scalar=is_scalar(gm)) for b in blocks)

@@ -63,7 +63,7 @@ def ssim_by_image(images: Tensor, reference: Tensor, *, value_range: float = 2.0
     try:
         from torchmetrics.functional.image import structural_similarity_index_measure
     except ImportError as error:
-        raise TFMQError(f'SSIM needs torchmetrics ({error}); pip install "tfmq_fx[metrics]".') from error
+        raise TFMQError(f'SSIM needs torchmetrics ({error}); pip install "tfmq_fx[eval]".') from error
     found = structural_similarity_index_measure(
         images.float(), reference.float(), data_range=value_range, reduction="none"
     )

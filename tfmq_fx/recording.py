@@ -90,7 +90,10 @@ def run_pipeline(pipe: Any, num_samples: int, *, first: int = 0, **pipe_kwargs: 
     unknown = [n for n in pipe_kwargs if n not in takes] if not _takes_any(takes) else []
     if unknown:
         raise TFMQError(f"{type(pipe).__name__} takes no {unknown[0]!r}; it takes {', '.join(takes)}.")
-    found = pipe(output_type="np", **pipe_kwargs)
+    try:
+        found = pipe(output_type="np", **pipe_kwargs)
+    except (AttributeError, TypeError, ValueError) as error:  # pipelines check what they are given
+        raise TFMQError(f"{type(pipe).__name__}: {error}") from error
     if "images" not in found:
         raise TFMQError(f"{type(pipe).__name__} returns {', '.join(found)} and no images.")
     return found.images
@@ -218,7 +221,6 @@ class Session:
         pipe = self.pipe
         plain: list[Any] = [type(pipe).__name__, torch.__version__, diffusers.__version__, more]
         plain += [self.timestep, self.num_samples, self.num_inference_steps, self.seed, self.batch_size]
-        plain += [type(pipe.scheduler).__name__, dict(pipe.scheduler.config)]
         tensors = {n: x for n, x in self.pipe_kwargs.items() if isinstance(x, Tensor)}
         plain.append({n: v for n, v in self.pipe_kwargs.items() if n not in tensors})
         for name, module in pipe.components.items():
@@ -346,6 +348,8 @@ def _append(
             t = torch.as_tensor(value)
             rows[name] = t.expand(size) if t.dim() == 0 else t.repeat(size // len(t))
         elif isinstance(value, Tensor) and name not in shared:
+            if value.dim() and value.shape[0] == 1:
+                value = value.expand(size, *value.shape[1:])
             if not value.dim() or value.shape[0] != size:
                 raise TFMQError(
                     f"calibration: {name!r} has shape {tuple(value.shape)} in a call of {size} rows; its first dimension must be "

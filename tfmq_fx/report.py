@@ -38,6 +38,15 @@ INK = "#010203"  # a colour no plot has: in the page's drawings it becomes the p
 OURS, NEAREST, FLOOR = "quantized", "round to nearest", "float in bfloat16"
 
 
+def require_packages(what: str) -> None:
+    """Raise a TFMQError that says how to get the packages for plots, pictures and pages when they are not there."""
+    try:
+        import jinja2  # noqa: F401
+        import matplotlib  # noqa: F401
+    except ImportError as error:
+        raise TFMQError(f'{what}: a package is missing ({error}); pip install "tfmq_fx[report]".') from error
+
+
 def measure(
     pipe: Any,
     model: QuantizedModel,
@@ -114,6 +123,7 @@ def write_report(
 
     The folder is written whole or not at all; one that holds anything else is refused.
     """
+    require_packages("report")
     names = {PAGE, NUMBERS, *(f"{name}.png" for name in (*PLOTS, "trajectory"))}
     if folder.exists() and not (folder.is_dir() and {f.name for f in folder.iterdir()} <= names):
         raise TFMQError(f"{folder}: holds something else; choose another folder or remove it yourself.")

@@ -2,9 +2,11 @@
 
     state.json              the fingerprint of the run: recipe, seed, calibration data and weights
     0000.safetensors ...    one block: the integers of its weights by path, the scales of its static activations, its
-                            result as metadata; 0000 is the temporal block
+                            result and the run's fingerprint as metadata; 0000 is the temporal block
 
-Each file is written under a temporary name and renamed: it is absent or whole.
+Each file is written under a temporary name of its own and renamed: it is absent or whole. Two processes that do the same
+run at once share what either has finished; of two that do different runs, one is refused, and should both have begun at
+the same moment, neither takes the other's blocks.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ import dataclasses
 import hashlib
 import json
 import os
+import secrets
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -41,7 +44,7 @@ class Finished:
     """
 
     def __init__(self, folder: Path | None, fingerprint: str, ranks: Ranks) -> None:
-        self.folder, self.ranks = folder, ranks
+        self.folder, self.ranks, self.fingerprint = folder, ranks, fingerprint
         error = None
         if folder is not None and ranks.rank == 0:
             try:
@@ -72,7 +75,10 @@ class Finished:
     def _read(self, index: int) -> tuple[dict[str, Any], dict[str, Tensor]] | None:
         try:
             with safe_open(f"{self.folder}/{index:04d}.safetensors", framework="pt") as file:
-                result = json.loads(file.metadata()["result"])
+                metadata = file.metadata()
+                if metadata.get("fingerprint") != self.fingerprint:
+                    return None
+                result = json.loads(metadata["result"])
                 return result, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
         except (OSError, SafetensorError):  # absent; or cut short, as by a power failure: done again
             return None
@@ -82,12 +88,15 @@ class Finished:
         learned = _learned(block)
         error = None
         if self.folder is not None and self.ranks.rank == 0:
-            temporary = self.folder / f".{index:04d}.tmp"
+            temporary = _temporary(self.folder / f"{index:04d}")
             try:
                 save_file(
                     {name: x.contiguous().cpu() for name, x in learned.items()},
                     temporary,
-                    metadata={"result": json.dumps(dataclasses.asdict(result))},
+                    metadata={
+                        "result": json.dumps(dataclasses.asdict(result)),
+                        "fingerprint": self.fingerprint,
+                    },
                 )
                 os.replace(temporary, self.folder / f"{index:04d}.safetensors")
             except (OSError, SafetensorError) as e:
@@ -117,16 +126,22 @@ def _open(folder: Path, fingerprint: str) -> None:
                     f"{folder}: holds the unfinished reconstruction of another run (other recipe, seed, data or weights); "
                     "remove it, or name another folder."
                 )
-        elif any(folder.iterdir()):
+        elif any(
+            not f.name.startswith(".") for f in folder.iterdir()
+        ):  # another process may be just before this
             raise TFMQError(f"{folder}: is not empty and holds no {STATE}; name another folder.")
         else:
-            temporary = folder / f".{STATE}.tmp"
+            temporary = _temporary(folder / STATE)
             temporary.write_text(json.dumps({"fingerprint": fingerprint}))
             os.replace(temporary, folder / STATE)
     except (OSError, ValueError) as error:
         if isinstance(error, TFMQError):
             raise
         raise TFMQError(f"{folder}: cannot keep the state of reconstruction ({error}).") from error
+
+
+def _temporary(file: Path) -> Path:
+    return file.with_name(f".{file.name}.tmp-{secrets.token_hex(4)}")
 
 
 def _learned(block: GraphModule) -> dict[str, Tensor]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -56,8 +56,13 @@ def sample(
 
 def save_grid(columns: Sequence[tuple[str, Tensor]], file: Path, *, per_row: int = 8) -> None:
     """A PNG with one titled grid of images per column, side by side. Raises TFMQError when it cannot be written."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise TFMQError(
+            f'{file}: pictures need matplotlib ({error}); pip install "tfmq_fx[report]".'
+        ) from error
 
     rows = -(-len(columns[0][1]) // per_row)
     figure = Figure(figsize=(3.2 * len(columns), 3.2 * rows / per_row + 0.4), dpi=120)
@@ -76,7 +81,8 @@ def save_grid(columns: Sequence[tuple[str, Tensor]], file: Path, *, per_row: int
     except OSError as error:
         raise TFMQError(f"{file}: cannot be written ({error.strerror}).") from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):
+            temporary.unlink()
 
 
 def _tile(images_NCHW: Tensor, per_row: int) -> Tensor:

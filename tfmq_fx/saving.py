@@ -13,17 +13,24 @@ scale and zero point are per row. `quantization_config.tensors` gives every tens
 Activations of the temporal block have `<node>_by_timestep.scale` and `.zero_point` of T rows each, T timesteps or
 products of timesteps with other finite inputs. Cached temporal features lie side by side in the T rows of
 `temporal_cache.<key>.values`; int8 ones times `.scale`, of a column per feature.
+
+`quantization_config.sha256` has the digests of the other files but the report, and as `config.json` that of the config
+itself: of its JSON with sorted keys and without that digest. Whoever edits a file by hand takes its digest out.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import errno
 import hashlib
+import io
 import json
+import math
 import os
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -34,11 +41,12 @@ from torch import Tensor
 
 from tfmq_fx.arithmetic import IntegerRange, pack_bits, unpack_bits
 from tfmq_fx.errors import TFMQError
-from tfmq_fx.graph_json import graph_from_json, graph_to_json, packed_tensors, tensors_of
+from tfmq_fx.graph import placeholders
+from tfmq_fx.graph_json import graph_from_json, graph_to_json, is_tensor_name, packed_tensors, tensors_of
 from tfmq_fx.model import Interface, QuantizedModel
 
 QUANT_METHOD = "tfmq"
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
 CONFIG, WEIGHTS, GRAPH, REPORT = (
     "config.json",
     "diffusion_pytorch_model.safetensors",
@@ -73,7 +81,11 @@ def is_artefact(folder: Path) -> bool:
 
 
 def replace_folder(folder: Path, write: Callable[[Path], None]) -> None:
-    """Let `write` fill a temporary folder, then rename it: `folder` is absent, as it was, or whole."""
+    """Let `write` fill a temporary folder, then rename it: `folder` is absent, as it was, or whole.
+
+    Of several processes that write the same folder at once, the last one's is there afterwards. Between the two renames
+    that replace a folder it is absent for some microseconds: Python has no call to exchange two names.
+    """
     folder = folder.absolute()
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -83,17 +95,37 @@ def replace_folder(folder: Path, write: Callable[[Path], None]) -> None:
     try:
         write(temporary)
         temporary.chmod(0o755)
-        if folder.exists():
-            old = temporary.with_name(temporary.name + "-old")
-            os.rename(folder, old)
-            os.rename(temporary, folder)
-            shutil.rmtree(old)
-        else:
-            os.rename(temporary, folder)
-    except OSError as error:
-        raise TFMQError(f"{folder}: cannot be written ({error.strerror or error}).") from error
+        _move(temporary, folder)
+    except (OSError, SafetensorError) as error:  # safetensors has a type of its own for a disk that is full
+        raise TFMQError(f"{folder}: cannot be written ({_words(error)}).") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _move(temporary: Path, folder: Path) -> None:
+    """Rename `temporary` to `folder`, whatever is there or comes to be there meanwhile; that is removed."""
+    old: list[Path] = []
+    try:
+        while True:
+            try:
+                os.rename(temporary, folder)
+                return
+            except OSError as error:
+                if error.errno not in (errno.ENOTEMPTY, errno.EEXIST) or len(old) > 100:
+                    raise
+            try:
+                aside = temporary.with_name(f"{temporary.name}-old{len(old)}")
+                os.rename(folder, aside)
+                old.append(aside)
+            except FileNotFoundError:
+                pass  # another process was faster
+    except OSError:
+        if old and not folder.exists():
+            os.rename(old.pop(), folder)
+        raise
+    finally:
+        for aside in old:
+            shutil.rmtree(aside, ignore_errors=True)
 
 
 def _write(model: QuantizedModel, folder: Path) -> None:
@@ -101,6 +133,8 @@ def _write(model: QuantizedModel, folder: Path) -> None:
     tensors: dict[str, Tensor] = {}
     manifest: dict[str, dict[str, Any]] = {}
     for name, value in sorted(tensors_of(model.network).items()):
+        if not is_tensor_name(name):
+            raise TFMQError(f"tensor {name!r}: a name with quotes or control characters cannot be saved.")
         manifest[name] = {"shape": list(value.shape), "dtype": _dtype_name(value.dtype)}
         tensors[name] = value.contiguous().cpu()
         if name in packed:
@@ -110,7 +144,7 @@ def _write(model: QuantizedModel, folder: Path) -> None:
             tensors[name] = pack_bits(value, span)
     save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
     _dump(folder / GRAPH, graph_to_json(model.network))
-    _dump(folder / REPORT, model.report)
+    _dump(folder / REPORT, _finite(model.report))
     quantization = {
         "quant_method": QUANT_METHOD,
         "format_version": FORMAT_VERSION,
@@ -122,20 +156,25 @@ def _write(model: QuantizedModel, folder: Path) -> None:
         "tensors": manifest,
         "sha256": {name: _sha256(folder / name) for name in (WEIGHTS, GRAPH)},
     }
-    _dump(folder / CONFIG, {**model._config, "quantization_config": quantization})
+    # As it will be read: JSON's keys are strings.
+    config = json.loads(json.dumps({**model._config, "quantization_config": quantization}))
+    config["quantization_config"]["sha256"][CONFIG] = _config_digest(config)
+    _dump(folder / CONFIG, config)
 
 
 def load(folder: str | Path) -> QuantizedModel:
     """Read an artefact written by `save_pretrained`: the same integers, the same outputs, bit for bit.
 
     Nothing in the folder is executed; the network's own code is not needed. Raises TFMQError saying which
-    file is missing, truncated, altered, of another version, or not ours.
+    file is missing, truncated, altered, of another version, or not ours; and when another process replaced the folder
+    meanwhile.
     """
     folder = Path(folder)
     if not folder.is_dir():
         raise TFMQError(f"{folder}: no such folder.")
+    before = _identity(folder)
     config = _read_json(folder / CONFIG)
-    quantization = config.pop("quantization_config", None)
+    quantization = config.get("quantization_config")
     if not isinstance(quantization, dict) or quantization.get("quant_method") != QUANT_METHOD:
         raise TFMQError(
             f"{folder / CONFIG}: not a tfmq artefact (no quantization_config of quant_method {QUANT_METHOD!r})."
@@ -145,62 +184,115 @@ def load(folder: str | Path) -> QuantizedModel:
             f"{folder / CONFIG}: format version {quantization.get('format_version')!r}, this library reads {FORMAT_VERSION}; "
             "quantize again, or install the version that wrote it."
         )
-    try:
-        for name, digest in quantization["sha256"].items():
-            if name not in (WEIGHTS, GRAPH):
-                raise TFMQError(f"{folder / CONFIG}: lists the unknown file {name!r}.")
-            if not (folder / name).is_file():
-                raise TFMQError(f"{folder / name}: missing.")
-            if _sha256(folder / name) != digest:
-                raise TFMQError(
-                    f"{folder / name}: corrupt or truncated; its content does not match the hash in {CONFIG}."
-                )
+    with _reading(folder / CONFIG):
+        _check_digests(folder, config)
+    with _reading(folder / WEIGHTS):
         tensors = _read_tensors(folder / WEIGHTS, quantization["tensors"])
+    with _reading(folder / GRAPH):
         graph = graph_from_json(_read_json(folder / GRAPH), tensors)
+    report = _read_json(folder / REPORT)
+    if _identity(folder) != before:
+        raise TFMQError(f"{folder}: was replaced while it was read; load it again.")
+    with _reading(folder / CONFIG):
         face = quantization["interface"]
+        interface = Interface(**{**face, "required": tuple(face["required"])})
+        if list(interface.inputs) != list(placeholders(graph)):
+            raise TFMQError(
+                f"{folder / GRAPH}: takes {', '.join(placeholders(graph))}, {CONFIG} says {', '.join(interface.inputs)}."
+            )
         return QuantizedModel(
             graph,
-            interface=Interface(**{**face, "required": tuple(face["required"])}),
+            interface=interface,
             timesteps=torch.tensor(quantization["timesteps"], dtype=_dtype(quantization["timesteps_dtype"])),
             finite={
                 n: torch.tensor(v["values"], dtype=_dtype(v["dtype"]))
                 for n, v in quantization["finite"].items()
             },
-            config=config,
+            config={n: v for n, v in config.items() if n != "quantization_config"},
             recipe=quantization["recipe"],
-            report=_read_json(folder / REPORT),
+            report=report,
         )
-    except (
-        KeyError,
-        TypeError,
-        AttributeError,
-        IndexError,
-        RecursionError,
-        RuntimeError,
-        StopIteration,
-    ) as error:
-        raise TFMQError(f"{folder}: not a valid tfmq artefact ({type(error).__name__}: {error}).") from error
+
+
+def _identity(folder: Path) -> tuple[int, ...]:
+    """What is another after the folder was replaced by one of the same name."""
+    try:
+        found = folder.stat()
+    except OSError:
+        return ()
+    return found.st_dev, found.st_ino, found.st_mtime_ns
+
+
+@contextmanager
+def _reading(file: Path) -> Iterator[None]:
+    """Whatever a file of another form makes json, torch, numpy or torch.fx raise, as a TFMQError that names it."""
+    try:
+        yield
+    except TFMQError as error:
+        if file.name in str(error):
+            raise
+        raise TFMQError(f"{file}: {_words(error)}") from error
+    except Exception as error:
+        raise TFMQError(f"{file}: not valid ({type(error).__name__}: {_words(error)}).") from error
+
+
+def _words(error: Exception) -> str:
+    """The first line of an error's words, cut where a value of the file makes it long."""
+    text = (error.strerror if isinstance(error, OSError) else None) or str(error)
+    return (text.strip().splitlines() or [type(error).__name__])[0][:200]
+
+
+def _check_digests(folder: Path, config: Mapping[str, Any]) -> None:
+    digests = config["quantization_config"]["sha256"]
+    for name, digest in digests.items():
+        if name not in (WEIGHTS, GRAPH, CONFIG):
+            raise TFMQError(f"{folder / CONFIG}: lists the unknown file {name[:80]!r}.")
+        if not (folder / name).is_file():
+            raise TFMQError(f"{folder / name}: missing.")
+        if (_config_digest(config) if name == CONFIG else _sha256(folder / name)) != digest:
+            raise TFMQError(
+                f"{folder / name}: corrupt or truncated; its content does not match the hash in {CONFIG}."
+            )
 
 
 def _read_tensors(file: Path, manifest: dict[str, dict[str, Any]]) -> dict[str, Tensor]:
+    if not file.is_file():
+        raise TFMQError(f"{file}: missing.")
     try:
         stored = load_file(file)
     except (SafetensorError, OSError) as error:
-        raise TFMQError(f"{file}: corrupt or truncated ({error}).") from error
+        raise TFMQError(f"{file}: corrupt or truncated ({_words(error)}).") from error
     if stored.keys() != manifest.keys():
         wrong = sorted(stored.keys() ^ manifest.keys())[0]
-        raise TFMQError(f"{file}: tensor {wrong!r} is not both in the file and in {CONFIG}.")
+        raise TFMQError(f"{file}: tensor {wrong[:80]!r} is not both in the file and in {CONFIG}.")
     tensors = {}
     for name, spec in manifest.items():
+        if not is_tensor_name(name):
+            raise TFMQError(f"{file}: {name[:80]!r} is no name of a tensor.")
         value, shape, dtype = stored[name], tuple(spec["shape"]), _dtype(spec["dtype"])
         if "bits" in spec:
-            value = unpack_bits(value, shape, _integers(spec["quant_min"], spec["quant_max"], dtype))
+            span = _checked_integers(file, name, spec, dtype)
+            if len(shape) > 64 or math.prod(shape) * span.bits > 8 * value.numel():  # ahead of allocating
+                raise TFMQError(f"{file}: tensor {name!r} has too few bytes for the shape in {CONFIG}.")
+            value = unpack_bits(value, shape, span)
         if tuple(value.shape) != shape or value.dtype != dtype:
             raise TFMQError(
                 f"{file}: tensor {name!r} is {value.dtype} {tuple(value.shape)}, {CONFIG} says {dtype} {shape}."
             )
         tensors[name] = value
     return tensors
+
+
+def _checked_integers(file: Path, name: str, spec: Mapping[str, Any], dtype: torch.dtype) -> IntegerRange:
+    low, high, shape = spec["quant_min"], spec["quant_max"], spec["shape"]
+    integers = torch.iinfo(dtype)  # TypeError for what is no integer type
+    valid = all(type(x) is int for x in (low, high, *shape)) and min(shape, default=0) >= 0
+    fits = valid and max(-128, integers.min) <= low < high <= min(255, integers.max)
+    if not fits or spec["bits"] != (span := _integers(low, high, dtype)).bits:
+        raise TFMQError(
+            f"{file}: tensor {name!r}: {CONFIG} has {spec['bits']!r} bits for {low!r} to {high!r}, or no valid shape."
+        )
+    return span
 
 
 def exported(model: QuantizedModel) -> torch.export.ExportedProgram:
@@ -234,12 +326,20 @@ def export_pt2(model: QuantizedModel, file: Path) -> None:
     program = exported(model)
     temporary = file.with_name(f".{file.name}.tmp-{os.getpid()}.pt2")
     try:
-        torch.export.save(program, temporary)
+        save_program(program, temporary)
         os.replace(temporary, file)
     except OSError as error:
-        raise TFMQError(f"{file}: cannot be written ({error.strerror or error}).") from error
+        raise TFMQError(f"{file}: cannot be written ({_words(error)}).") from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):
+            temporary.unlink()
+
+
+def save_program(program: torch.export.ExportedProgram, file: Path) -> None:
+    """torch.export.save, by way of memory: where its own writer meets a full disk it ends the process."""
+    data = io.BytesIO()
+    torch.export.save(program, data)
+    file.write_bytes(data.getbuffer())
 
 
 def _integers(low: int, high: int, dtype: torch.dtype) -> IntegerRange:
@@ -261,16 +361,44 @@ def _dump(file: Path, value: Any) -> None:
     file.write_text(json.dumps(value, indent=1, allow_nan=False) + "\n")
 
 
+def _finite(value: Any) -> Any:
+    """JSON has no NaN and no infinity, which a report may hold of a network that gives zeros: null stands for them."""
+    if isinstance(value, Mapping):
+        return {str(k): _finite(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _config_digest(config: Mapping[str, Any]) -> str:
+    """Of the config as JSON, its own digest left out."""
+    quantization = config["quantization_config"]
+    others = {name: digest for name, digest in quantization["sha256"].items() if name != CONFIG}
+    whole = {**config, "quantization_config": {**quantization, "sha256": others}}
+    return hashlib.sha256(json.dumps(whole, sort_keys=True).encode()).hexdigest()
+
+
 def _read_json(file: Path) -> dict[str, Any]:
+    if not file.is_file():
+        raise TFMQError(f"{file}: missing.")
     try:
-        value = json.loads(file.read_text())
-    except FileNotFoundError as error:
-        raise TFMQError(f"{file}: missing.") from error
+        value = json.loads(file.read_bytes(), object_pairs_hook=_unique, parse_constant=_no_constant)
     except (OSError, ValueError, RecursionError) as error:
-        raise TFMQError(f"{file}: not readable as JSON ({error}).") from error
+        raise TFMQError(f"{file}: not readable as JSON ({_words(error)}).") from error
     if not isinstance(value, dict):
         raise TFMQError(f"{file}: not a JSON object.")
     return value
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        raise ValueError("an object has a key twice")
+    return found
+
+
+def _no_constant(name: str) -> Any:
+    raise ValueError(f"{name} is no JSON")
 
 
 def _sha256(file: Path) -> str:

@@ -1,0 +1,36 @@
+"""The API pages from the docstrings: python -m benchmarks.api_page out/api"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import pdoc
+
+import tfmq_fx
+
+MODULES = (
+    "calibration", "recording", "presets", "pipeline", "recipe", "model", "saving", "lowering", "exporting", "capturing",
+    "reconstruction", "maintenance", "bit_widths", "metrics", "extractors", "sampling", "drift", "report",
+    "diffusers_quantizer", "errors",
+)  # fmt: skip
+
+
+def write(output: Path) -> list[Path]:
+    """One page a module, HTML; returns the pages."""
+    for name in tfmq_fx.__all__:  # the face loads its names when they are touched
+        getattr(tfmq_fx, name)
+    modules = [f"tfmq_fx.{name}" for name in MODULES]
+    pdoc.pdoc("tfmq_fx", "tfmq_fx.passes", "tfmq_fx.observers", *modules, output_directory=output)
+    return sorted(output.rglob("*.html"))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("output", type=Path)
+    pages = write(parser.parse_args().output)
+    print(f"{len(pages)} pages in {pages[0].parent}")
+
+
+if __name__ == "__main__":
+    main()

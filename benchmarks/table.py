@@ -1,0 +1,76 @@
+"""The papers' table in small: every trained model, rounded to nearest and by the default method, at four settings.
+
+    make table
+
+Runs that benchmarks/reconstruction.jsonl lacks are made first (benchmarks/reconstruction.py, each in a process of its own).
+PSNR to the float network's pictures of the same noise; FD: Frechet distance to them, beside that of float pictures of other
+noise; good: percent recognised as a digit, or as the shape asked for. Mean and standard deviation over seeds, each of which
+draws its own calibration trajectories.
+"""
+
+from __future__ import annotations
+
+import argparse
+import platform
+from functools import partial
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.reconstruction import RESULTS, TRAJECTORIES, Run, in_a_process, read, run_all, spread
+from benchmarks.zoo.models import MODELS
+from tfmq_fx.recipe import Recipe
+
+SETTINGS = ("w8a8", "w4a8", "w4a16", "w4a4")
+
+
+def ours(setting: str) -> str:
+    return Recipe.preset(setting).reconstruction.method
+
+
+def table(found: dict[Run, dict[str, float]], samples: int) -> Table:
+    shown = Table("model", "bits", "rounding", "seeds", "PSNR dB", "FD (floor)", "good %", "MB", "CPU s")
+    for model in MODELS:
+        for setting in SETTINGS:
+            for method in ("nearest", ours(setting)):
+                key = (model, setting, method, samples)
+                rows = [f for r, f in found.items() if (r.model, r.setting, r.method, r.samples) == key]
+                if rows:
+                    shown.add_row(
+                        model, setting, "nearest" if method == "nearest" else f"ours ({method})", str(len(rows)),
+                        spread(rows, "psnr", ".1f"), f"{spread(rows, 'frechet', '.4f')} ({rows[0]['frechet_floor']:.4f})",
+                        spread(rows, "recognised", ".1f"), f"{rows[0]['megabytes']:.2f}", spread(rows, "cpu_seconds", ".0f"),
+                    )  # fmt: skip
+    return shown
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--output", type=Path, default=Path("out/reconstruction"))
+    parser.add_argument("--models", nargs="*", default=list(MODELS))
+    parser.add_argument("--settings", nargs="*", default=list(SETTINGS))
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--samples", type=int, default=256)
+    args = parser.parse_args()
+    args.output.mkdir(parents=True, exist_ok=True)
+    runs = [
+        Run(model, setting, method, seed, args.samples)
+        for seed in range(args.seeds)
+        for model in args.models
+        for setting in args.settings
+        for method in ("nearest", ours(setting))
+    ]
+    run_all(runs, results=RESULTS, figures=partial(in_a_process, output=args.output))
+    console = Console(width=150)
+    console.print(table(read(RESULTS), args.samples))
+    console.print(
+        f"{args.samples} samples, 50 steps (flow: 20), {TRAJECTORIES} calibration trajectories; torch {torch.__version__}, "
+        f"{platform.machine()}, {torch.get_num_threads()} threads",
+        highlight=False,
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,113 @@
+"""Train the fourth demo model: flow matching on scikit-learn's digits, from scratch, seeded.
+
+    python -m benchmarks.zoo.train_flow_digits --output benchmarks/zoo/flow-digits
+
+Writes a diffusers pipeline folder and prints how good the model is: training time, and how many of 1,024 samples of
+20 Euler steps a classifier trained on real digits recognises with confidence over 0.9.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import time
+from pathlib import Path
+
+import torch
+from diffusers import FlowMatchEulerDiscreteScheduler, UNet2DModel
+from torch import nn
+from torch.nn import functional as F
+
+from benchmarks.digits import IMAGE_SIZE, NUM_CLASSES, digits, recognise, train_classifier
+from benchmarks.zoo.flow_digits import FlowDigitsPipeline
+
+
+def make_unet() -> UNet2DModel:
+    return UNet2DModel(
+        sample_size=IMAGE_SIZE,
+        in_channels=1,
+        out_channels=1,
+        layers_per_block=1,
+        block_out_channels=(16, 48, 96),
+        norm_num_groups=8,
+        attention_head_dim=16,
+        down_block_types=("DownBlock2D", "AttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "AttnUpBlock2D", "UpBlock2D"),
+    )
+
+
+def train(*, steps: int, batch: int, lr: float, seed: int) -> FlowDigitsPipeline:
+    torch.manual_seed(seed)
+    x0_N1HW = digits()[0]
+    net = make_unet().train()
+    ema = copy.deepcopy(net).eval().requires_grad_(False)
+    opt = torch.optim.AdamW(net.parameters(), lr=lr, weight_decay=0.0, betas=(0.9, 0.99), fused=True)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(opt, lr, total_steps=steps, pct_start=0.05)
+    started, running = time.monotonic(), 0.0
+    for step in range(1, steps + 1):
+        x0 = x0_N1HW[torch.randint(len(x0_N1HW), (batch,))]
+        # One time from each of `batch` equal intervals: the same distribution, less noise in the gradient.
+        s = (torch.randperm(batch) + torch.rand(batch)) / batch
+        noise, mix = torch.randn_like(x0), s[:, None, None, None]
+        velocity = net((1 - mix) * x0 + mix * noise, 1000 * s).sample
+        loss = F.mse_loss(velocity, noise - x0)
+        opt.zero_grad(set_to_none=True)
+        loss.backward()
+        nn.utils.clip_grad_norm_(net.parameters(), 1.0)
+        opt.step()
+        schedule.step()
+        decay = min(0.998, step / (step + 10))
+        with torch.no_grad():
+            for p_ema, p in zip(ema.parameters(), net.parameters(), strict=True):
+                p_ema.lerp_(p, 1 - decay)
+        running += loss.item()
+        if step % 100 == 0:
+            seconds = time.monotonic() - started
+            print(
+                f"step {step}/{steps} loss {running / 100:.4f} {seconds:.0f} s, {seconds / step * (steps - step):.0f} s to go",
+                flush=True,
+            )
+            running = 0.0
+    return FlowDigitsPipeline(ema, FlowMatchEulerDiscreteScheduler(num_train_timesteps=1000))
+
+
+def report(pipe: FlowDigitsPipeline, *, num_samples: int, step_counts: list[int]) -> None:
+    pipe.set_progress_bar_config(disable=True)
+    classifier = train_classifier()
+    for steps in step_counts:
+        generator = torch.Generator().manual_seed(1)
+        images = pipe(num_samples, steps, generator, output_type="pt").images
+        label, confidence = recognise(classifier, images * 2 - 1)
+        print(
+            f"{num_samples} samples, Euler {steps}: {(confidence > 0.9).float().mean():.1%} recognised with confidence > 0.9; "
+            f"digits {torch.bincount(label, minlength=NUM_CLASSES).tolist()}",
+            flush=True,
+        )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--steps", type=int, default=4000)
+    parser.add_argument("--batch", type=int, default=32)
+    parser.add_argument("--lr", type=float, default=2e-3)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--samples", type=int, default=1024, help="samples of the report")
+    parser.add_argument(
+        "--euler", type=int, nargs="+", default=[20], help="numbers of Euler steps of the report"
+    )
+    args = parser.parse_args()
+    # The order of the sums, and with it the weights, depends on the number of threads.
+    torch.set_num_threads(1)
+    started = time.process_time()
+    pipe = train(steps=args.steps, batch=args.batch, lr=args.lr, seed=args.seed)
+    print(
+        f"trained {sum(p.numel() for p in pipe.unet.parameters()) / 1e6:.2f} M parameters in {time.process_time() - started:.0f} s "
+        f"of CPU time on {torch.get_num_threads()} thread"
+    )
+    pipe.save_pretrained(args.output)
+    report(pipe, num_samples=args.samples, step_counts=args.euler)
+
+
+if __name__ == "__main__":
+    main()
