@@ -2,12 +2,12 @@
 
     python -m benchmarks.open_questions
 
-flow        a flow-matching UNet of the digits whose time is a float; quantized on the times of 20 Euler steps, sampled with
+flow        the trained flow-matching UNet of benchmarks/zoo, whose time is a float; quantized on the times of 20 Euler steps, sampled with
             those, with others between them, and at times drawn anew for every step
 generator   a conditional variational autoencoder's decoder: noise and a label to a digit in one call. Its finite input is the
             label: `timestep="label"` finds the label's block, keys its scales on the ten labels and reconstructs it over them
 
-Both are trained here, seeded, in a few minutes. The rest of each network is rounded by GPTQ. PSNR to the float network's
+The generator is trained here, seeded, in a few minutes. The rest of each network is rounded by GPTQ. PSNR to the float network's
 pictures of the same noise, mean over 256 of them (flow: 64); recognised: with confidence over 0.9 (generator: as the label asked for).
 """
 
@@ -19,7 +19,7 @@ import platform
 from typing import Any
 
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler, UNet2DModel
+from diffusers import FlowMatchEulerDiscreteScheduler
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
@@ -28,6 +28,7 @@ from torch.nn import functional as F
 import tfmq_fx
 from benchmarks.ablation import VARIANTS
 from benchmarks.digits import digits, recognise, train_classifier
+from benchmarks.zoo.flow_digits import flow_digits_pipeline
 from tfmq_fx.metrics import psnr_by_image
 
 SAMPLES, LATENT = 256, 16
@@ -95,28 +96,6 @@ def train_generator(*, steps: int = 1000, batch: int = 64) -> Generator:
     return net.eval()
 
 
-def train_flow(*, steps: int = 1500, batch: int = 64) -> UNet2DModel:
-    torch.manual_seed(0)
-    x_N1HW, _ = digits()
-    net = UNet2DModel(
-        sample_size=16, in_channels=1, out_channels=1, block_out_channels=(32, 64), layers_per_block=1, norm_num_groups=8,
-        down_block_types=("DownBlock2D", "AttnDownBlock2D"), up_block_types=("AttnUpBlock2D", "UpBlock2D"),
-        attention_head_dim=16,
-    )  # fmt: skip
-    opt = torch.optim.AdamW(net.parameters(), lr=1e-3, weight_decay=0.0)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(opt, 1e-3, total_steps=steps)
-    for _ in range(steps):
-        x, s = x_N1HW[torch.randint(len(x_N1HW), (batch,))], torch.rand(batch)
-        noise, mix = torch.randn_like(x), s[:, None, None, None]
-        loss = F.mse_loss(net((1 - mix) * x + mix * noise, 1000 * s).sample, noise - x)
-        opt.zero_grad(set_to_none=True)
-        loss.backward()
-        nn.utils.clip_grad_norm_(net.parameters(), 1.0)
-        opt.step()
-        schedule.step()
-    return net.eval()
-
-
 def euler(count: int) -> Tensor:
     """The scheduler's times, from 1 to 0."""
     scheduler = FlowMatchEulerDiscreteScheduler()
@@ -156,7 +135,7 @@ def distance(q: tfmq_fx.QuantizedModel) -> float:
 
 
 def continuous_time(classifier: nn.Module) -> Table:
-    net = train_flow()
+    net = flow_digits_pipeline().unet
     noise = torch.randn(SAMPLES // 4, 1, 16, 16, generator=torch.Generator().manual_seed(1000))
     calls: list[dict[str, Tensor]] = []
     flow(net, torch.randn(64, 1, 16, 16, generator=torch.Generator().manual_seed(0)), euler(20), calls)
