@@ -4,9 +4,10 @@
     python -m benchmarks.ablation --output out/ablation --observers      the estimators of finite set calibration instead
 
     none        the block's weights rounded to nearest, one static scale for each of its activations
-    TIAR        the block's rounding learned on all timesteps at once (TFMQ-DM, section 4.2)
+    TIAR        the block's rounding chosen over all timesteps at once (TFMQ-DM, section 4.2), by the library's
+                second-order step, which ends below the papers' learned rounding (docs/reconstruction.md)
     FSC         activation scales per timestep (TFMQ-DM, section 4.3)
-    TIAR+FSC    both: the library's default, but for TIAR's second-order step
+    TIAR+FSC    both: the library's default
     cache       the block's features from a table (Temporal Feature Matters)
     auto        for each feature the cheaper of TIAR+FSC and a table whose disturbance is in bounds (ditto)
 
@@ -62,11 +63,11 @@ class StaticObserver(TemporalMinMaxObserver):
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "none": {"temporal_method": "nearest", "temporal_observer": StaticObserver},
-    "TIAR": {"temporal_method": "adaround", "temporal_observer": StaticObserver},
+    "TIAR": {"temporal_method": "gptq", "temporal_observer": StaticObserver},
     "FSC": {"temporal_method": "nearest"},
-    "TIAR+FSC": {"temporal_method": "adaround"},
+    "TIAR+FSC": {"temporal_method": "gptq"},
     "cache": {"temporal_method": "nearest", "maintain": "cache"},
-    "auto": {"temporal_method": "adaround", "maintain": "auto"},
+    "auto": {"temporal_method": "gptq", "maintain": "auto"},
 }
 
 
