@@ -204,7 +204,10 @@ def quantize(
     cache: Annotated[Path | None, typer.Option(help="A folder that keeps recorded trajectories.")] = None,
     iterations: Annotated[
         int | None,
-        typer.Option(min=0, help="Reconstruction per block; 0: round to nearest. Default: the recipe's."),
+        typer.Option(
+            min=0,
+            help="Learn the rounding (adaround), so many iterations per block; 0: round to nearest. Default: as the recipe says.",
+        ),
     ] = None,
     seed: Seed = 0,
     scheduler: Scheduler = None,
@@ -243,30 +246,32 @@ def quantize(
 
     chosen = Recipe.preset(recipe)
     if iterations is not None:
-        changes = {"method": "nearest"} if iterations == 0 else {"iterations": iterations}
-        chosen = dataclasses.replace(
-            chosen, reconstruction=dataclasses.replace(chosen.reconstruction, **changes)
-        )
+        settings = chosen.reconstruction
+        if iterations == 0:
+            settings = dataclasses.replace(settings, method="nearest")
+        else:
+            method = settings.method if "adaround" in settings.method else "adaround"
+            settings = dataclasses.replace(settings, method=method, iterations=iterations)
+        chosen = dataclasses.replace(chosen, reconstruction=settings)
     if maintain is not None:
         chosen = dataclasses.replace(chosen, maintain=maintain)
     preset = CalibrationPreset.named(calibration) if calibration is not None else CalibrationPreset()
-    settings = {
-        n: v for n, v in (("num_samples", num_samples), ("num_inference_steps", steps)) if v is not None
-    }
+    preset = dataclasses.replace(
+        preset,
+        num_samples=num_samples or preset.num_samples,
+        num_inference_steps=steps or preset.num_inference_steps,
+    )
     with joined() as ranks:
         check_output_folder(output)  # before minutes of work, not after
         pipe = load_pipeline(model, scheduler)
         arguments, tables = _pipeline_arguments(argument), _named_json("--finite", finite)
         if captions is not None:
-            arguments["prompt"] = coco_captions(
-                captions, num=settings.get("num_samples", preset.num_samples), seed=seed
-            )
+            arguments["prompt"] = coco_captions(captions, num=preset.num_samples, seed=seed)
         data = preset.record(
             pipe,
-            batch_size=max(1, min(64, -(-settings.get("num_samples", preset.num_samples) // ranks.size))),
+            batch_size=max(1, min(64, -(-preset.num_samples // ranks.size))),
             seed=seed,
             cache=cache,
-            **settings,
             **arguments,
         )
         if max_megabytes is not None:

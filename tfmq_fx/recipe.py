@@ -247,19 +247,15 @@ class Recipe:
         return values
 
 
+_GPTQ = Reconstruction(method="gptq")
 PRESETS = {
-    "w8a8": Recipe(weight_bits=8, activation_bits=8),
+    # At 8 bits learned rounding is no better than the second-order step, and dearer (docs/reconstruction.md).
+    "w8a8": Recipe(weight_bits=8, activation_bits=8, reconstruction=_GPTQ),
     "w4a8": Recipe(weight_bits=4, activation_bits=8),
-    "w8a16": Recipe(weight_bits=8, activation_bits=FLOAT_BITS),
+    "w8a16": Recipe(weight_bits=8, activation_bits=FLOAT_BITS, reconstruction=_GPTQ),
     "w4a16": Recipe(weight_bits=4, activation_bits=FLOAT_BITS),
     # As measured in docs/low_bits.md.
-    "w4a4": Recipe(
-        weight_bits=4, activation_bits=4, smooth=0.5, low_rank=8, reconstruction=Reconstruction(method="gptq")
-    ),
-    "w3a8": Recipe(
-        weight_bits=3, activation_bits=8, low_rank=8, reconstruction=Reconstruction(method="gptq")
-    ),
-    "w2a8": Recipe(
-        weight_bits=2, activation_bits=8, low_rank=8, reconstruction=Reconstruction(method="gptq")
-    ),
+    "w4a4": Recipe(weight_bits=4, activation_bits=4, smooth=0.5, low_rank=8, reconstruction=_GPTQ),
+    "w3a8": Recipe(weight_bits=3, activation_bits=8, low_rank=8, reconstruction=_GPTQ),
+    "w2a8": Recipe(weight_bits=2, activation_bits=8, low_rank=8, reconstruction=_GPTQ),
 }
