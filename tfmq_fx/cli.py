@@ -50,12 +50,17 @@ Folder = Annotated[Path, typer.Argument(help="A folder written by `tfmq quantize
 def load_pipeline(model: str | None, scheduler: str | None = None) -> Any:
     """The pipeline of a local folder or hub id, in eval mode. Raises TFMQError for anything else."""
     import diffusers
-    from diffusers.utils import logging
+    from diffusers.utils import is_transformers_available, logging
 
     from tfmq_fx.demo import embedded_pipeline
 
     if not sys.stderr.isatty():
         logging.disable_progress_bar()
+        if is_transformers_available():
+            from transformers.utils import logging as of_transformers
+
+            of_transformers.disable_progress_bar()
+            of_transformers.set_verbosity_error()  # or it says which image processors it lacks
     if model is None:
         pipe = embedded_pipeline()
     else:
