@@ -21,7 +21,7 @@ def write(output: Path) -> list[Path]:
     for name in tfmq_fx.__all__:  # the face loads its names when they are touched
         getattr(tfmq_fx, name)
     modules = [f"tfmq_fx.{name}" for name in MODULES]
-    pdoc.pdoc("tfmq_fx", "tfmq_fx.passes", "tfmq_fx.observers", *modules, output_directory=output)
+    pdoc.pdoc("tfmq_fx", *modules, output_directory=output)
     return sorted(output.rglob("*.html"))
 
 

@@ -96,6 +96,7 @@ def test_two_processes_end_with_the_bits_of_one(tmp_path, method):
     assert same(first, alone)
 
 
+@pytest.mark.slow
 def test_three_processes_agree_and_are_near_one(tmp_path):
     """Three parts instead of two: other sums in the last bit, so some weights round otherwise, no more."""
     finish(start(tmp_path, 0, name="alone"))

@@ -103,7 +103,8 @@ def test_it_is_the_same_to_call():
         (lambda: low(x, 300, 1), "'argument 3' is unknown"),
         (lambda: low(x[:, :, :4], 300), r"shape \(4, 1, 4, 8\), captured with \(N, 1, 8, 8\)"),
         (lambda: low(x, torch.tensor([1, 2])), "2 timesteps for a batch of 4"),
-        (lambda: low.half(), r"stays on cpu in torch\.float32"),
+        (lambda: low.half(), r"a quantized network computes in torch\.float32, as captured"),
+        (lambda: low.to("meta"), r"to\(meta\): this network is compiled for cpu"),
     ):
         with pytest.raises(TFMQError, match=words):
             call()

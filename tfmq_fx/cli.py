@@ -230,7 +230,8 @@ def quantize(
     max_megabytes: Annotated[
         float | None,
         typer.Option(
-            help="For the layers' weights: 4 or 8 bits for each, by its measured effect on the output. Default: the recipe's bits."
+            min=1e-6,
+            help="For the layers' weights: 4 or 8 bits for each, by its measured effect on the output. Default: the recipe's bits.",
         ),
     ] = None,
     strict: Annotated[

@@ -29,6 +29,7 @@ import math
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -66,10 +67,16 @@ def save(model: QuantizedModel, folder: Path) -> None:
 
 def check_output_folder(folder: Path) -> None:
     """Raise TFMQError when `folder` exists and is neither empty nor an artefact of ours."""
-    if folder.exists() and not (folder.is_dir() and (not any(folder.iterdir()) or is_artefact(folder))):
-        raise TFMQError(
-            f"{folder}: exists and is not a tfmq artefact; choose another output folder or remove it yourself."
-        )
+    for _ in range(5):
+        if not folder.exists() or is_artefact(folder):
+            return
+        with suppress(OSError):
+            if not any(folder.iterdir()):
+                return
+        time.sleep(0.02)  # another process may be replacing it this moment
+    raise TFMQError(
+        f"{folder}: exists and is not a tfmq artefact; choose another output folder or remove it yourself."
+    )
 
 
 def is_artefact(folder: Path) -> bool:
