@@ -24,6 +24,7 @@ import torch
 import torch.distributed as dist
 
 import tfmq_fx
+from tfmq_fx.arithmetic import raw_bytes
 from tfmq_fx.demo import embedded_pipeline
 from tfmq_fx.parallel import joined
 
@@ -55,7 +56,7 @@ def work(threads: int) -> dict[str, Any]:
             seconds[name] = time.perf_counter() - started
     digest = hashlib.sha256()
     for _, x in sorted(tfmq_fx.convert(gm).state_dict().items()):
-        digest.update(x.detach().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+        digest.update(raw_bytes(x))
     return {**seconds, "integers": digest.hexdigest()[:12]}
 
 

@@ -9,15 +9,16 @@ of 1,024 DDIM-50 samples a classifier trained on real digits recognises with con
 from __future__ import annotations
 
 import argparse
-import copy
 import time
 from pathlib import Path
 
 import torch
 from diffusers import DDIMPipeline, DDIMScheduler, DDPMPipeline, DDPMScheduler, UNet2DModel
+from torch import Tensor
 from torch.nn import functional as F
 
 from benchmarks.digits import IMAGE_SIZE, NUM_CLASSES, digits, recognise, split, train_classifier
+from benchmarks.zoo.training import fit
 
 
 def make_unet() -> UNet2DModel:
@@ -39,33 +40,17 @@ def train(*, steps: int, batch: int, lr: float, seed: int, prediction: str) -> D
     x0_N1HW = digits()[0]
     scheduler = DDPMScheduler(num_train_timesteps=1000, beta_schedule="linear", prediction_type=prediction)
     net = make_unet().train()
-    ema = copy.deepcopy(net).eval().requires_grad_(False)
-    opt = torch.optim.AdamW(net.parameters(), lr=lr, weight_decay=0.0)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(opt, lr, total_steps=steps, pct_start=0.1)
-    started, running = time.monotonic(), 0.0
-    for step in range(1, steps + 1):
+
+    def loss(_: int) -> Tensor:
         x0 = x0_N1HW[torch.randint(len(x0_N1HW), (batch,))]
         t = torch.randint(1000, (batch,))
         noise = torch.randn_like(x0)
         target = noise if prediction == "epsilon" else scheduler.get_velocity(x0, noise, t)
-        loss = F.mse_loss(net(scheduler.add_noise(x0, noise, t), t).sample, target)
-        opt.zero_grad(set_to_none=True)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
-        opt.step()
-        schedule.step()
-        decay = min(0.999, step / (step + 10))
-        with torch.no_grad():
-            for p_ema, p in zip(ema.parameters(), net.parameters(), strict=True):
-                p_ema.lerp_(p, 1 - decay)
-        running += loss.item()
-        if step % 250 == 0:
-            seconds = time.monotonic() - started
-            print(
-                f"step {step}/{steps} loss {running / 250:.4f} {seconds:.0f} s, {seconds / step * (steps - step):.0f} s to go",
-                flush=True,
-            )
-            running = 0.0
+        return F.mse_loss(net(scheduler.add_noise(x0, noise, t), t).sample, target)
+
+    ema = fit(
+        net, loss, steps=steps, lr=lr, decay=0.999, warmup=0.1, betas=(0.9, 0.999), fused=False, every=250
+    )
     return DDPMPipeline(ema, scheduler)
 
 

@@ -261,3 +261,9 @@ class _FakeQuantizeTokens(torch.autograd.Function):
 def fake_quantize_tokens(x: Tensor, integers: IntegerRange) -> Tensor:
     """`quantize_tokens`, with the straight-through gradient: of one, for nothing lies outside a token's own range."""
     return _FakeQuantizeTokens.apply(x, integers)  # type: ignore[no-any-return, no-untyped-call]
+
+
+def raw_bytes(x: Tensor) -> memoryview:
+    """The bytes of a tensor of any type and device, in row-major order."""
+    data: memoryview = x.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
+    return data

@@ -198,22 +198,22 @@ class DropIn(nn.Module):
 
     def _apply(self, fn: Any, recurse: bool = True) -> Self:
         """nn.Module's one road for .to(), .half(), .cuda(): refused where it would change what is fixed."""
-        self._check_dtype(fn)
-        device = fn(torch.empty(0, device=self.device)).device
-        if device != self.device:
-            raise TFMQError(
-                f"to({device}): this network is compiled for {self.device}; move the one it was lowered from."
-            )
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        return self
-
-    def _check_dtype(self, fn: Any) -> None:
         dtype = fn(torch.empty(0, dtype=self.dtype, device=self.device)).dtype
         if dtype != self.dtype:
             raise TFMQError(
                 f"to({dtype}): a quantized network computes in {self.dtype}, as captured; cast the float network first and "
                 "quantize that."
             )
+        device = fn(torch.empty(0, device=self.device)).device
+        if device != self.device:
+            self._move_code(device)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        return self
+
+    def _move_code(self, device: torch.device) -> None:
+        raise TFMQError(
+            f"to({device}): this network is compiled for {self.device}; move the one it was lowered from."
+        )
 
     @property
     def report(self) -> dict[str, Any]:
@@ -348,15 +348,9 @@ class QuantizedModel(DropIn):
             )
         return model
 
-    def _apply(self, fn: Any, recurse: bool = True) -> Self:
-        """A graph can be moved to another device, other than what is compiled."""
-        device = fn(torch.empty(0, device=self.device)).device
-        if device != self.device:
-            self._check_dtype(fn)
-            nn.Module._apply(self, fn, recurse)  # type: ignore[no-untyped-call]
-            move_to_device(self.network, device=device)
-            return self
-        return super()._apply(fn, recurse)
+    def _move_code(self, device: torch.device) -> None:
+        """A graph can be moved, other than what is compiled."""
+        move_to_device(self.network, device=device)
 
     @property
     def temporal_block(self) -> GraphModule:

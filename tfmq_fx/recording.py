@@ -10,6 +10,7 @@ import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 
 from tfmq_fx.arguments import Path as ArgumentPath
 from tfmq_fx.arguments import leaves
+from tfmq_fx.arithmetic import raw_bytes
 from tfmq_fx.errors import TFMQError
 from tfmq_fx.model import DropIn
 from tfmq_fx.parallel import Ranks, workers
@@ -148,11 +150,10 @@ class Session:
             raise TFMQError(f"calibration: the pipeline never called {type(self.network).__name__}.")
         return found
 
-    def batch(self, first: int) -> tuple[list[dict[str, ArgumentPath]], list[Call]]:
+    def batch(self, first: int) -> list[dict[str, tuple[ArgumentPath, Any]]]:
+        """The calls that draw the batch from sample `first` on, as leaves by flat name."""
         size = min(self.batch_size, self.num_samples - first)
-        found = [leaves(call) for call in self.calls(first, size, self.num_inference_steps)]
-        paths = [{n: path for n, (path, _) in call.items()} for call in found]
-        return paths, [{n: leaf for n, (_, leaf) in call.items()} for call in found]
+        return [leaves(call) for call in self.calls(first, size, self.num_inference_steps)]
 
     def size_of(self, call: Call) -> int:
         """Rows of a call: of its first tensor beside the timestep, what it denoises."""
@@ -267,7 +268,7 @@ class Sink:
             for i, name in enumerate(self.shapes):
                 with (self.folder / f"{i}.bin").open("ab") as file:
                     for rows in self.kept:
-                        file.write(rows[name].contiguous().reshape(-1).view(torch.uint8).numpy().data)
+                        file.write(raw_bytes(rows[name]))
         except OSError as error:
             raise TFMQError(
                 f"calibration: the rows cannot be written to {self.folder} ({error.strerror or error}); record fewer samples, or "
@@ -316,26 +317,28 @@ def _record(session: Session, folder: Path, *, deterministic: bool, limit: float
     sink, marks = Sink(folder, limit), list[bool]()
     paths: dict[str, ArgumentPath] = {}
     constants: dict[str, Any] = {}
+
+    def take(batch: list[dict[str, tuple[ArgumentPath, Any]]]) -> None:
+        calls = [{n: leaf for n, (_, leaf) in call.items()} for call in batch]
+        paths.update({n: path for n, (path, _) in batch[0].items()})
+        for call in calls:
+            _append(session, sink, call, shared, constants)
+        marks.extend(_marks(session, calls, pattern))
+
     with workers(1) if deterministic else nullcontext():
         shared, pattern = session.probe()
         found = []
         for start in track(starts, "recording trajectories"):
-            batch = session.batch(start)
             if ranks.size > 1:
-                found.append(batch)
-                continue
-            for call_paths, call in zip(*batch, strict=True):
-                paths = paths or call_paths
-                _append(session, sink, call, shared, constants)
-            marks += _marks(session, batch[1], pattern)
+                found.append(session.batch(start))
+            else:
+                take(session.batch(start))
     if ranks.size > 1:
-        of_ranks = ranks.gather(found)
-        for i in range(len(of_ranks[0])):
-            for batches in of_ranks:
-                for call_paths, call in zip(*batches[i], strict=True) if i < len(batches) else ():
-                    paths = paths or call_paths
-                    _append(session, sink, call, shared, constants)
-                marks += _marks(session, batches[i][1], pattern) if i < len(batches) else []
+        # Ranks have the batches in turn; the first ones may have one more.
+        for batches in zip_longest(*ranks.gather(found)):
+            for batch in batches:
+                if batch is not None:
+                    take(batch)
     return Recording(rows=sink.finish(), constants=constants, paths=paths, conditional=torch.tensor(marks))
 
 

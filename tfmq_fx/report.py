@@ -30,7 +30,7 @@ from tfmq_fx.errors import TFMQError
 from tfmq_fx.extractors import Extractor, compare
 from tfmq_fx.model import QuantizedModel
 from tfmq_fx.recording import denoiser
-from tfmq_fx.saving import replace_folder
+from tfmq_fx.saving import finite_json, replace_folder
 
 PAGE, NUMBERS = "report.html", "report.json"
 SHOWN_STEPS = 6  # of a trajectory
@@ -129,7 +129,7 @@ def write_report(
         raise TFMQError(f"{folder}: holds something else; choose another folder or remove it yourself.")
 
     def write(temporary: Path) -> None:
-        (temporary / NUMBERS).write_text(json.dumps(_finite(numbers), indent=1) + "\n")
+        (temporary / NUMBERS).write_text(json.dumps(finite_json(numbers), indent=1) + "\n")
         drawn = {}
         for name, draw in PLOTS.items():
             if draw(numbers, "black") is not None:
@@ -149,15 +149,6 @@ def write_report(
         (temporary / PAGE).write_text(page, encoding="utf-8")
 
     replace_folder(folder, write)
-
-
-def _finite(value: Any) -> Any:
-    """JSON has no infinity: null stands for it (the PSNR of equal pictures)."""
-    if isinstance(value, Mapping):
-        return {str(k): _finite(v) for k, v in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_finite(v) for v in value]
-    return None if isinstance(value, float) and not np.isfinite(value) else value
 
 
 def _template() -> Any:

@@ -20,12 +20,12 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
+from tfmq_fx.arithmetic import raw_bytes
 from tfmq_fx.errors import TFMQError
 from tfmq_fx.observers.static import StaticFakeQuantize
 from tfmq_fx.observers.weight import PerChannelWeightFakeQuantize
@@ -171,4 +171,4 @@ def update_with_tensors(digest: hashlib._Hash, tensors: Iterable[tuple[str, Tens
     """Names, types, shapes and bytes, in the order given."""
     for name, x in tensors:
         digest.update(f"{name} {x.dtype} {tuple(x.shape)}".encode())
-        digest.update(x.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+        digest.update(raw_bytes(x))

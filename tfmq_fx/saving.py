@@ -151,7 +151,7 @@ def _write(model: QuantizedModel, folder: Path) -> None:
             tensors[name] = pack_bits(value, span)
     save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
     _dump(folder / GRAPH, graph_to_json(model.network))
-    _dump(folder / REPORT, _finite(model.report))
+    _dump(folder / REPORT, finite_json(model.report))
     quantization = {
         "quant_method": QUANT_METHOD,
         "format_version": FORMAT_VERSION,
@@ -368,12 +368,12 @@ def _dump(file: Path, value: Any) -> None:
     file.write_text(json.dumps(value, indent=1, allow_nan=False) + "\n")
 
 
-def _finite(value: Any) -> Any:
-    """JSON has no NaN and no infinity, which a report may hold of a network that gives zeros: null stands for them."""
+def finite_json(value: Any) -> Any:
+    """JSON has no NaN and no infinity: null stands for them (of a network that gives zeros; the PSNR of equal pictures)."""
     if isinstance(value, Mapping):
-        return {str(k): _finite(v) for k, v in value.items()}
+        return {str(k): finite_json(v) for k, v in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_finite(v) for v in value]
+        return [finite_json(v) for v in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 

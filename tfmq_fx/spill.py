@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
+from tfmq_fx.arithmetic import raw_bytes
 from tfmq_fx.errors import TFMQError
 
 
@@ -59,7 +60,7 @@ class Budget:
                 self.spilled += data.nbytes
                 file = Path(self._folder.name) / f"{self._count}.bin"
             # Written, not mapped: a full disk is then an error and not a bus error.
-            file.write_bytes(data.reshape(-1).view(torch.uint8).numpy().data)
+            file.write_bytes(raw_bytes(data))
         except OSError as error:
             raise TFMQError(
                 f"reconstruction: the streams exceed max_memory and cannot be spilled to {tempfile.gettempdir()} "

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline, ImagePipelineOutput
+from diffusers.image_processor import VaeImageProcessor
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
@@ -77,11 +78,7 @@ class DiTDigitsPipeline(DiffusionPipeline):  # type: ignore[misc]
                 labelled, unlabelled = noise.chunk(2)
                 noise = unlabelled + guidance_scale * (labelled - unlabelled)
             x = self.scheduler.step(noise, t, x).prev_sample
-        images: Any = (x / 2 + 0.5).clamp(0, 1)
-        if output_type != "pt":
-            images = images.cpu().permute(0, 2, 3, 1).float().numpy()
-            if output_type == "pil":
-                images = self.numpy_to_pil(images)
+        images: Any = VaeImageProcessor().postprocess(x, output_type=output_type)
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 

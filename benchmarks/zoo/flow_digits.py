@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline, ImagePipelineOutput
+from diffusers.image_processor import VaeImageProcessor
 from diffusers.utils.torch_utils import randn_tensor
 
 FOLDER = Path(__file__).parent / "flow-digits"
@@ -45,11 +46,7 @@ class FlowDigitsPipeline(DiffusionPipeline):  # type: ignore[misc]
         for t in self.progress_bar(self.scheduler.timesteps):
             velocity = self.unet(x, t.expand(batch_size)).sample
             x = self.scheduler.step(velocity, t, x).prev_sample
-        images: Any = (x / 2 + 0.5).clamp(0, 1)
-        if output_type != "pt":
-            images = images.cpu().permute(0, 2, 3, 1).float().numpy()
-            if output_type == "pil":
-                images = self.numpy_to_pil(images)
+        images: Any = VaeImageProcessor().postprocess(x, output_type=output_type)
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 

@@ -9,17 +9,17 @@ samples a classifier trained on real digits recognises, with confidence over 0.9
 from __future__ import annotations
 
 import argparse
-import copy
 import time
 from pathlib import Path
 
 import torch
 from diffusers import DDIMScheduler, DiTTransformer2DModel
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from benchmarks.digits import IMAGE_SIZE, NUM_CLASSES, digits, recognise, train_classifier
 from benchmarks.zoo.dit_digits import DiTDigitsPipeline
+from benchmarks.zoo.training import fit
 
 LABEL_DROPOUT = 0.1
 
@@ -60,36 +60,17 @@ def train(*, steps: int, batch: int, lr: float, seed: int, layers: int) -> DiTDi
     # would meet the null class in some blocks and its label in the others. There is no other dropout: the network
     # stays in evaluation mode, and labels are dropped below, for the whole network at once.
     net = make_transformer(layers=layers).eval()
-    ema = copy.deepcopy(net).requires_grad_(False)
-    opt = torch.optim.AdamW(net.parameters(), lr=lr, weight_decay=0.0, betas=(0.9, 0.99), fused=True)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(opt, lr, total_steps=steps, pct_start=0.05)
-    started, running = time.monotonic(), 0.0
-    for step in range(1, steps + 1):
+
+    def loss(_: int) -> Tensor:
         rows = torch.randint(len(x0_N1HW), (batch,))
         x0, label = x0_N1HW[rows], label_N[rows]
         label = torch.where(torch.rand(batch) < LABEL_DROPOUT, NUM_CLASSES, label)
         # One timestep from each of `batch` equal intervals: the same distribution, less noise in the gradient.
         t = ((torch.randperm(batch) + torch.rand(batch)) * (1000 / batch)).long().clamp(max=999)
         noise = torch.randn_like(x0)
-        loss = F.mse_loss(net(scheduler.add_noise(x0, noise, t), t, label).sample, noise)
-        opt.zero_grad(set_to_none=True)
-        loss.backward()
-        nn.utils.clip_grad_norm_(net.parameters(), 1.0)
-        opt.step()
-        schedule.step()
-        decay = min(0.999, step / (step + 10))
-        with torch.no_grad():
-            for p_ema, p in zip(ema.parameters(), net.parameters(), strict=True):
-                p_ema.lerp_(p, 1 - decay)
-        running += loss.item()
-        if step % 100 == 0:
-            seconds = time.monotonic() - started
-            print(
-                f"step {step}/{steps} loss {running / 100:.4f} {seconds:.0f} s, {seconds / step * (steps - step):.0f} s to go",
-                flush=True,
-            )
-            running = 0.0
-    return DiTDigitsPipeline(ema, scheduler)
+        return F.mse_loss(net(scheduler.add_noise(x0, noise, t), t, label).sample, noise)
+
+    return DiTDigitsPipeline(fit(net, loss, steps=steps, lr=lr, decay=0.999), scheduler)
 
 
 def report(pipe: DiTDigitsPipeline, *, num_samples: int, guidance_scales: list[float]) -> None:

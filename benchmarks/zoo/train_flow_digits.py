@@ -9,17 +9,17 @@ Writes a diffusers pipeline folder and prints how good the model is: training ti
 from __future__ import annotations
 
 import argparse
-import copy
 import time
 from pathlib import Path
 
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, UNet2DModel
-from torch import nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from benchmarks.digits import IMAGE_SIZE, NUM_CLASSES, digits, recognise, train_classifier
 from benchmarks.zoo.flow_digits import FlowDigitsPipeline
+from benchmarks.zoo.training import fit
 
 
 def make_unet() -> UNet2DModel:
@@ -40,34 +40,15 @@ def train(*, steps: int, batch: int, lr: float, seed: int) -> FlowDigitsPipeline
     torch.manual_seed(seed)
     x0_N1HW = digits()[0]
     net = make_unet().train()
-    ema = copy.deepcopy(net).eval().requires_grad_(False)
-    opt = torch.optim.AdamW(net.parameters(), lr=lr, weight_decay=0.0, betas=(0.9, 0.99), fused=True)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(opt, lr, total_steps=steps, pct_start=0.05)
-    started, running = time.monotonic(), 0.0
-    for step in range(1, steps + 1):
+
+    def loss(_: int) -> Tensor:
         x0 = x0_N1HW[torch.randint(len(x0_N1HW), (batch,))]
         # One time from each of `batch` equal intervals: the same distribution, less noise in the gradient.
         s = (torch.randperm(batch) + torch.rand(batch)) / batch
         noise, mix = torch.randn_like(x0), s[:, None, None, None]
-        velocity = net((1 - mix) * x0 + mix * noise, 1000 * s).sample
-        loss = F.mse_loss(velocity, noise - x0)
-        opt.zero_grad(set_to_none=True)
-        loss.backward()
-        nn.utils.clip_grad_norm_(net.parameters(), 1.0)
-        opt.step()
-        schedule.step()
-        decay = min(0.998, step / (step + 10))
-        with torch.no_grad():
-            for p_ema, p in zip(ema.parameters(), net.parameters(), strict=True):
-                p_ema.lerp_(p, 1 - decay)
-        running += loss.item()
-        if step % 100 == 0:
-            seconds = time.monotonic() - started
-            print(
-                f"step {step}/{steps} loss {running / 100:.4f} {seconds:.0f} s, {seconds / step * (steps - step):.0f} s to go",
-                flush=True,
-            )
-            running = 0.0
+        return F.mse_loss(net((1 - mix) * x0 + mix * noise, 1000 * s).sample, noise - x0)
+
+    ema = fit(net, loss, steps=steps, lr=lr, decay=0.998)
     return FlowDigitsPipeline(ema, FlowMatchEulerDiscreteScheduler(num_train_timesteps=1000))
 
 

@@ -10,7 +10,6 @@ samples show, closely, what their caption asks for.
 from __future__ import annotations
 
 import argparse
-import copy
 import time
 from pathlib import Path
 
@@ -21,6 +20,7 @@ from torch.nn import functional as F
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from benchmarks.zoo.shapes import IMAGE_SIZE, PROMPTS, as_asked, draw, judge
+from benchmarks.zoo.training import fit
 from tfmq_fx.metrics import psnr
 
 PICTURES = 12_000  # drawn once for the UNet; the autoencoder sees new ones in every step
@@ -78,43 +78,18 @@ def make_unet() -> UNet2DConditionModel:
     )
 
 
-class Progress:
-    """Prints the mean loss and the time to go, every `every` steps."""
-
-    def __init__(self, name: str, steps: int, every: int = 100) -> None:
-        self.name, self.steps, self.every = name, steps, every
-        self.started, self.running = time.monotonic(), 0.0
-
-    def __call__(self, step: int, loss: float) -> None:
-        self.running += loss
-        if step % self.every == 0:
-            seconds = time.monotonic() - self.started
-            print(
-                f"{self.name}: step {step}/{self.steps} loss {self.running / self.every:.5f} {seconds:.0f} s, "
-                f"{seconds / step * (self.steps - step):.0f} s to go",
-                flush=True,
-            )
-            self.running = 0.0
-
-
 def train_autoencoder(*, steps: int, batch: int, lr: float, seed: int) -> AutoencoderKL:
     torch.manual_seed(seed)
     vae = make_autoencoder().train()
-    opt = torch.optim.AdamW(vae.parameters(), lr=lr, weight_decay=0.0, betas=(0.9, 0.99), fused=True)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(opt, lr, total_steps=steps, pct_start=0.05)
-    progress = Progress("autoencoder", steps)
-    for step in range(1, steps + 1):
+
+    def loss(step: int) -> Tensor:
         x = draw(torch.randint(len(PROMPTS), (batch,)), seed=step)
         posterior = vae.encode(x).latent_dist
         z = posterior.sample()
-        loss = F.mse_loss(vae.decode(z).sample, x) + KL_WEIGHT * posterior.kl().mean() / z[0].numel()
-        opt.zero_grad(set_to_none=True)
-        loss.backward()
-        nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
-        opt.step()
-        schedule.step()
-        progress(step, loss.item())
-    return vae.eval()
+        found: Tensor = F.mse_loss(vae.decode(z).sample, x) + KL_WEIGHT * posterior.kl().mean() / z[0].numel()
+        return found
+
+    return fit(vae, loss, steps=steps, lr=lr, decay=None, name="autoencoder: ")
 
 
 @torch.no_grad()
@@ -142,15 +117,12 @@ def train(vae: AutoencoderKL, *, steps: int, batch: int, lr: float, seed: int) -
         steps_offset=1,
     )
     nets = nn.ModuleDict({"unet": make_unet(), "text": make_text_encoder(tokenizer)}).eval()  # no dropout
-    ema = copy.deepcopy(nets).requires_grad_(False)
     # There are few captions: each step reads all of them, the empty one last, and each picture takes its own.
     ids = tokenizer(
         [*PROMPTS, ""], padding="max_length", max_length=TOKENS, truncation=True, return_tensors="pt"
     ).input_ids
-    opt = torch.optim.AdamW(nets.parameters(), lr=lr, weight_decay=0.0, betas=(0.9, 0.99), fused=True)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(opt, lr, total_steps=steps, pct_start=0.05)
-    progress = Progress("latent diffusion", steps)
-    for step in range(1, steps + 1):
+
+    def loss(_: int) -> Tensor:
         rows = torch.randint(PICTURES, (batch,))
         x0 = scale * (mean_NCHW[rows] + std_NCHW[rows] * torch.randn_like(std_NCHW[rows]))
         caption = torch.where(torch.rand(batch) < CAPTION_DROPOUT, len(PROMPTS), caption_N[rows])
@@ -158,17 +130,9 @@ def train(vae: AutoencoderKL, *, steps: int, batch: int, lr: float, seed: int) -
         t = ((torch.randperm(batch) + torch.rand(batch)) * (1000 / batch)).long().clamp(max=999)
         noise = torch.randn_like(x0)
         text = nets["text"](ids).last_hidden_state[caption]
-        loss = F.mse_loss(nets["unet"](scheduler.add_noise(x0, noise, t), t, text).sample, noise)
-        opt.zero_grad(set_to_none=True)
-        loss.backward()
-        nn.utils.clip_grad_norm_(nets.parameters(), 1.0)
-        opt.step()
-        schedule.step()
-        decay = min(0.998, step / (step + 10))
-        with torch.no_grad():
-            for p_ema, p in zip(ema.parameters(), nets.parameters(), strict=True):
-                p_ema.lerp_(p, 1 - decay)
-        progress(step, loss.item())
+        return F.mse_loss(nets["unet"](scheduler.add_noise(x0, noise, t), t, text).sample, noise)
+
+    ema = fit(nets, loss, steps=steps, lr=lr, decay=0.998, name="latent diffusion: ")
     return StableDiffusionPipeline(
         vae=vae,
         text_encoder=ema["text"],
