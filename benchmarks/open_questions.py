@@ -14,8 +14,8 @@ pictures of the same noise, mean over 256 of them (flow: 64); recognised: with c
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import platform
+from itertools import pairwise, product
 from typing import Any
 
 import torch
@@ -113,7 +113,7 @@ def jittered(count: int) -> Tensor:
 @torch.no_grad()
 def flow(network: Any, noise: Tensor, sigmas: Tensor, seen: list[dict[str, Tensor]] | None = None) -> Tensor:
     x = noise
-    for now, after in itertools.pairwise(sigmas):
+    for now, after in pairwise(sigmas):
         t = (1000 * now).expand(len(x))
         if seen is not None:
             seen.append({"sample": x, "timestep": t})
@@ -152,14 +152,17 @@ def continuous_time(classifier: nn.Module) -> Table:
         title=f"flow: quantized on 20 steps; float recognised {share:.1%}",
     )  # fmt: skip
     for bits in ("w8a8", "w4a8", "w4a4"):
-        for variant in ("none", "TIAR+FSC", "cache"):
-            q = tfmq_fx.quantize(net, recipe(bits, variant), calibration=data)
+        for variant, unseen_by in product(("none", "TIAR+FSC", "cache"), ("nearest", "float")):
+            if variant == "none" and unseen_by == "float":
+                continue
+            chosen = dataclasses.replace(recipe(bits, variant), unseen=unseen_by)
+            q = tfmq_fx.quantize(net, chosen, calibration=data)
             cells = []
             for name, sigmas in schedules.items():
                 images = flow(q, noise, sigmas)
                 unseen = {float(t) for t in 1000 * sigmas[:-1]} - set(data.timesteps.tolist())
                 cells.append(f"{psnr_by_image(images, floats[name]).mean():.2f} ({len(unseen)})")
-            table.add_row(bits, variant, f"{distance(q):.1e}", *cells)
+            table.add_row(bits, f"{variant}, unseen: {unseen_by}", f"{distance(q):.1e}", *cells)
     return table
 
 

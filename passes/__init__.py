@@ -8,6 +8,7 @@ from tfmq_fx.passes.convert import convert
 from tfmq_fx.passes.find_blocks import Block, find_blocks
 from tfmq_fx.passes.find_temporal import TemporalBlock, find_temporal
 from tfmq_fx.passes.flatten_linears import flatten_linears
+from tfmq_fx.passes.float_at_unseen import float_at_unseen
 from tfmq_fx.passes.inline_modules import inline_modules
 from tfmq_fx.passes.insert_step_index import insert_step_index
 from tfmq_fx.passes.integer_weights import integer_weights
@@ -41,6 +42,7 @@ __all__ = [
     "find_blocks",
     "find_temporal",
     "flatten_linears",
+    "float_at_unseen",
     "inline_modules",
     "insert_step_index",
     "integer_weights",

@@ -84,8 +84,8 @@ def cache_temporal(
     for key, names in groups.items():
         renamed |= _look_up(gm, key, {n: tables[n] for n in names}, cache_type=cache_type, block=set(before))
     _erase_unneeded(gm, before)
-    gone = read - _constants(gm)
-    _forget(gm, paths=gone, nodes=names_before - {n.name for n in gm.graph.nodes}, renamed=renamed)
+    rename_layers(gm, renamed)
+    _forget(gm, paths=read - _constants(gm), nodes=names_before - {n.name for n in gm.graph.nodes})
     gm.delete_all_unused_submodules()
     gm.graph.lint()
     gm.recompile()
@@ -238,7 +238,14 @@ def _constants(gm: GraphModule) -> set[str]:
     return {str(n.target) for n in gm.graph.find_nodes(op="get_attr")}
 
 
-def _forget(gm: GraphModule, *, paths: set[str], nodes: set[str], renamed: Mapping[str, str]) -> None:
+def rename_layers(gm: GraphModule, renamed: Mapping[str, str]) -> None:
+    """Follow, in the plan, layers whose names other nodes took: old -> new."""
+    plan = gm.meta["plan"]
+    layers = (dataclasses.replace(layer, node=renamed.get(layer.node, layer.node)) for layer in plan.layers)
+    gm.meta["plan"] = dataclasses.replace(plan, layers=tuple(layers))
+
+
+def _forget(gm: GraphModule, *, paths: set[str], nodes: set[str]) -> None:
     """Take what is gone out of the plan, and note it."""
     plan = gm.meta["plan"]
 
@@ -247,11 +254,7 @@ def _forget(gm: GraphModule, *, paths: set[str], nodes: set[str], renamed: Mappi
 
     gm.meta["plan"] = dataclasses.replace(
         plan,
-        layers=tuple(
-            dataclasses.replace(layer, node=renamed.get(layer.node, layer.node))
-            for layer in plan.layers
-            if layer.path not in paths
-        ),
+        layers=tuple(layer for layer in plan.layers if layer.path not in paths),
         floats=tuple(f for f in plan.floats if stays(f.name)),
         notes=tuple(n for n in plan.notes if stays(n.name)),
     )

@@ -14,7 +14,7 @@ from tfmq_fx.passes.pass_manager import LOW_BITS, declare
 from tfmq_fx.passes.prepare import require_stage
 
 
-@declare(needs=("calibrate",), after=("reconstruct", "cache_temporal", "maintain"))
+@declare(needs=("calibrate",), after=("reconstruct", "cache_temporal", "maintain", "float_at_unseen"))
 def convert(gm: GraphModule) -> GraphModule:
     """A new GraphModule that computes what the calibrated graph computed, from integers.
 

@@ -14,7 +14,7 @@ from tests.zoo import Entry, depends
 from tfmq_fx.arguments import leaves
 from tfmq_fx.graph import placeholders, weight_argument
 from tfmq_fx.graph_json import quantized_weights, tensors_of
-from tfmq_fx.passes import find_temporal
+from tfmq_fx.passes import extract_temporal, find_temporal
 from tfmq_fx.pipeline import captured
 
 # Relative RMS error of the output over the calibration rows, whose ranges were observed.
@@ -81,6 +81,7 @@ recipes = st.builds(
     recipe_of,
     st.sampled_from(sorted(BOUND)),
     maintain=st.sampled_from(["reconstruct", "cache"]),
+    unseen=st.sampled_from(["nearest", "float"]),
     group_size=st.sampled_from([None, 4]),
     activation_granularity=st.sampled_from(["tensor", "token"]),
 )
@@ -98,7 +99,9 @@ recipes = st.builds(
 # Found by it. torchao folded a batch norm into a convolution that a skip connection reads too: a quarter of the output
 # was wrong. And the block could not run alone where the conditioning has the batch and the timestep has none.
 @example(spec=Spec(norm="batch", attention="fused"), recipe=recipe_of("w8a16"))
-@example(spec=Spec(scalar=True, conditioning="cat"), recipe=recipe_of("w8a8", maintain="auto"))
+@example(
+    spec=Spec(scalar=True, conditioning="cat"), recipe=recipe_of("w8a8", maintain="auto", unseen="float")
+)
 def test_capture_find_quantize_save_and_load(spec: Spec, recipe: tfmq_fx.Recipe):
     check(spec, recipe)
 
@@ -126,6 +129,13 @@ def check(spec, recipe):
     y, x = torch.cat(outputs), torch.cat(expected)
     assert torch.isfinite(y).all()
     error = float((y - x).square().mean() / x.square().mean()) ** 0.5
+    if recipe.unseen == "float":
+        block = extract_temporal(gm, find_temporal(gm))
+        with torch.no_grad():
+            for call in inputs:
+                later = {n: x for n, (_, x) in leaves({**call, "timestep": call["timestep"] + 1}).items()}
+                got, exact = (b(*[later[n] for n in placeholders(b)]) for b in (q.temporal_block, block))
+                assert all(torch.equal(a, b) for a, b in zip(got, exact, strict=False))
     bound = BOUND[f"w{recipe.weight_bits}a{recipe.activation_bits}"]
     assert bound is None or error < bound
 

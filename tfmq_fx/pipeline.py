@@ -29,6 +29,7 @@ from tfmq_fx.parallel import workers
 from tfmq_fx.passes.annotate import Plan
 from tfmq_fx.passes.convert import convert
 from tfmq_fx.passes.find_temporal import TemporalBlock, conditioning_vectors, find_temporal
+from tfmq_fx.passes.float_at_unseen import float_at_unseen
 from tfmq_fx.passes.low_rank import low_rank
 from tfmq_fx.passes.partition_temporal import extract_temporal
 from tfmq_fx.passes.pass_manager import LOW_BITS, PassManager
@@ -104,12 +105,17 @@ def quantize(
     clock.lap("calibrate")
     reconstruct(prepared, calibration, seed=seed, state=state)
     rows = temporal_rows(prepared, calibration.tensors)
+    paths = {layer.node: layer.path.removesuffix(".weight") for layer in prepared.meta["plan"].layers}
     clock.lap("reconstruct")
     if recipe.maintain != "reconstruct":
         maintain(prepared, calibration, seed=seed)
         if strict:
             _require_whole(prepared.meta["plan"])
         clock.lap("maintain")
+    if recipe.unseen == "float":
+        float_at_unseen(prepared, block=extract_temporal(gm, temporal))
+        if strict:
+            _require_whole(prepared.meta["plan"])
     converted = convert(prepared)
     clock.lap("convert")
     interface = Interface.of(network, gm, example, _output_type(network, example))
@@ -126,7 +132,9 @@ def quantize(
     errors = _errors_by_timestep(gm, quantized, calibration.spread(ERROR_ROWS, seed=seed), rows, distance)
     clock.lap("measure")
     quantized._report = _report(converted, network, recipe, seed, clock, errors)
-    quantized._report["temporal_drift"] = _drift(gm, temporal, quantized, rows, distance)
+    quantized._report["temporal_drift"] = _drift(
+        gm, [paths.get(name, name) for name in temporal.features], quantized, rows, distance
+    )
     return quantized
 
 
@@ -250,21 +258,18 @@ def _temporal_distance(
 
 def _drift(
     gm: GraphModule,
-    temporal: TemporalBlock,
+    features: list[str],
     quantized: QuantizedModel,
     rows: Mapping[str, Tensor],
     distance: Tensor | None,
 ) -> dict[str, Any] | None:
-    """Every feature's mean cosine distance at every timestep, features by the path of the layer they come from."""
+    """Every feature's mean cosine distance at every timestep."""
     if distance is None:
         return None
-    paths = {
-        layer.node: layer.path.removesuffix(".weight") for layer in quantized.network.meta["plan"].layers
-    }
     t = rows[gm.meta["timestep"]]
     by_timestep = torch.stack([distance[:, t == value].mean(1) for value in quantized.timesteps], dim=1)
     return {
-        "features": [paths.get(name, name) for name in temporal.features],
+        "features": features,
         "timesteps": quantized.timesteps.tolist(),
         "cosine_distance": [[float(f"{x:.3e}") for x in row] for row in by_timestep.tolist()],
     }

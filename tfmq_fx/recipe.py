@@ -21,7 +21,7 @@ TEMPORAL_OBSERVERS: dict[str, type[TemporalObserver]] = {
 }
 ACTIVATION_OBSERVERS = ("minmax", "mse")
 GRANULARITIES = ("tensor", "token")
-UNSEEN = ("nearest", "error")
+UNSEEN = ("nearest", "error", "float")
 KEYED = ("block", "all")
 MAINTENANCES = ("reconstruct", "cache", "auto")
 CACHE_TYPES = ("float16", "bfloat16", "int8")
@@ -136,7 +136,9 @@ class Recipe:
     # int8 kernel one multiplication; zero points of their own cost a float32 map to subtract, too.
     shared_zero_point: bool = True
     activation_observer: str = "mse"  # estimator elsewhere: "minmax" or "mse" (torchao's histogram search)
-    unseen: str = "nearest"  # a timestep outside the table: its nearest neighbour (counted), or "error"
+    # A timestep outside the table, counted in the report: "nearest", its neighbour's scales, and features where they are
+    # cached; "float", the float temporal block, which the artefact keeps beside; or an "error".
+    unseen: str = "nearest"
     max_table_entries: int = (
         65536  # finite inputs share a key with the timestep while their product fits this
     )
