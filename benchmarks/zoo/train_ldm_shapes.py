@@ -11,10 +11,13 @@ from __future__ import annotations
 
 import argparse
 import time
+from collections import Counter
+from itertools import pairwise
 from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from tokenizers.pre_tokenizers import ByteLevel
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
@@ -30,10 +33,36 @@ KL_WEIGHT = 1e-4
 
 
 def make_tokenizer() -> CLIPTokenizer:
-    """Byte-level BPE trained until each word of the captions is one token; other words are read as bytes."""
-    tokenizer: CLIPTokenizer = CLIPTokenizer().train_new_from_iterator(PROMPTS, 1000, show_progress=False)
-    tokenizer.model_max_length = TOKENS
-    return tokenizer
+    """Byte-level BPE merged until each word of the captions is one token; other words are read as bytes.
+
+    Merged here: tokenizers' own trainer numbers its tokens otherwise in every process.
+    """
+    parts = [[*word[:-1], f"{word[-1]}</w>"] for prompt in PROMPTS for word in prompt.split()]
+    merges: list[tuple[str, str]] = []
+    while counts := Counter(pair for word in parts for pair in pairwise(word)):
+        best = min(counts, key=lambda pair: (-counts[pair], pair))
+        merges.append(best)
+        parts = [_merged(word, best) for word in parts]
+    letters = sorted(ByteLevel.alphabet())
+    tokens = [
+        "<|startoftext|>",
+        "<|endoftext|>",
+        *letters,
+        *(f"{x}</w>" for x in letters),
+        *map("".join, merges),
+    ]
+    vocabulary = {token: i for i, token in enumerate(tokens)}
+    return CLIPTokenizer(vocab=vocabulary, merges=merges, model_max_length=TOKENS)
+
+
+def _merged(word: list[str], pair: tuple[str, str]) -> list[str]:
+    done: list[str] = []
+    for part in word:
+        if done and (done[-1], part) == pair:
+            done[-1] += part
+        else:
+            done.append(part)
+    return done
 
 
 def make_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
