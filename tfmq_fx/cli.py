@@ -38,6 +38,12 @@ Scheduler = Annotated[
     str | None,
     typer.Option(help="A diffusers scheduler class, e.g. DDIMScheduler. Default: the pipeline's own."),
 ]
+RecipeOption = Annotated[
+    str,
+    typer.Option(
+        "--recipe", help="w8a8, w4a8, w8a16, w4a16, w4a4, w3a8, w2a8, or a JSON file of Recipe's fields."
+    ),
+]
 Steps = Annotated[int, typer.Option(min=1, help="Denoising steps.")]
 Seed = Annotated[int, typer.Option(help="Seed of noise and of calibration.")]
 Arguments = Annotated[
@@ -82,6 +88,12 @@ def load_pipeline(model: str | None, scheduler: str | None = None) -> Any:
     return pipe
 
 
+def _recipe(text: str) -> Any:
+    from tfmq_fx.recipe import Recipe
+
+    return Recipe.read(Path(text)) if text.endswith(".json") else Recipe.preset(text)
+
+
 def _named_json(option: str, values: list[str] | None) -> dict[str, Any]:
     """NAME=JSON texts as a dict."""
     found = {}
@@ -116,7 +128,7 @@ def inspect(
             help="A pipeline folder or hub id, or the folder of a network. Default: the embedded digits DDPM.",
         ),
     ] = None,
-    recipe: str = "w4a8",
+    recipe: RecipeOption = "w4a8",
     inputs: Annotated[
         list[str] | None,
         typer.Option(
@@ -137,10 +149,9 @@ def inspect(
 
     from tfmq_fx.calibration import CalibrationSet
     from tfmq_fx.inspection import describe, example_inputs, load_network
-    from tfmq_fx.recipe import Recipe
     from tfmq_fx.recording import denoiser
 
-    chosen = Recipe.preset(recipe)
+    chosen = _recipe(recipe)
     if model is not None and (Path(model) / "config.json").is_file():
         network = load_network(Path(model), weights=weights)
         example = example_inputs(network, inputs or [])
@@ -190,7 +201,7 @@ def inspect(
 def quantize(
     output: Annotated[Path, typer.Argument(help="Folder to write: new, empty, or an earlier artefact.")],
     model: Model = None,
-    recipe: Annotated[str, typer.Option(help="w8a8, w4a8, w8a16, w4a16, w4a4, w3a8, w2a8.")] = "w4a8",
+    recipe: RecipeOption = "w4a8",
     num_samples: Annotated[
         int | None, typer.Option(min=1, help="Calibration trajectories. Default: 64, or the preset's.")
     ] = None,
@@ -227,6 +238,13 @@ def quantize(
             help="What gives the temporal features: reconstruct (the quantized block), cache (tables), auto. Default: the recipe's."
         ),
     ] = None,
+    unseen: Annotated[
+        str | None,
+        typer.Option(
+            help="What a timestep outside the table takes: nearest (its neighbour's scales), float (the float temporal block, kept "
+            "beside), error. Default: the recipe's."
+        ),
+    ] = None,
     max_megabytes: Annotated[
         float | None,
         typer.Option(
@@ -246,11 +264,10 @@ def quantize(
     from tfmq_fx.parallel import joined
     from tfmq_fx.pipeline import quantize as run
     from tfmq_fx.presets import CalibrationPreset
-    from tfmq_fx.recipe import Recipe
     from tfmq_fx.recording import coco_captions
     from tfmq_fx.saving import check_output_folder
 
-    chosen = Recipe.preset(recipe)
+    chosen = _recipe(recipe)
     if iterations is not None:
         settings = chosen.reconstruction
         if iterations == 0:
@@ -259,8 +276,8 @@ def quantize(
             method = settings.method if "adaround" in settings.method else "adaround"
             settings = dataclasses.replace(settings, method=method, iterations=iterations)
         chosen = dataclasses.replace(chosen, reconstruction=settings)
-    if maintain is not None:
-        chosen = dataclasses.replace(chosen, maintain=maintain)
+    changes: dict[str, Any] = {"maintain": maintain, "unseen": unseen}
+    chosen = dataclasses.replace(chosen, **{n: x for n, x in changes.items() if x is not None})
     preset = CalibrationPreset.named(calibration) if calibration is not None else CalibrationPreset()
     preset = dataclasses.replace(
         preset,
@@ -315,7 +332,7 @@ def quantize(
     for note in report["notes"]:
         notes[note["reason"]] = notes.get(note["reason"], 0) + 1
     for reason, count in notes.items():
-        out.print(f"note: {count} activations: {reason}")
+        out.print(f"note: {reason}" + (f" ({count})" if count > 1 else ""))
     out.print("seconds: " + ", ".join(f"{k} {v:.1f}" for k, v in report["seconds"].items()))
 
 

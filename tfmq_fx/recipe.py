@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from pathlib import Path
+from typing import Any, get_args, get_origin, get_type_hints
 
 from tfmq_fx.arithmetic import FLOAT_BITS, check_bits, check_group_size
 from tfmq_fx.errors import TFMQError, nearest_names
@@ -225,19 +227,38 @@ class Recipe:
 
     @staticmethod
     def from_json(values: Mapping[str, Any]) -> Recipe:
-        """What `to_json` gave. Raises TFMQError for unknown fields, and for an observer class of the user's."""
-        given = dict(values)
-        settings, rules = dict(given.pop("reconstruction", {})), given.pop("rules", ())
+        """What `to_json` gave, or some of it: fields left out have their defaults.
+
+        Raises TFMQError for an unknown field, a value of another type, and an observer class of the user's.
+        """
+        plain = {n: x for n, x in values.items() if n not in ("reconstruction", "rules")}
+        settings, rules = values.get("reconstruction", {}), values.get("rules", ())
+        _check_fields(Recipe, plain, "Recipe")
+        _check_fields(Reconstruction, settings, "Recipe.reconstruction")
+        if not isinstance(rules, (list, tuple)):
+            raise TFMQError(f"Recipe.rules: {rules!r} is no list.")
+        for i, rule in enumerate(rules):
+            _check_fields(Rule, rule, f"Recipe.rules[{i}]")
+            if "pattern" not in rule:
+                raise TFMQError(f"Recipe.rules[{i}]: no pattern; say which modules it is for.")
         if "beta" in settings:
-            settings["beta"] = tuple(settings["beta"])
+            settings = {**settings, "beta": tuple(settings["beta"])}
+        return Recipe(
+            **plain, reconstruction=Reconstruction(**settings), rules=tuple(Rule(**rule) for rule in rules)
+        )
+
+    @staticmethod
+    def read(file: Path) -> Recipe:
+        """A recipe from a JSON file of what `to_json` gave, or of any of its fields. Raises TFMQError for a file that is not."""
         try:
-            return Recipe(
-                **given,
-                reconstruction=Reconstruction(**settings),
-                rules=tuple(Rule(**rule) for rule in rules),
-            )
-        except TypeError as error:
-            raise TFMQError(f"recipe: {error}; it was written by another version of tfmq_fx.") from error
+            values = json.loads(file.read_text(encoding="utf-8"))
+        except OSError as error:
+            raise TFMQError(f"recipe: {file} cannot be read ({error.strerror}).") from error
+        except ValueError as error:
+            raise TFMQError(f"recipe: {file} is no JSON ({error}).") from error
+        if not isinstance(values, dict):
+            raise TFMQError(f"recipe: {file} holds no JSON object of Recipe's fields.")
+        return Recipe.from_json(values)
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON values; an observer class of the user's is kept by its qualified name, for the record only."""
@@ -247,6 +268,29 @@ class Recipe:
                 f"{self.temporal_observer.__module__}.{self.temporal_observer.__qualname__}"
             )
         return values
+
+
+def _check_fields(cls: type, values: object, where: str) -> None:
+    """Raise TFMQError unless these are some fields of a dataclass, each with a JSON value of its type."""
+    if not isinstance(values, Mapping):
+        raise TFMQError(f"{where}: {values!r} is no JSON object.")
+    types = get_type_hints(cls)
+    for name, value in values.items():
+        if name not in types:
+            raise TFMQError(f"{where}: there is no {name!r}; there is {nearest_names(str(name), types)}.")
+        expected = types[name]
+        if get_origin(expected) is tuple:
+            fits = (
+                isinstance(value, (list, tuple))
+                and len(value) == 2
+                and all(type(x) in (int, float) for x in value)
+            )
+        else:
+            allowed = get_args(expected) or (expected,)
+            fits = type(value) in allowed or (type(value) is int and float in allowed)
+        if not fits:
+            shown = expected.__name__ if isinstance(expected, type) else expected
+            raise TFMQError(f"{where}.{name}: {value!r} is no {shown}.")
 
 
 _GPTQ = Reconstruction(method="gptq")

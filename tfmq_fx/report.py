@@ -132,8 +132,9 @@ def write_report(
         (temporary / NUMBERS).write_text(json.dumps(finite_json(numbers), indent=1) + "\n")
         drawn = {}
         for name, draw in PLOTS.items():
-            if draw(numbers, "black") is not None:
-                draw(numbers, "black").savefig(temporary / f"{name}.png", dpi=144)
+            figure = draw(numbers, "black")
+            if figure is not None:
+                figure.savefig(temporary / f"{name}.png", dpi=144)
                 drawn[name] = _svg(draw(numbers, INK))
         strip = _strip(runs["float"], runs[OURS])
         _png(strip["all"], temporary / "trajectory.png")

@@ -1,0 +1,65 @@
+"""Recipes as JSON: what `to_json` gives comes back, and what a person mistypes is named."""
+
+import json
+
+import pytest
+
+from tfmq_fx.errors import TFMQError
+from tfmq_fx.recipe import PRESETS, Recipe, Rule
+
+
+@pytest.mark.parametrize(
+    "recipe",
+    [
+        *PRESETS.values(),
+        Recipe(rules=(Rule(pattern="a.*", weight_bits=8), Rule(pattern="b", op="linear", group_size=64))),
+        Recipe(maintain="auto", maintain_bytes=1000, unseen="float", smooth=0.5, temporal_observer="kl"),
+    ],
+)
+def test_a_recipe_comes_back_from_its_file(tmp_path, recipe):
+    file = tmp_path / "recipe.json"
+    file.write_text(json.dumps(recipe.to_json()))
+    assert Recipe.read(file) == recipe
+
+
+def test_fields_left_out_have_their_defaults():
+    found = Recipe.from_json({"weight_bits": 8, "smooth": 1, "reconstruction": {"method": "gptq"}})
+    assert found.smooth == 1
+    assert found.reconstruction.method == "gptq"
+    assert found.activation_bits == Recipe().activation_bits
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"wieght_bits": 4}, "Recipe: there is no 'wieght_bits'; there is weight_bits"),
+        ({"smooth": "x"}, "Recipe.smooth: 'x' is no float | None"),
+        ({"group_size": True}, "Recipe.group_size: True is no int | None"),
+        ({"max_table_entries": "7"}, "Recipe.max_table_entries: '7' is no int"),
+        ({"temporal_observer": "mine.Observer"}, "Recipe.temporal_observer: 'mine.Observer' is unknown"),
+        ({"rules": {}}, "Recipe.rules: {} is no list"),
+        ({"rules": ["a"]}, "Recipe.rules[0]: 'a' is no JSON object"),
+        ({"rules": [{"weight_bits": 4}]}, "Recipe.rules[0]: no pattern"),
+        ({"reconstruction": {"iterations": 1.5}}, "Recipe.reconstruction.iterations: 1.5 is no int"),
+        ({"reconstruction": {"beta": [1]}}, "Recipe.reconstruction.beta: [1] is no tuple[float, float]"),
+        ({"reconstruction": {"batch_size": 0}}, "Reconstruction.batch_size: 0 is not positive"),
+        ({"weight_bits": 9}, "Recipe.weight_bits: 9 is not a supported bit width"),
+    ],
+)
+def test_what_does_not_fit_is_named(values, message):
+    with pytest.raises(TFMQError) as error:
+        Recipe.from_json(values)
+    assert message in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"), [("[1]", "holds no JSON object"), ("{", "is no JSON"), (None, "cannot be read")]
+)
+def test_a_file_that_is_no_recipe_is_named(tmp_path, text, message):
+    file = tmp_path / "recipe.json"
+    if text is not None:
+        file.write_text(text)
+    with pytest.raises(TFMQError) as error:
+        Recipe.read(file)
+    assert message in str(error.value)
+    assert "recipe.json" in str(error.value)
