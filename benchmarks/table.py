@@ -31,18 +31,31 @@ def ours(setting: str) -> str:
 
 
 def table(found: dict[Run, dict[str, float]], samples: int) -> Table:
-    shown = Table("model", "bits", "rounding", "seeds", "PSNR dB", "FD (floor)", "good %", "MB", "CPU s")
+    shown = Table(
+        "model", "bits", "ours", "seeds", "PSNR dB\nnearest", "PSNR dB\nours", "FD\nnearest", "FD\nours", "FD\nfloor",
+        "good %\nnearest", "good %\nours", "MB", "CPU s\nnearest", "CPU s\nours",
+    )  # fmt: skip
     for model in MODELS:
         for setting in SETTINGS:
-            for method in ("nearest", ours(setting)):
-                key = (model, setting, method, samples)
-                rows = [f for r, f in found.items() if (r.model, r.setting, r.method, r.samples) == key]
-                if rows:
-                    shown.add_row(
-                        model, setting, "nearest" if method == "nearest" else f"ours ({method})", str(len(rows)),
-                        spread(rows, "psnr", ".1f"), f"{spread(rows, 'frechet', '.4f')} ({rows[0]['frechet_floor']:.4f})",
-                        spread(rows, "recognised", ".1f"), f"{rows[0]['megabytes']:.2f}", spread(rows, "cpu_seconds", ".0f"),
-                    )  # fmt: skip
+            pair = [
+                [f for r, f in found.items() if (r.model, r.setting, r.method, r.samples) == key]
+                for key in ((model, setting, m, samples) for m in ("nearest", ours(setting)))
+            ]
+            if all(pair):
+                first = pair[0][0]
+                figures = {
+                    key: [spread(rows, key, form) for rows in pair]
+                    for key, form in (
+                        ("psnr", ".1f"),
+                        ("frechet", ".4f"),
+                        ("recognised", ".1f"),
+                        ("cpu_seconds", ".0f"),
+                    )
+                }
+                shown.add_row(
+                    model, setting, ours(setting), str(min(map(len, pair))), *figures["psnr"], *figures["frechet"],
+                    f"{first['frechet_floor']:.4f}", *figures["recognised"], f"{first['megabytes']:.2f}", *figures["cpu_seconds"],
+                )  # fmt: skip
     return shown
 
 
@@ -63,7 +76,7 @@ def main() -> None:
         for method in ("nearest", ours(setting))
     ]
     run_all(runs, results=RESULTS, figures=partial(in_a_process, output=args.output))
-    console = Console(width=150)
+    console = Console(width=170)
     console.print(table(read(RESULTS), args.samples))
     console.print(
         f"{args.samples} samples, 50 steps (flow: 20), {TRAJECTORIES} calibration trajectories; torch {torch.__version__}, "
