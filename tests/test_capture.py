@@ -28,6 +28,31 @@ def test_a_batch_of_one_and_a_scalar_timestep_are_fine():
         assert torch.equal(gm(x, torch.tensor(400)), network(x, torch.tensor(400)))
 
 
+class Masked(nn.Module):
+    """A mask is repeated for each head, as diffusers' attention does; and tokens along the last dimension."""
+
+    def __init__(self):
+        super().__init__()
+        self.time, self.out = nn.Linear(1, 4), nn.Linear(8, 4)
+
+    def forward(self, sample, timestep, mask):
+        heads = mask.repeat_interleave(2, dim=0).view(sample.shape[0], 2, -1).mean(1)
+        x = torch.repeat_interleave(
+            sample + self.time(timestep[:, None].float()), 2, -1
+        ) + heads.repeat_interleave(2, 1)
+        return self.out(x)
+
+
+def test_what_is_repeated_has_any_batch():
+    """torch 2.11 makes a constant of the size that repeat_interleave repeats."""
+    network = make(Masked)
+    gm = tfmq_fx.capture(network, {"sample": torch.randn(2, 4), "timestep": T, "mask": torch.randn(2, 4)})
+    x, t, mask = torch.randn(5, 4), torch.arange(5), torch.randn(5, 4)
+    with torch.no_grad():
+        assert torch.equal(gm(x, t, mask), network(x, t, mask))
+    assert "repeat_interleave" not in {op_name(n) for n in gm.graph.nodes}
+
+
 def test_dropout_is_gone():
     gm = tfmq_fx.capture(make(TinyUNet), {"sample": X, "timestep": T})
     assert "dropout" not in {op_name(n) for n in gm.graph.nodes}

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch._subclasses import FakeTensor
 from torch.fx import Graph, GraphModule, Node
 from torch.fx.graph import CodeGen
+from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from tfmq_fx.arguments import leaves
@@ -70,7 +71,7 @@ def capture(
     dynamic = pytree.tree_map(_dynamic_batch, inputs)
     try:
         # Without no_grad, activation-checkpoint code hides operators inside submodules.
-        with torch.no_grad():
+        with torch.no_grad(), _SymbolicRepeats():
             program = torch.export.export(network, (), inputs, dynamic_shapes=dynamic, strict=False)
             gm = program.module(check_guards=False)
     except Exception as error:  # torch.export raises many types; the user needs its words and what to change
@@ -93,6 +94,24 @@ def capture(
     gm.graph.eliminate_dead_code()
     gm.recompile()
     return gm
+
+
+class _SymbolicRepeats(TorchFunctionMode):
+    """x.repeat_interleave(n, dim) by views, of the same values: torch 2.11 makes a constant of the size that it repeats."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func in (torch.repeat_interleave, Tensor.repeat_interleave) and len(args) > 1:
+            x, repeats, *rest = args
+            dim = rest[0] if rest else kwargs.get("dim")
+            if isinstance(repeats, int) and isinstance(dim, int) and x.dim():
+                dim %= x.dim()
+                shape = [-1] * (x.dim() + 1)
+                shape[dim + 1] = repeats
+                return x.unsqueeze(dim + 1).expand(shape).flatten(dim, dim + 1)
+        return func(*args, **kwargs)
 
 
 def _require_dynamic_batch(gm: GraphModule, network: nn.Module, example: Mapping[str, Any]) -> None:
