@@ -43,18 +43,12 @@ def table(found: dict[Run, dict[str, float]], samples: int) -> Table:
             ]
             if all(pair):
                 first = pair[0][0]
-                figures = {
-                    key: [spread(rows, key, form) for rows in pair]
-                    for key, form in (
-                        ("psnr", ".1f"),
-                        ("frechet", ".4f"),
-                        ("recognised", ".1f"),
-                        ("cpu_seconds", ".0f"),
-                    )
-                }
                 shown.add_row(
-                    model, setting, ours(setting), str(min(map(len, pair))), *figures["psnr"], *figures["frechet"],
-                    f"{first['frechet_floor']:.4f}", *figures["recognised"], f"{first['megabytes']:.2f}", *figures["cpu_seconds"],
+                    model, setting, ours(setting), str(min(map(len, pair))),
+                    *(spread(rows, "psnr", ".1f") for rows in pair),
+                    *(spread(rows, "frechet", ".4f") for rows in pair), f"{first['frechet_floor']:.4f}",
+                    *(spread(rows, "recognised", ".1f") for rows in pair), f"{first['megabytes']:.2f}",
+                    *(spread(rows, "cpu_seconds", ".0f") for rows in pair),
                 )  # fmt: skip
     return shown
 

@@ -100,11 +100,10 @@ class TemporalKLObserver(TemporalSampleObserver):
             level_RB = ((centre_RB - shrink * low_R1) / (shrink * width_R1) * levels).floor()
             inside_RB = (level_RB >= 0) & (level_RB < levels)
             level_RB = level_RB.clamp(0, levels - 1).long()
-            # The bins inside are neighbours: those outside count in the first or the last of them.
+            # The bins inside are neighbours: those outside count in the first or the last of them. Values without a width
+            # may have none inside.
             first_R1 = inside_RB.int().argmax(1, keepdim=True)
-            last_R1 = first_R1 + (inside_RB.sum(1, keepdim=True) - 1).clamp_min(
-                0
-            )  # none: values without a width
+            last_R1 = first_R1 + (inside_RB.sum(1, keepdim=True) - 1).clamp_min(0)
             nearest_RB = torch.arange(bins).clamp(first_R1, last_R1)
             p_RB = torch.zeros_like(counts_RB).scatter_add(1, nearest_RB, counts_RB)
             kept_RB = counts_RB * inside_RB

@@ -208,10 +208,7 @@ def _look_up(
                 new = call(aten.reshape.default, (new, shape))
             elif len(shape) != 1:
                 new = call(aten.reshape.default, (new, [-1, *shape]))
-        new.meta = {k: v for k, v in node.meta.items() if k in ("val", "example_value")}
-        node.replace_all_uses_with(new, delete_user_cb=lambda user: user not in block)
-        node._rename(f"{name}_layer")
-        new.name, renamed[name] = name, node.name
+        renamed[name] = stand_for(node, new, block=block)
         cached.append(CachedFeature(name=name, key=key, table=f"{path}.values", columns=(start, end)))
         start = end
     gm.meta["cached"] = (*gm.meta.get("cached", ()), *cached)
@@ -236,6 +233,16 @@ def _erase_unneeded(gm: GraphModule, block: list[Node]) -> None:
 
 def _constants(gm: GraphModule) -> set[str]:
     return {str(n.target) for n in gm.graph.find_nodes(op="get_attr")}
+
+
+def stand_for(feature: Node, new: Node, *, block: set[Node]) -> str:
+    """Let `new` be the feature, under its name, to all that reads it outside the block; the new name of what it was."""
+    name = feature.name
+    new.meta = {k: v for k, v in feature.meta.items() if k in ("val", "example_value")}
+    feature.replace_all_uses_with(new, delete_user_cb=lambda user: user not in block and user is not new)
+    feature._rename(f"{name}_layer")
+    new.name = name
+    return feature.name
 
 
 def rename_layers(gm: GraphModule, renamed: Mapping[str, str]) -> None:

@@ -11,9 +11,9 @@ from torch.fx.passes.infra.pass_base import PassResult
 from tfmq_fx.errors import TFMQError
 from tfmq_fx.graph import aten, attribute, meta_value, placeholders, set_buffer
 from tfmq_fx.passes.annotate import Note, rows_are_samples
-from tfmq_fx.passes.cache_temporal import rename_layers
+from tfmq_fx.passes.cache_temporal import rename_layers, stand_for, table_sizes
 from tfmq_fx.passes.find_temporal import temporal_of
-from tfmq_fx.passes.insert_step_index import STEP
+from tfmq_fx.passes.insert_step_index import key_index
 from tfmq_fx.passes.partition_temporal import separate
 from tfmq_fx.passes.pass_manager import declare
 from tfmq_fx.passes.prepare import require_stage
@@ -66,12 +66,7 @@ def float_at_unseen(gm: GraphModule, *, block: GraphModule) -> PassResult:
             continue
         with gm.graph.inserting_before(node.next):
             new = _chosen(gm, [known[n] for n in key if n in known], node, twins[twin])
-        new.meta = {k: v for k, v in node.meta.items() if k in ("val", "example_value")}
-        node.replace_all_uses_with(
-            new, delete_user_cb=lambda user, new=new: user not in inside and user is not new
-        )  # type: ignore[misc]
-        node._rename(f"{name}_layer")
-        new.name, renamed[name] = name, node.name
+        renamed[name] = stand_for(node, new, block=inside)
     rename_layers(gm, renamed)
     plan = gm.meta["plan"]
     gm.meta["plan"] = dataclasses.replace(plan, notes=(*plan.notes, *notes))
@@ -116,10 +111,9 @@ def _restore(gm: GraphModule, block: GraphModule, path: str) -> bool:
 
 def _known(gm: GraphModule) -> dict[str, Node]:
     """For each finite input, whether a sample's value is in its table: (N,) bool, (1,) for an input of shape ()."""
-    call, found = gm.graph.call_function, {}
-    nodes = {n.name: n for n in gm.graph.nodes}
-    for name in (gm.meta["timestep"], *gm.meta["finite"]):
-        index = nodes[STEP if name == gm.meta["timestep"] else f"{name}_index"]
+    call, sizes, found = gm.graph.call_function, table_sizes(gm), {}
+    for name in sizes:
+        index = key_index(gm, (name,), timestep=gm.meta["timestep"], sizes=sizes)
         with gm.graph.inserting_before(index):
             least = call(aten.amin.default, (index.args[0], [1]))
             found[name] = call(aten.eq.Scalar, (least, 0))

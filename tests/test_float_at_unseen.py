@@ -8,7 +8,7 @@ import torch
 
 import tfmq_fx
 from tests.lowered import assert_same_but_for_ties, noise
-from tests.networks import TIMESTEPS, ScalarTime, TinyUNet, calibration, make
+from tests.networks import TIMESTEPS, ScalarTime, TinyUNet, calibration, captured, make
 from tests.test_finite import Labelled, labelled_data
 from tfmq_fx.errors import TFMQError
 from tfmq_fx.graph import op_name
@@ -33,7 +33,7 @@ def quantized(unseen="float", maintain="reconstruct"):
 
 @functools.cache
 def float_block():
-    gm = tfmq_fx.capture(make(TinyUNet), calibration().arguments(slice(0, 2)))
+    gm = captured()
     return extract_temporal(gm, find_temporal(gm))
 
 
@@ -102,7 +102,7 @@ def test_the_block_stays_in_the_artefact_under_its_own_names(tmp_path, maintain)
 
 
 def prepared():
-    gm = tfmq_fx.capture(make(TinyUNet), calibration().arguments(slice(0, 2)))
+    gm = captured()
     block = extract_temporal(gm, find_temporal(gm))
     return tfmq_fx.calibrate(prepare(gm, RECIPE, timesteps=TIMESTEPS), calibration()), block
 

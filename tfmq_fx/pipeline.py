@@ -109,13 +109,11 @@ def quantize(
     clock.lap("reconstruct")
     if recipe.maintain != "reconstruct":
         maintain(prepared, calibration, seed=seed)
-        if strict:
-            _require_whole(prepared.meta["plan"])
         clock.lap("maintain")
     if recipe.unseen == "float":
         float_at_unseen(prepared, block=extract_temporal(gm, temporal))
-        if strict:
-            _require_whole(prepared.meta["plan"])
+    if strict:
+        _require_whole(prepared.meta["plan"])
     converted = convert(prepared)
     clock.lap("convert")
     interface = Interface.of(network, gm, example, _output_type(network, example))
