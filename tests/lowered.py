@@ -1,19 +1,41 @@
-"""What the tests of every engine share: the quantized networks, their inputs, and how far a lowered one may be off."""
+"""What the tests of every engine share: the quantized networks, their inputs, what this CPU has, and how far a lowered
+network may be off.
+"""
 
+import contextlib
 import dataclasses
 import functools
 
+import pytest
 import torch
 
 import tfmq_fx
 from tests.networks import TIMESTEPS, TinyUNet, calibration, make
 from tests.test_mixed_batches import FLIPPED_BY, FLIPPED_ROWS, moved
+from tfmq_fx import lowering
 
 SIZES = (1, 2, 3, 5, 16)
 SETTINGS = [("w8a8", "block"), ("w4a8", "block"), ("w4a4", "block"), ("w4a16", "block"), ("w4a8", "all")]
 # Eight bits of mantissa: each of some ten layers adds half of 2^-8 of its output, and flips activations by a step.
 # 2.2% (OpenVINO) and 1.4% (torch) of the largest output were measured on the tiny network.
 BFLOAT16 = 0.05
+# Values are tested on every CPU; that int8 or bfloat16 kernels run, where there are such.
+INT8 = bool(lowering.int8_instructions())
+needs_kernels = pytest.mark.skipif(not INT8, reason=lowering.NO_INT8)
+needs_bfloat16 = pytest.mark.skipif(
+    not any(torch.cpu.get_capabilities().get(name) for name in ("avx512_bf16", "amx_bf16")),
+    reason="this CPU does not compute in bfloat16",
+)
+
+
+def lower(q, *args, **settings):
+    """q.lower, and its warning exactly where this CPU has no int8 instructions."""
+    with (
+        contextlib.nullcontext()
+        if INT8
+        else pytest.warns(UserWarning, match="this CPU has no int8 instructions")
+    ):
+        return q.lower(*args, **settings)
 
 
 @functools.cache

@@ -12,8 +12,12 @@ from benchmarks.api_page import write
 ROOT = Path(__file__).parent.parent
 DOCS = sorted((ROOT / "docs").glob("*.md"))
 
-# diffusers' own, on this torch and numpy.
-pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
+pytestmark = [
+    # diffusers' own, on this torch and numpy.
+    pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning"),
+    # What is lowered in a guide computes the same there.
+    pytest.mark.filterwarnings("ignore:this CPU has no int8 instructions:UserWarning"),
+]
 
 
 @pytest.mark.parametrize("file", DOCS, ids=lambda f: f.name)

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import tfmq_fx
-from tests.lowered import assert_same_but_for_ties, noise
+from tests.lowered import assert_same_but_for_ties, lower, noise
 from tests.networks import TIMESTEPS, ScalarTime, TinyUNet, calibration, captured, make
 from tests.test_finite import Labelled, labelled_data
 from tfmq_fx.errors import TFMQError
@@ -158,7 +158,7 @@ def test_a_timestep_without_a_batch():
 @torch.no_grad()
 def test_it_is_lowered(settings):
     q = quantized("float", "cache")
-    low = q.lower("cpu", precision="float32", batch=6, **settings)
+    low = lower(q, "cpu", precision="float32", batch=6, **settings)
     assert_same_but_for_ties(
         [(low(noise(6), T), q(noise(6), T)), (low(noise(1), T[1:2]), q(noise(1), T[1:2]))]
     )

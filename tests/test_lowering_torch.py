@@ -15,11 +15,15 @@ from torch._dynamo.utils import counters
 import tfmq_fx
 from tests.lowered import (
     BFLOAT16,
+    INT8,
     SETTINGS,
     SIZES,
     assert_every_batch_size_and_step_agrees,
     assert_same_but_for_ties,
+    lower,
     mixed,
+    needs_bfloat16,
+    needs_kernels,
     noise,
     quantized,
 )
@@ -32,14 +36,9 @@ from tfmq_fx.onednn import pack_int4, unpack_int4
 from tfmq_fx.passes.onednn_kernels import KERNELS
 from tfmq_fx.passes.share_quantized import QUANTIZE
 
-needs_kernels = pytest.mark.skipif(
-    not lowering.int8_instructions(), reason="this CPU has no int8 instructions"
-)
 needs_compiler = pytest.mark.skipif(
     bool(lowering_torch.compiler_missing()), reason="there is no C++ compiler"
 )
-pytestmark = needs_kernels
-
 
 exported = functools.cache(saving.exported)
 
@@ -52,7 +51,7 @@ def _one_export(monkeypatch):
 
 @functools.cache
 def lowered(bits="w8a8", keyed="block", precision="float32", pack=None):
-    return quantized(bits, keyed).lower(engine="torch", precision=precision, compile=False, pack=pack)
+    return lower(quantized(bits, keyed), engine="torch", precision=precision, compile=False, pack=pack)
 
 
 def kernels_of(low):
@@ -64,6 +63,7 @@ def test_every_batch_size_and_step_gives_what_the_quantized_network_gives(bits, 
     assert_every_batch_size_and_step_agrees(lowered(bits, keyed), quantized(bits, keyed))
 
 
+@needs_bfloat16
 @pytest.mark.parametrize("keyed", ["block", "all"])
 @torch.no_grad()
 def test_bfloat16_stays_within_its_rounding(keyed):
@@ -75,6 +75,7 @@ def test_bfloat16_stays_within_its_rounding(keyed):
     assert got.dtype is torch.float32
 
 
+@needs_bfloat16
 @torch.no_grad()
 def test_what_follows_from_the_timestep_alone_is_float32():
     """bfloat16 has no 901. Its nearest is 900, whose row of the table it would read."""
@@ -89,6 +90,7 @@ def test_what_follows_from_the_timestep_alone_is_float32():
     }
 
 
+@needs_kernels
 def test_every_quantized_layer_has_an_int8_kernel():
     report = lowered().report["lowering"]
     kernels, layers = kernels_of(lowered()), {x["path"]: x for x in quantized().report["layers"]}
@@ -113,7 +115,7 @@ def test_every_quantized_layer_has_an_int8_kernel():
 
 def test_the_engines_count_the_same_layers():
     pytest.importorskip("openvino")
-    other = quantized().lower(engine="openvino", precision="float32")
+    other = lower(quantized(), engine="openvino", precision="float32")
     assert other.report["lowering"]["engine"] == "openvino"
     assert other.report["lowering"]["flops"] == lowered().report["lowering"]["flops"]
     assert kernels_of(other).keys() == kernels_of(lowered()).keys()
@@ -142,7 +144,7 @@ def test_guided_batches_and_labels():
     recipe = dataclasses.replace(tfmq_fx.Recipe.preset("w8a8"), reconstruction=nearest)
     finite = {"class_labels": range(Labelled.classes)}
     q = tfmq_fx.quantize(make(Labelled), recipe, calibration=labelled_data(), finite=finite)
-    low = q.lower(engine="torch", precision="float32", compile=False, strict=True)
+    low = lower(q, engine="torch", precision="float32", compile=False, strict=INT8)
     x, y = torch.randn(3, 1, 6, 6), torch.tensor([0, 1, 2])
     null, pairs = torch.full((3,), Labelled.classes - 1), []
     for t in TIMESTEPS[:4]:
@@ -156,8 +158,8 @@ def test_guided_batches_and_labels():
 @torch.no_grad()
 def test_a_network_of_one_timestep_per_call():
     q = one_timestep(ScalarTime)
-    low = q.lower(engine="torch", precision="float32", compile=False)
-    assert [k["int8"] for k in low.report["lowering"]["kernels"]] == [True, True, False, False]
+    low = lower(q, engine="torch", precision="float32", compile=False)
+    assert [k["int8"] for k in low.report["lowering"]["kernels"]] == [INT8, INT8, False, False]
     for size in SIZES:
         x = torch.randn(size, 4, generator=torch.Generator().manual_seed(size))
         assert_same_but_for_ties([(low(x, t), q(x, t)) for t in TIMESTEPS])
@@ -173,8 +175,9 @@ def test_packing_keeps_every_integer(columns, shape):
     assert torch.equal(unpack_int4(packed, zero_point, list(shape)), expected.to(torch.int8))
 
 
+@needs_kernels
 @pytest.mark.parametrize("keyed", ["block", "all"])
-@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+@pytest.mark.parametrize("precision", ["float32", pytest.param("bfloat16", marks=needs_bfloat16)])
 @torch.no_grad()
 def test_packed_weights_compute_the_same_bits_in_half_the_memory(precision, keyed):
     plain, packed = (lowered("w4a8", keyed, precision, pack) for pack in (None, "int4"))
@@ -191,6 +194,7 @@ def test_packed_weights_compute_the_same_bits_in_half_the_memory(precision, keye
     assert 0.9 * saved < bytes_[0] - bytes_[1] <= saved  # but for the zero points; all else weighs as before
 
 
+@needs_kernels
 def test_eight_bits_cannot_be_packed_and_stay():
     low = lowered("w8a8", pack="int4")
     assert "onednn.qconv_pointwise.default" in {k["kernel"] for k in kernels_of(low).values()}
@@ -214,8 +218,10 @@ class Neighbours(nn.Module):
 @torch.no_grad()
 def test_nothing_is_quantized_twice_and_neighbours_hand_over_bytes():
     q = quantized(network_class=Neighbours)
-    low = q.lower(engine="torch", precision="float32", compile=False)
+    low = lower(q, engine="torch", precision="float32", compile=False)
     assert_same_but_for_ties([(low(noise(n), mixed(n)), q(noise(n), mixed(n))) for n in SIZES])
+    if not INT8:
+        return
     gm = low.network.gm
     dtypes = [
         lowering_torch.dtypes_of(gm, {"sample": noise(1), "timestep": mixed(1)})[n]
@@ -227,24 +233,40 @@ def test_nothing_is_quantized_twice_and_neighbours_hand_over_bytes():
     assert max(read.values()) == 1
 
 
+GRANULARITIES = [{"group_size": 8}, {"activation_granularity": "token"}]
+
+
 @torch.no_grad()
+@pytest.mark.parametrize("changes", GRANULARITIES)
+def test_scales_per_group_and_per_token_give_what_the_quantized_network_gives(changes):
+    q = quantized(**changes)
+    low = lower(q, engine="torch", precision="float32", compile=False)
+    assert_same_but_for_ties([(low(noise(n), mixed(n)), q(noise(n), mixed(n))) for n in SIZES])
+
+
+@needs_bfloat16
+@torch.no_grad()
+@pytest.mark.parametrize("changes", GRANULARITIES)
+def test_scales_per_group_and_per_token_in_bfloat16(changes):
+    q = quantized(**changes)
+    half = lower(q, engine="torch", precision="bfloat16", compile=False)
+    assert moved(half(noise(3), mixed(3)), q(noise(3), mixed(3)))[1] <= BFLOAT16
+
+
+@needs_kernels
 @pytest.mark.parametrize(
-    ("changes", "words"),
-    [({"group_size": 8}, "its weight has scales per group"), ({"activation_granularity": "token"}, "")],
+    ("changes", "words"), [(GRANULARITIES[0], "its weight has scales per group"), (GRANULARITIES[1], "")]
 )
 def test_scales_per_group_run_in_float_and_are_reported_and_those_per_token_in_int8(changes, words):
     q = quantized(**changes)
-    low = q.lower(engine="torch", precision="float32", compile=False)
-    assert_same_but_for_ties([(low(noise(n), mixed(n)), q(noise(n), mixed(n))) for n in SIZES])
-    half = q.lower(engine="torch", precision="bfloat16", compile=False)
-    assert moved(half(noise(3), mixed(3)), q(noise(3), mixed(3)))[1] <= BFLOAT16
+    low = lower(q, engine="torch", precision="float32", compile=False)
     fallen = [k for k in kernels_of(low).values() if k["fell_back"]]
     assert all(words and k["reason"].startswith(words) and not k["int8"] for k in fallen)
     if words:
         with pytest.raises(TFMQError, match=f"strict: {len(fallen)} of 15 layers .* {words}"):
-            q.lower(engine="torch", compile=False, strict=True)
+            lower(q, engine="torch", compile=False, strict=True)
     else:
-        q.lower(engine="torch", compile=False, strict=True)
+        lower(q, engine="torch", compile=False, strict=True)
         assert kernels_of(low)["attention.qkv.weight"]["int8"]
 
 
@@ -264,7 +286,7 @@ def test_without_openvino_torch_lowers_and_says_so(monkeypatch, caplog):
     monkeypatch.setattr(lowering, "find_spec", lambda _: None)
     monkeypatch.setattr(lowering_torch, "compiler_missing", lambda: "no C++ compiler (none)")
     with caplog.at_level(logging.WARNING, "tfmq_fx.lowering"):
-        low = quantized().lower(precision="float32")
+        low = lower(quantized(), precision="float32")
     assert low.report["lowering"]["engine"] == "torch"
     said = [r.message for r in caplog.records if r.name == "tfmq_fx.lowering"]
     assert len(said) == 1
@@ -281,13 +303,13 @@ def test_a_missing_compiler_is_reported_and_the_kernels_run_all_the_same(monkeyp
     # First: the settings keep the CXX of their first import. Their own patch, since pytest's does not bring them back.
     with torch._inductor.config.patch({"cpp.cxx": (none,)}):
         monkeypatch.setenv("CXX", none)
-        low = quantized().lower(engine="torch", precision="float32")
+        low = lower(quantized(), engine="torch", precision="float32")
         report = low.report["lowering"]
         assert (report["compiled"], report["compiled_seconds"]) == (False, {})
         assert report["not_compiled_because"].startswith("no C++ compiler")
         assert torch.equal(low(noise(3), mixed(3)), lowered()(noise(3), mixed(3)))
         with pytest.raises(TFMQError, match=r"compile=True: no C\+\+ compiler .*use compile=False"):
-            quantized().lower(engine="torch", compile=True)
+            lower(quantized(), engine="torch", compile=True)
 
 
 class Strange(nn.Module):
@@ -301,9 +323,10 @@ class Strange(nn.Module):
         return torch.fft.fft(self.unet(sample, timestep)).real
 
 
+@needs_bfloat16
 def test_an_operator_that_cannot_run_names_its_node():
     with pytest.raises(TFMQError, match=r"node fft_fft: aten\.fft_fft\.default cannot run here \(.*BFloat16"):
-        quantized(network_class=Strange).lower(engine="torch", precision="bfloat16", compile=False)
+        lower(quantized(network_class=Strange), engine="torch", precision="bfloat16", compile=False)
 
 
 @pytest.mark.parametrize(
@@ -344,7 +367,7 @@ def test_compiled_once_for_all_steps_and_processes(tmp_path, monkeypatch):
     q = quantized("w4a8", "all")
     global_settings = torch._inductor.config.get_config_copy()
     cache = tmp_path / "cache"
-    low = q.lower(engine="torch", precision="float32", cache=cache, batch=2, compile=True, strict=True)
+    low = lower(q, engine="torch", precision="float32", cache=cache, batch=2, compile=True, strict=INT8)
     assert low.report["lowering"]["compiled"]
     assert torch._inductor.config.get_config_copy() == global_settings
     before = {k: dict(v) for k, v in counters.items()}

@@ -13,6 +13,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import tfmq_fx
+from tests.lowered import lower
 from tests.networks import TIMESTEPS, ScalarTime, TinyUNet, calibration, make, sinusoid
 from tests.test_cli import run
 from tests.test_finite import Labelled, labelled_data
@@ -683,7 +684,7 @@ def test_it_exports_as_pt2(tmp_path):
 def test_it_is_lowered(cache_type):
     pytest.importorskip("openvino", reason="lowering needs the openvino extra")
     q = quantized(cache_type=cache_type)
-    low = q.lower("cpu", precision="float32", batch=6)
+    low = lower(q, "cpu", precision="float32", batch=6)
     with torch.no_grad():
         expected, got = q(X, T), low(X, T)
     step = (expected.max() - expected.min()) / 255  # rounding ties may fall the other way

@@ -66,6 +66,11 @@ def centred(q: Tensor, zero_point: Tensor, axis: int) -> Tensor | None:
     return found.to(torch.int8) if fits else None
 
 
+# x86 without VNNI multiplies bytes by adding pairs of products in 16 bits, which saturate: 2 * 255 * 64 is the last that
+# fits. So kernels of unsigned activations by signed weights are exact on every CPU for |q - zero_point| up to this.
+PAIRS_FIT = 64
+
+
 def check_bits(bits: int, argument: str) -> None:
     """Raise TFMQError unless `bits` is 2..8, or 16 for "left in float"."""
     if isinstance(bits, bool) or not isinstance(bits, int) or bits not in (*SUPPORTED_BITS, FLOAT_BITS):

@@ -7,7 +7,8 @@ constants (`freezing`), and want constant scales. Four things bring them about:
     `signed_weights`      weights as signed bytes, zero point 0
     `flatten_linears`     linears over rows; with a batch of any size the patterns for other ranks do not match
     freezing              in a process of its own: importing torchao's patterns changes Inductor for the whole process
-What really runs is counted in the C++ of the package.
+What really runs is counted in the C++ of the package. On a CPU without int8 instructions (VNNI, AMX) oneDNN's kernels
+saturate for weights of 8 bits: compiled there, those layers stay in float, on the same integers, and that is said.
 """
 
 from __future__ import annotations
@@ -27,7 +28,9 @@ import torch
 from torch.fx import GraphModule
 
 from tfmq_fx.errors import TFMQError
-from tfmq_fx.exporting import fallen_back, quantized_layers, replace_files
+from tfmq_fx.exporting import fallen_back, quantized_layers, replace_files, saturating_layers
+from tfmq_fx.lowering import NO_INT8, int8_instructions
+from tfmq_fx.lowering_torch import fold_weights
 from tfmq_fx.model import QuantizedModel
 from tfmq_fx.passes.byte_activations import byte_activations
 from tfmq_fx.passes.flatten_linears import flatten_linears
@@ -72,18 +75,26 @@ def export_aot(model: QuantizedModel, file: Path, *, strict: bool) -> dict[str, 
     assert isinstance(gm, GraphModule)
     gm.meta = {}
     PassManager(PASSES)(gm)
-    wanted = len(quantized_layers(gm))
+    wanted, saturating = len(quantized_layers(gm)), saturating_layers(gm)
+    because, elsewhere, stored = "", "", wanted
+    if saturating and not int8_instructions():
+        fold_weights(gm, saturating)
+        stored -= len(saturating)
+        because = f"; {len(saturating)} would saturate: {NO_INT8}"
+    elif saturating:
+        elsewhere = f"{len(saturating)} of {wanted} quantized layers saturate on a CPU without VNNI or AMX: compile there for it"
     inputs = example_inputs(model, batch=2)
     with torch.no_grad():
         program = torch.export.export(gm, (), inputs, dynamic_shapes=dynamic_shapes(model), strict=False)
-    found: dict[str, Any] = {"weights": {"int8": wanted}}
+    found: dict[str, Any] = {"weights": {"int8": stored}}
 
     def write(path: Path) -> None:
         with tempfile.TemporaryDirectory(prefix="tfmq-aot-") as folder:
             save_program(program, Path(folder) / "graph.pt2")
             _compile(Path(folder) / "graph.pt2", path)
         found["kernels"] = kernels(path)
-        found["notes"] = fallen_back(found["kernels"], wanted, strict=strict)
+        fallen = fallen_back(found["kernels"], wanted, strict=strict, because=because)
+        found["notes"] = (*fallen, *([elsewhere] if elsewhere else []))
 
     replace_files(file, write)
     return found

@@ -10,6 +10,10 @@ convolution needs an 8-bit output (QLinearConv), which would round what the reci
 float, and its weight is dequantized at every call. So there are two forms: the standard one for other runtimes, and one
 for onnxruntime, in which convolutions are matrix products over patches (`unfold_convolutions`), and 4-bit weights are
 cast to bytes by operators that it computes once, when it loads the file.
+
+A file may run on another CPU than the one that wrote it. On x86 without VNNI onnxruntime's kernels of unsigned by signed
+bytes saturate for weights of 8 bits, silently; those of unsigned by unsigned bytes multiply in 16 bits and do not. With
+VNNI it computes both by the same instruction. So weights that could saturate are unsigned here (`store_weights`).
 """
 
 from __future__ import annotations
@@ -27,6 +31,7 @@ import numpy as np
 import torch
 from torch.fx import GraphModule
 
+from tfmq_fx.arithmetic import PAIRS_FIT
 from tfmq_fx.errors import TFMQError
 from tfmq_fx.exporting import fallen_back, quantized_layers, replace_files
 from tfmq_fx.graph import aten, meta_value
@@ -264,11 +269,13 @@ def store_weights(ir: Any, *, for_onnxruntime: bool) -> dict[str, int]:
         DequantizeLinear(uint8 q, s, uint8 z)   ==>   DequantizeLinear(uint4 q, s, uint4 z)
         an int8 kernel can read it:             ==>   DequantizeLinear(int8(int32(uint4 q) - z), s, 0)
         none can:                               ==>   (float(uint4 q) - z) * s
+        DequantizeLinear(int8 q, s, 0), |q| > 64      ==>   DequantizeLinear(uint8(q + 128), s, 128)
 
     The second and third are for onnxruntime. It computes what stands before the product once, when it loads the file; then
     has the signed bytes that its int8 kernels take, or a float weight that it need not dequantize at every call. A
     product of a float with DequantizeLinear is its MatMulNBits, which rounds that float to 8 bits unless a session option
-    forbids it (`session.qdq_matmulnbits_accuracy_level`): so there the third is for every runtime.
+    forbids it (`session.qdq_matmulnbits_accuracy_level`): so there the third is for every runtime. The fourth is for
+    CPUs on which the sums of signed weights saturate (`PAIRS_FIT`); smaller ones stay signed, which is faster there.
     """
     import onnx_ir
     from onnx_ir import DataType
@@ -294,10 +301,10 @@ def store_weights(ir: Any, *, for_onnxruntime: bool) -> dict[str, int]:
         axis = node.attributes["axis"].as_int()
         shape = [-1 if i == axis else 1 for i in range(integers.ndim)]
         centred = integers.astype(np.int16) - z.reshape(shape).astype(np.int16)
-        bytes_fit = centred.min() >= -128 and centred.max() <= 127
+        saturates = np.abs(centred).max() > PAIRS_FIT
         readers = list(_readers(node.outputs[0]))
         float_product = any(n.op_type == "MatMul" and not _is_dequantized(n.inputs[0]) for n in readers)
-        int8 = bytes_fit and all(n.op_type == "MatMul" and _is_dequantized(n.inputs[0]) for n in readers)
+        int8 = all(n.op_type == "MatMul" and _is_dequantized(n.inputs[0]) for n in readers)
         if float_product or (for_onnxruntime and not int8):
             offset = initializer(f"{node.name}_offset", z.reshape(shape), DataType.FLOAT)
             factor = initializer(
@@ -317,6 +324,11 @@ def store_weights(ir: Any, *, for_onnxruntime: bool) -> dict[str, int]:
             ir.graph.insert_before(node, [wide, less, byte])
             node.replace_input_with(0, byte.outputs[0])
             node.replace_input_with(2, initializer(f"{node.name}_zeros", np.zeros_like(z), DataType.INT8))
+        elif saturates:
+            if integers.dtype == np.int8:
+                raised = [x.astype(np.int16) + 128 for x in (integers, z)]
+                node.replace_input_with(0, initializer(f"{q.name}_unsigned", raised[0], DataType.UINT8))
+                node.replace_input_with(2, initializer(f"{node.name}_middle", raised[1], DataType.UINT8))
         elif for_onnxruntime and integers.dtype == np.uint8:
             node.replace_input_with(0, initializer(f"{q.name}_signed", centred, DataType.INT8))
             node.replace_input_with(2, initializer(f"{node.name}_zeros", np.zeros_like(z), DataType.INT8))

@@ -15,8 +15,9 @@ from typing import Any
 import torch
 from torch.fx import GraphModule, Node
 
+from tfmq_fx.arithmetic import PAIRS_FIT, centred
 from tfmq_fx.errors import TFMQError
-from tfmq_fx.graph import op_name, weight_argument
+from tfmq_fx.graph import attribute, op_name, weight_argument
 from tfmq_fx.model import QuantizedModel
 from tfmq_fx.passes.rescale_temporal import DEQUANTIZED
 
@@ -105,8 +106,7 @@ def _pt2(model: QuantizedModel, file: Path, _strict: bool) -> dict[str, Any]:
 def _openvino(model: QuantizedModel, folder: Path, _strict: bool) -> dict[str, Any]:
     from tfmq_fx.lowering_openvino import export_folder
 
-    export_folder(model, folder)
-    return {}
+    return {"notes": export_folder(model, folder)}
 
 
 def _onnx(model: QuantizedModel, file: Path, strict: bool) -> dict[str, Any]:
@@ -137,23 +137,46 @@ def quantized_layers(gm: GraphModule) -> list[Node]:
     pairs = (ops.dequantize_per_tensor.default, ops.dequantize_per_token.default)
     found = []
     for node in gm.graph.nodes:
-        index = weight_argument(node)
-        if index is None:
-            continue
-        x, weight = node.args[0], node.args[index]
-        while op_name(weight) in ("view", "reshape"):  # groups
-            weight = weight.args[0]
-        if weight.target is ops.dequantize_per_channel.default:
+        weight = _dequantized_weight(node)
+        if weight is not None:
+            x = node.args[0]
             found += [node] if x.target in pairs or x.meta.get(DEQUANTIZED) else []
     return found
 
 
-def fallen_back(kernels: Mapping[str, int], wanted: int, *, strict: bool) -> tuple[str, ...]:
+def _dequantized_weight(layer: Any) -> Any:
+    """The node that dequantizes the weight of a layer; None for another node, and for a float weight."""
+    index = weight_argument(layer)
+    if index is None:
+        return None
+    weight = layer.args[index]
+    while op_name(weight) in ("view", "reshape"):  # groups
+        weight = weight.args[0]
+    return weight if weight.target is ops.dequantize_per_channel.default else None
+
+
+def saturating_layers(gm: GraphModule) -> list[Node]:
+    """The quantized layers that kernels of unsigned by signed bytes get wrong on x86 without VNNI: see `PAIRS_FIT`."""
+    found = []
+    for layer in quantized_layers(gm):
+        weight = _dequantized_weight(layer)
+        if weight not in layer.args:  # scales per group: in float everywhere
+            continue
+        q, zero_point = (attribute(gm, str(weight.args[i].target)) for i in (0, 2))
+        signed = centred(q, zero_point, weight.args[3])
+        if signed is not None and signed.to(torch.int16).abs().max() > PAIRS_FIT:
+            found.append(layer)
+    return found
+
+
+def fallen_back(
+    kernels: Mapping[str, int], wanted: int, *, strict: bool, because: str = ""
+) -> tuple[str, ...]:
     """Words for the quantized layers that run in float. Raises TFMQError of them when `strict`."""
     fallen = wanted - kernels["int8"]
     if fallen <= 0:
         return ()
-    words = f"{fallen} of {wanted} quantized layers run in float"
+    words = f"{fallen} of {wanted} quantized layers run in float{because}"
     if strict:
         raise TFMQError(f"strict: {words}.")
     return (words,)

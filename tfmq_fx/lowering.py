@@ -27,6 +27,7 @@ from tfmq_fx.coverage import Kernel, Layer
 from tfmq_fx.errors import TFMQError, nearest_names
 from tfmq_fx.graph_json import graph_to_json, tensors_of
 from tfmq_fx.lowering_openvino import (
+    FLOAT,
     PRODUCTS,
     WEIGHTS,
     Compiled,
@@ -47,6 +48,7 @@ ENGINES = ("openvino", "torch")
 PRECISIONS = {"bfloat16": "bf16", "float32": "f32"}
 # What multiplies bytes: VNNI in its two encodings, AMX, and Arm's dot products.
 INT8_INSTRUCTIONS = ("avx512_vnni", "avx_vnni", "avx_vnni_int8", "amx_int8", "dotprod", "i8mm")
+NO_INT8 = "this CPU has no int8 instructions (VNNI, AMX)"
 
 
 class Engine(Protocol):
@@ -138,7 +140,7 @@ def lower(
         raise TFMQError(f"precision={precision!r}: unknown; use {nearest_names(str(precision), PRECISIONS)}.")
     instructions = int8_instructions()
     if not instructions:
-        words = "this CPU has no int8 instructions (VNNI, AMX): every layer runs in float, with the same integers."
+        words = f"{NO_INT8}: every layer runs in float, with the same integers."
         if strict:
             raise TFMQError(f'target "cpu": {words}')
         warnings.warn(words, stacklevel=2)
@@ -219,14 +221,17 @@ def _with_openvino(
         "INFERENCE_NUM_THREADS": torch.get_num_threads(),
         # OpenVINO would round what the recipe leaves in float, in front of weights that it unpacks.
         "DYNAMIC_QUANTIZATION_GROUP_SIZE": 0,
-        # Without these instructions, byte products are summed in 16 bits, and saturate.
-        **({} if int8 else {"LP_TRANSFORMS_MODE": "NO"}),
+        **({} if int8 else FLOAT),
     }
+
+    def convert(new: Path) -> None:
+        write(model, new)
+
     start = time.perf_counter()
     folder = root / _key(model, openvino.__version__)
     cached = folder.is_dir()
     if not cached:
-        replace_folder(folder, lambda new: write(model, new))
+        replace_folder(folder, convert)
     converted = time.perf_counter() - start
     # OpenVINO tells compiled networks apart by some of these settings, and not by all.
     conditions = json.dumps([settings, sorted(can), openvino.__version__])

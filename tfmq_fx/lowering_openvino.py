@@ -29,6 +29,7 @@ from torch.utils import _pytree as pytree
 
 from tfmq_fx.coverage import Layer, layers_of
 from tfmq_fx.errors import TFMQError
+from tfmq_fx.exporting import quantized_layers, saturating_layers
 from tfmq_fx.graph import placeholders
 from tfmq_fx.model import QuantizedModel
 from tfmq_fx.passes.byte_activations import byte_activations
@@ -39,7 +40,9 @@ from tfmq_fx.passes.rescale_tokens import rescale_tokens
 from tfmq_fx.saving import exported, replace_folder
 
 MODEL, WEIGHTS, LAYERS = "network.xml", "network.bin", "layers.json"
-PASSES = (rescale_temporal, rescale_tokens, byte_activations, integer_weights)
+PASSES = (rescale_temporal, rescale_tokens, byte_activations)
+# OpenVINO's setting for float arithmetic on the same integers, where byte products would be summed in 16 bits.
+FLOAT = {"LP_TRANSFORMS_MODE": "NO"}
 
 
 def require_openvino() -> Any:
@@ -53,19 +56,23 @@ def require_openvino() -> Any:
     return openvino
 
 
-def export_folder(model: QuantizedModel, folder: Path) -> None:
-    """Write OpenVINO's files. Raises TFMQError when the folder holds anything else."""
+def export_folder(model: QuantizedModel, folder: Path) -> tuple[str, ...]:
+    """Write OpenVINO's files; what somebody who compiles them should know. Raises TFMQError when the folder holds anything else."""
     names = {f.name for f in folder.iterdir()} if folder.is_dir() else set()
     if not names <= {MODEL, WEIGHTS, LAYERS} or folder.is_file():
         raise TFMQError(f"{folder}: holds something else; choose another folder or remove it yourself.")
-    replace_folder(folder, lambda temporary: write(model, temporary))
+    found: list[str] = []
+    replace_folder(folder, lambda temporary: found.extend(write(model, temporary)))
+    return tuple(found)
 
 
-def write(model: QuantizedModel, folder: Path) -> None:
-    """Write the model's files into a folder that is there. Raises TFMQError naming a node OpenVINO lacks."""
+def write(model: QuantizedModel, folder: Path) -> list[str]:
+    """Write the model's files into a folder that is there; as `export_folder`. Raises TFMQError naming a node OpenVINO lacks."""
     openvino = require_openvino()
     gm = _decomposed(model)
     PassManager(PASSES)(gm)
+    saturating, wanted = len(saturating_layers(gm)), len(quantized_layers(gm))
+    PassManager([integer_weights])(gm)
     ir = _convert(gm)
     _name_weights(ir)
     try:
@@ -77,6 +84,14 @@ def write(model: QuantizedModel, folder: Path) -> None:
     mark_precise(folder / MODEL, inputs=block, nodes=marked)
     layers = [dataclasses.asdict(layer) for layer in layers_of(gm)]
     (folder / LAYERS).write_text(json.dumps(layers, indent=1) + "\n")
+    return (
+        [
+            f"{saturating} of {wanted} quantized layers saturate on a CPU without VNNI or AMX, unless OpenVINO compiles "
+            f"them there with {FLOAT}"
+        ]
+        if saturating
+        else []
+    )
 
 
 def _decomposed(model: QuantizedModel) -> GraphModule:

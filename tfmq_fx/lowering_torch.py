@@ -20,7 +20,7 @@ import tempfile
 import time
 import zipfile
 from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -121,9 +121,12 @@ def dtypes_of(gm: GraphModule, inputs: Mapping[str, Tensor]) -> dict[Node, torch
     return run.found
 
 
-def fold_weights(gm: GraphModule) -> None:
-    """What a layer that fell back makes of its constant weight is made once: dequantize(w) ==> get_attr."""
-    for node in list(gm.graph.nodes):
+def fold_weights(gm: GraphModule, layers: Iterable[Node] | None = None) -> None:
+    """What a layer of float arithmetic makes of its constant weight is made once: dequantize(w) ==> get_attr.
+
+    layers: those layers; None: all that read such a weight still, having fallen back.
+    """
+    for node in list(gm.graph.nodes if layers is None else layers):
         index = weight_argument(node)
         weight = None if index is None else node.args[index]
         if isinstance(weight, Node) and weight.op == "call_function" and _is_constant(weight):
