@@ -10,7 +10,9 @@ from html.parser import HTMLParser
 import pytest
 import torch
 
+from tests.lowered import INT8
 from tests.test_cli import run as run_cli
+from tfmq_fx import drift
 from tfmq_fx.drift import nearest_of, output_errors, trajectory
 from tfmq_fx.errors import TFMQError
 from tfmq_fx.report import OURS, measure, write_report
@@ -69,8 +71,24 @@ def test_numbers(measured, digits):
     columns = zip(*drift["cosine_distance"], strict=True)
     for column, row in zip(columns, digits.report["errors_by_timestep"], strict=True):
         assert sum(column) / 11 == pytest.approx(row["temporal_cosine_distance"], rel=1e-2)
-    assert numbers["kernels"]["flops"]["int8"] > 0
-    assert set(numbers["milliseconds"]) == {"batch", "float", OURS, "int8 kernels"}
+    if INT8:
+        assert numbers["kernels"]["flops"]["int8"] > 0
+    assert set(numbers["milliseconds"]) == {"batch", "float", OURS, *(["int8 kernels"] if INT8 else [])}
+
+
+def test_without_int8_instructions_nothing_is_timed_as_int8_and_the_page_says_why(
+    measured, digits, monkeypatch, tmp_path, caplog
+):
+    monkeypatch.setattr(drift, "int8_instructions", list)
+    low, words = drift.lowered(digits, batch=1)
+    assert low is None
+    assert [r.message for r in caplog.records if r.name == "tfmq_fx.drift"] == [
+        "report: no int8 kernels are timed: this CPU has no int8 instructions (VNNI, AMX)."
+    ]
+    numbers, runs = measured
+    write_report({**numbers, "kernels": {"missing": words}}, runs, tmp_path / "page", title="x")
+    page = (tmp_path / "page" / "report.html").read_text()
+    assert "No int8 kernels were tried: this CPU has no int8 instructions (VNNI, AMX)." in page
 
 
 def test_round_to_nearest_is_calibrated_beside_it_and_worse(pipe, digits):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 
 from tfmq_fx.calibration import CalibrationSet
 from tfmq_fx.errors import TFMQError
+from tfmq_fx.lowering import NO_INT8, int8_instructions
 from tfmq_fx.metrics import relative_mse_by_timestep
 from tfmq_fx.model import DropIn, QuantizedModel
 from tfmq_fx.pipeline import quantize
@@ -20,6 +22,7 @@ from tfmq_fx.recipe import Recipe
 from tfmq_fx.recording import denoiser, run_pipeline
 from tfmq_fx.sampling import swapped
 
+log = logging.getLogger(__name__)
 ROWS = 64  # rows of one call when errors are measured
 
 
@@ -131,7 +134,10 @@ def milliseconds(
 
 
 def lowered(model: QuantizedModel, *, batch: int) -> tuple[DropIn | None, str]:
-    """The network on int8 kernels, or why there is none here."""
+    """The network on int8 kernels, or why there is none here: without the instructions it would be float by another name."""
+    if not int8_instructions():
+        log.warning("report: no int8 kernels are timed: %s.", NO_INT8)
+        return None, f"{NO_INT8}."
     try:
         return model.lower("cpu", precision="float32", batch=batch), ""
     except TFMQError as error:
