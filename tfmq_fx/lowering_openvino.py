@@ -62,6 +62,10 @@ def export_folder(model: QuantizedModel, folder: Path) -> tuple[str, ...]:
     if not names <= {MODEL, WEIGHTS, LAYERS} or folder.is_file():
         raise TFMQError(f"{folder}: holds something else; choose another folder or remove it yourself.")
     found: list[str] = []
+    if model.recipe.get("smooth") is not None:
+        found.append(
+            "compile it with a fixed batch (model.reshape): for one of any size OpenVINO 2026.4 overwrites smoothed activations"
+        )
     replace_folder(folder, lambda temporary: found.extend(write(model, temporary)))
     return tuple(found)
 
