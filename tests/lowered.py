@@ -23,8 +23,7 @@ BFLOAT16 = 0.05
 INT8 = bool(lowering.int8_instructions())
 needs_kernels = pytest.mark.skipif(not INT8, reason=lowering.NO_INT8)
 needs_bfloat16 = pytest.mark.skipif(
-    not any(torch.cpu.get_capabilities().get(name) for name in ("avx512_bf16", "amx_bf16")),
-    reason="this CPU does not compute in bfloat16",
+    not lowering.torch_has_bfloat16(), reason="this CPU does not compute in bfloat16"
 )
 
 

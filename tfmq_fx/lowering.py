@@ -269,7 +269,7 @@ def _with_torch(
     int8: bool,
 ) -> Lowered:
     has = dict(torch.cpu.get_capabilities())
-    precision = _precision(precision, has_bfloat16=bool(has.get("avx512_bf16") or has.get("amx_bf16")))
+    precision = _precision(precision, has_bfloat16=torch_has_bfloat16())
     start = time.perf_counter()
     conditions = json.dumps([precision, pack, int8, torch.get_num_threads(), has, OPTIONS], default=str)
     folder = root / _key(model, conditions)
@@ -312,6 +312,12 @@ def _remembered(file: Path, look: Callable[[], Any]) -> Any:
 
 def _to_json(kernels: Iterable[Kernel]) -> list[dict[str, Any]]:
     return [dataclasses.asdict(k) for k in kernels]
+
+
+def torch_has_bfloat16() -> bool:
+    """Whether torch's kernels compute in bfloat16 on this CPU."""
+    has = dict(torch.cpu.get_capabilities())
+    return bool(has.get("avx512_bf16") or has.get("amx_bf16"))
 
 
 def int8_instructions() -> list[str]:
