@@ -16,6 +16,7 @@ from tfmq_fx.arithmetic import IntegerRange, choose_qparams, quantize_rows, sear
 from tfmq_fx.graph import inline, set_buffer
 
 GAMMA, ZETA = -0.1, 1.1  # stretch of the hard sigmoid (AdaRound, eq. 23)
+EDGE = 0.4  # of a step: how far from its integer tuning lets a weight start; 0.5 would leave it with a coin's toss
 
 
 class PerChannelWeightFakeQuantize(FakeQuantizeBase):  # type: ignore[misc]
@@ -42,6 +43,8 @@ class PerChannelWeightFakeQuantize(FakeQuantizeBase):  # type: ignore[misc]
         self.alpha: Tensor | None = None  # the soft rounding variable while it is being learned
         self.soft: Tensor | None = None  # the weight that the graph then computes with
         self._floor: Tensor | None = None
+        self.steps: Tensor | None = None  # (R, K) and (R,), while integers and scales are being tuned
+        self.log_growth: Tensor | None = None
         self.register_buffer("q", torch.empty(0, dtype=self.dtype))
         self.register_buffer("scale", torch.ones(0))
         self.register_buffer("zero_point", torch.zeros(0, dtype=torch.int32))
@@ -114,6 +117,39 @@ class PerChannelWeightFakeQuantize(FakeQuantizeBase):  # type: ignore[misc]
         q = q.clamp(self.integers.quant_min, self.integers.quant_max).to(self.dtype)
         self.q = self._unrows(q, self.q.shape)
         self.alpha = self.soft = self._floor = None
+
+    def start_tuning(self, weight: Tensor) -> tuple[Tensor, Tensor]:
+        """Variables for the integers and for the scales, from where they stand.
+
+        steps (R, K): the weight in units of its scale, moved to within EDGE of its integer, which so is what it rounds
+            to, and the weights that were near another one are the first to go there. log_growth (R,): of the scale.
+        """
+        q_RK = self._rows(self.q.float()) - self.zero_point[:, None]
+        scaled = self._rows(weight.detach().float()) / self.scale[:, None]
+        self.steps = torch.clamp(scaled, q_RK - EDGE, q_RK + EDGE).requires_grad_()
+        self.log_growth = torch.zeros_like(self.scale).requires_grad_()
+        return self.steps, self.log_growth
+
+    def tuned(self) -> Tensor:
+        """The weight as a function of the variables, rounded straight through (Bengio et al. 2013); `soft` is cut off from it."""
+        assert self.steps is not None
+        assert self.log_growth is not None
+        rounded = self.steps + (self.steps.round() - self.steps).detach()
+        zero_point = self.zero_point[:, None]
+        rounded = rounded.clamp(self.integers.quant_min - zero_point, self.integers.quant_max - zero_point)
+        weight = self._unrows(rounded * (self.scale * self.log_growth.exp())[:, None], self.q.shape)
+        self.soft = weight.detach().requires_grad_()
+        return weight
+
+    def stop_tuning(self) -> None:
+        """The variables become integers and scales."""
+        assert self.steps is not None
+        assert self.log_growth is not None
+        q_RK = self.steps.detach().round() + self.zero_point[:, None]
+        q_RK = q_RK.clamp(self.integers.quant_min, self.integers.quant_max).to(self.dtype)
+        self.q = self._unrows(q_RK, self.q.shape)
+        self.scale = self.scale * self.log_growth.detach().exp()
+        self.steps = self.log_growth = self.soft = None
 
     def forward(self, weight: Tensor) -> Tensor:
         if not self.fake_quant_enabled[0]:

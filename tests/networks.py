@@ -107,7 +107,9 @@ def calibration(rows: int = 40, seed: int = 0) -> tfmq_fx.CalibrationSet:
     )
 
 
-FAST = tfmq_fx.Reconstruction(iterations=20, temporal_iterations=100, num_samples=40, batch_size=20)
+FAST = tfmq_fx.Reconstruction(
+    iterations=20, temporal_iterations=100, num_samples=40, batch_size=20, tune_iterations=0
+)
 
 
 def prepared(bits: str = "w4a8", **changes: object) -> torch.fx.GraphModule:

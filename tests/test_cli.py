@@ -111,6 +111,8 @@ def test_quantize_sample_and_evaluate_a_local_folder(monkeypatch, capsys, tmp_pa
         2,
         "--iterations",
         5,
+        "--tune-iterations",
+        2,
         *common,
     )
     assert (code, err) == (0, "")

@@ -1,5 +1,6 @@
 """Processes that share the work end with the integers of one; one that dies stops the others."""
 
+import functools
 import os
 import signal
 import socket
@@ -85,13 +86,28 @@ def same(a, b):
     return a.keys() == b.keys() and all(torch.equal(a[n], b[n]) for n in a)
 
 
+def learned(method):
+    return repr({"method": method, "learn_activation_scale": True, "tune_iterations": 5})
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory):
+    """(method) -> the folder in which two processes wrote what they learned, once each."""
+
+    @functools.cache
+    def folder(method):
+        path = tmp_path_factory.mktemp(method)
+        finish(start(path, 2, changes=learned(method)))
+        return path
+
+    return folder
+
+
 @pytest.mark.parametrize("method", ["adaround", "gptq"])
-def test_two_processes_end_with_the_bits_of_one(tmp_path, method):
+def test_two_processes_end_with_the_bits_of_one(tmp_path, two, method):
     """Two parts of a batch either way: a sum of two floats does not depend on who adds them."""
-    changes = repr({"method": method, "learn_activation_scale": True})
-    finish(start(tmp_path, 0, changes=changes, name="alone"))
-    finish(start(tmp_path, 2, changes=changes))
-    alone, first, second = integers(tmp_path, 0, "alone"), integers(tmp_path, 0), integers(tmp_path, 1)
+    finish(start(tmp_path, 0, changes=learned(method)))
+    alone, first, second = integers(tmp_path, 0), integers(two(method), 0), integers(two(method), 1)
     assert same(first, second)
     assert same(first, alone)
 
@@ -112,8 +128,9 @@ def test_three_processes_agree_and_are_near_one(tmp_path):
             torch.testing.assert_close(ranks[0][n], alone[n], rtol=0.02, atol=1e-6)
 
 
-def test_one_that_is_killed_stops_the_others_and_what_was_finished_stays(tmp_path):
-    first, second = start(tmp_path, 2, state=tmp_path / "state", die=True)
+def test_one_that_is_killed_stops_the_others_and_what_was_finished_stays(tmp_path, two):
+    settings = {"state": tmp_path / "state", "changes": learned("adaround")}
+    first, second = start(tmp_path, 2, **settings, die=True)
     second.communicate(timeout=200)  # its pipes closed, too
     assert second.returncode == -signal.SIGKILL
     died = time.monotonic()
@@ -122,14 +139,14 @@ def test_one_that_is_killed_stops_the_others_and_what_was_finished_stays(tmp_pat
     assert first.returncode == 2
     assert "rank 0 of 2: another process of the group is gone" in stdout
     assert "0001.safetensors" in {p.name for p in (tmp_path / "state").iterdir()}
-    finish(start(tmp_path, 2, state=tmp_path / "state"))
-    finish(start(tmp_path, 2, name="again"))
-    assert same(integers(tmp_path, 0), integers(tmp_path, 0, "again"))
+    finish(start(tmp_path, 2, **settings))
+    assert same(integers(tmp_path, 0), integers(two("adaround"), 0))
 
 
 def test_torchrun_on_the_command_line(tmp_path):
     """Every process records its share; one of them writes."""
     command = ["quantize", str(tmp_path / "q"), "--num-samples", "4", "--steps", "3", "--iterations", "2"]
+    command += ["--tune-iterations", "2"]
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     run = subprocess.run(
         [*torchrun, "-m", "tfmq_fx.cli", *command],

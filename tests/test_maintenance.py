@@ -53,7 +53,9 @@ def test_blocks_are_reconstructed_on_the_features_that_they_will_look_up():
     """So they get the integers that they would beside a temporal block left in float."""
 
     def integers(**changes):
-        recipe = tfmq_fx.Recipe(reconstruction=tfmq_fx.Reconstruction(method="gptq"), **changes)
+        recipe = tfmq_fx.Recipe(
+            reconstruction=tfmq_fx.Reconstruction(method="gptq", tune_iterations=5), **changes
+        )
         gm = tfmq_fx.capture(make(TinyUNet), {n: x[:2] for n, x in calibration().tensors.items()})
         gm = tfmq_fx.calibrate(tfmq_fx.prepare(gm, recipe, timesteps=TIMESTEPS), calibration())
         gm = tfmq_fx.reconstruct(gm, calibration())

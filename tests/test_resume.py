@@ -18,10 +18,16 @@ from tfmq_fx.errors import TFMQError
 from tfmq_fx.observers import PerChannelWeightFakeQuantize
 from tfmq_fx.passes.prepare import observers
 
+TUNED = dataclasses.replace(FAST, tune_iterations=10)
+
 
 def integers(gm):
+    """And their scales."""
     return {
-        str(n.args[0].target): o.q for n, o in observers(gm) if isinstance(o, PerChannelWeightFakeQuantize)
+        str(n.args[0].target) + kind: getattr(o, kind)
+        for n, o in observers(gm)
+        if isinstance(o, PerChannelWeightFakeQuantize)
+        for kind in ("q", "scale")
     }
 
 
@@ -31,7 +37,7 @@ def same(a, b):
 
 def reconstructed(state=None, **changes):
     gm = prepared()
-    return tfmq_fx.reconstruct(gm, calibration(), dataclasses.replace(FAST, **changes), seed=0, state=state)
+    return tfmq_fx.reconstruct(gm, calibration(), dataclasses.replace(TUNED, **changes), seed=0, state=state)
 
 
 @pytest.fixture(scope="module")
@@ -47,15 +53,14 @@ def test_keeping_state_changes_nothing_and_a_second_run_learns_nothing(tmp_path,
         *(f"{i:04d}.safetensors" for i in range(blocks)),
         "state.json",
     ]
-    monkeypatch.setattr(
-        "tfmq_fx.reconstruction.choose_rounding", lambda *_a, **_k: pytest.fail("learned again")
-    )
+    for learn in ("choose_rounding", "tune"):
+        monkeypatch.setattr(f"tfmq_fx.reconstruction.{learn}", lambda *_a, **_k: pytest.fail("learned again"))
     again = reconstructed(tmp_path / "s")
     assert same(integers(again), integers(uninterrupted))
     assert again.meta["reconstruction"] == first.meta["reconstruction"]
 
 
-@pytest.mark.parametrize("finished", [0, 1, 4])
+@pytest.mark.parametrize("finished", [0, 1, 4, 7])
 def test_it_goes_on_from_what_is_there(tmp_path, uninterrupted, finished):
     reconstructed(tmp_path / "s")
     for file in sorted((tmp_path / "s").glob("*.safetensors"))[finished:]:
@@ -71,8 +76,9 @@ def test_killed_at_any_moment_the_same_command_ends_with_the_same_integers(tmp_p
         import sys, torch
         torch.manual_seed(0); torch.set_num_threads(1)
         import tfmq_fx
-        from tests.networks import FAST, calibration, prepared
-        gm = tfmq_fx.reconstruct(prepared(), calibration(), FAST, seed=0, state=sys.argv[1])
+        from tests.networks import calibration, prepared
+        from tests.test_resume import TUNED
+        gm = tfmq_fx.reconstruct(prepared(), calibration(), TUNED, seed=0, state=sys.argv[1])
         q = tfmq_fx.convert(gm)
         torch.save({n: b for n, b in q.state_dict().items()}, sys.argv[2])
         """

@@ -225,6 +225,13 @@ def quantize(
             help="Learn the rounding (adaround), so many iterations per block; 0: round to nearest. Default: as the recipe says.",
         ),
     ] = None,
+    tune_iterations: Annotated[
+        int | None,
+        typer.Option(
+            min=0,
+            help="Then tune all blocks together, so many iterations; 0: leave that out. Default: as the recipe says.",
+        ),
+    ] = None,
     seed: Seed = 0,
     scheduler: Scheduler = None,
     argument: Arguments = None,
@@ -268,14 +275,15 @@ def quantize(
     from tfmq_fx.saving import check_output_folder
 
     chosen = _recipe(recipe)
-    if iterations is not None:
-        settings = chosen.reconstruction
-        if iterations == 0:
-            settings = dataclasses.replace(settings, method="nearest")
-        else:
-            method = settings.method if "adaround" in settings.method else "adaround"
-            settings = dataclasses.replace(settings, method=method, iterations=iterations)
-        chosen = dataclasses.replace(chosen, reconstruction=settings)
+    settings = chosen.reconstruction
+    if iterations == 0:
+        settings = dataclasses.replace(settings, method="nearest")
+    elif iterations is not None:
+        method = settings.method if "adaround" in settings.method else "adaround"
+        settings = dataclasses.replace(settings, method=method, iterations=iterations)
+    if tune_iterations is not None:
+        settings = dataclasses.replace(settings, tune_iterations=tune_iterations)
+    chosen = dataclasses.replace(chosen, reconstruction=settings)
     changes: dict[str, Any] = {"maintain": maintain, "unseen": unseen}
     chosen = dataclasses.replace(chosen, **{n: x for n, x in changes.items() if x is not None})
     preset = CalibrationPreset.named(calibration) if calibration is not None else CalibrationPreset()

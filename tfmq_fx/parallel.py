@@ -25,8 +25,8 @@ R = TypeVar("R")
 class Workers:
     """Threads that each run torch on one thread, so that no sum inside an operator depends on their number."""
 
-    def __init__(self, pool: ThreadPoolExecutor | None) -> None:
-        self._pool = pool
+    def __init__(self, pool: ThreadPoolExecutor | None, count: int = 1) -> None:
+        self._pool, self.count = pool, count
 
     def map(self, function: Callable[[T], R], items: Iterable[T]) -> list[R]:
         """The function's results in the order of the items, with the caller's grad mode."""
@@ -50,10 +50,9 @@ def workers(parts: int) -> Iterator[Workers]:
         if min(threads, parts) <= 1:
             yield Workers(None)
         else:
-            with ThreadPoolExecutor(
-                min(threads, parts), initializer=torch.set_num_threads, initargs=(1,)
-            ) as pool:
-                yield Workers(pool)
+            count = min(threads, parts)
+            with ThreadPoolExecutor(count, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+                yield Workers(pool, count)
     finally:
         torch.set_num_threads(threads)
 

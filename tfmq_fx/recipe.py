@@ -79,12 +79,15 @@ class Reconstruction:
     )
     learn_activation_scale: bool = False  # with AdaRound: the scales of the block's static activations too
     activation_learning_rate: float = 1e-2  # of the logarithm of those scales, Adam
+    # Then all blocks together, on the network's output, each timestep's error in units of what it was before: steps of
+    # `batch_size` rows, drawn from the whole calibration set. None: 400, or 0 with method "nearest".
+    tune_iterations: int | None = None
+    tune_learning_rate: float = 5e-3  # of the weights, in units of their scale, Adam
+    tune_scale_learning_rate: float = 1e-3  # of the logarithm of those scales, Adam
     # Parts that a mini-batch is cut into: each is computed on one thread, by one process. The integers depend on
     # their number, not on the number of threads. As many as processes at least.
     shards: int = 2
-    max_memory: float = (
-        8.0  # GiB of block inputs and targets; past it they lie in half precision on disk (TMPDIR)
-    )
+    max_memory: float = 8.0  # GiB of block inputs and targets; past it they lie in half precision on disk (TMPDIR). Also of tuning
     gptq_samples: int = 256  # samples whose layer inputs make GPTQ's Hessian
     gptq_memory: float = (
         8.0  # GiB; a layer of K inputs whose Hessian and factors (48 K^2 bytes) take more is cut into pieces
@@ -110,6 +113,8 @@ class Reconstruction:
         ):
             if getattr(self, name) < 1:
                 raise TFMQError(f"Reconstruction.{name}: {getattr(self, name)} is not positive.")
+        if self.tune_iterations is not None and self.tune_iterations < 0:
+            raise TFMQError(f"Reconstruction.tune_iterations: {self.tune_iterations} is negative.")
 
 
 @dataclass(frozen=True, kw_only=True)

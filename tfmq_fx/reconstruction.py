@@ -1,4 +1,4 @@
-"""Choose the rounding of the weights: TIAR on the temporal block, then block after block.
+"""Choose the integers of the weights: TIAR on the temporal block, then block after block, then all blocks together.
 
 One walk of the graph keeps two streams, float and quantized. A block's input comes from the quantized
 stream (what it will really see), its target from the float stream; the network is never restarted.
@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import dataclasses
 import heapq
-from collections.abc import Iterable, Iterator, Mapping
+import math
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -26,6 +27,7 @@ from tfmq_fx.errors import TFMQError
 from tfmq_fx.graph import fixed_size, fresh, meta_value, placeholders, weight_argument
 from tfmq_fx.observers.weight import PerChannelWeightFakeQuantize
 from tfmq_fx.parallel import Ranks, Workers, workers
+from tfmq_fx.passes.annotate import Note
 from tfmq_fx.passes.find_blocks import find_blocks
 from tfmq_fx.passes.find_temporal import temporal_of
 from tfmq_fx.passes.partition_temporal import extract_temporal
@@ -37,6 +39,7 @@ from tfmq_fx.resume import Finished, fingerprint
 from tfmq_fx.rounding import BlockResult, Outputs, Part, Streams, choose_rounding
 from tfmq_fx.spill import Budget, Values
 from tfmq_fx.temporal import is_scalar, require_keys_only, run_temporal, temporal_rows
+from tfmq_fx.tuning import Memory, NetworkStreams, float_outputs, tune, weights_to_tune
 
 
 @declare(needs=("calibrate",))
@@ -52,18 +55,21 @@ def reconstruct(
 
     First TIAR (TFMQ-DM, Temporal Information Aware Reconstruction): the whole temporal block at once, over all timesteps of the schedule, no data.
     Then the blocks of `find_blocks` in order, AdaRound with quantized input and float target. A block whose
-    learned rounding is no better than round-to-nearest on the calibration data keeps round-to-nearest. With
+    learned rounding is no better than round-to-nearest on the calibration data keeps round-to-nearest. Then, unless
+    settings.tune_iterations is 0, all of them together, integers and scales, on the network's output (`tuning`). With
     maintain="cache" the temporal block is passed over, and the others see its float features, as they will.
 
     state: a folder that keeps every finished block; the same call after an interruption goes on from there and
         ends with the same integers. It stays; remove it when the result is saved.
 
-    The results are in gm.meta["reconstruction"]. Raises TFMQError when a loss becomes NaN, naming the block, and
-    for a state folder that cannot be written or belongs to another run.
+    The results are in gm.meta["reconstruction"]; tuning that settings.max_memory does not allow is left out, which a
+    note of gm.meta["plan"] says. Raises TFMQError when a loss becomes NaN, naming the block, and for a state folder that
+    cannot be written or belongs to another run.
     """
     require_stage(gm, "calibrated")
     settings = settings or gm.meta["recipe"].reconstruction
-    if settings.method == temporal_method(settings) == "nearest":
+    iterations = tune_iterations(settings)
+    if settings.method == temporal_method(settings) == "nearest" and not iterations:
         return gm
     ranks = Ranks()
     if settings.shards % ranks.size:
@@ -72,7 +78,7 @@ def reconstruct(
     finished = Finished(
         None if state is None else Path(state), fingerprint(gm, calibration.tensors, settings, seed), ranks
     )
-    # Only the rounding is learned. (torch 2.11 also crashes in a group norm backward that is asked for its
+    # Only integers and scales are learned. (torch 2.11 also crashes in a group norm backward that is asked for its
     # parameters' gradients alone, channels last.)
     frozen = [p for p in gm.parameters() if p.requires_grad]
     for p in frozen:
@@ -85,9 +91,12 @@ def reconstruct(
             cached = gm.meta["recipe"].maintain == "cache"
             if temporal_method(settings) != "nearest" and _learnable(gm, temporal=True) and not cached:
                 results.append(_reconstruct_temporal(gm, calibration, run))
-            if settings.method != "nearest" and _learnable(gm, temporal=False):
+            if _learnable(gm, temporal=False):
                 with _temporal_in_float(gm) if cached else nullcontext():
-                    results += _Walk(gm, data, run).run()
+                    blocks = _Walk(gm, data, run).run() if settings.method != "nearest" else []
+                    results += blocks
+                    if iterations:
+                        results += _tune(gm, calibration, run, iterations, index=len(blocks) + 1)
     finally:
         for p in frozen:
             p.requires_grad_(True)
@@ -112,6 +121,12 @@ def temporal_method(settings: Reconstruction) -> str:
     return settings.temporal_method or ("nearest" if settings.method == "nearest" else "gptq")
 
 
+def tune_iterations(settings: Reconstruction) -> int:
+    if settings.tune_iterations is not None:
+        return settings.tune_iterations
+    return 0 if settings.method == "nearest" else 400
+
+
 def _learnable(gm: GraphModule, *, temporal: bool) -> bool:
     inside = set(temporal_of(gm).nodes)
     return any(
@@ -132,45 +147,61 @@ class _Run:
     ranks: Ranks
 
     def split(
-        self, chunks: Iterable[Mapping[str, Tensor]], *, whole: bool = False
+        self, chunks: Iterable[Mapping[str, Tensor]], parts: int, *, shared: Collection[str] = ()
     ) -> tuple[list[list[Part]], list[dict[str, Tensor]]]:
-        """The parts of each chunk that are this process's, and their rows; whole: a graph of a fixed batch has one part."""
-        parts: list[list[Part]] = []
+        """Each chunk in so many parts: those that are this process's, and their rows; tensors named `shared` have none."""
+        found: list[list[Part]] = []
         rows: list[dict[str, Tensor]] = []
+        first = 0
         for chunk in chunks:
-            count = len(next(iter(chunk.values())))
-            pieces = torch.arange(count).tensor_split(1 if whole else self.settings.shards)
-            mine = [piece for piece in self.ranks.share(pieces) if len(piece)]
-            parts.append([Part(len(rows) + i, len(piece) / count) for i, piece in enumerate(mine)])
-            rows += [{n: x[piece] for n, x in chunk.items()} for piece in mine]
-        return parts, rows
+            count = next(len(x) for n, x in chunk.items() if n not in shared)
+            pieces = self.ranks.share(torch.arange(count).tensor_split(parts))
+            found.append([])
+            for piece in pieces:
+                if size := len(piece):
+                    found[-1].append(Part(len(rows), size / count, first + int(piece[0]), size))
+                    rows.append({n: x if n in shared else x[piece] for n, x in chunk.items()})
+            first += count
+        return found, rows
 
     def choose(
         self, name: str, index: int, streams: Streams, *, method: str, iterations: int, watch: bool = False
     ) -> BlockResult:
-        """The integers of one block: what was kept from an earlier run, or else chosen now and kept."""
-        if kept := self.finished.restore(index, streams.block):
-            return kept
+        """The integers of one block."""
+
+        def learn() -> BlockResult:
+            return choose_rounding(
+                name,
+                streams,
+                method=method,
+                settings=self.settings,
+                iterations=iterations,
+                order=self.order(index, len(streams.chunks)),
+                watch=watch,
+            )
+
+        return self.once(index, streams.block, learn)
+
+    def once(self, index: int, block: GraphModule, learn: Callable[[], BlockResult]) -> BlockResult:
+        """What was kept from an earlier run, or else learned now and kept."""
+        result = self.finished.restore(index, block)
+        if result is None:
+            result = learn()
+            self.finished.keep(index, block, result)
+        return result
+
+    def order(self, index: int, chunks: int) -> Callable[[], int]:
+        """The next chunk to learn from: all of them, shuffled, then all again."""
         # A generator for each block: what one block draws does not depend on the blocks before it.
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + index)
         pending: list[int] = []
 
-        def order() -> int:
+        def following() -> int:
             if not pending:
-                pending.extend(torch.randperm(len(streams.chunks), generator=generator).tolist())
+                pending.extend(torch.randperm(chunks, generator=generator).tolist())
             return pending.pop()
 
-        result = choose_rounding(
-            name,
-            streams,
-            method=method,
-            settings=self.settings,
-            iterations=iterations,
-            order=order,
-            watch=watch,
-        )
-        self.finished.keep(index, streams.block, result)
-        return result
+        return following
 
 
 def _reconstruct_temporal(gm: GraphModule, calibration: CalibrationSet, run: _Run) -> BlockResult:
@@ -185,7 +216,9 @@ def _reconstruct_temporal(gm: GraphModule, calibration: CalibrationSet, run: _Ru
     shuffled = torch.arange(count)
     if count > size:
         shuffled = torch.randperm(count, generator=torch.Generator().manual_seed(run.seed))
-    chunks, parts = run.split({n: x[part] for n, x in rows.items()} for part in shuffled.split(size))
+    chunks, parts = run.split(
+        ({n: x[part] for n, x in rows.items()} for part in shuffled.split(size)), run.settings.shards
+    )
     streams = Streams(
         block,
         lambda m, part, _: run_temporal(m, parts[part.index], scalar=scalar),
@@ -203,6 +236,56 @@ def _reconstruct_temporal(gm: GraphModule, calibration: CalibrationSet, run: _Ru
     )
 
 
+def _tune(
+    gm: GraphModule, calibration: CalibrationSet, run: _Run, iterations: int, *, index: int
+) -> list[BlockResult]:
+    """`tuning.tune` on as many of the calibration rows as it draws; none, and a note in the plan, where it does not fit."""
+    settings, scalar = run.settings, is_scalar(gm)
+    data = calibration.spread(iterations * settings.batch_size, seed=run.seed)
+    batches = list(data.batches(settings.batch_size, one_timestep=scalar))
+    shared = data.constants.keys()
+    whole = _fixed_batch(gm, shared)
+    count = len(batches[0][gm.meta["timestep"]]) if whole else 1
+    first = {n: x if n in shared else x[:count] for n, x in batches[0].items()}
+    weights = weights_to_tune(gm)
+    memory = Memory.of(gm, inputs_of(gm, first), count, weights, settings)
+    # Threads compute a part each, at most as many as there are shards.
+    at_once = 1 if whole else settings.shards
+    room = settings.max_memory * 2**30 - memory.state
+    if room < memory.row * count * at_once:
+        needed = (memory.state + memory.row * count * at_once) / 2**30
+        note = Note(
+            name="tuning",
+            reason=f"left out: it takes {needed:.1f} GiB, Reconstruction.max_memory is {settings.max_memory:g}",
+            coarser=False,
+        )
+        gm.meta["plan"] = dataclasses.replace(gm.meta["plan"], notes=(*gm.meta["plan"].notes, note))
+        return []
+    parts = 1 if whole else settings.shards * math.ceil(memory.row * settings.batch_size / max(room, 1))
+
+    def learn() -> BlockResult:
+        chunks, rows = run.split(batches, parts, shared=shared)
+        inputs = [inputs_of(gm, r) for r in rows]
+        in_float = without_observers(gm)
+
+        def outputs(module: GraphModule, part: Part, _quantized: bool) -> Outputs:
+            return float_outputs(module(*inputs[part.index]))
+
+        targets = run.workers.map(lambda x: float_outputs(in_float(*x)), inputs)
+        streams = NetworkStreams(
+            gm,
+            outputs,
+            chunks,
+            workers=run.workers,
+            ranks=run.ranks,
+            target=lambda part: targets[part.index],
+            timesteps=torch.cat([batch[gm.meta["timestep"]] for batch in batches]),
+        )
+        return tune(streams, weights, settings, iterations, run.order(index, len(chunks)))
+
+    return [run.once(index, gm, learn)]
+
+
 class _Walk:
     """One pass over a prepared graph in units: single nodes, and blocks that are reconstructed when reached."""
 
@@ -210,10 +293,9 @@ class _Walk:
         self.gm, self.config = fresh(gm), run
         self.gm.meta = gm.meta
         batches = data.batches(run.settings.batch_size, one_timestep=is_scalar(gm))
-        values = [meta_value(n) for n in placeholders(gm).values()]
-        batch = [x.shape[0] for x in values if isinstance(x, Tensor) and x.dim()]
-        whole = any(fixed_size(size) is not None for size in batch)
-        self.chunks, rows = run.split(batches, whole=whole)
+        shared = data.constants.keys()
+        parts = 1 if _fixed_batch(gm, shared) else run.settings.shards
+        self.chunks, rows = run.split(batches, parts, shared=shared)
         self.inputs = [inputs_of(gm, r) for r in rows]
         self.passed = {n for n in self.gm.graph.nodes if n.op == "call_module" and _is_observer(self.gm, n)}
 
@@ -343,6 +425,12 @@ class _Walk:
             )
         self.config.workers.map(partial(keep, env=quant_env), streams.parts)
         return results
+
+
+def _fixed_batch(gm: GraphModule, shared: Collection[str]) -> bool:
+    """Whether the graph takes batches of one size only; tensors named `shared` have no rows."""
+    values = [meta_value(n) for name, n in placeholders(gm).items() if name not in shared]
+    return any(fixed_size(x.shape[0]) is not None for x in values if isinstance(x, Tensor) and x.dim())
 
 
 def _is_observer(gm: GraphModule, node: Node) -> bool:

@@ -1,8 +1,9 @@
 """What reconstruction has finished, block by block on disk, so that a run that was stopped goes on where it was.
 
     state.json              the fingerprint of the run: recipe, seed, calibration data and weights
-    0000.safetensors ...    one block: the integers of its weights by path, the scales of its static activations, its
-                            result and the run's fingerprint as metadata; 0000 is the temporal block
+    0000.safetensors ...    one block: the integers and scales of its weights by path, the scales of its static
+                            activations, its result and the run's fingerprint as metadata; 0000 is the temporal block,
+                            the last one the whole network
 
 Each file is written under a temporary name of its own and renamed: it is absent or whole. Two processes that do the same
 run at once share what either has finished; of two that do different runs, one is refused, and should both have begun at
@@ -145,12 +146,13 @@ def _temporary(file: Path) -> Path:
 
 
 def _learned(block: GraphModule) -> dict[str, Tensor]:
-    """The integers of the block's weights by path, and the scales of its static activations by observer."""
+    """The integers and scales of the block's weights by path, and the scales of its static activations by observer."""
     found = {}
     for node, observer in observers(block):
         source = node.args[0]
         if isinstance(observer, PerChannelWeightFakeQuantize) and isinstance(source, Node):
             found[str(source.target)] = observer.q
+            found[f"{source.target}_scale"] = observer.scale
         elif isinstance(observer, StaticFakeQuantize):
             found[f"{node.target}.scale"] = observer.scale
     return found

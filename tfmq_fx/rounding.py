@@ -33,13 +33,16 @@ Outputs = tuple[Tensor, ...]
 
 @dataclass(frozen=True, kw_only=True)
 class BlockResult:
-    """What reconstruction did to one block; errors are mean squared, against the float stream."""
+    """What reconstruction did to one block, or tuning to the network; errors are mean squared, against the float stream.
+
+    Those of tuning are in units of what each timestep's error was before it: `error_nearest` is 1.
+    """
 
     name: str
     weights: int  # weights whose rounding was learned
     error_nearest: float
     error: float
-    kept: str  # "learned" or "gptq"; "nearest" where neither helped
+    kept: str  # "learned", "gptq" or "tuned"; "nearest", or "untuned", where nothing helped
     seconds: float
     hessian_pieces: int = 1  # the most pieces that GPTQ cut a layer's columns into, to keep to gptq_memory
 
@@ -50,6 +53,8 @@ class Part:
 
     index: int  # among all parts that this process holds
     share: float  # of the chunk's rows
+    first: int  # of its rows among those of all chunks
+    count: int  # of its rows
 
 
 class Streams:
@@ -120,11 +125,10 @@ class Streams:
                 *torch.autograd.grad(loss, leaves, materialize_grads=True, allow_unused=True),
             ]
 
-        found = self.workers.map(of_part, self.chunks[chunk])
-        if found:
-            sums = [_sum(column) for column in zip(*found, strict=True)]
-        else:  # fewer rows than processes
-            sums = [torch.zeros(()), *[torch.zeros_like(x) for x in leaves]]
+        parts, sums = self.chunks[chunk], [torch.zeros(()), *[torch.zeros_like(x) for x in leaves]]
+        for i in range(0, len(parts), self.workers.count):  # no more gradients at once than threads compute
+            for found in self.workers.map(of_part, parts[i : i + self.workers.count]):
+                sums = [total.to(x.device) + x for total, x in zip(sums, found, strict=True)]
         loss, *gradients = self.ranks.sum(sums)
         return loss, gradients
 
