@@ -78,6 +78,9 @@ def real_size(rows: int, iterations: int, batch_size: int) -> None:
         f"estimate for the default recipe ({settings.num_samples} rows, {settings.iterations} iterations of "
         f"{settings.batch_size}) and {FULL_ROWS} calibration rows: {hours:.0f} CPU hours a model, of cores like these"
     )
+    for note in report["notes"]:
+        if note["name"] == "tuning":
+            print(f"tuning {note['reason']}")
     print(
         f"{report['sizes']['float_bytes'] / 2**30:.2f} GiB float -> {report['sizes']['quantized_bytes'] / 2**30:.2f} GiB; "
         f"{report['sizes']['quantized_weights'] / 1e6:.0f} M quantized weights; rows {rows}, iterations {iterations}"

@@ -102,7 +102,9 @@ def test_one_thread_and_three_give_the_same_integers():
     for n in (1, 2, 3):
         torch.set_num_threads(n)
         try:
-            runs.append(state(tfmq_fx.reconstruct(prepared(), calibration(), ALONE)))
+            gm = tfmq_fx.reconstruct(prepared(), calibration(), dataclasses.replace(ALONE, tune_iterations=5))
+            assert gm.meta["reconstruction"][0].kept == "tuned"
+            runs.append(state(gm))
         finally:
             torch.set_num_threads(threads)
     assert not changed(runs[0], runs[1])
@@ -160,10 +162,12 @@ def test_a_batch_is_cut_into_as_many_parts_as_memory_asks_for(monkeypatch):
     errors = []
     for limit in (8.0, (needs.state + 2.5 * needs.row) / 2**30):
         gm = prepared()
-        tfmq_fx.reconstruct(gm, calibration(), dataclasses.replace(ALONE, max_memory=limit))
+        tfmq_fx.reconstruct(
+            gm, calibration(), dataclasses.replace(ALONE, max_memory=limit, tune_iterations=5)
+        )
         errors.append(gm.meta["reconstruction"][0].error)
     assert seen == [2, 16]  # 20 rows, 2.5 of which fit: 8 parts for each of two threads
-    assert errors[0] == pytest.approx(errors[1], rel=0.2)  # other sums in the last bits
+    assert errors[0] == pytest.approx(errors[1], rel=0.05)  # other sums in the last bits
     assert errors[0] != errors[1]
 
 
@@ -263,13 +267,10 @@ def scalar_time():
     ],
 )
 def test_networks_and_recipes_of_every_kind(network, data, changes, rate):
-    errors = {}
-    for settings in (FAST, TUNED):
-        how = dataclasses.replace(settings, method="gptq", tune_learning_rate=rate)
-        recipe = tfmq_fx.Recipe(reconstruction=how, **changes)
-        q = tfmq_fx.quantize(make(network), recipe, calibration=data(), seed=0)
-        errors[settings.tune_iterations] = [e["output_relative_mse"] for e in q.report["errors_by_timestep"]]
+    settings = dataclasses.replace(TUNED, method="gptq", tune_learning_rate=rate)
+    recipe = tfmq_fx.Recipe(reconstruction=settings, **changes)
+    q = tfmq_fx.quantize(make(network), recipe, calibration=data(), seed=0)
     result = q.report["reconstruction"][-1]
     assert (result["name"], result["kept"]) == ("whole network", "tuned")
-    left = torch.tensor(errors[40]) / torch.tensor(errors[0])
-    assert left.mean() < 1.0, left
+    assert result["error"] < 1.0
+    assert all(e["output_relative_mse"] < 0.2 for e in q.report["errors_by_timestep"])
