@@ -198,6 +198,15 @@ def test_rows_of_a_small_error_weigh_as_much_as_those_of_a_large_one():
     assert streams.error() == pytest.approx(1.0)
 
 
+def test_a_network_without_error_has_nothing_to_win():
+    gm = prepared("w8a8")
+    for _, observer in observers(gm):
+        observer.disable_fake_quant()
+    tfmq_fx.reconstruct(gm, calibration(), ALONE)
+    (result,) = gm.meta["reconstruction"]
+    assert (result.error, result.kept) == (0.0, "untuned")
+
+
 class Labelled(nn.Module):
     """A label of finitely many values, a weight that is a part of a parameter."""
 

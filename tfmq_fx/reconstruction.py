@@ -261,7 +261,8 @@ def _tune(
         )
         gm.meta["plan"] = dataclasses.replace(gm.meta["plan"], notes=(*gm.meta["plan"].notes, note))
         return []
-    parts = 1 if whole else settings.shards * math.ceil(memory.row * settings.batch_size / max(room, 1))
+    pieces = math.ceil(memory.row * settings.batch_size / max(room, 1))
+    parts = 1 if whole else settings.shards * max(1, pieces)
 
     def learn() -> BlockResult:
         chunks, rows = run.split(batches, parts, shared=shared)

@@ -130,16 +130,21 @@ class NetworkStreams(Streams):
         (found,) = self.ranks.sum([found])
         return found
 
-    def measure(self) -> None:
-        """Take the mean error of each timestep, now, as the unit of its rows; the error of all is then 1."""
+    def measure(self) -> float:
+        """Take the mean error of each timestep, now, as the unit of its rows. The mean over all rows, so measured: about 1."""
         errors = self.errors()
         _, which = self.timesteps.unique(return_inverse=True)
         sums = torch.zeros(int(which.max()) + 1, dtype=torch.float64)
         means = sums.index_add(0, which, errors) / which.bincount()
-        self.units = means.clamp(min=LEAST * means.max().item())[which].float()
+        least = max(LEAST * means.max().item(), torch.finfo(torch.float32).tiny)
+        self.units = means.clamp(min=least)[which].float()
+        return self._mean(errors)
 
     def error(self) -> float:
-        return (self.errors() / self.units.double()).mean().item()
+        return self._mean(self.errors())
+
+    def _mean(self, errors: Tensor) -> float:
+        return (errors / self.units.double()).mean().item()
 
 
 def tune(
@@ -154,8 +159,7 @@ def tune(
     order: the next chunk to learn from. Raises TFMQError when a loss becomes NaN; all is then as it was before.
     """
     started = time.monotonic()
-    streams.measure()
-    error = before = streams.error()
+    error = before = streams.measure()
     if not math.isfinite(before):
         raise TFMQError(
             f"tuning: the network's error is {before} before anything is tuned; check the calibration data and the "
