@@ -57,7 +57,7 @@ def variant(bits: str, text: str, method: str) -> Recipe:
     return Recipe(
         weight_bits=weight,
         activation_bits=activation,
-        reconstruction=Reconstruction(method=method),
+        reconstruction=Reconstruction(method=method, tune_iterations=0),
         **changes,
     )
 

@@ -123,7 +123,9 @@ def flow(network: Any, noise: Tensor, sigmas: Tensor, seen: list[dict[str, Tenso
 
 def recipe(bits: str, variant: str) -> tfmq_fx.Recipe:
     changes = dict(VARIANTS[variant])
-    rounding = tfmq_fx.Reconstruction(method="gptq", temporal_method=changes.pop("temporal_method"))
+    rounding = tfmq_fx.Reconstruction(
+        method="gptq", temporal_method=changes.pop("temporal_method"), tune_iterations=0
+    )
     weight, activation = (int(b) for b in bits[1:].split("a"))
     plain = tfmq_fx.Recipe(weight_bits=weight, activation_bits=activation)
     return dataclasses.replace(plain, reconstruction=rounding, **changes)
