@@ -36,6 +36,7 @@ LEVELS = [
         "tfmq_fx.gptq",
         "tfmq_fx.spill",
         "tfmq_fx.rounding",
+        "tfmq_fx.tuning",
         "tfmq_fx.resume",
         "tfmq_fx.reconstruction",
         "tfmq_fx.graph_json",
