@@ -128,7 +128,9 @@ def test_a_loss_that_becomes_nan_names_the_block():
         tfmq_fx.reconstruct(gm, calibration())
 
 
-@pytest.mark.parametrize("change", [{"method": "magic"}, {"iterations": 0}, {"batch_size": -1}])
+@pytest.mark.parametrize(
+    "change", [{"method": "magic"}, {"iterations": 0}, {"batch_size": -1}, {"tune_iterations": -1}]
+)
 def test_bad_settings_are_refused(change):
     with pytest.raises(TFMQError, match=rf"Reconstruction\.{next(iter(change))}"):
         dataclasses.replace(FAST, **change)
