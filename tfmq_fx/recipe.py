@@ -298,7 +298,7 @@ def _check_fields(cls: type, values: object, where: str) -> None:
             raise TFMQError(f"{where}.{name}: {value!r} is no {shown}.")
 
 
-# Tuned, as every method that learns; but at 8 bits it has not been shown to help.
+# Tuned, as every method that learns; at 8 bits one seed alone shows what that is worth (docs/reconstruction.md).
 _GPTQ, _UNTUNED = Reconstruction(method="gptq"), Reconstruction(method="gptq", tune_iterations=0)
 PRESETS = {
     # At 8 bits learned rounding is no better than the second-order step, and dearer (docs/reconstruction.md).
