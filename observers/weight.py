@@ -104,19 +104,15 @@ class PerChannelWeightFakeQuantize(FakeQuantizeBase):  # type: ignore[misc]
         rounding = (torch.sigmoid(self.alpha) * (ZETA - GAMMA) + GAMMA).clamp(0, 1)
         zero_point = self.zero_point[:, None]
         q = (self._floor + rounding + zero_point).clamp(self.integers.quant_min, self.integers.quant_max)
-        weight = self._unrows((q - zero_point) * self.scale[:, None], self.q.shape)
-        self.soft = weight.detach().requires_grad_()
-        return weight, rounding
+        return self._softened(q - zero_point, self.scale), rounding
 
     def stop_learning(self) -> None:
         """Bake the rounding: q = floor(w / s) + [h(alpha) >= 0.5] + z."""
         assert self.alpha is not None
         assert self._floor is not None
         up = (self.alpha.detach() >= 0).to(torch.float32)  # h(0) = 0.5
-        q = self._floor + up + self.zero_point[:, None]
-        q = q.clamp(self.integers.quant_min, self.integers.quant_max).to(self.dtype)
-        self.q = self._unrows(q, self.q.shape)
-        self.alpha = self.soft = self._floor = None
+        self._bake(self._floor + up + self.zero_point[:, None])
+        self.alpha = self._floor = None
 
     def start_tuning(self, weight: Tensor) -> tuple[Tensor, Tensor]:
         """Variables for the integers and for the scales, from where they stand.
@@ -136,20 +132,30 @@ class PerChannelWeightFakeQuantize(FakeQuantizeBase):  # type: ignore[misc]
         assert self.log_growth is not None
         rounded = self.steps + (self.steps.round() - self.steps).detach()
         zero_point = self.zero_point[:, None]
+        # Between tensors torch's clamp (2.14) lets half the gradient through at a bound, between numbers none: integers at
+        # the ends of the range would stay there.
         rounded = rounded.clamp(self.integers.quant_min - zero_point, self.integers.quant_max - zero_point)
-        weight = self._unrows(rounded * (self.scale * self.log_growth.exp())[:, None], self.q.shape)
-        self.soft = weight.detach().requires_grad_()
-        return weight
+        return self._softened(rounded, self.scale * self.log_growth.exp())
 
     def stop_tuning(self) -> None:
         """The variables become integers and scales."""
         assert self.steps is not None
         assert self.log_growth is not None
-        q_RK = self.steps.detach().round() + self.zero_point[:, None]
+        self._bake(self.steps.detach().round() + self.zero_point[:, None])
+        self.scale = self.scale * self.log_growth.detach().exp()
+        self.steps = self.log_growth = None
+
+    def _softened(self, steps_RK: Tensor, scale_R: Tensor) -> Tensor:
+        """The weight of so many steps from zero, as the variables have it; `soft` is the same, cut off from them."""
+        weight = self._unrows(steps_RK * scale_R[:, None], self.q.shape)
+        self.soft = weight.detach().requires_grad_()
+        return weight
+
+    def _bake(self, q_RK: Tensor) -> None:
+        """Whole numbers become the integers, and the graph computes with those again."""
         q_RK = q_RK.clamp(self.integers.quant_min, self.integers.quant_max).to(self.dtype)
         self.q = self._unrows(q_RK, self.q.shape)
-        self.scale = self.scale * self.log_growth.detach().exp()
-        self.steps = self.log_growth = self.soft = None
+        self.soft = None
 
     def forward(self, weight: Tensor) -> Tensor:
         if not self.fake_quant_enabled[0]:

@@ -33,7 +33,7 @@ def pipe():
 
 @pytest.fixture(scope="session")
 def digits(pipe) -> tfmq_fx.QuantizedModel:
-    """The embedded model at W4A8, ten timesteps, a few iterations: every stage real, nothing tuned."""
+    """The embedded model at W4A8, ten timesteps, a few iterations of every stage."""
     data = tfmq_fx.CalibrationSet.record(pipe, num_samples=8, num_inference_steps=10, seed=0)
     quick = tfmq_fx.Reconstruction(iterations=10, temporal_iterations=300, num_samples=32, tune_iterations=2)
     return tfmq_fx.quantize(pipe, tfmq_fx.Recipe(reconstruction=quick), calibration=data, seed=0)

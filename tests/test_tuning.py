@@ -19,10 +19,10 @@ from tests.networks import (
     prepared,
     sinusoid,
 )
+from tests.test_resume import integers
 from tfmq_fx import tuning
 from tfmq_fx.calibration import inputs_of
 from tfmq_fx.errors import TFMQError
-from tfmq_fx.observers import PerChannelWeightFakeQuantize
 from tfmq_fx.passes.prepare import observers
 from tfmq_fx.tuning import Memory, weights_to_tune
 
@@ -40,13 +40,8 @@ def error_by_timestep(gm, reference):
 
 def state(gm):
     """Everything that tuning may touch."""
-    weights = {
-        f"{n.args[0].target}{kind}": getattr(o, kind).clone()
-        for n, o in observers(gm)
-        if isinstance(o, PerChannelWeightFakeQuantize)
-        for kind in ("q", "scale")
-    }
-    return weights | {n: p.detach().clone() for n, p in gm.named_parameters()}
+    touched = integers(gm) | dict(gm.named_parameters())
+    return {n: x.detach().clone() for n, x in touched.items()}
 
 
 def changed(before, after):

@@ -240,9 +240,9 @@ def _tune(
     gm: GraphModule, calibration: CalibrationSet, run: _Run, iterations: int, *, index: int
 ) -> list[BlockResult]:
     """`tuning.tune` on as many of the calibration rows as it draws; none, and a note in the plan, where it does not fit."""
-    settings, scalar = run.settings, is_scalar(gm)
+    settings = run.settings
     data = calibration.spread(iterations * settings.batch_size, seed=run.seed)
-    batches = list(data.batches(settings.batch_size, one_timestep=scalar))
+    batches = list(data.batches(settings.batch_size, one_timestep=is_scalar(gm)))
     shared = data.constants.keys()
     whole = _fixed_batch(gm, shared)
     count = len(batches[0][gm.meta["timestep"]]) if whole else 1
@@ -267,19 +267,16 @@ def _tune(
     def learn() -> BlockResult:
         chunks, rows = run.split(batches, parts, shared=shared)
         inputs = [inputs_of(gm, r) for r in rows]
-        in_float = without_observers(gm)
 
         def outputs(module: GraphModule, part: Part, _quantized: bool) -> Outputs:
             return float_outputs(module(*inputs[part.index]))
 
-        targets = run.workers.map(lambda x: float_outputs(in_float(*x)), inputs)
         streams = NetworkStreams(
             gm,
             outputs,
             chunks,
             workers=run.workers,
             ranks=run.ranks,
-            target=lambda part: targets[part.index],
             timesteps=torch.cat([batch[gm.meta["timestep"]] for batch in batches]),
         )
         return tune(streams, weights, settings, iterations, run.order(index, len(chunks)))

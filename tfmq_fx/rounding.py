@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -23,10 +23,6 @@ from tfmq_fx.parallel import Ranks, Workers
 from tfmq_fx.passes.prepare import observers, without_observers
 from tfmq_fx.progress import track
 from tfmq_fx.recipe import Reconstruction
-
-KEPT_TARGETS = (
-    64  # float outputs of at most this many parts are kept; those of more are computed again each time
-)
 
 Outputs = tuple[Tensor, ...]
 
@@ -65,6 +61,10 @@ class Streams:
     target(part): the block's float outputs where they are kept elsewhere; None computes them.
     """
 
+    # Float outputs of at most so many parts are kept; those of more (a product of keys) are computed again each time:
+    # they would not fit in memory.
+    kept_targets: float = 64
+
     def __init__(
         self,
         block: GraphModule,
@@ -90,13 +90,12 @@ class Streams:
 
     @torch.no_grad()
     def target(self, part: Part) -> Outputs:
-        """Computed ones are kept, unless there are so many (a product of keys) that they would not fit in memory."""
         if self._given is not None:
             return self._given(part)
         if part in self._targets:
             return self._targets[part]
         found = self.run(self._float, part, False)
-        if len(self.parts) <= KEPT_TARGETS:
+        if len(self.parts) <= self.kept_targets:
             self._targets[part] = found
         return found
 
@@ -174,7 +173,7 @@ def choose_rounding(
     from. Raises TFMQError when a loss becomes NaN, naming the block, which then has the best integers so far.
     """
     started = time.monotonic()
-    weights = _weights(streams.block)
+    weights = weights_of(streams.block)
     scales = [o for _, o in observers(streams.block) if isinstance(o, StaticFakeQuantize)]
     scales = scales if settings.learn_activation_scale and "adaround" in method else []
 
@@ -350,11 +349,14 @@ def _input_of(block: GraphModule, layer: Node) -> GraphModule:
     return probe
 
 
-def _weights(block: GraphModule) -> list[tuple[PerChannelWeightFakeQuantize, Tensor]]:
+def weights_of(
+    block: GraphModule, *, without: Collection[str] = ()
+) -> list[tuple[PerChannelWeightFakeQuantize, Tensor]]:
+    """The quantized weights of a graph, each with its float one; without: names of observer nodes to pass over."""
     return [
         (o, _float_weight(block, n))
         for n, o in observers(block)
-        if isinstance(o, PerChannelWeightFakeQuantize)
+        if isinstance(o, PerChannelWeightFakeQuantize) and n.name not in without
     ]
 
 

@@ -16,17 +16,15 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.fx import GraphModule, Node
+from torch.fx import GraphModule
 from torch.utils import _pytree as pytree
 
 from tfmq_fx.errors import TFMQError
-from tfmq_fx.graph import attribute
 from tfmq_fx.observers.weight import PerChannelWeightFakeQuantize
 from tfmq_fx.passes.find_temporal import temporal_of
-from tfmq_fx.passes.prepare import observers
 from tfmq_fx.progress import track
 from tfmq_fx.recipe import Reconstruction
-from tfmq_fx.rounding import BlockResult, Outputs, Part, Streams
+from tfmq_fx.rounding import BlockResult, Outputs, Part, Streams, weights_of
 
 NAME = "whole network"
 RISE = 10  # steps in which the learning rate rises, before it falls to zero
@@ -41,14 +39,7 @@ def float_outputs(outputs: object) -> Outputs:
 
 def weights_to_tune(gm: GraphModule) -> Weights:
     """The quantized weights outside the temporal block, whose own reconstruction covers its finite set."""
-    inside = set(temporal_of(gm).nodes)
-    return [
-        (o, attribute(gm, str(n.args[0].target)))
-        for n, o in observers(gm)
-        if isinstance(o, PerChannelWeightFakeQuantize)
-        and isinstance(n.args[0], Node)
-        and n.name not in inside
-    ]
+    return weights_of(gm, without=set(temporal_of(gm).nodes))
 
 
 @dataclass(frozen=True)
@@ -99,6 +90,8 @@ class NetworkStreams(Streams):
 
     timesteps: of all rows of all chunks, in their order. units (N,): what they are measured in, once `measure` has run.
     """
+
+    kept_targets = math.inf  # a network's outputs are no larger than its inputs, which are there, too
 
     def __init__(self, *args: object, timesteps: Tensor, **kwargs: object) -> None:
         super().__init__(*args, **kwargs)  # type: ignore[arg-type]
