@@ -1,13 +1,17 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 
 import pytest
 import torch
 
 import tfmq_fx
 from tests.networks import FAST, TinyUNet, calibration, make
+from tfmq_fx import export_aot, export_onnx, lowering_openvino, lowering_torch, saving
 from tfmq_fx.demo import embedded_pipeline
+
+exported = functools.lru_cache(maxsize=8)(saving.exported)
 
 
 @pytest.fixture(autouse=True)
@@ -15,6 +19,13 @@ def _same_numbers_every_time():
     torch.manual_seed(0)
     # Networks this small gain nothing from a second thread, and lose much where another process wants the core.
     torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def _one_export(monkeypatch):
+    """Half of the time of lowering and exporting: a network is traced once, whatever is made of it."""
+    for module in (export_aot, export_onnx, lowering_openvino, lowering_torch):
+        monkeypatch.setattr(module, "exported", exported)
 
 
 @pytest.fixture(scope="session")

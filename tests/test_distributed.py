@@ -11,7 +11,10 @@ import time
 
 import pytest
 import torch
+from diffusers import DDPMPipeline, DDPMScheduler
 from safetensors.torch import load_file
+
+from tests.pipelines import unet_2d
 
 SCRIPT = textwrap.dedent(
     """
@@ -145,7 +148,19 @@ def test_one_that_is_killed_stops_the_others_and_what_was_finished_stays(tmp_pat
 
 def test_torchrun_on_the_command_line(tmp_path):
     """Every process records its share; one of them writes."""
-    command = ["quantize", str(tmp_path / "q"), "--num-samples", "4", "--steps", "3", "--iterations", "2"]
+    DDPMPipeline(unet_2d(), DDPMScheduler()).save_pretrained(tmp_path / "model")
+    command = [
+        "quantize",
+        str(tmp_path / "q"),
+        "--model",
+        str(tmp_path / "model"),
+        "--num-samples",
+        "4",
+        "--steps",
+        "3",
+        "--iterations",
+        "2",
+    ]
     command += ["--tune-iterations", "2"]
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     run = subprocess.run(

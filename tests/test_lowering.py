@@ -8,6 +8,7 @@ import tempfile
 
 import pytest
 import torch
+from diffusers import DDIMPipeline, DDIMScheduler, DDPMPipeline, DDPMScheduler
 from torch import nn
 
 import tfmq_fx
@@ -26,9 +27,11 @@ from tests.lowered import (
     quantized,
 )
 from tests.networks import TIMESTEPS, ScalarTime, TinyUNet, calibration, make
+from tests.pipelines import unet_2d
 from tests.test_finite import Labelled, labelled_data
 from tests.test_mixed_batches import moved, one_timestep
 from tfmq_fx import lowering
+from tfmq_fx.demo import embedded_pipeline
 from tfmq_fx.errors import TFMQError
 from tfmq_fx.lowering_openvino import FLOAT
 from tfmq_fx.model import DropIn
@@ -167,19 +170,23 @@ def test_a_network_of_one_timestep_per_call():
         assert_same_but_for_ties([(low(x, t), q(x, t)) for t in TIMESTEPS])
 
 
+@pytest.mark.parametrize("shipped", [False, pytest.param(True, marks=pytest.mark.slow)])
 @torch.no_grad()
-def test_digits_through_the_pipeline(pipe):
-    from diffusers import DDIMPipeline, DDIMScheduler
-
+def test_through_the_pipeline(shipped):
+    """To convert the shipped model takes a minute."""
+    pipe = embedded_pipeline() if shipped else DDPMPipeline(unet_2d(), DDPMScheduler())
+    pipe.set_progress_bar_config(disable=True)
+    config = pipe.unet.config
     nearest = tfmq_fx.Reconstruction(method="nearest")
     data = tfmq_fx.CalibrationSet.record(pipe, num_samples=4, num_inference_steps=5, seed=0)
     q = tfmq_fx.quantize(pipe, tfmq_fx.Recipe(reconstruction=nearest), calibration=data)
     low = lower(q, "cpu", strict=INT8)
-    x, t = torch.randn(4, 1, 16, 16), q.timesteps[[0, 4, 2, 1]]
+    x = torch.randn(4, config.in_channels, config.sample_size, config.sample_size)
+    t = q.timesteps[[0, 4, 2, 1]]
     assert type(low(x, t)) is type(q(x, t))
     assert isinstance(low(x, t, return_dict=False), tuple)
     assert moved(low(x, t).sample, q(x, t).sample)[1] <= BFLOAT16
-    assert low.config.in_channels == pipe.unet.config.in_channels
+    assert low.config.in_channels == config.in_channels
     run = {"batch_size": 2, "num_inference_steps": 5, "output_type": "np"}
     pictures = []
     for unet in (q, low):
@@ -293,17 +300,17 @@ class Strange(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.unet = TinyUNet()
+        self.net = ScalarTime()
 
     def forward(self, sample, timestep):
-        return torch.special.bessel_j0(self.unet(sample, timestep))
+        return torch.special.bessel_j0(self.net(sample, timestep))
 
 
 def test_an_operator_that_openvino_lacks_names_its_node():
     with pytest.raises(
         TFMQError, match=r"node special_bessel_j0: OpenVINO has no form of aten\.special_bessel_j0"
     ):
-        lower(quantized(network_class=Strange), "cpu")
+        lower(one_timestep(Strange), "cpu")
 
 
 @torch.no_grad()

@@ -30,7 +30,7 @@ from tests.lowered import (
 from tests.networks import TIMESTEPS, ScalarTime, TinyUNet, make
 from tests.test_finite import Labelled, labelled_data
 from tests.test_mixed_batches import moved, one_timestep
-from tfmq_fx import lowering, lowering_torch, saving
+from tfmq_fx import lowering, lowering_torch
 from tfmq_fx.errors import TFMQError
 from tfmq_fx.onednn import pack_int4, unpack_int4
 from tfmq_fx.passes.onednn_kernels import KERNELS
@@ -39,14 +39,6 @@ from tfmq_fx.passes.share_quantized import QUANTIZE
 needs_compiler = pytest.mark.skipif(
     bool(lowering_torch.compiler_missing()), reason="there is no C++ compiler"
 )
-
-exported = functools.cache(saving.exported)
-
-
-@pytest.fixture(autouse=True)
-def _one_export(monkeypatch):
-    """Half of the time of lowering: one for each network, however it is lowered."""
-    monkeypatch.setattr(lowering_torch, "exported", exported)
 
 
 @functools.cache

@@ -93,8 +93,7 @@ def test_killed_at_any_moment_the_same_command_ends_with_the_same_integers(tmp_p
         return process.wait()
 
     assert run(tmp_path / "a", tmp_path / "a.pt") == 0
-    for kill_after in (1, 3):
-        assert run(tmp_path / "b", tmp_path / "b.pt", kill_after) == -signal.SIGKILL
+    assert run(tmp_path / "b", tmp_path / "b.pt", kill_after=2) == -signal.SIGKILL
     assert not (tmp_path / "b.pt").exists()
     assert run(tmp_path / "b", tmp_path / "b.pt") == 0
     a, b = torch.load(tmp_path / "a.pt"), torch.load(tmp_path / "b.pt")

@@ -179,7 +179,7 @@ while True:
 
 def test_a_killed_writer_leaves_the_folder_absent_or_whole(folder, tmp_path):
     target, rng = tmp_path / "out", random.Random(0)
-    for _ in range(4):
+    for _ in range(2):
         process = subprocess.Popen(
             [sys.executable, "-W", "ignore", "-c", WRITER, str(folder), str(target)], stdout=subprocess.PIPE
         )
