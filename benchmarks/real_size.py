@@ -109,7 +109,13 @@ def spilled(rows: int, iterations: int, limit: float) -> None:
         return found
 
     spill.Budget.spill = counting  # type: ignore[method-assign]
-    settings = recipe(iterations=iterations, num_samples=rows, max_memory=limit).reconstruction
+    changes = {
+        "num_samples": rows,
+        "max_memory": limit,
+        "iterations": iterations,
+        "tune_iterations": iterations,
+    }
+    settings = recipe(**changes).reconstruction
     started = time.monotonic()
     tfmq_fx.reconstruct(prepared, data, settings)
     print(

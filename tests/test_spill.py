@@ -44,6 +44,35 @@ def test_what_exceeds_the_limit_goes_to_disk_and_comes_back(folder):
     assert not list(folder.iterdir())
 
 
+def test_what_is_lent_is_read_anew_and_not_held(folder):
+    with Budget(0) as budget:
+        values, a, reads = Values(budget), node(), []
+        values.lend(a, lambda: reads.append(1) or torch.ones(3))
+        assert torch.equal(values[a], values[a])
+        assert len(reads) == 2
+        assert (values.used, budget.spilled, set(values)) == (0, 0, {a})
+        del values[a]
+        assert not set(values)
+    assert not list(folder.iterdir())
+
+
+@pytest.mark.parametrize("method", ["adaround", "gptq"])
+def test_no_more_rows_of_the_calibration_set_are_read_at_once_than_a_batch(monkeypatch, method):
+    """They may be memory-mapped, and larger than memory."""
+    read, batch, gm = [], tfmq_fx.CalibrationSet.batch, prepared()
+
+    def counting(self, rows):
+        read.append(len(rows))
+        return batch(self, rows)
+
+    monkeypatch.setattr(tfmq_fx.CalibrationSet, "batch", counting)
+    for copies in ("rows", "spread"):
+        monkeypatch.setattr(tfmq_fx.CalibrationSet, copies, lambda *_a, **_k: pytest.fail("copied"))
+    tfmq_fx.reconstruct(gm, calibration(), dataclasses.replace(FAST, method=method, tune_iterations=2))
+    assert max(read) <= FAST.batch_size
+    assert sum(read) >= 2 * 40
+
+
 def test_a_disk_that_is_full_is_one_clear_error(folder, monkeypatch):
     def full(*_):
         raise OSError(28, "No space left on device")

@@ -166,6 +166,30 @@ def test_a_batch_is_cut_into_as_many_parts_as_memory_asks_for(monkeypatch):
     assert errors[0] != errors[1]
 
 
+def test_targets_that_do_not_fit_are_computed_anew(monkeypatch):
+    counts, results = [], []
+    of, target = Memory.of, tuning.NetworkStreams.target
+
+    def counted(streams, part):
+        counts[-1] += part not in streams._targets
+        return target(streams, part)
+
+    monkeypatch.setattr(tuning.NetworkStreams, "target", counted)
+    for output in (1, 2**50):
+        monkeypatch.setattr(Memory, "of", lambda *a, o=output: dataclasses.replace(of(*a), output=o))
+        counts.append(0)
+        gm = prepared()
+        tfmq_fx.reconstruct(gm, calibration(), dataclasses.replace(ALONE, tune_iterations=3))
+        results.append([(o.q, o.scale) for o, _ in weights_to_tune(gm)])
+    assert counts == [
+        4,
+        2 * 4 + 3 * 2,
+    ]  # four parts of two batches; measured before and after, and three steps
+    for (q, scale), (q2, scale2) in zip(*results, strict=True):
+        assert torch.equal(q, q2)
+        assert torch.equal(scale, scale2)
+
+
 def test_rows_of_a_small_error_weigh_as_much_as_those_of_a_large_one():
     gm, data, network = prepared(), calibration(), captured()
     inputs = inputs_of(gm, data.tensors)
@@ -183,6 +207,7 @@ def test_rows_of_a_small_error_weigh_as_much_as_those_of_a_large_one():
             ranks=tfmq_fx.parallel.Ranks(),
             target=lambda _part: (target,),
             timesteps=data.tensors["timestep"],
+            keep_targets=True,
         )
         streams.measure()
     by_timestep = error_by_timestep(gm, lambda *_: target)

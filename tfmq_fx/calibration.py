@@ -148,6 +148,10 @@ class CalibrationSet:
 
     def spread(self, num_samples: int, *, seed: int = 0) -> CalibrationSet:
         """`num_samples` rows, drawn evenly over the timesteps, in shuffled order; all when there are fewer."""
+        return self.rows(self.draw(num_samples, seed=seed))
+
+    def draw(self, num_samples: int, *, seed: int = 0) -> Tensor:
+        """The numbers (at most num_samples,) of the rows of `spread`: they may be larger than memory."""
         generator = torch.Generator().manual_seed(seed)
         t = self.tensors[self.timestep]
         shuffled = torch.randperm(len(self), generator=generator)
@@ -157,8 +161,7 @@ class CalibrationSet:
         rank = torch.cat([torch.arange(int(c)) for c in counts])
         tie = torch.randperm(len(self), generator=generator)
         chosen = by_t[tie][torch.argsort(rank[tie], stable=True)][:num_samples]
-        chosen = chosen[torch.randperm(len(chosen), generator=generator)]
-        return self.rows(chosen)
+        return chosen[torch.randperm(len(chosen), generator=generator)]
 
     def rows(self, chosen: Tensor) -> CalibrationSet:
         """These rows, by index or by mask: `data.rows(data.conditional)`."""
@@ -169,16 +172,19 @@ class CalibrationSet:
 
     def batches(self, batch_size: int, *, one_timestep: bool = False) -> Iterator[dict[str, Tensor]]:
         """At most `batch_size` rows each, and what has no rows; one_timestep: of one timestep each, for networks that take one a call."""
+        for rows in self.groups(torch.arange(len(self)), batch_size, one_timestep=one_timestep):
+            yield self.batch(rows)
+
+    def groups(self, rows: Tensor, batch_size: int, *, one_timestep: bool = False) -> list[Tensor]:
+        """The rows of these numbers as the numbers of each of `batches`."""
+        t = self.tensors[self.timestep][rows]
+        groups = [rows[t == value] for value in t.unique()] if one_timestep else [rows]
+        return [batch for group in groups for batch in group.split(batch_size)]
+
+    def batch(self, rows: Tensor) -> dict[str, Tensor]:
+        """The rows of these numbers, and what has no rows."""
         shared = {n: x for n, x in self.constants.items() if isinstance(x, Tensor)}
-        t = self.tensors[self.timestep]
-        groups = (
-            [(t == value).nonzero().flatten() for value in t.unique()]
-            if one_timestep
-            else [torch.arange(len(t))]
-        )
-        for group in groups:
-            for rows in group.split(batch_size):
-                yield {n: x[rows] for n, x in self.tensors.items()} | shared
+        return {n: x[rows] for n, x in self.tensors.items()} | shared
 
 
 def inputs_of(gm: GraphModule, batch: Mapping[str, Tensor]) -> list[Tensor]:

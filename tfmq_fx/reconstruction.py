@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import heapq
 import math
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -74,7 +74,6 @@ def reconstruct(
     ranks = Ranks()
     if settings.shards % ranks.size:
         settings = dataclasses.replace(settings, shards=-(-settings.shards // ranks.size) * ranks.size)
-    data = calibration.spread(settings.num_samples, seed=seed)
     finished = Finished(
         None if state is None else Path(state), fingerprint(gm, calibration.tensors, settings, seed), ranks
     )
@@ -93,7 +92,7 @@ def reconstruct(
                 results.append(_reconstruct_temporal(gm, calibration, run))
             if _learnable(gm, temporal=False):
                 with _temporal_in_float(gm) if cached else nullcontext():
-                    blocks = _Walk(gm, data, run).run() if settings.method != "nearest" else []
+                    blocks = _Walk(gm, calibration, run).run() if settings.method != "nearest" else []
                     results += blocks
                     if iterations:
                         results += _tune(gm, calibration, run, iterations, index=len(blocks) + 1)
@@ -146,22 +145,18 @@ class _Run:
     workers: Workers
     ranks: Ranks
 
-    def split(
-        self, chunks: Iterable[Mapping[str, Tensor]], parts: int, *, shared: Collection[str] = ()
-    ) -> tuple[list[list[Part]], list[dict[str, Tensor]]]:
-        """Each chunk in so many parts: those that are this process's, and their rows; tensors named `shared` have none."""
+    def split(self, chunks: Iterable[Tensor], parts: int) -> tuple[list[list[Part]], list[Tensor]]:
+        """Each chunk of row numbers in so many parts: those that are this process's, and the numbers of their rows."""
         found: list[list[Part]] = []
-        rows: list[dict[str, Tensor]] = []
+        rows: list[Tensor] = []
         first = 0
         for chunk in chunks:
-            count = next(len(x) for n, x in chunk.items() if n not in shared)
-            pieces = self.ranks.share(torch.arange(count).tensor_split(parts))
             found.append([])
-            for piece in pieces:
+            for piece in self.ranks.share(torch.arange(len(chunk)).tensor_split(parts)):
                 if size := len(piece):
-                    found[-1].append(Part(len(rows), size / count, first + int(piece[0]), size))
-                    rows.append({n: x if n in shared else x[piece] for n, x in chunk.items()})
-            first += count
+                    found[-1].append(Part(len(rows), size / len(chunk), first + int(piece[0]), size))
+                    rows.append(chunk[piece])
+            first += len(chunk)
         return found, rows
 
     def choose(
@@ -216,9 +211,8 @@ def _reconstruct_temporal(gm: GraphModule, calibration: CalibrationSet, run: _Ru
     shuffled = torch.arange(count)
     if count > size:
         shuffled = torch.randperm(count, generator=torch.Generator().manual_seed(run.seed))
-    chunks, parts = run.split(
-        ({n: x[part] for n, x in rows.items()} for part in shuffled.split(size)), run.settings.shards
-    )
+    chunks, numbers = run.split(shuffled.split(size), run.settings.shards)
+    parts = [{n: x[part] for n, x in rows.items()} for part in numbers]
     streams = Streams(
         block,
         lambda m, part, _: run_temporal(m, parts[part.index], scalar=scalar),
@@ -241,35 +235,34 @@ def _tune(
 ) -> list[BlockResult]:
     """`tuning.tune` on as many of the calibration rows as it draws; none, and a note in the plan, where it does not fit."""
     settings = run.settings
-    data = calibration.spread(iterations * settings.batch_size, seed=run.seed)
-    batches = list(data.batches(settings.batch_size, one_timestep=is_scalar(gm)))
-    shared = data.constants.keys()
-    whole = _fixed_batch(gm, shared)
-    count = len(batches[0][gm.meta["timestep"]]) if whole else 1
-    first = {n: x if n in shared else x[:count] for n, x in batches[0].items()}
+    drawn = calibration.draw(iterations * settings.batch_size, seed=run.seed)
+    batches = calibration.groups(drawn, settings.batch_size, one_timestep=is_scalar(gm))
+    whole = _fixed_batch(gm, calibration.constants.keys())
+    count = len(batches[0]) if whole else 1
     weights = weights_to_tune(gm)
-    memory = Memory.of(gm, inputs_of(gm, first), count, weights, settings)
+    first = inputs_of(gm, calibration.batch(batches[0][:count]))
+    memory = Memory.of(gm, first, count, weights, settings)
     # Threads compute a part each, at most as many as there are shards.
     at_once = 1 if whole else settings.shards
-    room = settings.max_memory * 2**30 - memory.state
-    if room < memory.row * count * at_once:
-        needed = (memory.state + memory.row * count * at_once) / 2**30
+    limit, least = settings.max_memory * 2**30, memory.needed(count * at_once)
+    if least > limit:
         note = Note(
             name="tuning",
-            reason=f"left out: it takes {needed:.1f} GiB, Reconstruction.max_memory is {settings.max_memory:g}",
+            reason=f"left out: it takes {least / 2**30:.1f} GiB, Reconstruction.max_memory is {settings.max_memory:g}",
             coarser=False,
         )
         gm.meta["plan"] = dataclasses.replace(gm.meta["plan"], notes=(*gm.meta["plan"].notes, note))
         return []
+    keep_targets = memory.needed(count * at_once, targets=len(drawn)) <= limit
+    room = limit - memory.needed(0, targets=len(drawn) if keep_targets else 0)
     pieces = math.ceil(memory.row * settings.batch_size / max(room, 1))
     parts = 1 if whole else settings.shards * max(1, pieces)
 
     def learn() -> BlockResult:
-        chunks, rows = run.split(batches, parts, shared=shared)
-        inputs = [inputs_of(gm, r) for r in rows]
+        chunks, rows = run.split(batches, parts)
 
         def outputs(module: GraphModule, part: Part, _quantized: bool) -> Outputs:
-            return float_outputs(module(*inputs[part.index]))
+            return float_outputs(module(*inputs_of(gm, calibration.batch(rows[part.index]))))
 
         streams = NetworkStreams(
             gm,
@@ -277,7 +270,8 @@ def _tune(
             chunks,
             workers=run.workers,
             ranks=run.ranks,
-            timesteps=torch.cat([batch[gm.meta["timestep"]] for batch in batches]),
+            timesteps=calibration.tensors[gm.meta["timestep"]][torch.cat(batches)],
+            keep_targets=keep_targets,
         )
         return tune(streams, weights, settings, iterations, run.order(index, len(chunks)))
 
@@ -290,15 +284,15 @@ class _Walk:
     def __init__(self, gm: GraphModule, data: CalibrationSet, run: _Run) -> None:
         self.gm, self.config = fresh(gm), run
         self.gm.meta = gm.meta
-        batches = data.batches(run.settings.batch_size, one_timestep=is_scalar(gm))
-        shared = data.constants.keys()
-        parts = 1 if _fixed_batch(gm, shared) else run.settings.shards
-        self.chunks, rows = run.split(batches, parts, shared=shared)
-        self.inputs = [inputs_of(gm, r) for r in rows]
+        self.data = data
+        drawn = data.draw(run.settings.num_samples, seed=run.seed)
+        batches = data.groups(drawn, run.settings.batch_size, one_timestep=is_scalar(gm))
+        parts = 1 if _fixed_batch(gm, data.constants.keys()) else run.settings.shards
+        self.chunks, self.rows = run.split(batches, parts)
         self.passed = {n for n in self.gm.graph.nodes if n.op == "call_module" and _is_observer(self.gm, n)}
 
     def run(self) -> list[BlockResult]:
-        held = self.config.settings.max_memory * 2**30 / max(1, 2 * len(self.inputs))
+        held = self.config.settings.max_memory * 2**30 / max(1, 2 * len(self.rows))
         with Budget(held) as budget:
             return self._run(budget)
 
@@ -320,13 +314,14 @@ class _Walk:
         for i, node in enumerate(order):
             for source in units[node][1] if node in units else node.all_input_nodes:
                 last_use[source] = i
-        float_env = [Values(budget) for _ in self.inputs]
-        quant_env = [Values(budget) for _ in self.inputs]
+        float_env = [Values(budget) for _ in self.rows]
+        quant_env = [Values(budget) for _ in self.rows]
         for env in (float_env, quant_env):
-            for held, values in zip(env, self.inputs, strict=True):
-                held.update(zip(placeholders(gm).values(), values, strict=True))
+            for held, rows in zip(env, self.rows, strict=True):
+                for i, node in enumerate(placeholders(gm).values()):
+                    held.lend(node, partial(self._input, i, rows))
         results: list[BlockResult] = []
-        interpreters = [Interpreter(gm) for _ in self.inputs]  # each has one environment at a time
+        interpreters = [Interpreter(gm) for _ in self.rows]  # each has one environment at a time
 
         def step(part: int, node: Node) -> None:
             for env in (float_env, quant_env):
@@ -341,11 +336,14 @@ class _Walk:
             if node in units:
                 results += self._reconstruct(*units[node], float_env, quant_env, len(results) + 1)
             elif node.op not in ("placeholder", "output"):
-                self.config.workers.map(partial(step, node=node), range(len(self.inputs)))
+                self.config.workers.map(partial(step, node=node), range(len(self.rows)))
             for held in (*float_env, *quant_env):
                 for used in [n for n in held if last_use.get(n, -1) <= i]:
                     del held[used]
         return results
+
+    def _input(self, index: int, rows: Tensor) -> Tensor:
+        return inputs_of(self.gm, self.data.batch(rows))[index]
 
     @staticmethod
     def _name(layer: Node) -> str:

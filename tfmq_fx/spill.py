@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 import threading
-from collections.abc import Iterator, MutableMapping
+from collections.abc import Callable, Iterator, MutableMapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,11 @@ class _Spilled:
     shape: torch.Size
     dtype: torch.dtype  # as it was
     stored: torch.dtype  # as it lies in the file
+
+
+@dataclass(frozen=True)
+class _Lent:
+    read: Callable[[], Tensor]
 
 
 class Budget:
@@ -78,6 +83,8 @@ class Values(MutableMapping[Node, Any]):
 
     def __getitem__(self, node: Node) -> Any:
         value = self._held[node]
+        if isinstance(value, _Lent):
+            return value.read()
         if not isinstance(value, _Spilled):
             return value
         flat = torch.from_file(str(value.file), size=value.shape.numel(), dtype=value.stored)
@@ -91,6 +98,10 @@ class Values(MutableMapping[Node, Any]):
             else:
                 self.used += value.nbytes
         self._held[node] = value
+
+    def lend(self, node: Node, read: Callable[[], Tensor]) -> None:
+        """A value that is read anew each time, and not held."""
+        self._held[node] = _Lent(read)
 
     def __delitem__(self, node: Node) -> None:
         value = self._held.pop(node)
@@ -108,4 +119,4 @@ class Values(MutableMapping[Node, Any]):
 
 def _counts(node: Node, value: Any) -> bool:
     """Tensors that the walk computes; the graph's own are in memory anyway."""
-    return isinstance(value, Tensor) and value.numel() > 0 and node.op not in ("get_attr", "placeholder")
+    return isinstance(value, Tensor) and value.numel() > 0 and node.op != "get_attr"

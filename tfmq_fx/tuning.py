@@ -48,6 +48,7 @@ class Memory:
 
     state: int  # variables, their gradients, Adam's moments
     row: int  # what the backward pass keeps of one row of a mini-batch
+    output: int  # a row of what the network predicts
 
     @staticmethod
     def of(
@@ -62,7 +63,7 @@ class Memory:
         # the other; and for each thread a gradient of its own.
         state = (32 + 4 * settings.shards) * sum(o.q.numel() for o, _ in weights)
         if state > settings.max_memory * 2**30:
-            return Memory(state, 0)  # not worth a run
+            return Memory(state, 0, 0)  # not worth a run
         held = {x.untyped_storage().data_ptr() for x in gm.state_dict().values()}
         kept: dict[int, int] = {}
 
@@ -78,24 +79,28 @@ class Memory:
         try:
             with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
                 outputs = gm(*inputs)  # kept until all is counted: memory that is freed is handed out again
+            output = sum(x.nbytes for x in float_outputs(outputs))
             del outputs
         finally:
             for observer, _ in weights:
                 observer.soft = None
-        return Memory(state, math.ceil(sum(kept.values()) / rows))
+        return Memory(state, math.ceil(sum(kept.values()) / rows), math.ceil(output / rows))
+
+    def needed(self, rows: int, *, targets: int = 0) -> int:
+        """For so many rows of a mini-batch at once, with the float network's outputs kept of so many."""
+        return self.state + self.row * rows + self.output * targets
 
 
 class NetworkStreams(Streams):
     """The whole network; its errors are those of rows, each in units of what its timestep has before tuning.
 
     timesteps: of all rows of all chunks, in their order. units (N,): what they are measured in, once `measure` has run.
+    keep_targets: False computes the float network's outputs anew each time.
     """
 
-    kept_targets = math.inf  # a network's outputs are no larger than its inputs, which are there, too
-
-    def __init__(self, *args: object, timesteps: Tensor, **kwargs: object) -> None:
+    def __init__(self, *args: object, timesteps: Tensor, keep_targets: bool, **kwargs: object) -> None:
         super().__init__(*args, **kwargs)  # type: ignore[arg-type]
-        self.timesteps = timesteps
+        self.timesteps, self.kept_targets = timesteps, math.inf if keep_targets else 0
         self.units = torch.ones(len(timesteps))
 
     def _of_rows(self, part: Part) -> Tensor:
