@@ -1,7 +1,8 @@
 """Does w4a8 reconstruction fit, and how long would it take, at real size?
 
     python -m benchmarks.real_size            an SD-1.5-size UNet (860 M random weights), a few rows of random latents
-    python -m benchmarks.real_size --spill    12,800 calibration rows of the digits model, streams past 1 GiB on disk
+    python -m benchmarks.real_size --spill    12,800 calibration rows with SD-1.5's text tokens for a narrow UNet, mapped from
+                                              files, streams past 1 GiB on disk
 
 The first runs every stage of the default recipe to its end on few rows and few iterations, and scales what it measured
 to the full calibration set: a block costs its forward passes (one row through a learning step counts three).
@@ -11,16 +12,19 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import math
 import platform
 import resource
+import tempfile
+import threading
 import time
+from pathlib import Path
 from typing import Any
 
 import torch
 
 import tfmq_fx
 from tfmq_fx import spill
-from tfmq_fx.demo import embedded_pipeline
 from tfmq_fx.recipe import Recipe
 
 FULL_ROWS, STEPS = 12_800, 50
@@ -87,41 +91,86 @@ def real_size(rows: int, iterations: int, batch_size: int) -> None:
     )
 
 
-def spilled(rows: int, iterations: int, limit: float) -> None:
-    pipe = embedded_pipeline()
-    generator = torch.Generator().manual_seed(0)
+class Anonymous:
+    """The peak of a process's own memory in GiB: mapped files are counted in its resident size, and can be dropped."""
+
+    def __init__(self) -> None:
+        self.peak, self._stop = 0.0, threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+
+    def __enter__(self) -> Anonymous:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        self._thread.join()
+
+    def _watch(self) -> None:
+        while not self._stop.wait(0.02):
+            self.peak = max(self.peak, self.now())
+
+    @staticmethod
+    def now() -> float:
+        status = Path("/proc/self/status").read_text()
+        return int(status.partition("RssAnon:")[2].split()[0]) / 2**20
+
+
+def narrow() -> tuple[torch.nn.Module, dict[str, tuple[int, ...]]]:
+    """A UNet of SD-1.5's kinds of block and its text tokens, narrow; and the shapes of a row of its inputs."""
+    from diffusers import UNet2DConditionModel
+
+    network = UNet2DConditionModel(
+        sample_size=16,
+        block_out_channels=(16, 32, 32),
+        layers_per_block=1,
+        cross_attention_dim=768,
+        attention_head_dim=8,
+        norm_num_groups=8,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+    )
+    return network.eval(), {"sample": (4, 16, 16), "encoder_hidden_states": (77, 768)}
+
+
+def spilled(rows: int, iterations: int, tune_iterations: int, limit: float) -> None:
+    torch.manual_seed(0)
+    network, shapes = narrow()
     timesteps = torch.linspace(999, 1, STEPS).long()
-    data = tfmq_fx.CalibrationSet.from_tensors(
-        {
-            "sample": torch.randn(rows, 1, 16, 16, generator=generator),
-            "timestep": timesteps.repeat(-(-rows // STEPS))[:rows],
-        }
-    )
-    gm = tfmq_fx.capture(pipe.unet, data.arguments(slice(0, 2)) | {"return_dict": False})
-    prepared = tfmq_fx.prepare(gm, recipe(), timesteps=timesteps)
-    tfmq_fx.calibrate(prepared, data.spread(512))
-    before, written = peak_gib(), [0]
-    write = spill.Budget.spill
+    with tempfile.TemporaryDirectory() as folder:
+        tensors = {"timestep": timesteps.repeat(-(-rows // STEPS))[:rows]}
+        for name, shape in shapes.items():  # as CalibrationSet.record leaves what exceeds memory
+            file = f"{folder}/{name}"
+            flat = torch.from_file(file, shared=True, size=rows * math.prod(shape), dtype=torch.float32)
+            tensors[name] = flat.view(rows, *shape)
+            for part in tensors[name].split(256):
+                part.normal_()
+        data = tfmq_fx.CalibrationSet.from_tensors(tensors)
+        gm = tfmq_fx.capture(network, data.arguments(slice(0, 2)) | {"return_dict": False})
+        prepared = tfmq_fx.prepare(gm, recipe(), timesteps=timesteps)
+        tfmq_fx.calibrate(prepared, data.spread(512))
+        written = [0]
+        write = spill.Budget.spill
 
-    def counting(self: spill.Budget, x: torch.Tensor) -> Any:
-        found = write(self, x)
-        written[0] = max(written[0], self.spilled)
-        return found
+        def counting(self: spill.Budget, x: torch.Tensor) -> Any:
+            found = write(self, x)
+            written[0] = max(written[0], self.spilled)
+            return found
 
-    spill.Budget.spill = counting  # type: ignore[method-assign]
-    changes = {
-        "num_samples": rows,
-        "max_memory": limit,
-        "iterations": iterations,
-        "tune_iterations": iterations,
-    }
-    settings = recipe(**changes).reconstruction
-    started = time.monotonic()
-    tfmq_fx.reconstruct(prepared, data, settings)
+        spill.Budget.spill = counting  # type: ignore[method-assign]
+        settings = recipe(
+            num_samples=rows, max_memory=limit, iterations=iterations, tune_iterations=tune_iterations
+        ).reconstruction
+        before, started = Anonymous.now(), time.monotonic()
+        with Anonymous() as memory:
+            tfmq_fx.reconstruct(prepared, data, settings)
+    mapped = sum(x.nbytes for x in tensors.values()) / 2**30
     print(
-        f"{rows} rows, max_memory {limit:g} GiB: {written[0] / 2**30:.1f} GiB written to disk, peak {peak_gib():.2f} GiB "
-        f"({before:.2f} GiB before reconstruction), {time.monotonic() - started:.0f} s at {iterations} iterations a block"
+        f"{rows} rows of {mapped:.1f} GiB in mapped files, max_memory {limit:g} GiB: {written[0] / 2**30:.1f} GiB written to "
+        f"disk, peak of the process's own memory {memory.peak:.2f} GiB ({before:.2f} GiB before reconstruction), "
+        f"{time.monotonic() - started:.0f} s at {iterations} iterations a block and {tune_iterations} of tuning"
     )
+    print({r.name: r.kept for r in prepared.meta["reconstruction"][-1:]})
 
 
 def main() -> None:
@@ -129,11 +178,12 @@ def main() -> None:
     parser.add_argument("--spill", action="store_true")
     parser.add_argument("--rows", type=int, help="calibration rows (4; with --spill 12,800)")
     parser.add_argument("--iterations", type=int, default=2)
+    parser.add_argument("--tune-iterations", type=int, default=100, help="with --spill")
     parser.add_argument("--batch-size", type=int, default=2)
     parser.add_argument("--max-memory", type=float, default=1.0, help="GiB of streams, with --spill")
     args = parser.parse_args()
     if args.spill:
-        spilled(args.rows or FULL_ROWS, args.iterations, args.max_memory)
+        spilled(args.rows or FULL_ROWS, args.iterations, args.tune_iterations, args.max_memory)
     else:
         real_size(args.rows or 4, args.iterations, args.batch_size)
     print(f"torch {torch.__version__}, {platform.machine()}, {torch.get_num_threads()} threads")

@@ -6,6 +6,7 @@ stream (what it will really see), its target from the float stream; the network 
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import heapq
 import math
@@ -321,7 +322,9 @@ class _Walk:
                 for i, node in enumerate(placeholders(gm).values()):
                     held.lend(node, partial(self._input, i, rows))
         results: list[BlockResult] = []
-        interpreters = [Interpreter(gm) for _ in self.rows]  # each has one environment at a time
+        # Each has one environment at a time; what they know of the graph is the same, and as large as it.
+        interpreter = Interpreter(gm)
+        interpreters = [copy.copy(interpreter) for _ in self.rows]
 
         def step(part: int, node: Node) -> None:
             for env in (float_env, quant_env):
