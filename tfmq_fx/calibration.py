@@ -232,29 +232,33 @@ def calibrate(gm: GraphModule, calibration: CalibrationSet, *, batch_size: int =
             for _, observer in observers(block):
                 set_mode(observer, observe=False, quantize=False)
         if any(_observing(m) for m in gm.modules()):
-            batches = list(calibration.batches(batch_size, one_timestep=is_scalar(gm)))
-            _observe(gm, batches, shards, threads)
+            batches = calibration.groups(
+                torch.arange(len(calibration)), batch_size, one_timestep=is_scalar(gm)
+            )
+            _observe(gm, calibration, batches, shards, threads)
         for _, observer in found:
             observer.freeze()
     gm.meta["stage"] = "calibrated"
     return gm
 
 
-def _observe(gm: GraphModule, batches: list[dict[str, Tensor]], shards: int, threads: Workers) -> None:
-    """Run the data through copies of the graph with observers of their own, shared out to threads and processes; merge those."""
+def _observe(
+    gm: GraphModule, calibration: CalibrationSet, batches: list[Tensor], shards: int, threads: Workers
+) -> None:
+    """Run these batches of rows through copies of the graph with observers of their own, shared out to threads and processes; merge those."""
     ranks = Ranks()
     shards = -(-shards // ranks.size) * ranks.size
     learning = _learning(gm)
     if not all(_mergeable(m) for m in learning):
         for batch in track(batches, "calibrating"):  # every process sees all the data
-            gm(*inputs_of(gm, batch))
+            gm(*inputs_of(gm, calibration.batch(batch)))
         return
     pieces = [p for p in ranks.share([batches[i::shards] for i in range(shards)]) if p]
     copies = [with_own(gm, learning) for _ in pieces]
 
     def run(k: int, i: int) -> None:
         if i < len(pieces[k]):
-            copies[k][0](*inputs_of(gm, pieces[k][i]))
+            copies[k][0](*inputs_of(gm, calibration.batch(pieces[k][i])))
 
     for i in track(range(len(pieces[0]) if pieces else 0), "calibrating"):
         threads.map(partial(run, i=i), range(len(pieces)))

@@ -290,6 +290,8 @@ class _Walk:
         batches = data.groups(drawn, run.settings.batch_size, one_timestep=is_scalar(gm))
         parts = 1 if _fixed_batch(gm, data.constants.keys()) else run.settings.shards
         self.chunks, self.rows = run.split(batches, parts)
+        for rows in {len(rows): rows for rows in self.rows}.values():
+            inputs_of(gm, data.batch(rows))  # says what is missing or of another shape
         self.passed = {n for n in self.gm.graph.nodes if n.op == "call_module" and _is_observer(self.gm, n)}
 
     def run(self) -> list[BlockResult]:
@@ -319,8 +321,8 @@ class _Walk:
         quant_env = [Values(budget) for _ in self.rows]
         for env in (float_env, quant_env):
             for held, rows in zip(env, self.rows, strict=True):
-                for i, node in enumerate(placeholders(gm).values()):
-                    held.lend(node, partial(self._input, i, rows))
+                for name, node in placeholders(gm).items():
+                    held.lend(node, partial(self._input, name, rows))
         results: list[BlockResult] = []
         # Each has one environment at a time; what they know of the graph is the same, and as large as it.
         interpreter = Interpreter(gm)
@@ -345,8 +347,12 @@ class _Walk:
                     del held[used]
         return results
 
-    def _input(self, index: int, rows: Tensor) -> Tensor:
-        return inputs_of(self.gm, self.data.batch(rows))[index]
+    def _input(self, name: str, rows: Tensor) -> Tensor:
+        """This one alone: the others may be much larger."""
+        if name in self.data.constants:
+            return self.data.constants[name]  # type: ignore[no-any-return]
+        x = self.data.tensors[name][rows]
+        return x.reshape(-1)[0] if name == self.gm.meta["timestep"] and is_scalar(self.gm) else x
 
     @staticmethod
     def _name(layer: Node) -> str:
