@@ -164,13 +164,14 @@ def spilled(rows: int, iterations: int, tune_iterations: int, limit: float) -> N
         before, started = Anonymous.now(), time.monotonic()
         with Anonymous() as memory:
             tfmq_fx.reconstruct(prepared, data, settings)
+    last = prepared.meta["reconstruction"][-1]
     mapped = sum(x.nbytes for x in tensors.values()) / 2**30
     print(
         f"{rows} rows of {mapped:.1f} GiB in mapped files, max_memory {limit:g} GiB: {written[0] / 2**30:.1f} GiB written to "
         f"disk, peak of the process's own memory {memory.peak:.2f} GiB ({before:.2f} GiB before reconstruction), "
-        f"{time.monotonic() - started:.0f} s at {iterations} iterations a block and {tune_iterations} of tuning"
+        f"{time.monotonic() - started:.0f} s at {iterations} iterations a block and {tune_iterations} of tuning; "
+        f"last, {last.name}: {last.kept}"
     )
-    print({r.name: r.kept for r in prepared.meta["reconstruction"][-1:]})
 
 
 def main() -> None:

@@ -128,7 +128,7 @@ def unet_text(**more: Any) -> UNet2DConditionModel:
     )  # fmt: skip
 
 
-def _ddpm(_: Path) -> Any:
+def ddpm(_: Path | None = None) -> Any:
     return diffusers.DDPMPipeline(unet_2d(), DDPMScheduler())
 
 
@@ -225,7 +225,7 @@ _PIXART = {
     "max_sequence_length": LENGTH,
 }
 PIPELINES = (
-    Pipeline(name="ddpm", make=_ddpm),
+    Pipeline(name="ddpm", make=ddpm),
     Pipeline(name="ddim", make=_ddim, arguments={"eta": 0.5}),
     Pipeline(name="ldm", make=_ldm),
     Pipeline(

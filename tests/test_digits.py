@@ -7,7 +7,7 @@ import torch
 from diffusers import DDIMPipeline, DDIMScheduler, DDPMPipeline, DDPMScheduler
 
 import tfmq_fx
-from tests.pipelines import unet_2d
+from tests.pipelines import ddpm, unet_2d
 from tfmq_fx.demo import FOLDER
 from tfmq_fx.metrics import cosine_distance, psnr, psnr_by_image
 from tfmq_fx.passes import extract_temporal, find_temporal
@@ -87,7 +87,7 @@ def test_it_is_a_drop_in_for_the_pipelines(pipe, digits, pipeline, scheduler):
 
 
 def test_the_same_seed_gives_the_same_artefact(tmp_path):
-    pipe = DDPMPipeline(unet_2d(), DDPMScheduler())
+    pipe = ddpm()
     pipe.set_progress_bar_config(disable=True)
     quick = tfmq_fx.Reconstruction(iterations=4, num_samples=16, tune_iterations=2)
     written = []

@@ -11,10 +11,9 @@ import time
 
 import pytest
 import torch
-from diffusers import DDPMPipeline, DDPMScheduler
 from safetensors.torch import load_file
 
-from tests.pipelines import unet_2d
+from tests.pipelines import ddpm
 
 SCRIPT = textwrap.dedent(
     """
@@ -148,20 +147,9 @@ def test_one_that_is_killed_stops_the_others_and_what_was_finished_stays(tmp_pat
 
 def test_torchrun_on_the_command_line(tmp_path):
     """Every process records its share; one of them writes."""
-    DDPMPipeline(unet_2d(), DDPMScheduler()).save_pretrained(tmp_path / "model")
-    command = [
-        "quantize",
-        str(tmp_path / "q"),
-        "--model",
-        str(tmp_path / "model"),
-        "--num-samples",
-        "4",
-        "--steps",
-        "3",
-        "--iterations",
-        "2",
-    ]
-    command += ["--tune-iterations", "2"]
+    ddpm().save_pretrained(tmp_path / "model")
+    command = ["quantize", str(tmp_path / "q"), "--model", str(tmp_path / "model"), "--num-samples", "4"]
+    command += ["--steps", "3", "--iterations", "2", "--tune-iterations", "2"]
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     run = subprocess.run(
         [*torchrun, "-m", "tfmq_fx.cli", *command],

@@ -8,7 +8,7 @@ import tempfile
 
 import pytest
 import torch
-from diffusers import DDIMPipeline, DDIMScheduler, DDPMPipeline, DDPMScheduler
+from diffusers import DDIMPipeline, DDIMScheduler
 from torch import nn
 
 import tfmq_fx
@@ -27,7 +27,7 @@ from tests.lowered import (
     quantized,
 )
 from tests.networks import TIMESTEPS, ScalarTime, TinyUNet, calibration, make
-from tests.pipelines import unet_2d
+from tests.pipelines import ddpm
 from tests.test_finite import Labelled, labelled_data
 from tests.test_mixed_batches import moved, one_timestep
 from tfmq_fx import lowering
@@ -174,7 +174,7 @@ def test_a_network_of_one_timestep_per_call():
 @torch.no_grad()
 def test_through_the_pipeline(shipped):
     """To convert the shipped model takes a minute."""
-    pipe = embedded_pipeline() if shipped else DDPMPipeline(unet_2d(), DDPMScheduler())
+    pipe = embedded_pipeline() if shipped else ddpm()
     pipe.set_progress_bar_config(disable=True)
     config = pipe.unet.config
     nearest = tfmq_fx.Reconstruction(method="nearest")

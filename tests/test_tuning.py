@@ -19,7 +19,7 @@ from tests.networks import (
     prepared,
     sinusoid,
 )
-from tests.test_resume import integers
+from tests.test_resume import integers, same
 from tfmq_fx import tuning
 from tfmq_fx.calibration import inputs_of
 from tfmq_fx.errors import TFMQError
@@ -180,14 +180,10 @@ def test_targets_that_do_not_fit_are_computed_anew(monkeypatch):
         counts.append(0)
         gm = prepared()
         tfmq_fx.reconstruct(gm, calibration(), dataclasses.replace(ALONE, tune_iterations=3))
-        results.append([(o.q, o.scale) for o, _ in weights_to_tune(gm)])
-    assert counts == [
-        4,
-        2 * 4 + 3 * 2,
-    ]  # four parts of two batches; measured before and after, and three steps
-    for (q, scale), (q2, scale2) in zip(*results, strict=True):
-        assert torch.equal(q, q2)
-        assert torch.equal(scale, scale2)
+        results.append(integers(gm))
+    # Four parts of two batches; measured before and after, and three steps.
+    assert counts == [4, 2 * 4 + 3 * 2]
+    assert same(*results)
 
 
 def test_rows_of_a_small_error_weigh_as_much_as_those_of_a_large_one():

@@ -172,19 +172,26 @@ class CalibrationSet:
 
     def batches(self, batch_size: int, *, one_timestep: bool = False) -> Iterator[dict[str, Tensor]]:
         """At most `batch_size` rows each, and what has no rows; one_timestep: of one timestep each, for networks that take one a call."""
-        for rows in self.groups(torch.arange(len(self)), batch_size, one_timestep=one_timestep):
+        for rows in self.groups(batch_size, one_timestep=one_timestep):
             yield self.batch(rows)
 
-    def groups(self, rows: Tensor, batch_size: int, *, one_timestep: bool = False) -> list[Tensor]:
-        """The rows of these numbers as the numbers of each of `batches`."""
+    def groups(
+        self, batch_size: int, *, rows: Tensor | None = None, one_timestep: bool = False
+    ) -> list[Tensor]:
+        """The numbers of the rows of each of `batches`; rows: of those that are taken, None for all."""
+        rows = torch.arange(len(self)) if rows is None else rows
         t = self.tensors[self.timestep][rows]
         groups = [rows[t == value] for value in t.unique()] if one_timestep else [rows]
         return [batch for group in groups for batch in group.split(batch_size)]
 
     def batch(self, rows: Tensor) -> dict[str, Tensor]:
         """The rows of these numbers, and what has no rows."""
-        shared = {n: x for n, x in self.constants.items() if isinstance(x, Tensor)}
-        return {n: x[rows] for n, x in self.tensors.items()} | shared
+        shared = [n for n, x in self.constants.items() if isinstance(x, Tensor)]
+        return {n: self.input(n, rows) for n in (*self.tensors, *shared)}
+
+    def input(self, name: str, rows: Tensor) -> Any:
+        """The rows of one input; all of it where it has none."""
+        return self.constants[name] if name in self.constants else self.tensors[name][rows]
 
 
 def inputs_of(gm: GraphModule, batch: Mapping[str, Tensor]) -> list[Tensor]:
@@ -195,10 +202,7 @@ def inputs_of(gm: GraphModule, batch: Mapping[str, Tensor]) -> list[Tensor]:
         raise TFMQError(
             f"calibration: the graph's input {missing[0]!r} is missing; the set has {', '.join(batch)}."
         )
-    inputs = [batch[n] for n in names]
-    if is_scalar(gm):
-        i = names.index(gm.meta["timestep"])
-        inputs[i] = inputs[i].reshape(-1)[0]
+    inputs = [as_taken(gm, n, batch[n]) for n in names]
     for name, node, x in zip(names, placeholders(gm).values(), inputs, strict=True):
         expected = meta_value(node)
         fixed = [fixed_size(d) for d in expected.shape] if isinstance(expected, Tensor) else [None] * x.dim()
@@ -208,6 +212,11 @@ def inputs_of(gm: GraphModule, batch: Mapping[str, Tensor]) -> list[Tensor]:
                 f"({', '.join('N' if f is None else str(f) for f in fixed)}); batches must have that shape."
             )
     return inputs
+
+
+def as_taken(gm: GraphModule, name: str, x: Tensor) -> Tensor:
+    """An input as the graph takes it: a timestep without a batch, where it has none there."""
+    return x.reshape(-1)[0] if name == gm.meta["timestep"] and is_scalar(gm) else x
 
 
 @declare(needs=("prepare",))
@@ -232,9 +241,7 @@ def calibrate(gm: GraphModule, calibration: CalibrationSet, *, batch_size: int =
             for _, observer in observers(block):
                 set_mode(observer, observe=False, quantize=False)
         if any(_observing(m) for m in gm.modules()):
-            batches = calibration.groups(
-                torch.arange(len(calibration)), batch_size, one_timestep=is_scalar(gm)
-            )
+            batches = calibration.groups(batch_size, one_timestep=is_scalar(gm))
             _observe(gm, calibration, batches, shards, threads)
         for _, observer in found:
             observer.freeze()

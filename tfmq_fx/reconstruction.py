@@ -23,7 +23,7 @@ from torch.fx import GraphModule, Interpreter, Node
 from torch.fx.passes.utils.fuser_utils import fuse_as_graphmodule
 
 from tfmq_fx._torchao import FakeQuantizeBase
-from tfmq_fx.calibration import CalibrationSet, inputs_of
+from tfmq_fx.calibration import CalibrationSet, as_taken, inputs_of
 from tfmq_fx.errors import TFMQError
 from tfmq_fx.graph import fixed_size, fresh, meta_value, placeholders, weight_argument
 from tfmq_fx.observers.weight import PerChannelWeightFakeQuantize
@@ -237,7 +237,7 @@ def _tune(
     """`tuning.tune` on as many of the calibration rows as it draws; none, and a note in the plan, where it does not fit."""
     settings = run.settings
     drawn = calibration.draw(iterations * settings.batch_size, seed=run.seed)
-    batches = calibration.groups(drawn, settings.batch_size, one_timestep=is_scalar(gm))
+    batches = calibration.groups(settings.batch_size, rows=drawn, one_timestep=is_scalar(gm))
     whole = _fixed_batch(gm, calibration.constants.keys())
     count = len(batches[0]) if whole else 1
     weights = weights_to_tune(gm)
@@ -287,7 +287,7 @@ class _Walk:
         self.gm.meta = gm.meta
         self.data = data
         drawn = data.draw(run.settings.num_samples, seed=run.seed)
-        batches = data.groups(drawn, run.settings.batch_size, one_timestep=is_scalar(gm))
+        batches = data.groups(run.settings.batch_size, rows=drawn, one_timestep=is_scalar(gm))
         parts = 1 if _fixed_batch(gm, data.constants.keys()) else run.settings.shards
         self.chunks, self.rows = run.split(batches, parts)
         for rows in {len(rows): rows for rows in self.rows}.values():
@@ -324,9 +324,7 @@ class _Walk:
                 for name, node in placeholders(gm).items():
                     held.lend(node, partial(self._input, name, rows))
         results: list[BlockResult] = []
-        # Each has one environment at a time; what they know of the graph is the same, and as large as it.
         interpreter = Interpreter(gm)
-        interpreters = [copy.copy(interpreter) for _ in self.rows]
 
         def step(part: int, node: Node) -> None:
             for env in (float_env, quant_env):
@@ -334,8 +332,9 @@ class _Walk:
                 if env is float_env and node in self.passed:
                     held[node] = held[node.all_input_nodes[0]]
                 else:
-                    interpreters[part].env = held  # type: ignore[assignment]
-                    held[node] = interpreters[part].run_node(node)
+                    own = copy.copy(interpreter)  # an environment for each thread; all else is the graph's
+                    own.env = held  # type: ignore[assignment]
+                    held[node] = own.run_node(node)
 
         for i, node in enumerate(track(order, "reconstructing blocks")):
             if node in units:
@@ -349,10 +348,7 @@ class _Walk:
 
     def _input(self, name: str, rows: Tensor) -> Tensor:
         """This one alone: the others may be much larger."""
-        if name in self.data.constants:
-            return self.data.constants[name]  # type: ignore[no-any-return]
-        x = self.data.tensors[name][rows]
-        return x.reshape(-1)[0] if name == self.gm.meta["timestep"] and is_scalar(self.gm) else x
+        return as_taken(self.gm, name, self.data.input(name, rows))
 
     @staticmethod
     def _name(layer: Node) -> str:
