@@ -111,9 +111,8 @@ def autoencoder(latent_channels: int = 4, **more: Any) -> AutoencoderKL:
 def unet_2d(channels: int = 3) -> UNet2DModel:
     return _random(
         UNet2DModel(
-            sample_size=8, in_channels=channels, out_channels=channels, block_out_channels=(8, 16), layers_per_block=1,
-            norm_num_groups=4, attention_head_dim=8, down_block_types=("DownBlock2D", "AttnDownBlock2D"),
-            up_block_types=("AttnUpBlock2D", "UpBlock2D"),
+            sample_size=8, in_channels=channels, out_channels=channels, block_out_channels=(8,), layers_per_block=1,
+            norm_num_groups=4, attention_head_dim=8, down_block_types=("DownBlock2D",), up_block_types=("UpBlock2D",),
         )
     )  # fmt: skip
 

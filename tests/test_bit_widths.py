@@ -179,7 +179,7 @@ def test_bad_input_is_refused():
 
 
 def test_the_command_line_keeps_the_budget(monkeypatch, capsys, tmp_path):
-    quick = ("--num-samples", 2, "--steps", 3, "--iterations", 0)
+    quick = ("--num-samples", 2, "--steps", 3, "--iterations", 0, "--tune-iterations", 0)
     code, _, err = run(monkeypatch, capsys, "quantize", tmp_path / "q", *quick, "--max-megabytes", 0.9)
     assert (code, err) == (0, "")
     layers = tfmq_fx.load(tmp_path / "q").report["layers"]

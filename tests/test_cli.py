@@ -44,7 +44,7 @@ def spec(name, x):
 
 
 # The others' blocks are compared in test_zoo.py; what is asked here is the command.
-FEW = ("ddpm-cifar10", "diffuser-hopper", "dit", "flux")
+FEW = ("diffuser-hopper", "flux")
 ENTRIES = [
     pytest.param(e, marks=() if e.name in FEW else pytest.mark.slow, id=e.name)
     for e in ZOO

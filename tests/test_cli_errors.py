@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from tests.pipelines import ddpm
 from tests.test_cli import corrupt, run
 from tfmq_fx import cli
 from tfmq_fx.demo import FOLDER
@@ -13,24 +14,33 @@ from tfmq_fx.demo import FOLDER
 QUICK = ("--steps", 2, "--num-samples", 1)
 
 
+@pytest.fixture(scope="module")
+def template(tiny, tmp_path_factory):
+    """A folder with what the table below names."""
+    folder = tmp_path_factory.mktemp("place")
+    (folder / "file").write_text("text")
+    (folder / "full").mkdir()
+    (folder / "full" / "mine.txt").write_text("")
+    tiny.save_pretrained(folder / "small")  # of another size than the pipeline's pictures
+    shutil.copytree(folder / "small", folder / "damaged")
+    (folder / "damaged" / "graph.json").write_text("{}")
+    shutil.copytree(folder / "small", folder / "another")
+    (folder / "another" / "config.json").write_text('{"quantization_config": {"quant_method": "gptq"}}')
+    shutil.copytree(FOLDER, folder / "broken")
+    corrupt(folder / "broken")
+    (folder / "no-json").mkdir()
+    (folder / "no-json" / "model_index.json").write_text("{")
+    (folder / "no-json" / "config.json").write_text("{")
+    ddpm().save_pretrained(folder / "pipe")
+    return folder
+
+
 @pytest.fixture
-def place(tiny, tmp_path, monkeypatch):
-    """A folder with what the table below names; relative to it are all paths. No hub is asked."""
+def place(template, tmp_path, monkeypatch):
+    """A copy of the template. Relative to it are all paths, and no hub is asked."""
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "file").write_text("text")
-    (tmp_path / "full").mkdir()
-    (tmp_path / "full" / "mine.txt").write_text("")
-    tiny.save_pretrained("small")  # of another size than the pipeline's pictures
-    tiny.save_pretrained("damaged")
-    (tmp_path / "damaged" / "graph.json").write_text("{}")
-    tiny.save_pretrained("another")
-    (tmp_path / "another" / "config.json").write_text('{"quantization_config": {"quant_method": "gptq"}}')
-    shutil.copytree(FOLDER, tmp_path / "broken")
-    corrupt(tmp_path / "broken")
-    (tmp_path / "no-json").mkdir()
-    (tmp_path / "no-json" / "model_index.json").write_text("{")
-    (tmp_path / "no-json" / "config.json").write_text("{")
+    shutil.copytree(template, tmp_path, dirs_exist_ok=True)
     return tmp_path
 
 
@@ -76,7 +86,7 @@ def place(tiny, tmp_path, monkeypatch):
         (("quantize", "q", "--argument", "num_inference_steps=3"), "--argument num_inference_steps"),
         (("quantize", "q", "--argument", "batch_size=-1", *QUICK), "--argument batch_size: the command gives that itself"),
         (("quantize", "q", "--finite", "x"), "use NAME=JSON"),
-        (("quantize", "q", "--finite", "x=[1]", *QUICK), "'x': the graph has no such input"),
+        (("quantize", "q", "--model", "pipe", "--finite", "x=[1]", *QUICK), "'x': the graph has no such input"),
         (("quantize", "q", "--max-megabytes", 0, *QUICK), "0"),
         (("quantize", "full"), "is not a tfmq artefact"),
         (("quantize", "file"), "is not a tfmq artefact"),

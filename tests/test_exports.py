@@ -18,9 +18,9 @@ import tfmq_fx
 from tests.lowered import INT8
 from tests.networks import TIMESTEPS, ScalarTime, TinyUNet, calibration, make
 from tests.test_cli import run
-from tests.test_finite import Labelled, labelled_data
+from tests.test_finite import Labelled
 from tests.test_granularity import Tokens
-from tests.test_mixed_batches import assert_same_but_for_flips, moved, one_timestep, vectors
+from tests.test_mixed_batches import assert_same_but_for_flips, labelled, moved, one_timestep, vectors
 from tfmq_fx import export_aot, export_onnx, exporting, saving
 from tfmq_fx.errors import TFMQError
 from tfmq_fx.lowering import NO_INT8
@@ -139,7 +139,9 @@ def test_onnxruntime_computes_every_quantized_layer_in_bytes(files):
     assert files("onnx").notes == ("11 of 12 quantized layers run in float",)
 
 
-@pytest.mark.parametrize("bits", [(8, 8), (7, 8), (8, 4), (4, 8)])
+@pytest.mark.parametrize(
+    "bits", [(8, 8), (4, 8), *(pytest.param(b, marks=pytest.mark.slow) for b in ((7, 8), (8, 4)))]
+)
 @torch.no_grad()
 def test_no_kernel_reads_signed_bytes_whose_products_saturate(tmp_path, bits):
     """On x86 without VNNI two products of unsigned and signed bytes are added in 16 bits: 2 * 255 * 64 fits, not 65."""
@@ -204,9 +206,7 @@ def test_weights_too_large_for_one_file_lie_beside_it(tmp_path, monkeypatch):
 @torch.no_grad()
 def test_an_aot_package_runs_int8_without_this_library(tmp_path):
     """Mixed timesteps and labels, batches of other sizes than it was compiled with, in another process."""
-    recipe = dataclasses.replace(tfmq_fx.Recipe.preset("w4a8"), reconstruction=NEAREST)
-    finite = {"class_labels": range(Labelled.classes)}
-    q = tfmq_fx.quantize(make(Labelled), recipe, calibration=labelled_data(), finite=finite)
+    q = labelled("w4a8")
     exported = q.export(tmp_path / "net.pt2", format="aot", strict=INT8)
     saturating = "1 of 4 quantized layers saturate on a CPU without VNNI or AMX: compile there for it"
     in_float = f"1 of 4 quantized layers run in float; 1 would saturate: {NO_INT8}"

@@ -10,6 +10,7 @@ import tfmq_fx
 from tests.lowered import assert_same_but_for_ties, lower, noise
 from tests.networks import TIMESTEPS, ScalarTime, TinyUNet, calibration, captured, make
 from tests.test_finite import Labelled, labelled_data
+from tests.test_mixed_batches import vectors
 from tfmq_fx.errors import TFMQError
 from tfmq_fx.graph import op_name
 from tfmq_fx.passes import extract_temporal, find_temporal, float_at_unseen
@@ -168,8 +169,10 @@ def test_it_is_lowered(settings):
 def test_it_is_exported(tmp_path):
     import onnxruntime
 
-    q = quantized("float", "cache")
+    recipe = dataclasses.replace(RECIPE, unseen="float", maintain="cache")
+    q = tfmq_fx.quantize(make(ScalarTime), recipe, calibration=vectors())
     q.export(tmp_path / "q.onnx")
     session = onnxruntime.InferenceSession(str(tmp_path / "q.onnx"))
-    (got,) = session.run(None, {"sample": noise(6).numpy(), "timestep": T.numpy()})
-    assert_same_but_for_ties([(torch.from_numpy(got), q(noise(6), T))])
+    x = torch.randn(6, 4)
+    (got,) = session.run(None, {"sample": x.numpy(), "timestep": T.numpy()})
+    assert_same_but_for_ties([(torch.from_numpy(got), q(x, T))])

@@ -281,7 +281,7 @@ def test_second_order_takes_each_columns_own_scale(layer_groups):
     assert torch.equal(one, gptq(w, moments, *three, integers))
 
 
-@pytest.mark.parametrize("method", ["nearest", "gptq+adaround"])
+@pytest.mark.parametrize("method", [pytest.param("nearest", marks=pytest.mark.slow), "gptq+adaround"])
 def test_prepared_converted_saved_and_loaded_agree_bit_for_bit(method, tmp_path):
     how = dataclasses.replace(FAST, method=method, iterations=2)
     q = tfmq_fx.quantize(

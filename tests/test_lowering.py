@@ -1,6 +1,5 @@
 """The lowered network is the quantized one, on int8 kernels: values, calls, what really ran, and what is refused."""
 
-import dataclasses
 import functools
 import shutil
 import sys
@@ -28,8 +27,8 @@ from tests.lowered import (
 )
 from tests.networks import TIMESTEPS, ScalarTime, TinyUNet, calibration, make
 from tests.pipelines import ddpm
-from tests.test_finite import Labelled, labelled_data
-from tests.test_mixed_batches import moved, one_timestep
+from tests.test_finite import Labelled
+from tests.test_mixed_batches import OneTimestep, labelled, moved, one_timestep
 from tfmq_fx import lowering
 from tfmq_fx.demo import embedded_pipeline
 from tfmq_fx.errors import TFMQError
@@ -138,10 +137,7 @@ def test_one_compiled_network_serves_all_steps_of_a_batch_size():
 
 @torch.no_grad()
 def test_guided_batches_and_labels():
-    nearest = tfmq_fx.Reconstruction(method="nearest")
-    recipe = dataclasses.replace(tfmq_fx.Recipe.preset("w8a8"), reconstruction=nearest)
-    finite = {"class_labels": range(Labelled.classes)}
-    q = tfmq_fx.quantize(make(Labelled), recipe, calibration=labelled_data(), finite=finite)
+    q = labelled("w8a8")
     low, x, y = lower(q, "cpu", precision="float32"), torch.randn(3, 1, 6, 6), torch.tensor([0, 1, 2])
     null, pairs = torch.full((3,), Labelled.classes - 1), []
     for t in TIMESTEPS[:4]:
@@ -315,13 +311,13 @@ def test_an_operator_that_openvino_lacks_names_its_node():
 
 @torch.no_grad()
 def test_the_cache_keeps_the_conversion(tmp_path):
-    q = quantized()
+    q, x = one_timestep(ScalarTime), torch.randn(3, 4)
     first = lower(q, "cpu", precision="float32", cache=tmp_path)
     second = lower(q, "cpu", precision="float32", cache=tmp_path)
     assert [low.report["lowering"]["cached"] for low in (first, second)] == [False, True]
-    assert torch.equal(first(noise(3), mixed(3)), second(noise(3), mixed(3)))
+    assert torch.equal(first(x, 300), second(x, 300))
     assert first.report["lowering"]["kernels"] == second.report["lowering"]["kernels"]
-    assert lower(quantized("w4a8"), "cpu", cache=tmp_path).report["lowering"]["cached"] is False
+    assert lower(one_timestep(OneTimestep), "cpu", cache=tmp_path).report["lowering"]["cached"] is False
 
 
 @torch.no_grad()

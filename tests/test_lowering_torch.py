@@ -1,6 +1,5 @@
 """The same network on oneDNN's int8 kernels with torch alone: values, coverage, packed weights, what is refused."""
 
-import dataclasses
 import functools
 import logging
 import subprocess
@@ -12,7 +11,6 @@ import torch
 from torch import nn
 from torch._dynamo.utils import counters
 
-import tfmq_fx
 from tests.lowered import (
     BFLOAT16,
     INT8,
@@ -28,8 +26,8 @@ from tests.lowered import (
     quantized,
 )
 from tests.networks import TIMESTEPS, ScalarTime, TinyUNet, make
-from tests.test_finite import Labelled, labelled_data
-from tests.test_mixed_batches import moved, one_timestep
+from tests.test_finite import Labelled
+from tests.test_mixed_batches import labelled, moved, one_timestep
 from tfmq_fx import lowering, lowering_torch
 from tfmq_fx.errors import TFMQError
 from tfmq_fx.onednn import pack_int4, unpack_int4
@@ -107,10 +105,11 @@ def test_every_quantized_layer_has_an_int8_kernel():
 
 def test_the_engines_count_the_same_layers():
     pytest.importorskip("openvino")
-    other = lower(quantized(), engine="openvino", precision="float32")
+    other = lower(labelled("w8a8"), engine="openvino", precision="float32")
+    ours = lower(labelled("w8a8"), engine="torch", precision="float32", compile=False)
     assert other.report["lowering"]["engine"] == "openvino"
-    assert other.report["lowering"]["flops"] == lowered().report["lowering"]["flops"]
-    assert kernels_of(other).keys() == kernels_of(lowered()).keys()
+    assert other.report["lowering"]["flops"] == ours.report["lowering"]["flops"]
+    assert kernels_of(other).keys() == kernels_of(ours).keys()
 
 
 @torch.no_grad()
@@ -132,10 +131,7 @@ def test_it_is_the_same_to_call():
 
 @torch.no_grad()
 def test_guided_batches_and_labels():
-    nearest = tfmq_fx.Reconstruction(method="nearest")
-    recipe = dataclasses.replace(tfmq_fx.Recipe.preset("w8a8"), reconstruction=nearest)
-    finite = {"class_labels": range(Labelled.classes)}
-    q = tfmq_fx.quantize(make(Labelled), recipe, calibration=labelled_data(), finite=finite)
+    q = labelled("w8a8")
     low = lower(q, engine="torch", precision="float32", compile=False, strict=INT8)
     x, y = torch.randn(3, 1, 6, 6), torch.tensor([0, 1, 2])
     null, pairs = torch.full((3,), Labelled.classes - 1), []
@@ -344,8 +340,7 @@ torch.set_num_threads(1)
 q = tfmq_fx.load(sys.argv[1])
 start = time.perf_counter()
 low = q.lower(engine="torch", precision="float32", cache=sys.argv[2], batch=2, compile=True)
-x, t = torch.load(sys.argv[3], weights_only=True)
-torch.save(low(x, t), sys.argv[4])
+torch.save(low(*torch.load(sys.argv[3], weights_only=True)), sys.argv[4])
 report = low.report["lowering"]
 assert report["cached"] and report["compiled"], report
 assert not counters["inductor"], counters
@@ -356,23 +351,25 @@ print(time.perf_counter() - start)
 @needs_compiler
 @torch.no_grad()
 def test_compiled_once_for_all_steps_and_processes(tmp_path, monkeypatch):
-    q = quantized("w4a8", "all")
+    q = labelled("w4a8", keyed="all")
     global_settings = torch._inductor.config.get_config_copy()
     cache = tmp_path / "cache"
     low = lower(q, engine="torch", precision="float32", cache=cache, batch=2, compile=True, strict=INT8)
     assert low.report["lowering"]["compiled"]
     assert torch._inductor.config.get_config_copy() == global_settings
     before = {k: dict(v) for k, v in counters.items()}
-    pairs = [(low(noise(2), t), q(noise(2), t)) for t in TIMESTEPS]
-    pairs += [(low(noise(2), TIMESTEPS[[i, 3]]), q(noise(2), TIMESTEPS[[i, 3]])) for i in range(10)]
+    x, y = torch.randn(2, 1, 6, 6), torch.tensor([0, 3])
+    pairs = [(low(x, t, y), q(x, t, y)) for t in TIMESTEPS]
+    pairs += [(low(x, TIMESTEPS[[i, 3]], y), q(x, TIMESTEPS[[i, 3]], y)) for i in range(10)]
     assert {k: dict(v) for k, v in counters.items()} == before  # nothing was traced or compiled
     assert low.report["lowering"]["compiled_seconds"].keys() == {"2"}
     assert_same_but_for_ties(pairs)
-    assert low.report["lowering"]["kernels"] == lowered("w4a8", "all").report["lowering"]["kernels"]
+    plain = lower(q, engine="torch", precision="float32", compile=False)
+    assert low.report["lowering"]["kernels"] == plain.report["lowering"]["kernels"]
 
     # Another process needs no compiler, and has the same bits.
     q.save_pretrained(tmp_path / "q")
-    torch.save((noise(2), mixed(2)), tmp_path / "inputs.pt")
+    torch.save((x, mixed(2), y), tmp_path / "inputs.pt")
     files = [tmp_path / "q", cache, tmp_path / "inputs.pt", tmp_path / "output.pt"]
     monkeypatch.setenv("CXX", str(tmp_path / "none"))
     run = subprocess.run(
@@ -382,7 +379,7 @@ def test_compiled_once_for_all_steps_and_processes(tmp_path, monkeypatch):
         check=False,
     )
     assert run.returncode == 0, run.stderr[-2000:]
-    assert torch.equal(torch.load(tmp_path / "output.pt", weights_only=True), low(noise(2), mixed(2)))
+    assert torch.equal(torch.load(tmp_path / "output.pt", weights_only=True), low(x, mixed(2), y))
 
 
 def test_code_that_lacks_a_kernel_is_not_used(tmp_path):

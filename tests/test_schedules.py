@@ -67,7 +67,11 @@ SCHEDULES = {
     "30 of 1000": (lambda: DDIM(), 30),
     "7 of 1000": (lambda: DDIM(timestep_spacing="linspace"), 7),
 }
-every_schedule = pytest.mark.parametrize("name", SCHEDULES)
+# Of each kind one: float timesteps, sigmas, repeats, an odd step count. The rest are `slow`.
+FEW = ("flow", "karras", "quadratic", "7 of 1000")
+every_schedule = pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=() if n in FEW else pytest.mark.slow) for n in SCHEDULES]
+)
 
 
 def scheduled(name, steps=None):

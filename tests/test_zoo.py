@@ -24,7 +24,12 @@ def layer_paths(gm, names):
     return found
 
 
-@pytest.fixture(scope="module", params=ENTRIES)
+# Each has a near twin among the others: the same class with other widths, or one more conditioning.
+TWINS = ("ddpm-lsun", "sd-2.1", "sd-unclip", "pixart-512", "ddim-official")
+NAMES = [pytest.param(n, marks=pytest.mark.slow if n in TWINS else ()) for n in ENTRIES]
+
+
+@pytest.fixture(scope="module", params=NAMES)
 def captured(request):
     entry = ENTRIES[request.param]
     torch.manual_seed(0)

@@ -68,6 +68,9 @@ def export(
             f"export: strict: which kernels run is not known of format {chosen!r} before it is loaded; "
             'q.lower("cpu", strict=True) tells for OpenVINO.'
         )
+    there = next(p for p in file.absolute().parents if p.exists())
+    if not there.is_dir():  # known before minutes of tracing
+        raise TFMQError(f"{file}: cannot be written ({there} is not a folder).")
     start = time.perf_counter()
     found = _WRITERS[chosen](model, file, strict)
     exported = Exported(

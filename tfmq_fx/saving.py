@@ -333,6 +333,7 @@ def export_pt2(model: QuantizedModel, file: Path) -> None:
     program = exported(model)
     temporary = file.with_name(f".{file.name}.tmp-{os.getpid()}.pt2")
     try:
+        file.parent.mkdir(parents=True, exist_ok=True)
         save_program(program, temporary)
         os.replace(temporary, file)
     except OSError as error:
