@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 from torch.fx.passes.infra.pass_base import PassResult
 
-from tfmq_fx.arithmetic import centred
+from tfmq_fx.arithmetic import PAIRS_FIT, SATURATES, centred
 from tfmq_fx.graph import (
     attribute,
     convolution_arguments,
@@ -37,7 +37,7 @@ FALLBACKS = "fallbacks"  # in the graph's meta: layer -> why it stayed as it was
 
 
 @declare(after=("convert", "rescale_temporal", "byte_activations"))
-def onednn_kernels(gm: GraphModule, *, pack: str | None = None) -> PassResult:
+def onednn_kernels(gm: GraphModule, *, pack: str | None = None, pairs: bool = False) -> PassResult:
     """Replace what reads a dequantized input and a dequantized weight by a kernel that reads their integers.
 
         conv(dequantize_per_tensor(x, s, z), dequantize_per_channel(w, ws, wz), b)
@@ -45,6 +45,7 @@ def onednn_kernels(gm: GraphModule, *, pack: str | None = None) -> PassResult:
             ==>  int4_conv(x, s, z, pack(w), wz, ws, b)            pack="int4", and w of at most four bits
 
     and linears alike. Layers that no kernel takes stay as they are, and `gm.meta["fallbacks"]` says why.
+    pairs: so do those that saturate on a CPU without VNNI.
 
     Numerics: the sums are the integers', and exact; they are scaled once, in float32, where the float layer rounds
     every product: some float32 steps of the largest output. Packed and unpacked weights give the same bits.
@@ -53,7 +54,7 @@ def onednn_kernels(gm: GraphModule, *, pack: str | None = None) -> PassResult:
     before = len(gm.graph.nodes)
     for node in list(gm.graph.nodes):
         if weight_argument(node) is not None:
-            reason = _why_not(gm, node)
+            reason = _why_not(gm, node, pairs=pairs)
             if reason:
                 fallbacks[node.name] = reason
             else:
@@ -83,7 +84,7 @@ def output_dtype(kernel: Node) -> torch.dtype:
     return dtype
 
 
-def _why_not(gm: GraphModule, layer: Node) -> str:
+def _why_not(gm: GraphModule, layer: Node, *, pairs: bool) -> str:
     x, weight, bias, *rest = [*layer.args, None][: max(3, len(layer.args))]
     name = op_name(layer)
     if not isinstance(weight, Node) or weight.target is not ops.dequantize_per_channel.default:
@@ -106,9 +107,10 @@ def _why_not(gm: GraphModule, layer: Node) -> str:
     if (name == "linear" and rank < 2) or (name != "linear" and rank != _integers(gm, weight)[0].dim()):
         return "its input has no batch dimension"
     q, _, zero_point = _integers(gm, weight)
-    if centred(q, zero_point, 0) is None:
+    signed = centred(q, zero_point, 0)
+    if signed is None:
         return "its weight minus its zero point does not fit a signed byte"
-    return ""
+    return SATURATES if pairs and signed.to(torch.int16).abs().max() > PAIRS_FIT else ""
 
 
 def _rank(layer: Node) -> int:

@@ -8,7 +8,7 @@ import torch
 
 import tfmq_fx
 from tests.networks import FAST, TinyUNet, calibration, make
-from tfmq_fx import export_aot, export_onnx, lowering_openvino, lowering_torch, saving
+from tfmq_fx import export_aot, export_onnx, lowering, lowering_openvino, lowering_torch, saving
 from tfmq_fx.demo import embedded_pipeline
 
 exported = functools.lru_cache(maxsize=8)(saving.exported)
@@ -26,6 +26,17 @@ def _one_export(monkeypatch):
     """Half of the time of lowering and exporting: a network is traced once, whatever is made of it."""
     for module in (export_aot, export_onnx, lowering_openvino, lowering_torch):
         monkeypatch.setattr(module, "exported", exported)
+
+
+@pytest.fixture
+def without_vnni(monkeypatch):
+    monkeypatch.setattr(lowering, "int8_instructions", list)
+
+
+@pytest.fixture
+def without_int8(monkeypatch):
+    monkeypatch.setattr(lowering, "int8_instructions", list)
+    monkeypatch.setattr(lowering, "adds_pairs", lambda: False)
 
 
 @pytest.fixture(scope="session")

@@ -13,6 +13,7 @@ import tfmq_fx
 from tests.networks import TIMESTEPS, TinyUNet, calibration, make
 from tests.test_mixed_batches import FLIPPED_BY, FLIPPED_ROWS, moved
 from tfmq_fx import lowering
+from tfmq_fx.arithmetic import NO_INT8, SATURATES
 
 SIZES = (1, 3, 16)
 # Every test of every engine: the graph of the low bits, and every layer keyed; 8 bits are the other tests' network.
@@ -29,7 +30,10 @@ SETTINGS = [
 BFLOAT16 = 0.05
 # Values are tested on every CPU; that int8 or bfloat16 kernels run, where there are such.
 INT8 = bool(lowering.int8_instructions())
-needs_kernels = pytest.mark.skipif(not INT8, reason=lowering.NO_INT8)
+BYTES = INT8 or lowering.adds_pairs()  # at least for weights of 4 bits
+needs_kernels = pytest.mark.skipif(not INT8, reason=NO_INT8)
+# x86 without VNNI: int8 kernels for what does not saturate. Any x86 can be taken for one.
+needs_avx2 = pytest.mark.skipif(not lowering.adds_pairs(), reason="this CPU has no AVX2")
 needs_bfloat16 = pytest.mark.skipif(
     not lowering.torch_has_bfloat16(), reason="this CPU does not compute in bfloat16"
 )
@@ -75,3 +79,16 @@ def assert_every_batch_size_and_step_agrees(low, q):
     assert_same_but_for_ties(pairs)
     for (one, _), (other, _) in zip(pairs[len(SIZES) :], pairs[len(SIZES) + 1 :], strict=False):
         assert moved(one, other)[0].all()  # the control: the step shows
+
+
+def assert_int8_where_pairs_fit(q, low):
+    """On x86 without VNNI: 4-bit weights on int8 kernels, 8-bit ones in float, and said."""
+    kernels = {k["path"]: k for k in low.report["lowering"]["kernels"]}
+    assert low.report["lowering"]["instructions"] == ["avx2"]
+    of_bytes = [layer for layer in q.report["layers"] if layer["activation_bits"] == 8]
+    assert {layer["weight_bits"] for layer in of_bytes} == {4, 8}
+    for layer in of_bytes:
+        kernel = kernels[layer["path"]]
+        fits = layer["weight_bits"] == 4
+        assert (kernel["int8"], kernel["fell_back"]) == (fits, not fits), kernel
+        assert (kernel["reason"] == SATURATES) == (not fits)

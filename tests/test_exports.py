@@ -22,8 +22,8 @@ from tests.test_finite import Labelled
 from tests.test_granularity import Tokens
 from tests.test_mixed_batches import assert_same_but_for_flips, labelled, moved, one_timestep, vectors
 from tfmq_fx import export_aot, export_onnx, exporting, saving
+from tfmq_fx.arithmetic import NO_INT8
 from tfmq_fx.errors import TFMQError
-from tfmq_fx.lowering import NO_INT8
 from tfmq_fx.passes import (
     flatten_linears,
     rescale_temporal,

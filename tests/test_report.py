@@ -10,8 +10,10 @@ from html.parser import HTMLParser
 import pytest
 import torch
 
-from tests.lowered import INT8
+from tests.lowered import BYTES
+from tests.networks import ScalarTime
 from tests.test_cli import run as run_cli
+from tests.test_mixed_batches import one_timestep
 from tfmq_fx import drift
 from tfmq_fx.drift import nearest_of, output_errors, trajectory
 from tfmq_fx.errors import TFMQError
@@ -71,18 +73,18 @@ def test_numbers(measured, digits):
     columns = zip(*drift["cosine_distance"], strict=True)
     for column, row in zip(columns, digits.report["errors_by_timestep"], strict=True):
         assert sum(column) / 11 == pytest.approx(row["temporal_cosine_distance"], rel=1e-2)
-    if INT8:
+    if BYTES:
         assert numbers["kernels"]["flops"]["int8"] > 0
-    assert set(numbers["milliseconds"]) == {"batch", "float", OURS, *(["int8 kernels"] if INT8 else [])}
+    assert set(numbers["milliseconds"]) == {"batch", "float", OURS, *(["int8 kernels"] if BYTES else [])}
 
 
+@pytest.mark.usefixtures("without_int8")
 def test_without_int8_instructions_nothing_is_timed_as_int8_and_the_page_says_why(
-    measured, digits, monkeypatch, tmp_path
+    measured, monkeypatch, tmp_path
 ):
     said = []
     monkeypatch.setattr(drift.log, "warning", lambda words, *rest: said.append(words % rest))
-    monkeypatch.setattr(drift, "int8_instructions", list)
-    low, words = drift.lowered(digits, batch=1)
+    low, words = drift.lowered(one_timestep(ScalarTime), batch=1)
     assert low is None
     assert said == ["report: no int8 kernels are timed: this CPU has no int8 instructions (VNNI, AMX)."]
     numbers, runs = measured

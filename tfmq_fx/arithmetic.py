@@ -69,6 +69,8 @@ def centred(q: Tensor, zero_point: Tensor, axis: int) -> Tensor | None:
 # x86 without VNNI multiplies bytes by adding pairs of products in 16 bits, which saturate: 2 * 255 * 64 is the last that
 # fits. So kernels of unsigned activations by signed weights are exact on every CPU for |q - zero_point| up to this.
 PAIRS_FIT = 64
+NO_INT8 = "this CPU has no int8 instructions (VNNI, AMX)"
+SATURATES = f"{NO_INT8}: its sums of bytes would saturate"
 
 
 def check_bits(bits: int, argument: str) -> None:

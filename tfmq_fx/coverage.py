@@ -38,6 +38,7 @@ class Layer:
     op: str  # "convolution", "linear", ...
     flops: int  # for one sample, a multiplication and an addition being two
     float_because: str  # why no int8 kernel can run it; "" when both its inputs are quantized
+    saturates: bool = False  # whether it stays in float because this CPU's int8 kernels would be wrong
 
 
 def layers_of(gm: GraphModule) -> Iterator[Layer]:

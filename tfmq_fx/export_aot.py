@@ -27,9 +27,10 @@ from typing import Any
 import torch
 from torch.fx import GraphModule
 
+from tfmq_fx.arithmetic import NO_INT8
 from tfmq_fx.errors import TFMQError
 from tfmq_fx.exporting import fallen_back, quantized_layers, replace_files, saturating_layers
-from tfmq_fx.lowering import NO_INT8, int8_instructions
+from tfmq_fx.lowering import int8_instructions
 from tfmq_fx.lowering_torch import fold_weights
 from tfmq_fx.model import QuantizedModel
 from tfmq_fx.passes.byte_activations import byte_activations

@@ -23,6 +23,7 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
+from tfmq_fx.arithmetic import NO_INT8, SATURATES
 from tfmq_fx.coverage import Kernel, Layer
 from tfmq_fx.errors import TFMQError, nearest_names
 from tfmq_fx.graph_json import graph_to_json, tensors_of
@@ -43,12 +44,11 @@ from tfmq_fx.resume import update_with_tensors
 from tfmq_fx.saving import example_inputs, replace_folder
 
 log = logging.getLogger(__name__)
-LAYOUT = 1  # of what a cache folder holds: another number reads none of the old
+LAYOUT = 2  # of what a cache folder holds: another number reads none of the old
 ENGINES = ("openvino", "torch")
 PRECISIONS = {"bfloat16": "bf16", "float32": "f32"}
 # What multiplies bytes: VNNI in its two encodings, AMX, and Arm's dot products.
 INT8_INSTRUCTIONS = ("avx512_vnni", "avx_vnni", "avx_vnni_int8", "amx_int8", "dotprod", "i8mm")
-NO_INT8 = "this CPU has no int8 instructions (VNNI, AMX)"
 
 
 class Engine(Protocol):
@@ -127,7 +127,8 @@ def lower(
         each call.
 
     Raises TFMQError for another target, without the engine's package, and naming a node that it cannot express. A CPU
-    without int8 instructions is warned of, and computes the same in float.
+    without int8 instructions is warned of. With AVX2 alone it adds products of bytes in pairs of 16 bits, which is exact
+    for weights within 64 steps of zero, as those of 4 bits are: layers beyond compute the same in float. Without AVX2 all do.
     """
     if target != "cpu":
         raise TFMQError(f'target={target!r}: unknown; there is "cpu".')
@@ -139,27 +140,28 @@ def lower(
     if precision not in (None, *PRECISIONS):
         raise TFMQError(f"precision={precision!r}: unknown; use {nearest_names(str(precision), PRECISIONS)}.")
     instructions = int8_instructions()
+    pairs = not instructions and adds_pairs()
     if not instructions:
-        words = f"{NO_INT8}: every layer runs in float, with the same integers."
-        if strict:
+        which = (
+            "layers whose weights reach beyond 64 steps from zero, as 8 bits do, run"
+            if pairs
+            else "every layer runs"
+        )
+        words = f"{NO_INT8}: {which} in float, with the same integers."
+        if strict and not pairs:
             raise TFMQError(f'target "cpu": {words}')
         warnings.warn(words, stacklevel=2)
+    cpu = {"int8": bool(instructions) or pairs, "pairs": pairs}
     with ExitStack() as stack:
         # Without a cache, the files live as long as the network that compiles from them.
         root = Path(cache or stack.enter_context(tempfile.TemporaryDirectory(prefix="tfmq-lowering-")))
         if engine == "openvino":
             lowered = _with_openvino(
-                model, root, precision=precision, batch=batch, keep=cache is not None, int8=bool(instructions)
+                model, root, precision=precision, batch=batch, keep=cache is not None, **cpu
             )
         else:
             lowered = _with_torch(
-                model,
-                root,
-                precision=precision,
-                batch=batch,
-                compile=compile,
-                pack=pack,
-                int8=bool(instructions),
+                model, root, precision=precision, batch=batch, compile=compile, pack=pack, **cpu
             )
         weakref.finalize(lowered.network, stack.pop_all().close)
     kernels = lowered.kernels
@@ -175,7 +177,7 @@ def lower(
     lowering = {
         "target": target,
         "engine": engine,
-        "instructions": instructions,
+        "instructions": ["avx2"] if pairs else instructions,
         "threads": torch.get_num_threads(),
         "pack": pack,
         **lowered.details,
@@ -210,7 +212,14 @@ def _engine(engine: str | None, *, compile: bool | None, pack: str | None) -> st
 
 
 def _with_openvino(
-    model: QuantizedModel, root: Path, *, precision: str | None, batch: int, keep: bool, int8: bool
+    model: QuantizedModel,
+    root: Path,
+    *,
+    precision: str | None,
+    batch: int,
+    keep: bool,
+    int8: bool,
+    pairs: bool,
 ) -> Lowered:
     openvino = require_openvino()
     can = openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
@@ -225,10 +234,10 @@ def _with_openvino(
     }
 
     def convert(new: Path) -> None:
-        write(model, new)
+        write(model, new, pairs=pairs)
 
     start = time.perf_counter()
-    folder = root / _key(model, openvino.__version__)
+    folder = root / _key(model, f"{openvino.__version__}{' pairs' * pairs}")
     cached = folder.is_dir()
     if not cached:
         replace_folder(folder, convert)
@@ -267,15 +276,20 @@ def _with_torch(
     compile: bool | None,
     pack: str | None,
     int8: bool,
+    pairs: bool,
 ) -> Lowered:
     has = dict(torch.cpu.get_capabilities())
     precision = _precision(precision, has_bfloat16=torch_has_bfloat16())
     start = time.perf_counter()
-    conditions = json.dumps([precision, pack, int8, torch.get_num_threads(), has, OPTIONS], default=str)
+    conditions = json.dumps(
+        [precision, pack, int8, pairs, torch.get_num_threads(), has, OPTIONS], default=str
+    )
     folder = root / _key(model, conditions)
     cached = folder.is_dir()
     folder.mkdir(parents=True, exist_ok=True)
-    prepare = functools.cache(lambda: prepare_graph(model, precision=precision, pack=pack, int8=int8))
+    prepare = functools.cache(
+        lambda: prepare_graph(model, precision=precision, pack=pack, int8=int8, pairs=pairs)
+    )
     kernels = _remembered(folder / "kernels.json", lambda: _to_json(prepare().kernels))
     held = _remembered(folder / "weight_bytes.json", lambda: weight_bytes(prepare().gm))
     inputs = list(example_inputs(model, batch=batch).values())
@@ -326,6 +340,11 @@ def int8_instructions() -> list[str]:
     return [name for name in INT8_INSTRUCTIONS if has.get(name)]
 
 
+def adds_pairs() -> bool:
+    """Whether this CPU can multiply bytes by AVX2: see `arithmetic.PAIRS_FIT`."""
+    return bool(dict(torch.cpu.get_capabilities()).get("avx2"))
+
+
 def coverage(layers: Iterable[Layer], compiled: Compiled) -> list[Kernel]:
     """What OpenVINO's execution graph says of each layer."""
     found: dict[str, list[Execution]] = {}
@@ -344,7 +363,7 @@ def _kernel(layer: Layer, executions: list[Execution]) -> Kernel:
     if not products:
         reason = "not among the nodes that OpenVINO executes: folded, or fused under another name"
     elif not int8:
-        reason = layer.float_because or "OpenVINO chose a float kernel"
+        reason = layer.float_because or (SATURATES if layer.saturates else "OpenVINO chose a float kernel")
     return Kernel(
         path=layer.path or layer.node,
         op=layer.op,

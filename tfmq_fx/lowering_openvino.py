@@ -31,6 +31,7 @@ from tfmq_fx.coverage import Layer, layers_of
 from tfmq_fx.errors import TFMQError
 from tfmq_fx.exporting import quantized_layers, saturating_layers
 from tfmq_fx.graph import placeholders
+from tfmq_fx.lowering_torch import fold_weights
 from tfmq_fx.model import QuantizedModel
 from tfmq_fx.passes.byte_activations import byte_activations
 from tfmq_fx.passes.integer_weights import integer_weights
@@ -70,12 +71,18 @@ def export_folder(model: QuantizedModel, folder: Path) -> tuple[str, ...]:
     return tuple(found)
 
 
-def write(model: QuantizedModel, folder: Path) -> list[str]:
-    """Write the model's files into a folder that is there; as `export_folder`. Raises TFMQError naming a node OpenVINO lacks."""
+def write(model: QuantizedModel, folder: Path, *, pairs: bool = False) -> list[str]:
+    """Write the model's files into a folder that is there; as `export_folder`. Raises TFMQError naming a node OpenVINO lacks.
+
+    pairs: for a CPU whose kernels saturate: the weights of layers that would are written as floats.
+    """
     openvino = require_openvino()
     gm = _decomposed(model)
     PassManager(PASSES)(gm)
-    saturating, wanted = len(saturating_layers(gm)), len(quantized_layers(gm))
+    saturating, wanted = saturating_layers(gm), len(quantized_layers(gm))
+    before = {layer.node: layer for layer in layers_of(gm)}
+    if pairs:
+        fold_weights(gm, saturating)
     PassManager([integer_weights])(gm)
     ir = _convert(gm)
     _name_weights(ir)
@@ -86,11 +93,17 @@ def write(model: QuantizedModel, folder: Path) -> list[str]:
     block = placeholders(model.temporal_block)
     marked = [n.name for n in gm.graph.nodes if n.meta.get(PRECISE)]
     mark_precise(folder / MODEL, inputs=block, nodes=marked)
-    layers = [dataclasses.asdict(layer) for layer in layers_of(gm)]
+    in_float = {n.name for n in saturating} if pairs else set()
+    layers = [
+        dataclasses.asdict(
+            dataclasses.replace(before[now.node], weight=now.weight, saturates=now.node in in_float)
+        )
+        for now in layers_of(gm)
+    ]
     (folder / LAYERS).write_text(json.dumps(layers, indent=1) + "\n")
     return (
         [
-            f"{saturating} of {wanted} quantized layers saturate on a CPU without VNNI or AMX, unless OpenVINO compiles "
+            f"{len(saturating)} of {wanted} quantized layers saturate on a CPU without VNNI or AMX, unless OpenVINO compiles "
             f"them there with {FLOAT}"
         ]
         if saturating

@@ -31,6 +31,7 @@ from torch import Tensor, nn
 from torch.fx import GraphModule, Interpreter, Node
 from torch.utils import _pytree as pytree
 
+from tfmq_fx.arithmetic import NO_INT8
 from tfmq_fx.coverage import Kernel, Layer, layers_of
 from tfmq_fx.errors import TFMQError
 from tfmq_fx.graph import aten, attribute, fresh, mutated_inputs, placeholders, set_buffer, weight_argument
@@ -59,18 +60,21 @@ class Prepared:
     kernels: list[Kernel]
 
 
-def prepare_graph(model: QuantizedModel, *, precision: str, pack: str | None, int8: bool = True) -> Prepared:
+def prepare_graph(
+    model: QuantizedModel, *, precision: str, pack: str | None, int8: bool = True, pairs: bool = False
+) -> Prepared:
     """The flat graph of torch's operators and int8 kernels. Raises TFMQError naming a node that cannot run.
 
-    int8: without, every layer stays in float on the same integers: for a CPU whose kernels would saturate.
+    int8: without, every layer stays in float on the same integers.
+    pairs: for a CPU whose kernels saturate: the layers that would stay in float.
     """
     gm = flat_graph(model)
     PassManager([rescale_temporal, rescale_tokens, byte_activations])(gm)
     layers = list(layers_of(gm))
     if int8:
-        PassManager([functools.partial(onednn_kernels, pack=pack), share_quantized])(gm)
+        PassManager([functools.partial(onednn_kernels, pack=pack, pairs=pairs), share_quantized])(gm)
     else:
-        gm.meta[FALLBACKS] = {n.name: "this CPU has no int8 instructions" for n in gm.graph.nodes}
+        gm.meta[FALLBACKS] = {n.name: NO_INT8 for n in gm.graph.nodes}
     fold_weights(gm)
     inputs = example_inputs(model, batch=1)
     dtypes = dtypes_of(gm, inputs)
