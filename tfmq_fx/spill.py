@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import sys
 import tempfile
 import threading
 from collections.abc import Callable, Iterator, MutableMapping
@@ -30,6 +32,12 @@ class _Lent:
     read: Callable[[], Tensor]
 
 
+# Where small values stay between large ones that go, glibc keeps the holes, gigabytes of them. They are given back each
+# time that a walk which spills has read and computed so much: the holes are no larger.
+TRIM_AFTER = 128 * 2**20
+_trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+
+
 class Budget:
     """The bytes that each of a walk's `Values` may hold in memory; a context manager for what exceeds them.
 
@@ -40,6 +48,7 @@ class Budget:
         self.limit = limit
         self.spilled = 0
         self._count = 0
+        self._passed = 0
         self._folder: tempfile.TemporaryDirectory[str] | None = None
         self._lock = threading.Lock()  # several threads compute parts at once
 
@@ -49,6 +58,16 @@ class Budget:
     def __exit__(self, *_: object) -> None:
         if self._folder is not None:
             self._folder.cleanup()
+
+    def passed(self, size: int) -> None:
+        """So many bytes came, and most of them will go."""
+        with self._lock:
+            self._passed += size
+            full = self._passed > TRIM_AFTER
+            if full:
+                self._passed = 0
+        if full and self.spilled and _trim is not None:
+            _trim(0)
 
     def spill(self, x: Tensor) -> _Spilled:
         """Write `x` to a file of its own. Raises TFMQError when the disk does not take it."""
@@ -84,15 +103,19 @@ class Values(MutableMapping[Node, Any]):
     def __getitem__(self, node: Node) -> Any:
         value = self._held[node]
         if isinstance(value, _Lent):
-            return value.read()
-        if not isinstance(value, _Spilled):
+            value = value.read()
+        elif isinstance(value, _Spilled):
+            flat = torch.from_file(str(value.file), size=value.shape.numel(), dtype=value.stored)
+            value = flat.reshape(value.shape).to(value.dtype)
+        else:
             return value
-        flat = torch.from_file(str(value.file), size=value.shape.numel(), dtype=value.stored)
-        return flat.reshape(value.shape).to(value.dtype)
+        self.budget.passed(value.nbytes)
+        return value
 
     def __setitem__(self, node: Node, value: Any) -> None:
         self.pop(node, None)
         if _counts(node, value):
+            self.budget.passed(value.nbytes)
             if self.used + value.nbytes > self.budget.limit:
                 value = self.budget.spill(value)
             else:
