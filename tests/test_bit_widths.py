@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 import tfmq_fx
 from tests.networks import TIMESTEPS, TinyUNet, calibration, captured, make
+from tests.pipelines import ddpm
 from tests.test_cli import run
 from tfmq_fx import bit_widths as module
 from tfmq_fx.bit_widths import LayerSensitivity, Sensitivity, mixed_precision, sensitivity
@@ -179,9 +180,13 @@ def test_bad_input_is_refused():
 
 
 def test_the_command_line_keeps_the_budget(monkeypatch, capsys, tmp_path):
+    ddpm().save_pretrained(tmp_path / "model")
     quick = ("--num-samples", 2, "--steps", 3, "--iterations", 0, "--tune-iterations", 0)
-    code, _, err = run(monkeypatch, capsys, "quantize", tmp_path / "q", *quick, "--max-megabytes", 0.9)
+    common = ("quantize", tmp_path / "q", "--model", tmp_path / "model", *quick)
+    code, _, err = run(
+        monkeypatch, capsys, *common, "--max-megabytes", 0.008
+    )  # 5.2 kB of weights at 4 bits, 10.4 at 8
     assert (code, err) == (0, "")
-    layers = tfmq_fx.load(tmp_path / "q").report["layers"]
-    assert {x["weight_bits"] for x in layers} == {4, 8}
-    assert 0.85e6 < sum(x.stat().st_size for x in (tmp_path / "q").glob("*.safetensors")) < 1.0e6
+    report = tfmq_fx.load(tmp_path / "q").report
+    assert {x["weight_bits"] for x in report["layers"]} == {4, 8}
+    assert 9_000 < report["sizes"]["quantized_bytes"] < 12_000  # with scales and zero points 8.7 and 13.7

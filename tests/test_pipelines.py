@@ -28,7 +28,12 @@ pytestmark = [
 ]
 
 
-@pytest.fixture(scope="module", params=ENTRIES)
+# The same networks under another class of pipeline.
+TWINS = ("ddim", "pixart-sigma")
+NAMES = [pytest.param(n, marks=pytest.mark.slow if n in TWINS else ()) for n in ENTRIES]
+
+
+@pytest.fixture(scope="module", params=NAMES)
 def case(request, tmp_path_factory):
     entry = ENTRIES[request.param]
     pipe = saved(entry, tmp_path_factory.mktemp(entry.name))

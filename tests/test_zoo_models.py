@@ -185,6 +185,7 @@ def test_samples_without_a_prompt_are_of_many_kinds(ldm):
     assert (closeness > CLOSE).sum() >= 20
 
 
+@pytest.mark.slow
 def test_text_to_image_is_quantized(ldm, shapes):
     data = tfmq_fx.CalibrationSet.record(ldm, num_samples=12, **SHAPES)
     # Guidance calls the network without and with the prompt, in one batch.
