@@ -30,7 +30,7 @@ from tests.lowered import (
 from tests.networks import TIMESTEPS, ScalarTime, TinyUNet, calibration, make
 from tests.pipelines import ddpm
 from tests.test_finite import Labelled
-from tests.test_mixed_batches import OneTimestep, labelled, moved, one_timestep
+from tests.test_mixed_batches import OneTimestep, labelled, moved, one_timestep, vectors
 from tfmq_fx import lowering
 from tfmq_fx.arithmetic import NO_INT8, SATURATES
 from tfmq_fx.demo import embedded_pipeline
@@ -228,6 +228,24 @@ def test_without_vnni_what_does_not_saturate_is_int8():
     words = r"strict: 1 of 15 layers .* time_mlp\.0\.weight: .* would saturate"
     with pytest.warns(UserWarning, match=NO_INT8[:20]), pytest.raises(TFMQError, match=words):
         q.lower("cpu", precision="float32", cache=CACHE, strict=True)
+
+
+@needs_avx2
+@torch.no_grad()
+@pytest.mark.usefixtures("without_vnni")
+def test_without_vnni_weights_that_fit_no_signed_byte_are_float():
+    """All positive: q - z reaches 255. OpenVINO has kernels of unsigned weights, too, and they saturate."""
+    network = make(ScalarTime)
+    for layer in network.modules():
+        if isinstance(layer, nn.Linear):
+            layer.weight.abs_()
+    nearest = tfmq_fx.Reconstruction(method="nearest")
+    recipe = tfmq_fx.Recipe(weight_bits=8, edge_weight_bits=8, edge_activation_bits=8, reconstruction=nearest)
+    q, x = tfmq_fx.quantize(network, recipe, calibration=vectors()), torch.randn(5, 4)
+    with pytest.warns(UserWarning, match=NO_INT8[:20]):
+        low = q.lower("cpu", precision="float32", cache=CACHE)
+    assert {k["reason"] for k in low.report["lowering"]["kernels"]} == {SATURATES}
+    assert_same_but_for_ties([(low(x, t), q(x, t)) for t in TIMESTEPS])
 
 
 @torch.no_grad()

@@ -167,7 +167,7 @@ def saturating_layers(gm: GraphModule) -> list[Node]:
             continue
         q, zero_point = (attribute(gm, str(weight.args[i].target)) for i in (0, 2))
         signed = centred(q, zero_point, weight.args[3])
-        if signed is not None and signed.to(torch.int16).abs().max() > PAIRS_FIT:
+        if signed is None or signed.to(torch.int16).abs().max() > PAIRS_FIT:
             found.append(layer)
     return found
 
