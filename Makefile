@@ -35,8 +35,9 @@ api: $(READY)
 $(READY): pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "tfmq_fx needs Python 3.11 or newer, found " + sys.version.split()[0])'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet --editable ".[dev]"
+	# uv takes half a minute where pip takes two and a half.
+	$(BIN)/python -m pip install --quiet uv && $(BIN)/uv pip install --quiet --python $(BIN)/python --editable ".[dev]" \
+		|| $(BIN)/python -m pip install --quiet --editable ".[dev]"
 	touch $(READY)
 
 clean:
