@@ -231,6 +231,16 @@ def test_without_vnni_what_does_not_saturate_is_int8():
 
 
 @needs_avx2
+@pytest.mark.usefixtures("without_vnni")
+def test_without_vnni_weights_of_eight_bits_are_float_and_kept_as_bytes():
+    with pytest.warns(UserWarning, match=NO_INT8[:20]):
+        report = quantized().lower("cpu", precision="float32", cache=CACHE).report
+    assert {k["reason"] for k in report["lowering"]["kernels"] if k["fell_back"]} == {SATURATES}
+    assert report["lowering"]["flops"]["int8"] == 0
+    assert report["lowering"]["weight_bytes"] < 0.4 * report["sizes"]["float_bytes"]
+
+
+@needs_avx2
 @torch.no_grad()
 @pytest.mark.usefixtures("without_vnni")
 def test_without_vnni_weights_that_fit_no_signed_byte_are_float():

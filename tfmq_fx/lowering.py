@@ -242,6 +242,9 @@ def _with_openvino(
     if not cached:
         replace_folder(folder, convert)
     converted = time.perf_counter() - start
+    layers = read_layers(folder)
+    if pairs and all(layer.saturates or layer.float_because for layer in layers):
+        settings |= FLOAT
     # OpenVINO tells compiled networks apart by some of these settings, and not by all.
     conditions = json.dumps([settings, sorted(can), openvino.__version__])
     kept = folder / hashlib.sha256(conditions.encode()).hexdigest()[:16]
@@ -251,7 +254,6 @@ def _with_openvino(
     compiled = Compiled(folder, model=model, settings=settings)
     compiled(*example_inputs(model, batch=batch).values())
     first = time.perf_counter() - start - converted
-    layers = read_layers(folder)
     details = {
         "library": f"openvino {openvino.__version__}",
         "precision": precision,

@@ -74,14 +74,15 @@ def export_folder(model: QuantizedModel, folder: Path) -> tuple[str, ...]:
 def write(model: QuantizedModel, folder: Path, *, pairs: bool = False) -> list[str]:
     """Write the model's files into a folder that is there; as `export_folder`. Raises TFMQError naming a node OpenVINO lacks.
 
-    pairs: for a CPU whose kernels saturate: the weights of layers that would are written as floats.
+    pairs: for a CPU whose kernels saturate: the weights of layers that would are written as floats, unless all would:
+        such a network is compiled with `FLOAT`.
     """
     openvino = require_openvino()
     gm = _decomposed(model)
     PassManager(PASSES)(gm)
     saturating, wanted = saturating_layers(gm), len(quantized_layers(gm))
     before = {layer.node: layer for layer in layers_of(gm)}
-    if pairs:
+    if pairs and len(saturating) < wanted:
         fold_weights(gm, saturating)
     PassManager([integer_weights])(gm)
     ir = _convert(gm)
