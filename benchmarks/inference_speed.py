@@ -147,9 +147,8 @@ CONTENDERS: dict[str, Make] = {
     "tfmq_fx w8a8, fp32 glue": ours("w8a8", "float32"),
     "tfmq_fx w8a8, bf16 glue": ours("w8a8", "bfloat16"),
     "tfmq_fx w8a8, bf16, all keyed": ours("w8a8", "bfloat16", "all"),
-    "tfmq_fx w4a8, fp32 glue": ours(
-        "w4a8", "float32"
-    ),  # on CPUs without VNNI, where 8-bit weights run in float
+    # On CPUs without VNNI, where 8-bit weights run in float.
+    "tfmq_fx w4a8, fp32 glue": ours("w4a8", "float32"),
     "tfmq_fx w4a8, torch int8, fp32 glue": ours("w4a8", "float32", engine="torch"),
     "tfmq_fx w8a8, torch int8, fp32 glue": ours("w8a8", "float32", engine="torch"),
     "tfmq_fx w8a8, torch int8, bf16 glue": ours("w8a8", "bfloat16", engine="torch"),
