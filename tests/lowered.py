@@ -32,6 +32,7 @@ BFLOAT16 = 0.05
 INT8 = bool(lowering.int8_instructions())
 BYTES = INT8 or lowering.adds_pairs()  # at least for weights of 4 bits
 needs_kernels = pytest.mark.skipif(not INT8, reason=NO_INT8)
+needs_bytes = pytest.mark.skipif(not BYTES, reason="this CPU has neither int8 instructions nor AVX2")
 # x86 without VNNI: int8 kernels for what does not saturate. Any x86 can be taken for one.
 needs_avx2 = pytest.mark.skipif(not lowering.adds_pairs(), reason="this CPU has no AVX2")
 needs_bfloat16 = pytest.mark.skipif(

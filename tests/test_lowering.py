@@ -23,6 +23,7 @@ from tests.lowered import (
     mixed,
     needs_avx2,
     needs_bfloat16,
+    needs_bytes,
     needs_kernels,
     noise,
     quantized,
@@ -308,10 +309,10 @@ class Saturated(nn.Module):
         return torch.tanh(1000 * x)
 
 
-@needs_kernels
+@needs_bytes
 def test_kernels_that_read_signed_bytes_are_int8_too():
     """OpenVINO takes them where the zero point is in the middle."""
-    low = lower(quantized(network_class=Symmetric), "cpu", precision="float32", strict=True)
+    low = lower(quantized("w4a8", network_class=Symmetric), "cpu", precision="float32", strict=INT8)
     (kernel,) = [k for k in low.report["lowering"]["kernels"] if k["path"] == "attention.qkv.weight"]
     assert kernel["kernel"].endswith("_i8")
     assert kernel["int8"]

@@ -13,6 +13,7 @@ from torch._dynamo.utils import counters
 
 from tests.lowered import (
     BFLOAT16,
+    BYTES,
     INT8,
     SETTINGS,
     SIZES,
@@ -23,6 +24,7 @@ from tests.lowered import (
     mixed,
     needs_avx2,
     needs_bfloat16,
+    needs_bytes,
     needs_kernels,
     noise,
     quantized,
@@ -166,7 +168,7 @@ def test_packing_keeps_every_integer(columns, shape):
     assert torch.equal(unpack_int4(packed, zero_point, list(shape)), expected.to(torch.int8))
 
 
-@needs_kernels
+@needs_bytes
 @pytest.mark.parametrize("keyed", ["block", "all"])
 @pytest.mark.parametrize("precision", ["float32", pytest.param("bfloat16", marks=needs_bfloat16)])
 @torch.no_grad()
@@ -208,10 +210,10 @@ class Neighbours(nn.Module):
 
 @torch.no_grad()
 def test_nothing_is_quantized_twice_and_neighbours_hand_over_bytes():
-    q = quantized(network_class=Neighbours)
+    q = quantized("w4a8", network_class=Neighbours)
     low = lower(q, engine="torch", precision="float32", compile=False)
     assert_same_but_for_ties([(low(noise(n), mixed(n)), q(noise(n), mixed(n))) for n in SIZES])
-    if not INT8:
+    if not BYTES:
         return
     gm = low.network.gm
     dtypes = [
