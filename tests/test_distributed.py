@@ -1,6 +1,5 @@
 """Processes that share the work end with the integers of one; one that dies stops the others."""
 
-import functools
 import os
 import signal
 import socket
@@ -24,7 +23,7 @@ SCRIPT = textwrap.dedent(
     import tfmq_fx
     from tests.networks import FAST, captured, calibration, TIMESTEPS
 
-    output, state, changes, die = sys.argv[1], sys.argv[2] or None, eval(sys.argv[3]), int(sys.argv[4])
+    output, state, runs, die = sys.argv[1], sys.argv[2] or None, eval(sys.argv[3]), int(sys.argv[4])
     if "RANK" in os.environ:
         dist.init_process_group("gloo")
         rank = dist.get_rank()
@@ -39,28 +38,36 @@ SCRIPT = textwrap.dedent(
                 os.kill(os.getpid(), 9)
             learn(name, *args, **kwargs)
         rounding._learn = dying
-    recipe = dataclasses.replace(tfmq_fx.Recipe.preset("w4a8"), reconstruction=dataclasses.replace(FAST, **changes))
-    gm = tfmq_fx.calibrate(tfmq_fx.prepare(captured(), recipe, timesteps=TIMESTEPS), calibration())
-    try:
-        tfmq_fx.reconstruct(gm, calibration(), seed=0, state=state)
-    except tfmq_fx.TFMQError as error:
-        print("error:", error, flush=True)
-        os._exit(2)  # the group is broken: nothing to say goodbye to
-    found = {n: x.clone() for n, x in tfmq_fx.convert(gm).state_dict().items()}
-    save_file(found, f"{output}{rank}")
+    for name, changes in runs.items():
+        how = dataclasses.replace(FAST, **changes)
+        recipe = dataclasses.replace(tfmq_fx.Recipe.preset("w4a8"), reconstruction=how)
+        gm = tfmq_fx.calibrate(tfmq_fx.prepare(captured(), recipe, timesteps=TIMESTEPS), calibration())
+        try:
+            tfmq_fx.reconstruct(gm, calibration(), seed=0, state=state)
+        except tfmq_fx.TFMQError as error:
+            print("error:", error, flush=True)
+            os._exit(2)  # the group is broken: nothing to say goodbye to
+        found = {n: x.clone() for n, x in tfmq_fx.convert(gm).state_dict().items()}
+        save_file(found, f"{output}-{name}-{rank}")
     """
 )
 
+PLAIN = {"plain": {}}
+LEARNED = {
+    method: {"method": method, "learn_activation_scale": True, "tune_iterations": 5}
+    for method in ("adaround", "gptq")
+}
 
-def start(tmp_path, size, *, state="", changes="{}", die=False, name="out"):
-    """`size` processes, under torchrun's environment variables; 0: one alone."""
+
+def start(tmp_path, size, *, state="", runs=PLAIN, die=False, name="out"):
+    """`size` processes, under torchrun's environment variables; 0: one alone. Each run by its name, one after the other."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
     processes = []
     for rank in range(max(1, size)):
         group = {"RANK": str(rank), "WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-        command = [sys.executable, "-W", "ignore", "-c", SCRIPT, str(tmp_path / name), str(state), changes]
+        command = [sys.executable, "-W", "ignore", "-c", SCRIPT, str(tmp_path / name), str(state), repr(runs)]
         environment = {**os.environ, "OMP_NUM_THREADS": "1"} | (group if size else {})
         processes.append(
             subprocess.Popen(
@@ -80,38 +87,29 @@ def finish(processes):
         assert code == 0, stderr[-2000:]
 
 
-def integers(tmp_path, rank, name="out"):
-    return load_file(f"{tmp_path / name}{rank}")
+def integers(tmp_path, rank, run, name="out"):
+    return load_file(f"{tmp_path / name}-{run}-{rank}")
 
 
 def same(a, b):
     return a.keys() == b.keys() and all(torch.equal(a[n], b[n]) for n in a)
 
 
-def learned(method):
-    return repr({"method": method, "learn_activation_scale": True, "tune_iterations": 5})
-
-
 @pytest.fixture(scope="module")
 def two(tmp_path_factory):
-    """(method) -> the folder in which two processes wrote what they learned, once each."""
-
-    @functools.cache
-    def folder(method):
-        path = tmp_path_factory.mktemp(method)
-        finish(start(path, 2, changes=learned(method)))
-        return path
-
-    return folder
+    """The folder in which two processes wrote what they learned."""
+    path = tmp_path_factory.mktemp("two")
+    finish(start(path, 2, runs=LEARNED))
+    return path
 
 
-@pytest.mark.parametrize("method", ["adaround", "gptq"])
-def test_two_processes_end_with_the_bits_of_one(tmp_path, two, method):
+def test_two_processes_end_with_the_bits_of_one(tmp_path, two):
     """Two parts of a batch either way: a sum of two floats does not depend on who adds them."""
-    finish(start(tmp_path, 0, changes=learned(method)))
-    alone, first, second = integers(tmp_path, 0), integers(two(method), 0), integers(two(method), 1)
-    assert same(first, second)
-    assert same(first, alone)
+    finish(start(tmp_path, 0, runs=LEARNED))
+    for method in LEARNED:
+        alone, first, second = (integers(*of, method) for of in ((tmp_path, 0), (two, 0), (two, 1)))
+        assert same(first, second)
+        assert same(first, alone)
 
 
 @pytest.mark.slow
@@ -119,7 +117,8 @@ def test_three_processes_agree_and_are_near_one(tmp_path):
     """Three parts instead of two: other sums in the last bit, so some weights round otherwise, no more."""
     finish(start(tmp_path, 0, name="alone"))
     finish(start(tmp_path, 3))
-    alone, ranks = integers(tmp_path, 0, "alone"), [integers(tmp_path, r) for r in range(3)]
+    alone = integers(tmp_path, 0, "plain", "alone")
+    ranks = [integers(tmp_path, r, "plain") for r in range(3)]
     assert same(ranks[0], ranks[1])
     assert same(ranks[0], ranks[2])
     weights = [n for n in alone if n.endswith("_q")]
@@ -131,7 +130,7 @@ def test_three_processes_agree_and_are_near_one(tmp_path):
 
 
 def test_one_that_is_killed_stops_the_others_and_what_was_finished_stays(tmp_path, two):
-    settings = {"state": tmp_path / "state", "changes": learned("adaround")}
+    settings = {"state": tmp_path / "state", "runs": {"adaround": LEARNED["adaround"]}}
     first, second = start(tmp_path, 2, **settings, die=True)
     second.communicate(timeout=200)  # its pipes closed, too
     assert second.returncode == -signal.SIGKILL
@@ -142,7 +141,7 @@ def test_one_that_is_killed_stops_the_others_and_what_was_finished_stays(tmp_pat
     assert "rank 0 of 2: another process of the group is gone" in stdout
     assert "0001.safetensors" in {p.name for p in (tmp_path / "state").iterdir()}
     finish(start(tmp_path, 2, **settings))
-    assert same(integers(tmp_path, 0), integers(two("adaround"), 0))
+    assert same(integers(tmp_path, 0, "adaround"), integers(two, 0, "adaround"))
 
 
 def test_torchrun_on_the_command_line(tmp_path):

@@ -22,7 +22,7 @@ from tfmq_fx.pipeline import captured
 # Uniform rounding to 255 steps of a range of r standard deviations errs by r / (255 * sqrt(12)) of one: 1 % at r = 9.
 # Weights and inputs of the 10 to 30 layers in a row add up as noise does: sqrt(2 * 30) * 1 % = 8 %; twice that
 # allows for norms and gates which take away part of the signal and not of the noise.
-EXAMPLES = int(os.environ.get("TFMQ_EXAMPLES", "2"))  # a few seconds each; a sweep takes 100
+EXAMPLES = int(os.environ.get("TFMQ_EXAMPLES", "1"))  # a few seconds each; a sweep takes 100
 BOUND = {"w8a8": 0.16, "w8a16": 0.08, "w4a8": None}
 
 

@@ -25,7 +25,16 @@ def layer_paths(gm, names):
 
 
 # Near twins of others (the same class with other widths, or one more conditioning), and the three that take longest.
-TWINS = ("ddpm-lsun", "sd-2.1", "lcm", "sd-x4-upscaler", "sd-unclip", "pixart-512", "ddim-official")
+TWINS = (
+    "ddpm-lsun",
+    "ddpm-class-conditional",
+    "sd-2.1",
+    "lcm",
+    "sd-x4-upscaler",
+    "sd-unclip",
+    "pixart-512",
+    "ddim-official",
+)
 SLOW = (*TWINS, "kandinsky-3", "text-to-video", "stable-video-diffusion")
 NAMES = [pytest.param(n, marks=pytest.mark.slow if n in SLOW else ()) for n in ENTRIES]
 

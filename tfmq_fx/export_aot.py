@@ -31,7 +31,7 @@ from tfmq_fx.arithmetic import NO_INT8
 from tfmq_fx.errors import TFMQError
 from tfmq_fx.exporting import fallen_back, quantized_layers, replace_files, saturating_layers
 from tfmq_fx.lowering import int8_instructions
-from tfmq_fx.lowering_torch import fold_weights
+from tfmq_fx.lowering_torch import OPTIONS, fold_weights
 from tfmq_fx.model import QuantizedModel
 from tfmq_fx.passes.byte_activations import byte_activations
 from tfmq_fx.passes.flatten_linears import flatten_linears
@@ -121,7 +121,7 @@ def compile_package(graph: str, package: str) -> None:
     register_x86_patterns()
     with torch.no_grad():
         torch._inductor.aoti_compile_and_package(
-            torch.export.load(graph), package_path=package, inductor_configs={"freezing": True}
+            torch.export.load(graph), package_path=package, inductor_configs=OPTIONS
         )
 
 
