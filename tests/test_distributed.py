@@ -52,7 +52,7 @@ SCRIPT = textwrap.dedent(
     """
 )
 
-PLAIN = {"plain": {}}
+PLAIN: dict[str, dict[str, object]] = {"plain": {}}
 LEARNED = {
     method: {"method": method, "learn_activation_scale": True, "tune_iterations": 5}
     for method in ("adaround", "gptq")
