@@ -40,18 +40,23 @@ from tfmq_fx.lowering_openvino import FLOAT
 from tfmq_fx.model import DropIn
 
 pytest.importorskip("openvino", reason="lowering needs the openvino extra")
-CACHE = tempfile.mkdtemp(prefix="tfmq-tests-")  # so that each network is converted once
+
+
+@functools.cache
+def kept():
+    """A folder, so that each network is converted once."""
+    return tempfile.mkdtemp(prefix="tfmq-tests-")
 
 
 @pytest.fixture(autouse=True, scope="module")
 def _clean_up():
     yield
-    shutil.rmtree(CACHE)
+    shutil.rmtree(kept())
 
 
 @functools.cache
 def lowered(bits="w8a8", keyed="block", precision="float32"):
-    return lower(quantized(bits, keyed), "cpu", precision=precision, cache=CACHE)
+    return lower(quantized(bits, keyed), "cpu", precision=precision, cache=kept())
 
 
 @pytest.mark.parametrize(("bits", "keyed"), SETTINGS)
@@ -223,19 +228,19 @@ def test_a_layer_that_falls_back_is_reported_and_refused_on_request(monkeypatch,
 def test_without_vnni_what_does_not_saturate_is_int8():
     q = quantized("w4a8", "all")
     with pytest.warns(UserWarning, match="this CPU has no int8 instructions .* beyond 64 steps from zero"):
-        low = q.lower("cpu", precision="float32", cache=CACHE)
+        low = q.lower("cpu", precision="float32", cache=kept())
     assert_int8_where_pairs_fit(q, low)
     assert_every_batch_size_and_step_agrees(low, q)
     words = r"strict: 1 of 15 layers .* time_mlp\.0\.weight: .* would saturate"
     with pytest.warns(UserWarning, match=NO_INT8[:20]), pytest.raises(TFMQError, match=words):
-        q.lower("cpu", precision="float32", cache=CACHE, strict=True)
+        q.lower("cpu", precision="float32", cache=kept(), strict=True)
 
 
 @needs_avx2
 @pytest.mark.usefixtures("without_vnni")
 def test_without_vnni_weights_of_eight_bits_are_float_and_kept_as_bytes():
     with pytest.warns(UserWarning, match=NO_INT8[:20]):
-        report = quantized().lower("cpu", precision="float32", cache=CACHE).report
+        report = quantized().lower("cpu", precision="float32", cache=kept()).report
     assert {k["reason"] for k in report["lowering"]["kernels"] if k["fell_back"]} == {SATURATES}
     assert report["lowering"]["flops"]["int8"] == 0
     assert report["lowering"]["weight_bytes"] < 0.4 * report["sizes"]["float_bytes"]
@@ -254,7 +259,7 @@ def test_without_vnni_weights_that_fit_no_signed_byte_are_float():
     recipe = tfmq_fx.Recipe(weight_bits=8, edge_weight_bits=8, edge_activation_bits=8, reconstruction=nearest)
     q, x = tfmq_fx.quantize(network, recipe, calibration=vectors()), torch.randn(5, 4)
     with pytest.warns(UserWarning, match=NO_INT8[:20]):
-        low = q.lower("cpu", precision="float32", cache=CACHE)
+        low = q.lower("cpu", precision="float32", cache=kept())
     assert {k["reason"] for k in low.report["lowering"]["kernels"]} == {SATURATES}
     assert_same_but_for_ties([(low(x, t), q(x, t)) for t in TIMESTEPS])
 
@@ -263,7 +268,7 @@ def test_without_vnni_weights_that_fit_no_signed_byte_are_float():
 @pytest.mark.usefixtures("without_int8")
 def test_a_cpu_without_int8_instructions_says_so_and_computes_the_same():
     with pytest.warns(UserWarning, match="this CPU has no int8 instructions"):
-        low = quantized().lower("cpu", precision="float32", cache=CACHE)
+        low = quantized().lower("cpu", precision="float32", cache=kept())
     assert low.report["lowering"]["flops"]["int8"] == 0
     assert_same_but_for_ties([(low(noise(n), mixed(n)), quantized()(noise(n), mixed(n))) for n in SIZES])
     with pytest.raises(TFMQError, match="this CPU has no int8 instructions"):
@@ -389,7 +394,7 @@ def test_the_exported_folder_is_openvinos_alone(tmp_path):
 def test_lowering_leaves_the_quantized_network_as_it_is(tmp_path):
     with torch.no_grad():
         before = quantized()(noise(2), 300)
-        lower(quantized(), "cpu", cache=CACHE)
+        lower(quantized(), "cpu", cache=kept())
         assert torch.equal(quantized()(noise(2), 300), before)
     quantized().save_pretrained(tmp_path / "q")
     with torch.no_grad():
