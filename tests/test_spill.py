@@ -11,6 +11,7 @@ from torch.fx import Graph, Interpreter
 import tfmq_fx
 from tests.networks import FAST, calibration, prepared
 from tfmq_fx.errors import TFMQError
+from tfmq_fx.reconstruction import _constant
 from tfmq_fx.spill import Budget, Values
 
 
@@ -112,7 +113,24 @@ def test_the_walk_runs_each_node_once_a_batch_and_stream(monkeypatch):
     gm = prepared()
     tfmq_fx.reconstruct(gm, calibration(), FAST)
     parts = -(-40 // FAST.batch_size) * FAST.shards
-    assert counts
+    # What is made of weights alone is the same for all rows. Elsewhere each part runs each node.
+    constant = {n.name: n.op for n in _constant(gm)}
+    assert {"get_attr", "call_module"} == {constant[n] for n in counts if n in constant}
     # Float and quantized; an observer outside the blocks is only in the quantized network.
-    expected = {name: parts * (1 if name.startswith("activation_post_process") else 2) for name in counts}
+    expected = {
+        name: (1 if name in constant else parts) * (1 if name.startswith("activation_post_process") else 2)
+        for name in counts
+    }
     assert counts == expected
+
+
+@pytest.mark.parametrize("limit", [0.0, 8.0])
+def test_weights_outside_the_blocks_are_neither_counted_nor_written_for_each_part(folder, monkeypatch, limit):
+    largest, spilled = [], Budget.spill
+    monkeypatch.setattr(Budget, "spill", lambda self, x: largest.append(x.numel()) or spilled(self, x))
+    gm = prepared()
+    tfmq_fx.reconstruct(gm, calibration(), dataclasses.replace(FAST, max_memory=limit, shards=1))
+    assert bool(largest) == (limit == 0)
+    # The temporal block's second layer has 32 x 32 weights, a part's rows nothing of that size.
+    assert 32 * 32 not in largest
+    assert not list(folder.iterdir())

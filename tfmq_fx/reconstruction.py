@@ -279,6 +279,16 @@ def _tune(
     return [run.once(index, gm, learn)]
 
 
+def _constant(gm: GraphModule) -> set[Node]:
+    """What is made of the graph's own tensors alone, such as the quantized weights outside the blocks: the same for all rows."""
+    found: set[Node] = set()
+    for node in gm.graph.nodes:
+        sources = node.all_input_nodes
+        if node.op == "get_attr" or (node.op != "output" and sources and found.issuperset(sources)):
+            found.add(node)
+    return found
+
+
 class _Walk:
     """One pass over a prepared graph in units: single nodes, and blocks that are reconstructed when reached."""
 
@@ -326,19 +336,27 @@ class _Walk:
         results: list[BlockResult] = []
         interpreter = Interpreter(gm)
 
+        def value(held: Values, node: Node, *, quantized: bool) -> Any:
+            if not quantized and node in self.passed:
+                return held[node.all_input_nodes[0]]
+            own = copy.copy(interpreter)  # an environment for each thread; all else is the graph's
+            own.env = held  # type: ignore[assignment]
+            return own.run_node(node)
+
         def step(part: int, node: Node) -> None:
             for env in (float_env, quant_env):
-                held = env[part]
-                if env is float_env and node in self.passed:
-                    held[node] = held[node.all_input_nodes[0]]
-                else:
-                    own = copy.copy(interpreter)  # an environment for each thread; all else is the graph's
-                    own.env = held  # type: ignore[assignment]
-                    held[node] = own.run_node(node)
+                env[part][node] = value(env[part], node, quantized=env is quant_env)
+
+        constant = _constant(gm)
 
         for i, node in enumerate(track(order, "reconstructing blocks")):
             if node in units:
                 results += self._reconstruct(*units[node], float_env, quant_env, len(results) + 1)
+            elif node in constant:
+                for env in (float_env, quant_env):
+                    once = value(env[0], node, quantized=env is quant_env) if env else None
+                    for held in env:
+                        held.share(node, once)
             elif node.op not in ("placeholder", "output"):
                 self.config.workers.map(partial(step, node=node), range(len(self.rows)))
             for held in (*float_env, *quant_env):

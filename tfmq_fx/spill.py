@@ -32,6 +32,11 @@ class _Lent:
     read: Callable[[], Tensor]
 
 
+@dataclass(frozen=True)
+class _Shared:
+    value: Any
+
+
 # Where small values stay between large ones that go, glibc keeps the holes, gigabytes of them. They are given back each
 # time that a walk which spills has read and computed so much: the holes are no larger.
 TRIM_AFTER = 128 * 2**20
@@ -102,6 +107,8 @@ class Values(MutableMapping[Node, Any]):
 
     def __getitem__(self, node: Node) -> Any:
         value = self._held[node]
+        if isinstance(value, _Shared):
+            return value.value
         if isinstance(value, _Lent):
             value = value.read()
         elif isinstance(value, _Spilled):
@@ -125,6 +132,10 @@ class Values(MutableMapping[Node, Any]):
     def lend(self, node: Node, read: Callable[[], Tensor]) -> None:
         """A value that is read anew each time, and not held."""
         self._held[node] = _Lent(read)
+
+    def share(self, node: Node, value: Any) -> None:
+        """A value that several hold, and that counts for none of them."""
+        self._held[node] = _Shared(value)
 
     def __delitem__(self, node: Node) -> None:
         value = self._held.pop(node)
