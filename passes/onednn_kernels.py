@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 from torch.fx.passes.infra.pass_base import PassResult
 
-from tfmq_fx.arithmetic import PAIRS_FIT, SATURATES, centred
+from tfmq_fx.arithmetic import SATURATES, centred, saturates
 from tfmq_fx.graph import (
     attribute,
     convolution_arguments,
@@ -110,7 +110,7 @@ def _why_not(gm: GraphModule, layer: Node, *, pairs: bool) -> str:
     signed = centred(q, zero_point, 0)
     if signed is None:
         return "its weight minus its zero point does not fit a signed byte"
-    return SATURATES if pairs and signed.to(torch.int16).abs().max() > PAIRS_FIT else ""
+    return SATURATES if pairs and saturates(signed) else ""
 
 
 def _rank(layer: Node) -> int:

@@ -73,6 +73,11 @@ NO_INT8 = "this CPU has no int8 instructions (VNNI, AMX)"
 SATURATES = f"{NO_INT8}: its sums of bytes would saturate"
 
 
+def saturates(signed: Tensor | None) -> bool:
+    """Whether weights, as `centred` gives them, are beyond `PAIRS_FIT`."""
+    return signed is None or bool(signed.to(torch.int16).abs().max() > PAIRS_FIT)
+
+
 def check_bits(bits: int, argument: str) -> None:
     """Raise TFMQError unless `bits` is 2..8, or 16 for "left in float"."""
     if isinstance(bits, bool) or not isinstance(bits, int) or bits not in (*SUPPORTED_BITS, FLOAT_BITS):

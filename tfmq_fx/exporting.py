@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch.fx import GraphModule, Node
 
-from tfmq_fx.arithmetic import PAIRS_FIT, centred
+from tfmq_fx.arithmetic import centred, saturates
 from tfmq_fx.errors import TFMQError
 from tfmq_fx.graph import attribute, op_name, weight_argument
 from tfmq_fx.model import QuantizedModel
@@ -100,9 +100,10 @@ def _files(file: Path) -> list[Path]:
 
 
 def _pt2(model: QuantizedModel, file: Path, _strict: bool) -> dict[str, Any]:
-    from tfmq_fx.saving import export_pt2
+    from tfmq_fx.saving import exported, save_program
 
-    export_pt2(model, file)
+    program = exported(model)
+    replace_files(file, lambda path: save_program(program, path))
     return {"notes": ("torch.export.load gives quantize/dequantize pairs around float kernels",)}
 
 
@@ -166,8 +167,7 @@ def saturating_layers(gm: GraphModule) -> list[Node]:
         if weight not in layer.args:  # scales per group: in float everywhere
             continue
         q, zero_point = (attribute(gm, str(weight.args[i].target)) for i in (0, 2))
-        signed = centred(q, zero_point, weight.args[3])
-        if signed is None or signed.to(torch.int16).abs().max() > PAIRS_FIT:
+        if saturates(centred(q, zero_point, weight.args[3])):
             found.append(layer)
     return found
 

@@ -329,20 +329,6 @@ def example_inputs(model: QuantizedModel, *, batch: int) -> dict[str, Tensor]:
     }
 
 
-def export_pt2(model: QuantizedModel, file: Path) -> None:
-    program = exported(model)
-    temporary = file.with_name(f".{file.name}.tmp-{os.getpid()}.pt2")
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        save_program(program, temporary)
-        os.replace(temporary, file)
-    except OSError as error:
-        raise TFMQError(f"{file}: cannot be written ({_words(error)}).") from error
-    finally:
-        with suppress(OSError):
-            temporary.unlink()
-
-
 def save_program(program: torch.export.ExportedProgram, file: Path) -> None:
     """torch.export.save, by way of memory: where its own writer meets a full disk it ends the process."""
     data = io.BytesIO()
