@@ -61,7 +61,7 @@ def pt2e_x86(network: nn.Module, inputs: Inputs) -> Step:
 
     quantizer = x86.X86InductorQuantizer().set_global(x86.get_default_x86_inductor_quantization_config())
     # Its observers take no integers, and it puts one on the timestep.
-    inputs = {n: x.float() if isinstance(x, Tensor) else x for n, x in inputs.items()}
+    inputs = {**inputs, "timestep": inputs["timestep"].float()}
     module = torch.export.export(network, (), dict(inputs), strict=False).module(check_guards=False)
     prepared = prepare_pt2e(module, quantizer)
     prepared(**inputs)
@@ -149,6 +149,7 @@ CONTENDERS: dict[str, Make] = {
     "tfmq_fx w8a8, bf16, all keyed": ours("w8a8", "bfloat16", "all"),
     # On CPUs without VNNI, where 8-bit weights run in float.
     "tfmq_fx w4a8, fp32 glue": ours("w4a8", "float32"),
+    "tfmq_fx w4a8, fp32, all keyed": ours("w4a8", "float32", "all"),
     "tfmq_fx w4a8, torch int8, fp32 glue": ours("w4a8", "float32", engine="torch"),
     "tfmq_fx w8a8, torch int8, fp32 glue": ours("w8a8", "float32", engine="torch"),
     "tfmq_fx w8a8, torch int8, bf16 glue": ours("w8a8", "bfloat16", engine="torch"),
@@ -172,6 +173,7 @@ def measure(
             print(f"  {name}: cannot run: {type(error).__name__}: {words}")
         else:
             first[name] = time.perf_counter() - start
+    print(f"  {rounds} rounds", flush=True)
     seconds: dict[str, list[float]] = {name: [] for name in steps}
     for _ in range(rounds):
         for name in random.sample(sorted(steps), len(steps)):
