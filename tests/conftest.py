@@ -11,7 +11,9 @@ from tests.networks import FAST, TinyUNet, calibration, make
 from tfmq_fx import export_aot, export_onnx, lowering, lowering_openvino, lowering_torch, saving
 from tfmq_fx.demo import embedded_pipeline
 
-exported = functools.lru_cache(maxsize=8)(saving.exported)
+exported, decomposed = (
+    functools.lru_cache(maxsize=8)(of) for of in (saving.exported, lowering_openvino.decomposed)
+)
 
 
 @pytest.fixture(autouse=True)
@@ -26,6 +28,7 @@ def _one_export(monkeypatch):
     """Half of the time of lowering and exporting: a network is traced once, whatever is made of it."""
     for module in (export_aot, export_onnx, lowering_openvino, lowering_torch):
         monkeypatch.setattr(module, "exported", exported)
+    monkeypatch.setattr(lowering_openvino, "decomposed", decomposed)
 
 
 @pytest.fixture

@@ -157,6 +157,15 @@ def test_guided_batches_and_labels():
     assert_same_but_for_ties(pairs)
 
 
+def test_nobody_is_told(monkeypatch, tmp_path):
+    """OpenVINO's own `convert_model` sends what it did to Google Analytics, unless the user has forbidden it."""
+    told = []
+    telemetry = pytest.importorskip("openvino_telemetry").Telemetry
+    monkeypatch.setattr(telemetry, "send_event", lambda _, *words, **__: told.append(words))
+    quantized("w4a8").export(tmp_path / "ir")
+    assert not told
+
+
 @torch.no_grad()
 def test_a_network_of_one_timestep_per_call():
     q = one_timestep(ScalarTime)

@@ -78,7 +78,9 @@ def write(model: QuantizedModel, folder: Path, *, pairs: bool = False) -> list[s
         such a network is compiled with `FLOAT`.
     """
     openvino = require_openvino()
-    gm = _decomposed(model)
+    gm = decomposed(model).module(check_guards=False)
+    assert isinstance(gm, GraphModule)
+    gm.meta = {}
     PassManager(PASSES)(gm)
     saturating, wanted = saturating_layers(gm), len(quantized_layers(gm))
     before = {layer.node: layer for layer in layers_of(gm)}
@@ -112,26 +114,26 @@ def write(model: QuantizedModel, folder: Path, *, pairs: bool = False) -> list[s
     )
 
 
-def _decomposed(model: QuantizedModel) -> GraphModule:
+def decomposed(model: QuantizedModel) -> torch.export.ExportedProgram:
     """The flat graph, in the operators that OpenVINO's converter wants to see."""
     from openvino.frontend.pytorch.torchdynamo.export_decompositions import ops_to_not_decompose
 
     table = torch.export.default_decompositions()
     for op in ops_to_not_decompose():
         table.pop(op, None)
-    gm = exported(model).run_decompositions(table).module(check_guards=False)
-    assert isinstance(gm, GraphModule)
-    gm.meta = {}
-    return gm
+    return exported(model).run_decompositions(table)
 
 
 def _convert(gm: GraphModule) -> Any:
-    import openvino
+    """By OpenVINO's frontend itself: its `convert_model` would tell Google Analytics of it, from a fork of this process."""
+    from openvino.frontend import FrontEndManager
     from openvino.frontend.pytorch.fx_decoder import TorchFXPythonDecoder
 
+    frontend = FrontEndManager().load_by_framework("pytorch")
+    # "dynamic_shapes" would make every size dynamic; the batch is so already. The frontend does not keep the decoder alive.
+    decoder = TorchFXPythonDecoder(gm, dynamic_shapes=False)
     try:
-        # "dynamic_shapes" would make every size dynamic; the batch is so already.
-        return openvino.convert_model(TorchFXPythonDecoder(gm, dynamic_shapes=False))
+        return frontend.convert(frontend.load(decoder))
     except Exception as error:  # OpenVINO's own types differ by what failed; its words name operator or node
         raise TFMQError(_cannot_express(gm, str(error))) from error
 
