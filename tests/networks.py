@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
+import functools
 import math
 
 import torch
@@ -114,13 +117,17 @@ FAST = tfmq_fx.Reconstruction(
 
 def prepared(bits: str = "w4a8", **changes: object) -> torch.fx.GraphModule:
     """A calibrated graph of the tiny network."""
-    import dataclasses
-
     recipe = dataclasses.replace(tfmq_fx.Recipe.preset(bits), reconstruction=FAST, **changes)  # type: ignore[arg-type]
     gm = captured()
     return tfmq_fx.calibrate(tfmq_fx.prepare(gm, recipe, timesteps=TIMESTEPS), calibration())
 
 
 def captured(cls: type[nn.Module] = TinyUNet) -> torch.fx.GraphModule:
+    """A graph of the caller's own."""
+    return copy.deepcopy(_captured(cls))
+
+
+@functools.cache
+def _captured(cls: type[nn.Module]) -> torch.fx.GraphModule:
     example = {n: x[:2] for n, x in calibration().tensors.items()}
     return tfmq_fx.capture(make(cls), example)

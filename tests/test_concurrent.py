@@ -1,61 +1,54 @@
 """Several processes at once, with one folder: to save into, to read from, to keep a reconstruction's state in."""
 
 import os
-import subprocess
-import sys
-import textwrap
 import threading
 
 import pytest
 import torch
 
 import tfmq_fx
+from tests.networks import FAST, TinyUNet, calibration, make, prepared
+from tests.processes import finish, start
 from tests.test_resume import integers, reconstructed, same
 from tfmq_fx.errors import TFMQError
 from tfmq_fx.saving import CONFIG, replace_folder
 
-PROCESS = """
-import sys, tfmq_fx, torch
-from tests.networks import TinyUNet, calibration, make
-torch.set_num_threads(1)
-recipe = tfmq_fx.Recipe(reconstruction=tfmq_fx.Reconstruction(method="nearest"))
-q = tfmq_fx.quantize(make(TinyUNet, seed=int(sys.argv[2])), recipe, calibration=calibration(10))
-print("ready", flush=True)
-sys.stdin.readline()
-for _ in range(100):
-    q.save_pretrained(sys.argv[1])
-"""
+
+def save_often(talk, folder, seed):
+    recipe = tfmq_fx.Recipe(reconstruction=tfmq_fx.Reconstruction(method="nearest"))
+    q = tfmq_fx.quantize(make(TinyUNet, seed=seed), recipe, calibration=calibration(10))
+    together(talk)
+    for _ in range(100):
+        q.save_pretrained(folder)
 
 
-def started(script, *args):
-    return subprocess.Popen(
-        [sys.executable, "-W", "ignore", "-c", textwrap.dedent(script), *map(str, args)],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-    )
+def together(talk):
+    """Wait for the others."""
+    talk.send("ready")
+    talk.recv()
+
+
+def go(processes):
+    for _, talk in processes:
+        assert talk.recv() == "ready"
+    for _, talk in processes:
+        talk.send("go")
 
 
 def test_processes_that_save_into_one_folder_leave_one_whole_artefact(tmp_path):
     """And whoever reads meanwhile gets one of them, or a TFMQError."""
-    processes = [started(PROCESS, tmp_path / "q", seed) for seed in (0, 1)]
-    for p in processes:
-        assert p.stdout.readline() == "ready\n"
-    for p in processes:
-        p.stdin.write("go\n")
-        p.stdin.flush()
+    processes = [start(save_often, tmp_path / "q", seed) for seed in (0, 1)]
+    go(processes)
     seen, errors = set(), set()
-    while any(p.poll() is None for p in processes):
+    while any(p.is_alive() for p, _ in processes):
         try:
             model = tfmq_fx.load(tmp_path / "q")
         except TFMQError as error:
             errors.add(str(error).replace(str(tmp_path), ""))
         else:
             seen.add(model.network.get_buffer("conv_in.weight_scale").sum().item())
-    for p in processes:
-        assert p.wait() == 0
-        p.stdin.close()
-        p.stdout.close()
+    for p, talk in processes:
+        finish(p, talk)
     assert [f.name for f in tmp_path.iterdir()] == ["q"]
     assert len((tmp_path / "q" / CONFIG).read_bytes()) > 100
     scale = tfmq_fx.load(tmp_path / "q").network.get_buffer("conv_in.weight_scale").sum().item()
@@ -120,28 +113,19 @@ def test_what_was_there_stays_when_the_new_folder_cannot_be_moved(tmp_path, monk
     assert (tmp_path / "q" / "a").read_text() == "old"
 
 
-STATE_RUN = """
-import sys, tfmq_fx, torch
-from tests.networks import FAST, calibration, prepared
-torch.manual_seed(0); torch.set_num_threads(1)
-gm = prepared()
-print("ready", flush=True)
-sys.stdin.readline()
-gm = tfmq_fx.convert(tfmq_fx.reconstruct(gm, calibration(), FAST, seed=0, state=sys.argv[1]))
-torch.save(dict(gm.state_dict()), sys.argv[2])
-"""
+def reconstruct(talk, state, file):
+    torch.manual_seed(0)
+    gm = prepared()
+    together(talk)
+    gm = tfmq_fx.convert(tfmq_fx.reconstruct(gm, calibration(), FAST, seed=0, state=state))
+    torch.save(dict(gm.state_dict()), file)
 
 
 def test_two_processes_that_do_the_same_run_share_its_state(tmp_path):
-    processes = [started(STATE_RUN, tmp_path / "s", tmp_path / f"{i}.pt") for i in range(2)]
-    for p in processes:
-        assert p.stdout.readline() == "ready\n"
-    for p in processes:
-        p.stdin.write("go\n")
-        p.stdin.close()
-    assert [p.wait() for p in processes] == [0, 0]
-    for p in processes:
-        p.stdout.close()
+    processes = [start(reconstruct, tmp_path / "s", tmp_path / f"{i}.pt") for i in range(2)]
+    go(processes)
+    for p, talk in processes:
+        finish(p, talk)
     assert same(*(torch.load(tmp_path / f"{i}.pt") for i in range(2)))
     assert all(not f.name.startswith(".") for f in (tmp_path / "s").iterdir())
 

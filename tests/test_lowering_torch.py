@@ -2,7 +2,6 @@
 
 import functools
 import logging
-import subprocess
 import sys
 from collections import Counter
 
@@ -11,6 +10,7 @@ import torch
 from torch import nn
 from torch._dynamo.utils import counters
 
+import tfmq_fx
 from tests.lowered import (
     BFLOAT16,
     BYTES,
@@ -30,6 +30,7 @@ from tests.lowered import (
     quantized,
 )
 from tests.networks import TIMESTEPS, ScalarTime, TinyUNet, make
+from tests.processes import finish, start
 from tests.test_finite import Labelled
 from tests.test_mixed_batches import FLIPPED_BY, labelled, moved, one_timestep
 from tfmq_fx import lowering, lowering_torch
@@ -352,24 +353,20 @@ def test_what_an_engine_has_not_is_refused(arguments, words):
         quantized().lower(**arguments)
 
 
-SECOND_PROCESS = """
-import sys, time, torch, tfmq_fx
-from torch._dynamo.utils import counters
-torch.set_num_threads(1)
-q = tfmq_fx.load(sys.argv[1])
-start = time.perf_counter()
-low = q.lower(engine="torch", precision="float32", cache=sys.argv[2], batch=2, compile=True)
-torch.save(low(*torch.load(sys.argv[3], weights_only=True)), sys.argv[4])
-report = low.report["lowering"]
-assert report["cached"] and report["compiled"], report
-assert not counters["inductor"], counters
-print(time.perf_counter() - start)
-"""
+@torch.no_grad()
+def lower_again(talk, folder, cache, inputs, output):  # noqa: ARG001
+    q = tfmq_fx.load(folder)
+    low = q.lower(engine="torch", precision="float32", cache=cache, batch=2, compile=True)
+    torch.save(low(*torch.load(inputs)), output)
+    report = low.report["lowering"]
+    assert report["cached"], report
+    assert report["compiled"], report
+    assert not counters["inductor"], counters
 
 
 @needs_compiler
 @torch.no_grad()
-def test_compiled_once_for_all_steps_and_processes(tmp_path, monkeypatch):
+def test_compiled_once_for_all_steps_and_processes(tmp_path):
     q = labelled("w4a8", keyed="all")
     global_settings = torch._inductor.config.get_config_copy()
     cache = tmp_path / "cache"
@@ -390,14 +387,7 @@ def test_compiled_once_for_all_steps_and_processes(tmp_path, monkeypatch):
     q.save_pretrained(tmp_path / "q")
     torch.save((x, mixed(2), y), tmp_path / "inputs.pt")
     files = [tmp_path / "q", cache, tmp_path / "inputs.pt", tmp_path / "output.pt"]
-    monkeypatch.setenv("CXX", str(tmp_path / "none"))
-    run = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", SECOND_PROCESS, *map(str, files)],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert run.returncode == 0, run.stderr[-2000:]
+    finish(*start(lower_again, *files, environment={"CXX": str(tmp_path / "none")}))
     assert torch.equal(torch.load(tmp_path / "output.pt", weights_only=True), low(x, mixed(2), y))
 
 

@@ -10,8 +10,10 @@ from html.parser import HTMLParser
 import pytest
 import torch
 
+import tfmq_fx
 from tests.lowered import BYTES
-from tests.networks import ScalarTime
+from tests.networks import FAST, ScalarTime
+from tests.pipelines import ddpm
 from tests.test_cli import run as run_cli
 from tests.test_mixed_batches import one_timestep
 from tfmq_fx import drift
@@ -21,12 +23,26 @@ from tfmq_fx.report import OURS, measure, write_report
 from tfmq_fx.sampling import sample
 
 SETTINGS = {"num_samples": 2, "num_inference_steps": 10, "seed": 3}
+FEATURES = 5  # of the pipeline's network
 CHROMIUM = shutil.which("chromium")
 
 
 @pytest.fixture(scope="module")
-def measured(pipe, digits):
-    return measure(pipe, digits, **SETTINGS, nearest=False, command="tfmq report it")
+def pipe():
+    pipe = ddpm()
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+@pytest.fixture(scope="module")
+def q(pipe):
+    data = tfmq_fx.CalibrationSet.record(pipe, num_samples=4, num_inference_steps=10, seed=0)
+    return tfmq_fx.quantize(pipe, tfmq_fx.Recipe(reconstruction=FAST), calibration=data)
+
+
+@pytest.fixture(scope="module")
+def measured(pipe, q):
+    return measure(pipe, q, **SETTINGS, nearest=False, command="tfmq report it")
 
 
 @pytest.fixture(scope="module")
@@ -48,18 +64,18 @@ class Page(HTMLParser):
         self.sources += [value for name, value in attrs if name in ("src", "href", "xlink:href")]
 
 
-def test_trajectories_start_from_the_same_noise_and_end_in_the_samples(pipe, digits, measured):
+def test_trajectories_start_from_the_same_noise_and_end_in_the_samples(pipe, q, measured):
     _, runs = measured
     ours, reference = runs[OURS], runs["float"]
     assert torch.equal(ours.inputs[0], reference.inputs[0])
     assert ours.timesteps == reference.timesteps == sorted(ours.timesteps, reverse=True)
     assert len(ours.inputs) == 10
-    drawn = sample(pipe, digits, **SETTINGS)
+    drawn = sample(pipe, q, **SETTINGS)
     assert torch.equal(drawn, ours.images)
     assert not torch.equal(ours.images, reference.images)
 
 
-def test_numbers(measured, digits):
+def test_numbers(measured, q):
     numbers, _ = measured
     assert numbers["trajectory_errors"][0]["relative_mse"] == 0.0
     assert numbers["trajectory_errors"][-1]["relative_mse"] > 0.0
@@ -67,12 +83,12 @@ def test_numbers(measured, digits):
     assert set(errors) == {OURS, "float in bfloat16"}
     assert sum(errors[OURS].values()) > sum(errors["float in bfloat16"].values()) > 0
     drift = numbers["temporal_drift"]
-    assert len(drift["cosine_distance"]) == len(drift["features"]) == 11
+    assert len(drift["cosine_distance"]) == len(drift["features"]) == FEATURES
     assert all(len(row) == len(drift["timesteps"]) == 10 for row in drift["cosine_distance"])
     # The same distances that the report's means by timestep are of.
     columns = zip(*drift["cosine_distance"], strict=True)
-    for column, row in zip(columns, digits.report["errors_by_timestep"], strict=True):
-        assert sum(column) / 11 == pytest.approx(row["temporal_cosine_distance"], rel=1e-2)
+    for column, row in zip(columns, q.report["errors_by_timestep"], strict=True):
+        assert sum(column) / FEATURES == pytest.approx(row["temporal_cosine_distance"], rel=1e-2)
     if BYTES:
         assert numbers["kernels"]["flops"]["int8"] > 0
     assert set(numbers["milliseconds"]) == {"batch", "float", OURS, *(["int8 kernels"] if BYTES else [])}
@@ -93,11 +109,9 @@ def test_without_int8_instructions_nothing_is_timed_as_int8_and_the_page_says_wh
     assert "No int8 kernels were tried: this CPU has no int8 instructions (VNNI, AMX)." in page
 
 
-def test_round_to_nearest_is_calibrated_beside_it_and_worse(pipe, digits):
-    import tfmq_fx
-
+def test_round_to_nearest_is_calibrated_beside_it_and_worse(pipe, q):
     data = tfmq_fx.CalibrationSet.record(pipe, **SETTINGS)
-    errors = output_errors(pipe.unet, {"ours": digits, "nearest": nearest_of(pipe, digits, data)}, data)
+    errors = output_errors(pipe.unet, {"ours": q, "nearest": nearest_of(pipe, q, data)}, data)
     assert sum(errors["nearest"].values()) > sum(errors["ours"].values())
 
 
@@ -164,15 +178,16 @@ def test_a_folder_with_something_else_is_refused_and_left_alone(measured, tmp_pa
     assert [f.name for f in tmp_path.iterdir()] == ["mine.txt"]
 
 
-def test_the_hook_is_gone_when_sampling_fails(pipe, digits):
+def test_the_hook_is_gone_when_sampling_fails(pipe, q):
     with pytest.raises(TFMQError):
-        trajectory(pipe, digits, digits, **SETTINGS, no_such_argument=1)
-    assert not digits._forward_pre_hooks
+        trajectory(pipe, q, q, **SETTINGS, no_such_argument=1)
+    assert not q._forward_pre_hooks
 
 
-def test_command_line(monkeypatch, capsys, digits, tmp_path):
-    digits.save_pretrained(tmp_path / "q")
-    options = "--num-samples", "1", "--steps", "2", "--scheduler", "DDIMScheduler", "--no-nearest"
+def test_command_line(monkeypatch, capsys, pipe, q, tmp_path):
+    q.save_pretrained(tmp_path / "q")
+    pipe.save_pretrained(tmp_path / "model")
+    options = "--model", str(tmp_path / "model"), "--num-samples", "1", "--steps", "2", "--no-nearest"
     code, _, error = run_cli(monkeypatch, capsys, "report", str(tmp_path / "q"), *options)
     assert code == 0, error
     assert (tmp_path / "q-report" / "report.html").is_file()

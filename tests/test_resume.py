@@ -1,11 +1,7 @@
 """A reconstruction that is stopped at any moment goes on from its last finished block, to the same integers."""
 
 import dataclasses
-import os
 import signal
-import subprocess
-import sys
-import textwrap
 import time
 
 import pytest
@@ -13,6 +9,7 @@ import torch
 
 import tfmq_fx
 from tests.networks import FAST, calibration, prepared
+from tests.processes import start
 from tfmq_fx import resume
 from tfmq_fx.errors import TFMQError
 from tfmq_fx.observers import PerChannelWeightFakeQuantize
@@ -70,27 +67,21 @@ def test_it_goes_on_from_what_is_there(tmp_path, uninterrupted, finished):
     assert same(integers(reconstructed(tmp_path / "s")), integers(uninterrupted))
 
 
-def test_killed_at_any_moment_the_same_command_ends_with_the_same_integers(tmp_path):
-    script = textwrap.dedent(
-        """
-        import sys, torch
-        torch.manual_seed(0); torch.set_num_threads(1)
-        import tfmq_fx
-        from tests.networks import calibration, prepared
-        from tests.test_resume import TUNED
-        gm = tfmq_fx.reconstruct(prepared(), calibration(), TUNED, seed=0, state=sys.argv[1])
-        q = tfmq_fx.convert(gm)
-        torch.save({n: b for n, b in q.state_dict().items()}, sys.argv[2])
-        """
-    )
+def reconstruct(talk, state, file):  # noqa: ARG001
+    torch.manual_seed(0)
+    gm = tfmq_fx.reconstruct(prepared(), calibration(), TUNED, seed=0, state=state)
+    torch.save(dict(tfmq_fx.convert(gm).state_dict()), file)
 
+
+def test_killed_at_any_moment_the_same_command_ends_with_the_same_integers(tmp_path):
     def run(state, output, kill_after=None):
-        process = subprocess.Popen([sys.executable, "-W", "ignore", "-c", script, state, output])
+        process, _ = start(reconstruct, state, output)
         if kill_after is not None:
-            while process.poll() is None and len(list(state.glob("*.safetensors"))) < kill_after:
+            while process.is_alive() and len(list(state.glob("*.safetensors"))) < kill_after:
                 time.sleep(0.005)
-            os.kill(process.pid, signal.SIGKILL)
-        return process.wait()
+            process.kill()
+        process.join()
+        return process.exitcode
 
     assert run(tmp_path / "a", tmp_path / "a.pt") == 0
     assert run(tmp_path / "b", tmp_path / "b.pt", kill_after=2) == -signal.SIGKILL

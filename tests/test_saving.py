@@ -1,7 +1,5 @@
 import json
-import os
 import random
-import signal
 import subprocess
 import sys
 import time
@@ -12,6 +10,7 @@ from safetensors import safe_open
 
 import tfmq_fx
 from tests.networks import TIMESTEPS, calibration
+from tests.processes import start
 from tfmq_fx.errors import TFMQError
 from tfmq_fx.saving import CONFIG, GRAPH, REPORT, WEIGHTS
 
@@ -168,27 +167,21 @@ def test_no_such_folder():
         tfmq_fx.load("/nowhere/at/all")
 
 
-WRITER = """
-import sys, tfmq_fx
-q = tfmq_fx.load(sys.argv[1])
-print("ready", flush=True)
-while True:
-    q.save_pretrained(sys.argv[2])
-"""
+def save_forever(talk, folder, target):
+    q = tfmq_fx.load(folder)
+    talk.send("ready")
+    while True:
+        q.save_pretrained(target)
 
 
 def test_a_killed_writer_leaves_the_folder_absent_or_whole(folder, tmp_path):
     target, rng = tmp_path / "out", random.Random(0)
-    for _ in range(2):
-        process = subprocess.Popen(
-            [sys.executable, "-W", "ignore", "-c", WRITER, str(folder), str(target)], stdout=subprocess.PIPE
-        )
-        assert process.stdout is not None
-        assert process.stdout.readline().strip() == b"ready"
+    for _ in range(5):
+        process, talk = start(save_forever, folder, target)
+        assert talk.recv() == "ready"
         time.sleep(rng.uniform(0.01, 0.3))
-        os.kill(process.pid, signal.SIGKILL)
-        process.wait()
-        process.stdout.close()
+        process.kill()
+        process.join()
         if target.exists():
             tfmq_fx.load(target)
 
