@@ -1,4 +1,3 @@
-import importlib.util
 import subprocess
 import sys
 import zipfile
@@ -9,20 +8,18 @@ import pytest
 ROOT = Path(__file__).parent.parent
 
 
-def test_the_wheel_holds_the_rooms_and_the_model_and_no_generic_names(tmp_path):
-    wheel = [
-        sys.executable,
-        "-m",
-        "pip",
-        "wheel",
-        "--quiet",
-        "--no-deps",
-        "--wheel-dir",
-        str(tmp_path),
-        str(ROOT),
-    ]
-    subprocess.run(wheel, check=True, capture_output=True)
-    (file,) = tmp_path.glob("*.whl")
+@pytest.fixture(scope="module")
+def built(tmp_path_factory):
+    """The wheel and the sdist."""
+    pytest.importorskip("build")
+    folder = tmp_path_factory.mktemp("dist")
+    build = [sys.executable, "-m", "build", "--no-isolation", "--outdir", str(folder), str(ROOT)]
+    subprocess.run(build, check=True, capture_output=True)
+    return sorted(folder.iterdir(), key=lambda f: f.suffix, reverse=True)
+
+
+def test_the_wheel_holds_the_rooms_and_the_model_and_no_generic_names(built, tmp_path):
+    file, _ = built
     with zipfile.ZipFile(file) as archive:
         names = archive.namelist()
         archive.extractall(tmp_path / "site")
@@ -51,7 +48,7 @@ def python(code, cwd=ROOT):
 
 def test_the_import_takes_little_beyond_torchs_own():
     code = "import time, torch; t = time.perf_counter(); import tfmq_fx; print(time.perf_counter() - t)"
-    assert min(float(python(code)) for _ in range(3)) < 1.5
+    assert any(float(python(code)) < 1.5 for _ in range(3))  # another process may have had the core
 
 
 IMPORT = """
@@ -71,16 +68,11 @@ def test_the_import_asks_no_network_and_loads_no_extras(then):
     assert python(IMPORT.format(then=then)) == "[]\n"
 
 
-@pytest.mark.skipif(
-    not all(importlib.util.find_spec(m) for m in ("twine", "build")), reason="needs twine and build"
-)
-def test_wheel_and_sdist_pass_twine_check(tmp_path):
-    build = [sys.executable, "-m", "build", "--no-isolation", "--outdir", str(tmp_path), str(ROOT)]
-    subprocess.run(build, check=True, capture_output=True)
-    files = [str(f) for f in tmp_path.iterdir()]
-    assert sorted(f.rpartition(".")[2] for f in files) == ["gz", "whl"]
+def test_wheel_and_sdist_pass_twine_check(built):
+    pytest.importorskip("twine")
+    assert [f.suffix for f in built] == [".whl", ".gz"]
     checked = subprocess.run(
-        [sys.executable, "-m", "twine", "check", "--strict", *files], capture_output=True, text=True
+        [sys.executable, "-m", "twine", "check", "--strict", *map(str, built)], capture_output=True, text=True
     )
     assert checked.returncode == 0, checked.stdout
     assert checked.stdout.count("PASSED") == 2
