@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import functools
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -122,7 +123,7 @@ def prepared(bits: str = "w4a8", **changes: object) -> torch.fx.GraphModule:
     return tfmq_fx.calibrate(tfmq_fx.prepare(gm, recipe, timesteps=TIMESTEPS), calibration())
 
 
-def captured(cls: type[nn.Module] = TinyUNet) -> torch.fx.GraphModule:
+def captured(cls: Any = TinyUNet) -> torch.fx.GraphModule:
     """A graph of the caller's own."""
     return copy.deepcopy(_captured(cls))
 

@@ -234,7 +234,7 @@ def _with_openvino(
     }
 
     def convert(new: Path) -> None:
-        write(model, new, pairs=pairs)
+        write(model, new, float_share=float(pairs))
 
     start = time.perf_counter()
     folder = root / _key(model, f"{openvino.__version__}{' pairs' * pairs}")

@@ -42,6 +42,9 @@ from tfmq_fx.saving import exported, replace_folder
 
 MODEL, WEIGHTS, LAYERS = "network.xml", "network.bin", "layers.json"
 PASSES = (rescale_temporal, rescale_tokens, byte_activations)
+# A folder may be carried to any CPU: layers that saturate on some are in float in it where they are at most this share of the
+# multiplications, as the few of 8 bits are at W4A8.
+PORTABLE = 0.05
 # OpenVINO's setting for float arithmetic on the same integers, where byte products would be summed in 16 bits.
 FLOAT = {"LP_TRANSFORMS_MODE": "NO"}
 
@@ -67,15 +70,16 @@ def export_folder(model: QuantizedModel, folder: Path) -> tuple[str, ...]:
         found.append(
             "compile it with a fixed batch (model.reshape): for one of any size OpenVINO 2026.4 overwrites smoothed activations"
         )
-    replace_folder(folder, lambda temporary: found.extend(write(model, temporary)))
+    replace_folder(folder, lambda temporary: found.extend(write(model, temporary, float_share=PORTABLE)))
     return tuple(found)
 
 
-def write(model: QuantizedModel, folder: Path, *, pairs: bool = False) -> list[str]:
+def write(model: QuantizedModel, folder: Path, *, float_share: float = 0.0) -> list[str]:
     """Write the model's files into a folder that is there; as `export_folder`. Raises TFMQError naming a node OpenVINO lacks.
 
-    pairs: for a CPU whose kernels saturate: the weights of layers that would are written as floats, unless all would:
-        such a network is compiled with `FLOAT`.
+    float_share: the layers whose int8 kernels saturate on CPUs without VNNI are left in float where they are at most this
+        share of the multiplications, 1 being always. Their weights are written so, unless all would be: such a network
+        is compiled with `FLOAT`.
     """
     openvino = require_openvino()
     gm = decomposed(model).module(check_guards=False)
@@ -84,7 +88,10 @@ def write(model: QuantizedModel, folder: Path, *, pairs: bool = False) -> list[s
     PassManager(PASSES)(gm)
     saturating, wanted = saturating_layers(gm), len(quantized_layers(gm))
     before = {layer.node: layer for layer in layers_of(gm)}
-    if pairs and len(saturating) < wanted:
+    quantized = sum(layer.flops for layer in before.values() if not layer.float_because)
+    share = sum(before[n.name].flops for n in saturating) / max(quantized, 1)
+    in_float = {n.name for n in saturating} if share <= float_share else set()
+    if in_float and len(in_float) < wanted:
         fold_weights(gm, saturating)
     PassManager([integer_weights])(gm)
     ir = _convert(gm)
@@ -96,7 +103,6 @@ def write(model: QuantizedModel, folder: Path, *, pairs: bool = False) -> list[s
     block = placeholders(model.temporal_block)
     marked = [n.name for n in gm.graph.nodes if n.meta.get(PRECISE)]
     mark_precise(folder / MODEL, inputs=block, nodes=marked)
-    in_float = {n.name for n in saturating} if pairs else set()
     layers = [
         dataclasses.asdict(
             dataclasses.replace(before[now.node], weight=now.weight, saturates=now.node in in_float)
@@ -104,14 +110,12 @@ def write(model: QuantizedModel, folder: Path, *, pairs: bool = False) -> list[s
         for now in layers_of(gm)
     ]
     (folder / LAYERS).write_text(json.dumps(layers, indent=1) + "\n")
-    return (
-        [
-            f"{len(saturating)} of {wanted} quantized layers saturate on a CPU without VNNI or AMX, unless OpenVINO compiles "
-            f"them there with {FLOAT}"
-        ]
-        if saturating
-        else []
-    )
+    if not saturating:
+        return []
+    words = f"{len(saturating)} of {wanted} quantized layers saturate on a CPU without VNNI or AMX"
+    if in_float:
+        return [f"{words}: they are in float ({share:.2g} of the multiplications)"]
+    return [f"{words}, unless OpenVINO compiles them there with {FLOAT}"]
 
 
 def decomposed(model: QuantizedModel) -> torch.export.ExportedProgram:
@@ -121,7 +125,8 @@ def decomposed(model: QuantizedModel) -> torch.export.ExportedProgram:
     table = torch.export.default_decompositions()
     for op in ops_to_not_decompose():
         table.pop(op, None)
-    return exported(model).run_decompositions(table)
+    program: torch.export.ExportedProgram = exported(model).run_decompositions(table)
+    return program
 
 
 def _convert(gm: GraphModule) -> Any:
