@@ -119,10 +119,13 @@ def quantized(
     return tfmq_fx.quantize(network, settings, calibration=data, timesteps=inputs["timestep"].unique())
 
 
-def ours(recipe: str, precision: str, keyed: str = "block", engine: str = "openvino") -> Make:
+def ours(
+    recipe: str, precision: str, keyed: str = "block", engine: str = "openvino", compile: bool | None = None
+) -> Make:
     def make(network: nn.Module, inputs: Inputs) -> Step:
         q = quantized(network, inputs, recipe, keyed=keyed)
-        low = q.lower("cpu", engine=engine, precision=precision, batch=len(inputs["timestep"]))
+        batch = len(inputs["timestep"])
+        low = q.lower("cpu", engine=engine, precision=precision, batch=batch, compile=compile)
         report = low.report["lowering"]
         share = report["flops"]["int8"] / report["flops"]["total"]
         fallen = [k["path"] for k in report["kernels"] if k["fell_back"]]
@@ -151,6 +154,7 @@ CONTENDERS: dict[str, Make] = {
     "tfmq_fx w4a8, fp32 glue": ours("w4a8", "float32"),
     "tfmq_fx w4a8, fp32, all keyed": ours("w4a8", "float32", "all"),
     "tfmq_fx w4a8, torch int8, fp32 glue": ours("w4a8", "float32", engine="torch"),
+    "tfmq_fx w4a8, torch, node by node": ours("w4a8", "float32", engine="torch", compile=False),
     "tfmq_fx w8a8, torch int8, fp32 glue": ours("w8a8", "float32", engine="torch"),
     "tfmq_fx w8a8, torch int8, bf16 glue": ours("w8a8", "bfloat16", engine="torch"),
 }
