@@ -369,6 +369,20 @@ def test_an_operator_that_openvino_lacks_names_its_node():
 
 
 @torch.no_grad()
+@pytest.mark.skipif(INT8, reason="this CPU has int8 instructions")
+@needs_avx2
+def test_linear_layers_that_gain_nothing_are_told(monkeypatch):
+    said = []
+    monkeypatch.setattr(lowering.log, "warning", lambda words, *rest: said.append(words % rest))
+    nearest = tfmq_fx.Reconstruction(method="nearest")
+    recipe = tfmq_fx.Recipe(edge_weight_bits=4, edge_activation_bits=8, reconstruction=nearest)
+    lower(tfmq_fx.quantize(make(ScalarTime), recipe, calibration=vectors()), "cpu", precision="float32")
+    assert [words for words in said if "no faster than float" in words and 'engine="torch"' in words]
+    said.clear()
+    lower(quantized("w4a8"), "cpu", precision="float32", cache=kept())  # convolutions
+    assert not said
+
+
 def test_the_cache_keeps_the_conversion(tmp_path):
     q, x = one_timestep(ScalarTime), torch.randn(3, 4)
     first = lower(q, "cpu", precision="float32", cache=tmp_path)

@@ -47,6 +47,8 @@ log = logging.getLogger(__name__)
 LAYOUT = 2  # of what a cache folder holds: another number reads none of the old
 ENGINES = ("openvino", "torch")
 PRECISIONS = {"bfloat16": "bf16", "float32": "f32"}
+# OpenVINO's int8 kernel of linear layers on CPUs with AVX2 and without VNNI: a DiT-XL took as long as in float32.
+SLOW_GEMM = "jit_gemm_I8"
 # What multiplies bytes: VNNI in its two encodings, AMX, and Arm's dot products.
 INT8_INSTRUCTIONS = ("avx512_vnni", "avx_vnni", "avx_vnni_int8", "amx_int8", "dotprod", "i8mm")
 
@@ -167,6 +169,13 @@ def lower(
     kernels = lowered.kernels
     total, int8 = (sum(k.flops for k in kernels if k.int8 or every) for every in (True, False))
     log.info("lower: %.1f%% of %.3g FLOPs in int8", 100 * int8 / max(total, 1), total)
+    slow = sum(k.flops for k in kernels if k.kernel == SLOW_GEMM)
+    if slow > total / 2:
+        log.warning(
+            'lower: OpenVINO computes %.0f%% of this network by %s, no faster than float; engine="torch" has a faster one.',
+            100 * slow / total,
+            SLOW_GEMM,
+        )
     fallen = [k for k in kernels if k.fell_back]
     if strict and fallen:
         raise TFMQError(
