@@ -18,6 +18,7 @@ import tfmq_fx
 from tests.networks import FAST, TIMESTEPS, calibration, captured
 from tests.pipelines import ddpm
 from tests.processes import finish, start
+from tests.test_resume import same
 from tfmq_fx import rounding
 from tfmq_fx.errors import TFMQError
 
@@ -77,10 +78,6 @@ def run(*args, **kwargs):
 
 def integers(tmp_path, rank, run, name="out"):
     return load_file(f"{tmp_path / name}-{run}-{rank}")
-
-
-def same(a, b):
-    return a.keys() == b.keys() and all(torch.equal(a[n], b[n]) for n in a)
 
 
 @pytest.fixture(scope="module")

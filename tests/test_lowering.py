@@ -368,7 +368,6 @@ def test_an_operator_that_openvino_lacks_names_its_node():
         lower(one_timestep(Strange), "cpu")
 
 
-@torch.no_grad()
 @pytest.mark.skipif(INT8, reason="this CPU has int8 instructions")
 @needs_avx2
 def test_linear_layers_that_gain_nothing_are_told(monkeypatch):
@@ -383,6 +382,7 @@ def test_linear_layers_that_gain_nothing_are_told(monkeypatch):
     assert not said
 
 
+@torch.no_grad()
 def test_the_cache_keeps_the_conversion(tmp_path):
     q, x = one_timestep(ScalarTime), torch.randn(3, 4)
     first = lower(q, "cpu", precision="float32", cache=tmp_path)
