@@ -24,11 +24,13 @@ import torch
 from torch import nn
 
 from tfmq_fx.arithmetic import NO_INT8, SATURATES
-from tfmq_fx.coverage import Kernel, Layer
+from tfmq_fx.coverage import Kernel, Layer, layers_of
 from tfmq_fx.errors import TFMQError, nearest_names
+from tfmq_fx.exporting import saturating_layers
 from tfmq_fx.graph_json import graph_to_json, tensors_of
 from tfmq_fx.lowering_openvino import (
     FLOAT,
+    PASSES,
     PRODUCTS,
     WEIGHTS,
     Compiled,
@@ -38,8 +40,9 @@ from tfmq_fx.lowering_openvino import (
     require_openvino,
     write,
 )
-from tfmq_fx.lowering_torch import OPTIONS, compiled_or_not, prepare_graph, weight_bytes
+from tfmq_fx.lowering_torch import OPTIONS, compiled_or_not, flat_graph, prepare_graph, weight_bytes
 from tfmq_fx.model import DropIn, QuantizedModel
+from tfmq_fx.passes.pass_manager import PassManager
 from tfmq_fx.resume import update_with_tensors
 from tfmq_fx.saving import example_inputs, replace_folder
 
@@ -49,6 +52,7 @@ ENGINES = ("openvino", "torch")
 PRECISIONS = {"bfloat16": "bf16", "float32": "f32"}
 # OpenVINO's int8 kernel of linear layers on CPUs with AVX2 and without VNNI: a DiT-XL took as long as in float32.
 SLOW_GEMM = "jit_gemm_I8"
+MOST = 0.5  # of the multiplications
 # What multiplies bytes: VNNI in its two encodings, AMX, and Arm's dot products.
 INT8_INSTRUCTIONS = ("avx512_vnni", "avx_vnni", "avx_vnni_int8", "amx_int8", "dotprod", "i8mm")
 
@@ -115,7 +119,8 @@ def lower(
     """Compile for this machine's CPU, for as many threads as torch has now.
 
     engine: "openvino" or "torch" (oneDNN's kernels through Inductor); None takes OpenVINO where it is installed: it was
-        the faster of the two, and needs no C++ compiler.
+        the faster of the two, and needs no C++ compiler. Of networks that are mostly linear layers, on CPUs with AVX2 and
+        without VNNI, torch was, and is taken.
     precision: of what is not int8, "bfloat16" or "float32"; None takes bfloat16 where the CPU computes in it. In
         float32 the outputs are the quantized network's but for rounding ties: an activation within float rounding of
         a tie may become the next integer. bfloat16 adds its own rounding, about 1% of the largest output.
@@ -138,11 +143,11 @@ def lower(
         raise TFMQError(
             f'target "cpu": the network is on {model.device}; quantize it on the CPU, or load it from disk.'
         )
-    engine = _engine(engine, compile=compile, pack=pack)
-    if precision not in (None, *PRECISIONS):
-        raise TFMQError(f"precision={precision!r}: unknown; use {nearest_names(str(precision), PRECISIONS)}.")
     instructions = int8_instructions()
     pairs = not instructions and adds_pairs()
+    engine = _engine(engine, compile=compile, pack=pack, model=model, pairs=pairs)
+    if precision not in (None, *PRECISIONS):
+        raise TFMQError(f"precision={precision!r}: unknown; use {nearest_names(str(precision), PRECISIONS)}.")
     if not instructions:
         which = (
             "layers whose weights reach beyond 64 steps from zero, as 8 bits do, run"
@@ -170,7 +175,7 @@ def lower(
     total, int8 = (sum(k.flops for k in kernels if k.int8 or every) for every in (True, False))
     log.info("lower: %.1f%% of %.3g FLOPs in int8", 100 * int8 / max(total, 1), total)
     slow = sum(k.flops for k in kernels if k.kernel == SLOW_GEMM)
-    if slow > total / 2:
+    if slow > MOST * total:
         log.warning(
             'lower: OpenVINO computes %.0f%% of this network by %s, no faster than float; engine="torch" has a faster one.',
             100 * slow / total,
@@ -196,7 +201,9 @@ def lower(
     return LoweredModel(model, lowered.network, lowering=lowering)
 
 
-def _engine(engine: str | None, *, compile: bool | None, pack: str | None) -> str:
+def _engine(
+    engine: str | None, *, compile: bool | None, pack: str | None, model: QuantizedModel, pairs: bool
+) -> str:
     """The engine to use. Raises TFMQError for an unknown one, and for what the one wanted cannot do."""
     if engine not in (None, *ENGINES):
         raise TFMQError(f"engine={engine!r}: unknown; use {nearest_names(str(engine), ENGINES)}, or None.")
@@ -204,20 +211,38 @@ def _engine(engine: str | None, *, compile: bool | None, pack: str | None) -> st
         raise TFMQError(f'pack={pack!r}: unknown; use "int4", or None.')
     if engine == "openvino":
         require_openvino()
-    if engine is None:
-        wants_torch = pack is not None or compile is not None  # what OpenVINO has no form of
-        engine = "torch" if wants_torch or find_spec("openvino") is None else "openvino"
-        if not wants_torch and engine == "torch":
-            log.warning(
-                'lower: openvino is not installed, torch compiles instead; pip install "tfmq_fx[openvino]" for the faster engine.'
+        if pack is not None:
+            raise TFMQError(
+                f'pack={pack!r}: OpenVINO\'s int8 kernels hold weights as bytes; use engine="torch".'
             )
-    if engine == "openvino" and pack is not None:
-        raise TFMQError(f'pack={pack!r}: OpenVINO\'s int8 kernels hold weights as bytes; use engine="torch".')
-    if engine == "openvino" and compile is not None:
-        raise TFMQError(
-            f'compile={compile}: OpenVINO always compiles, without a C++ compiler; use engine="torch".'
+        if compile is not None:
+            raise TFMQError(
+                f'compile={compile}: OpenVINO always compiles, without a C++ compiler; use engine="torch".'
+            )
+    if engine is not None:
+        return engine
+    if pack is not None or compile is not None:  # what OpenVINO has no form of
+        return "torch"
+    if find_spec("openvino") is None:
+        log.warning(
+            'lower: openvino is not installed, torch compiles instead; pip install "tfmq_fx[openvino]" for the faster engine.'
         )
-    return engine
+        return "torch"
+    if pairs and (share := _linear_share(model)) > MOST:
+        log.info('lower: %.0f%% of it are linear layers, which engine="torch" runs faster here', 100 * share)
+        return "torch"
+    return "openvino"
+
+
+def _linear_share(model: QuantizedModel) -> float:
+    """How much of a network are linear layers that run as `SLOW_GEMM`, where int8 kernels add pairs."""
+    gm = flat_graph(model)
+    PassManager(PASSES)(gm)
+    saturating = {n.name for n in saturating_layers(gm)}
+    layers = list(layers_of(gm))
+    slow = (layer for layer in layers if layer.op == "linear" and layer.node not in saturating)
+    int8 = sum(layer.flops for layer in slow if not layer.float_because)
+    return int8 / max(sum(layer.flops for layer in layers), 1)
 
 
 def _with_openvino(
