@@ -278,9 +278,7 @@ class RecipeQuantizer(Quantizer):  # type: ignore[misc]
         if self.recipe.attention_bits != FLOAT_BITS and self.data is None:
             for node in model.graph.nodes:
                 if not any(isinstance(v, Node) for v in node.kwargs.values()):
-                    self._set(
-                        node, {x: self._static(self.recipe.attention_bits) for x in matmul_inputs(node)}
-                    )
+                    self._set(node, {x: self._operand(x) for x in matmul_inputs(node)})
         if self.data is not None:
             notes += [
                 Note(name=n.name, reason=f"annotated by {type(self.data).__name__}")
@@ -335,14 +333,21 @@ class RecipeQuantizer(Quantizer):  # type: ignore[misc]
         )
 
     def _static(self, bits: int) -> QuantizationSpec:
-        integers = IntegerRange.activation(bits)
+        return self._per_tensor(IntegerRange.activation(bits))
+
+    def _operand(self, x: Node) -> QuantizationSpec:
+        """Of a product of two activations, which int8 kernels take without zero points."""
+        bits, positive = self.recipe.attention_bits, op_name(x) == "softmax"
+        return self._per_tensor(IntegerRange.activation(bits) if positive else IntegerRange.operand(bits))
+
+    def _per_tensor(self, integers: IntegerRange) -> QuantizationSpec:
         observer = MinMaxObserver if self.recipe.activation_observer == "minmax" else HistogramObserver
         return QuantizationSpec(
             dtype=integers.dtype,
             observer_or_fake_quant_ctr=StaticFakeQuantize.with_args(observer=observer),
             quant_min=integers.quant_min,
             quant_max=integers.quant_max,
-            qscheme=torch.per_tensor_affine,
+            qscheme=torch.per_tensor_symmetric if integers.symmetric else torch.per_tensor_affine,
         )
 
     @staticmethod

@@ -29,7 +29,7 @@ def prepare(
     gm: GraphModule,
     recipe: Recipe,
     *,
-    timesteps: Tensor,
+    timesteps: Iterable[float] | Tensor,
     temporal: TemporalBlock | None = None,
     finite: Mapping[str, Iterable[Any] | Tensor] | None = None,
     data_quantizer: Quantizer | None = None,
@@ -49,9 +49,9 @@ def prepare(
     Raises TFMQError for timesteps or finite values that are empty, repeated or not finite.
     """
     timestep = str(timestep_input(gm, temporal.timestep if temporal else None).target)
-    tables = {timestep: timesteps} | {n: torch.as_tensor(_listed(v)) for n, v in (finite or {}).items()}
+    given = {timestep: timesteps, **(finite or {})}
+    tables = {n: as_values(v, "timesteps" if n == timestep else f"finite[{n!r}]") for n, v in given.items()}
     for name, values in tables.items():
-        check_values(values, "timesteps" if name == timestep else f"finite[{name!r}]")
         _check_shape(require_input(gm, name, argument="finite"), name, values)
     if temporal is None:
         vectors = {*conditioning_vectors(gm, timestep), *(finite or {})}
@@ -65,7 +65,7 @@ def prepare(
     gm = GraphModule(prepared, prepared.graph)  # sheds torchao's refusal of train() and eval()
     gm.meta = dict(prepared.meta)
     finite_tables = {n: v for n, v in tables.items() if n != timestep}
-    insert_step_index(gm, timesteps=timesteps, timestep=timestep, finite=finite_tables)
+    insert_step_index(gm, timesteps=tables[timestep], timestep=timestep, finite=finite_tables)
     scalar = {n for n in sizes if isinstance(v := meta_value(placeholders(gm)[n]), Tensor) and v.dim() == 0}
     initialise: list[tuple[PerChannelWeightFakeQuantize, Tensor]] = []
     for node, observer in list(observers(gm)):
@@ -103,7 +103,7 @@ def prepare(
         conditioning=temporal.keys[1:],
         features=temporal.features,
         feature_keys=temporal.feature_keys,
-        timesteps=timesteps,
+        timesteps=tables[timestep],
         finite=finite_tables,
         recipe=recipe,
         plan=plan,
@@ -185,8 +185,12 @@ def require_stage(gm: GraphModule, *stages: str) -> None:
         )
 
 
-def check_values(values: Tensor, name: str) -> None:
-    """Raise TFMQError unless `values` is a non-empty list of distinct finite values: (T,), or (K, ...) of vectors."""
+def as_values(given: Iterable[Any] | Tensor, name: str) -> Tensor:
+    """As a tensor (T,), or (K, ...) of vectors. Raises TFMQError unless they are distinct and finite, and there are some."""
+    try:
+        values = torch.as_tensor(given if isinstance(given, Tensor) else list(given))
+    except (TypeError, ValueError, RuntimeError) as error:  # torch's, by what is wrong
+        raise TFMQError(f"{name}: a list of numbers is needed, found {str(given)[:80]} ({error}).") from error
     if values.dim() == 0 or values.numel() == 0 or (name == "timesteps" and values.dim() != 1):
         raise TFMQError(
             f"{name}: a list (1-D) of at least one value is needed, found shape {tuple(values.shape)}."
@@ -195,10 +199,7 @@ def check_values(values: Tensor, name: str) -> None:
         raise TFMQError(f"{name}: hold NaN or infinite values.")
     if len(values.unique(dim=0)) != len(values):
         raise TFMQError(f"{name}: hold repeated values; give each value once.")
-
-
-def _listed(values: Iterable[Any] | Tensor) -> Any:
-    return values if isinstance(values, Tensor) else list(values)
+    return values
 
 
 def _check_shape(node: Node, name: str, values: Tensor) -> None:

@@ -232,6 +232,33 @@ def test_a_layer_that_falls_back_is_reported_and_refused_on_request(monkeypatch,
         lower(quantized(), "cpu", precision="float32", strict=True, cache=tmp_path)
 
 
+def attention_of(low):
+    (kernel,) = [k for k in low.report["lowering"]["kernels"] if k["op"] == "scaled_dot_product_attention"]
+    return kernel
+
+
+@needs_bytes
+def test_attention_multiplies_bytes_where_the_recipe_quantizes_it():
+    q = quantized(attention_bits=8)
+    low = lower(q, "cpu", precision="float32", cache=kept(), strict=True)
+    assert attention_of(low)["int8"]
+    flops = low.report["lowering"]["flops"]
+    plain = lowered().report["lowering"]["flops"]
+    assert flops["int8"] - plain["int8"] == attention_of(low)["flops"] / 2  # q by k
+    assert_every_batch_size_and_step_agrees(low, q)
+
+
+@needs_avx2
+@pytest.mark.usefixtures("without_vnni")
+def test_without_vnni_attention_is_float_on_the_same_integers():
+    q, plain = quantized("w4a8", attention_bits=8), quantized("w4a8")
+    with pytest.warns(UserWarning, match=NO_INT8[:20]):
+        low, plain = (x.lower("cpu", precision="float32", cache=kept()) for x in (q, plain))
+    assert (attention_of(low)["int8"], attention_of(low)["reason"]) == (False, SATURATES)
+    assert_every_batch_size_and_step_agrees(low, q)
+    assert attention_of(low)["kernel"] == attention_of(plain)["kernel"]  # of float operands
+
+
 @needs_avx2
 @pytest.mark.usefixtures("without_vnni")
 def test_without_vnni_what_does_not_saturate_is_int8():

@@ -180,11 +180,21 @@ def test_bits_outside_the_supported_are_refused(field):
         (torch.tensor([1, 1, 2]), "repeated"),
         (torch.tensor([1.0, torch.nan]), "NaN"),
         (torch.tensor([[1, 2]]), "1-D"),
+        (7, "timesteps: a list of numbers is needed, found 7"),
+        (["soon"], "timesteps: a list of numbers"),
     ],
 )
 def test_bad_schedules_are_refused(timesteps, words):
     with pytest.raises(TFMQError, match=words):
         tfmq_fx.prepare(captured(), tfmq_fx.Recipe(), timesteps=timesteps)
+
+
+def test_a_schedule_may_be_any_list_of_numbers():
+    found = [
+        tfmq_fx.prepare(captured(), tfmq_fx.Recipe(), timesteps=t).meta["timesteps"]
+        for t in (TIMESTEPS, TIMESTEPS.tolist(), iter(TIMESTEPS.tolist()))
+    ]
+    assert all(torch.equal(t, TIMESTEPS) for t in found)
 
 
 def test_stages_out_of_order_are_refused():

@@ -30,7 +30,8 @@ class IntegerRange:
     Weights of at most 7 bits are affine (a zero point per channel); q - zero_point then still fits a signed
     byte, so an int8 kernel with zero point 0 computes them exactly. 8-bit weights are symmetric for the
     same reason. Activations are affine and unsigned, as the x86 kernels take them; with a scale per token they are
-    symmetric and signed, without the lowest integer, as the dynamic int8 kernels take those (torchao's, oneDNN's).
+    symmetric and signed, without the lowest integer, as the dynamic int8 kernels take those (torchao's, oneDNN's). The
+    operands of a product of two activations are symmetric about 2**(bits - 1): int8 kernels take those without zero points.
     """
 
     quant_min: int
@@ -47,6 +48,10 @@ class IntegerRange:
     @staticmethod
     def activation(bits: int) -> IntegerRange:
         return IntegerRange(quant_min=0, quant_max=2**bits - 1, symmetric=False, dtype=torch.uint8)
+
+    @staticmethod
+    def operand(bits: int) -> IntegerRange:
+        return IntegerRange(quant_min=0, quant_max=2**bits - 1, symmetric=True, dtype=torch.uint8)
 
     @staticmethod
     def token(bits: int) -> IntegerRange:

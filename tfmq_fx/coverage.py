@@ -27,6 +27,11 @@ class Kernel:
     fell_back: bool  # whether its inputs are quantized and it is not int8 all the same
     flops: int  # for one sample
 
+    @property
+    def int8_flops(self) -> int:
+        """Of attention, those of q by k: its probabilities stay in float."""
+        return self.int8 * self.flops // (2 if self.op == "scaled_dot_product_attention" else 1)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Layer:

@@ -7,7 +7,7 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch.fx import GraphModule, Node
 
-from tfmq_fx.arithmetic import centred, saturates
+from tfmq_fx.arithmetic import PAIRS_FIT, centred, saturates
 from tfmq_fx.errors import TFMQError
-from tfmq_fx.graph import attribute, op_name, weight_argument
+from tfmq_fx.graph import aten, attribute, matmul_inputs, op_name, weight_argument
 from tfmq_fx.model import QuantizedModel
 from tfmq_fx.passes.rescale_temporal import DEQUANTIZED
 
@@ -170,6 +170,46 @@ def saturating_layers(gm: GraphModule) -> list[Node]:
         if saturates(centred(q, zero_point, weight.args[3])):
             found.append(layer)
     return found
+
+
+def saturating_products(gm: GraphModule) -> list[Node]:
+    """The products of two quantized activations that int8 kernels get wrong there: see `PAIRS_FIT`."""
+    found = []
+    for node in gm.graph.nodes:
+        operands: list[Any] = [
+            x for x in matmul_inputs(node) if x.target is ops.dequantize_per_tensor.default
+        ]
+        if any(
+            max(high - zero, zero - low) > PAIRS_FIT for zero, low, high in (x.args[2:5] for x in operands)
+        ):
+            found.append(node)
+    return found
+
+
+def multiply_in_float(gm: GraphModule, products: Iterable[Node]) -> None:
+    """dequantize(quantize(x)) ==> clamp(round(x / s)) * s, of what these products read: the same numbers, and no int8 kernel."""
+    for node in products:
+        for x in matmul_inputs(node):
+            if x.target is ops.dequantize_per_tensor.default:
+                node.replace_input_with(x, _rounded(gm, x))
+    gm.graph.eliminate_dead_code()
+    gm.recompile()
+
+
+def _rounded(gm: GraphModule, pair: Any) -> Node:
+    q, scale, zero_point, low, high, _ = pair.args
+    y: Node = q.args[0]
+    steps = (
+        (aten.mul.Tensor, (1.0 / scale,)),
+        (aten.round.default, ()),
+        (aten.clamp.default, (low - zero_point, high - zero_point)),
+        (aten.mul.Tensor, (scale,)),
+    )
+    with gm.graph.inserting_before(pair):
+        for target, args in steps:
+            y = gm.graph.call_function(target, (y, *args))
+            y.meta = {k: v for k, v in pair.meta.items() if k == "val"}
+    return y
 
 
 def fallen_back(

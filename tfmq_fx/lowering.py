@@ -172,7 +172,7 @@ def lower(
             )
         weakref.finalize(lowered.network, stack.pop_all().close)
     kernels = lowered.kernels
-    total, int8 = (sum(k.flops for k in kernels if k.int8 or every) for every in (True, False))
+    total, int8 = sum(k.flops for k in kernels), sum(k.int8_flops for k in kernels)
     log.info("lower: %.1f%% of %.3g FLOPs in int8", 100 * int8 / max(total, 1), total)
     slow = sum(k.flops for k in kernels if k.kernel == SLOW_GEMM)
     if slow > MOST * total:

@@ -29,7 +29,7 @@ from torch.utils import _pytree as pytree
 
 from tfmq_fx.coverage import Layer, layers_of
 from tfmq_fx.errors import TFMQError
-from tfmq_fx.exporting import quantized_layers, saturating_layers
+from tfmq_fx.exporting import multiply_in_float, saturating_layers, saturating_products
 from tfmq_fx.graph import placeholders
 from tfmq_fx.lowering_torch import fold_weights
 from tfmq_fx.model import QuantizedModel
@@ -86,13 +86,16 @@ def write(model: QuantizedModel, folder: Path, *, float_share: float = 0.0) -> l
     assert isinstance(gm, GraphModule)
     gm.meta = {}
     PassManager(PASSES)(gm)
-    saturating, wanted = saturating_layers(gm), len(quantized_layers(gm))
     before = {layer.node: layer for layer in layers_of(gm)}
-    quantized = sum(layer.flops for layer in before.values() if not layer.float_because)
-    share = sum(before[n.name].flops for n in saturating) / max(quantized, 1)
-    in_float = {n.name for n in saturating} if share <= float_share else set()
-    if in_float and len(in_float) < wanted:
-        fold_weights(gm, saturating)
+    quantized = {name: layer.flops for name, layer in before.items() if not layer.float_because}
+    weighted = saturating_layers(gm)
+    products = [n for n in saturating_products(gm) if n.name in quantized]
+    saturating = {n.name for n in (*weighted, *products)}
+    share = sum(quantized[name] for name in saturating) / max(sum(quantized.values()), 1)
+    in_float = saturating if share <= float_share else set()
+    if in_float and len(in_float) < len(quantized):
+        fold_weights(gm, weighted)
+        multiply_in_float(gm, products)
     PassManager([integer_weights])(gm)
     ir = _convert(gm)
     _name_weights(ir)
@@ -112,7 +115,7 @@ def write(model: QuantizedModel, folder: Path, *, float_share: float = 0.0) -> l
     (folder / LAYERS).write_text(json.dumps(layers, indent=1) + "\n")
     if not saturating:
         return []
-    words = f"{len(saturating)} of {wanted} quantized layers saturate on a CPU without VNNI or AMX"
+    words = f"{len(saturating)} of {len(quantized)} quantized layers saturate on a CPU without VNNI or AMX"
     if in_float:
         return [f"{words}: they are in float ({share:.2g} of the multiplications)"]
     return [f"{words}, unless OpenVINO compiles them there with {FLOAT}"]

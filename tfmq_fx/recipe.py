@@ -134,7 +134,8 @@ class Recipe:
     # symmetric and computed at run time, whatever `keyed` says. Convolutions keep "tensor": the positions under one
     # window would have scales of their own inside one dot product, which no integer kernel can factor out.
     activation_granularity: str = "tensor"
-    attention_bits: int = FLOAT_BITS  # of q, k and v at attention matmuls; 16 where no kernel gains from it
+    # Of q, k and v at attention matmuls, symmetric; 16: float. OpenVINO multiplies q by k in int8 then.
+    attention_bits: int = FLOAT_BITS
     temporal_observer: str | type[TemporalObserver] = "minmax"  # estimator inside the temporal block
     keyed: str = (
         "block"  # which activations have qparams per timestep: "block" (the temporal block's) or "all"
