@@ -237,7 +237,7 @@ def attention_of(low):
     return kernel
 
 
-@needs_bytes
+@needs_kernels
 def test_attention_multiplies_bytes_where_the_recipe_quantizes_it():
     q = quantized(attention_bits=8)
     low = lower(q, "cpu", precision="float32", cache=kept(), strict=True)
