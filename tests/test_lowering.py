@@ -31,7 +31,7 @@ from tests.lowered import (
 from tests.networks import TIMESTEPS, ScalarTime, TinyUNet, calibration, make
 from tests.pipelines import ddpm
 from tests.test_finite import Labelled
-from tests.test_mixed_batches import OneTimestep, labelled, moved, one_timestep, vectors
+from tests.test_mixed_batches import FLIPPED_BY, OneTimestep, labelled, moved, one_timestep, vectors
 from tfmq_fx import lowering, lowering_torch
 from tfmq_fx.arithmetic import NO_INT8, SATURATES
 from tfmq_fx.demo import embedded_pipeline
@@ -194,12 +194,12 @@ def test_through_the_pipeline(shipped):
     nearest = tfmq_fx.Reconstruction(method="nearest")
     data = tfmq_fx.CalibrationSet.record(pipe, num_samples=4, num_inference_steps=5, seed=0)
     q = tfmq_fx.quantize(pipe, tfmq_fx.Recipe(reconstruction=nearest), calibration=data)
-    low = lower(q, "cpu", strict=INT8)
+    low = lower(q, "cpu", precision="float32", strict=INT8)
     x = torch.randn(4, config.in_channels, config.sample_size, config.sample_size)
     t = q.timesteps[[0, 4, 2, 1]]
     assert type(low(x, t)) is type(q(x, t))
     assert isinstance(low(x, t, return_dict=False), tuple)
-    assert moved(low(x, t).sample, q(x, t).sample)[1] <= BFLOAT16
+    assert moved(low(x, t).sample, q(x, t).sample)[1] <= FLIPPED_BY
     assert low.config.in_channels == config.in_channels
     run = {"batch_size": 2, "num_inference_steps": 5, "output_type": "np"}
     pictures = []
@@ -208,7 +208,8 @@ def test_through_the_pipeline(shipped):
         ours.unet = unet
         ours.set_progress_bar_config(disable=True)
         pictures.append(ours(generator=torch.Generator().manual_seed(0), **run).images)
-    assert abs(pictures[0] - pictures[1]).mean() < 0.02
+    # Rounding ties; 3e-3 was seen. In bfloat16 five steps of a network of random weights end 0.03 apart.
+    assert abs(pictures[0] - pictures[1]).mean() < 0.005
     assert low.report["unseen_timesteps"] == {}
 
 
