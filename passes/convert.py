@@ -11,7 +11,7 @@ from tfmq_fx.graph import fresh
 from tfmq_fx.passes.find_temporal import temporal_of
 from tfmq_fx.passes.partition_temporal import partition_temporal
 from tfmq_fx.passes.pass_manager import LOW_BITS, declare
-from tfmq_fx.passes.prepare import require_stage
+from tfmq_fx.passes.prepare import hide_batch_norms, require_stage, show_batch_norms
 
 
 @declare(needs=("calibrate",), after=("reconstruct", "cache_temporal", "maintain", "float_at_unseen"))
@@ -41,7 +41,10 @@ def convert(gm: GraphModule) -> GraphModule:
 def to_integers(gm: GraphModule) -> GraphModule:
     """The observers of a calibrated graph, or of a part of it, written out as integers and quantize/dequantize pairs."""
     # Our observers' convert hooks fold their own weights; torchao folds those of another quantizer.
+    gm = fresh(gm)
+    hide_batch_norms(gm)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)
-        gm = convert_pt2e(fresh(gm))
+        gm = convert_pt2e(gm)
+    show_batch_norms(gm)
     return GraphModule(gm, gm.graph)  # only what the graph reads is kept: the float weights go

@@ -59,9 +59,9 @@ def prepare(
     sizes = {name: len(values) for name, values in tables.items()}
     quantizer = RecipeQuantizer(recipe=recipe, temporal=temporal, sizes=sizes, data=data_quantizer)
     copy = fresh(gm)
-    _hide_shared_batch_norms(copy)
+    hide_batch_norms(copy, shared_alone=True)
     prepared = prepare_pt2e(copy, quantizer)
-    _show_batch_norms(prepared)
+    show_batch_norms(prepared)
     gm = GraphModule(prepared, prepared.graph)  # sheds torchao's refusal of train() and eval()
     gm.meta = dict(prepared.meta)
     finite_tables = {n: v for n, v in tables.items() if n != timestep}
@@ -126,22 +126,23 @@ _HIDDEN: dict[Any, Callable[..., Any]] = {
 }
 
 
-def _hide_shared_batch_norms(gm: GraphModule) -> None:
-    """Give another target, for a while, to the batch norms that are no part of the layer before them.
+def hide_batch_norms(gm: GraphModule, *, shared_alone: bool = False) -> None:
+    """Give batch norms another target, for a while: all, or those alone that are no part of the layer before them.
 
     torchao folds every batch norm into the weight of its layer, also where something else reads the layer's output or
-    its weight, which then is another.
+    its weight, which then is another. And where it meets one that is left, it looks for 96 patterns of training, each of
+    which it traces first: half a minute.
     """
     reads = Counter(str(n.target) for n in gm.graph.find_nodes(op="get_attr") for _ in n.users)
     for target, hidden in _HIDDEN.items():
         for node in gm.graph.find_nodes(op="call_function", target=target):
             layer = node.args[0]
             weights = [str(n.target) for n in layer.all_input_nodes if n.op == "get_attr"]
-            if len(layer.users) > 1 or any(reads[w] > 1 for w in weights):
+            if not shared_alone or len(layer.users) > 1 or any(reads[w] > 1 for w in weights):
                 node.target = hidden
 
 
-def _show_batch_norms(gm: GraphModule) -> None:
+def show_batch_norms(gm: GraphModule) -> None:
     for target, hidden in _HIDDEN.items():
         for node in gm.graph.find_nodes(op="call_function", target=hidden):
             node.target = target
