@@ -120,7 +120,7 @@ def lower(
 
     engine: "openvino" or "torch" (oneDNN's kernels through Inductor); None takes OpenVINO where it is installed: it was
         the faster of the two, and needs no C++ compiler. Of networks that are mostly linear layers, on CPUs with AVX2 and
-        without VNNI, torch was, and is taken.
+        without VNNI, torch was, node by node, and is taken.
     precision: of what is not int8, "bfloat16" or "float32"; None takes bfloat16 where the CPU computes in it. In
         float32 the outputs are the quantized network's but for rounding ties: an activation within float rounding of
         a tie may become the next integer. bfloat16 adds its own rounding, about 1% of the largest output.
@@ -145,7 +145,7 @@ def lower(
         )
     instructions = int8_instructions()
     pairs = not instructions and adds_pairs()
-    engine = _engine(engine, compile=compile, pack=pack, model=model, pairs=pairs)
+    engine, compile = _engine(engine, compile=compile, pack=pack, model=model, pairs=pairs)
     if precision not in (None, *PRECISIONS):
         raise TFMQError(f"precision={precision!r}: unknown; use {nearest_names(str(precision), PRECISIONS)}.")
     if not instructions:
@@ -203,8 +203,8 @@ def lower(
 
 def _engine(
     engine: str | None, *, compile: bool | None, pack: str | None, model: QuantizedModel, pairs: bool
-) -> str:
-    """The engine to use. Raises TFMQError for an unknown one, and for what the one wanted cannot do."""
+) -> tuple[str, bool | None]:
+    """The engine to use, and whether it compiles. Raises TFMQError for an unknown one, and for what the one wanted cannot do."""
     if engine not in (None, *ENGINES):
         raise TFMQError(f"engine={engine!r}: unknown; use {nearest_names(str(engine), ENGINES)}, or None.")
     if pack not in (None, "int4"):
@@ -220,18 +220,18 @@ def _engine(
                 f'compile={compile}: OpenVINO always compiles, without a C++ compiler; use engine="torch".'
             )
     if engine is not None:
-        return engine
+        return engine, compile
     if pack is not None or compile is not None:  # what OpenVINO has no form of
-        return "torch"
+        return "torch", compile
     if find_spec("openvino") is None:
         log.warning(
             'lower: openvino is not installed, torch compiles instead; pip install "tfmq_fx[openvino]" for the faster engine.'
         )
-        return "torch"
+        return "torch", compile
     if pairs and (share := _linear_share(model)) > MOST:
         log.info('lower: %.0f%% of it are linear layers, which engine="torch" runs faster here', 100 * share)
-        return "torch"
-    return "openvino"
+        return "torch", False  # to compile a DiT-XL takes more than 22 GB
+    return "openvino", None
 
 
 def _linear_share(model: QuantizedModel) -> float:
