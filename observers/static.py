@@ -86,7 +86,7 @@ class StaticFakeQuantize(FakeQuantize):  # type: ignore[misc]
         scale, zero_point = observer.calculate_qparams()
         self.scale.copy_(scale)
         self.zero_point.copy_(zero_point)
-        if observer.qscheme == torch.per_tensor_symmetric:  # torchao's is one lower
-            self.zero_point.fill_((self.quant_max + 1) // 2)
+        if observer.qscheme == torch.per_tensor_symmetric:  # torchao's is one lower for unsigned integers
+            self.zero_point.fill_((self.quant_min + self.quant_max + 1) // 2)
         self.disable_observer()
         self.enable_fake_quant()

@@ -337,7 +337,7 @@ class RecipeQuantizer(Quantizer):  # type: ignore[misc]
 
     def _operand(self, x: Node) -> QuantizationSpec:
         """Of a product of two activations, which int8 kernels take without zero points."""
-        bits, positive = self.recipe.attention_bits, op_name(x) == "softmax"
+        bits, positive = self.recipe.attention_bits, op_name(x) in ("softmax", "_softmax")
         return self._per_tensor(IntegerRange.activation(bits) if positive else IntegerRange.operand(bits))
 
     def _per_tensor(self, integers: IntegerRange) -> QuantizationSpec:

@@ -28,7 +28,7 @@ from tests.lowered import (
     noise,
     quantized,
 )
-from tests.networks import TIMESTEPS, ScalarTime, TinyUNet, calibration, make
+from tests.networks import TIMESTEPS, Attention, ScalarTime, TinyUNet, calibration, make
 from tests.pipelines import ddpm
 from tests.test_finite import Labelled
 from tests.test_mixed_batches import FLIPPED_BY, OneTimestep, labelled, moved, one_timestep, vectors
@@ -246,6 +246,28 @@ def test_attention_multiplies_bytes_where_the_recipe_quantizes_it():
     flops = low.report["lowering"]["flops"]
     plain = lowered().report["lowering"]["flops"]
     assert flops["int8"] - plain["int8"] == attention_of(low)["flops"] / 2  # q by k
+    assert_every_batch_size_and_step_agrees(low, q)
+
+
+class WrittenOut(TinyUNet):
+    def __init__(self):
+        super().__init__()
+        self.attention = Products(8)
+
+
+class Products(Attention):
+    def forward(self, x):
+        q, k, v = self.qkv(self.norm(x).flatten(2).transpose(1, 2)).chunk(3, dim=-1)
+        y = self.out((q @ k.transpose(1, 2) * q.shape[-1] ** -0.5).softmax(-1) @ v)
+        return x + y.transpose(1, 2).reshape(x.shape)
+
+
+@needs_kernels
+def test_attention_written_out_multiplies_bytes_twice():
+    q = quantized(network_class=WrittenOut, attention_bits=8)
+    low = lower(q, "cpu", precision="float32", cache=kept(), strict=True)
+    found = [k["int8"] for k in low.report["lowering"]["kernels"] if k["op"] == "bmm"]
+    assert found == [True, True]
     assert_every_batch_size_and_step_agrees(low, q)
 
 
