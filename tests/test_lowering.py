@@ -314,9 +314,7 @@ def test_without_vnni_weights_that_fit_no_signed_byte_are_float():
     for layer in network.modules():
         if isinstance(layer, nn.Linear):
             layer.weight.abs_()
-    nearest = tfmq_fx.Reconstruction(method="nearest")
-    recipe = tfmq_fx.Recipe(weight_bits=8, edge_weight_bits=8, edge_activation_bits=8, reconstruction=nearest)
-    q, x = tfmq_fx.quantize(network, recipe, calibration=vectors()), torch.randn(5, 4)
+    q, x = linear_alone(8, network), torch.randn(5, 4)
     with pytest.warns(UserWarning, match=NO_INT8[:20]):
         low = q.lower("cpu", precision="float32", cache=kept())
     assert {k["reason"] for k in low.report["lowering"]["kernels"]} == {SATURATES}
@@ -418,12 +416,12 @@ def test_an_operator_that_openvino_lacks_names_its_node():
         lower(one_timestep(Strange), "cpu")
 
 
-def linear_alone(bits):
+def linear_alone(bits, network=None):
     nearest = tfmq_fx.Reconstruction(method="nearest")
     recipe = tfmq_fx.Recipe(
         weight_bits=bits, edge_weight_bits=bits, edge_activation_bits=8, reconstruction=nearest
     )
-    return tfmq_fx.quantize(make(ScalarTime), recipe, calibration=vectors())
+    return tfmq_fx.quantize(network or make(ScalarTime), recipe, calibration=vectors())
 
 
 @pytest.mark.skipif(INT8, reason="this CPU has int8 instructions")

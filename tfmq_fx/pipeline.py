@@ -33,7 +33,7 @@ from tfmq_fx.passes.float_at_unseen import float_at_unseen
 from tfmq_fx.passes.low_rank import low_rank
 from tfmq_fx.passes.partition_temporal import extract_temporal
 from tfmq_fx.passes.pass_manager import LOW_BITS, PassManager
-from tfmq_fx.passes.prepare import as_values, prepare
+from tfmq_fx.passes.prepare import prepare
 from tfmq_fx.passes.rotate import rotate
 from tfmq_fx.passes.smooth import smooth
 from tfmq_fx.recipe import Recipe
@@ -87,7 +87,7 @@ def quantize(
         calibration = CalibrationSet.record(
             model, num_samples=64, num_inference_steps=50, seed=seed, timestep=timestep, component=component
         )
-    schedule = as_values(calibration.timesteps if timesteps is None else timesteps, "timesteps")
+    timesteps = calibration.timesteps if timesteps is None else timesteps
     clock = _Clock()
 
     gm, example = captured(network, calibration, timestep)
@@ -97,7 +97,7 @@ def quantize(
     easier = low_bits(gm, recipe, temporal=temporal, calibration=calibration, seed=seed)
     if easier is not gm:
         clock.lap("low_bits")
-    prepared = prepare(easier, recipe, timesteps=schedule, temporal=temporal, finite=finite)
+    prepared = prepare(easier, recipe, timesteps=timesteps, temporal=temporal, finite=finite)
     if strict:
         _require_whole(prepared.meta["plan"])
     clock.lap("prepare")
@@ -120,7 +120,7 @@ def quantize(
     quantized = QuantizedModel(
         converted,
         interface=interface,
-        timesteps=schedule,
+        timesteps=prepared.meta["timesteps"],
         finite=prepared.meta["finite"],
         config=_config(network),
         recipe=recipe.to_json(),
