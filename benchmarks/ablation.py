@@ -38,14 +38,15 @@ from torch import Tensor
 import tfmq_fx
 from benchmarks.reconstruction import Run, measure, prepare, read, run_all
 from benchmarks.zoo.models import MODELS
-from tfmq_fx.graph import fresh
-from tfmq_fx.metrics import cosine_distance
+from tfmq_fx.base.metrics import cosine_distance
+from tfmq_fx.calibration.pipelines import denoiser
+from tfmq_fx.calibration.temporal_rows import chunks_of, run_temporal, temporal_rows
+from tfmq_fx.graph.nodes import fresh
 from tfmq_fx.observers import TemporalMinMaxObserver, TemporalObserver
-from tfmq_fx.passes.find_temporal import temporal_of
-from tfmq_fx.passes.partition_temporal import extract_temporal
-from tfmq_fx.passes.prepare import observers, set_mode, without_observers
+from tfmq_fx.passes.quantize.observed import observers, set_mode, without_observers
+from tfmq_fx.passes.temporal.find_temporal import temporal_of
+from tfmq_fx.passes.temporal.partition_temporal import extract_temporal
 from tfmq_fx.recipe import TEMPORAL_OBSERVERS, Recipe
-from tfmq_fx.temporal import chunks_of, run_temporal, temporal_rows
 
 RESULTS = Path(__file__).with_suffix(".jsonl")
 SETTINGS = ("w8a8", "w4a8", "w4a4")
@@ -119,7 +120,7 @@ def estimators(model: str, output: Path, *, bits: int, repeats: int = 5) -> Tabl
     data, _ = prepare(output, model, 0, 2, TRAJECTORIES)
     pipe, finite = MODELS[model].pipeline(), MODELS[model].finite
     found = tfmq_fx.CalibrationSet.from_tensors(load_file(data))
-    graph = tfmq_fx.capture(tfmq_fx.recording.denoiser(pipe), found.arguments(slice(2)))
+    graph = tfmq_fx.capture(denoiser(pipe), found.arguments(slice(2)))
     shown = Table("estimator", "CPU s", f"temporal cosine distance, {bits} bits")
     known: dict[str, type[TemporalObserver]] = {"static": StaticObserver, **TEMPORAL_OBSERVERS}
     for name, observer in known.items():

@@ -21,9 +21,9 @@ from torch.nn import functional as F
 from torch.utils import _pytree as pytree
 
 import tfmq_fx
-from tests.zoo import ZOO
-from tfmq_fx.arguments import leaves
-from tfmq_fx.graph import placeholders
+from benchmarks.networks.zoo import ZOO
+from tfmq_fx.base.arguments import leaves
+from tfmq_fx.graph.inputs import placeholders
 from tfmq_fx.passes import find_temporal, partition_temporal
 
 MODELS = ("sd-1.5", "sd-xl")

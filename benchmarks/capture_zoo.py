@@ -18,9 +18,10 @@ from torch._subclasses import FakeTensorMode
 from torch.utils import _pytree as pytree
 
 import tfmq_fx
-from tests.zoo import ZOO, Entry
-from tfmq_fx.arguments import leaves
-from tfmq_fx.graph import fresh, placeholders
+from benchmarks.networks.zoo import ZOO, Entry
+from tfmq_fx.base.arguments import leaves
+from tfmq_fx.graph.inputs import placeholders
+from tfmq_fx.graph.nodes import fresh
 from tfmq_fx.passes import find_temporal, partition_temporal
 
 

@@ -23,8 +23,8 @@ from rich.console import Console  # noqa: E402
 
 import tfmq_fx  # noqa: E402
 from benchmarks.quality import NOISE_SEED, STEPS, run, table  # noqa: E402
-from tfmq_fx.demo import embedded_pipeline  # noqa: E402
-from tfmq_fx.sampling import sample, save_grid  # noqa: E402
+from tfmq_fx.demo import FOLDER, embedded_pipeline  # noqa: E402
+from tfmq_fx.evaluation.sampling import sample, save_grid  # noqa: E402
 
 OUT = Path("out")
 SAMPLES = 256
@@ -48,7 +48,7 @@ def main() -> None:
     again = sample(pipe, tfmq_fx.load(folder), num_samples=8, num_inference_steps=STEPS, seed=NOISE_SEED)
     same = torch.equal(again, sample(pipe, q, num_samples=8, num_inference_steps=STEPS, seed=NOISE_SEED))
     weights = folder / "diffusion_pytorch_model.safetensors"
-    original = tfmq_fx.demo.FOLDER / "unet" / weights.name
+    original = FOLDER / "unet" / weights.name
     console.print(
         f"{weights}: {weights.stat().st_size / 1e6:.2f} MB, {weights.stat().st_size / original.stat().st_size:.3f} of float32; "
         f"loaded again, its samples are {'the same bit for bit' if same else 'DIFFERENT'}"

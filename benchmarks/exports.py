@@ -28,9 +28,9 @@ from torch import Tensor
 
 import tfmq_fx
 from benchmarks.run_exported import LOADERS, answers, draw
+from tfmq_fx.base.metrics import psnr
 from tfmq_fx.demo import embedded_pipeline
-from tfmq_fx.metrics import psnr
-from tfmq_fx.sampling import swapped
+from tfmq_fx.evaluation.sampling import swapped
 
 COLUMNS = (
     "recipe", "format", "MB", "export s", "int8 layers", "weights", "worst rel. error", "rel. rms error", "PSNR dB",

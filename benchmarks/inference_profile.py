@@ -24,9 +24,9 @@ from torch import Tensor
 
 import tfmq_fx
 from benchmarks.inference_speed import batch_of, quantized
-from tests.zoo import ZOO
-from tfmq_fx.lowering_openvino import PRODUCTS, Compiled, is_int8
-from tfmq_fx.onednn import FLOAT, NO_POST_OP, onednn
+from benchmarks.networks.zoo import ZOO
+from tfmq_fx.base.onednn import FLOAT, NO_POST_OP, onednn
+from tfmq_fx.runtimes.openvino_engine import PRODUCTS, Compiled, is_int8
 
 SIZE = 2048
 

@@ -29,7 +29,7 @@ from rich.table import Table
 from torch import Tensor, nn
 
 import tfmq_fx
-from tests.zoo import ZOO, Entry
+from benchmarks.networks.zoo import ZOO, Entry
 
 Step = Callable[[], Any]
 Inputs = Mapping[str, Any]

@@ -23,8 +23,8 @@ import tfmq_fx
 from benchmarks.digits import recognise, train_classifier
 from benchmarks.quality import NOISE_SEED, STEPS, measure
 from tfmq_fx.demo import embedded_pipeline
+from tfmq_fx.evaluation.sampling import sample
 from tfmq_fx.recipe import Recipe, Reconstruction
-from tfmq_fx.sampling import sample
 
 VARIANTS = (
     "plain",

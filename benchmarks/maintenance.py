@@ -28,15 +28,16 @@ from torch.fx import GraphModule
 
 import tfmq_fx
 from benchmarks.digits import digits
+from tfmq_fx.base.metrics import cosine_distance
+from tfmq_fx.calibration.temporal_rows import run_temporal
 from tfmq_fx.demo import embedded_pipeline
-from tfmq_fx.graph import fresh
-from tfmq_fx.maintenance import feature_tables, maintain
-from tfmq_fx.metrics import cosine_distance
-from tfmq_fx.passes.find_temporal import temporal_of
-from tfmq_fx.passes.partition_temporal import partition_temporal
-from tfmq_fx.passes.prepare import without_observers
+from tfmq_fx.graph.nodes import fresh
+from tfmq_fx.maintenance.stage import maintain
+from tfmq_fx.maintenance.tables import feature_tables
+from tfmq_fx.passes.quantize.observed import without_observers
+from tfmq_fx.passes.temporal.find_temporal import temporal_of
+from tfmq_fx.passes.temporal.partition_temporal import partition_temporal
 from tfmq_fx.recipe import Reconstruction
-from tfmq_fx.temporal import run_temporal
 
 LENGTHS = (10, 20, 50, 100, 250, 1000)
 ROWS = 64

@@ -22,11 +22,11 @@ from rich.console import Console
 from rich.table import Table
 
 import tfmq_fx
+from tfmq_fx.base.metrics import psnr_by_image
 from tfmq_fx.bit_widths import Sensitivity, with_bits
+from tfmq_fx.capturing import captured
 from tfmq_fx.demo import embedded_pipeline
-from tfmq_fx.metrics import psnr_by_image
-from tfmq_fx.pipeline import captured
-from tfmq_fx.sampling import sample
+from tfmq_fx.evaluation.sampling import sample
 
 STEPS, NOISE_SEED = 50, 1000
 SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)

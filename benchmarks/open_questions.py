@@ -29,7 +29,7 @@ import tfmq_fx
 from benchmarks.ablation import VARIANTS
 from benchmarks.digits import digits, recognise, train_classifier
 from benchmarks.zoo.flow_digits import flow_digits_pipeline
-from tfmq_fx.metrics import psnr_by_image
+from tfmq_fx.base.metrics import psnr_by_image
 
 SAMPLES, LATENT = 256, 16
 

@@ -24,9 +24,9 @@ import torch
 import torch.distributed as dist
 
 import tfmq_fx
-from tfmq_fx.arithmetic import raw_bytes
+from tfmq_fx.base.files import raw_bytes
+from tfmq_fx.base.parallel import joined
 from tfmq_fx.demo import embedded_pipeline
-from tfmq_fx.parallel import joined
 
 ROWS, ITERATIONS = 256, 100
 WAYS = {"1 process, 1 thread": (1, 1), "1 process, 2 threads": (1, 2), "2 processes, 1 thread each": (2, 1)}

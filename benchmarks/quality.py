@@ -25,10 +25,10 @@ from torch import Tensor, nn
 
 import tfmq_fx
 from benchmarks.digits import NUM_CLASSES, recognise, train_classifier
+from tfmq_fx.base.metrics import psnr, psnr_by_image
 from tfmq_fx.demo import embedded_pipeline
-from tfmq_fx.metrics import psnr, psnr_by_image
+from tfmq_fx.evaluation.sampling import sample
 from tfmq_fx.recipe import Recipe, Reconstruction
-from tfmq_fx.sampling import sample
 
 STEPS = 50
 NOISE_SEED = 1000

@@ -24,8 +24,8 @@ from typing import Any
 import torch
 
 import tfmq_fx
-from tfmq_fx import spill
 from tfmq_fx.recipe import Recipe
+from tfmq_fx.reconstruction import spill
 
 FULL_ROWS, STEPS = 12_800, 50
 
@@ -40,7 +40,7 @@ def recipe(**changes: Any) -> Recipe:
 
 
 def real_size(rows: int, iterations: int, batch_size: int) -> None:
-    from tests.zoo import ZOO
+    from benchmarks.networks.zoo import ZOO
 
     torch.manual_seed(0)
     entry = next(e for e in ZOO if e.name == "sd-1.5")

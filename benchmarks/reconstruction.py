@@ -34,9 +34,10 @@ from safetensors.torch import load_file, save_file
 
 import tfmq_fx
 from benchmarks.zoo.models import MODELS
-from tfmq_fx.metrics import frechet_distance, psnr, psnr_by_image
+from tfmq_fx.base.metrics import frechet_distance, psnr, psnr_by_image
+from tfmq_fx.calibration.pipelines import denoiser
+from tfmq_fx.evaluation.sampling import sample
 from tfmq_fx.recipe import Recipe
-from tfmq_fx.sampling import sample
 
 NOISE_SEED, TRAJECTORIES = 1000, 64
 METHODS = ("nearest", "gptq", "gptq+adaround", "adaround")
@@ -105,7 +106,7 @@ def measure(run: Run, recipe: Recipe, output: Path, trajectories: int = TRAJECTO
     data, reference = prepare(output, run.model, run.seed, run.samples, trajectories)
     entry = MODELS[run.model]
     pipe = entry.pipeline()
-    network = tfmq_fx.recording.denoiser(pipe)
+    network = denoiser(pipe)
     calibration = tfmq_fx.CalibrationSet.from_tensors(load_file(data))
     started, cpu = time.monotonic(), time.process_time()
     q = tfmq_fx.quantize(network, recipe, calibration=calibration, finite=entry.finite, seed=run.seed)

@@ -35,8 +35,8 @@ from torch import Tensor
 
 import tfmq_fx
 from benchmarks.inference_speed import batch_of
-from tests.zoo import ZOO, Entry
-from tfmq_fx.lowering_torch import weight_bytes
+from benchmarks.networks.zoo import ZOO, Entry
+from tfmq_fx.runtimes.torch_engine import weight_bytes
 
 # Row -> recipe, and how it is lowered; without, the network computes from quantize/dequantize pairs.
 ROWS: dict[str, tuple[str, dict[str, Any] | None]] = {

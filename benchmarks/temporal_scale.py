@@ -14,11 +14,11 @@ from rich.console import Console
 from rich.table import Table
 
 import tfmq_fx
-from tests.zoo import ZOO
-from tfmq_fx.metrics import cosine_distance
+from benchmarks.networks.zoo import ZOO
+from tfmq_fx.base.metrics import cosine_distance
+from tfmq_fx.calibration.temporal_rows import run_temporal
 from tfmq_fx.passes import extract_temporal, find_temporal
-from tfmq_fx.passes.find_temporal import temporal_of
-from tfmq_fx.temporal import run_temporal
+from tfmq_fx.passes.temporal.find_temporal import temporal_of
 
 STEPS = 50
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tfmq_fx.arithmetic import search_range
+from tfmq_fx.base.arithmetic import search_range
 from tfmq_fx.observers.temporal import TemporalObserver
 
 

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tfmq_fx._torchao import FakeQuantize
-from tfmq_fx.errors import TFMQError
+from tfmq_fx.base._torchao import FakeQuantize
+from tfmq_fx.base.errors import TFMQError
 
 
 class StaticFakeQuantize(FakeQuantize):  # type: ignore[misc]

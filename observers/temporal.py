@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
-from tfmq_fx._torchao import FakeQuantizeBase
-from tfmq_fx.arithmetic import IntegerRange, choose_qparams, choose_shared_qparams, fake_quantize_rows
-from tfmq_fx.errors import TFMQError
-from tfmq_fx.graph import set_buffer
+from tfmq_fx.base._torchao import FakeQuantizeBase
+from tfmq_fx.base.arithmetic import IntegerRange, choose_qparams, choose_shared_qparams, fake_quantize_rows
+from tfmq_fx.base.errors import TFMQError
+from tfmq_fx.graph.nodes import set_buffer
 
 
 class TemporalObserver(FakeQuantizeBase):  # type: ignore[misc]

@@ -7,9 +7,9 @@ from typing import Any
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
-from tfmq_fx._torchao import FakeQuantizeBase
-from tfmq_fx.arithmetic import IntegerRange, fake_quantize_tokens, quantize_tokens
-from tfmq_fx.graph import inline
+from tfmq_fx.base._torchao import FakeQuantizeBase
+from tfmq_fx.base.arithmetic import IntegerRange, fake_quantize_tokens, quantize_tokens
+from tfmq_fx.graph.nodes import inline
 
 
 class TokenFakeQuantize(FakeQuantizeBase):  # type: ignore[misc]

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
-from tfmq_fx._torchao import FakeQuantizeBase
-from tfmq_fx.arithmetic import IntegerRange, choose_qparams, quantize_rows, search_range
-from tfmq_fx.graph import inline, set_buffer
+from tfmq_fx.base._torchao import FakeQuantizeBase
+from tfmq_fx.base.arithmetic import IntegerRange, choose_qparams, quantize_rows, search_range
+from tfmq_fx.graph.nodes import inline, set_buffer
 
 GAMMA, ZETA = -0.1, 1.1  # stretch of the hard sigmoid (AdaRound, eq. 23)
 EDGE = 0.4  # of a step: how far from its integer tuning lets a weight start; 0.5 would leave it with a coin's toss

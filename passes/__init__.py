@@ -1,33 +1,33 @@
 """Graph passes: a GraphModule in, a GraphModule or a finding out; each can be called alone."""
 
-from tfmq_fx.passes.bfloat16_glue import bfloat16_glue
-from tfmq_fx.passes.bind_parameters import bind_parameters
-from tfmq_fx.passes.byte_activations import byte_activations
-from tfmq_fx.passes.cache_temporal import cache_temporal
-from tfmq_fx.passes.convert import convert
-from tfmq_fx.passes.find_blocks import Block, find_blocks
-from tfmq_fx.passes.find_temporal import TemporalBlock, find_temporal
-from tfmq_fx.passes.flatten_linears import flatten_linears
-from tfmq_fx.passes.float_at_unseen import float_at_unseen
-from tfmq_fx.passes.inline_modules import inline_modules
-from tfmq_fx.passes.insert_step_index import insert_step_index
-from tfmq_fx.passes.integer_weights import integer_weights
-from tfmq_fx.passes.literal_dtypes import literal_dtypes
-from tfmq_fx.passes.low_rank import low_rank
-from tfmq_fx.passes.move_to_device import move_to_device
-from tfmq_fx.passes.onednn_kernels import onednn_kernels
-from tfmq_fx.passes.partition_temporal import extract_temporal, partition_temporal
+from tfmq_fx.passes.clean.bind_parameters import bind_parameters
+from tfmq_fx.passes.clean.inline_modules import inline_modules
+from tfmq_fx.passes.clean.literal_dtypes import literal_dtypes
+from tfmq_fx.passes.clean.move_to_device import move_to_device
+from tfmq_fx.passes.clean.remove_noops import remove_noops
+from tfmq_fx.passes.clean.root_batch_size import root_batch_size
+from tfmq_fx.passes.int8.bfloat16_glue import bfloat16_glue
+from tfmq_fx.passes.int8.byte_activations import byte_activations
+from tfmq_fx.passes.int8.flatten_linears import flatten_linears
+from tfmq_fx.passes.int8.integer_weights import integer_weights
+from tfmq_fx.passes.int8.onednn_kernels import onednn_kernels
+from tfmq_fx.passes.int8.rescale_temporal import rescale_temporal
+from tfmq_fx.passes.int8.rescale_tokens import rescale_tokens
+from tfmq_fx.passes.int8.share_quantized import share_quantized
+from tfmq_fx.passes.int8.signed_weights import signed_weights
+from tfmq_fx.passes.int8.unfold_convolutions import unfold_convolutions
+from tfmq_fx.passes.low_bits.low_rank import low_rank
+from tfmq_fx.passes.low_bits.rotate import rotate
+from tfmq_fx.passes.low_bits.smooth import smooth
 from tfmq_fx.passes.pass_manager import PassManager
-from tfmq_fx.passes.prepare import prepare
-from tfmq_fx.passes.remove_noops import remove_noops
-from tfmq_fx.passes.rescale_temporal import rescale_temporal
-from tfmq_fx.passes.rescale_tokens import rescale_tokens
-from tfmq_fx.passes.root_batch_size import root_batch_size
-from tfmq_fx.passes.rotate import rotate
-from tfmq_fx.passes.share_quantized import share_quantized
-from tfmq_fx.passes.signed_weights import signed_weights
-from tfmq_fx.passes.smooth import smooth
-from tfmq_fx.passes.unfold_convolutions import unfold_convolutions
+from tfmq_fx.passes.quantize.cache_temporal import cache_temporal
+from tfmq_fx.passes.quantize.convert import convert
+from tfmq_fx.passes.quantize.find_blocks import Block, find_blocks
+from tfmq_fx.passes.quantize.float_at_unseen import float_at_unseen
+from tfmq_fx.passes.quantize.prepare import prepare
+from tfmq_fx.passes.temporal.find_temporal import TemporalBlock, find_temporal
+from tfmq_fx.passes.temporal.insert_step_index import insert_step_index
+from tfmq_fx.passes.temporal.partition_temporal import extract_temporal, partition_temporal
 
 __all__ = [
     "Block",

@@ -13,7 +13,7 @@ from torch.fx import GraphModule
 from torch.fx.passes.infra import pass_manager
 from torch.fx.passes.infra.pass_base import PassResult
 
-from tfmq_fx.errors import TFMQError
+from tfmq_fx.base.errors import TFMQError
 
 log = logging.getLogger(__name__)
 # What tidies a captured graph, in no order but before anything else.

@@ -7,12 +7,13 @@ import pytest
 import torch
 
 import tfmq_fx
-from tests.networks import FAST, TinyUNet, calibration, make
-from tfmq_fx import export_aot, export_onnx, lowering, lowering_openvino, lowering_torch, saving
+from benchmarks.networks.small import FAST, TinyUNet, calibration, make
+from tfmq_fx.artefact import program
 from tfmq_fx.demo import embedded_pipeline
+from tfmq_fx.runtimes import aot_package, lowering, onnx_file, openvino_file, torch_engine
 
 exported, decomposed = (
-    functools.lru_cache(maxsize=8)(of) for of in (saving.exported, lowering_openvino.decomposed)
+    functools.lru_cache(maxsize=8)(of) for of in (program.exported, openvino_file.decomposed)
 )
 
 
@@ -26,9 +27,9 @@ def _same_numbers_every_time():
 @pytest.fixture(autouse=True)
 def _one_export(monkeypatch):
     """Half of the time of lowering and exporting: a network is traced once, whatever is made of it."""
-    for module in (export_aot, export_onnx, lowering_openvino, lowering_torch):
+    for module in (aot_package, onnx_file, openvino_file, torch_engine):
         monkeypatch.setattr(module, "exported", exported)
-    monkeypatch.setattr(lowering_openvino, "decomposed", decomposed)
+    monkeypatch.setattr(openvino_file, "decomposed", decomposed)
 
 
 @pytest.fixture

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor, nn
 
 import tfmq_fx
-from tests.networks import TIMESTEPS, make, sinusoid
-from tfmq_fx.graph import op_name
+from benchmarks.networks.small import TIMESTEPS, make, sinusoid
+from tfmq_fx.graph.nodes import op_name
 
 
 class Between(nn.Module):

@@ -10,10 +10,10 @@ import pytest
 import torch
 
 import tfmq_fx
-from tests.networks import TIMESTEPS, TinyUNet, calibration, make
+from benchmarks.networks.small import TIMESTEPS, TinyUNet, calibration, make
 from tests.test_mixed_batches import FLIPPED_BY, FLIPPED_ROWS, moved
-from tfmq_fx import lowering
-from tfmq_fx.arithmetic import NO_INT8, SATURATES
+from tfmq_fx.base.arithmetic import NO_INT8, SATURATES
+from tfmq_fx.runtimes.cpu import adds_pairs, int8_instructions, torch_has_bfloat16
 
 SIZES = (1, 3, 16)
 # Every test of every engine: the graph of the low bits, and every layer keyed; 8 bits are the other tests' network.
@@ -29,15 +29,13 @@ SETTINGS = [
 # 2.2% (OpenVINO) and 1.4% (torch) of the largest output were measured on the tiny network.
 BFLOAT16 = 0.05
 # Values are tested on every CPU; that int8 or bfloat16 kernels run, where there are such.
-INT8 = bool(lowering.int8_instructions())
-BYTES = INT8 or lowering.adds_pairs()  # at least for weights of 4 bits
+INT8 = bool(int8_instructions())
+BYTES = INT8 or adds_pairs()  # at least for weights of 4 bits
 needs_kernels = pytest.mark.skipif(not INT8, reason=NO_INT8)
 needs_bytes = pytest.mark.skipif(not BYTES, reason="this CPU has neither int8 instructions nor AVX2")
 # x86 without VNNI: int8 kernels for what does not saturate. Any x86 can be taken for one.
-needs_avx2 = pytest.mark.skipif(not lowering.adds_pairs(), reason="this CPU has no AVX2")
-needs_bfloat16 = pytest.mark.skipif(
-    not lowering.torch_has_bfloat16(), reason="this CPU does not compute in bfloat16"
-)
+needs_avx2 = pytest.mark.skipif(not adds_pairs(), reason="this CPU has no AVX2")
+needs_bfloat16 = pytest.mark.skipif(not torch_has_bfloat16(), reason="this CPU does not compute in bfloat16")
 
 
 def lower(q, *args, **settings):

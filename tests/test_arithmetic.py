@@ -4,7 +4,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from tfmq_fx.arithmetic import (
+from tfmq_fx.base.arithmetic import (
     IntegerRange,
     check_bits,
     choose_qparams,
@@ -16,7 +16,7 @@ from tfmq_fx.arithmetic import (
     search_range,
     unpack_bits,
 )
-from tfmq_fx.errors import TFMQError
+from tfmq_fx.base.errors import TFMQError
 
 BITS = st.integers(2, 8)
 ROWS = hnp.arrays("float32", (3, 7), elements=st.floats(-1e4, 1e4, width=32, allow_subnormal=False))

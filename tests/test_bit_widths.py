@@ -11,12 +11,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import tfmq_fx
-from tests.networks import TIMESTEPS, TinyUNet, calibration, captured, make
-from tests.pipelines import ddpm
+from benchmarks.networks.pipelines import ddpm
+from benchmarks.networks.small import TIMESTEPS, TinyUNet, calibration, captured, make
 from tests.test_cli import run
 from tfmq_fx import bit_widths as module
+from tfmq_fx.base.errors import TFMQError
 from tfmq_fx.bit_widths import LayerSensitivity, Sensitivity, mixed_precision, sensitivity
-from tfmq_fx.errors import TFMQError
 
 NEAREST = tfmq_fx.Reconstruction(method="nearest")
 W4A8 = tfmq_fx.Recipe(reconstruction=NEAREST)
@@ -35,7 +35,7 @@ def found():
 
 @torch.no_grad()
 def test_a_weights_error_is_that_of_a_network_with_this_weight_alone_quantized():
-    from tfmq_fx.metrics import relative_mse_by_timestep
+    from tfmq_fx.base.metrics import relative_mse_by_timestep
 
     path = "up_block.conv1.weight"
     layer = next(x for x in found().layers if x.path == path)

@@ -2,9 +2,9 @@ import pytest
 import torch
 
 import tfmq_fx
-from tests.networks import TIMESTEPS, calibration, captured
+from benchmarks.networks.small import TIMESTEPS, calibration, captured
+from tfmq_fx.base.errors import TFMQError
 from tfmq_fx.demo import embedded_pipeline
-from tfmq_fx.errors import TFMQError
 
 CalibrationSet = tfmq_fx.CalibrationSet
 

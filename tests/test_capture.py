@@ -3,9 +3,9 @@ import torch
 from torch import nn
 
 import tfmq_fx
-from tests.networks import ScalarTime, TinyUNet, make
-from tfmq_fx.errors import TFMQError
-from tfmq_fx.graph import op_name
+from benchmarks.networks.small import ScalarTime, TinyUNet, make
+from tfmq_fx.base.errors import TFMQError
+from tfmq_fx.graph.nodes import op_name
 
 X, T = torch.randn(2, 1, 8, 8), torch.tensor([3, 500])
 

@@ -6,9 +6,9 @@ import pytest
 import torch
 from PIL import Image
 
-from tests.zoo import ZOO
+from benchmarks.networks.zoo import ZOO
 from tfmq_fx import cli
-from tfmq_fx.arguments import leaves
+from tfmq_fx.base.arguments import leaves
 from tfmq_fx.demo import FOLDER
 
 OWN = ("ddim-official", "latent-diffusion", "scalar-step")  # networks that diffusers cannot load

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from tests.pipelines import ddpm
+from benchmarks.networks.pipelines import ddpm
 from tests.test_cli import corrupt, run
 from tfmq_fx import cli
 from tfmq_fx.demo import FOLDER

@@ -7,11 +7,12 @@ import pytest
 import torch
 
 import tfmq_fx
-from tests.networks import FAST, TinyUNet, calibration, make, prepared
+from benchmarks.networks.small import FAST, TinyUNet, calibration, make, prepared
 from tests.processes import finish, start
 from tests.test_resume import integers, reconstructed, same
-from tfmq_fx.errors import TFMQError
-from tfmq_fx.saving import CONFIG, replace_folder
+from tfmq_fx.artefact.saving import CONFIG
+from tfmq_fx.base.errors import TFMQError
+from tfmq_fx.base.files import replace_folder
 
 
 def save_often(talk, folder, seed):
@@ -79,7 +80,7 @@ def test_many_threads_replace_one_folder(tmp_path):
 
 def test_a_folder_that_is_replaced_while_it_is_read_is_no_mixture(tiny, tmp_path, monkeypatch):
     """The other artefact has the same shapes and comes between the check of the hashes and the reading."""
-    from tfmq_fx import saving
+    from tfmq_fx.artefact import saving
 
     folder, read = tmp_path / "q", saving.load_file
     tiny.save_pretrained(folder)

@@ -12,12 +12,12 @@ from diffusers.quantizers import PipelineQuantizationConfig
 from peft import LoraConfig
 
 import tfmq_fx
-from tests.pipelines import PIPELINES, PROMPTS, saved
-from tfmq_fx.calibration import CalibrationSet
-from tfmq_fx.errors import TFMQError
+from benchmarks.networks.pipelines import PIPELINES, PROMPTS, saved
+from tfmq_fx.artefact.program import example_inputs
+from tfmq_fx.base.errors import TFMQError
+from tfmq_fx.calibration.data import CalibrationSet
+from tfmq_fx.evaluation.sampling import sample, swapped
 from tfmq_fx.passes import move_to_device
-from tfmq_fx.sampling import sample, swapped
-from tfmq_fx.saving import example_inputs
 
 (SD,) = [e for e in PIPELINES if e.name == "sd"]
 NEAREST = dataclasses.replace(

@@ -7,13 +7,13 @@ import torch
 from diffusers import DDIMPipeline, DDIMScheduler, DDPMPipeline, DDPMScheduler
 
 import tfmq_fx
-from tests.pipelines import ddpm, unet_2d
+from benchmarks.networks.pipelines import ddpm, unet_2d
+from tfmq_fx.base.metrics import cosine_distance, psnr, psnr_by_image
+from tfmq_fx.calibration.temporal_rows import run_temporal
 from tfmq_fx.demo import FOLDER
-from tfmq_fx.metrics import cosine_distance, psnr, psnr_by_image
+from tfmq_fx.evaluation.sampling import sample
 from tfmq_fx.passes import extract_temporal, find_temporal
-from tfmq_fx.passes.find_temporal import temporal_of
-from tfmq_fx.sampling import sample
-from tfmq_fx.temporal import run_temporal
+from tfmq_fx.passes.temporal.find_temporal import temporal_of
 
 STEPS = {"num_inference_steps": 10, "num_samples": 16, "seed": 5}
 

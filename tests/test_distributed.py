@@ -15,12 +15,12 @@ import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 
 import tfmq_fx
-from tests.networks import FAST, TIMESTEPS, calibration, captured
-from tests.pipelines import ddpm
+from benchmarks.networks.pipelines import ddpm
+from benchmarks.networks.small import FAST, TIMESTEPS, calibration, captured
 from tests.processes import finish, start
 from tests.test_resume import same
-from tfmq_fx import rounding
-from tfmq_fx.errors import TFMQError
+from tfmq_fx.base.errors import TFMQError
+from tfmq_fx.reconstruction import rounding
 
 
 def learn(talk, output, state, runs, die):

@@ -37,7 +37,7 @@ def test_the_code_of_the_guide_runs(file, tmp_path, monkeypatch):
 
 def test_the_docstrings_render_as_pages(tmp_path):
     pages = {str(p.relative_to(tmp_path)): p.read_text() for p in write(tmp_path)}
-    assert "tfmq_fx/calibration.html" in pages
+    assert "tfmq_fx/calibration/data.html" in pages
     for name in tfmq_fx.__all__:
         assert any(f'id="{name}"' in page or f"/{name}.html" in page for page in pages.values()), name
-    assert "one trajectory per sample" in pages["tfmq_fx/calibration.html"]
+    assert "one trajectory per sample" in pages["tfmq_fx/calibration/data.html"]

@@ -15,15 +15,15 @@ import torch
 from torch import nn
 
 import tfmq_fx
+from benchmarks.networks.small import TIMESTEPS, ScalarTime, TinyUNet, calibration, make
 from tests.lowered import INT8
-from tests.networks import TIMESTEPS, ScalarTime, TinyUNet, calibration, make
 from tests.test_cli import run
 from tests.test_finite import Labelled
 from tests.test_granularity import Tokens
 from tests.test_mixed_batches import assert_same_but_for_flips, labelled, moved, one_timestep, vectors
-from tfmq_fx import export_aot, export_onnx, exporting, saving
-from tfmq_fx.arithmetic import NO_INT8
-from tfmq_fx.errors import TFMQError
+from tfmq_fx.artefact import program
+from tfmq_fx.base.arithmetic import NO_INT8
+from tfmq_fx.base.errors import TFMQError
 from tfmq_fx.passes import (
     flatten_linears,
     rescale_temporal,
@@ -31,7 +31,8 @@ from tfmq_fx.passes import (
     signed_weights,
     unfold_convolutions,
 )
-from tfmq_fx.passes.unfold_convolutions import _places
+from tfmq_fx.passes.int8.unfold_convolutions import _places
+from tfmq_fx.runtimes import aot_package, exporting, onnx_file
 
 onnx_ir = pytest.importorskip("onnx_ir", reason="ONNX needs the onnx extra")
 onnxruntime = pytest.importorskip("onnxruntime", reason="ONNX needs the onnx extra")
@@ -161,8 +162,8 @@ def test_no_kernel_reads_signed_bytes_whose_products_saturate(tmp_path, bits):
 
 
 def test_strict_refuses_what_would_run_in_float_and_writes_nothing(tmp_path, monkeypatch):
-    monkeypatch.setattr(export_onnx, "_INT8_KERNELS", set())  # of another version of onnxruntime
-    monkeypatch.setattr(export_onnx, "_FLOAT_KERNELS", {"MatMul", "Gemm", "MatMulIntegerToFloat"})
+    monkeypatch.setattr(onnx_file, "_INT8_KERNELS", set())  # of another version of onnxruntime
+    monkeypatch.setattr(onnx_file, "_FLOAT_KERNELS", {"MatMul", "Gemm", "MatMulIntegerToFloat"})
     with pytest.raises(TFMQError, match="strict: 2 of 2 quantized layers run in float"):
         scalar().export(tmp_path / "net.onnx", strict=True)
     with pytest.raises(TFMQError, match="strict: which kernels run is not known of format 'pt2'"):
@@ -192,7 +193,7 @@ def test_a_network_of_one_timestep_per_call(tmp_path):
 
 
 def test_weights_too_large_for_one_file_lie_beside_it(tmp_path, monkeypatch):
-    monkeypatch.setattr(export_onnx, "LARGEST", 100)
+    monkeypatch.setattr(onnx_file, "LARGEST", 100)
     file = tmp_path / "net.onnx"
     for _ in range(2):  # over itself, too
         exported = scalar().export(file)
@@ -249,7 +250,7 @@ def test_a_missing_compiler_is_named(tmp_path, monkeypatch):
 
 
 def test_a_compiler_that_fails_leaves_nothing(tmp_path, monkeypatch):
-    monkeypatch.setattr(export_aot.sys, "executable", "/bin/false")
+    monkeypatch.setattr(aot_package.sys, "executable", "/bin/false")
     with pytest.raises(TFMQError, match="AOTInductor cannot compile the graph"):
         scalar().export(tmp_path / "net.pt2", format="aot")
     assert list(tmp_path.iterdir()) == []
@@ -343,7 +344,7 @@ def test_the_command_line_exports(monkeypatch, capsys, tmp_path):
 
 
 def graph(network_class=Tokens, **changes):
-    gm = saving.exported(quantized(network_class, "w4a8", **changes)).module(check_guards=False)
+    gm = program.exported(quantized(network_class, "w4a8", **changes)).module(check_guards=False)
     gm.meta = {}
     rescale_temporal(gm)
     return gm
@@ -417,4 +418,4 @@ def test_patches_are_what_a_convolution_sees(size, kernel, stride, padding, dila
 
 def test_every_format_has_a_writer_and_a_suffix():
     assert exporting.SUFFIXES.keys() == exporting._WRITERS.keys()
-    assert saving.example_inputs(scalar(), batch=3)["sample"].shape == (3, 4)
+    assert program.example_inputs(scalar(), batch=3)["sample"].shape == (3, 4)

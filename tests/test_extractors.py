@@ -8,15 +8,15 @@ import pytest
 import torch
 from torch import nn
 
-from tfmq_fx.errors import TFMQError
-from tfmq_fx.extractors import (
+from tfmq_fx.base.errors import TFMQError
+from tfmq_fx.base.metrics import frechet_distance, inception_score, precision_recall, ssim_by_image
+from tfmq_fx.evaluation.extractors import (
     clip_score,
     compare,
     inception_extractor,
     lpips_distance,
     network_extractor,
 )
-from tfmq_fx.metrics import frechet_distance, inception_score, precision_recall, ssim_by_image
 
 
 def classifier():

@@ -4,10 +4,10 @@ from torch import nn
 from torch.nn import functional as F
 
 import tfmq_fx
-from tests.networks import ScalarTime, TinyUNet, captured, make, sinusoid
+from benchmarks.networks.small import ScalarTime, TinyUNet, captured, make, sinusoid
+from tfmq_fx.base.errors import TFMQError
 from tfmq_fx.demo import embedded_pipeline
-from tfmq_fx.errors import TFMQError
-from tfmq_fx.graph import weight_argument
+from tfmq_fx.graph.nodes import weight_argument
 from tfmq_fx.passes import extract_temporal, find_temporal, partition_temporal
 
 

@@ -8,13 +8,13 @@ from torch import nn
 from torch.nn import functional as F
 
 import tfmq_fx
-from tests.networks import FAST, make, sinusoid
-from tfmq_fx.errors import TFMQError
+from benchmarks.networks.small import FAST, make, sinusoid
+from tfmq_fx.base.errors import TFMQError
+from tfmq_fx.calibration.temporal_rows import run_temporal, temporal_rows
 from tfmq_fx.observers import TemporalObserver
 from tfmq_fx.passes import extract_temporal, find_temporal
-from tfmq_fx.passes.find_temporal import temporal_of
-from tfmq_fx.passes.prepare import observers
-from tfmq_fx.temporal import run_temporal, temporal_rows
+from tfmq_fx.passes.quantize.observed import observers
+from tfmq_fx.passes.temporal.find_temporal import temporal_of
 
 TIMESTEPS = torch.arange(0, 1000, 100).flip(0)
 RECIPE = tfmq_fx.Recipe(reconstruction=FAST)

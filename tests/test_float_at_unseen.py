@@ -7,14 +7,14 @@ import pytest
 import torch
 
 import tfmq_fx
+from benchmarks.networks.small import TIMESTEPS, ScalarTime, TinyUNet, calibration, captured, make
 from tests.lowered import assert_same_but_for_ties, lower, noise
-from tests.networks import TIMESTEPS, ScalarTime, TinyUNet, calibration, captured, make
 from tests.test_finite import Labelled, labelled_data
 from tests.test_mixed_batches import vectors
-from tfmq_fx.errors import TFMQError
-from tfmq_fx.graph import op_name
+from tfmq_fx.base.errors import TFMQError
+from tfmq_fx.graph.nodes import op_name
 from tfmq_fx.passes import extract_temporal, find_temporal, float_at_unseen
-from tfmq_fx.passes.prepare import prepare
+from tfmq_fx.passes.quantize.prepare import prepare
 
 RECIPE = tfmq_fx.Recipe(reconstruction=tfmq_fx.Reconstruction(method="nearest"))
 # A table's value, values between two, one beyond all, and its nearest neighbour.

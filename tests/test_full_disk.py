@@ -12,13 +12,13 @@ import pytest
 import torch
 
 import tfmq_fx
-from tests.networks import TinyUNet, calibration, make
+from benchmarks.networks.small import TinyUNet, calibration, make
 from tests.processes import finish, start
-from tfmq_fx import resume
-from tfmq_fx.errors import TFMQError
-from tfmq_fx.exporting import replace_files
-from tfmq_fx.sampling import save_grid
-from tfmq_fx.spill import Budget, Values
+from tfmq_fx.base.errors import TFMQError
+from tfmq_fx.base.files import replace_files
+from tfmq_fx.evaluation.sampling import save_grid
+from tfmq_fx.reconstruction import resume
+from tfmq_fx.reconstruction.spill import Budget, Values
 
 WRITERS = ("save", "again", "pt2", "openvino", "png", "spill")
 

@@ -19,9 +19,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import tfmq_fx
-from tests.networks import TIMESTEPS, TinyUNet, calibration, make
-from tfmq_fx.errors import TFMQError
-from tfmq_fx.saving import CONFIG, GRAPH, REPORT, WEIGHTS, _config_digest
+from benchmarks.networks.small import TIMESTEPS, TinyUNet, calibration, make
+from tfmq_fx.artefact.saving import CONFIG, GRAPH, REPORT, WEIGHTS, _config_digest
+from tfmq_fx.base.errors import TFMQError
 
 FILES = (CONFIG, WEIGHTS, GRAPH, REPORT)
 ROOM = 2**30  # bytes that a load may allocate beyond what the process has

@@ -9,9 +9,18 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional as F
 
-from tfmq_fx.arithmetic import IntegerRange, choose_qparams, search_range
-from tfmq_fx.errors import TFMQError
-from tfmq_fx.gptq import Moments, column_pieces, corrected, gptq, joined, parted, rows, supported
+from tfmq_fx.base.arithmetic import IntegerRange, choose_qparams, search_range
+from tfmq_fx.base.errors import TFMQError
+from tfmq_fx.reconstruction.gptq import (
+    Moments,
+    column_pieces,
+    corrected,
+    gptq,
+    joined,
+    parted,
+    rows,
+    supported,
+)
 
 INT4 = IntegerRange.weight(4)
 

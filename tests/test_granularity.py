@@ -12,9 +12,10 @@ from torch import nn
 from torch.nn import functional as F
 
 import tfmq_fx
-from tests.networks import FAST, TIMESTEPS, calibration, make, sinusoid
-from tfmq_fx._torchao import MinMaxObserver, Quantizer
-from tfmq_fx.arithmetic import (
+from benchmarks.networks.small import FAST, TIMESTEPS, calibration, make, sinusoid
+from tfmq_fx.artefact.graph_json import quantized_weights, tensors_of
+from tfmq_fx.base._torchao import MinMaxObserver, Quantizer
+from tfmq_fx.base.arithmetic import (
     IntegerRange,
     choose_qparams,
     fake_quantize_tokens,
@@ -22,13 +23,12 @@ from tfmq_fx.arithmetic import (
     quantize_tokens,
     search_range,
 )
-from tfmq_fx.errors import TFMQError
-from tfmq_fx.gptq import Moments, gptq
-from tfmq_fx.graph import op_name
-from tfmq_fx.graph_json import quantized_weights, tensors_of
+from tfmq_fx.base.errors import TFMQError
+from tfmq_fx.graph.nodes import op_name
 from tfmq_fx.inspection import describe
 from tfmq_fx.observers import PerChannelWeightFakeQuantize, StaticFakeQuantize, TokenFakeQuantize
-from tfmq_fx.passes.prepare import observers
+from tfmq_fx.passes.quantize.observed import observers
+from tfmq_fx.reconstruction.gptq import Moments, gptq
 
 BATCH = calibration().tensors
 X, T = BATCH["sample"], BATCH["timestep"]

@@ -2,92 +2,142 @@
 
 import ast
 import re
+import tomllib
 from pathlib import Path
 
 import diffusers
 import pytest
 
-from tests.zoo import ZOO
+from benchmarks.networks.zoo import ZOO
 
 ROOT = Path(__file__).parent.parent
-LEVELS = [
-    [
-        "tfmq_fx.errors",
-        "tfmq_fx._torchao",
-        "tfmq_fx.arguments",
-        "tfmq_fx.arithmetic",
-        "tfmq_fx.channels",
-        "tfmq_fx.onednn",
-        "tfmq_fx.origins",
-        "tfmq_fx.graph",
-        "tfmq_fx.progress",
-        "tfmq_fx.metrics",
-        "tfmq_fx.extractors",
-        "tfmq_fx.parallel",
-    ],
-    ["tfmq_fx.observers"],
-    ["tfmq_fx.recipe"],
-    ["tfmq_fx.passes"],
-    [
-        "tfmq_fx.capturing",
-        "tfmq_fx.temporal",
-        "tfmq_fx.recording",
-        "tfmq_fx.calibration",
-        "tfmq_fx.gptq",
-        "tfmq_fx.spill",
-        "tfmq_fx.rounding",
-        "tfmq_fx.tuning",
-        "tfmq_fx.resume",
-        "tfmq_fx.reconstruction",
-        "tfmq_fx.graph_json",
-        "tfmq_fx.maintenance",
-        "tfmq_fx.model",
-        "tfmq_fx.diffusers_quantizer",
-        "tfmq_fx.saving",
-        "tfmq_fx.coverage",
-        "tfmq_fx.lowering_openvino",
-        "tfmq_fx.lowering_torch",
-        "tfmq_fx.lowering",
-        "tfmq_fx.exporting",
-        "tfmq_fx.export_onnx",
-        "tfmq_fx.export_aot",
-    ],
-    ["tfmq_fx.pipeline", "tfmq_fx.demo", "tfmq_fx.sampling", "tfmq_fx.inspection", "tfmq_fx.presets"],
-    ["tfmq_fx.bit_widths", "tfmq_fx.drift", "tfmq_fx.report"],
-    ["tfmq_fx.cli", "tfmq_fx.__init__"],
-]
+# From the ground up: a file imports from its own room and from those before it. A room is a folder, or a file beside them.
+ROOMS = (
+    "base", "graph", "observers", "recipe",
+    "passes.pass_manager", "passes.clean", "passes.temporal", "passes.low_bits", "passes.quantize", "passes.int8", "passes",
+    "artefact", "calibration", "capturing", "reconstruction", "maintenance", "runtimes", "evaluation",
+    "model", "pipeline", "diffusers_quantizer", "demo", "inspection", "bit_widths", "report", "cli", "__init__",
+)  # fmt: skip
+
+
+def name_of(path):
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    parts = parts if parts[0] == "tfmq_fx" else ("tfmq_fx", *parts)
+    return ".".join(parts if len(parts) == 2 else (p for p in parts if p != "__init__"))
+
+
 FILES = {
-    **{f"tfmq_fx.{p.stem}": p for p in (ROOT / "tfmq_fx").glob("*.py")},
-    **{f"tfmq_fx.{room}.{p.stem}": p for room in ("passes", "observers") for p in (ROOT / room).glob("*.py")},
+    name_of(p): p
+    for top in ("tfmq_fx", "passes", "observers")
+    for p in sorted((ROOT / top).rglob("*.py"))
+    if not {"passes", "observers"} & set(p.relative_to(ROOT / top).parts)  # committed links
 }
 
 
-def level(module):
-    matches = [
-        i
-        for i, names in enumerate(LEVELS)
-        for name in names
-        if module == name or module.startswith(name + ".")
+def room_of(module):
+    """The longest room that the module lies in."""
+    inside = module.removeprefix("tfmq_fx.")
+    found = [room for room in ROOMS if inside == room or inside.startswith(f"{room}.")]
+    return max(found, key=len) if found else None
+
+
+def imports_of(source, known):
+    """The modules of `known` that a file imports: anywhere in it, in functions and under TYPE_CHECKING too."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names if alias.name in known)
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            submodules = [f"{node.module}.{alias.name}" for alias in node.names]
+            yield from (name if name in known else node.module for name in submodules)
+
+
+def graph_of(files):
+    """module -> the modules that it imports; `files`: module -> source."""
+    return {
+        module: {m for m in imports_of(source, files) if m in files} - {module}
+        for module, source in files.items()
+    }
+
+
+def circle_in(graph):
+    """The modules on one circle of imports, in its order; [] where there is none."""
+    done: set[str] = set()
+
+    def walk(module, trail):
+        if module in trail:
+            return trail[trail.index(module) :]
+        if module not in done:
+            for other in sorted(graph[module]):
+                if found := walk(other, [*trail, module]):
+                    return found
+            done.add(module)
+        return []
+
+    return next((found for module in sorted(graph) if (found := walk(module, []))), [])
+
+
+def climbing(graph):
+    """The imports that go up: from a room to one above it."""
+    return [
+        f"{module} imports {other}"
+        for module, others in graph.items()
+        for other in sorted(others)
+        if ROOMS.index(room_of(other)) > ROOMS.index(room_of(module))
     ]
-    return matches[0] if matches else None
 
 
-@pytest.mark.parametrize("module", sorted(FILES))
-def test_imports_run_downhill(module):
-    assert level(module) is not None, f"{module} has no level"
-    for node in ast.parse(FILES[module].read_text()).body:  # top-level imports: the layering
-        if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("tfmq_fx"):
-            target = level(node.module)
-            if node.module == "tfmq_fx":
-                assert module.endswith("__init__"), f"{module} imports from the face"
-            else:
-                assert target is not None
-                assert target <= level(module), f"{module} imports {node.module}"
+GRAPH = graph_of({name: path.read_text() for name, path in FILES.items()})
+
+
+def test_every_file_has_a_room():
+    assert not [name for name in FILES if room_of(name) is None]
+    assert {room_of(name) for name in FILES} == set(ROOMS)
+
+
+def test_no_import_goes_up():
+    assert climbing(GRAPH) == []
+
+
+def test_no_circle():
+    assert circle_in(GRAPH) == []
+    rooms = {
+        room: {room_of(m) for name, others in GRAPH.items() if room_of(name) == room for m in others} - {room}
+        for room in ROOMS
+    }
+    assert circle_in(rooms) == []
+
+
+def test_no_file_imports_from_the_face():
+    assert not [name for name, others in GRAPH.items() if "tfmq_fx.__init__" in others]
+    for name, path in FILES.items():
+        assert not re.search(
+            r"^\s*(import tfmq_fx$|from tfmq_fx import)", path.read_text(), re.M
+        ) or name.endswith("__init__"), name
+
+
+def test_a_circle_hidden_in_a_function_and_a_climb_are_seen():
+    """What the house looked like before it had rooms: `model` imported what imports it, inside its methods."""
+    files = {
+        "tfmq_fx.model": "def export(self):\n    from tfmq_fx.runtimes.exporting import export",
+        "tfmq_fx.runtimes.exporting": "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from tfmq_fx.model import QuantizedModel",
+    }
+    graph = graph_of(files)
+    assert circle_in(graph) == ["tfmq_fx.model", "tfmq_fx.runtimes.exporting"]
+    assert climbing(graph) == ["tfmq_fx.runtimes.exporting imports tfmq_fx.model"]
+
+
+def test_every_folder_of_the_package_is_listed_for_the_wheel():
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
+    folders = {name_of(p).removesuffix(".__init__") for p in FILES.values() if p.name == "__init__.py"}
+    assert set(settings["packages"]) == folders
+    assert settings["package-dir"] == {
+        "tfmq_fx": "tfmq_fx", "tfmq_fx.passes": "passes", "tfmq_fx.observers": "observers"
+    }  # fmt: skip
 
 
 def test_torch_aos_private_names_have_one_home():
     for module, path in FILES.items():
-        if module != "tfmq_fx._torchao":
+        if module != "tfmq_fx.base._torchao":
             assert not re.search(r"^\s*(from|import) torch(ao|\.ao)", path.read_text(), re.M), module
 
 
@@ -104,3 +154,8 @@ def test_no_architecture_is_named_anywhere():
     for module, path in FILES.items():
         found = words & set(re.findall(r"\w+", path.read_text()))
         assert not found, (module, found)
+
+
+@pytest.mark.parametrize("name", ["capture", "quantize", "prepare", "convert", "mixed_precision", "load"])
+def test_no_submodule_takes_the_name_of_a_public_function(name):
+    assert f"tfmq_fx.{name}" not in FILES

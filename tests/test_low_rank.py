@@ -6,17 +6,18 @@ import torch
 from torch import nn
 
 import tfmq_fx
+from benchmarks.networks.small import FAST, TIMESTEPS, TinyUNet, calibration, captured, make, prepared
+from benchmarks.networks.zoo import ZOO
 from tests.low_bits import Shared, done, graph, operators, run
-from tests.networks import FAST, TIMESTEPS, TinyUNet, calibration, captured, make, prepared
 from tests.test_reconstruction import weights_of
-from tests.zoo import ZOO
-from tfmq_fx.arguments import leaves
-from tfmq_fx.calibration import input_maxima
-from tfmq_fx.errors import TFMQError
-from tfmq_fx.graph import attribute, edge_layers, fresh, placeholders
+from tfmq_fx.base.arguments import leaves
+from tfmq_fx.base.errors import TFMQError
+from tfmq_fx.calibration.stage import input_maxima
+from tfmq_fx.graph.inputs import placeholders
+from tfmq_fx.graph.nodes import attribute, edge_layers, fresh
 from tfmq_fx.passes import PassManager, find_temporal, inline_modules, low_rank, rotate, smooth
-from tfmq_fx.passes.find_blocks import find_blocks
-from tfmq_fx.passes.low_rank import _rounding_error
+from tfmq_fx.passes.low_bits.low_rank import _rounding_error
+from tfmq_fx.passes.quantize.find_blocks import find_blocks
 from tfmq_fx.pipeline import low_bits
 
 BATCH = calibration().tensors

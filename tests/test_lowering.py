@@ -11,6 +11,8 @@ from diffusers import DDIMPipeline, DDIMScheduler
 from torch import nn
 
 import tfmq_fx
+from benchmarks.networks.pipelines import ddpm
+from benchmarks.networks.small import TIMESTEPS, Attention, ScalarTime, TinyUNet, calibration, make
 from tests.lowered import (
     BFLOAT16,
     INT8,
@@ -28,16 +30,14 @@ from tests.lowered import (
     noise,
     quantized,
 )
-from tests.networks import TIMESTEPS, Attention, ScalarTime, TinyUNet, calibration, make
-from tests.pipelines import ddpm
 from tests.test_finite import Labelled
 from tests.test_mixed_batches import FLIPPED_BY, OneTimestep, labelled, moved, one_timestep, vectors
-from tfmq_fx import lowering
-from tfmq_fx.arithmetic import NO_INT8, SATURATES
+from tfmq_fx.artefact.drop_in import DropIn
+from tfmq_fx.base.arithmetic import NO_INT8, SATURATES
+from tfmq_fx.base.errors import TFMQError
 from tfmq_fx.demo import embedded_pipeline
-from tfmq_fx.errors import TFMQError
-from tfmq_fx.lowering_openvino import FLOAT
-from tfmq_fx.model import DropIn
+from tfmq_fx.runtimes import lowering, openvino_engine
+from tfmq_fx.runtimes.openvino_file import FLOAT
 
 pytest.importorskip("openvino", reason="lowering needs the openvino extra")
 
@@ -215,12 +215,12 @@ def test_through_the_pipeline(shipped):
 
 @needs_kernels
 def test_a_layer_that_falls_back_is_reported_and_refused_on_request(monkeypatch, tmp_path):
-    original = lowering.Compiled
+    original = openvino_engine.Compiled
 
     def without_low_precision(folder, *, settings, **rest):
         return original(folder, settings={**settings, "LP_TRANSFORMS_MODE": "NO"}, **rest)
 
-    monkeypatch.setattr(lowering, "Compiled", without_low_precision)
+    monkeypatch.setattr(openvino_engine, "Compiled", without_low_precision)
     low = lower(quantized(), "cpu", precision="float32", cache=tmp_path)
     fallen = [k for k in low.report["lowering"]["kernels"] if k["fell_back"]]
     assert "OpenVINO chose a float kernel" in {k["reason"] for k in fallen}

@@ -5,12 +5,12 @@ import torch
 from torch import nn
 from torch.fx import GraphModule
 
-from tests.networks import TinyUNet, make
-from tfmq_fx.arithmetic import IntegerRange, choose_qparams, quantize_rows
-from tfmq_fx.errors import TFMQError
-from tfmq_fx.graph import op_name, weight_argument
+from benchmarks.networks.small import TinyUNet, make
+from tfmq_fx.base.arithmetic import IntegerRange, choose_qparams, quantize_rows
+from tfmq_fx.base.errors import TFMQError
+from tfmq_fx.graph.nodes import op_name, weight_argument
 from tfmq_fx.passes import byte_activations, integer_weights, rescale_temporal
-from tfmq_fx.passes.rescale_temporal import PRECISE
+from tfmq_fx.passes.int8.rescale_temporal import PRECISE
 
 ops = torch.ops.quantized_decomposed
 T, BITS = 5, IntegerRange.activation(8)

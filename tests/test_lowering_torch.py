@@ -11,6 +11,7 @@ from torch import nn
 from torch._dynamo.utils import counters
 
 import tfmq_fx
+from benchmarks.networks.small import TIMESTEPS, ScalarTime, TinyUNet, make
 from tests.lowered import (
     BFLOAT16,
     BYTES,
@@ -29,20 +30,17 @@ from tests.lowered import (
     noise,
     quantized,
 )
-from tests.networks import TIMESTEPS, ScalarTime, TinyUNet, make
 from tests.processes import finish, start
 from tests.test_finite import Labelled
 from tests.test_mixed_batches import FLIPPED_BY, labelled, moved, one_timestep
-from tfmq_fx import lowering, lowering_torch
-from tfmq_fx.arithmetic import NO_INT8
-from tfmq_fx.errors import TFMQError
-from tfmq_fx.onednn import pack_int4, unpack_int4
-from tfmq_fx.passes.onednn_kernels import KERNELS
-from tfmq_fx.passes.share_quantized import QUANTIZE
+from tfmq_fx.base.arithmetic import NO_INT8
+from tfmq_fx.base.errors import TFMQError
+from tfmq_fx.base.onednn import pack_int4, unpack_int4
+from tfmq_fx.passes.int8.onednn_kernels import KERNELS
+from tfmq_fx.passes.int8.share_quantized import QUANTIZE
+from tfmq_fx.runtimes import lowering, torch_engine
 
-needs_compiler = pytest.mark.skipif(
-    bool(lowering_torch.compiler_missing()), reason="there is no C++ compiler"
-)
+needs_compiler = pytest.mark.skipif(bool(torch_engine.compiler_missing()), reason="there is no C++ compiler")
 
 
 @functools.cache
@@ -76,7 +74,7 @@ def test_bfloat16_stays_within_its_rounding(keyed):
 def test_what_follows_from_the_timestep_alone_is_float32():
     """bfloat16 has no 901. Its nearest is 900, whose row of the table it would read."""
     gm = lowered("w4a8", "all", "bfloat16").network.gm
-    dtypes = lowering_torch.dtypes_of(gm, {"sample": noise(2), "timestep": mixed(2)})
+    dtypes = torch_engine.dtypes_of(gm, {"sample": noise(2), "timestep": mixed(2)})
     found = {n.name: d for n, d in dtypes.items() if n.op == "call_function"}
     assert {d for name, d in found.items() if name.startswith(("sin", "cos", "reciprocal"))} == {
         torch.float32
@@ -219,12 +217,12 @@ def test_nothing_is_quantized_twice_and_neighbours_hand_over_bytes():
         return
     gm = low.network.gm
     dtypes = [
-        lowering_torch.dtypes_of(gm, {"sample": noise(1), "timestep": mixed(1)})[n]
+        torch_engine.dtypes_of(gm, {"sample": noise(1), "timestep": mixed(1)})[n]
         for n in gm.graph.nodes
         if n.target in KERNELS
     ]
     assert torch.uint8 in dtypes
-    read = Counter(n.args for n in gm.graph.nodes if n.target is lowering_torch.quantize)
+    read = Counter(n.args for n in gm.graph.nodes if n.target is torch_engine.quantize)
     assert max(read.values()) == 1
 
 
@@ -292,7 +290,7 @@ def test_a_cpu_without_int8_instructions_says_so_and_computes_the_same():
 
 def test_without_openvino_torch_lowers_and_says_so(monkeypatch, caplog):
     monkeypatch.setattr(lowering, "find_spec", lambda _: None)
-    monkeypatch.setattr(lowering_torch, "compiler_missing", lambda: "no C++ compiler (none)")
+    monkeypatch.setattr(torch_engine, "compiler_missing", lambda: "no C++ compiler (none)")
     with caplog.at_level(logging.WARNING, "tfmq_fx.lowering"):
         low = lower(quantized(), precision="float32")
     assert low.report["lowering"]["engine"] == "torch"
@@ -395,22 +393,22 @@ def test_code_that_lacks_a_kernel_is_not_used(tmp_path):
     """The check behind the report of a compiled network: as many calls in the C++ as kernels in the graph."""
     import zipfile
 
-    gm = lowering_torch.prepare_graph(quantized(), precision="float32", pack=None).gm
+    gm = torch_engine.prepare_graph(quantized(), precision="float32", pack=None).gm
     call = "aoti_torch_cpu__qlinear_pointwise_tensor(x);\n"
     for calls, file in ((12, "all.pt2"), (11, "less.pt2")):
         with zipfile.ZipFile(tmp_path / file, "w") as archive:
             archive.writestr("model/x.wrapper.cpp", call * calls)
-    lowering_torch.check_calls(tmp_path / "all.pt2", gm)
+    torch_engine.check_calls(tmp_path / "all.pt2", gm)
     with pytest.raises(TFMQError, match="calls 11 int8 kernels where the graph has 12"):
-        lowering_torch.check_calls(tmp_path / "less.pt2", gm)
+        torch_engine.check_calls(tmp_path / "less.pt2", gm)
 
 
 def test_a_batch_size_that_does_not_compile_names_its_shapes(monkeypatch, tmp_path):
     def fails(*_):
         raise RuntimeError("cc1plus: out of memory\nand more")
 
-    monkeypatch.setattr(lowering_torch, "compile_to", fails)
-    network = lowering_torch.TorchCompiled(lambda: None, folder=tmp_path, nested=0)
+    monkeypatch.setattr(torch_engine, "compile_to", fails)
+    network = torch_engine.TorchCompiled(lambda: None, folder=tmp_path, nested=0)
     with pytest.raises(
         TFMQError, match=r"for inputs of \(3, 1, 8, 8\), \(3,\): RuntimeError: cc1plus: out of memory$"
     ):

@@ -13,29 +13,24 @@ from torch import nn
 from torch.nn import functional as F
 
 import tfmq_fx
+from benchmarks.networks.small import TIMESTEPS, ScalarTime, TinyUNet, calibration, make, sinusoid
 from tests.lowered import lower
-from tests.networks import TIMESTEPS, ScalarTime, TinyUNet, calibration, make, sinusoid
 from tests.test_cli import run
 from tests.test_finite import Labelled, labelled_data
-from tfmq_fx.errors import TFMQError
-from tfmq_fx.graph import fresh, op_name
-from tfmq_fx.graph_json import tensors_of
-from tfmq_fx.maintenance import (
-    Option,
-    choose,
-    feature_tables,
-    maintain,
-    stored_bytes,
-    total_bytes,
-    total_disturbance,
-)
-from tfmq_fx.metrics import cosine_distance
+from tfmq_fx.artefact.graph_json import tensors_of
+from tfmq_fx.artefact.saving import WEIGHTS
+from tfmq_fx.base.errors import TFMQError
+from tfmq_fx.base.metrics import cosine_distance
+from tfmq_fx.calibration.temporal_rows import run_temporal
+from tfmq_fx.graph.nodes import fresh, op_name
+from tfmq_fx.maintenance.choice import Option, choose, total_bytes, total_disturbance
+from tfmq_fx.maintenance.measuring import stored_bytes
+from tfmq_fx.maintenance.stage import maintain
+from tfmq_fx.maintenance.tables import feature_tables
 from tfmq_fx.passes import cache_temporal, extract_temporal, inline_modules
-from tfmq_fx.passes.cache_temporal import decode, encode
-from tfmq_fx.passes.find_temporal import temporal_of
-from tfmq_fx.passes.prepare import observers
-from tfmq_fx.saving import WEIGHTS
-from tfmq_fx.temporal import run_temporal
+from tfmq_fx.passes.quantize.cache_temporal import decode, encode
+from tfmq_fx.passes.quantize.observed import observers
+from tfmq_fx.passes.temporal.find_temporal import temporal_of
 
 NEAREST = tfmq_fx.Reconstruction(method="nearest")
 W4A8 = tfmq_fx.Recipe(reconstruction=NEAREST)

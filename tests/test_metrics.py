@@ -3,9 +3,15 @@ import math
 import pytest
 import torch
 
-from tfmq_fx.metrics import cosine_distance, frechet_distance, psnr, psnr_by_image, relative_mse_by_timestep
-from tfmq_fx.progress import track
-from tfmq_fx.sampling import _tile
+from tfmq_fx.base.metrics import (
+    cosine_distance,
+    frechet_distance,
+    psnr,
+    psnr_by_image,
+    relative_mse_by_timestep,
+)
+from tfmq_fx.base.progress import track
+from tfmq_fx.evaluation.sampling import _tile
 
 
 def test_psnr_in_closed_form():

@@ -9,10 +9,11 @@ from torch import nn
 from torch.nn import functional as F
 
 import tfmq_fx
-from tests.networks import TIMESTEPS, ScalarTime, TinyUNet, calibration, captured, make
+from benchmarks.networks.small import TIMESTEPS, ScalarTime, TinyUNet, calibration, captured, make
 from tests.test_finite import Labelled, labelled_data
-from tfmq_fx.errors import TFMQError
-from tfmq_fx.model import Interface, QuantizedModel
+from tfmq_fx.artefact.drop_in import Interface
+from tfmq_fx.base.errors import TFMQError
+from tfmq_fx.model import QuantizedModel
 
 # Captured with 2, calibrated in batches of 40 to 64, measured in batches of up to 128.
 SIZES = (2, 3, 7, 33, 64)

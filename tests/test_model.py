@@ -4,8 +4,8 @@ import pytest
 import torch
 
 import tfmq_fx
-from tests.networks import FAST, TinyUNet, calibration, make
-from tfmq_fx.errors import TFMQError
+from benchmarks.networks.small import FAST, TinyUNet, calibration, make
+from tfmq_fx.base.errors import TFMQError
 
 X = torch.randn(4, 1, 8, 8)
 

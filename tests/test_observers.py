@@ -4,8 +4,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 import tfmq_fx
-from tests.networks import TIMESTEPS, calibration, captured
-from tfmq_fx.errors import TFMQError
+from benchmarks.networks.small import TIMESTEPS, calibration, captured
+from tfmq_fx.base.errors import TFMQError
 from tfmq_fx.observers import (
     PerChannelWeightFakeQuantize,
     TemporalKLObserver,

@@ -12,9 +12,10 @@ from torch.nn import functional as F
 from torch.utils import _pytree as pytree
 
 import tfmq_fx
-from tests.networks import FAST, TIMESTEPS, TinyUNet, calibration, make
-from tfmq_fx.errors import TFMQError
-from tfmq_fx.graph import meta_value, op_name, placeholders
+from benchmarks.networks.small import FAST, TIMESTEPS, TinyUNet, calibration, make
+from tfmq_fx.base.errors import TFMQError
+from tfmq_fx.graph.inputs import placeholders
+from tfmq_fx.graph.nodes import meta_value, op_name
 from tfmq_fx.observers import PerChannelWeightFakeQuantize
 from tfmq_fx.passes import (
     PassManager,
@@ -27,7 +28,7 @@ from tfmq_fx.passes import (
     remove_noops,
     root_batch_size,
 )
-from tfmq_fx.passes.prepare import observers
+from tfmq_fx.passes.quantize.observed import observers
 
 BATCH = calibration().tensors
 X, T = BATCH["sample"][:20], BATCH["timestep"][:20]

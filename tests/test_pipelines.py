@@ -9,12 +9,14 @@ import pytest
 import torch
 
 import tfmq_fx
-from tests.pipelines import PIPELINES, PROMPTS, saved
-from tfmq_fx.calibration import CalibrationSet
-from tfmq_fx.errors import TFMQError
-from tfmq_fx.metrics import psnr
-from tfmq_fx.recording import Sink, denoiser, recorded, run_pipeline
-from tfmq_fx.sampling import sample
+from benchmarks.networks.pipelines import PIPELINES, PROMPTS, saved
+from tfmq_fx.base.errors import TFMQError
+from tfmq_fx.base.metrics import psnr
+from tfmq_fx.calibration.data import CalibrationSet
+from tfmq_fx.calibration.pipelines import denoiser, run_pipeline
+from tfmq_fx.calibration.recording import recorded
+from tfmq_fx.calibration.rows import Sink
+from tfmq_fx.evaluation.sampling import sample
 
 ENTRIES = {e.name: e for e in PIPELINES}
 NEAREST = dataclasses.replace(

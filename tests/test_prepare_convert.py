@@ -5,13 +5,13 @@ import torch
 from torch import nn
 
 import tfmq_fx
-from tests.networks import FAST, TIMESTEPS, ScalarTime, calibration, captured, make, prepared
-from tfmq_fx.errors import TFMQError
-from tfmq_fx.graph import op_name, weight_argument
-from tfmq_fx.graph_json import quantized_weights, tensors_of
+from benchmarks.networks.small import FAST, TIMESTEPS, ScalarTime, calibration, captured, make, prepared
+from tfmq_fx.artefact.graph_json import quantized_weights, tensors_of
+from tfmq_fx.base.errors import TFMQError
+from tfmq_fx.graph.nodes import op_name, weight_argument
 from tfmq_fx.observers import PerChannelWeightFakeQuantize, StaticFakeQuantize, TemporalObserver
-from tfmq_fx.passes.insert_step_index import insert_step_index, step_index
-from tfmq_fx.passes.prepare import observers
+from tfmq_fx.passes.quantize.observed import observers
+from tfmq_fx.passes.temporal.insert_step_index import insert_step_index, step_index
 
 BATCH = calibration().tensors
 X, T = BATCH["sample"], BATCH["timestep"]

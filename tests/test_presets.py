@@ -8,10 +8,10 @@ import pytest
 import torch
 
 import tfmq_fx
-from tests.pipelines import PIPELINES, PROMPTS, saved
+from benchmarks.networks.pipelines import PIPELINES, PROMPTS, saved
+from tfmq_fx.base.errors import TFMQError
+from tfmq_fx.calibration.presets import PRESETS, QuadraticDDIMScheduler
 from tfmq_fx.cli import main
-from tfmq_fx.errors import TFMQError
-from tfmq_fx.presets import PRESETS, QuadraticDDIMScheduler
 
 ENTRIES = {e.name: e for e in PIPELINES}
 TEXT = {"prompt": PROMPTS, "height": 16, "width": 16}

@@ -9,13 +9,14 @@ from hypothesis import HealthCheck, Phase, example, given, settings
 from hypothesis import strategies as st
 
 import tfmq_fx
-from tests.random_networks import LABELS, Spec, arguments, build, calibration, specs
-from tests.zoo import Entry, depends
-from tfmq_fx.arguments import leaves
-from tfmq_fx.graph import placeholders, weight_argument
-from tfmq_fx.graph_json import quantized_weights, tensors_of
+from benchmarks.networks.random_networks import LABELS, Spec, arguments, build, calibration, specs
+from benchmarks.networks.zoo import Entry, depends
+from tfmq_fx.artefact.graph_json import quantized_weights, tensors_of
+from tfmq_fx.base.arguments import leaves
+from tfmq_fx.capturing import captured
+from tfmq_fx.graph.inputs import placeholders
+from tfmq_fx.graph.nodes import weight_argument
 from tfmq_fx.passes import extract_temporal, find_temporal
-from tfmq_fx.pipeline import captured
 
 # Relative RMS error of the output over the calibration rows, whose ranges were observed.
 #

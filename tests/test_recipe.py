@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from tfmq_fx.errors import TFMQError
+from tfmq_fx.base.errors import TFMQError
 from tfmq_fx.recipe import PRESETS, Recipe, Rule
 
 

@@ -6,12 +6,21 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import tfmq_fx
-from tests.networks import FAST, TIMESTEPS, TinyUNet, calibration, captured, make, prepared, sinusoid
-from tfmq_fx.errors import TFMQError
-from tfmq_fx.graph import weight_argument
+from benchmarks.networks.small import (
+    FAST,
+    TIMESTEPS,
+    TinyUNet,
+    calibration,
+    captured,
+    make,
+    prepared,
+    sinusoid,
+)
+from tfmq_fx.base.errors import TFMQError
+from tfmq_fx.graph.nodes import weight_argument
 from tfmq_fx.observers import PerChannelWeightFakeQuantize, StaticFakeQuantize
-from tfmq_fx.passes.find_blocks import find_blocks
-from tfmq_fx.passes.prepare import observers
+from tfmq_fx.passes.quantize.find_blocks import find_blocks
+from tfmq_fx.passes.quantize.observed import observers
 
 
 def integers(gm):

@@ -11,16 +11,17 @@ import pytest
 import torch
 
 import tfmq_fx
+from benchmarks.networks.pipelines import ddpm
+from benchmarks.networks.small import FAST, ScalarTime
 from tests.lowered import BYTES
-from tests.networks import FAST, ScalarTime
-from tests.pipelines import ddpm
 from tests.test_cli import run as run_cli
 from tests.test_mixed_batches import one_timestep
-from tfmq_fx import drift
-from tfmq_fx.drift import nearest_of, output_errors, trajectory
-from tfmq_fx.errors import TFMQError
-from tfmq_fx.report import OURS, measure, write_report
-from tfmq_fx.sampling import sample
+from tfmq_fx import report
+from tfmq_fx.base.errors import TFMQError
+from tfmq_fx.evaluation.plots import OURS
+from tfmq_fx.evaluation.sampling import sample
+from tfmq_fx.evaluation.trajectories import output_errors, trajectory
+from tfmq_fx.report import measure, nearest_of, write_report
 
 SETTINGS = {"num_samples": 2, "num_inference_steps": 10, "seed": 3}
 FEATURES = 5  # of the pipeline's network
@@ -99,8 +100,8 @@ def test_without_int8_instructions_nothing_is_timed_as_int8_and_the_page_says_wh
     measured, monkeypatch, tmp_path
 ):
     said = []
-    monkeypatch.setattr(drift.log, "warning", lambda words, *rest: said.append(words % rest))
-    low, words = drift.lowered(one_timestep(ScalarTime), batch=1)
+    monkeypatch.setattr(report.log, "warning", lambda words, *rest: said.append(words % rest))
+    low, words = report.lowered(one_timestep(ScalarTime), batch=1)
     assert low is None
     assert said == ["report: no int8 kernels are timed: this CPU has no int8 instructions (VNNI, AMX)."]
     numbers, runs = measured

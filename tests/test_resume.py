@@ -8,12 +8,12 @@ import pytest
 import torch
 
 import tfmq_fx
-from tests.networks import FAST, calibration, prepared
+from benchmarks.networks.small import FAST, calibration, prepared
 from tests.processes import start
-from tfmq_fx import resume
-from tfmq_fx.errors import TFMQError
+from tfmq_fx.base.errors import TFMQError
 from tfmq_fx.observers import PerChannelWeightFakeQuantize
-from tfmq_fx.passes.prepare import observers
+from tfmq_fx.passes.quantize.observed import observers
+from tfmq_fx.reconstruction import resume
 
 TUNED = dataclasses.replace(FAST, tune_iterations=10)
 

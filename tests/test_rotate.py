@@ -5,12 +5,12 @@ from hypothesis import strategies as st
 from torch import nn
 
 import tfmq_fx
+from benchmarks.networks.small import TIMESTEPS
 from tests.low_bits import Attention, Gated, Itself, Squared, Twice, done, graph, operators, run
-from tests.networks import TIMESTEPS
-from tfmq_fx.errors import TFMQError
-from tfmq_fx.graph import attribute, fresh
+from tfmq_fx.base.errors import TFMQError
+from tfmq_fx.graph.nodes import attribute, fresh
 from tfmq_fx.passes import find_temporal, rotate
-from tfmq_fx.passes.rotate import hadamard
+from tfmq_fx.passes.low_bits.rotate import hadamard
 
 
 def rotated(gm, image=False, block=4):

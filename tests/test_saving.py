@@ -9,10 +9,10 @@ import torch
 from safetensors import safe_open
 
 import tfmq_fx
-from tests.networks import TIMESTEPS, calibration
+from benchmarks.networks.small import TIMESTEPS, calibration
 from tests.processes import start
-from tfmq_fx.errors import TFMQError
-from tfmq_fx.saving import CONFIG, GRAPH, REPORT, WEIGHTS
+from tfmq_fx.artefact.saving import CONFIG, GRAPH, REPORT, WEIGHTS
+from tfmq_fx.base.errors import TFMQError
 
 BATCH = calibration().tensors
 X, T = BATCH["sample"], BATCH["timestep"]
@@ -99,7 +99,7 @@ def test_a_failure_while_writing_leaves_nothing(tiny, tmp_path, monkeypatch):
     def full(*_args, **_kwargs):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("tfmq_fx.saving.save_file", full)
+    monkeypatch.setattr("tfmq_fx.artefact.saving.save_file", full)
     with pytest.raises(TFMQError, match="No space left"):
         tiny.save_pretrained(tmp_path / "q")
     assert list(tmp_path.iterdir()) == []

@@ -16,9 +16,9 @@ from torch import nn
 from torch.nn import functional as F
 
 import tfmq_fx
-from tests.networks import ResBlock, TinyUNet, calibration, make, sinusoid
-from tfmq_fx.errors import TFMQError
-from tfmq_fx.passes.insert_step_index import insert_step_index, step_index
+from benchmarks.networks.small import ResBlock, TinyUNet, calibration, make, sinusoid
+from tfmq_fx.base.errors import TFMQError
+from tfmq_fx.passes.temporal.insert_step_index import insert_step_index, step_index
 
 # Upstream's, where a scheduler makes its sigmas with numpy 2.
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")

@@ -3,11 +3,11 @@ import torch
 from torch import nn
 
 import tfmq_fx
+from benchmarks.networks.small import TIMESTEPS
 from tests.low_bits import Attention, Gated, Itself, Shared, Squared, Twice, data, done, graph, operators, run
-from tests.networks import TIMESTEPS
-from tfmq_fx.calibration import input_maxima
-from tfmq_fx.errors import TFMQError
-from tfmq_fx.graph import attribute, fresh
+from tfmq_fx.base.errors import TFMQError
+from tfmq_fx.calibration.stage import input_maxima
+from tfmq_fx.graph.nodes import attribute, fresh
 from tfmq_fx.passes import find_temporal, smooth
 
 

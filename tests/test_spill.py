@@ -9,10 +9,10 @@ import torch
 from torch.fx import Graph, Interpreter
 
 import tfmq_fx
-from tests.networks import FAST, calibration, prepared
-from tfmq_fx.errors import TFMQError
-from tfmq_fx.reconstruction import _constant
-from tfmq_fx.spill import Budget, Values
+from benchmarks.networks.small import FAST, calibration, prepared
+from tfmq_fx.base.errors import TFMQError
+from tfmq_fx.reconstruction.spill import Budget, Values
+from tfmq_fx.reconstruction.walk import _constant
 
 
 def node():

@@ -6,10 +6,10 @@ from torch import nn
 from torch.nn import functional as F
 
 import tfmq_fx
-from tests.networks import sinusoid
-from tfmq_fx.errors import TFMQError
+from benchmarks.networks.small import sinusoid
+from tfmq_fx.base.errors import TFMQError
 from tfmq_fx.passes import find_temporal, partition_temporal
-from tfmq_fx.passes.find_temporal import taint
+from tfmq_fx.passes.temporal.find_temporal import taint
 
 X, T = torch.randn(2, 4, 3), torch.tensor([3, 500])
 

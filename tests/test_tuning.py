@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import tfmq_fx
-from tests.networks import (
+from benchmarks.networks.small import (
     FAST,
     TIMESTEPS,
     ScalarTime,
@@ -20,11 +20,14 @@ from tests.networks import (
     sinusoid,
 )
 from tests.test_resume import integers, same
-from tfmq_fx import tuning
-from tfmq_fx.calibration import inputs_of
-from tfmq_fx.errors import TFMQError
-from tfmq_fx.passes.prepare import observers
-from tfmq_fx.tuning import Memory, weights_to_tune
+from tfmq_fx.base.errors import TFMQError
+from tfmq_fx.base.parallel import Ranks, workers
+from tfmq_fx.calibration.data import inputs_of
+from tfmq_fx.passes.quantize.observed import observers
+from tfmq_fx.reconstruction import tuning
+from tfmq_fx.reconstruction.run import Run
+from tfmq_fx.reconstruction.streams import Part
+from tfmq_fx.reconstruction.tuning import Memory, weights_to_tune
 
 TUNED = dataclasses.replace(FAST, tune_iterations=40, tune_learning_rate=2e-2)
 ALONE = dataclasses.replace(TUNED, method="nearest", temporal_method="nearest")
@@ -148,9 +151,9 @@ def test_a_batch_is_cut_into_as_many_parts_as_memory_asks_for(monkeypatch):
         needs.row, rel=0.25
     )  # some of it, as weights, once for all rows
     seen = []
-    split = tfmq_fx.reconstruction._Run.split
+    split = Run.split
     monkeypatch.setattr(
-        tfmq_fx.reconstruction._Run,
+        Run,
         "split",
         lambda run, chunks, parts, **k: seen.append(parts) or split(run, chunks, parts, **k),
     )
@@ -193,14 +196,14 @@ def test_rows_of_a_small_error_weigh_as_much_as_those_of_a_large_one():
         target = network(*inputs)
         noise = torch.randn(target.shape, generator=torch.Generator().manual_seed(0))
         target += 0.1 * noise * (data.tensors["timestep"] == 0)[:, None, None, None]
-    chunks = [[tfmq_fx.rounding.Part(0, 1.0, 0, 40)]]
-    with tfmq_fx.parallel.workers(1) as workers:
+    chunks = [[Part(0, 1.0, 0, 40)]]
+    with workers(1) as threads:
         streams = tuning.NetworkStreams(
             gm,
             lambda module, _part, _quantized: (module(*inputs),),
             chunks,
-            workers=workers,
-            ranks=tfmq_fx.parallel.Ranks(),
+            workers=threads,
+            ranks=Ranks(),
             target=lambda _part: (target,),
             timesteps=data.tensors["timestep"],
             keep_targets=True,

@@ -5,9 +5,10 @@ import torch
 from torch.utils import _pytree as pytree
 
 import tfmq_fx
-from tests.zoo import ZOO, depends
-from tfmq_fx.arguments import leaves
-from tfmq_fx.graph import fresh, placeholders, weight_argument
+from benchmarks.networks.zoo import ZOO, depends
+from tfmq_fx.base.arguments import leaves
+from tfmq_fx.graph.inputs import placeholders
+from tfmq_fx.graph.nodes import fresh, weight_argument
 from tfmq_fx.passes import extract_temporal, find_temporal, partition_temporal
 
 ENTRIES = {e.name: e for e in ZOO}

@@ -14,8 +14,8 @@ from benchmarks.zoo.flow_digits import flow_digits_pipeline
 from benchmarks.zoo.ldm_shapes import ldm_shapes_pipeline
 from benchmarks.zoo.shapes import CLOSE, PROMPTS, as_asked, judge
 from benchmarks.zoo.shapes import draw as drawn_shapes
-from tfmq_fx.metrics import psnr, psnr_by_image
-from tfmq_fx.sampling import sample
+from tfmq_fx.base.metrics import psnr, psnr_by_image
+from tfmq_fx.evaluation.sampling import sample
 
 STEPS = 10
 LABELS = list(range(10))

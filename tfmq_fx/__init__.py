@@ -17,21 +17,21 @@ import wrapt
 
 if TYPE_CHECKING:
     from tfmq_fx import observers, passes
+    from tfmq_fx.base.errors import TFMQError
     from tfmq_fx.bit_widths import mixed_precision, sensitivity
-    from tfmq_fx.calibration import CalibrationSet, calibrate
+    from tfmq_fx.calibration.data import CalibrationSet
+    from tfmq_fx.calibration.pipelines import coco_captions
+    from tfmq_fx.calibration.presets import CalibrationPreset
+    from tfmq_fx.calibration.stage import calibrate
     from tfmq_fx.capturing import capture
     from tfmq_fx.diffusers_quantizer import TFMQConfig
-    from tfmq_fx.errors import TFMQError
-    from tfmq_fx.lowering import LoweredModel
-    from tfmq_fx.maintenance import maintain
-    from tfmq_fx.model import QuantizedModel
+    from tfmq_fx.maintenance.stage import maintain
+    from tfmq_fx.model import QuantizedModel, load
     from tfmq_fx.passes import convert, prepare
     from tfmq_fx.pipeline import quantize
-    from tfmq_fx.presets import CalibrationPreset
     from tfmq_fx.recipe import Recipe, Reconstruction, Rule
-    from tfmq_fx.reconstruction import reconstruct
-    from tfmq_fx.recording import coco_captions
-    from tfmq_fx.saving import load
+    from tfmq_fx.reconstruction.stage import reconstruct
+    from tfmq_fx.runtimes.lowering import LoweredModel
 
 __version__ = "0.1.0"
 __all__ = [
@@ -61,25 +61,25 @@ __all__ = [
 
 # Loaded when first touched: torchao alone takes three seconds, and `import tfmq_fx` should not.
 _HOMES = {
-    "CalibrationPreset": "presets",
-    "CalibrationSet": "calibration",
-    "LoweredModel": "lowering",
+    "CalibrationPreset": "calibration.presets",
+    "CalibrationSet": "calibration.data",
+    "LoweredModel": "runtimes.lowering",
     "QuantizedModel": "model",
     "Recipe": "recipe",
     "Reconstruction": "recipe",
     "Rule": "recipe",
     "TFMQConfig": "diffusers_quantizer",
-    "TFMQError": "errors",
-    "calibrate": "calibration",
+    "TFMQError": "base.errors",
+    "calibrate": "calibration.stage",
     "capture": "capturing",
-    "coco_captions": "recording",
+    "coco_captions": "calibration.pipelines",
     "convert": "passes",
-    "load": "saving",
-    "maintain": "maintenance",
+    "load": "model",
+    "maintain": "maintenance.stage",
     "mixed_precision": "bit_widths",
     "prepare": "passes",
     "quantize": "pipeline",
-    "reconstruct": "reconstruction",
+    "reconstruct": "reconstruction.stage",
     "sensitivity": "bit_widths",
 }
 

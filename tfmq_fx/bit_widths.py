@@ -20,20 +20,23 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
-from tfmq_fx.arithmetic import FLOAT_BITS, check_bits
-from tfmq_fx.calibration import CalibrationSet, calibrate, inputs_of, with_own
-from tfmq_fx.coverage import layers_of
-from tfmq_fx.errors import TFMQError
-from tfmq_fx.graph import attribute, output_channel_axis
-from tfmq_fx.metrics import relative_mse_by_timestep
+from tfmq_fx.base.arithmetic import FLOAT_BITS, check_bits
+from tfmq_fx.base.errors import TFMQError
+from tfmq_fx.base.files import update_with_tensors
+from tfmq_fx.base.metrics import relative_mse_by_timestep
+from tfmq_fx.base.progress import track
+from tfmq_fx.calibration.data import CalibrationSet, inputs_of
+from tfmq_fx.calibration.pipelines import denoiser
+from tfmq_fx.calibration.stage import calibrate, with_own
+from tfmq_fx.calibration.temporal_rows import is_scalar
+from tfmq_fx.capturing import captured
+from tfmq_fx.evaluation.errors import first_tensor
+from tfmq_fx.graph.nodes import attribute, output_channel_axis
 from tfmq_fx.observers.weight import PerChannelWeightFakeQuantize
-from tfmq_fx.passes.prepare import observers, prepare, require_stage, set_mode, without_observers
-from tfmq_fx.pipeline import captured, first_tensor
-from tfmq_fx.progress import track
+from tfmq_fx.passes.quantize.observed import observers, require_stage, set_mode, without_observers
+from tfmq_fx.passes.quantize.prepare import prepare
 from tfmq_fx.recipe import Recipe, Rule
-from tfmq_fx.recording import denoiser
-from tfmq_fx.resume import update_with_tensors
-from tfmq_fx.temporal import is_scalar
+from tfmq_fx.runtimes.layers import layers_of
 
 
 @dataclass(frozen=True, kw_only=True)

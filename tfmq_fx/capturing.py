@@ -17,12 +17,14 @@ from torch.fx.graph import CodeGen
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
-from tfmq_fx.arguments import leaves
-from tfmq_fx.errors import TFMQError, nearest_names
-from tfmq_fx.graph import choose_timestep, fixed_size, placeholders, require_input
-from tfmq_fx.passes.literal_dtypes import literal_dtypes
-from tfmq_fx.passes.remove_noops import remove_noops
-from tfmq_fx.passes.root_batch_size import root_batch_size
+from tfmq_fx.base.arguments import leaves
+from tfmq_fx.base.errors import TFMQError, nearest_names
+from tfmq_fx.calibration.data import CalibrationSet
+from tfmq_fx.graph.inputs import choose_timestep, placeholders, require_input
+from tfmq_fx.graph.nodes import fixed_size
+from tfmq_fx.passes.clean.literal_dtypes import literal_dtypes
+from tfmq_fx.passes.clean.remove_noops import remove_noops
+from tfmq_fx.passes.clean.root_batch_size import root_batch_size
 
 
 def capture(
@@ -189,3 +191,30 @@ def _plain(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return type(value)(_plain(v) for v in value)
     return value
+
+
+def captured(
+    network: nn.Module, calibration: CalibrationSet, timestep: str
+) -> tuple[GraphModule, dict[str, Any]]:
+    """`capture` on the first rows of the calibration set; the graph and the arguments it was captured with."""
+    example = calibration.arguments(slice(0, 2))
+    if "return_dict" in inspect.signature(network.forward).parameters:
+        example["return_dict"] = False
+    return capture_rows(network, example, timestep)
+
+
+def capture_rows(
+    network: nn.Module, example: dict[str, Any], timestep: str
+) -> tuple[GraphModule, dict[str, Any]]:
+    """`capture` on rows with a timestep each, (N,); for a network that takes one timestep a call, on ()."""
+    try:
+        return capture(network, example, timestep=timestep), example
+    except TFMQError:
+        if not isinstance(example.get(timestep), Tensor) or example[timestep].dim() != 1:
+            raise
+        one = {**example, timestep: example[timestep][0]}
+        try:
+            return capture(network, one, timestep=timestep), one
+        except TFMQError:
+            pass  # the first error is the one to show
+        raise

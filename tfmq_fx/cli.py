@@ -18,7 +18,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from tfmq_fx.errors import TFMQError
+from tfmq_fx.base.errors import TFMQError, first_line
 
 app = typer.Typer(
     add_completion=False,
@@ -76,8 +76,9 @@ def load_pipeline(model: str | None, scheduler: str | None = None) -> Any:
         try:
             pipe = diffusers.DiffusionPipeline.from_pretrained(model)
         except Exception as error:  # diffusers, safetensors and the hub client raise many types
-            first = (str(error).strip().splitlines() or [""])[0]
-            raise TFMQError(f"{model}: diffusers cannot load it ({type(error).__name__}: {first})") from error
+            raise TFMQError(
+                f"{model}: diffusers cannot load it ({type(error).__name__}: {first_line(error)})"
+            ) from error
     if scheduler is not None:
         cls: Any = getattr(diffusers, scheduler, None)
         known = inspect_module.isclass(cls) and issubclass(cls, diffusers.SchedulerMixin)
@@ -110,7 +111,7 @@ def _named_json(option: str, values: list[str] | None) -> dict[str, Any]:
 
 def _pipeline_arguments(values: list[str] | None) -> dict[str, Any]:
     """--argument; names that the commands have options for, or give themselves, are refused."""
-    from tfmq_fx.calibration import CalibrationSet
+    from tfmq_fx.calibration.data import CalibrationSet
 
     found = _named_json("--argument", values)
     ours = {*inspect_module.signature(CalibrationSet.record).parameters, "generator", "output_type"}
@@ -147,9 +148,9 @@ def inspect(
 ) -> None:
     """Show the temporal block found by dataflow, and what a recipe would do to every layer."""
 
-    from tfmq_fx.calibration import CalibrationSet
+    from tfmq_fx.calibration.data import CalibrationSet
+    from tfmq_fx.calibration.pipelines import denoiser
     from tfmq_fx.inspection import describe, example_inputs, load_network
-    from tfmq_fx.recording import denoiser
 
     chosen = _recipe(recipe)
     if model is not None and (Path(model) / "config.json").is_file():
@@ -267,12 +268,12 @@ def quantize(
 
     Under `torchrun --nproc-per-node=N -m tfmq_fx.cli quantize ..` the N processes share the work.
     """
+    from tfmq_fx.artefact.saving import check_output_folder
+    from tfmq_fx.base.parallel import joined
     from tfmq_fx.bit_widths import mixed_precision
-    from tfmq_fx.parallel import joined
+    from tfmq_fx.calibration.pipelines import coco_captions
+    from tfmq_fx.calibration.presets import CalibrationPreset
     from tfmq_fx.pipeline import quantize as run
-    from tfmq_fx.presets import CalibrationPreset
-    from tfmq_fx.recording import coco_captions
-    from tfmq_fx.saving import check_output_folder
 
     chosen = _recipe(recipe)
     settings = chosen.reconstruction
@@ -356,10 +357,10 @@ def sample(
     argument: Arguments = None,
 ) -> None:
     """Write a PNG: float beside quantized, from the same noise."""
-    from tfmq_fx.metrics import psnr
+    from tfmq_fx.base.metrics import psnr
+    from tfmq_fx.evaluation.sampling import save_grid
+    from tfmq_fx.model import load
     from tfmq_fx.report import require_packages
-    from tfmq_fx.sampling import save_grid
-    from tfmq_fx.saving import load
 
     require_packages("sample")
     quantized = load(folder)
@@ -381,8 +382,8 @@ def evaluate(
     argument: Arguments = None,
 ) -> None:
     """Compare with the float pipeline from the same noise: PSNR, and the report's errors by timestep."""
-    from tfmq_fx.metrics import psnr, psnr_by_image
-    from tfmq_fx.saving import load
+    from tfmq_fx.base.metrics import psnr, psnr_by_image
+    from tfmq_fx.model import load
 
     quantized = load(folder)
     images = _both(load_pipeline(model, scheduler), quantized, num_samples, steps, seed, argument)
@@ -420,8 +421,8 @@ def report(
     nearest: Annotated[bool, typer.Option(help="Also calibrate round-to-nearest, to compare with.")] = True,
 ) -> None:
     """Write one HTML page, which needs no network: drift by timestep, pictures along the way, kernels, numbers."""
+    from tfmq_fx.model import load
     from tfmq_fx.report import PAGE, measure, require_packages, write_report
-    from tfmq_fx.saving import load
 
     require_packages("report")  # before minutes of work, not after
     quantized = load(folder)
@@ -459,7 +460,7 @@ def export(
     ] = False,
 ) -> None:
     """Write the network for another runtime, and say what of it runs in int8 there."""
-    from tfmq_fx.saving import load
+    from tfmq_fx.model import load
 
     quantized = load(folder)
     with Console(stderr=True).status(f"export to {target}"):  # nothing where stderr is no terminal
@@ -475,7 +476,7 @@ def export(
 def _both(
     pipe: Any, quantized: Any, num_samples: int, steps: int, seed: int, argument: list[str] | None
 ) -> Any:
-    from tfmq_fx.sampling import sample as draw
+    from tfmq_fx.evaluation.sampling import sample as draw
 
     arguments = _pipeline_arguments(argument)
     settings = {"num_samples": num_samples, "num_inference_steps": steps, "seed": seed, **arguments}

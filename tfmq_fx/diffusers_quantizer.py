@@ -18,7 +18,7 @@ from diffusers.quantizers.base import DiffusersQuantizer
 from diffusers.quantizers.quantization_config import QuantizationConfigMixin
 from torch import nn
 
-from tfmq_fx.errors import TFMQError, nearest_names
+from tfmq_fx.base.errors import TFMQError, nearest_names
 
 if TYPE_CHECKING:
     from tfmq_fx.recipe import Recipe
@@ -54,7 +54,7 @@ class TFMQConfig(QuantizationConfigMixin):  # type: ignore[misc]
 
     def to_recipe(self, network: nn.Module) -> Recipe:
         """network: whose modules `modules_to_not_convert` names. Raises TFMQError for an unknown preset or module."""
-        from tfmq_fx.arithmetic import FLOAT_BITS
+        from tfmq_fx.base.arithmetic import FLOAT_BITS
         from tfmq_fx.recipe import Recipe, Rule
 
         recipe = Recipe.preset(self.recipe) if isinstance(self.recipe, str) else Recipe.from_json(self.recipe)
@@ -116,7 +116,7 @@ class TFMQQuantizer(DiffusersQuantizer):  # type: ignore[misc]
         model._buffers.clear()
 
     def _process_model_after_weight_loading(self, model: Any, **_: Any) -> None:
-        from tfmq_fx.saving import load
+        from tfmq_fx.model import load
 
         if self.folder is None:
             raise TFMQError(

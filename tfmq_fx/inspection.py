@@ -14,12 +14,12 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
 
-from tfmq_fx.arguments import leaves, nested
-from tfmq_fx.errors import TFMQError, nearest_names
-from tfmq_fx.graph import choose_timestep
-from tfmq_fx.passes.annotate import plan
-from tfmq_fx.passes.find_temporal import find_temporal
-from tfmq_fx.pipeline import capture_rows
+from tfmq_fx.base.arguments import leaves, nested
+from tfmq_fx.base.errors import TFMQError, first_line, nearest_names
+from tfmq_fx.capturing import capture_rows
+from tfmq_fx.graph.inputs import choose_timestep
+from tfmq_fx.passes.quantize.plan import plan
+from tfmq_fx.passes.temporal.find_temporal import find_temporal
 from tfmq_fx.recipe import Recipe
 
 
@@ -87,8 +87,9 @@ def load_network(folder: Path, *, weights: bool = True) -> nn.Module:
     except TFMQError:
         raise
     except Exception as error:  # diffusers, safetensors and json raise many types
-        first = (str(error).strip().splitlines() or [""])[0]
-        raise TFMQError(f"{folder}: diffusers cannot load it ({type(error).__name__}: {first})") from error
+        raise TFMQError(
+            f"{folder}: diffusers cannot load it ({type(error).__name__}: {first_line(error)})"
+        ) from error
     assert isinstance(network, nn.Module)
     return network.eval()
 

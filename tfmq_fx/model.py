@@ -2,345 +2,27 @@
 
 from __future__ import annotations
 
-import importlib
-import inspect
-import logging
-from collections import Counter
-from collections.abc import Mapping
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor, nn
-from torch.fx import GraphModule
 
-from tfmq_fx.arguments import leaves
-from tfmq_fx.errors import TFMQError, nearest_names
-from tfmq_fx.graph import fixed_size, placeholders
-from tfmq_fx.passes.move_to_device import move_to_device
+from tfmq_fx.artefact.drop_in import QuantizedGraph
+from tfmq_fx.artefact.saving import read, save
+from tfmq_fx.base.errors import TFMQError
+from tfmq_fx.passes.clean.move_to_device import move_to_device
 
 if TYPE_CHECKING:
-    from tfmq_fx.exporting import Exported
-    from tfmq_fx.lowering import LoweredModel
-
-log = logging.getLogger(__name__)
+    from tfmq_fx.runtimes.exported import Exported
+    from tfmq_fx.runtimes.lowering import LoweredModel
 
 
-@dataclass(frozen=True, kw_only=True)
-class Interface:
-    """How the float network is called, as plain JSON values: what a loaded model needs to be a drop-in."""
-
-    arguments: dict[str, Any]  # forward's parameters in order -> default; "required" is marked in `required`
-    required: tuple[str, ...]  # parameters without a default
-    inputs: dict[
-        str, dict[str, Any]
-    ]  # graph inputs -> {"dtype": .., "shape": [None or int, ..], "path": [..]}; None: any size
-    constants: dict[str, Any] = field(default_factory=dict)  # arguments fixed at capture, by flat name
-    output_type: str | None = None  # qualified name of a diffusers output class; None: a plain tuple
-    timestep: str = "timestep"
-    # Module path -> plain attributes of the float network's, which pipelines read (a layer's in_features).
-    attributes: dict[str, dict[str, Any]] = field(default_factory=dict)
-
-    @staticmethod
-    def of(
-        network: nn.Module, gm: GraphModule, example: dict[str, Any], output_type: str | None
-    ) -> Interface:
-        """example: the arguments of the capture, which say what was constant and where each input belongs."""
-        parameters = inspect.signature(network.forward).parameters.values()
-        named = [p for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
-        inputs = {}
-        found = leaves(example)
-        for name, node in placeholders(gm).items():
-            value = node.meta["val"]
-            inputs[name] = {
-                "dtype": str(value.dtype).removeprefix("torch."),
-                "shape": [fixed_size(d) for d in value.shape],
-                "path": list(found[name][0]),
-            }
-        return Interface(
-            arguments={p.name: p.default if _is_json(p.default) else None for p in named},
-            required=tuple(p.name for p in named if p.default is p.empty),
-            inputs=inputs,
-            constants={k: v for k, (_, v) in found.items() if k not in inputs and _is_json(v)},
-            output_type=output_type,
-            timestep=gm.meta["timestep"],
-            attributes={
-                path: {
-                    n: v
-                    for n, v in vars(m).items()
-                    if not n.startswith("_") and n != "training" and _is_json(v)
-                }
-                for path, m in network.named_modules()
-            },
-        )
-
-
-class Attributes:
-    """Read-only: the plain attributes of one of the float network's modules, and its children."""
-
-    def __init__(self, values: Mapping[str, Mapping[str, Any]], path: str) -> None:
-        self._values, self._path = values, path
-
-    def __getattr__(self, name: str) -> Any:
-        path = f"{self._path}.{name}" if self._path else name
-        if name in self._values.get(self._path, {}):
-            return self._values[self._path][name]
-        if path in self._values:
-            return Attributes(self._values, path)
-        raise AttributeError(
-            f"a quantized network keeps the plain attributes of the float one's modules; {path!r} is none of them"
-        )
-
-    def __getitem__(self, index: int) -> Any:
-        return getattr(self, str(index))
-
-
-def _item(value: Any, step: str | int) -> Any:
-    """value[step] in a dict or list, None where there is none."""
-    if isinstance(value, Mapping):
-        return value.get(step)
-    if isinstance(value, (list, tuple)) and isinstance(step, int) and step < len(value):
-        return value[step]
-    return None
-
-
-def _is_json(value: Any) -> bool:
-    return value is None or isinstance(value, (bool, int, float, str))
-
-
-class DropIn(nn.Module):
-    """Something that computes the network, behind the float network's calling convention.
-
-    `pipe.unet = model` is all a diffusers pipeline needs: same arguments, outputs, `.config`, `.dtype`,
-    `.device`. A timestep may be a number, or a tensor of shape (), (1,) or (N,), mixed in the batch. One that
-    the table lacks takes its nearest neighbour's qparams and is counted in `report["unseen_timesteps"]`, or
-    is refused (`Recipe(unseen="error")`); so are values of other inputs that were declared finite, counted in
-    `report["unseen_values"]`. The qparams alone are the neighbour's, and the temporal features where they are cached
-    (`Recipe(maintain="cache")`): all else is computed with the value given.
-    """
-
-    def __init__(
-        self,
-        network: nn.Module,
-        *,
-        interface: Interface,
-        timesteps: Tensor,
-        finite: Mapping[str, Tensor] | None = None,
-        config: dict[str, Any],
-        recipe: dict[str, Any],
-        report: dict[str, Any],
-    ) -> None:
-        super().__init__()
-        self.network = network
-        # Its weights are buffers, but accelerate's hooks ask a module's first parameter where it is.
-        device = next((b.device for b in network.buffers()), None)
-        self.where = nn.Parameter(torch.empty(0, device=device), requires_grad=False)
-        self.interface = interface
-        self.timesteps = timesteps.cpu()
-        self.finite = {name: values.cpu() for name, values in (finite or {}).items()}
-        self.recipe = recipe
-        self._config = config
-        self._report = report
-        self._unseen: dict[str, Counter[Any]] = {n: Counter() for n in (interface.timestep, *self.finite)}
-        # The graph's own inputs carry its device and dtype; both were fixed at capture.
-        first = next(n for n in interface.inputs if n != interface.timestep)
-        self._dtype: torch.dtype = getattr(torch, interface.inputs[first]["dtype"])
-        self.first_input = first  # what the network denoises
-        # Imported here and not in forward, which torch.compile traces.
-        self._output: Any = None if interface.output_type is None else _output_class(interface.output_type)
-
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            if "interface" not in vars(self):  # not made yet
-                raise
-            return getattr(Attributes(self.interface.attributes, ""), name)
-
-    def cache_context(self, _name: str) -> AbstractContextManager[None]:
-        """Pipelines name what they compute, for caches of a network's inner values; there are none here."""
-        return nullcontext()
-
-    def set_attention_slice(self, slice_size: Any) -> None:
-        """What `pipe.enable_attention_slicing()` calls: attention is part of the graph, so this is without effect."""
-        if slice_size is not None:
-            log.warning(
-                "set_attention_slice(%r): attention is fixed in the captured graph; nothing changes",
-                slice_size,
-            )
-
-    def load_lora_adapter(self, *_: Any, **__: Any) -> None:
-        """Always raises TFMQError: a quantized network's weights are integers."""
-        raise TFMQError(
-            "LoRA: a quantized network takes no adapters; load them into the float pipeline, pipe.fuse_lora(), "
-            "pipe.unload_lora_weights(), and quantize that."
-        )
-
-    def register_to_config(self, **values: Any) -> None:
-        """diffusers' way to add to `.config`; what JSON cannot hold is left out."""
-        self._config |= {name: value for name, value in values.items() if _is_json(value)}
-
-    @property
-    def config(self) -> Any:
-        from diffusers.configuration_utils import FrozenDict
-
-        return FrozenDict(self._config)
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self._dtype
-
-    @property
-    def device(self) -> torch.device:
-        return next(self.network.buffers()).device
-
-    def _apply(self, fn: Any, recurse: bool = True) -> Self:
-        """nn.Module's one road for .to(), .half(), .cuda(): refused where it would change what is fixed."""
-        dtype = fn(torch.empty(0, dtype=self.dtype, device=self.device)).dtype
-        if dtype != self.dtype:
-            raise TFMQError(
-                f"to({dtype}): a quantized network computes in {self.dtype}, as captured; cast the float network first and "
-                "quantize that."
-            )
-        device = fn(torch.empty(0, device=self.device)).device
-        if device != self.device:
-            self._move_code(device)
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        return self
-
-    def _move_code(self, device: torch.device) -> None:
-        raise TFMQError(
-            f"to({device}): this network is compiled for {self.device}; move the one it was lowered from."
-        )
-
-    @property
-    def report(self) -> dict[str, Any]:
-        """What was quantized how, what stayed float and why, sizes, errors by timestep, unseen timesteps."""
-        counts = {
-            name: {str(value): n for value, n in sorted(found.items())}
-            for name, found in self._unseen.items()
-        }
-        return {
-            **self._report,
-            "unseen_timesteps": counts.pop(self.interface.timestep),
-            "unseen_values": counts,
-        }
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        given = self._bind(args, kwargs)
-        t = self.interface.timestep
-        inputs = {n: self._input(n, given[n]) for n in self.interface.inputs if n != t}
-        inputs[t] = self._timestep(given[t], inputs[self.first_input].shape[0])
-        if not torch.compiler.is_compiling():
-            for name, table in {t: self.timesteps, **self.finite}.items():
-                self._look_up(name, inputs[name], table)
-        output = self.network(*[inputs[n] for n in self.interface.inputs])
-        wants_dict = given.get("return_dict")
-        return self._output(*output) if wants_dict and self._output is not None else output
-
-    def _bind(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-        face = self.interface
-        names = list(face.arguments)
-        unknown = [k for k in kwargs if k not in face.arguments]
-        if unknown or len(args) > len(names):
-            what = unknown[0] if unknown else f"argument {len(names) + 1}"
-            raise TFMQError(
-                f"forward: {what!r} is unknown; the network takes {nearest_names(str(what), names)}."
-            )
-        given = {**face.arguments, **dict(zip(names, args, strict=False)), **kwargs}
-        tensors = {}
-        for name, spec in face.inputs.items():
-            value: Any = given
-            for step in spec["path"]:
-                value = _item(value, step)
-            if value is not None and not isinstance(value, Tensor) and name != face.timestep:
-                raise TFMQError(f"forward: {name!r} must be a tensor, found {type(value).__name__}.")
-            tensors[name] = value
-        missing = [n for n, value in tensors.items() if value is None]
-        missing += [n for n in face.required if given.get(n) is None]
-        if missing:
-            raise TFMQError(f"forward: the argument {missing[0]!r} is missing.")
-        defaults = {n: v for n, (_, v) in leaves(face.arguments).items()}
-        for name, (_, value) in leaves(given).items():
-            if name in face.inputs or name == "return_dict":
-                continue
-            fixed = face.constants.get(name, defaults.get(name))
-            if isinstance(value, Tensor) or value != fixed:
-                raise TFMQError(
-                    f"forward: {name!r} was {fixed!r} when the network was captured and is fixed in the graph; "
-                    "quantize again with calibration data that has it."
-                )
-        return {**given, **tensors}
-
-    def _timestep(self, value: Any, batch: int) -> Tensor:
-        spec = self.interface.inputs[self.interface.timestep]
-        dtype: torch.dtype = getattr(torch, spec["dtype"])
-        t: Tensor = torch.as_tensor(value, device=self.device)
-        fractional = t.is_floating_point() and not dtype.is_floating_point
-        if fractional and not torch.compiler.is_compiling() and not torch.equal(t, t.round()):
-            raise TFMQError(
-                f"timestep={t[t != t.round()].flatten()[0].item()}: the network was captured with integer timesteps; "
-                "calibrate with the float schedule."
-            )
-        t = t.to(dtype)
-        if not spec["shape"]:
-            if t.numel() != 1:
-                raise TFMQError(
-                    f"timestep: the network was captured with one timestep per call, found {t.numel()}."
-                )
-            return t.reshape(())
-        if t.dim() == 0 or (t.dim() == 1 and t.shape[0] == 1 and batch != 1):
-            t = t.reshape(1).expand(batch)
-        if t.shape[0] != batch:
-            raise TFMQError(f"timestep: {t.shape[0]} timesteps for a batch of {batch}.")
-        return t
-
-    def _input(self, name: str, value: Tensor) -> Tensor:
-        spec = self.interface.inputs[name]
-        expected = spec["shape"]
-        if value.dim() != len(expected) or any(
-            e not in (None, s) for e, s in zip(expected, value.shape, strict=True)
-        ):
-            shown = "(" + ", ".join("N" if e is None else str(e) for e in expected) + ")"
-            raise TFMQError(f"forward: {name!r} has shape {tuple(value.shape)}, captured with {shown}.")
-        if value.dtype != getattr(torch, spec["dtype"]):
-            raise TFMQError(f"forward: {name!r} is {value.dtype}, captured as torch.{spec['dtype']}.")
-        return value
-
-    def _look_up(self, name: str, given: Tensor, table: Tensor) -> None:
-        """Count, or refuse, values outside a table; the graph itself always takes the nearest entry."""
-        same = given.is_floating_point() == table.is_floating_point()
-        given = given.detach().cpu().to(table.dtype if same else torch.float64)
-        for value in given.reshape(-1, *table.shape[1:]).unique(dim=0):
-            if not (table == value).reshape(len(table), -1).all(1).any():
-                if self.recipe.get("unseen") == "error":
-                    raise TFMQError(self._unseen_words(name, value, table))
-                self._unseen[name][value.item() if value.dim() == 0 else tuple(value.tolist())] += 1
-
-    def _unseen_words(self, name: str, value: Tensor, table: Tensor) -> str:
-        what = "calibrated timesteps" if name == self.interface.timestep else "values declared finite"
-        if table.dim() > 1:
-            return f"{name}={value.tolist()}: not among the {len(table)} {what}; calibrate with it, or use Recipe(unseen='nearest')."
-        below = table[table < value].max().item() if (table < value).any() else None
-        above = table[table > value].min().item() if (table > value).any() else None
-        return (
-            f"{name}={value.item()}: not among the {len(table)} {what}; its neighbours are {below} and {above}. "
-            "Calibrate with this schedule, or use Recipe(unseen='nearest')."
-        )
-
-
-class QuantizedModel(DropIn):
+class QuantizedModel(QuantizedGraph):
     """A converted graph behind the float network's calling convention: it can be saved, exported and lowered."""
-
-    network: GraphModule
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, *, torch_dtype: torch.dtype | None = None) -> QuantizedModel:
         """`tfmq_fx.load`, as `DiffusionPipeline.from_pretrained` calls it."""
-        from tfmq_fx.saving import load
-
         model = load(folder)
         if torch_dtype not in (None, model.dtype):
             raise TFMQError(
@@ -352,26 +34,17 @@ class QuantizedModel(DropIn):
         """A graph can be moved, other than what is compiled."""
         move_to_device(self.network, device=device)
 
-    @property
-    def temporal_block(self) -> GraphModule:
-        """timestep (N,), and the conditioning that joins it -> the temporal features."""
-        block = self.network.get_submodule("temporal_block")
-        assert isinstance(block, GraphModule)
-        return block
-
     def record_command(self, command: str) -> None:
         """Keep in the report what made this network, for whoever wants to make it again."""
         self._report["command"] = command
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write the artefact; see `tfmq_fx.saving.save`."""
-        from tfmq_fx.saving import save
-
+        """Write the artefact; see `tfmq_fx.artefact.saving.save`."""
         save(self, Path(folder))
 
     def export(self, file: str | Path, *, format: str | None = None, strict: bool = False) -> Exported:
-        """Write the network for another runtime, by suffix or `format`; see `tfmq_fx.exporting.export`."""
-        from tfmq_fx.exporting import export
+        """Write the network for another runtime, by suffix or `format`; see `tfmq_fx.runtimes.exporting.export`."""
+        from tfmq_fx.runtimes.exporting import export
 
         return export(self, file, format=format, strict=strict)
 
@@ -387,8 +60,8 @@ class QuantizedModel(DropIn):
         compile: bool | None = None,
         pack: str | None = None,
     ) -> LoweredModel:
-        """The same network on int8 kernels; see `tfmq_fx.lowering.lower`."""
-        from tfmq_fx.lowering import lower
+        """The same network on int8 kernels; see `tfmq_fx.runtimes.lowering.lower`."""
+        from tfmq_fx.runtimes.lowering import lower
 
         return lower(
             self,
@@ -403,14 +76,11 @@ class QuantizedModel(DropIn):
         )
 
 
-def _output_class(name: str) -> Any:
-    """A diffusers output class by name. Anything else in an artefact is refused, not imported."""
-    from diffusers.utils import BaseOutput
+def load(folder: str | Path) -> QuantizedModel:
+    """Read an artefact written by `save_pretrained`: the same integers, the same outputs, bit for bit.
 
-    module, _, attr = name.rpartition(".")
-    if not module.startswith("diffusers."):
-        raise TFMQError(f"config.json: output type {name!r} is not a diffusers class.")
-    cls = getattr(importlib.import_module(module), attr, None)
-    if not (isinstance(cls, type) and issubclass(cls, BaseOutput)):
-        raise TFMQError(f"config.json: output type {name!r} is not a diffusers output.")
-    return cls
+    Nothing in the folder is executed; the network's own code is not needed. Raises TFMQError saying which
+    file is missing, truncated, altered, of another version, or not ours; and when another process replaced the folder
+    meanwhile.
+    """
+    return read(folder, QuantizedModel)

@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
-import inspect
-import platform
 import sys
-import time
 from collections.abc import Iterable, Mapping
 from functools import partial
 from pathlib import Path
@@ -15,33 +11,34 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule
-from torch.utils import _pytree as pytree
 
-from tfmq_fx.calibration import CalibrationSet, calibrate, input_maxima, inputs_of
-from tfmq_fx.capturing import capture
-from tfmq_fx.errors import TFMQError
-from tfmq_fx.graph import fresh, placeholders
-from tfmq_fx.graph_json import packed_tensors, quantized_weights, tensors_of
-from tfmq_fx.maintenance import maintain
-from tfmq_fx.metrics import cosine_distance, relative_mse_by_timestep
-from tfmq_fx.model import Interface, QuantizedModel
-from tfmq_fx.parallel import workers
-from tfmq_fx.passes.annotate import Plan
-from tfmq_fx.passes.convert import convert
-from tfmq_fx.passes.find_temporal import TemporalBlock, conditioning_vectors, find_temporal
-from tfmq_fx.passes.float_at_unseen import float_at_unseen
-from tfmq_fx.passes.low_rank import low_rank
-from tfmq_fx.passes.partition_temporal import extract_temporal
-from tfmq_fx.passes.pass_manager import LOW_BITS, PassManager
-from tfmq_fx.passes.prepare import prepare
-from tfmq_fx.passes.rotate import rotate
-from tfmq_fx.passes.smooth import smooth
+from tfmq_fx.artefact.drop_in import Interface
+from tfmq_fx.base.errors import TFMQError
+from tfmq_fx.base.parallel import workers
+from tfmq_fx.base.progress import Clock
+from tfmq_fx.calibration.data import CalibrationSet
+from tfmq_fx.calibration.pipelines import denoiser
+from tfmq_fx.calibration.stage import calibrate, input_maxima
+from tfmq_fx.calibration.temporal_rows import temporal_rows
+from tfmq_fx.capturing import captured
+from tfmq_fx.evaluation.errors import ERROR_ROWS, errors_by_timestep, temporal_distance, temporal_drift
+from tfmq_fx.evaluation.summary import summary
+from tfmq_fx.graph.inputs import conditioning_vectors
+from tfmq_fx.graph.nodes import fresh
+from tfmq_fx.maintenance.stage import maintain
+from tfmq_fx.model import QuantizedModel
+from tfmq_fx.passes.low_bits.low_rank import low_rank
+from tfmq_fx.passes.low_bits.rotate import rotate
+from tfmq_fx.passes.low_bits.smooth import smooth
+from tfmq_fx.passes.pass_manager import PassManager
+from tfmq_fx.passes.quantize.convert import convert
+from tfmq_fx.passes.quantize.float_at_unseen import float_at_unseen
+from tfmq_fx.passes.quantize.plan import Plan
+from tfmq_fx.passes.quantize.prepare import prepare
+from tfmq_fx.passes.temporal.find_temporal import TemporalBlock, find_temporal
+from tfmq_fx.passes.temporal.partition_temporal import extract_temporal
 from tfmq_fx.recipe import Recipe
-from tfmq_fx.reconstruction import reconstruct
-from tfmq_fx.recording import denoiser
-from tfmq_fx.temporal import chunks_of, is_scalar, run_temporal, temporal_rows
-
-ERROR_ROWS = 512  # calibration rows on which the report's errors by timestep are measured
+from tfmq_fx.reconstruction.stage import reconstruct
 
 
 def quantize(
@@ -88,7 +85,7 @@ def quantize(
             model, num_samples=64, num_inference_steps=50, seed=seed, timestep=timestep, component=component
         )
     timesteps = calibration.timesteps if timesteps is None else timesteps
-    clock = _Clock()
+    clock = Clock()
 
     gm, example = captured(network, calibration, timestep)
     vectors = {*conditioning_vectors(gm, timestep), *(finite or {})}
@@ -126,11 +123,11 @@ def quantize(
         recipe=recipe.to_json(),
         report={},
     )
-    distance = _temporal_distance(gm, temporal, quantized, rows)
-    errors = _errors_by_timestep(gm, quantized, calibration.spread(ERROR_ROWS, seed=seed), rows, distance)
+    distance = temporal_distance(gm, temporal, quantized, rows)
+    errors = errors_by_timestep(gm, quantized, calibration.spread(ERROR_ROWS, seed=seed), rows, distance)
     clock.lap("measure")
-    quantized._report = _report(converted, network, recipe, seed, clock, errors)
-    quantized._report["temporal_drift"] = _drift(
+    quantized._report = summary(converted, network, recipe, seed, clock, errors)
+    quantized._report["temporal_drift"] = temporal_drift(
         gm, [paths.get(name, name) for name in temporal.features], quantized, rows, distance
     )
     return quantized
@@ -143,33 +140,6 @@ def _refuse_adapters(network: nn.Module) -> None:
         raise TFMQError(
             "quantize: the network has adapters (LoRA) beside its weights; pipe.fuse_lora(), then pipe.unload_lora_weights()."
         )
-
-
-def captured(
-    network: nn.Module, calibration: CalibrationSet, timestep: str
-) -> tuple[GraphModule, dict[str, Any]]:
-    """`capture` on the first rows of the calibration set; the graph and the arguments it was captured with."""
-    example = calibration.arguments(slice(0, 2))
-    if "return_dict" in inspect.signature(network.forward).parameters:
-        example["return_dict"] = False
-    return capture_rows(network, example, timestep)
-
-
-def capture_rows(
-    network: nn.Module, example: dict[str, Any], timestep: str
-) -> tuple[GraphModule, dict[str, Any]]:
-    """`capture` on rows with a timestep each, (N,); for a network that takes one timestep a call, on ()."""
-    try:
-        return capture(network, example, timestep=timestep), example
-    except TFMQError:
-        if not isinstance(example.get(timestep), Tensor) or example[timestep].dim() != 1:
-            raise
-        one = {**example, timestep: example[timestep][0]}
-        try:
-            return capture(network, one, timestep=timestep), one
-        except TFMQError:
-            pass  # the first error is the one to show
-        raise
 
 
 def low_bits(
@@ -210,22 +180,6 @@ def _config(network: nn.Module) -> dict[str, Any]:
     return dict(config)
 
 
-class _Clock:
-    """Seconds by stage: of the wall, and of all threads together."""
-
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
-        self.cpu_seconds: dict[str, float] = {}
-        self._last = time.monotonic(), time.process_time()
-
-    def lap(self, stage: str) -> None:
-        now = time.monotonic(), time.process_time()
-        self.seconds[stage], self.cpu_seconds[stage] = (
-            round(b - a, 3) for a, b in zip(self._last, now, strict=True)
-        )
-        self._last = now
-
-
 @torch.no_grad()
 def _output_type(network: nn.Module, example: dict[str, Any]) -> str | None:
     """The class the network returns when it is not told return_dict=False."""
@@ -233,143 +187,3 @@ def _output_type(network: nn.Module, example: dict[str, Any]) -> str | None:
         return None
     cls = type(network(**{k: v for k, v in example.items() if k != "return_dict"}))
     return f"{cls.__module__}.{cls.__qualname__}" if cls.__module__.startswith("diffusers.") else None
-
-
-@torch.no_grad()
-def _temporal_distance(
-    gm: GraphModule, temporal: TemporalBlock, quantized: QuantizedModel, rows: Mapping[str, Tensor]
-) -> Tensor | None:
-    """(features, R) cosine distances to the float features; None where the block needs more than its keys."""
-    if not placeholders(quantized.temporal_block).keys() <= rows.keys():
-        return None
-    scalar = is_scalar(gm)
-    float_block = extract_temporal(gm, temporal)
-    distances = [
-        cosine_distance(
-            run_temporal(quantized.temporal_block, part, scalar=scalar),
-            run_temporal(float_block, part, scalar=scalar),
-        )
-        for part in chunks_of(rows)
-    ]
-    return torch.cat(distances, dim=1)
-
-
-def _drift(
-    gm: GraphModule,
-    features: list[str],
-    quantized: QuantizedModel,
-    rows: Mapping[str, Tensor],
-    distance: Tensor | None,
-) -> dict[str, Any] | None:
-    """Every feature's mean cosine distance at every timestep."""
-    if distance is None:
-        return None
-    t = rows[gm.meta["timestep"]]
-    by_timestep = torch.stack([distance[:, t == value].mean(1) for value in quantized.timesteps], dim=1)
-    return {
-        "features": features,
-        "timesteps": quantized.timesteps.tolist(),
-        "cosine_distance": [[float(f"{x:.3e}") for x in row] for row in by_timestep.tolist()],
-    }
-
-
-@torch.no_grad()
-def _errors_by_timestep(
-    gm: GraphModule,
-    quantized: QuantizedModel,
-    data: CalibrationSet,
-    rows: Mapping[str, Tensor],
-    distance: Tensor | None,
-) -> list[dict[str, float]]:
-    """By timestep: relative MSE of the output; cosine distance of the temporal features, their mean and worst."""
-    outputs: list[tuple[Tensor, Tensor, Tensor]] = []
-    for batch in data.batches(128, one_timestep=is_scalar(gm)):
-        inputs = inputs_of(gm, batch)
-        outputs.append(
-            (first_tensor(quantized.network(*inputs)), first_tensor(gm(*inputs)), batch[data.timestep])
-        )
-    output = relative_mse_by_timestep(*(torch.cat(column) for column in zip(*outputs, strict=True)))
-    errors = []
-    for t in quantized.timesteps:
-        row = {"timestep": t.item()}
-        if t.item() in output:
-            row["output_relative_mse"] = output[t.item()]
-        if distance is not None:
-            at = distance[:, rows[data.timestep] == t]
-            row["temporal_cosine_distance"] = at.mean().item()
-            row["temporal_cosine_distance_worst"] = at.max().item()
-        errors.append(row)
-    return errors
-
-
-def first_tensor(output: Any) -> Tensor:
-    leaf: Tensor = pytree.tree_leaves(output)[0]
-    return leaf
-
-
-def _report(
-    gm: GraphModule,
-    network: nn.Module,
-    recipe: Recipe,
-    seed: int,
-    clock: _Clock,
-    errors: list[dict[str, float]],
-) -> dict[str, Any]:
-    plan = gm.meta["plan"]
-    integers = quantized_weights(gm)
-    tensors = tensors_of(gm)
-    layers = [dataclasses.asdict(layer) for layer in plan.layers]
-    floats = [dataclasses.asdict(f) for f in plan.floats]
-    quantized = {layer.path for layer in plan.layers if f"{layer.path}_q" in integers}
-    left = {n: p for n, p in network.named_parameters() if n not in gm.meta.get("removed", ())}
-    for name, p in left.items():
-        if name not in quantized and name not in {f["name"] for f in floats}:
-            floats.append(
-                {
-                    "name": name,
-                    "reason": "bias or affine parameter"
-                    if p.dim() <= 1
-                    else "no convolution or linear weight",
-                }
-            )
-    packed = packed_tensors(gm)
-    packed_bytes = sum(
-        tensors[n].numel() * (high - low).bit_length() / 8 for n, (low, high) in packed.items()
-    )
-    other_bytes = sum(x.numel() * x.element_size() for n, x in tensors.items() if n not in packed)
-    changes = [change for name in LOW_BITS for change in gm.meta.get(name, ())]
-    added = {t for change in changes for t in change.tensors}
-    float_bytes = sum(p.numel() * p.element_size() for p in network.parameters())
-    return {
-        "recipe": recipe.to_json(),
-        "seed": seed,
-        "layers": layers,
-        "float": floats,
-        "notes": [dataclasses.asdict(n) for n in plan.notes],
-        "sizes": {
-            "float_bytes": float_bytes,
-            "quantized_bytes": round(packed_bytes + other_bytes),
-            "low_bits_bytes": sum(tensors[n].numel() * tensors[n].element_size() for n in added),
-            "ratio": (packed_bytes + other_bytes) / float_bytes,
-            "quantized_weights": sum(tensors[n].numel() for n in integers),
-            "float_parameters": sum(p.numel() for n, p in left.items() if n not in quantized),
-        },
-        "low_bits": {
-            name: [dataclasses.asdict(change) for change in gm.meta[name]]
-            for name in LOW_BITS
-            if name in gm.meta
-        },
-        "temporal_block": {
-            "features": len(gm.meta["features"]),
-            "timesteps": len(gm.meta["timesteps"]),
-            "finite": {name: len(values) for name, values in gm.meta["finite"].items()},
-            "keys": {f: list(k) for f, k in zip(gm.meta["features"], gm.meta["feature_keys"], strict=True)},
-        },
-        "maintenance": {"maintain": recipe.maintain, **gm.meta.get("maintenance", {})},
-        "reconstruction": [dataclasses.asdict(r) for r in gm.meta.get("reconstruction", ())],
-        "errors_by_timestep": errors,
-        "seconds": clock.seconds,
-        "cpu_seconds": clock.cpu_seconds,
-        "versions": {"torch": torch.__version__, "python": platform.python_version()},
-        "machine": {"processor": platform.machine(), "threads": torch.get_num_threads()},
-    }

@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
 
-from tfmq_fx.arithmetic import FLOAT_BITS, check_bits, check_group_size
-from tfmq_fx.errors import TFMQError, nearest_names
+from tfmq_fx.base.arithmetic import FLOAT_BITS, check_bits, check_group_size
+from tfmq_fx.base.errors import TFMQError, nearest_names
 from tfmq_fx.observers.minmax import TemporalMinMaxObserver
 from tfmq_fx.observers.samples import TemporalKLObserver, TemporalMSEObserver, TemporalPercentileObserver
 from tfmq_fx.observers.temporal import TemporalObserver

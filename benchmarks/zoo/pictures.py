@@ -17,7 +17,7 @@ from benchmarks.zoo.flow_digits import flow_digits_pipeline
 from benchmarks.zoo.ldm_shapes import ldm_shapes_pipeline
 from benchmarks.zoo.shapes import PROMPTS, draw
 from tfmq_fx.demo import embedded_pipeline
-from tfmq_fx.sampling import sample, save_grid
+from tfmq_fx.evaluation.sampling import sample, save_grid
 
 MODELS = ("ddpm-digits", "dit-digits", "ldm-shapes", "flow-digits")
 SEED, DIGITS = 1, 60

@@ -22,8 +22,8 @@ import tfmq_fx
 from benchmarks.digits import NUM_CLASSES, recognise, train_classifier
 from benchmarks.quality import NOISE_SEED, STEPS, settings
 from benchmarks.zoo.dit_digits import dit_digits_pipeline
-from tfmq_fx.metrics import psnr, psnr_by_image
-from tfmq_fx.sampling import sample
+from tfmq_fx.base.metrics import psnr, psnr_by_image
+from tfmq_fx.evaluation.sampling import sample
 
 LABELS = list(range(NUM_CLASSES))
 

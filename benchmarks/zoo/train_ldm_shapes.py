@@ -24,7 +24,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from benchmarks.zoo.shapes import IMAGE_SIZE, PROMPTS, as_asked, draw, judge
 from benchmarks.zoo.training import fit
-from tfmq_fx.metrics import psnr
+from tfmq_fx.base.metrics import psnr
 
 PICTURES = 12_000  # drawn once for the UNet; the autoencoder sees new ones in every step
 TOKENS, WIDTH = 8, 64  # of a prompt

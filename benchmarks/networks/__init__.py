@@ -1,0 +1,1 @@
+"""Networks and pipelines that tests and benchmarks share."""

@@ -1,0 +1,1 @@
+"""Tidy a captured graph. Results stay bitwise equal."""

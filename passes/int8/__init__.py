@@ -1,0 +1,1 @@
+"""Rewrite a quantized graph into what int8 kernels take: the same integers."""

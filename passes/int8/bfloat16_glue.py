@@ -1,0 +1,147 @@
+"""Compute in bfloat16 what stands between the int8 kernels."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule, Node
+from torch.fx.passes.infra.pass_base import PassResult
+
+from tfmq_fx.graph.nodes import aten, attribute, op_name, set_buffer, value_inputs
+from tfmq_fx.passes.int8.onednn_kernels import KERNELS, LAY_OUT, output_dtype, set_output
+from tfmq_fx.passes.int8.rescale_temporal import PRECISE
+from tfmq_fx.passes.int8.share_quantized import QUANTIZE
+from tfmq_fx.passes.pass_manager import declare
+
+_ARITHMETIC = ("add", "sub", "mul", "div", "clamp")
+
+
+@declare(after=("onednn_kernels", "share_quantized"))
+def bfloat16_glue(
+    gm: GraphModule, *, dtypes: dict[Node, torch.dtype], precise: Collection[str]
+) -> PassResult:
+    """Give float32 nodes bfloat16 inputs, cast once where the two meet; kernels write bfloat16.
+
+        y = kernel(x, ..., float32); z = group_norm(y, w, b)
+            ==>  y = kernel(x, ..., bfloat16); z = group_norm(y, to(w, bfloat16), to(b, bfloat16))
+
+    dtypes: of every node that is a tensor, as a run of the graph has them. precise: the inputs whose sole dependents
+    keep float32, as do nodes marked PRECISE and the arithmetic that feeds a quantization alone: that of timesteps up to
+    1000, of scales looked up by them, and of sums that cancel do not fit eight bits.
+
+    Numerics: each node rounds to 8 bits, about 1% of the largest output in all. Inputs and outputs keep their dtypes.
+    """
+    kept = _kept(gm, precise) | {n for n in gm.graph.nodes if _makes_float32(n) or _of_a_float_layer(n)}
+    casts: dict[tuple[Node, torch.dtype], Node] = {}
+    lowered: set[Node] = set()  # whose dtype was float32 and is bfloat16
+    for node in list(gm.graph.nodes):
+        if node.op in ("placeholder", "get_attr") or node.target is QUANTIZE or node.target in LAY_OUT:
+            continue  # a quantization reads either, and a weight's scales are float32
+        if node.target in KERNELS:
+            if node not in kept and output_dtype(node) is torch.float32:
+                set_output(node, dtype=torch.bfloat16)
+                lowered.add(node)
+            continue
+        keeps = node in kept or node.op == "output"
+        wanted = torch.float32 if keeps else torch.bfloat16
+        _give(gm, node, wanted, dtypes=dtypes, lowered=lowered, casts=casts)
+        if not keeps and (dtypes.get(node) is torch.float32 or _holds_float32(node, dtypes)):
+            lowered.add(node)
+            node.args = tuple(_narrow(a) for a in node.args)
+            node.kwargs = {name: _narrow(a) for name, a in node.kwargs.items()}
+    if lowered:
+        gm.graph.lint()
+        gm.recompile()
+    return PassResult(gm, bool(lowered))
+
+
+def _narrow(argument: Any) -> Any:
+    """What a cast to float32 casts to instead."""
+    return torch.bfloat16 if argument is torch.float32 else argument
+
+
+def _kept(gm: GraphModule, precise: Collection[str]) -> set[Node]:
+    """What follows from the precise inputs and constants alone, what is marked, arithmetic on these alone, and
+    arithmetic that only a quantization reads."""
+    marks: dict[Node, set[str]] = {}
+    kept: set[Node] = set()
+    for node in gm.graph.nodes:
+        above = [marks[n] for n in value_inputs(node)]
+        marks[node] = {str(node.target)} if node.op == "placeholder" else set().union(*above)
+        inputs = [n for n in node.all_input_nodes if n.op != "get_attr"]
+        of_kept = op_name(node) in _ARITHMETIC and inputs and kept.issuperset(inputs)
+        if (marks[node] and marks[node] <= set(precise)) or node.meta.get(PRECISE) or of_kept:
+            kept.add(node)
+    for node in reversed(gm.graph.nodes):
+        alone = node.users and all(u.target is QUANTIZE or (u in kept and _feeds(u)) for u in node.users)
+        if alone and op_name(node) in _ARITHMETIC:
+            kept.add(node)
+    return kept - set(gm.graph.find_nodes(op="output"))
+
+
+def _feeds(node: Node) -> bool:
+    return op_name(node) in _ARITHMETIC and not node.meta.get(PRECISE)
+
+
+def _makes_float32(node: Node) -> bool:
+    """Numbers out of nothing: arange has more of them than bfloat16 can tell apart."""
+    given = (*node.args, *node.kwargs.values())
+    return node.op == "call_function" and not value_inputs(node) and torch.float32 in given
+
+
+def _of_a_float_layer(node: Node) -> bool:
+    """The pairs around layers without a kernel: they round in float32, and what they give is float32."""
+    is_pair = (
+        isinstance(node.target, torch._ops.OpOverload) and node.target.namespace == "quantized_decomposed"
+    )
+    return is_pair and node.target is not QUANTIZE
+
+
+def _holds_float32(node: Node, dtypes: dict[Node, torch.dtype]) -> bool:
+    """A tuple of tensors, such as split's: the dtype of what is taken out of it."""
+    taken = [u for u in node.users if op_name(u) == "getitem"]
+    return node not in dtypes and any(dtypes.get(u) is torch.float32 for u in taken)
+
+
+def _give(
+    gm: GraphModule,
+    node: Node,
+    wanted: torch.dtype,
+    *,
+    dtypes: dict[Node, torch.dtype],
+    lowered: set[Node],
+    casts: dict[tuple[Node, torch.dtype], Node],
+) -> None:
+    def cast(x: Node) -> Node:
+        is_float = dtypes.get(x) is torch.float32
+        found = torch.bfloat16 if x in lowered else torch.float32
+        if not is_float or found is wanted:
+            return x
+        if (x, wanted) not in casts:
+            casts[x, wanted] = _cast(gm, x, wanted)
+        return casts[x, wanted]
+
+    node.args = torch.fx.map_arg(node.args, cast)
+    node.kwargs = torch.fx.map_arg(node.kwargs, cast)
+
+
+def _cast(gm: GraphModule, x: Node, dtype: torch.dtype) -> Node:
+    if x.op == "get_attr":
+        target = f"{x.target}_{str(dtype).removeprefix('torch.')}"
+        value: Tensor = attribute(gm, str(x.target))
+        set_buffer(gm, target, value.to(dtype))
+        with gm.graph.inserting_after(x):
+            return gm.graph.get_attr(target)
+    after = x
+    if x.op == "placeholder":
+        after = _last(gm.graph.find_nodes(op="placeholder"))
+    with gm.graph.inserting_after(after):
+        made: Node = gm.graph.call_function(aten._to_copy.default, (x,), {"dtype": dtype})
+    return made
+
+
+def _last(nodes: Iterable[Any]) -> Any:
+    return list(nodes)[-1]

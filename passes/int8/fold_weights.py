@@ -1,0 +1,57 @@
+"""Compute once what a graph makes of its constants."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch.fx import GraphModule, Node
+
+from tfmq_fx.graph.nodes import attribute, set_buffer, weight_argument
+
+
+def fold_weights(gm: GraphModule, layers: Iterable[Node] | None = None) -> None:
+    """What a layer of float arithmetic makes of its constant weight is made once: dequantize(w) ==> get_attr.
+
+    layers: those layers; None: all that read such a weight still, having fallen back.
+    """
+    for node in list(gm.graph.nodes if layers is None else layers):
+        index = weight_argument(node)
+        weight = None if index is None else node.args[index]
+        if isinstance(weight, Node) and weight.op == "call_function" and _is_constant(weight):
+            fold(gm, weight, f"{node.name}_weight")
+    gm.graph.eliminate_dead_code()
+    gm.recompile()
+
+
+def _is_constant(node: Node) -> bool:
+    if node.op != "call_function":
+        return node.op == "get_attr"
+    return all(_is_constant(n) for n in node.all_input_nodes)
+
+
+def fold(gm: GraphModule, node: Node, target: str) -> None:
+    set_buffer(gm, target, _value(gm, node))
+    with gm.graph.inserting_before(node):
+        constant = gm.graph.get_attr(target)
+    constant.meta = dict(node.meta)
+    node.replace_all_uses_with(constant)
+    gm.graph.erase_node(node)
+
+
+def _value(gm: GraphModule, node: Node) -> Any:
+    if node.op == "get_attr":
+        return attribute(gm, str(node.target))
+    assert callable(node.target)
+    args, kwargs = torch.fx.map_arg((node.args, node.kwargs), lambda n: _value(gm, n))
+    return node.target(*args, **kwargs)
+
+
+def keep_what_is_read(gm: GraphModule) -> None:
+    """Drop the parameters and buffers that no node reads: integers that kernels have in another form."""
+    read = {str(n.target) for n in gm.graph.find_nodes(op="get_attr")}
+    for path, module in list(gm.named_modules()):
+        for name in [*module._parameters, *module._buffers]:
+            if ".".join(filter(None, (path, name))) not in read:
+                delattr(module, name)

@@ -1,0 +1,115 @@
+"""Move what is hard to quantize from the activations' channels into the weights'."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule
+from torch.fx.passes.infra.pass_base import PassResult
+
+from tfmq_fx.base.errors import TFMQError
+from tfmq_fx.graph.channels import Change, ParameterLayer, choose_layers, require_float_graph, set_tensor
+from tfmq_fx.graph.nodes import aten, set_buffer
+from tfmq_fx.graph.origins import Explicit, find_origins
+from tfmq_fx.passes.pass_manager import CLEANING, declare
+from tfmq_fx.passes.temporal.find_temporal import TemporalBlock, find_temporal
+
+
+@declare(after=CLEANING)
+def smooth(
+    gm: GraphModule,
+    *,
+    maxima: Mapping[str, Tensor],
+    alpha: float = 0.5,
+    temporal: TemporalBlock | None = None,
+) -> PassResult:
+    """SmoothQuant (Xiao et al. 2023, eq. 4) on every layer outside the temporal block but the first and last.
+
+        linear(x, W)   ==>   linear(x / s, W * s),   s_j = max|X_j|^alpha / max|W_j|^(1 - alpha)
+
+    per input channel j. 1 / s goes into what produces x (a norm's affine, a layer's output channels) where views and
+    positively homogeneous operators alone lie between and nothing else reads these channels; layers that
+    share an input, or a producer, share s. Elsewhere one `mul` stands before the layers that read x. Reassociation only.
+
+    maxima: layer's node name -> max|X_j| over the calibration data (C_in,), see `calibration.input_maxima`.
+
+    gm.meta["smooth"] says what was done to each layer; a graph that has it stays as it is. Raises TFMQError for a prepared
+    graph, for an alpha outside [0, 1], and for a layer whose maxima are missing, of another length or not finite.
+    """
+    require_float_graph(gm, "smooth")
+    if not 0.0 <= alpha <= 1.0:
+        raise TFMQError(f"alpha={alpha}: is not between 0 (weights stay) and 1 (activations become even).")
+    if "smooth" in gm.meta:
+        return PassResult(gm, False)
+    temporal = temporal or find_temporal(gm)
+    inside = temporal.nodes
+    layers, changes = choose_layers(gm, inside, timestep=temporal.timestep)
+    _check(layers, maxima)
+    origins, explicit = find_origins(gm, layers, temporal=inside)
+    for origin in origins:
+        readers = [(layer, origin.read[layer.node]) for layer in layers if layer.node in origin.read]
+        s_C = _scale(readers, maxima, sum(p.channels for p in origin.producers), alpha)
+        for p in origin.producers:
+            part_C = s_C[p.start : p.start + p.channels]
+            p.rewrite(gm, lambda rows, part_C=part_C: rows / part_C.to(rows.device)[:, None])  # type: ignore[misc]
+        for layer, numbers in readers:
+            _multiply(layer, s_C[numbers])
+            changes.append(Change(name=layer.path, how="folded", reason=origin.words))
+    for group in explicit:
+        channels = torch.arange(len(group.layers[0].by_input()))
+        s_C = _scale([(layer, channels) for layer in group.layers], maxima, len(channels), alpha)
+        path = _insert(group, 1 / s_C)
+        for layer in group.layers:
+            _multiply(layer, s_C)
+            changes.append(Change(name=layer.path, how="explicit", reason=group.reason, tensors=(path,)))
+    gm.meta["smooth"] = tuple(changes)
+    gm.graph.lint()
+    gm.recompile()
+    return PassResult(gm, bool(layers))
+
+
+def _scale(
+    readers: Iterable[tuple[ParameterLayer, Tensor]], maxima: Mapping[str, Tensor], count: int, alpha: float
+) -> Tensor:
+    """s (count,) in float64, from the largest |X_j| and |W_j| over the layers that read channel j; 1 where either is 0."""
+    x_C, w_C = torch.zeros(2, count, dtype=torch.float64)
+    for layer, numbers in readers:
+        w_J = layer.by_input().abs().amax(1).double().cpu()
+        x_C.scatter_reduce_(0, numbers, maxima[layer.node.name].double().cpu(), "amax")
+        w_C.scatter_reduce_(0, numbers, w_J, "amax")
+    s_C = x_C.pow(alpha) / w_C.pow(1 - alpha)
+    return torch.where((x_C > 0) & (w_C > 0), s_C, 1.0)
+
+
+def _multiply(layer: ParameterLayer, s_C: Tensor) -> None:
+    """W * s, a factor for each input channel."""
+    rows = layer.by_input().double()
+    set_tensor(layer.gm, layer.path, layer.from_input(rows * s_C.to(rows.device)[:, None]))
+
+
+def _insert(group: Explicit, factor_C: Tensor) -> str:
+    """x -> mul(x, factor) before these layers, the factor along the channels."""
+    first = group.layers[0]
+    gm, path = first.gm, f"{first.path}_smooth"
+    set_buffer(gm, path, factor_C.to(first.weight).reshape([-1] + [1] * (-group.axis - 1)))
+    with gm.graph.inserting_before(first.node):
+        scaled = gm.graph.call_function(aten.mul.Tensor, (group.x, gm.graph.get_attr(path)))
+    scaled.meta = dict(group.x.meta)
+    for layer in group.layers:
+        layer.node.update_arg(0, scaled)
+    return path
+
+
+def _check(layers: list[ParameterLayer], maxima: Mapping[str, Tensor]) -> None:
+    for layer in layers:
+        found, channels = maxima.get(layer.node.name), len(layer.by_input())
+        if found is None or found.shape != (channels,) or not torch.isfinite(found).all():
+            what = "there are none" if found is None else f"found {tuple(found.shape)}"
+            if found is not None and found.shape == (channels,):
+                what = "found NaN or infinite ones"
+            raise TFMQError(
+                f"maxima: {layer.path} (node {layer.node.name}) needs one finite value for each of its {channels} input channels, "
+                f"{what}; take them from calibration.input_maxima of this very graph."
+            )

@@ -1,0 +1,1 @@
+"""From the float graph to integers: the passes that change numbers."""

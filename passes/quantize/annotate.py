@@ -1,0 +1,200 @@
+"""Say for every layer how it is quantized: a torchao Quantizer driven by a Recipe."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from collections.abc import Mapping
+
+import torch
+from torch.fx import GraphModule, Node
+
+from tfmq_fx.base._torchao import (
+    Q_ANNOTATION_KEY,
+    HistogramObserver,
+    MinMaxObserver,
+    QuantizationAnnotation,
+    QuantizationSpec,
+    Quantizer,
+)
+from tfmq_fx.base.arithmetic import FLOAT_BITS, IntegerRange
+from tfmq_fx.graph.inputs import require_input
+from tfmq_fx.graph.nodes import matmul_inputs, meta_value, op_name, output_channel_axis, weight_argument
+from tfmq_fx.observers.static import StaticFakeQuantize
+from tfmq_fx.observers.token import TokenFakeQuantize
+from tfmq_fx.observers.weight import PerChannelWeightFakeQuantize
+from tfmq_fx.passes.quantize.plan import Float, Note, Plan, plan, rows_are_samples, table_key
+from tfmq_fx.passes.temporal.find_temporal import TemporalBlock, taint
+from tfmq_fx.recipe import Recipe
+
+
+class RecipeQuantizer(Quantizer):  # type: ignore[misc]
+    """torchao Quantizer: temporal observers inside the block, per-tensor or per-token FakeQuantize outside, weights per
+    channel or group.
+
+    sizes: the finite inputs, the timestep first, name -> number of values.
+    data: another torchao Quantizer that annotates everything outside the temporal block instead.
+    """
+
+    def __init__(
+        self,
+        *,
+        recipe: Recipe,
+        temporal: TemporalBlock,
+        sizes: Mapping[str, int],
+        data: Quantizer | None = None,
+    ) -> None:
+        self.recipe, self.temporal, self.sizes, self.data = recipe, temporal, sizes, data
+        self.plan: Plan | None = None
+        self.keys: dict[str, tuple[str, ...]] = {}  # observed node -> the key of its qparams
+
+    def transform_for_annotation(self, model: GraphModule) -> GraphModule:
+        return model if self.data is None else self.data.transform_for_annotation(model)
+
+    def annotate(self, model: GraphModule) -> GraphModule:
+        self.plan = plan(model, recipe=self.recipe, temporal=self.temporal)
+        nodes = {n.name: n for n in model.graph.nodes}
+        floats, layers = list(self.plan.floats), []
+        theirs = {n.path for n in self.plan.layers if self.data is not None and not n.temporal}
+        notes = [n for n in self.plan.notes if n.name not in theirs]
+        marks = taint(model)
+        inside = set(self.temporal.nodes)
+        if self.data is not None:
+            # Theirs first, then the temporal block is ours again, whatever they wrote there.
+            self.data.annotate(model)
+            for name in inside:
+                nodes[name].meta.pop(Q_ANNOTATION_KEY, None)
+        for layer in self.plan.layers:
+            node = nodes[layer.node]
+            if self.data is not None and not layer.temporal:
+                if Q_ANNOTATION_KEY not in node.meta:
+                    reason = f"{type(self.data).__name__} does not annotate it"
+                    floats.append(Float(name=layer.path, reason=reason, chosen=False))
+                continue
+            specs: dict[Node, QuantizationSpec] = {}
+            x, weight = node.args[0], node.args[weight_argument(node)]  # type: ignore[index]
+            assert isinstance(x, Node)
+            assert isinstance(weight, Node)
+            if layer.activation_granularity == "token":
+                specs[x] = self._token(layer.activation_bits)
+            elif layer.activation_bits != FLOAT_BITS:
+                key, reason = self._key(x, marks[x], temporal=layer.temporal)
+                if reason:
+                    notes.append(Note(name=x.name, reason=reason))
+                if key:
+                    self.keys[x.name] = key
+                    num_keys = math.prod(self.sizes[n] for n in key)
+                    specs[x] = self._temporal(layer.activation_bits, num_keys, temporal=layer.temporal)
+                else:
+                    specs[x] = self._static(layer.activation_bits)
+                layer = dataclasses.replace(layer, key=key)
+            elif self.recipe.activation_bits != FLOAT_BITS:
+                floats.append(
+                    Float(name=f"input of {layer.path}", reason=layer.reason or "activation_bits is 16")
+                )
+            if layer.weight_bits != FLOAT_BITS:
+                specs[weight] = self._weight(layer.weight_bits, layer.group_size, output_channel_axis(node))
+            else:
+                floats.append(Float(name=layer.path, reason=layer.reason or "weight_bits is 16"))
+            layers.append(layer)
+            self._set(node, specs)
+        if self.recipe.attention_bits != FLOAT_BITS and self.data is None:
+            for node in model.graph.nodes:
+                if not any(isinstance(v, Node) for v in node.kwargs.values()):
+                    self._set(node, {x: self._operand(x) for x in matmul_inputs(node)})
+        if self.data is not None:
+            notes += [
+                Note(name=n.name, reason=f"annotated by {type(self.data).__name__}")
+                for n in model.graph.nodes
+                if n.name not in inside and Q_ANNOTATION_KEY in n.meta and weight_argument(n) is not None
+            ]
+        self.plan = Plan(layers=tuple(layers), floats=tuple(floats), notes=tuple(dict.fromkeys(notes)))
+        return model
+
+    def _key(self, x: Node, mark: frozenset[str], *, temporal: bool) -> tuple[tuple[str, ...], str]:
+        """The key of an activation's qparams, () for one per tensor; and why it is coarser than x deserves, or ""."""
+        timestep = self.temporal.timestep
+        batch = meta_value(require_input(x.graph.owning_module, timestep))  # type: ignore[arg-type]
+        if not temporal and self.recipe.keyed != "all":
+            return (), ""
+        if not rows_are_samples(x, batch):
+            return (), "one scale per tensor: its rows are not the batch"
+        if not temporal:
+            return (timestep,), ""
+        key = table_key(mark, timestep=timestep, sizes=self.sizes, max_entries=self.recipe.max_table_entries)
+        if key is not None:
+            return key, ""
+        unknown = sorted(mark - self.sizes.keys())
+        why = (
+            f"depends on {', '.join(unknown)}, not declared finite"
+            if unknown
+            else f"{' x '.join(str(self.sizes[n]) for n in self.sizes if n in mark)} values of {', '.join(sorted(mark))} "
+            f"exceed max_table_entries={self.recipe.max_table_entries}"
+        )
+        if timestep in mark:
+            return (timestep,), f"one scale per timestep over sampled values: {why}"
+        return (), f"one scale over sampled values: {why}"
+
+    def validate(self, model: GraphModule) -> None:
+        """Nothing to check: the plan only names nodes of this graph."""
+
+    @staticmethod
+    def _set(node: Node, specs: dict[Node, QuantizationSpec]) -> None:
+        if specs:
+            node.meta[Q_ANNOTATION_KEY] = QuantizationAnnotation(input_qspec_map=specs, _annotated=True)
+
+    def _temporal(self, bits: int, num_keys: int, *, temporal: bool) -> QuantizationSpec:
+        integers = IntegerRange.activation(bits)
+        observer = self.recipe.temporal_observer_class
+        shared = {} if temporal or not self.recipe.shared_zero_point else {"shared_zero_point": True}
+        return QuantizationSpec(
+            dtype=integers.dtype,
+            observer_or_fake_quant_ctr=observer.with_args(num_keys=num_keys, bits=bits, **shared),
+            quant_min=integers.quant_min,
+            quant_max=integers.quant_max,
+            qscheme=torch.per_tensor_affine,
+        )
+
+    def _static(self, bits: int) -> QuantizationSpec:
+        return self._per_tensor(IntegerRange.activation(bits))
+
+    def _operand(self, x: Node) -> QuantizationSpec:
+        """Of a product of two activations, which int8 kernels take without zero points."""
+        bits, positive = self.recipe.attention_bits, op_name(x) in ("softmax", "_softmax")
+        return self._per_tensor(IntegerRange.activation(bits) if positive else IntegerRange.operand(bits))
+
+    def _per_tensor(self, integers: IntegerRange) -> QuantizationSpec:
+        observer = MinMaxObserver if self.recipe.activation_observer == "minmax" else HistogramObserver
+        return QuantizationSpec(
+            dtype=integers.dtype,
+            observer_or_fake_quant_ctr=StaticFakeQuantize.with_args(observer=observer),
+            quant_min=integers.quant_min,
+            quant_max=integers.quant_max,
+            qscheme=torch.per_tensor_symmetric if integers.symmetric else torch.per_tensor_affine,
+        )
+
+    @staticmethod
+    @functools.cache  # equal specs: linears that read the same tokens share one fake quantize
+    def _token(bits: int) -> QuantizationSpec:
+        integers = IntegerRange.token(bits)
+        return QuantizationSpec(
+            dtype=integers.dtype,
+            observer_or_fake_quant_ctr=TokenFakeQuantize.with_args(bits=bits),
+            quant_min=integers.quant_min,
+            quant_max=integers.quant_max,
+            qscheme=torch.per_tensor_symmetric,
+        )
+
+    def _weight(self, bits: int, group_size: int | None, axis: int) -> QuantizationSpec:
+        integers = IntegerRange.weight(bits)
+        return QuantizationSpec(
+            dtype=integers.dtype,
+            observer_or_fake_quant_ctr=PerChannelWeightFakeQuantize.with_args(
+                bits=bits, group_size=group_size
+            ),
+            quant_min=integers.quant_min,
+            quant_max=integers.quant_max,
+            qscheme=torch.per_channel_symmetric if integers.symmetric else torch.per_channel_affine,
+            ch_axis=axis,
+        )

@@ -1,0 +1,269 @@
+"""Look temporal features up in a table of what the float network computes at every key."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule, Node
+from torch.fx.passes.infra.pass_base import PassResult
+
+from tfmq_fx.base.errors import TFMQError, nearest_names
+from tfmq_fx.graph.inputs import placeholders
+from tfmq_fx.graph.nodes import aten, meta_value, set_buffer
+from tfmq_fx.passes.pass_manager import declare
+from tfmq_fx.passes.quantize.observed import require_stage
+from tfmq_fx.passes.quantize.plan import rows_are_samples, table_key
+from tfmq_fx.passes.temporal.find_temporal import temporal_of
+from tfmq_fx.passes.temporal.insert_step_index import key_index
+from tfmq_fx.passes.temporal.partition_temporal import separate
+from tfmq_fx.recipe import CACHE_TYPES
+
+ROOT = "temporal_cache"  # where the tables lie in the state dict
+
+
+@dataclass(frozen=True, kw_only=True)
+class CachedFeature:
+    """A feature that is looked up."""
+
+    name: str
+    key: tuple[str, ...]  # the inputs whose values select the row
+    table: str  # the buffer that holds it, beside other features
+    columns: tuple[int, int]  # from, to
+
+
+@declare(needs=("prepare",), after=("calibrate", "reconstruct"))
+def cache_temporal(
+    gm: GraphModule, *, tables: Mapping[str, Tensor], cache_type: str = "float16"
+) -> PassResult:
+    """Replace temporal features of a calibrated graph by one look-up per key; what no other feature needs is removed.
+
+        step -> .. -> linear(., W_i) = f_i -> rest     ==>    rows = to(index_select(table, 0, step), float32)
+        step -> .. -> linear(., W_j) = f_j -> rest            rows[:, a:b] -> rest;  rows[:, b:c] -> rest
+
+    With int8 there is a second look-up, of scales: f_i = rows[:, a:b] * scales[:, i:i+1].
+
+    tables: feature -> (K, ...), its float value at every one of the K values of its key (`feature_key`, row-major), as
+        `tfmq_fx.maintenance.feature_tables` computes them from the float block.
+    cache_type: "float16", "bfloat16", or "int8" with a scale for each key and feature.
+
+    Numerics: a cached feature is its float value rounded to `cache_type`: within 2^-11 of the value in float16
+    (below 6e-5 within 3e-8), 2^-8 in bfloat16, and 1/254 of the row's largest in int8. A feature that is not in `tables` is
+    bitwise what it was: where it is computed from a cached one, that one's layer stays for it. At a value outside the
+    table a cached feature is its nearest neighbour's.
+
+    gm.meta["cached"] says what is looked up; gm.meta["plan"] loses the layers that went. Raises TFMQError for an unknown
+    feature, one without a finite key, and a table of another size or with values that `cache_type` cannot hold.
+    """
+    require_stage(gm, "calibrated", "reconstructed")
+    if cache_type not in CACHE_TYPES:
+        raise TFMQError(f"cache_type: {cache_type!r} is unknown; use one of {', '.join(CACHE_TYPES)}.")
+    temporal = temporal_of(gm)
+    for name in tables:
+        if name not in temporal.features:
+            raise TFMQError(
+                f"tables: {name!r} is no temporal feature; features are {nearest_names(name, temporal.features)}."
+            )
+    done = {c.name for c in gm.meta.get("cached", ())}
+    groups: dict[tuple[str, ...], list[str]] = {}
+    for name in temporal.features:
+        if name in tables and name not in done:
+            groups.setdefault(feature_key(gm, name), []).append(name)
+    if not groups:
+        return PassResult(gm, False)
+    for key, names in groups.items():
+        for name in names:
+            _check_table(name, tables[name], rows=_rows(gm, key), cache_type=cache_type)
+    before = separate(gm, temporal)
+    read = _constants(gm)
+    names_before = {n.name for n in gm.graph.nodes}
+    renamed: dict[str, str] = {}
+    for key, names in groups.items():
+        renamed |= _look_up(gm, key, {n: tables[n] for n in names}, cache_type=cache_type, block=set(before))
+    _erase_unneeded(gm, before)
+    rename_layers(gm, renamed)
+    _forget(gm, paths=read - _constants(gm), nodes=names_before - {n.name for n in gm.graph.nodes})
+    gm.delete_all_unused_submodules()
+    gm.graph.lint()
+    gm.recompile()
+    return PassResult(gm, True)
+
+
+def feature_key(gm: GraphModule, name: str) -> tuple[str, ...]:
+    """The finite inputs that a feature of a prepared graph is a function of. Raises TFMQError where it has no table."""
+    if (why := uncacheable(gm, name)) is not None:
+        raise TFMQError(f"feature {name}: cannot be cached: {why}; maintain it by reconstruction.")
+    key = _key(gm, name)
+    assert key is not None
+    return key
+
+
+def uncacheable(gm: GraphModule, name: str) -> str | None:
+    """Why a feature of a prepared graph has no table; None when it can have one."""
+    sizes = table_sizes(gm)
+    mark = gm.meta["feature_keys"][gm.meta["features"].index(name)]
+    if _key(gm, name) is None:
+        unknown = [n for n in mark if n not in sizes]
+        if unknown:
+            return f"it depends on {', '.join(unknown)}, not declared finite"
+        product = " x ".join(str(sizes[n]) for n in mark)
+        return f"{product} values of {', '.join(mark)} exceed max_table_entries={gm.meta['recipe'].max_table_entries}"
+    node = next(n for n in gm.graph.nodes if n.name == name)
+    if not rows_are_samples(node, meta_value(placeholders(gm)[gm.meta["timestep"]])):
+        return "its rows are not the batch"
+    return None
+
+
+def table_sizes(gm: GraphModule) -> dict[str, int]:
+    """The finite inputs of a prepared graph, the timestep first, with their number of values."""
+    return {gm.meta["timestep"]: len(gm.meta["timesteps"])} | {
+        n: len(v) for n, v in gm.meta["finite"].items()
+    }
+
+
+def is_per_row(gm: GraphModule, key: Iterable[str]) -> bool:
+    """Whether samples of a batch may have keys of their own: not when every input of the key has shape ()."""
+    values = {n: meta_value(placeholders(gm)[n]) for n in key}
+    return not all(isinstance(v, Tensor) and v.dim() == 0 for v in values.values())
+
+
+def encode(table_KF: Tensor, cache_type: str) -> tuple[Tensor, Tensor | None]:
+    """A table as it is stored, with a scale per row (K, 1) for int8: max |x| is 127, a row of zeros has scale 1."""
+    if cache_type != "int8":
+        return table_KF.to(getattr(torch, cache_type)), None
+    largest = table_KF.abs().amax(1, keepdim=True)
+    scale = torch.where(largest > 0, largest / 127, 1.0)
+    return (table_KF / scale).round().clamp(-127, 127).to(torch.int8), scale
+
+
+def decode(stored_KF: Tensor, scale_K1: Tensor | None) -> Tensor:
+    values = stored_KF.to(torch.float32)
+    return values if scale_K1 is None else values * scale_K1
+
+
+def _key(gm: GraphModule, name: str) -> tuple[str, ...] | None:
+    mark = gm.meta["feature_keys"][gm.meta["features"].index(name)]
+    limit = gm.meta["recipe"].max_table_entries
+    return table_key(frozenset(mark), timestep=gm.meta["timestep"], sizes=table_sizes(gm), max_entries=limit)
+
+
+def _rows(gm: GraphModule, key: tuple[str, ...]) -> int:
+    return math.prod(table_sizes(gm)[n] for n in key)
+
+
+def _check_table(name: str, table: Tensor, *, rows: int, cache_type: str) -> None:
+    if table.dim() < 1 or len(table) != rows:
+        raise TFMQError(
+            f"tables[{name!r}]: shape {tuple(table.shape)}, but its key has {rows} values; give a row for each."
+        )
+    if not torch.isfinite(table).all():
+        raise TFMQError(f"tables[{name!r}]: hold NaN or infinite values.")
+    if cache_type == "float16" and table.abs().max() > torch.finfo(torch.float16).max:
+        raise TFMQError(
+            f"tables[{name!r}]: {table.abs().max().item():g} is too large for float16; use cache_type='bfloat16'."
+        )
+
+
+def _look_up(
+    gm: GraphModule,
+    key: tuple[str, ...],
+    tables: Mapping[str, Tensor],
+    *,
+    cache_type: str,
+    block: set[Node],
+) -> dict[str, str]:
+    """Insert the look-up of features that share a key; old -> new names of their layers that others still need."""
+    call, nodes = gm.graph.call_function, {n.name: n for n in gm.graph.nodes}
+    index = key_index(gm, key, timestep=gm.meta["timestep"], sizes=table_sizes(gm))
+    flat = {name: table.detach().float().reshape(len(table), -1) for name, table in tables.items()}
+    stored = {name: encode(table, cache_type) for name, table in flat.items()}
+    path = _unused(gm, f"{ROOT}.{'_and_'.join(key)}")
+    scales = [scale for _, scale in stored.values() if scale is not None]
+    set_buffer(gm, f"{path}.values", torch.cat([values for values, _ in stored.values()], dim=1))
+    with gm.graph.inserting_after(index):
+        table = gm.graph.get_attr(f"{path}.values")
+    with gm.graph.inserting_after(table):
+        rows = call(aten.index_select.default, (table, 0, index))
+    with gm.graph.inserting_after(rows):
+        values = last = call(aten._to_copy.default, (rows,), {"dtype": torch.float32})
+    if scales:
+        set_buffer(gm, f"{path}.scale", torch.cat(scales, dim=1))
+        with gm.graph.inserting_after(last):
+            scale_table = gm.graph.get_attr(f"{path}.scale")
+        with gm.graph.inserting_after(scale_table):
+            factors = call(aten.index_select.default, (scale_table, 0, index))
+    cached, renamed, start = [], {}, 0
+    for i, (name, table_KF) in enumerate(flat.items()):
+        node, end = nodes[name], start + table_KF.shape[1]
+        # Where the layer stood, so that the features keep their order.
+        with gm.graph.inserting_before(node):
+            new = call(aten.slice.Tensor, (values, 1, start, end))
+            if scales:
+                new = call(aten.mul.Tensor, (new, call(aten.slice.Tensor, (factors, 1, i, i + 1))))
+            shape = list(tables[name].shape[1:])
+            if not is_per_row(gm, key):
+                new = call(aten.reshape.default, (new, shape))
+            elif len(shape) != 1:
+                new = call(aten.reshape.default, (new, [-1, *shape]))
+        renamed[name] = stand_for(node, new, block=block)
+        cached.append(CachedFeature(name=name, key=key, table=f"{path}.values", columns=(start, end)))
+        start = end
+    gm.meta["cached"] = (*gm.meta.get("cached", ()), *cached)
+    return renamed
+
+
+def _unused(gm: GraphModule, path: str) -> str:
+    """`path`, or with a number where an earlier run put a table there."""
+    taken = {c.table.removesuffix(".values") for c in gm.meta.get("cached", ())}
+    numbered = (path if i == 1 else f"{path}_{i}" for i in range(1, len(taken) + 2))
+    return next(p for p in numbered if p not in taken)
+
+
+def _erase_unneeded(gm: GraphModule, block: list[Node]) -> None:
+    """Erase what was computed for the cached features alone, operators in place included."""
+    needed = set(temporal_of(gm).nodes)
+    for node in reversed(block):
+        if node.name not in needed and not node.users:
+            gm.graph.erase_node(node)
+    gm.graph.eliminate_dead_code()
+
+
+def _constants(gm: GraphModule) -> set[str]:
+    return {str(n.target) for n in gm.graph.find_nodes(op="get_attr")}
+
+
+def stand_for(feature: Node, new: Node, *, block: set[Node]) -> str:
+    """Let `new` be the feature, under its name, to all that reads it outside the block; the new name of what it was."""
+    name = feature.name
+    new.meta = {k: v for k, v in feature.meta.items() if k in ("val", "example_value")}
+    feature.replace_all_uses_with(new, delete_user_cb=lambda user: user not in block and user is not new)
+    feature._rename(f"{name}_layer")
+    new.name = name
+    return feature.name
+
+
+def rename_layers(gm: GraphModule, renamed: Mapping[str, str]) -> None:
+    """Follow, in the plan, layers whose names other nodes took: old -> new."""
+    plan = gm.meta["plan"]
+    layers = (dataclasses.replace(layer, node=renamed.get(layer.node, layer.node)) for layer in plan.layers)
+    gm.meta["plan"] = dataclasses.replace(plan, layers=tuple(layers))
+
+
+def _forget(gm: GraphModule, *, paths: set[str], nodes: set[str]) -> None:
+    """Take what is gone out of the plan, and note it."""
+    plan = gm.meta["plan"]
+
+    def stays(name: str) -> bool:
+        return name not in nodes and name.removeprefix("input of ") not in paths
+
+    gm.meta["plan"] = dataclasses.replace(
+        plan,
+        layers=tuple(layer for layer in plan.layers if layer.path not in paths),
+        floats=tuple(f for f in plan.floats if stays(f.name)),
+        notes=tuple(n for n in plan.notes if stays(n.name)),
+    )
+    gm.meta["removed"] = tuple(sorted({*gm.meta.get("removed", ()), *paths}))

@@ -1,0 +1,51 @@
+"""Turn a prepared graph into the quantized one: integer weights and quantize/dequantize pairs."""
+
+from __future__ import annotations
+
+import warnings
+
+from torch.fx import GraphModule
+
+from tfmq_fx.base._torchao import convert_pt2e
+from tfmq_fx.graph.nodes import fresh
+from tfmq_fx.passes.pass_manager import LOW_BITS, declare
+from tfmq_fx.passes.quantize.batch_norms import hide_batch_norms, show_batch_norms
+from tfmq_fx.passes.quantize.observed import require_stage
+from tfmq_fx.passes.temporal.find_temporal import temporal_of
+from tfmq_fx.passes.temporal.partition_temporal import partition_temporal
+
+
+@declare(needs=("calibrate",), after=("reconstruct", "cache_temporal", "maintain", "float_at_unseen"))
+def convert(gm: GraphModule) -> GraphModule:
+    """A new GraphModule that computes what the calibrated graph computed, from integers.
+
+        observer(w)            ==>  dequantize_per_channel(w_q, w_scale, w_zero_point), reshaped where w has groups
+        fake_quantize(x)       ==>  dequantize_per_tensor(quantize_per_tensor(x, s, z))
+                                    dequantize_per_token(quantize_per_token(x, s(x), 0)) with a scale per token
+        observer(x, step)      ==>  dequantize(quantize(x, scale[step], zero_point[step]))
+
+    The temporal block becomes the submodule `temporal_block`. Weights are bitwise those of the fake-quantized
+    graph; an activation with one scale per tensor may differ by one quantization step where it falls on a rounding tie.
+    """
+    require_stage(gm, "calibrated", "reconstructed")
+    kept = (
+        "timestep", "conditioning", "features", "feature_keys", "timesteps", "finite", "recipe", "plan", "reconstruction",
+        "cached", "removed", "maintenance", *LOW_BITS,
+    )  # fmt: skip
+    meta = {name: gm.meta[name] for name in kept if name in gm.meta} | {"stage": "converted"}
+    gm = to_integers(gm)
+    gm.meta = meta
+    partition_temporal(gm, temporal=temporal_of(gm))
+    return gm
+
+
+def to_integers(gm: GraphModule) -> GraphModule:
+    """The observers of a calibrated graph, or of a part of it, written out as integers and quantize/dequantize pairs."""
+    # Our observers' convert hooks fold their own weights; torchao folds those of another quantizer.
+    gm = fresh(gm)
+    hide_batch_norms(gm)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        gm = convert_pt2e(gm)
+    show_batch_norms(gm)
+    return GraphModule(gm, gm.graph)  # only what the graph reads is kept: the float weights go

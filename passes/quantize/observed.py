@@ -1,0 +1,48 @@
+"""Observer nodes of a prepared graph."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from torch.fx import GraphModule, Node
+
+from tfmq_fx.base._torchao import FakeQuantizeBase
+from tfmq_fx.base.errors import TFMQError
+from tfmq_fx.graph.nodes import fresh
+
+
+def observers(gm: GraphModule) -> Iterator[tuple[Node, FakeQuantizeBase]]:
+    """The observer nodes of a prepared graph with their modules, each module once, in graph order."""
+    modules, seen = dict(gm.named_modules(remove_duplicate=False)), set()
+    for node in list(gm.graph.nodes):
+        if node.op == "call_module":
+            module = modules[str(node.target)]
+            if isinstance(module, FakeQuantizeBase) and id(module) not in seen:
+                seen.add(id(module))
+                yield node, module
+
+
+def without_observers(gm: GraphModule) -> GraphModule:
+    """The float function of a prepared graph: a copy in which every observer node is its input."""
+    copy = fresh(gm)
+    modules = dict(copy.named_modules(remove_duplicate=False))
+    for node in list(copy.graph.nodes):
+        if node.op == "call_module" and isinstance(modules[str(node.target)], FakeQuantizeBase):
+            node.replace_all_uses_with(node.args[0])
+            copy.graph.erase_node(node)
+    copy.recompile()
+    return copy
+
+
+def set_mode(observer: FakeQuantizeBase, *, observe: bool, quantize: bool) -> None:
+    observer.enable_observer(observe)
+    observer.enable_fake_quant(quantize)
+
+
+def require_stage(gm: GraphModule, *stages: str) -> None:
+    """Raise TFMQError unless the graph went through one of these stages last."""
+    if gm.meta.get("stage") not in stages:
+        raise TFMQError(
+            f"the graph is {gm.meta.get('stage') or 'a float graph'}, but this step needs it {' or '.join(stages)}; "
+            "the order is prepare, calibrate, reconstruct, convert."
+        )

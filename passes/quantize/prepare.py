@@ -1,0 +1,141 @@
+"""Insert observers: keyed on timestep inside the temporal block, per tensor elsewhere, integers on weights."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule, Node
+
+from tfmq_fx.base._torchao import Quantizer, prepare_pt2e
+from tfmq_fx.base.errors import TFMQError
+from tfmq_fx.base.parallel import workers
+from tfmq_fx.graph.inputs import conditioning_vectors, placeholders, require_input, timestep_input
+from tfmq_fx.graph.nodes import attribute, fresh, meta_value
+from tfmq_fx.observers.temporal import TemporalObserver
+from tfmq_fx.observers.weight import PerChannelWeightFakeQuantize
+from tfmq_fx.passes.pass_manager import CLEANING, LOW_BITS, declare
+from tfmq_fx.passes.quantize.annotate import RecipeQuantizer
+from tfmq_fx.passes.quantize.batch_norms import hide_batch_norms, show_batch_norms
+from tfmq_fx.passes.quantize.observed import observers, set_mode
+from tfmq_fx.passes.quantize.plan import Note
+from tfmq_fx.passes.temporal.find_temporal import TemporalBlock, find_temporal
+from tfmq_fx.passes.temporal.insert_step_index import insert_step_index, key_index, step_index
+from tfmq_fx.recipe import Recipe
+
+
+@declare(after=(*CLEANING, *LOW_BITS))
+def prepare(
+    gm: GraphModule,
+    recipe: Recipe,
+    *,
+    timesteps: Iterable[float] | Tensor,
+    temporal: TemporalBlock | None = None,
+    finite: Mapping[str, Iterable[Any] | Tensor] | None = None,
+    data_quantizer: Quantizer | None = None,
+) -> GraphModule:
+    """A copy of the graph with observers, ready for `calibrate`; parameters are shared, `gm` is left as it was.
+
+        x -> linear(., w)   ==>   x -> observer(., step_index) -> linear(., integers(w))      in the block
+                                  x -> fake_quantize(.)        -> linear(., integers(w))      elsewhere
+
+    timesteps (T,): the values of the schedule, distinct and finite, in any order.
+    temporal: what `find_temporal` found; None finds it here, with the timestep name of the capture.
+    finite: other inputs with finitely many values, name -> the values (K, ...): {"class_labels": range(10)}.
+        What depends on the timestep and on them is keyed on the product, while that fits
+        `recipe.max_table_entries`; past it, and for inputs not declared, on the timestep over sampled values, which
+        gm.meta["plan"].notes says.
+    data_quantizer: another torchao Quantizer (x86, ...) for everything outside the temporal block.
+    Raises TFMQError for timesteps or finite values that are empty, repeated or not finite.
+    """
+    timestep = str(timestep_input(gm, temporal.timestep if temporal else None).target)
+    given = {timestep: timesteps, **(finite or {})}
+    tables = {n: as_values(v, "timesteps" if n == timestep else f"finite[{n!r}]") for n, v in given.items()}
+    for name, values in tables.items():
+        _check_shape(require_input(gm, name, argument="finite"), name, values)
+    if temporal is None:
+        vectors = {*conditioning_vectors(gm, timestep), *(finite or {})}
+        temporal = find_temporal(gm, timestep=timestep, conditioning=vectors)
+    sizes = {name: len(values) for name, values in tables.items()}
+    quantizer = RecipeQuantizer(recipe=recipe, temporal=temporal, sizes=sizes, data=data_quantizer)
+    copy = fresh(gm)
+    hide_batch_norms(copy, shared_alone=True)
+    prepared = prepare_pt2e(copy, quantizer)
+    show_batch_norms(prepared)
+    gm = GraphModule(prepared, prepared.graph)  # sheds torchao's refusal of train() and eval()
+    gm.meta = dict(prepared.meta)
+    finite_tables = {n: v for n, v in tables.items() if n != timestep}
+    insert_step_index(gm, timesteps=tables[timestep], timestep=timestep, finite=finite_tables)
+    scalar = {n for n in sizes if isinstance(v := meta_value(placeholders(gm)[n]), Tensor) and v.dim() == 0}
+    initialise: list[tuple[PerChannelWeightFakeQuantize, Tensor]] = []
+    for node, observer in list(observers(gm)):
+        (x,) = node.args
+        assert isinstance(x, Node)
+        index = step_index(gm)
+        if isinstance(observer, TemporalObserver):
+            key = quantizer.keys[x.name]
+            observer.per_sample = not scalar.issuperset(key)
+            index = key_index(gm, key, timestep=timestep, sizes=sizes)
+            node.args = (x, index)
+        elif isinstance(observer, PerChannelWeightFakeQuantize):
+            weight = attribute(gm, str(x.target))
+            if weight.dtype != torch.float32:
+                raise TFMQError(
+                    f"weight {x.target}: is {weight.dtype}; quantize the float32 network (network.float()) instead."
+                )
+            initialise.append((observer, weight))
+        if x.op == "placeholder":  # prepare put it between the placeholders
+            index.append(node)
+        set_mode(observer, observe=True, quantize=False)
+    with workers(len(initialise)) as threads:
+        threads.map(lambda pair: pair[0].initialise(pair[1]), initialise)
+    gm.graph.lint()
+    gm.recompile()
+    assert quantizer.plan is not None
+    missing = [
+        Note(name=name, reason=f"Recipe.{name} is set, but passes.{name} has not run; see pipeline.low_bits")
+        for name in LOW_BITS
+        if getattr(recipe, name) is not None and name not in gm.meta
+    ]
+    plan = dataclasses.replace(quantizer.plan, notes=(*quantizer.plan.notes, *missing))
+    gm.meta.update(
+        timestep=timestep,
+        conditioning=temporal.keys[1:],
+        features=temporal.features,
+        feature_keys=temporal.feature_keys,
+        timesteps=tables[timestep],
+        finite=finite_tables,
+        recipe=recipe,
+        plan=plan,
+        stage="prepared",
+    )
+    return gm
+
+
+def as_values(given: Iterable[Any] | Tensor, name: str) -> Tensor:
+    """As a tensor (T,), or (K, ...) of vectors. Raises TFMQError unless they are distinct and finite, and there are some."""
+    try:
+        values = torch.as_tensor(given if isinstance(given, Tensor) else list(given))
+    except (TypeError, ValueError, RuntimeError) as error:  # torch's, by what is wrong
+        raise TFMQError(f"{name}: a list of numbers is needed, found {str(given)[:80]} ({error}).") from error
+    if values.dim() == 0 or values.numel() == 0 or (name == "timesteps" and values.dim() != 1):
+        raise TFMQError(
+            f"{name}: a list (1-D) of at least one value is needed, found shape {tuple(values.shape)}."
+        )
+    if not torch.isfinite(values.double()).all():
+        raise TFMQError(f"{name}: hold NaN or infinite values.")
+    if len(values.unique(dim=0)) != len(values):
+        raise TFMQError(f"{name}: hold repeated values; give each value once.")
+    return values
+
+
+def _check_shape(node: Node, name: str, values: Tensor) -> None:
+    """Each value must be what one sample of the input is."""
+    given = meta_value(node)
+    if isinstance(given, Tensor) and tuple(values.shape[1:]) != tuple(given.shape[1:]):
+        raise TFMQError(
+            f"finite[{name!r}]: each value has shape {tuple(values.shape[1:])}, one sample of this input {tuple(given.shape[1:])}."
+        )

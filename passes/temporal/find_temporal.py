@@ -1,0 +1,246 @@
+"""Find the Temporal Information Block by dataflow from the `timestep` input."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch.fx import GraphModule, Node
+
+from tfmq_fx.base.errors import TFMQError
+from tfmq_fx.graph.inputs import conditioning_vectors, placeholders, require_input, timestep_input
+from tfmq_fx.graph.nodes import (
+    ancestors,
+    is_random,
+    is_view_or_pointwise,
+    meta_value,
+    mutated_inputs,
+    value_inputs,
+    viewed_inputs,
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TemporalBlock:
+    """What depends on the timestep, conditioning vectors and parameters only (TFMQ-DM, Temporal Information Block).
+
+    Node names, so it survives copies. Invariants: `features` is a non-empty subset of `nodes`; no node of
+    `nodes` depends on a value outside `keys`, parameters and constants; `timestep` is in every feature's keys.
+    """
+
+    timestep: str  # name of the graph input that carries the timestep
+    nodes: tuple[str, ...]  # the block, in topological order, constants it alone uses included
+    features: tuple[str, ...]  # the temporal features g_i(h(t)), in topological order
+    keys: tuple[str, ...]  # the graph inputs the block is a function of, timestep first
+    feature_keys: tuple[tuple[str, ...], ...]  # for each feature, the inputs it is a function of
+
+
+def taint(gm: GraphModule) -> dict[Node, frozenset[str]]:
+    """For each node, the graph inputs whose *values* reach it.
+
+    A use of a tensor's shape, dtype or device carries nothing, nor does an input that is a size; random operators
+    add a mark of their own; an in-place operator marks whatever may share the memory it writes.
+    """
+    return _flow(gm).marks
+
+
+@dataclass(frozen=True)
+class _Flow:
+    marks: dict[Node, frozenset[str]]  # see `taint`
+    storage: dict[Node, Node]  # node -> the node that owns the memory it may share
+    writers: dict[Node, list[Node]]  # node -> the nodes that wrote in place to the memory it reads, before it
+
+
+def _flow(gm: GraphModule) -> _Flow:
+    marks: dict[Node, frozenset[str]] = {}
+    storage: dict[Node, Node] = {}
+    writes: dict[Node, list[Node]] = {}  # owner -> its writers so far
+    writers: dict[Node, list[Node]] = {}
+    written: dict[Node, frozenset[str]] = {}  # owner -> marks written in place so far
+    for node in gm.graph.nodes:
+        mark: frozenset[str] = frozenset()
+        if node.op == "placeholder" and not isinstance(meta_value(node), torch.SymInt):
+            mark = frozenset([str(node.target)])
+        sources = value_inputs(node)
+        if writes and (before := [w for source in sources for w in writes.get(storage[source], ())]):
+            writers[node] = before
+        for source in sources:
+            mark |= marks[source] | written.get(storage[source], frozenset())
+        if is_random(node):
+            mark |= {f"random:{node.name}"}
+        viewed = viewed_inputs(node)
+        storage[node] = storage[viewed[0]] if viewed else node
+        for target in mutated_inputs(node):
+            owner = storage[target]
+            written[owner] = written.get(owner, frozenset()) | mark
+            writes.setdefault(owner, []).append(node)
+        marks[node] = mark
+    return _Flow(marks, storage, writers)
+
+
+def overwritten(gm: GraphModule, inside: set[Node]) -> set[Node]:
+    """Nodes whose memory some node of `inside` writes in place: what they hold depends on when they are read."""
+    if not any(mutated_inputs(n) for n in inside):
+        return set()
+    storage = _flow(gm).storage
+    owners = {storage[target] for n in inside for target in mutated_inputs(n)}
+    return {n for n, owner in storage.items() if owner in owners}
+
+
+def require_no_early_reads(gm: GraphModule, inside: set[Node]) -> None:
+    """Refuse a block that writes in place to memory which a node outside reads before: moved up, it would write first.
+
+    Raises TFMQError naming both nodes.
+    """
+    if not any(mutated_inputs(n) for n in inside):
+        return
+    storage = _flow(gm).storage
+    read: dict[Node, Node] = {}  # owner of memory -> the first node outside that reads it
+    for node in gm.graph.nodes:
+        if node not in inside:
+            for source in value_inputs(node):
+                read.setdefault(storage[source], node)
+            continue
+        for target in mutated_inputs(node):
+            if storage[target] in read:
+                raise TFMQError(
+                    f"node {node.name}: the temporal block writes in place to memory that node {read[storage[target]].name} outside it "
+                    "reads before; functionalise the graph (ExportedProgram.run_decompositions({})) or write to a new tensor."
+                )
+
+
+def find_temporal(
+    gm: GraphModule,
+    *,
+    timestep: str | None = None,
+    conditioning: Iterable[str] | None = None,
+    features: tuple[str, ...] | None = None,
+) -> TemporalBlock:
+    """The temporal block of a graph, which is only read.
+
+        timestep -> sinusoid -> linear -> silu -> linear -> silu -> linear_i -> view -> add(conv, .)
+                    `------------------- the block ------------------------'
+                                                    feature i ---^
+
+    A *feature* is the weighted layer whose output, through views and pointwise operators, first meets a value
+    that depends on data: on anything but the timestep, conditioning and parameters.
+
+    timestep: the input's name; None takes what capture recorded, "timestep", or the only input that can be it.
+    conditioning: inputs that may join the timestep inside the block (class labels, pooled text, size ids,
+        guidance); () for the part that depends on the timestep alone. None takes every input that is one vector
+        or number per sample, see `conditioning_vectors`.
+    features: the names of the features when they are known from an earlier find on the float graph; observers and
+        lookups that came in between are then not mistaken for features.
+
+    Raises TFMQError when the graph has no input of that name, when it was baked in as a constant, when only
+    its shape is used, when it does not reach the output, and when it meets data before any layer.
+    """
+    source = timestep_input(gm, timestep)
+    timestep = str(source.target)
+    for name in conditioning or ():
+        require_input(gm, name, argument="conditioning")
+    allowed = {timestep, *(conditioning_vectors(gm, timestep) if conditioning is None else conditioning)}
+    flow = _flow(gm)
+    marks = flow.marks
+    _require_path(gm, source, marks)
+    inside_marks = {
+        n for n, mark in marks.items() if mark <= allowed and n.op not in ("placeholder", "output")
+    }
+    temporal = {n for n in inside_marks if timestep in marks[n]}
+    alive = ancestors([gm.graph.output_node()], flow.writers)
+    frontier = [
+        node
+        for node in gm.graph.nodes
+        if node in temporal
+        and any(u in alive and not marks[u] <= allowed and node in value_inputs(u) for u in node.users)
+    ]
+    if not frontier:
+        raise TFMQError(
+            f"timestep={timestep!r}: no temporal block found; no value computed from "
+            f"{' and '.join(sorted(allowed))} alone reaches the output. Inputs are {', '.join(placeholders(gm))}."
+        )
+    anchors: set[Node] = set()
+    if features is None:
+        written = overwritten(gm, temporal)
+        for node in frontier:
+            anchors |= _anchors(node, temporal, written)
+    else:
+        anchors = {n for n in temporal if n.name in features}
+    constant = constants_of(gm, marks, allowed)
+    inside = {
+        n for n in ancestors(anchors, flow.writers) if (n in inside_marks and marks[n]) or n in constant
+    }
+    order = [n for n in gm.graph.nodes if n in inside]
+    found = [n for n in order if n in anchors]
+    names = [timestep, *(n for n in placeholders(gm) if n != timestep)]
+    feature_keys = [tuple(n for n in names if n in marks[f]) for f in found]
+    return TemporalBlock(
+        timestep=timestep,
+        nodes=tuple(n.name for n in order),
+        features=tuple(n.name for n in found),
+        keys=tuple(n for n in names if any(n in keys for keys in feature_keys)),
+        feature_keys=tuple(feature_keys),
+    )
+
+
+def temporal_of(gm: GraphModule) -> TemporalBlock:
+    """The block of a graph that went through `prepare`, found again where its observers and lookups now stand."""
+    return find_temporal(
+        gm, timestep=gm.meta["timestep"], conditioning=gm.meta["conditioning"], features=gm.meta["features"]
+    )
+
+
+def _require_path(gm: GraphModule, source: Node, marks: dict[Node, frozenset[str]]) -> None:
+    """Refuse a timestep whose value does not reach the output, saying where it gets lost."""
+    name = str(source.target)
+    if not source.users:
+        raise TFMQError(
+            f"timestep={name!r}: nothing in the graph uses this input, so its value was baked in as a constant. "
+            "Capture with a tensor timestep, not a Python number."
+        )
+    if name in marks[gm.graph.output_node()]:
+        return
+    reached = [n for n in gm.graph.nodes if name in marks[n] and n is not source]
+    if not reached:
+        raise TFMQError(
+            f"timestep={name!r}: only its shape, dtype or device is used (by node {next(iter(source.users)).name}), never "
+            "its value: the network computes the same at every timestep."
+        )
+    raise TFMQError(
+        f"timestep={name!r}: does not reach the output; its last use is node {reached[-1].name}, whose result is dropped."
+    )
+
+
+def _anchors(node: Node, temporal: set[Node], written: set[Node]) -> set[Node]:
+    """What `node` is computed from by views and pointwise operators alone: embedding layers, as a rule.
+
+    The way back ends where memory is written in place: what stands there cannot be computed again outside.
+    """
+    found: set[Node] = set()
+    seen: set[Node] = set()
+    stack = [node]
+    while stack:
+        current = stack.pop()
+        if current in seen:
+            continue
+        seen.add(current)
+        sources = [n for n in value_inputs(current) if n in temporal]
+        if sources and is_view_or_pointwise(current) and current not in written:
+            stack.extend(sources)
+        else:
+            found.add(current)
+    return found
+
+
+def constants_of(gm: GraphModule, marks: dict[Node, frozenset[str]], inputs: Iterable[str]) -> set[Node]:
+    """Parameters, buffers and arithmetic on them; shape queries count when the shape is that of one of the named
+    inputs or of what is computed from them alone."""
+    inputs = set(inputs)
+    found: set[Node] = set()
+    for node in gm.graph.nodes:
+        if node.op in ("placeholder", "output") or marks[node]:
+            continue
+        if all(n in found or (marks[n] and marks[n] <= inputs) for n in node.all_input_nodes):
+            found.add(node)
+    return found

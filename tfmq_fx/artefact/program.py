@@ -1,0 +1,47 @@
+"""The quantized graph as a torch.export program."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tfmq_fx.artefact.drop_in import QuantizedGraph
+from tfmq_fx.artefact.saving import _dtype
+
+
+def exported(model: QuantizedGraph) -> torch.export.ExportedProgram:
+    """The quantized graph, flat and functional, its inputs by name and any batch size."""
+    inputs, dynamic = example_inputs(model, batch=2), dynamic_shapes(model)
+    with torch.no_grad():
+        return torch.export.export(model.network, (), inputs, dynamic_shapes=dynamic, strict=False)
+
+
+def dynamic_shapes(model: QuantizedGraph) -> dict[str, dict[int, Any]]:
+    """The dimensions of the graph's inputs that may have any size, as torch.export wants to hear of them."""
+    return {
+        n: {i: torch.export.Dim.AUTO for i, s in enumerate(spec["shape"]) if s is None}
+        for n, spec in model.interface.inputs.items()
+    }
+
+
+def example_inputs(model: QuantizedGraph, *, batch: int) -> dict[str, Tensor]:
+    """Zeros of the shapes and types that the graph takes."""
+    return {
+        name: torch.zeros(
+            [batch if s is None else s for s in spec["shape"]],
+            dtype=_dtype(spec["dtype"]),
+            device=model.device,
+        )
+        for name, spec in model.interface.inputs.items()
+    }
+
+
+def save_program(program: torch.export.ExportedProgram, file: Path) -> None:
+    """torch.export.save, by way of memory: where its own writer meets a full disk it ends the process."""
+    data = io.BytesIO()
+    torch.export.save(program, data)
+    file.write_bytes(data.getbuffer())

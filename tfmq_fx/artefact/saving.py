@@ -1,0 +1,305 @@
+"""The artefact on disk: JSON and safetensors, written whole or not at all, checked when read.
+
+    config.json                                 the network's config + quantization_config
+    diffusion_pytorch_model.safetensors         see below
+    graph.json                                  the quantized graph, so that the network's code is not needed
+    report.json                                 what was quantized how
+
+Tensors carry the network's state-dict names. A quantized weight W is three of them: W_q (integers), W_scale and
+W_zero_point, per output channel, with W = (q - zero_point) * scale. With groups W_q has the shape (R, group size): the
+rows are the groups of the first output channel, then of the next, each weight flattened to (C_out, C_in * kernel), and
+scale and zero point are per row. `quantization_config.tensors` gives every tensor's shape and dtype; one that has `bits`
+(integers and zero points) is packed as a little-endian stream of that many bits each, offset by its quant_min.
+Activations of the temporal block have `<node>_by_timestep.scale` and `.zero_point` of T rows each, T timesteps or
+products of timesteps with other finite inputs. Cached temporal features lie side by side in the T rows of
+`temporal_cache.<key>.values`; int8 ones times `.scale`, of a column per feature.
+
+`quantization_config.sha256` has the digests of the other files but the report, and as `config.json` that of the config
+itself: of its JSON with sorted keys and without that digest. Whoever edits a file by hand takes its digest out.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import math
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from tfmq_fx.artefact.drop_in import Interface, QuantizedGraph
+from tfmq_fx.artefact.graph_json import (
+    graph_from_json,
+    graph_to_json,
+    is_tensor_name,
+    packed_tensors,
+    tensors_of,
+)
+from tfmq_fx.base.arithmetic import IntegerRange, pack_bits, unpack_bits
+from tfmq_fx.base.errors import TFMQError, first_line
+from tfmq_fx.base.files import finite_json, replace_folder
+from tfmq_fx.graph.inputs import placeholders
+
+M = TypeVar("M", bound=QuantizedGraph)
+QUANT_METHOD = "tfmq"
+
+
+FORMAT_VERSION = 4
+
+
+CONFIG, WEIGHTS, GRAPH, REPORT = (
+    "config.json",
+    "diffusion_pytorch_model.safetensors",
+    "graph.json",
+    "report.json",
+)
+
+
+def save(model: QuantizedGraph, folder: Path) -> None:
+    """Write the artefact to `folder`: a new folder, or one of ours, which is replaced as a whole.
+
+    Raises TFMQError when the folder holds anything else, or cannot be written; then nothing is left behind.
+    """
+    check_output_folder(folder)
+    replace_folder(folder, lambda temporary: _write(model, temporary))
+
+
+def check_output_folder(folder: Path) -> None:
+    """Raise TFMQError when `folder` exists and is neither empty nor an artefact of ours."""
+    for _ in range(5):
+        if not folder.exists() or is_artefact(folder):
+            return
+        with suppress(OSError):
+            if not any(folder.iterdir()):
+                return
+        time.sleep(0.02)  # another process may be replacing it this moment
+    raise TFMQError(
+        f"{folder}: exists and is not a tfmq artefact; choose another output folder or remove it yourself."
+    )
+
+
+def is_artefact(folder: Path) -> bool:
+    try:
+        config = json.loads((folder / CONFIG).read_text())
+        return bool(config["quantization_config"]["quant_method"] == QUANT_METHOD)
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
+def _write(model: QuantizedGraph, folder: Path) -> None:
+    packed = packed_tensors(model.network)
+    tensors: dict[str, Tensor] = {}
+    manifest: dict[str, dict[str, Any]] = {}
+    for name, value in sorted(tensors_of(model.network).items()):
+        if not is_tensor_name(name):
+            raise TFMQError(f"tensor {name!r}: a name with quotes or control characters cannot be saved.")
+        manifest[name] = {"shape": list(value.shape), "dtype": _dtype_name(value.dtype)}
+        tensors[name] = value.contiguous().cpu()
+        if name in packed:
+            low, high = packed[name]
+            span = _integers(low, high, value.dtype)
+            manifest[name] |= {"bits": span.bits, "quant_min": low, "quant_max": high}
+            tensors[name] = pack_bits(value, span)
+    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+    _dump(folder / GRAPH, graph_to_json(model.network))
+    _dump(folder / REPORT, finite_json(model.report))
+    quantization = {
+        "quant_method": QUANT_METHOD,
+        "format_version": FORMAT_VERSION,
+        "recipe": model.recipe,
+        "timesteps": model.timesteps.tolist(),
+        "timesteps_dtype": _dtype_name(model.timesteps.dtype),
+        "finite": {n: {"values": v.tolist(), "dtype": _dtype_name(v.dtype)} for n, v in model.finite.items()},
+        "interface": dataclasses.asdict(model.interface),
+        "tensors": manifest,
+        "sha256": {name: _sha256(folder / name) for name in (WEIGHTS, GRAPH)},
+    }
+    # As it will be read: JSON's keys are strings.
+    config = json.loads(json.dumps({**model._config, "quantization_config": quantization}))
+    config["quantization_config"]["sha256"][CONFIG] = _config_digest(config)
+    _dump(folder / CONFIG, config)
+
+
+def read(folder: str | Path, model: type[M]) -> M:
+    """Read an artefact as a `model`; see `tfmq_fx.load`."""
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise TFMQError(f"{folder}: no such folder.")
+    before = _identity(folder)
+    config = _read_json(folder / CONFIG)
+    quantization = config.get("quantization_config")
+    if not isinstance(quantization, dict) or quantization.get("quant_method") != QUANT_METHOD:
+        raise TFMQError(
+            f"{folder / CONFIG}: not a tfmq artefact (no quantization_config of quant_method {QUANT_METHOD!r})."
+        )
+    if quantization.get("format_version") != FORMAT_VERSION:
+        raise TFMQError(
+            f"{folder / CONFIG}: format version {quantization.get('format_version')!r}, this library reads {FORMAT_VERSION}; "
+            "quantize again, or install the version that wrote it."
+        )
+    with _reading(folder / CONFIG):
+        _check_digests(folder, config)
+    with _reading(folder / WEIGHTS):
+        tensors = _read_tensors(folder / WEIGHTS, quantization["tensors"])
+    with _reading(folder / GRAPH):
+        graph = graph_from_json(_read_json(folder / GRAPH), tensors)
+    report = _read_json(folder / REPORT)
+    if _identity(folder) != before:
+        raise TFMQError(f"{folder}: was replaced while it was read; load it again.")
+    with _reading(folder / CONFIG):
+        face = quantization["interface"]
+        interface = Interface(**{**face, "required": tuple(face["required"])})
+        if list(interface.inputs) != list(placeholders(graph)):
+            raise TFMQError(
+                f"{folder / GRAPH}: takes {', '.join(placeholders(graph))}, {CONFIG} says {', '.join(interface.inputs)}."
+            )
+        return model(
+            graph,
+            interface=interface,
+            timesteps=torch.tensor(quantization["timesteps"], dtype=_dtype(quantization["timesteps_dtype"])),
+            finite={
+                n: torch.tensor(v["values"], dtype=_dtype(v["dtype"]))
+                for n, v in quantization["finite"].items()
+            },
+            config={n: v for n, v in config.items() if n != "quantization_config"},
+            recipe=quantization["recipe"],
+            report=report,
+        )
+
+
+def _identity(folder: Path) -> tuple[int, ...]:
+    """What is another after the folder was replaced by one of the same name."""
+    try:
+        found = folder.stat()
+    except OSError:
+        return ()
+    return found.st_dev, found.st_ino, found.st_mtime_ns
+
+
+@contextmanager
+def _reading(file: Path) -> Iterator[None]:
+    """Whatever a file of another form makes json, torch, numpy or torch.fx raise, as a TFMQError that names it."""
+    try:
+        yield
+    except TFMQError as error:
+        if file.name in str(error):
+            raise
+        raise TFMQError(f"{file}: {first_line(error)}") from error
+    except Exception as error:
+        raise TFMQError(f"{file}: not valid ({type(error).__name__}: {first_line(error)}).") from error
+
+
+def _check_digests(folder: Path, config: Mapping[str, Any]) -> None:
+    digests = config["quantization_config"]["sha256"]
+    for name, digest in digests.items():
+        if name not in (WEIGHTS, GRAPH, CONFIG):
+            raise TFMQError(f"{folder / CONFIG}: lists the unknown file {name[:80]!r}.")
+        if not (folder / name).is_file():
+            raise TFMQError(f"{folder / name}: missing.")
+        if (_config_digest(config) if name == CONFIG else _sha256(folder / name)) != digest:
+            raise TFMQError(
+                f"{folder / name}: corrupt or truncated; its content does not match the hash in {CONFIG}."
+            )
+
+
+def _read_tensors(file: Path, manifest: dict[str, dict[str, Any]]) -> dict[str, Tensor]:
+    if not file.is_file():
+        raise TFMQError(f"{file}: missing.")
+    try:
+        stored = load_file(file)
+    except (SafetensorError, OSError) as error:
+        raise TFMQError(f"{file}: corrupt or truncated ({first_line(error)}).") from error
+    if stored.keys() != manifest.keys():
+        wrong = sorted(stored.keys() ^ manifest.keys())[0]
+        raise TFMQError(f"{file}: tensor {wrong[:80]!r} is not both in the file and in {CONFIG}.")
+    tensors = {}
+    for name, spec in manifest.items():
+        if not is_tensor_name(name):
+            raise TFMQError(f"{file}: {name[:80]!r} is no name of a tensor.")
+        value, shape, dtype = stored[name], tuple(spec["shape"]), _dtype(spec["dtype"])
+        if "bits" in spec:
+            span = _checked_integers(file, name, spec, dtype)
+            if len(shape) > 64 or math.prod(shape) * span.bits > 8 * value.numel():  # ahead of allocating
+                raise TFMQError(f"{file}: tensor {name!r} has too few bytes for the shape in {CONFIG}.")
+            value = unpack_bits(value, shape, span)
+        if tuple(value.shape) != shape or value.dtype != dtype:
+            raise TFMQError(
+                f"{file}: tensor {name!r} is {value.dtype} {tuple(value.shape)}, {CONFIG} says {dtype} {shape}."
+            )
+        tensors[name] = value
+    return tensors
+
+
+def _checked_integers(file: Path, name: str, spec: Mapping[str, Any], dtype: torch.dtype) -> IntegerRange:
+    low, high, shape = spec["quant_min"], spec["quant_max"], spec["shape"]
+    integers = torch.iinfo(dtype)  # TypeError for what is no integer type
+    valid = all(type(x) is int for x in (low, high, *shape)) and min(shape, default=0) >= 0
+    fits = valid and max(-128, integers.min) <= low < high <= min(255, integers.max)
+    if not fits or spec["bits"] != (span := _integers(low, high, dtype)).bits:
+        raise TFMQError(
+            f"{file}: tensor {name!r}: {CONFIG} has {spec['bits']!r} bits for {low!r} to {high!r}, or no valid shape."
+        )
+    return span
+
+
+def _integers(low: int, high: int, dtype: torch.dtype) -> IntegerRange:
+    return IntegerRange(quant_min=low, quant_max=high, symmetric=low < 0, dtype=dtype)
+
+
+def _dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _dtype(name: str) -> torch.dtype:
+    dtype = getattr(torch, name, None)
+    if not isinstance(dtype, torch.dtype):
+        raise TFMQError(f"{CONFIG}: {name!r} is no dtype.")
+    return dtype
+
+
+def _dump(file: Path, value: Any) -> None:
+    file.write_text(json.dumps(value, indent=1, allow_nan=False) + "\n")
+
+
+def _config_digest(config: Mapping[str, Any]) -> str:
+    """Of the config as JSON, its own digest left out."""
+    quantization = config["quantization_config"]
+    others = {name: digest for name, digest in quantization["sha256"].items() if name != CONFIG}
+    whole = {**config, "quantization_config": {**quantization, "sha256": others}}
+    return hashlib.sha256(json.dumps(whole, sort_keys=True).encode()).hexdigest()
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    if not file.is_file():
+        raise TFMQError(f"{file}: missing.")
+    try:
+        value = json.loads(file.read_bytes(), object_pairs_hook=_unique, parse_constant=_no_constant)
+    except (OSError, ValueError, RecursionError) as error:
+        raise TFMQError(f"{file}: not readable as JSON ({first_line(error)}).") from error
+    if not isinstance(value, dict):
+        raise TFMQError(f"{file}: not a JSON object.")
+    return value
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        raise ValueError("an object has a key twice")
+    return found
+
+
+def _no_constant(name: str) -> Any:
+    raise ValueError(f"{name} is no JSON")
+
+
+def _sha256(file: Path) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()

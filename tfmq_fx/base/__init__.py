@@ -1,0 +1,1 @@
+"""Arithmetic, files, threads and processes, progress, errors: what knows nothing of graphs."""

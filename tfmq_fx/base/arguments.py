@@ -1,0 +1,56 @@
+"""Nested arguments of a network as flat, named leaves, and back.
+
+{"sample": x, "added_cond_kwargs": {"time_ids": y}}  <->  ("sample",): x, ("added_cond_kwargs", "time_ids"): y
+The flat name of a leaf joins its path with "_", as torch.export names its inputs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from tfmq_fx.base.errors import TFMQError
+
+Path = tuple[str | int, ...]
+
+
+def leaves(arguments: Mapping[str, Any]) -> dict[str, tuple[Path, Any]]:
+    """Flat name -> (path, value) of every leaf that is not None. Raises TFMQError when two leaves share a name."""
+    found: dict[str, tuple[Path, Any]] = {}
+
+    def walk(path: Path, value: Any) -> None:
+        if isinstance(value, Mapping):
+            for key, item in value.items():
+                walk((*path, key), item)
+        elif isinstance(value, (list, tuple)):
+            for i, item in enumerate(value):
+                walk((*path, i), item)
+        elif value is not None:
+            name = "_".join(map(str, path))
+            if name in found:
+                raise TFMQError(
+                    f"arguments: {'.'.join(map(str, path))} and {found[name][0]} share the name {name!r}."
+                )
+            found[name] = (path, value)
+
+    for name, value in arguments.items():
+        walk((name,), value)
+    return found
+
+
+def nested(flat: Mapping[Path, Any]) -> dict[str, Any]:
+    """The inverse of `leaves`: the arguments whose leaves are given by path; lists for paths with numbers."""
+    root: dict[str, Any] = {}
+    for path, value in flat.items():
+        at: dict[Any, Any] = root
+        for step in path[:-1]:
+            at = at.setdefault(step, {})
+        at[path[-1]] = value
+    return {name: _lists(value) for name, value in root.items()}
+
+
+def _lists(value: Any) -> Any:
+    if not isinstance(value, dict):
+        return value
+    items = {k: _lists(v) for k, v in value.items()}
+    return [items[i] for i in sorted(items)] if items and all(isinstance(k, int) for k in items) else items

@@ -1,0 +1,290 @@
+"""Integer arithmetic: scales and zero points from ranges, quantize and dequantize, rounding, bit packing.
+
+Legend: R rows that each own one (scale, zero_point): the output channels of a weight or the groups in them, the
+timesteps of an activation in the temporal block, the tokens of an activation. All functions are pure.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tfmq_fx.base._torchao import MappingType, choose_qparams_affine_with_min_max
+from tfmq_fx.base.errors import TFMQError
+
+SUPPORTED_BITS = (2, 3, 4, 5, 6, 7, 8)
+
+
+FLOAT_BITS = 16  # "16 bit" means: left in the network's own floating-point type
+
+
+CANDIDATES = (
+    2**19
+)  # values that `search_range` has in flight at once, times a few: they stay in a core's cache
+
+
+@dataclass(frozen=True, kw_only=True)
+class IntegerRange:
+    """The integers a value may take: quant_min <= q <= quant_max, stored as `dtype`.
+
+    Weights of at most 7 bits are affine (a zero point per channel); q - zero_point then still fits a signed
+    byte, so an int8 kernel with zero point 0 computes them exactly. 8-bit weights are symmetric for the
+    same reason. Activations are affine and unsigned, as the x86 kernels take them; with a scale per token they are
+    symmetric and signed, without the lowest integer, as the dynamic int8 kernels take those (torchao's, oneDNN's). The
+    operands of a product of two activations are symmetric about 2**(bits - 1): int8 kernels take those without zero points.
+    """
+
+    quant_min: int
+    quant_max: int
+    symmetric: bool
+    dtype: torch.dtype
+
+    @staticmethod
+    def weight(bits: int) -> IntegerRange:
+        if bits == 8:
+            return IntegerRange(quant_min=-128, quant_max=127, symmetric=True, dtype=torch.int8)
+        return IntegerRange(quant_min=0, quant_max=2**bits - 1, symmetric=False, dtype=torch.uint8)
+
+    @staticmethod
+    def activation(bits: int) -> IntegerRange:
+        return IntegerRange(quant_min=0, quant_max=2**bits - 1, symmetric=False, dtype=torch.uint8)
+
+    @staticmethod
+    def operand(bits: int) -> IntegerRange:
+        return IntegerRange(quant_min=0, quant_max=2**bits - 1, symmetric=True, dtype=torch.uint8)
+
+    @staticmethod
+    def token(bits: int) -> IntegerRange:
+        high = 2 ** (bits - 1) - 1
+        return IntegerRange(quant_min=-high, quant_max=high, symmetric=True, dtype=torch.int8)
+
+    @property
+    def bits(self) -> int:
+        return (self.quant_max - self.quant_min).bit_length()
+
+
+def centred(q: Tensor, zero_point: Tensor, axis: int) -> Tensor | None:
+    """q - zero_point, one zero point for each index of `axis`, as signed bytes; None where they do not fit."""
+    shape = [-1 if i == axis else 1 for i in range(q.dim())]
+    found = q.to(torch.int16) - zero_point.to(torch.int16).reshape(shape)
+    fits = found.amin() >= -128 and found.amax() <= 127
+    return found.to(torch.int8) if fits else None
+
+
+# x86 without VNNI multiplies bytes by adding pairs of products in 16 bits, which saturate: 2 * 255 * 64 is the last that
+# fits. So kernels of unsigned activations by signed weights are exact on every CPU for |q - zero_point| up to this.
+PAIRS_FIT = 64
+
+
+NO_INT8 = "this CPU has no int8 instructions (VNNI, AMX)"
+
+
+SATURATES = f"{NO_INT8}: its sums of bytes would saturate"
+
+
+def saturates(signed: Tensor | None) -> bool:
+    """Whether weights, as `centred` gives them, are beyond `PAIRS_FIT`."""
+    return signed is None or bool(signed.to(torch.int16).abs().max() > PAIRS_FIT)
+
+
+def check_bits(bits: int, argument: str) -> None:
+    """Raise TFMQError unless `bits` is 2..8, or 16 for "left in float"."""
+    if isinstance(bits, bool) or not isinstance(bits, int) or bits not in (*SUPPORTED_BITS, FLOAT_BITS):
+        raise TFMQError(f"{argument}: {bits!r} is not a supported bit width; use 2 to 8, or 16 for float.")
+
+
+def check_group_size(group_size: int, argument: str) -> None:
+    """Raise TFMQError unless `group_size` is an integer of at least 2."""
+    if isinstance(group_size, bool) or not isinstance(group_size, int) or group_size < 2:
+        raise TFMQError(
+            f"{argument}: {group_size!r} is no group size; use an integer of at least 2, e.g. 32, 64 or 128, or None for one "
+            "scale per output channel."
+        )
+
+
+def fitting_group_size(group_size: int, columns: int) -> int | None:
+    """The size of the groups of a row of `columns` weights: `group_size`, or what is nearest below it and divides.
+
+    None: the row is one group, because it is no longer than one, or because no divisor from half the size on is there.
+    Half the size comes first: kernels take 32, 64, 128, 256.
+    """
+    if columns <= group_size:
+        return None
+    divisors = [d for d in range(max(2, -(-group_size // 2)), group_size + 1) if columns % d == 0]
+    return max(divisors, key=lambda d: (group_size % d == 0, d), default=None)
+
+
+def choose_qparams(min_R: Tensor, max_R: Tensor, integers: IntegerRange) -> tuple[Tensor, Tensor]:
+    """scale (R,) float32 > 0 and zero_point (R,) int32 within the integer range, for rows seen in [min, max].
+
+    Zero is always representable: the range is extended to include it, so one-signed, constant and all-zero
+    rows get finite scales and in-range zero points.
+    """
+    return choose_qparams_affine_with_min_max(  # type: ignore[no-any-return]
+        min_R.float(),
+        max_R.float(),
+        MappingType.SYMMETRIC if integers.symmetric else MappingType.ASYMMETRIC,
+        (1,),
+        integers.dtype,
+        integers.quant_min,
+        integers.quant_max,
+        scale_dtype=torch.float32,
+        zero_point_dtype=torch.int32,
+    )
+
+
+def choose_shared_qparams(min_R: Tensor, max_R: Tensor, integers: IntegerRange) -> tuple[Tensor, Tensor]:
+    """As `choose_qparams`, with one zero point for all rows: the one whose scales, which cover each row, err least.
+
+    Errs: mean over rows of (scale / the row's own best scale) ** 2, which rounding errors are in proportion to.
+    """
+    low_R, high_R = min_R.float().clamp_max(0), max_R.float().clamp_min(0)
+    steps = integers.quant_max - integers.quant_min
+    below_Z1 = torch.arange(steps + 1, device=low_R.device)[:, None]
+
+    def needed(bound_R: Tensor, count_Z1: Tensor) -> Tensor:
+        return torch.where(bound_R > 0, bound_R / count_Z1, 0.0)
+
+    scale_ZR = torch.maximum(needed(-low_R, below_Z1), needed(high_R, steps - below_Z1))
+    worse_ZR = torch.where(high_R > low_R, scale_ZR * steps / (high_R - low_R), 1.0)
+    best = int(worse_ZR.square().mean(1).argmin())
+    scale_R = scale_ZR[best].clamp_min(torch.finfo(torch.float32).tiny)
+    zero_point_R = torch.full_like(scale_R, integers.quant_min + best, dtype=torch.int32)
+    return scale_R, zero_point_R
+
+
+def quantize_rows(
+    x: Tensor, scale_R: Tensor, zero_point_R: Tensor, integers: IntegerRange, axis: int = 0
+) -> Tensor:
+    """q = clamp(round(x / scale) + zero_point), one row of qparams per index of `axis`; x's shape."""
+    return torch.ops.quantized_decomposed.quantize_per_channel(  # type: ignore[no-any-return]
+        x, scale_R, zero_point_R, axis, integers.quant_min, integers.quant_max, integers.dtype
+    )
+
+
+def dequantize_rows(
+    q: Tensor, scale_R: Tensor, zero_point_R: Tensor, integers: IntegerRange, axis: int = 0
+) -> Tensor:
+    """(q - zero_point) * scale in float32: the very operator of the converted graph, hence equal bits."""
+    return torch.ops.quantized_decomposed.dequantize_per_channel(  # type: ignore[no-any-return]
+        q, scale_R, zero_point_R, axis, integers.quant_min, integers.quant_max, integers.dtype
+    )
+
+
+def search_range(
+    x_RK: Tensor, integers: IntegerRange, *, p: float = 2.4, steps: int = 80, smallest: float = 0.2
+) -> tuple[Tensor, Tensor]:
+    """The range (min_R, max_R) of each row, shrunk to what loses least in the L_p sense after rounding.
+
+    `steps` candidates shrink the row's own range linearly down to `smallest` of it. p = 2.4 and 80 steps
+    are the reference implementation's.
+    """
+    shrink_S1 = torch.tensor([[1.0 - (1.0 - smallest) * i / steps] for i in range(steps)], device=x_RK.device)
+    low_R, high_R = x_RK.amin(1), x_RK.amax(1)
+    # All candidates at once, of as many rows as stay in the cache; one workspace, which malloc would scatter.
+    rows = min(len(x_RK), max(1, CANDIDATES // (steps * x_RK.shape[1])))
+    workspace = x_RK.new_empty(steps * rows * x_RK.shape[1])
+    for x_CK, low_C, high_C in zip(x_RK.split(rows), low_R.split(rows), high_R.split(rows), strict=True):
+        low_SC, high_SC = low_C * shrink_S1, high_C * shrink_S1
+        qparams = choose_qparams(low_SC.flatten(), high_SC.flatten(), integers)
+        scale, zero_point = (v.view(steps, -1, 1) for v in qparams)
+        y_SCK = workspace[: steps * x_CK.numel()].view(steps, *x_CK.shape)
+        torch.div(x_CK, scale, out=y_SCK).round_().add_(zero_point)
+        y_SCK.clamp_(integers.quant_min, integers.quant_max)
+        y_SCK.sub_(zero_point).mul_(scale).sub_(x_CK).abs_()
+        # |error| ** p by way of logarithms, 0 included: torch's pow takes 2.7 times as long, and most of the search.
+        error_SC = y_SCK.log2_().mul_(p).exp2_().sum(2)
+        # What overflows is no candidate; of equals the first is taken, and the whole range where all overflow.
+        best_1C = error_SC.nan_to_num(torch.inf, torch.inf).argmin(0, keepdim=True)
+        low_C.copy_(low_SC.gather(0, best_1C)[0])
+        high_C.copy_(high_SC.gather(0, best_1C)[0])
+    return low_R, high_R
+
+
+def pack_bits(q: Tensor, integers: IntegerRange) -> Tensor:
+    """Integers as a little-endian bit stream of `bits` each: uint8 of ceil(numel * bits / 8) bytes."""
+    unsigned = (q.reshape(-1).to(torch.int16) - integers.quant_min).to(torch.uint8).cpu().numpy()
+    bits = (unsigned[:, None] >> np.arange(integers.bits, dtype=np.uint8)) & 1
+    return torch.from_numpy(np.packbits(bits.reshape(-1), bitorder="little"))
+
+
+def unpack_bits(packed: Tensor, shape: tuple[int, ...], integers: IntegerRange) -> Tensor:
+    """Inverse of pack_bits. Raises TFMQError when the stream's length does not fit the shape."""
+    numel = int(np.prod(shape, dtype=np.int64))
+    if packed.dtype != torch.uint8 or packed.numel() != -(-numel * integers.bits // 8):
+        raise TFMQError(
+            f"packed weight: {packed.numel()} bytes of {packed.dtype} found, but shape {shape} at "
+            f"{integers.bits} bits takes {-(-numel * integers.bits // 8)} bytes of uint8."
+        )
+    bits = np.unpackbits(packed.numpy(), bitorder="little")[: numel * integers.bits]
+    unsigned = (bits.reshape(numel, integers.bits) << np.arange(integers.bits, dtype=np.uint8)).sum(1)
+    return (
+        (torch.from_numpy(unsigned.astype(np.int16)) + integers.quant_min).to(integers.dtype).reshape(shape)
+    )
+
+
+class _FakeQuantizeRows(torch.autograd.Function):
+    """Quantize and dequantize exactly as the converted graph does; straight-through gradient inside the range."""
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: torch.autograd.function.FunctionCtx,
+        x: Tensor,
+        scale_R: Tensor,
+        zero_point_R: Tensor,
+        integers: IntegerRange,
+    ) -> Tensor:
+        shape = [-1] + [1] * (x.dim() - 1)
+        q = torch.round(x * (1.0 / scale_R.view(shape))) + zero_point_R.view(shape)
+        ctx.save_for_backward((q >= integers.quant_min) & (q <= integers.quant_max))
+        return dequantize_rows(
+            quantize_rows(x, scale_R, zero_point_R, integers), scale_R, zero_point_R, integers
+        ).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        (inside,) = ctx.saved_tensors
+        return grad * inside, None, None, None
+
+
+def fake_quantize_rows(x: Tensor, scale_R: Tensor, zero_point_R: Tensor, integers: IntegerRange) -> Tensor:
+    """x on the quantization grid, one row of qparams per index of dim 0; differentiable in x."""
+    return _FakeQuantizeRows.apply(x, scale_R, zero_point_R, integers)  # type: ignore[no-any-return, no-untyped-call]
+
+
+def quantize_tokens(x: Tensor, integers: IntegerRange) -> Tensor:
+    """x on the grid of its own tokens: scale = max |x| / quant_max over the last dimension, zero point 0; float32.
+
+    Spelled in operators that torch provides, all of them with an overload, so that the converted graph is this function
+    traced. quantized_decomposed.choose_qparams_per_token would say the first four, but knows 8 bit alone, and its meta
+    kernel declares dtypes (float64, int64) that it does not return.
+    """
+    aten, decomposed = torch.ops.aten, torch.ops.quantized_decomposed
+    limits = (integers.quant_min, integers.quant_max, integers.dtype)
+    largest = aten.amax.default(aten.abs.default(x), [-1], True)
+    # Zeros, padding as a rule, get a finite scale.
+    scale = aten.clamp.default(aten.div.Tensor(largest, integers.quant_max), torch.finfo(torch.float32).eps)
+    zero_point = aten.zeros_like.default(scale, dtype=torch.int32)
+    q = decomposed.quantize_per_token.default(x, scale, zero_point, *limits)
+    return decomposed.dequantize_per_token.default(q, scale, zero_point, *limits, torch.float32)  # type: ignore[no-any-return]
+
+
+class _FakeQuantizeTokens(torch.autograd.Function):
+    @staticmethod
+    def forward(  # type: ignore[override]
+        _ctx: torch.autograd.function.FunctionCtx, x: Tensor, integers: IntegerRange
+    ) -> Tensor:
+        return quantize_tokens(x, integers)
+
+    @staticmethod
+    def backward(_ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        return grad, None
+
+
+def fake_quantize_tokens(x: Tensor, integers: IntegerRange) -> Tensor:
+    """`quantize_tokens`, with the straight-through gradient: of one, for nothing lies outside a token's own range."""
+    return _FakeQuantizeTokens.apply(x, integers)  # type: ignore[no-any-return, no-untyped-call]

@@ -1,0 +1,207 @@
+"""Calibration data: the inputs of the network as it met them while sampling."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule
+
+from tfmq_fx.base.arguments import Path as ArgumentPath
+from tfmq_fx.base.arguments import leaves, nested
+from tfmq_fx.base.errors import TFMQError, nearest_names
+from tfmq_fx.calibration.pipelines import denoiser
+from tfmq_fx.calibration.recording import MAX_MEMORY, Session, record
+from tfmq_fx.calibration.temporal_rows import is_scalar
+from tfmq_fx.graph.inputs import placeholders
+from tfmq_fx.graph.nodes import fixed_size, meta_value
+
+
+class CalibrationSet:
+    """Inputs of the network as it met them while sampling: named tensors of N rows each, t per row.
+
+    Invariants: at least one row; all tensors have the same first dimension; every value is finite. A tensor
+    inside a dict or list argument has a flat name ("added_cond_kwargs_time_ids") and its path in `paths`.
+    `constants` has what is the same in every call: plain values, and tensors without rows (position ids).
+    `conditional` (N,) is False for the rows that guidance adds, those without the condition.
+    """
+
+    def __init__(
+        self,
+        tensors: Mapping[str, Tensor],
+        constants: Mapping[str, Any],
+        timestep: str,
+        paths: Mapping[str, ArgumentPath] | None = None,
+        *,
+        conditional: Tensor | None = None,
+    ) -> None:
+        self.tensors = dict(tensors)
+        self.constants = dict(constants)
+        self.timestep = timestep
+        self.paths: dict[str, ArgumentPath] = {n: (n,) for n in (*tensors, *constants)} | dict(paths or {})
+        if timestep not in self.tensors:
+            raise TFMQError(
+                f"calibration: no tensor named {timestep!r}; found {nearest_names(timestep, self.tensors)}."
+            )
+        sizes = {name: x.shape[0] if x.dim() else 0 for name, x in self.tensors.items()}
+        if not all(sizes.values()):
+            raise TFMQError(f"calibration: the set is empty (rows by tensor: {sizes}).")
+        if len(set(sizes.values())) != 1:
+            raise TFMQError(f"calibration: tensors have different numbers of rows: {sizes}.")
+        for name, x in self.tensors.items():
+            for start in (
+                range(0, len(x), 1024) if x.is_floating_point() else ()
+            ):  # they may be larger than memory
+                finite = torch.isfinite(
+                    x[start : start + 1024].flatten(1) if x.dim() > 1 else x[start : start + 1024, None]
+                )
+                if not finite.all():
+                    row = start + int((~finite.all(1)).nonzero()[0])
+                    raise TFMQError(
+                        f"calibration: tensor {name!r} holds NaN or infinite values, first in row {row}."
+                    )
+        self.conditional = torch.ones(len(self), dtype=torch.bool) if conditional is None else conditional
+
+    def __len__(self) -> int:
+        return len(self.tensors[self.timestep])
+
+    @staticmethod
+    def from_tensors(tensors: Mapping[str, Any], *, timestep: str = "timestep") -> CalibrationSet:
+        """From the network's arguments by name, (N, ...) each, dicts of tensors included; timestep (N,), one per row."""
+        found = leaves(tensors)
+        wrong = [n for n, (_, x) in found.items() if not isinstance(x, Tensor)]
+        if wrong:
+            raise TFMQError(
+                f"calibration: {wrong[0]!r} is a {type(found[wrong[0]][1]).__name__}, not a tensor."
+            )
+        paths = {n: path for n, (path, _) in found.items()}
+        return CalibrationSet({n: x for n, (_, x) in found.items()}, {}, timestep, paths)
+
+    def arguments(self, rows: slice) -> dict[str, Any]:
+        """The network's keyword arguments for these rows, nested as it takes them, constants included."""
+        values = {n: x[rows] for n, x in self.tensors.items()} | self.constants
+        return nested({self.paths[n]: value for n, value in values.items()})
+
+    @staticmethod
+    @torch.no_grad()
+    def record(
+        pipe: Any,
+        *,
+        num_samples: int,
+        num_inference_steps: int,
+        seed: int = 0,
+        batch_size: int = 64,
+        timestep: str = "timestep",
+        component: str | None = None,
+        deterministic: bool = True,
+        cache: str | Path | None = None,
+        max_memory: float = MAX_MEMORY,
+        **pipe_kwargs: Any,
+    ) -> CalibrationSet:
+        """Run the pipeline once and keep every call of its denoiser: one trajectory per sample.
+
+        The denoiser is the component that is called with a `timestep`; `component` names one of several. pipe_kwargs go
+        to the pipeline (prompt, class_labels, guidance_scale, eta, ...); a list has one value per sample, taken in turn.
+        Samples are drawn in batches of `batch_size`, each from a seed of its own. Rows of a guided pipeline are marked in
+        `conditional`. The processes of a torch.distributed group share the batches, and all get every row.
+
+        deterministic: run torch on one thread, so that the rows have the same bits on any number of threads; False
+            is faster on a CPU with many cores.
+        cache: a folder that keeps recordings; an equal one (weights, scheduler, arguments, seeds, versions) is read.
+        max_memory: bytes; larger recordings are memory-mapped files, in `cache` or the system's temporary folder.
+        """
+        if num_samples < 1 or num_inference_steps < 1 or batch_size < 1:
+            raise TFMQError(
+                f"calibration: num_samples={num_samples}, num_inference_steps={num_inference_steps} and "
+                f"batch_size={batch_size} must be positive."
+            )
+        network = denoiser(pipe, timestep=timestep, component=component)
+        session = Session(
+            pipe, network, timestep, num_samples, num_inference_steps, seed, batch_size, pipe_kwargs
+        )
+        folder = None if cache is None else Path(cache)
+        found = record(session, deterministic=deterministic, cache=folder, max_memory=max_memory)
+        return CalibrationSet(
+            found.rows, found.constants, timestep, found.paths, conditional=found.conditional
+        )
+
+    @property
+    def timesteps(self) -> Tensor:
+        """The distinct timesteps (T,), from the last of the forward process to the first, as samplers go."""
+        values: Tensor = torch.unique(self.tensors[self.timestep])
+        return values.flip(0)
+
+    def spread(self, num_samples: int, *, seed: int = 0) -> CalibrationSet:
+        """`num_samples` rows, drawn evenly over the timesteps, in shuffled order; all when there are fewer."""
+        return self.rows(self.draw(num_samples, seed=seed))
+
+    def draw(self, num_samples: int, *, seed: int = 0) -> Tensor:
+        """The numbers (at most num_samples,) of the rows of `spread`: they may be larger than memory."""
+        generator = torch.Generator().manual_seed(seed)
+        t = self.tensors[self.timestep]
+        shuffled = torch.randperm(len(self), generator=generator)
+        # Rank of each row among the rows of its timestep: taking low ranks first spreads over timesteps.
+        by_t = shuffled[torch.argsort(t[shuffled], stable=True)]
+        _, counts = torch.unique(t, return_counts=True)
+        rank = torch.cat([torch.arange(int(c)) for c in counts])
+        tie = torch.randperm(len(self), generator=generator)
+        chosen = by_t[tie][torch.argsort(rank[tie], stable=True)][:num_samples]
+        return chosen[torch.randperm(len(chosen), generator=generator)]
+
+    def rows(self, chosen: Tensor) -> CalibrationSet:
+        """These rows, by index or by mask: `data.rows(data.conditional)`."""
+        tensors = {n: x[chosen] for n, x in self.tensors.items()}
+        return CalibrationSet(
+            tensors, self.constants, self.timestep, self.paths, conditional=self.conditional[chosen]
+        )
+
+    def batches(self, batch_size: int, *, one_timestep: bool = False) -> Iterator[dict[str, Tensor]]:
+        """At most `batch_size` rows each, and what has no rows; one_timestep: of one timestep each, for networks that take one a call."""
+        for rows in self.groups(batch_size, one_timestep=one_timestep):
+            yield self.batch(rows)
+
+    def groups(
+        self, batch_size: int, *, rows: Tensor | None = None, one_timestep: bool = False
+    ) -> list[Tensor]:
+        """The numbers of the rows of each of `batches`; rows: of those that are taken, None for all."""
+        rows = torch.arange(len(self)) if rows is None else rows
+        t = self.tensors[self.timestep][rows]
+        groups = [rows[t == value] for value in t.unique()] if one_timestep else [rows]
+        return [batch for group in groups for batch in group.split(batch_size)]
+
+    def batch(self, rows: Tensor) -> dict[str, Tensor]:
+        """The rows of these numbers, and what has no rows."""
+        shared = [n for n, x in self.constants.items() if isinstance(x, Tensor)]
+        return {n: self.input(n, rows) for n in (*self.tensors, *shared)}
+
+    def input(self, name: str, rows: Tensor) -> Any:
+        """The rows of one input; all of it where it has none."""
+        return self.constants[name] if name in self.constants else self.tensors[name][rows]
+
+
+def inputs_of(gm: GraphModule, batch: Mapping[str, Tensor]) -> list[Tensor]:
+    """The batch's tensors in the order of the graph's inputs. Raises TFMQError naming a missing one."""
+    names = list(placeholders(gm))
+    missing = [n for n in names if n not in batch]
+    if missing:
+        raise TFMQError(
+            f"calibration: the graph's input {missing[0]!r} is missing; the set has {', '.join(batch)}."
+        )
+    inputs = [as_taken(gm, n, batch[n]) for n in names]
+    for name, node, x in zip(names, placeholders(gm).values(), inputs, strict=True):
+        expected = meta_value(node)
+        fixed = [fixed_size(d) for d in expected.shape] if isinstance(expected, Tensor) else [None] * x.dim()
+        if len(fixed) != x.dim() or any(f not in (None, s) for f, s in zip(fixed, x.shape, strict=True)):
+            raise TFMQError(
+                f"calibration: {name!r} has shape {tuple(x.shape)}, the graph was captured with "
+                f"({', '.join('N' if f is None else str(f) for f in fixed)}); batches must have that shape."
+            )
+    return inputs
+
+
+def as_taken(gm: GraphModule, name: str, x: Tensor) -> Tensor:
+    """An input as the graph takes it: a timestep without a batch, where it has none there."""
+    return x.reshape(-1)[0] if name == gm.meta["timestep"] and is_scalar(gm) else x

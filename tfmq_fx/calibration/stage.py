@@ -1,0 +1,182 @@
+"""Observe calibration data with a prepared graph."""
+
+from __future__ import annotations
+
+from copy import deepcopy
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.fx import GraphModule, Interpreter, Node
+
+from tfmq_fx.base._torchao import FakeQuantizeBase, ObserverBase
+from tfmq_fx.base.errors import TFMQError, nearest_names
+from tfmq_fx.base.parallel import Ranks, Workers, workers
+from tfmq_fx.base.progress import track
+from tfmq_fx.calibration.data import CalibrationSet, inputs_of
+from tfmq_fx.calibration.temporal_rows import (
+    chunks_of,
+    inputs_are_keys,
+    is_scalar,
+    run_temporal,
+    tables,
+    temporal_rows,
+)
+from tfmq_fx.graph.channels import choose_layers
+from tfmq_fx.graph.inputs import timestep_input
+from tfmq_fx.graph.nodes import fresh
+from tfmq_fx.observers.static import StaticFakeQuantize
+from tfmq_fx.observers.temporal import TemporalObserver
+from tfmq_fx.observers.token import TokenFakeQuantize
+from tfmq_fx.observers.weight import PerChannelWeightFakeQuantize
+from tfmq_fx.passes.pass_manager import declare
+from tfmq_fx.passes.quantize.observed import observers, require_stage, set_mode
+from tfmq_fx.passes.temporal.find_temporal import temporal_of
+from tfmq_fx.passes.temporal.partition_temporal import extract_temporal
+
+
+@declare(needs=("prepare",))
+@torch.no_grad()
+def calibrate(gm: GraphModule, calibration: CalibrationSet, *, batch_size: int = 64) -> GraphModule:
+    """Observe the calibration data with a prepared graph, in place; afterwards the graph fake-quantizes.
+
+    The temporal block is a function of the timestep, and perhaps of conditioning: it is observed once on the
+    rows of `temporal_rows` (finite set calibration; no data when its inputs are finite). The rest sees the
+    calibration set.
+
+    Raises TFMQError for timesteps and finite inputs in the data that the tables lack, and for missing inputs.
+    """
+    require_stage(gm, "prepared")
+    _check_values(gm, calibration)
+    found, shards = list(observers(gm)), gm.meta["recipe"].reconstruction.shards
+    block = extract_temporal(gm, temporal_of(gm))
+    with workers(shards) as threads:
+        if inputs_are_keys(gm, block):
+            for rows in chunks_of(temporal_rows(gm, calibration.tensors)):
+                run_temporal(block, rows, scalar=is_scalar(gm))
+            for _, observer in observers(block):
+                set_mode(observer, observe=False, quantize=False)
+        if any(_observing(m) for m in gm.modules()):
+            batches = calibration.groups(batch_size, one_timestep=is_scalar(gm))
+            _observe(gm, calibration, batches, shards, threads)
+        for _, observer in found:
+            observer.freeze()
+    gm.meta["stage"] = "calibrated"
+    return gm
+
+
+def _observe(
+    gm: GraphModule, calibration: CalibrationSet, batches: list[Tensor], shards: int, threads: Workers
+) -> None:
+    """Run these batches of rows through copies of the graph with observers of their own, shared out to threads and processes; merge those."""
+    ranks = Ranks()
+    shards = -(-shards // ranks.size) * ranks.size
+    learning = _learning(gm)
+    if not all(_mergeable(m) for m in learning):
+        for batch in track(batches, "calibrating"):  # every process sees all the data
+            gm(*inputs_of(gm, calibration.batch(batch)))
+        return
+    pieces = [p for p in ranks.share([batches[i::shards] for i in range(shards)]) if p]
+    copies = [with_own(gm, learning) for _ in pieces]
+
+    def run(k: int, i: int) -> None:
+        if i < len(pieces[k]):
+            copies[k][0](*inputs_of(gm, calibration.batch(pieces[k][i])))
+
+    for i in track(range(len(pieces[0]) if pieces else 0), "calibrating"):
+        threads.map(partial(run, i=i), range(len(pieces)))
+    found = ranks.gather([own for _, own in copies])
+    for i in range(shards // ranks.size):  # in the order of the pieces, whoever had them
+        for of_rank in found:
+            for observer, other in zip(learning, of_rank[i] if i < len(of_rank) else [], strict=False):
+                observer.merge(other)
+
+
+def _learning(gm: GraphModule) -> list[Any]:
+    """The modules that observe data, without those inside them."""
+    found: dict[str, nn.Module] = {}
+    for name, module in gm.named_modules():
+        if _observing(module) and not any(name.startswith(f"{outer}.") for outer in found):
+            found[name] = module
+    return list(found.values())
+
+
+def with_own(gm: GraphModule, modules: list[nn.Module]) -> tuple[GraphModule, list[nn.Module]]:
+    """A copy of the graph that has copies of these modules, and those; all else is shared."""
+    copy, own = fresh(gm), {id(m): deepcopy(m) for m in modules}
+    for name, module in list(copy.named_modules(remove_duplicate=False)):
+        if id(module) in own:
+            copy.set_submodule(name, own[id(module)])
+    return copy, [own[id(m)] for m in modules]
+
+
+def _mergeable(module: nn.Module) -> bool:
+    if isinstance(module, TemporalObserver):
+        return type(module).merge is not TemporalObserver.merge
+    return isinstance(module, StaticFakeQuantize)
+
+
+@torch.no_grad()
+def input_maxima(
+    gm: GraphModule,
+    calibration: CalibrationSet,
+    *,
+    num_samples: int = 1024,
+    batch_size: int = 64,
+    seed: int = 0,
+) -> dict[str, Tensor]:
+    """max |X_j| of each input channel j of the layers that `smooth` works on, over the calibration data, by node name.
+
+    gm: a float graph; `num_samples` rows, spread evenly over the timesteps, are run through it once.
+    """
+    timestep = str(timestep_input(gm, None).target)
+    axes = {layer.node.name: layer.axis for layer in choose_layers(gm, (), timestep=timestep)[0]}
+
+    class Watch(Interpreter):
+        def __init__(self) -> None:
+            super().__init__(gm)
+            self.largest: dict[str, Tensor] = {}
+
+        def run_node(self, n: Node) -> Any:
+            if n.name in axes:
+                x = self.env[n.args[0]]  # type: ignore[index]
+                self.largest[n.name] = x.abs().movedim(axes[n.name], 0).flatten(1).amax(1)
+            return super().run_node(n)
+
+    def observe(batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        watch = Watch()
+        watch.run(*inputs_of(gm, batch))
+        return watch.largest
+
+    data = calibration.spread(num_samples, seed=seed)
+    with workers(8) as threads:
+        found = threads.map(observe, data.batches(batch_size, one_timestep=is_scalar(gm)))
+    return {name: torch.stack([of_batch[name] for of_batch in found]).amax(0) for name in axes}
+
+
+def _observing(module: nn.Module) -> bool:
+    """Whether the module learns from data that passes: another quantizer's observers do, weights' and tokens' do not."""
+    if isinstance(module, (PerChannelWeightFakeQuantize, TokenFakeQuantize)):
+        return False
+    if isinstance(module, FakeQuantizeBase):
+        return bool(module.observer_enabled[0])
+    return isinstance(module, ObserverBase)
+
+
+def _check_values(gm: GraphModule, calibration: CalibrationSet) -> None:
+    for name, values in tables(gm).items():
+        if name not in calibration.tensors:
+            raise TFMQError(
+                f"calibration: no tensor named {name!r}; found {nearest_names(name, calibration.tensors)}."
+            )
+        common = torch.promote_types(values.dtype, calibration.tensors[name].dtype)
+        known = {str(v) for v in values.to(common).tolist()}
+        data = calibration.tensors[name].to(common).unique(dim=0).tolist()
+        outside = [v for v in data if str(v) not in known]
+        if outside:
+            what = "timesteps" if name == gm.meta["timestep"] else f"values of {name!r}"
+            raise TFMQError(
+                f"calibration: {what} {outside[:8]} are in the data but not in the schedule of {len(values)} values "
+                f"({values.min().item():g} to {values.max().item():g})."
+            )

@@ -1,0 +1,108 @@
+"""Where the temporal block runs on its own: the rows of its inputs, and its features at them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule
+
+from tfmq_fx.base.errors import TFMQError, nearest_names
+from tfmq_fx.graph.inputs import placeholders
+from tfmq_fx.graph.nodes import meta_value
+from tfmq_fx.passes.quantize.plan import table_key
+
+
+def is_scalar(gm: GraphModule) -> bool:
+    """Whether the graph was captured with a timestep of shape ()."""
+    value = meta_value(placeholders(gm)[gm.meta["timestep"]])
+    return isinstance(value, Tensor) and value.dim() == 0
+
+
+def inputs_are_keys(gm: GraphModule, block: GraphModule) -> bool:
+    return placeholders(block).keys() <= {gm.meta["timestep"], *gm.meta["conditioning"]}
+
+
+def require_keys_only(gm: GraphModule, block: GraphModule) -> None:
+    """Raise TFMQError unless the block can run on the timestep and conditioning alone."""
+    if not inputs_are_keys(gm, block):
+        raise TFMQError(
+            f"temporal block: it needs the inputs {', '.join(placeholders(block))} besides the timestep's values; "
+            "capture with torch.export so that the batch size can be read from the timestep."
+        )
+
+
+def tables(gm: GraphModule) -> dict[str, Tensor]:
+    """The finite inputs of a prepared graph, the timestep first: name -> values (K, ...)."""
+    return {gm.meta["timestep"]: gm.meta["timesteps"], **gm.meta["finite"]}
+
+
+def temporal_rows(gm: GraphModule, data: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Where the temporal block of a prepared graph is observed and reconstructed: its inputs, (R, ...) each.
+
+    Every value of each key that selects qparams, inputs outside the key taken from the calibration set in turn;
+    then, when some input of the block has no table or too large a product, every distinct row of the set.
+
+    data: the calibration set's tensors by name, (N, ...) each. Raises TFMQError for one that is missing.
+    """
+    timestep, values = gm.meta["timestep"], tables(gm)
+    sizes = {n: len(v) for n, v in values.items()}
+    limit = gm.meta["recipe"].max_table_entries
+    names = [timestep, *gm.meta["conditioning"]]
+    keys = {layer.key for layer in gm.meta["plan"].layers if layer.temporal and layer.key}
+    whole = True
+    for feature in gm.meta["feature_keys"]:
+        key = table_key(frozenset(feature), timestep=timestep, sizes=sizes, max_entries=limit)
+        whole &= key is not None
+        keys.add(key or (timestep,))
+    keys = {k for k in keys if not any(set(k) < set(other) for other in keys)}
+    missing = [n for n in names if n not in data]
+    if missing:
+        raise TFMQError(
+            f"calibration: no tensor named {missing[0]!r}; found {nearest_names(missing[0], data)}."
+        )
+    count = len(data[timestep])
+    parts: list[dict[str, Tensor]] = []
+    for key in sorted(keys):
+        index = torch.cartesian_prod(*[torch.arange(sizes[n]) for n in key]).reshape(-1, len(key))
+        turn = torch.arange(len(index)) % count
+        rows = {n: values[n][index[:, i]].to(data[n].dtype) for i, n in enumerate(key)}
+        parts.append({n: rows[n] if n in rows else data[n][turn] for n in names})
+    if not whole:
+        flat = torch.cat([data[n].double().reshape(count, -1) for n in names], dim=1)
+        _, inverse = flat.unique(dim=0, return_inverse=True)
+        first = torch.full((int(inverse.max()) + 1,), len(flat)).scatter_reduce_(
+            0, inverse, torch.arange(len(flat)), "amin"
+        )
+        parts.append({n: data[n][first.sort().values] for n in names})
+    return {n: torch.cat([part[n] for part in parts]) for n in names}
+
+
+def chunks_of(rows: Mapping[str, Tensor], size: int = 1024) -> Iterator[dict[str, Tensor]]:
+    """The rows in pieces: the features of a large product of keys would not fit in memory at once."""
+    count = len(next(iter(rows.values())))
+    for start in range(0, count, size):
+        yield {n: x[start : start + size] for n, x in rows.items()}
+
+
+def run_temporal(
+    block: GraphModule, rows: Mapping[str, Tensor], *, scalar: bool = False
+) -> tuple[Tensor, ...]:
+    """The temporal features of an extracted block at every row of its inputs: (R, ...) each.
+
+    A step index that the block passes on beside its features is left out.
+    scalar: the block was captured with a timestep of shape () and runs once per row.
+    """
+    inputs = [rows[n] for n in placeholders(block)]
+    if not scalar:
+        return tuple(f for f in block(*inputs) if f.is_floating_point())
+    values = [meta_value(n) for n in placeholders(block).values()]
+    out = []
+    for i in range(len(inputs[0])):
+        row = [
+            x[i] if isinstance(v, Tensor) and v.dim() == x.dim() - 1 else x[i : i + 1]
+            for x, v in zip(inputs, values, strict=True)
+        ]
+        out.append([f for f in block(*row) if f.is_floating_point()])
+    return tuple(torch.stack([row[i] for row in out]) for i in range(len(out[0])))

@@ -1,0 +1,1 @@
+"""How far from float: errors by timestep, trajectories, features of pictures, plots."""

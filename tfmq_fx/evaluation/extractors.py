@@ -1,0 +1,194 @@
+"""What a network sees in pictures: the features that distances between sets of pictures are measured in.
+
+An extractor is any function from images (N, C, H, W) in [-1, 1] to `Features`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tfmq_fx.base.errors import TFMQError
+from tfmq_fx.base.metrics import (
+    frechet_distance,
+    inception_score,
+    precision_recall,
+    psnr,
+    psnr_by_image,
+    ssim_by_image,
+)
+
+SPATIAL = 2023  # numbers of the spatial variant: 7 channels of 17 x 17 (the ADM evaluator's, Dhariwal & Nichol 2021)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Features:
+    """Rows are images."""
+
+    pooled_ND: Tensor
+    spatial_NS: Tensor  # a few channels of a feature map with their positions, for sFID (Nash et al. 2021)
+    probabilities_NK: Tensor | None  # of classes; None where the network has none
+
+
+Extractor = Callable[[Tensor], Features]
+
+
+def network_extractor(network: nn.Module, layer: str, *, batch_size: int = 256) -> Extractor:
+    """Features of any classifier: `layer`'s output (N, C, h, w), averaged over positions; its output are logits.
+
+    layer: a path in `network.named_modules()`. Raises TFMQError when there is no such layer or its output is no map.
+    """
+    if layer not in dict(network.named_modules()):
+        raise TFMQError(
+            f"network_extractor: no layer {layer!r}; found {', '.join(n for n, _ in network.named_modules() if n)}."
+        )
+
+    @torch.no_grad()
+    def extract(images: Tensor) -> Features:
+        maps: list[Tensor] = []
+        handle = network.get_submodule(layer).register_forward_hook(lambda _m, _i, out: maps.append(out))
+        try:
+            logits = torch.cat([network(part) for part in images.split(batch_size)])
+        finally:
+            handle.remove()
+        if maps[0].dim() != 4:
+            raise TFMQError(
+                f"network_extractor: layer {layer!r} gives shape {tuple(maps[0].shape)}; needed is (N, C, h, w)."
+            )
+        return _features(torch.cat(maps), logits)
+
+    return extract
+
+
+def inception_extractor(weights: str | Path | None = None, *, batch_size: int = 64) -> Extractor:
+    """torch-fidelity's InceptionV3, the one of published FIDs; probabilities are of its unbiased logits.
+
+    weights: its file; None: where torch-fidelity keeps it. Nothing is downloaded: raises TFMQError when the package or
+    the file is missing, and says where it is looked for.
+    """
+    try:
+        from torch_fidelity.feature_extractor_inceptionv3 import (
+            URL_INCEPTION_V3,
+            FeatureExtractorInceptionV3,
+        )
+    except ImportError as error:
+        raise TFMQError(
+            f"inception_extractor: needs torch-fidelity ({error}); pip install torch-fidelity."
+        ) from error
+    file = Path(torch.hub.get_dir()) / "checkpoints" / URL_INCEPTION_V3.rsplit("/", 1)[-1]
+    file = file if weights is None else Path(weights)
+    if not file.is_file():
+        raise TFMQError(
+            f"inception_extractor: no weights at {file}; download {URL_INCEPTION_V3} to there, or give "
+            "`network_extractor` a classifier of your own."
+        )
+    names = ["768", "2048", "logits_unbiased"]
+    network = FeatureExtractorInceptionV3("inception", names, feature_extractor_weights_path=str(file)).eval()
+
+    @torch.no_grad()
+    def extract(images: Tensor) -> Features:
+        found: list[Sequence[Tensor]] = []
+        for part in images.split(batch_size):
+            pixels = (part.expand(-1, 3, -1, -1).clamp(-1, 1) + 1).mul(127.5).round().to(torch.uint8)
+            found.append(network(pixels))
+        spatial, pooled, logits = (torch.cat(column) for column in zip(*found, strict=True))
+        return Features(pooled_ND=pooled, spatial_NS=spatial, probabilities_NK=logits.softmax(-1))
+
+    return extract
+
+
+def _features(map_NCHW: Tensor, logits: Tensor) -> Features:
+    channels = max(1, min(map_NCHW.shape[1], SPATIAL // math.prod(map_NCHW.shape[2:])))
+    return Features(
+        pooled_ND=map_NCHW.mean((2, 3)),
+        spatial_NS=map_NCHW[:, :channels].flatten(1),
+        probabilities_NK=logits.softmax(-1) if logits.dim() == 2 else None,
+    )
+
+
+def compare(images: Tensor, reference: Tensor, *, extractor: Extractor | None = None) -> dict[str, float]:
+    """Pictures (N, C, H, W) in [-1, 1] against those of the float network from the same noise.
+
+    Always: PSNR and SSIM, mean of images, and PSNR over all pixels. With an extractor: Frechet distance, its spatial
+    variant, precision and recall of the set, and an inception score of both sets.
+    """
+    by_image = psnr_by_image(images, reference)
+    found = {
+        "psnr": by_image[by_image.isfinite()].mean().item() if by_image.isfinite().any() else math.inf,
+        "psnr_pooled": psnr(images, reference),
+        "ssim": ssim_by_image(images, reference).mean().item(),
+    }
+    if extractor is None:
+        return found
+    a, b = extractor(images), extractor(reference)
+    found["frechet"] = frechet_distance(a.pooled_ND, b.pooled_ND)
+    found["frechet_spatial"] = frechet_distance(a.spatial_NS, b.spatial_NS)
+    found["precision"], found["recall"] = precision_recall(a.pooled_ND, b.pooled_ND)
+    if a.probabilities_NK is not None and b.probabilities_NK is not None:
+        found["inception_score"] = inception_score(a.probabilities_NK)
+        found["inception_score_float"] = inception_score(b.probabilities_NK)
+    return found
+
+
+def lpips_distance(images: Tensor, reference: Tensor, *, network: str = "alex") -> Tensor:
+    """LPIPS of each image (N,) (Zhang et al. 2018), by torchmetrics; its backbone's weights must be on this machine.
+
+    Raises TFMQError when torchmetrics, torchvision or those weights are missing; nothing is downloaded.
+    """
+    files = {
+        "alex": "alexnet-owt-7be5be79.pth",
+        "vgg": "vgg16-397923af.pth",
+        "squeeze": "squeezenet1_1-b8a52dc0.pth",
+    }
+    if network not in files:
+        raise TFMQError(f"lpips_distance: network={network!r} is unknown; use {', '.join(files)}.")
+    try:
+        from torchmetrics.functional.image.lpips import learned_perceptual_image_patch_similarity
+    except ImportError as error:
+        raise TFMQError(
+            f'LPIPS needs torchmetrics and torchvision ({error}); pip install "tfmq_fx[eval]" torchvision.'
+        ) from error
+    file = Path(torch.hub.get_dir()) / "checkpoints" / files[network]
+    if not file.is_file():
+        raise TFMQError(f"LPIPS: no weights of its backbone at {file}; torchvision keeps them there.")
+    values = [
+        learned_perceptual_image_patch_similarity(
+            x[None].expand(-1, 3, -1, -1).clamp(-1, 1),
+            y[None].expand(-1, 3, -1, -1).clamp(-1, 1),
+            net_type=network,
+        )
+        for x, y in zip(images, reference, strict=True)
+    ]
+    return torch.stack(values)
+
+
+@torch.no_grad()
+def clip_score(images: Tensor, prompts: Sequence[str], folder: str | Path) -> float:
+    """100 times the mean over images of max(cos(image, prompt), 0) (Hessel et al. 2021), by a local CLIP.
+
+    folder: a transformers CLIPModel with its processor, as `save_pretrained` writes them. Raises TFMQError when the
+    package or the folder is missing, or there is not one prompt per image.
+    """
+    if len(images) != len(prompts):
+        raise TFMQError(f"clip_score: {len(images)} images and {len(prompts)} prompts; one each is needed.")
+    try:
+        from transformers import CLIPModel, CLIPProcessor
+    except ImportError as error:
+        raise TFMQError(f"clip_score: needs transformers ({error}); pip install transformers.") from error
+    if not Path(folder).is_dir():
+        raise TFMQError(f"clip_score: {folder} is no folder; give one with a CLIPModel and its processor.")
+    model: Any = CLIPModel.from_pretrained(str(folder), local_files_only=True).eval()
+    processor = CLIPProcessor.from_pretrained(str(folder), local_files_only=True)
+    pixels = (images.expand(-1, 3, -1, -1).clamp(-1, 1) + 1).mul(127.5).round().to(torch.uint8)
+    inputs = processor(
+        text=list(prompts), images=list(pixels), return_tensors="pt", padding=True, truncation=True
+    )
+    output = model(**inputs)
+    cosine = torch.cosine_similarity(output.image_embeds, output.text_embeds, dim=-1)
+    return float(100 * cosine.clamp(min=0).mean())

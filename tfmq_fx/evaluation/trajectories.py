@@ -1,0 +1,118 @@
+"""Where and when a quantized network leaves the float one: from stored errors, and along trajectories."""
+
+from __future__ import annotations
+
+import logging
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tfmq_fx.artefact.drop_in import DropIn
+from tfmq_fx.base.metrics import relative_mse_by_timestep
+from tfmq_fx.calibration.data import CalibrationSet
+from tfmq_fx.calibration.pipelines import run_pipeline
+from tfmq_fx.evaluation.sampling import swapped
+
+log = logging.getLogger(__name__)
+
+
+ROWS = 64  # rows of one call when errors are measured
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trajectory:
+    """What one network made of a noise."""
+
+    timesteps: list[float]  # of each call of the network
+    inputs: list[Tensor]  # what it was given there, (N, ...) each: x_t
+    images: Tensor  # (N, C, H, W) in [-1, 1]
+
+
+@torch.no_grad()
+def trajectory(
+    pipe: Any,
+    model: DropIn,
+    network: nn.Module,
+    *,
+    num_samples: int,
+    num_inference_steps: int,
+    seed: int,
+    **pipe_kwargs: Any,
+) -> Trajectory:
+    """Sample with `network`, the float one or `model`, and keep every x_t that it is given.
+
+    A guided batch holds the rows of one picture more than once: the last `num_samples` are kept, the conditional ones.
+    """
+    names = list(model.interface.arguments)
+    kept: list[tuple[float, Tensor]] = []
+
+    def keep(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        given = dict(zip(names, args, strict=False)) | kwargs
+        t = torch.as_tensor(given[model.interface.timestep]).flatten()[0].item()
+        kept.append((t, given[model.first_input][-num_samples:].clone()))
+
+    handle = network.register_forward_pre_hook(keep, with_kwargs=True)
+    try:
+        with swapped(pipe, network):
+            drawn = run_pipeline(
+                pipe,
+                num_samples,
+                num_inference_steps=num_inference_steps,
+                generator=torch.Generator().manual_seed(seed),
+                **pipe_kwargs,
+            )
+    finally:
+        handle.remove()
+    images = torch.from_numpy(drawn).permute(0, 3, 1, 2) * 2 - 1
+    return Trajectory(timesteps=[t for t, _ in kept], inputs=[x for _, x in kept], images=images)
+
+
+@torch.no_grad()
+def output_errors(
+    reference: nn.Module, networks: Mapping[str, Callable[..., Any]], data: CalibrationSet
+) -> dict[str, dict[float, float]]:
+    """Relative MSE of each network's output to the reference's, by timestep, on the same rows."""
+    starts = range(0, len(data), ROWS)
+    expected = torch.cat([_output(reference, data, i) for i in starts])
+    t = data.tensors[data.timestep]
+    return {
+        name: relative_mse_by_timestep(torch.cat([_output(f, data, i) for i in starts]), expected, t)
+        for name, f in networks.items()
+    }
+
+
+def _output(network: Callable[..., Any], data: CalibrationSet, start: int) -> Tensor:
+    found = network(**data.arguments(slice(start, start + ROWS)) | {"return_dict": False})
+    first: Tensor = found[0]
+    return first.float()
+
+
+def in_bfloat16(network: nn.Module) -> Callable[..., Any]:
+    """The float network under autocast: a floor that people accept without asking."""
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        with torch.autocast("cpu", torch.bfloat16):
+            return network(*args, **kwargs)
+
+    return call
+
+
+@torch.no_grad()
+def milliseconds(
+    networks: Mapping[str, Callable[..., Any]], data: CalibrationSet, *, batch: int, rounds: int = 7
+) -> dict[str, float]:
+    """The median of a call's wall time at one batch size, the networks taking turns; a first call warms up."""
+    arguments = data.arguments(slice(0, batch)) | {"return_dict": False}
+    found: dict[str, list[float]] = {name: [] for name in networks}
+    for i in range(rounds + 1):
+        for name, network in networks.items():
+            started = time.perf_counter()
+            network(**arguments)
+            if i:
+                found[name].append(1e3 * (time.perf_counter() - started))
+    return {name: statistics.median(values) for name, values in found.items()}

@@ -1,0 +1,141 @@
+"""Layers as the low-bit passes see them: a weight with a row for each input channel, replaced in place."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+from torch.fx import GraphModule, Node
+
+from tfmq_fx.base.errors import TFMQError
+from tfmq_fx.graph.nodes import (
+    attribute,
+    edge_layers,
+    groups_of,
+    op_name,
+    output_channel_axis,
+    weight_argument,
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Change:
+    """What a pass did to one layer."""
+
+    name: str  # the weight's path
+    how: str  # "folded": nothing is left to compute; "explicit": new nodes at its input; "left": as it was
+    reason: str = ""  # why not folded, or why left; what it was folded into
+    tensors: tuple[str, ...] = ()  # paths of what the graph now reads in addition
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParameterLayer:
+    """A convolution or linear whose weight is its own parameter."""
+
+    gm: GraphModule
+    node: Node
+    path: str  # of the weight
+
+    @property
+    def weight(self) -> Tensor:
+        """As it is now: passes replace it."""
+        weight: Tensor = attribute(self.gm, self.path).detach()
+        return weight
+
+    @property
+    def x(self) -> Node:
+        x = self.node.args[0]
+        assert isinstance(x, Node)
+        return x
+
+    @property
+    def axis(self) -> int:
+        """The channels' dimension in the layer's input and output, from the end."""
+        return -1 if op_name(self.node) == "linear" else 1 - self.weight.dim()
+
+    @property
+    def groups(self) -> int:
+        return groups_of(self.node)
+
+    @property
+    def transposed(self) -> bool:
+        return output_channel_axis(self.node) == 1
+
+    def by_input(self) -> Tensor:
+        """The weight as (C_in, ...): a row for each input channel. `from_input` is the inverse."""
+        w = self.weight
+        if self.transposed:  # (C_in, C_out / groups, ...)
+            return w.flatten(1)
+        # groups, C_out / groups, C_in / groups, ...
+        rows: Tensor = w.unflatten(0, (self.groups, -1)).transpose(1, 2).flatten(0, 1).flatten(1)
+        return rows
+
+    def from_input(self, rows: Tensor) -> Tensor:
+        if self.transposed:
+            return rows.reshape(self.weight.shape)
+        out, each, *kernel = self.weight.shape
+        w = rows.reshape(self.groups, each, out // self.groups, *kernel)
+        result: Tensor = w.transpose(1, 2).reshape(self.weight.shape)
+        return result
+
+
+def choose_layers(
+    gm: GraphModule, temporal: Iterable[str], *, timestep: str
+) -> tuple[list[ParameterLayer], list[Change]]:
+    """The layers that low-bit passes work on, and why the others are left: temporal ones, first and last ones.
+
+    temporal: names of the temporal block's nodes; timestep: the name of the input it starts from.
+    """
+    inside, edges, readers = set(temporal), edge_layers(gm, timestep=timestep), count_readers(gm)
+    layers, left = [], []
+    for node in gm.graph.nodes:
+        index = weight_argument(node)
+        if index is None or node.name in inside:
+            continue
+        layer = layer_of(gm, node, readers)
+        if layer is None:
+            left.append(Change(name=node.name, how="left", reason="its weight is not a parameter of its own"))
+        elif node in edges:
+            left.append(Change(name=layer.path, how="left", reason="first or last layer"))
+        else:
+            layers.append(layer)
+    return layers, left
+
+
+def require_float_graph(gm: GraphModule, step: str) -> None:
+    """Raise TFMQError for a graph that went through `prepare`: its observers have seen the weights as they were."""
+    if gm.meta.get("stage"):
+        raise TFMQError(
+            f"{step}: the graph is {gm.meta['stage']} already; it works on the float graph, before prepare."
+        )
+
+
+def set_tensor(gm: GraphModule, target: str, value: Tensor) -> None:
+    """Replace what a get_attr of that target yields, in this graph module alone; the dtype stays."""
+    *path, name = target.split(".")
+    module = gm.get_submodule(".".join(path))
+    old: Tensor = getattr(module, name)
+    value = value.to(old.dtype).reshape(old.shape).contiguous()
+    if isinstance(old, nn.Parameter):
+        value = nn.Parameter(value, requires_grad=old.requires_grad)
+    setattr(module, name, value)
+
+
+def count_readers(gm: GraphModule) -> Counter[str]:
+    """How many nodes read each parameter."""
+    found: Counter[str] = Counter()
+    for node in gm.graph.find_nodes(op="get_attr"):
+        found[str(node.target)] += len(node.users)
+    return found
+
+
+def layer_of(gm: GraphModule, node: Node, readers: Mapping[str, int]) -> ParameterLayer | None:
+    index = weight_argument(node)
+    if index is None or any(isinstance(v, Node) for v in node.kwargs.values()) or len(node.args) <= index:
+        return None
+    weight = node.args[index]
+    if not isinstance(weight, Node) or weight.op != "get_attr" or readers[str(weight.target)] != 1:
+        return None
+    return ParameterLayer(gm=gm, node=node, path=str(weight.target))

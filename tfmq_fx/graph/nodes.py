@@ -1,0 +1,333 @@
+"""What the passes need to know of an fx node: which inputs carry values, what is a view, what has a weight.
+
+Everything here reads operator schemas and graph structure, never the name of a module or of a class.
+"""
+
+from __future__ import annotations
+
+import builtins
+import operator
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.fx import Graph, GraphModule, Node, Proxy
+from torch.fx.proxy import GraphAppendingTracer
+
+aten = torch.ops.aten
+
+
+# Operator name without namespace and overload -> index of its weight argument.
+_WEIGHT_ARGUMENT = {
+    "linear": 1, "conv1d": 1, "conv2d": 1, "conv3d": 1, "convolution": 1,
+    "conv_transpose1d": 1, "conv_transpose2d": 1, "conv_transpose3d": 1,
+}  # fmt: skip
+
+
+_CONVOLUTION_ARGUMENTS = {
+    "conv": ("input", "weight", "bias", "stride", "padding", "dilation", "groups"),
+    "transpose": ("input", "weight", "bias", "stride", "padding", "output_padding", "groups", "dilation"),
+    "convolution": (
+        "input", "weight", "bias", "stride", "padding", "dilation", "transposed", "output_padding", "groups",
+    ),
+}  # fmt: skip
+
+
+_CONVOLUTION_DEFAULTS = {"bias": None, "stride": 1, "padding": 0, "dilation": 1, "groups": 1}
+
+
+_MATMULS = {"scaled_dot_product_attention": (0, 1, 2), "matmul": (0, 1), "bmm": (0, 1), "baddbmm": (1, 2)}
+
+
+_METADATA = {
+    "sym_size", "sym_stride", "sym_numel", "sym_storage_offset", "size", "stride", "numel", "dim", "shape",
+    "dtype", "device", "ndim", "layout", "is_floating_point", "is_complex", "is_contiguous",
+    "_assert_tensor_metadata", "sym_constrain_range", "sym_constrain_range_for_size", "_assert_scalar",
+    "_assert_async",
+}  # fmt: skip
+
+
+_FIRST_VALUE_ONLY = {"to", "type_as", "expand_as", "view_as", "reshape_as", "_to_copy"}
+
+
+_VIEWS = {
+    "getitem", "slice", "select", "unsqueeze", "squeeze", "view", "reshape", "_unsafe_view", "flatten", "unflatten",
+    "expand", "expand_as", "view_as", "permute", "transpose", "t", "movedim", "chunk", "split",
+    "split_with_sizes", "unbind", "to", "type_as", "_to_copy", "contiguous", "clone", "detach", "alias", "dropout",
+    "repeat", "repeat_interleave", "lift_fresh_copy", "cat", "stack", "identity",
+    "float", "double", "half", "bfloat16", "long", "int", "type",
+}  # fmt: skip
+
+
+_POINTWISE = {
+    "add", "sub", "mul", "div", "neg", "rsub", "silu", "gelu", "relu", "sigmoid", "tanh", "softplus", "mish",
+    "exp", "log", "pow", "sqrt", "rsqrt", "clamp", "hardtanh", "leaky_relu", "elu", "lerp", "addcmul", "truediv",
+    "hardswish", "softmax",
+}  # fmt: skip
+
+
+_IN_PLACE_OPERATORS = {
+    operator.iadd, operator.isub, operator.imul, operator.itruediv, operator.ifloordiv, operator.imod, operator.ipow,
+    operator.setitem,
+}  # fmt: skip
+
+
+def op_name(node: Node) -> str:
+    """The bare operator name: `aten.linear.default` -> "linear", `x.view(..)` -> "view"; "" for the rest.
+
+    In-place variants are named like their functional twin; `mutated_inputs` tells them apart. A torch.nn module
+    is named like its function: nn.SiLU -> "silu".
+    """
+    if node.op == "call_method":
+        return str(node.target).removesuffix("_")
+    if node.op == "call_module":
+        cls = type(called_module(node))
+        return cls.__name__.lower() if cls.__module__.startswith("torch.nn.modules.") else ""
+    if node.op != "call_function":
+        return ""
+    target = node.target
+    if isinstance(target, torch._ops.OpOverload):
+        name = target._schema.name.split("::")[1]
+    elif target is builtins.getattr:
+        name = str(node.args[1])
+    else:
+        assert callable(target)
+        name = target.__name__
+    return name if name.startswith("_") else name.removesuffix("_")
+
+
+def called_module(node: Node) -> nn.Module:
+    """The module that a call_module node calls."""
+    owner = node.graph.owning_module
+    assert owner is not None
+    return owner.get_submodule(str(node.target))
+
+
+def meta_value(node: Node) -> Any:
+    """The fake value of a node, as torch.export ("val") or Dynamo ("example_value") left it; None when neither did."""
+    return node.meta.get("val", node.meta.get("example_value"))
+
+
+def hinted_shape(node: Any) -> list[int]:
+    """The sizes of a node's tensor at capture: a batch of two where it may vary."""
+    value = meta_value(node)
+    assert isinstance(value, Tensor), node
+    return [d if isinstance(d, int) else d.node.hint for d in value.shape]
+
+
+def convolution_arguments(node: Node) -> dict[str, Any]:
+    """Those of a convolution by name, with defaults.
+
+    stride, padding (unless it is a word) and dilation have a number for each dimension that the kernel moves along.
+    """
+    name = op_name(node)
+    names = _CONVOLUTION_ARGUMENTS["transpose" if "transpose" in name else name.rstrip("123d")]
+    given: dict[str, Any] = {
+        **_CONVOLUTION_DEFAULTS,
+        **dict(zip(names, node.args, strict=False)),
+        **node.kwargs,
+    }
+    dims = int(name[-2]) if name.endswith("d") else len(given["stride"])
+    for key in ("stride", "padding", "dilation"):
+        value = given[key]
+        if not isinstance(value, str):
+            values = [value] if isinstance(value, int) else list(value)
+            given[key] = values * (dims // len(values))
+    return given
+
+
+def groups_of(layer: Node) -> int:
+    """Of a convolution: each output channel sees C_in / groups input channels. Of a linear: 1."""
+    found: int = 1 if op_name(layer) == "linear" else convolution_arguments(layer)["groups"]
+    return found
+
+
+def fixed_size(size: int | torch.SymInt) -> int | None:
+    """The dimension as capture fixed it, None where it may vary. (A specialised SymInt is still a SymInt.)"""
+    if isinstance(size, int):
+        return size
+    fixed: int | None = size.node.maybe_as_int()
+    return fixed
+
+
+def value_inputs(node: Node) -> list[Node]:
+    """The inputs whose values (not merely shape, dtype or device) reach this node's output."""
+    name = op_name(node)
+    if name in _METADATA:
+        return []
+    inputs = node.all_input_nodes
+    first = node.args[0] if node.args and isinstance(node.args[0], Node) else None
+    if name in _FIRST_VALUE_ONLY:
+        return [first] if first is not None else inputs
+    if name.endswith("_like") or name.startswith("new_"):
+        return [n for n in inputs if n is not first]
+    return inputs
+
+
+def is_random(node: Node) -> bool:
+    target = node.target
+    if not isinstance(target, torch._ops.OpOverload) or torch.Tag.nondeterministic_seeded not in target.tags:
+        return False
+    # Dropout and attention carry the tag too; in eval mode with p = 0 they draw nothing.
+    return op_name(node) not in ("dropout", "scaled_dot_product_attention")
+
+
+def mutated_inputs(node: Node) -> list[Node]:
+    """Inputs this node writes to in place."""
+    if not isinstance(node.target, torch._ops.OpOverload):
+        return [n for n in node.args[:1] if isinstance(n, Node)] if _writes_its_first_argument(node) else []
+    if not node.target._schema.is_mutable:
+        return []
+    return [
+        value
+        for spec, value in _schema_arguments(node)
+        if spec.alias_info is not None and spec.alias_info.is_write and isinstance(value, Node)
+    ]
+
+
+def _writes_its_first_argument(node: Node) -> bool:
+    """For graphs of Python functions, methods and modules: `x.add_(y)`, `x += y`, `x[i] = y`, `relu(x, inplace=True)`."""
+    if node.op == "call_module":
+        return bool(getattr(called_module(node), "inplace", False))  # torch.nn's own switch
+    if node.op == "call_method":
+        name = str(node.target)
+        return name == "__setitem__" or (name.endswith("_") and not name.startswith("_"))
+    if node.op != "call_function":
+        return False
+    name = node.target if isinstance(node.target, str) else node.target.__name__
+    functional = name.endswith("_") and not name.startswith("_")
+    return functional or node.target in _IN_PLACE_OPERATORS or node.kwargs.get("inplace") is True
+
+
+def viewed_inputs(node: Node) -> list[Node]:
+    """Inputs whose memory this node's output may share."""
+    if not isinstance(node.target, torch._ops.OpOverload):
+        name = op_name(node)
+        shares = (name in _VIEWS and name not in ("clone", "cat", "stack")) or _writes_its_first_argument(
+            node
+        )
+        return [n for n in node.args[:1] if isinstance(n, Node)] if shares else []
+    return [v for spec, v in _schema_arguments(node) if spec.alias_info is not None and isinstance(v, Node)]
+
+
+def _schema_arguments(node: Node) -> Iterator[tuple[Any, Any]]:
+    assert isinstance(node.target, torch._ops.OpOverload)
+    for spec, value in zip(node.target._schema.arguments, node.args, strict=False):
+        yield spec, value
+    for spec in node.target._schema.arguments:
+        if spec.name in node.kwargs:
+            yield spec, node.kwargs[spec.name]
+
+
+def is_view_or_pointwise(node: Node) -> bool:
+    name = op_name(node)
+    return name in _VIEWS or name in _POINTWISE
+
+
+def weight_argument(node: Node) -> int | None:
+    """Index of the weight argument when this is a convolution or linear, else None."""
+    return _WEIGHT_ARGUMENT.get(op_name(node)) if node.op == "call_function" else None
+
+
+def output_channel_axis(node: Node) -> int:
+    """The weight's dimension that counts output channels (1 for transposed convolutions, else 0)."""
+    return 1 if "transpose" in op_name(node) or (op_name(node) == "convolution" and node.args[6]) else 0
+
+
+def matmul_inputs(node: Node) -> list[Node]:
+    """The operands of a matmul or attention of two computed tensors; [] for anything else."""
+    indices = _MATMULS.get(op_name(node), ())
+    operands = [node.args[i] for i in indices if i < len(node.args)]
+    computed = [n for n in operands if isinstance(n, Node) and n.op != "get_attr"]
+    return computed if len(computed) == len(indices) and indices else []
+
+
+def attribute(gm: nn.Module, target: str) -> Any:
+    """What a get_attr node of that target yields."""
+    value: Any = gm
+    for part in target.split("."):
+        value = getattr(value, part)
+    return value
+
+
+def set_buffer(gm: nn.Module, target: str, value: Tensor) -> None:
+    """Register `value` as a buffer at a dotted path, making plain modules on the way where missing."""
+    *path, name = target.split(".")
+    module = gm
+    for part in path:
+        if part not in module._modules:
+            module.add_module(part, nn.Module())
+        module = module.get_submodule(part)
+    if name in module._buffers:
+        module._buffers[name] = value
+    else:
+        module.register_buffer(name, value)
+
+
+def inline(graph: Graph, function: Callable[..., Any], *arguments: Node) -> Node:
+    """Insert, where the graph inserts now, the operators that `function` calls on these nodes; the node of its result."""
+    tracer = GraphAppendingTracer(graph)
+    node: Node = function(*(Proxy(n, tracer) for n in arguments)).node
+    return node
+
+
+def ancestors(nodes: Iterable[Node], also: Mapping[Node, Iterable[Node]] | None = None) -> set[Node]:
+    """`nodes` and everything they are computed from; also: further sources of a node, as by writes in place."""
+    seen: set[Node] = set()
+    stack = list(nodes)
+    while stack:
+        node = stack.pop()
+        if node not in seen:
+            seen.add(node)
+            stack.extend(node.all_input_nodes)
+            stack.extend((also or {}).get(node, ()))
+    return seen
+
+
+def edge_layers(gm: GraphModule, *, timestep: str) -> set[Node]:
+    """The first and last weighted layers: the only one an input reaches first, or that reaches the output last.
+
+    An input that fans out to many layers at once (a text embedding read by every cross-attention) has no
+    first layer in this sense; but the timestep has as many as it reaches: some networks embed it anew in each block.
+    """
+    inputs = [n for n in gm.graph.nodes if n.op == "placeholder"]
+    output = next(n for n in gm.graph.nodes if n.op == "output")
+    found: set[Node] = set()
+    for node in inputs:
+        layers = _first_weighted([node], forward=True)
+        if len(layers) == 1 or node.target == timestep:
+            found |= layers
+    layers = _first_weighted([output], forward=False)
+    return found | layers if len(layers) <= 2 else found
+
+
+def _first_weighted(start: Iterable[Node], *, forward: bool) -> set[Node]:
+    found: set[Node] = set()
+    seen: set[Node] = set(start)
+    stack = list(seen)
+    while stack:
+        node = stack.pop()
+        following = [u for u in node.users if node in value_inputs(u)] if forward else value_inputs(node)
+        for other in following:
+            if other in seen:
+                continue
+            seen.add(other)
+            if weight_argument(other) is not None:
+                found.add(other)
+            else:
+                stack.append(other)
+    return found
+
+
+def fresh(gm: GraphModule) -> GraphModule:
+    """A linted, recompiled GraphModule on a copy of the graph; parameters and submodules are shared."""
+    graph = torch.fx.Graph(tracer_cls=gm.graph._tracer_cls)
+    output = graph.graph_copy(gm.graph, {})
+    original = gm.graph.output_node()
+    node = graph.output(output, original.type)
+    node.meta = dict(original.meta)
+    graph.lint()
+    copy = GraphModule(gm, graph)
+    copy.meta = dict(gm.meta)
+    return copy

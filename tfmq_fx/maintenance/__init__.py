@@ -1,0 +1,1 @@
+"""What gives a temporal feature at inference: the quantized block, or a table."""

@@ -1,0 +1,228 @@
+"""Measure what each way to maintain a temporal feature costs and does."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.fx import GraphModule, Node
+from torch.utils import _pytree as pytree
+
+from tfmq_fx.artefact.graph_json import packed_tensors, tensors_of
+from tfmq_fx.base.metrics import cosine_distance
+from tfmq_fx.calibration.data import CalibrationSet, inputs_of
+from tfmq_fx.calibration.temporal_rows import (
+    chunks_of,
+    is_scalar,
+    require_keys_only,
+    run_temporal,
+    tables,
+    temporal_rows,
+)
+from tfmq_fx.graph.inputs import placeholders
+from tfmq_fx.graph.nodes import ancestors, meta_value
+from tfmq_fx.maintenance.choice import CACHE, RECONSTRUCT, Option
+from tfmq_fx.maintenance.tables import feature_tables, float_block, key_rows
+from tfmq_fx.passes.quantize.cache_temporal import decode, encode, feature_key, is_per_row, table_sizes
+from tfmq_fx.passes.quantize.convert import to_integers
+from tfmq_fx.passes.quantize.observed import without_observers
+from tfmq_fx.passes.temporal.find_temporal import temporal_of
+from tfmq_fx.passes.temporal.insert_step_index import TIMESTEPS
+from tfmq_fx.passes.temporal.partition_temporal import BLOCK_NAME, extract_temporal, partition_temporal
+
+EFFECT_ROWS = (
+    32  # calibration rows, spread over the timesteps, on which a feature's effect on the output is measured
+)
+
+
+def converted_block(gm: GraphModule) -> GraphModule:
+    """The temporal block alone, as `convert` would leave it."""
+    block = extract_temporal(gm, temporal_of(gm))
+    block.meta.update(gm.meta)  # torchao asks it for a mark that prepare set
+    return to_integers(block)
+
+
+def needed_tensors(gm: GraphModule, block: GraphModule) -> list[dict[str, int]]:
+    """For each feature of the converted block, the tensors that it is computed from and nothing outside reads: bytes on disk."""
+    sizes, outside = stored_bytes(block), _read_outside(gm)
+    outputs: Any = block.graph.output_node().args[0]
+    found = []
+    for node in outputs:
+        read = {str(n.target) for n in ancestors([node]) if n.op == "get_attr"}
+        found.append({n: sizes[n] for n in sorted(read) if _float_name(n) not in outside})
+    return found
+
+
+def _read_outside(gm: GraphModule) -> set[str]:
+    """Constants that the graph reads besides its temporal features."""
+    features = {n for n in gm.graph.nodes if n.name in gm.meta["features"]}
+    seen: set[Node] = set(features)
+    stack: list[Node] = [gm.graph.output_node()]
+    found: set[str] = set()
+    while stack:
+        node = stack.pop()
+        if node not in seen:
+            seen.add(node)
+            stack.extend(node.all_input_nodes)
+            if node.op == "get_attr":
+                found.add(str(node.target))
+    return found
+
+
+def _float_name(name: str) -> str:
+    """The weight that an integer tensor, its scale or zero point belongs to."""
+    for suffix in ("_q", "_scale", "_zero_point"):
+        name = name.removesuffix(suffix)
+    return name
+
+
+def stored_bytes(gm: GraphModule) -> dict[str, int]:
+    """Bytes in the artefact of each tensor that a converted graph reads, packed where they are packed."""
+    packed = packed_tensors(gm)
+    return {
+        name: -(-value.numel() * (packed[name][1] - packed[name][0]).bit_length() // 8)
+        if name in packed
+        else value.numel() * value.element_size()
+        for name, value in tensors_of(gm).items()
+    }
+
+
+def cached_bytes(gm: GraphModule, name: str, cache_type: str) -> dict[str, int]:
+    """What a cached feature needs: its columns of the table, and the tables of its key's values, which all share."""
+    key, sizes, values = feature_key(gm, name), table_sizes(gm), tables(gm)
+    rows = math.prod(sizes[n] for n in key)
+    fake = meta_value(next(n for n in gm.graph.nodes if n.name == name))
+    width = _width(gm, name, fake, is_per_row(gm, key))
+    item = {"float16": 2, "bfloat16": 2, "int8": 1}[cache_type]
+    found = {f"{name}: cached": rows * (width * item + (4 if cache_type == "int8" else 0))}
+    outside = _read_outside(gm)
+    for n in key:
+        table = TIMESTEPS if n == gm.meta["timestep"] else f"{n}_table"
+        if table not in outside:
+            found[table] = values[n].numel() * 8  # float64
+    return found
+
+
+def _width(gm: GraphModule, name: str, fake: Any, per_row: bool) -> int:
+    if isinstance(fake, Tensor):
+        return math.prod(int(d) for d in (fake.shape[1:] if per_row else fake.shape))
+    return feature_tables(gm, [name])[name][0].numel()
+
+
+def measured_options(
+    gm: GraphModule,
+    calibration: CalibrationSet,
+    *,
+    reconstructed: list[dict[str, int]],
+    cached: Mapping[str, dict[str, int]],
+    seed: int,
+    effects: bool,
+) -> dict[str, dict[str, Option]]:
+    names, cache_type = gm.meta["features"], gm.meta["recipe"].cache_type
+    blocks = (extract_temporal(gm, temporal_of(gm)), float_block(gm))
+    require_keys_only(gm, blocks[0])
+    distances: dict[str, list[Tensor]] = {RECONSTRUCT: [], CACHE: []}
+    for part in chunks_of(temporal_rows(gm, calibration.tensors)):
+        quantized, reference = (run_temporal(b, part, scalar=is_scalar(gm)) for b in blocks)
+        distances[RECONSTRUCT].append(cosine_distance(quantized, reference))
+        distances[CACHE].append(cosine_distance([_rounded(x, cache_type) for x in reference], reference))
+    mean = {m: torch.cat(d, dim=1).mean(1).clamp(min=0).tolist() for m, d in distances.items()}
+    effect = _effects(gm, calibration, blocks[0], names, cached, seed=seed) if effects else {}
+    found: dict[str, dict[str, Option]] = {}
+    for i, name in enumerate(names):
+        tensors = {RECONSTRUCT: reconstructed[i], **({CACHE: cached[name]} if name in cached else {})}
+        found[name] = {
+            m: Option(tensors=t, distance=mean[m][i], effect=effect.get((name, m)))
+            for m, t in tensors.items()
+        }
+    return found
+
+
+def _rounded(x_N: Tensor, cache_type: str) -> Tensor:
+    """Rows of a feature as a table would give them back."""
+    return decode(*encode(x_N.float().reshape(len(x_N), -1), cache_type)).reshape(x_N.shape)
+
+
+class _Changed(nn.Module):
+    """The temporal block with one of its outputs replaced."""
+
+    def __init__(self, block: nn.Module) -> None:
+        super().__init__()
+        self.block = block
+        self.index: int | None = None
+        self.value: Tensor | None = None
+
+    def forward(self, *inputs: Any) -> tuple[Any, ...]:
+        out = list(self.block(*inputs))
+        if self.index is not None:
+            out[self.index] = self.value
+        return tuple(out)
+
+
+def _effects(
+    gm: GraphModule,
+    calibration: CalibrationSet,
+    quantized: GraphModule,
+    names: tuple[str, ...],
+    cached: Iterable[str],
+    *,
+    seed: int,
+) -> dict[tuple[str, str], float]:
+    """(feature, maintenance) -> sum |output - float|^2 / sum |float|^2, the rest of the network being float.
+
+    One run of the float network on `EFFECT_ROWS` rows for each: what one feature does is linear in its error while that
+    is small, and features' errors add up; the rest of the network's quantization would drown the effect of one.
+    """
+    network = without_observers(gm)
+    partition_temporal(network, temporal=temporal_of(network))
+    changed = _Changed(network.get_submodule(BLOCK_NAME))
+    block = changed.block
+    network.set_submodule(BLOCK_NAME, changed)
+    cached, cache_type = set(cached), gm.meta["recipe"].cache_type
+    errors: dict[tuple[str, str], float] = {}
+    power = 0.0
+    for rows in calibration.spread(EFFECT_ROWS, seed=seed).batches(EFFECT_ROWS, one_timestep=is_scalar(gm)):
+        inputs = inputs_of(gm, rows)
+        by_name = dict(zip(placeholders(gm), inputs, strict=True))
+        changed.index = None
+        reference = _flat(network(*inputs))
+        power += reference.double().square().sum().item()
+        features = block(*[by_name[n] for n in placeholders(block)])  # type: ignore[arg-type]
+        other = quantized(*[by_name[n] for n in placeholders(quantized)])
+        for i, name in enumerate(names):
+            values = {RECONSTRUCT: other[i]}
+            if name in cached:
+                per_row = is_per_row(gm, feature_key(gm, name))
+                flat = features[i] if per_row else features[i][None]
+                values[CACHE] = _rounded(flat, cache_type) if per_row else _rounded(flat, cache_type)[0]
+            for maintenance, value in values.items():
+                changed.index, changed.value = i, value
+                error = (_flat(network(*inputs)) - reference).double().square().sum().item()
+                errors[name, maintenance] = errors.get((name, maintenance), 0.0) + error
+    return {k: e / max(power, 1e-300) for k, e in errors.items()}
+
+
+def _flat(output: Any) -> Tensor:
+    return torch.cat([x.flatten() for x in pytree.tree_leaves(output) if isinstance(x, Tensor)])
+
+
+def seconds_per_call(gm: GraphModule, block: GraphModule, *, runs: int = 21) -> float:
+    """The block for one sample, in eager mode: the least of some runs, which other work on the machine disturbs least."""
+    key = (gm.meta["timestep"],)
+    rows = {n: x[:1] for n, x in key_rows(gm, key).items()}
+    inputs = [rows[n] for n in placeholders(block)]
+    if is_scalar(gm):
+        inputs = [
+            x[0] if meta_value(placeholders(gm)[n]).dim() == 0 else x
+            for n, x in zip(placeholders(block), inputs, strict=True)
+        ]
+    taken = []
+    for _ in range(runs):
+        start = time.perf_counter()
+        block(*inputs)
+        taken.append(time.perf_counter() - start)
+    return min(taken)

@@ -1,0 +1,167 @@
+"""What gives each temporal feature at inference, the quantized block or a table: measured, chosen and done.
+
+The two ways and the choice between them are those of *Temporal Feature Matters* (arXiv 2407.19547): TIB-based and
+cache-based maintenance, disturbance-aware selection. Its full text was not available; measures and rules are ours.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch.fx import GraphModule
+
+from tfmq_fx.calibration.data import CalibrationSet
+from tfmq_fx.maintenance.choice import CACHE, RECONSTRUCT, Option, choose, total_bytes
+from tfmq_fx.maintenance.measuring import (
+    cached_bytes,
+    converted_block,
+    measured_options,
+    needed_tensors,
+    seconds_per_call,
+)
+from tfmq_fx.maintenance.tables import feature_tables
+from tfmq_fx.passes.pass_manager import declare
+from tfmq_fx.passes.quantize.cache_temporal import cache_temporal, feature_key, uncacheable
+from tfmq_fx.passes.quantize.observed import require_stage
+from tfmq_fx.passes.quantize.plan import Note
+
+
+@dataclass(frozen=True, kw_only=True)
+class Decision:
+    """A row of the report's table."""
+
+    feature: str  # node name
+    path: str  # its layer's weight in the network's state dict; its node's name where it has none
+    key: tuple[str, ...]  # the inputs that select the row of a table; () where it can have none
+    bytes: dict[str, int]  # by maintenance: of what no other feature needs
+    disturbance: dict[str, float]  # by maintenance: cosine distance
+    effect: dict[
+        str, float
+    ]  # by maintenance: relative squared error of the output; {} where it was not measured
+    chosen: str
+    why: str
+
+
+@declare(needs=("calibrate",), after=("reconstruct",))
+@torch.no_grad()
+def maintain(gm: GraphModule, calibration: CalibrationSet, *, seed: int = 0) -> GraphModule:
+    """Give each temporal feature of a calibrated graph its maintenance, in place, by `recipe.maintain`.
+
+    "reconstruct": nothing to do. "cache": every feature is looked up in a table of its float values,
+    but one that takes no weights. "auto": for each
+    feature the one of the two that `choose` takes, with its disturbance measured on the feature (all keys) and on the
+    network's output (`EFFECT_ROWS` rows, this feature alone being quantized). One that stays over the bound, because
+    neither way or the budget allows less, is among the plan's notes.
+
+    gm.meta["maintenance"] has the table of decisions, the bytes and the seconds per call. Raises TFMQError for "cache" where
+    a feature has no finite key, naming it, and for a budget that nothing fits.
+    """
+    require_stage(gm, "calibrated", "reconstructed")
+    recipe = gm.meta["recipe"]
+    if recipe.maintain == RECONSTRUCT:
+        return gm
+    features, forced = gm.meta["features"], recipe.maintain == CACHE
+    floats = {f: why for f in features if (why := uncacheable(gm, f)) is not None}
+    if forced:
+        for name in floats:
+            feature_key(gm, name)  # raises
+    before = converted_block(gm)
+    needs = dict(zip(features, needed_tensors(gm, before), strict=True))
+    # What takes no weights, the timestep itself say, is exact as it is, and free.
+    floats |= {n: "it takes no bytes as it is" for n, tensors in needs.items() if not tensors}
+    cached = {n: cached_bytes(gm, n, recipe.cache_type) for n in features if n not in floats}
+    options = measured_options(
+        gm, calibration, reconstructed=list(needs.values()), cached=cached, seed=seed, effects=not forced
+    )
+    if forced:
+        chosen = {n: CACHE if n in cached else RECONSTRUCT for n in features}
+    else:
+        chosen = choose(options, bound=recipe.maintain_bound, budget=recipe.maintain_bytes)
+    decisions = _decisions(gm, options, chosen, floats, forced=forced)
+    names = [n for n in features if chosen[n] == CACHE]
+    cache_temporal(gm, tables=feature_tables(gm, names), cache_type=recipe.cache_type)
+    after = converted_block(gm) if names else before
+    plan = gm.meta["plan"]
+    notes = [
+        Note(name=n, reason=f"reconstructed, not cached: {why}", coarser=False) for n, why in floats.items()
+    ]
+    if not forced:
+        harms = {n: options[n][m].disturbance for n, m in chosen.items()}
+        over = f"disturbance over maintain_bound={recipe.maintain_bound:g}"
+        notes += [Note(name=n, reason=over) for n, harm in harms.items() if harm > recipe.maintain_bound]
+    gm.meta["plan"] = dataclasses.replace(plan, notes=(*plan.notes, *notes))
+    gm.meta["maintenance"] = {
+        "bound": None if forced else recipe.maintain_bound,
+        "budget": None if forced else recipe.maintain_bytes,
+        "cache_type": recipe.cache_type,
+        "features": [dataclasses.asdict(d) for d in decisions],
+        "bytes": {
+            RECONSTRUCT: total_bytes(options, dict.fromkeys(features, RECONSTRUCT)),
+            # Of everything that can be.
+            CACHE: total_bytes(options, {n: CACHE if n in cached else RECONSTRUCT for n in features}),
+            "chosen": total_bytes(options, chosen),
+        },
+        "seconds_per_call": {
+            RECONSTRUCT: seconds_per_call(gm, before),
+            "chosen": seconds_per_call(gm, after),
+        },
+    }
+    return gm
+
+
+def _decisions(
+    gm: GraphModule,
+    options: Mapping[str, Mapping[str, Option]],
+    chosen: Mapping[str, str],
+    floats: Mapping[str, str],
+    *,
+    forced: bool,
+) -> list[Decision]:
+    recipe, paths = gm.meta["recipe"], _paths(gm)
+    users: dict[str, set[str]] = {}  # tensor -> the features that may need it
+    for feature, given in options.items():
+        for option in given.values():
+            for tensor in option.tensors:
+                users.setdefault(tensor, set()).add(feature)
+    found = []
+    for name, given in options.items():
+        own = {m: sum(b for t, b in o.tensors.items() if len(users[t]) == 1) for m, o in given.items()}
+        found.append(
+            Decision(
+                feature=name,
+                path=paths.get(name, name),
+                key=() if name in floats else feature_key(gm, name),
+                bytes=own,
+                disturbance={m: o.distance for m, o in given.items()},
+                effect={m: o.effect for m, o in given.items() if o.effect is not None},
+                chosen=chosen[name],
+                why=floats[name]
+                if name in floats
+                else "Recipe.maintain is cache"
+                if forced
+                else _why(given, own, chosen[name], recipe.maintain_bound),
+            )
+        )
+    return found
+
+
+def _why(given: Mapping[str, Option], own: Mapping[str, int], chosen: str, bound: float) -> str:
+    (other,) = (m for m in given if m != chosen)
+    mine, theirs = given[chosen].disturbance, given[other].disturbance
+    if mine > bound:
+        return f"disturbance {mine:.1e}, over the bound {bound:.1e}; {other}: {theirs:.1e}"
+    if theirs > bound:
+        return f"{other}: disturbance {theirs:.1e}, over the bound {bound:.1e}"
+    if own[chosen] <= own[other]:
+        return f"{own[chosen]} bytes of its own, {other}: {own[other]}"
+    if mine < theirs:
+        return f"disturbance {mine:.1e}, {other}: {theirs:.1e}; with the others cached what they share goes, or the budget allows it"
+    return f"{own[chosen]} bytes of its own, {other}: {own[other]}; what the features share makes it smaller in all"
+
+
+def _paths(gm: GraphModule) -> dict[str, str]:
+    """Feature -> the weight of its layer."""
+    return {layer.node: layer.path for layer in gm.meta["plan"].layers}

@@ -1,0 +1,64 @@
+"""The float values of temporal features at every value of their key."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule
+
+from tfmq_fx.calibration.temporal_rows import chunks_of, is_scalar, require_keys_only, run_temporal, tables
+from tfmq_fx.graph.inputs import placeholders
+from tfmq_fx.graph.nodes import fixed_size, meta_value
+from tfmq_fx.passes.quantize.cache_temporal import feature_key, is_per_row, table_sizes
+from tfmq_fx.passes.quantize.observed import without_observers
+from tfmq_fx.passes.temporal.find_temporal import temporal_of
+from tfmq_fx.passes.temporal.partition_temporal import extract_temporal
+
+
+@torch.no_grad()
+def feature_tables(gm: GraphModule, features: Iterable[str] | None = None) -> dict[str, Tensor]:
+    """The float value of temporal features of a prepared graph at every value of their key: feature -> (K, ...).
+
+    None: every feature. Evaluated in pieces of 1024 rows; one by one where the timestep has shape (). Raises TFMQError
+    for a feature without a finite key, and for a block that needs more than its keys.
+    """
+    names = list(gm.meta["features"] if features is None else features)
+    keys = {name: feature_key(gm, name) for name in names}
+    block = float_block(gm)
+    require_keys_only(gm, block)
+    scalar = is_scalar(gm)
+    found: dict[str, Tensor] = {}
+    for key in dict.fromkeys(keys.values()):
+        wanted = [n for n in names if keys[n] == key]
+        pieces: dict[str, list[Tensor]] = {n: [] for n in wanted}
+        for part in chunks_of(key_rows(gm, key)):
+            values = dict(zip(gm.meta["features"], run_temporal(block, part, scalar=scalar), strict=True))
+            for name in wanted:
+                value = values[name]
+                # A scalar timestep runs row by row, and keeps the batch of one of what other inputs join.
+                pieces[name].append(value[:, 0] if scalar and is_per_row(gm, key) else value)
+        found |= {n: torch.cat(pieces[n]) for n in wanted}
+    return found
+
+
+def key_rows(gm: GraphModule, key: tuple[str, ...]) -> dict[str, Tensor]:
+    """Every value of a key, row-major, as inputs of the block; zeros for inputs that the key does not hold."""
+    values, sizes = tables(gm), table_sizes(gm)
+    index = torch.cartesian_prod(*[torch.arange(sizes[n]) for n in key]).reshape(-1, len(key))
+    rows = {}
+    for name in (gm.meta["timestep"], *gm.meta["conditioning"]):
+        fake = meta_value(placeholders(gm)[name])
+        if name in key:
+            value = values[name][index[:, key.index(name)]]
+            rows[name] = value.to(fake.dtype) if isinstance(fake, Tensor) else value
+        else:
+            sizes_of_one = [fixed_size(d) for d in fake.shape[1:]]
+            rows[name] = torch.zeros([len(index), *sizes_of_one], dtype=fake.dtype)  # type: ignore[list-item]
+    return rows
+
+
+def float_block(gm: GraphModule) -> GraphModule:
+    floats = without_observers(gm)
+    return extract_temporal(floats, temporal_of(floats))

@@ -1,0 +1,206 @@
+"""GPTQ: a layer's integers chosen column by column, each rounding error made up for by the columns still to come.
+
+Shapes: a layer is G groups of (C, K) weights, C output channels and K inputs each; a convolution is the linear of its
+unfolded input, so K = C_in / G * kernel elements. R rows are samples times positions.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.fx import Node
+from torch.nn import functional as F
+
+from tfmq_fx.base.arithmetic import IntegerRange
+from tfmq_fx.base.errors import TFMQError
+from tfmq_fx.base.parallel import Ranks, Workers
+from tfmq_fx.graph.nodes import convolution_arguments, groups_of, op_name
+
+PRODUCTS = 2**28  # float32 numbers
+COLUMNS = 128  # columns whose updates to the rest are applied at once (GPTQ, section 3.3, step 2)
+
+
+class Moments:
+    """Sums over a layer's inputs, in float64: H = X^ X^T of what it will see, D = (X - X^) X^T of what that lacks.
+
+    Adding the rows of A, then of B, equals adding both together, up to float addition order.
+    pieces: of consecutive columns, treated as groups of their own, that a wide layer's H is cut into to fit in
+        memory: errors are then made up for within a piece alone.
+    """
+
+    def __init__(self, groups: int, columns: int, *, pieces: int = 1) -> None:
+        self.pieces = pieces
+        self.h_GKK = torch.zeros(groups, columns, columns, dtype=torch.float64)
+        self.d_GKK = torch.zeros(groups, columns, columns, dtype=torch.float64)
+        self._factors: dict[float, tuple[Tensor, Tensor]] = {}
+
+    @staticmethod
+    def of(
+        layer: Node,
+        weight: Tensor,
+        given: Sequence[Tensor],
+        seen: Sequence[Tensor],
+        *,
+        workers: Workers,
+        ranks: Ranks,
+        pieces: int = 1,
+    ) -> Moments:
+        """Of a layer's inputs in the float and in the quantized network, part by part."""
+
+        def products(pair: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+            x, s = (parted(rows(layer, y, weight), pieces) for y in pair)
+            return _products(x, s)
+
+        found = Moments(groups_of(layer) * pieces, weight[0].numel() // pieces, pieces=pieces)
+        # Products in float32 of so many pairs are held at once: those of a wide layer are large.
+        at_once = max(1, min(8, PRODUCTS // (2 * found.h_GKK.numel())))
+        pairs = list(zip(given, seen, strict=True))
+        for start in range(0, len(pairs), at_once):
+            for h, d in workers.map(products, pairs[start : start + at_once]):
+                found._accumulate(h, d)
+        found.h_GKK, found.d_GKK = ranks.sum([found.h_GKK, found.d_GKK])
+        return found
+
+    def add(self, x_GRK: Tensor, seen_GRK: Tensor) -> None:
+        """x: the float network's input rows; seen: the quantized network's, in the same order."""
+        self._accumulate(*_products(x_GRK, seen_GRK))
+
+    def _accumulate(self, h_GKK: Tensor, d_GKK: Tensor) -> None:
+        # Products in float32, sums over batches in float64: rows of one batch are few.
+        self.h_GKK += h_GKK.double().cpu()
+        self.d_GKK += d_GKK.double().cpu()
+        self._factors.clear()
+
+    def factors(self, damping: float) -> tuple[Tensor, Tensor]:
+        """The columns by falling diag H (G, K), and in that order the upper Cholesky factor of the damped H's inverse."""
+        if damping not in self._factors:
+            diagonal = torch.diagonal(self.h_GKK, dim1=1, dim2=2)
+            order = torch.argsort(diagonal, dim=1, descending=True, stable=True)
+            h = torch.stack([h[o][:, o] for h, o in zip(self.h_GKK, order, strict=True)])
+            inverse = torch.cholesky_inverse(_cholesky(h, damping))
+            self._factors[damping] = order, torch.linalg.cholesky(inverse, upper=True)
+        return self._factors[damping]
+
+
+def _products(x_GRK: Tensor, seen_GRK: Tensor) -> tuple[Tensor, Tensor]:
+    transposed = seen_GRK.transpose(1, 2)
+    return transposed @ seen_GRK, (transposed @ (x_GRK - seen_GRK)).transpose(1, 2)
+
+
+def supported(layer: Node) -> bool:
+    """Linears and convolutions; transposed convolutions scatter, so their input has no rows."""
+    return op_name(layer) in ("linear", "conv1d", "conv2d", "conv3d")
+
+
+def column_pieces(groups: int, columns: int, blocks: int, limit: float) -> int:
+    """The fewest equal pieces of K columns whose moments and factors take at most `limit` bytes.
+
+    A piece holds whole blocks of the columns that share a scale. One column each is the most.
+    """
+    for pieces in range(1, columns + 1):
+        whole = columns % pieces == 0 and (blocks == 1 or blocks % pieces == 0)
+        if whole and 48 * groups * columns**2 / pieces <= limit:  # six matrices of float64
+            return pieces
+    return columns if blocks == 1 else blocks
+
+
+def parted(x_GRK: Tensor, pieces: int) -> Tensor:
+    """(G * pieces, R, K / pieces): consecutive columns as groups of their own."""
+    groups, count, columns = x_GRK.shape
+    x = x_GRK.reshape(groups, count, pieces, columns // pieces)
+    return x.transpose(1, 2).reshape(groups * pieces, count, columns // pieces)
+
+
+def joined(x_GRK: Tensor, pieces: int) -> Tensor:
+    """What `parted` took apart."""
+    groups, count, columns = x_GRK.shape
+    x = x_GRK.reshape(groups // pieces, pieces, count, columns)
+    return x.transpose(1, 2).reshape(groups // pieces, count, pieces * columns)
+
+
+def rows(layer: Node, x: Tensor, weight: Tensor) -> Tensor:
+    """The layer's input as rows (G, R, K), such that its output is rows @ weight.view(G, C, K)^T."""
+    if op_name(layer) == "linear":
+        return x.reshape(1, -1, x.shape[-1])
+    dims = weight.dim() - 2
+    given = convolution_arguments(layer)
+    stride, padding, dilation = (given[name] for name in ("stride", "padding", "dilation"))
+    kernel = list(weight.shape[2:])
+    if isinstance(padding, str):
+        total = [d * (k - 1) if padding == "same" else 0 for d, k in zip(dilation, kernel, strict=True)]
+        pads = [(t // 2, t - t // 2) for t in total]
+    else:
+        pads = [(p, p) for p in padding]
+    x = F.pad(x, [side for pair in reversed(pads) for side in pair])
+    for i in range(dims):
+        x = x.unfold(2 + i, (kernel[i] - 1) * dilation[i] + 1, stride[i])[..., :: dilation[i]]
+    groups = groups_of(layer)
+    n, channels = x.shape[:2]
+    positions, elements = math.prod(x.shape[2 : 2 + dims]), math.prod(kernel)
+    x = x.reshape(n, groups, channels // groups, positions, elements)
+    return x.permute(1, 0, 3, 2, 4).reshape(groups, n * positions, -1)
+
+
+def corrected(w_GCK: Tensor, moments: Moments, *, damping: float) -> Tensor:
+    """argmin over V of ||W X - V X^||^2 + damping ||W - V||^2 = W + W D H^-1: what the quantized inputs ask for.
+
+    (GPTAQ, Li et al. 2025, asymmetric calibration, in closed form.) Same shape, float64.
+    """
+    w = w_GCK.double()
+    factor = _cholesky(moments.h_GKK, damping)
+    return w + torch.cholesky_solve((w @ moments.d_GKK).transpose(1, 2), factor).transpose(1, 2)
+
+
+def gptq(
+    w_GCK: Tensor,
+    moments: Moments,
+    scale_GCB: Tensor,
+    zero_point_GCB: Tensor,
+    integers: IntegerRange,
+    *,
+    damping: float = 0.01,
+) -> Tensor:
+    """Integers (G, C, K) that keep W X^ (GPTQ, Frantar et al. 2023, algorithm 1, columns by falling diag H).
+
+    scale_GCB, zero_point_GCB: B groups of K / B consecutive columns each; a column takes those of its group, in whatever
+        order it comes.
+    damping: added to the diagonal of H, as a share of its mean. Inputs that were never anything but zero (dead) are
+    rounded to nearest. Raises TFMQError when H is not finite.
+    """
+    order, upper = moments.factors(damping)
+    groups, channels, columns = w_GCK.shape
+    w = torch.gather(w_GCK.double(), 2, order[:, None].expand(-1, channels, -1)).clone()
+    scale_GCB, zero_point_GCB = scale_GCB.double(), zero_point_GCB.double()
+    block_GCK = (order // (columns // scale_GCB.shape[2]))[:, None].expand(-1, channels, -1)
+    q = torch.empty_like(w)
+    for start in range(0, columns, COLUMNS):
+        end = min(start + COLUMNS, columns)
+        errors = torch.empty(groups, channels, end - start, dtype=torch.float64)
+        blocks = block_GCK[:, :, start:end]
+        scales, zero_points = scale_GCB.gather(2, blocks), zero_point_GCB.gather(2, blocks)
+        for k in range(start, end):
+            column, scale, zero_point = w[:, :, k], scales[:, :, k - start], zero_points[:, :, k - start]
+            rounded = (torch.round(column / scale) + zero_point).clamp(integers.quant_min, integers.quant_max)
+            q[:, :, k] = rounded
+            error = (column - (rounded - zero_point) * scale) / upper[:, k, k, None]
+            w[:, :, k:end] -= error[:, :, None] * upper[:, None, k, k:end]
+            errors[:, :, k - start] = error
+        w[:, :, end:] -= errors @ upper[:, start:end, end:]
+    back = torch.argsort(order, dim=1)
+    return torch.gather(q, 2, back[:, None].expand(-1, channels, -1))
+
+
+def _cholesky(h_GKK: Tensor, damping: float) -> Tensor:
+    """The factor of H + damping mean(diag H) I; dead inputs get a diagonal of one, so they touch nothing else."""
+    if not torch.isfinite(h_GKK).all():
+        raise TFMQError("gptq: the layer's inputs hold NaN or infinite values.")
+    h = h_GKK.clone()
+    diagonal = torch.diagonal(h, dim1=1, dim2=2)
+    mean = diagonal.mean(1, keepdim=True)
+    diagonal += damping * mean
+    diagonal[diagonal == 0] = 1.0
+    factor: Tensor = torch.linalg.cholesky(h)
+    return factor

@@ -1,0 +1,236 @@
+"""Choose the integers of one block's weights: GPTQ layer by layer, AdaRound on the block as a whole.
+
+A block runs in two streams: on what the float network would feed it, and on what the quantized one does.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Collection
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule, Node
+
+from tfmq_fx.base.errors import TFMQError
+from tfmq_fx.base.progress import track
+from tfmq_fx.graph.nodes import attribute, fresh, groups_of, weight_argument
+from tfmq_fx.observers.static import StaticFakeQuantize
+from tfmq_fx.observers.weight import PerChannelWeightFakeQuantize
+from tfmq_fx.passes.quantize.observed import observers, without_observers
+from tfmq_fx.recipe import Reconstruction
+from tfmq_fx.reconstruction.gptq import Moments, column_pieces, corrected, gptq, joined, parted, supported
+from tfmq_fx.reconstruction.streams import BlockResult, Streams
+
+
+def choose_rounding(
+    name: str,
+    streams: Streams,
+    *,
+    method: str,
+    settings: Reconstruction,
+    iterations: int,
+    order: Callable[[], int],
+    watch: bool = False,
+) -> BlockResult:
+    """Set the integers of a block's weights by a method of `recipe.METHODS`.
+
+    What is worse on the block's own error than what stood there before is not kept. order: the next chunk to learn
+    from. Raises TFMQError when a loss becomes NaN, naming the block, which then has the best integers so far.
+    """
+    started = time.monotonic()
+    weights = weights_of(streams.block)
+    scales = [o for _, o in observers(streams.block) if isinstance(o, StaticFakeQuantize)]
+    scales = scales if settings.learn_activation_scale and "adaround" in method else []
+
+    def state() -> list[Tensor]:
+        return [o.q for o, _ in weights] + [o.scale.clone() for o in scales]
+
+    best, kept = state(), "nearest"
+    error = error_nearest = streams.error()
+    hessian_pieces = 1
+    if not math.isfinite(error):
+        raise TFMQError(
+            f"reconstruction of block {name}: the loss is {error} before anything is learned; check the calibration data and "
+            "the network's values there."
+        )
+
+    def keep_if_better(name: str) -> None:
+        nonlocal best, kept, error
+        found = streams.error()
+        if found < error:
+            best, kept, error = state(), name, found
+        for (observer, _), q in zip(weights, best, strict=False):
+            observer.q = q
+        for fake_quantize, scale in zip(scales, best[len(weights) :], strict=True):
+            fake_quantize.scale.copy_(scale)
+
+    if error_nearest > 0.0:  # else there is nothing to win
+        if "gptq" in method:
+            targets, hessian_pieces = _second_order(streams, settings)
+            # AdaRound then rounds what the quantized inputs ask for, instead of the float weight.
+            weights = [(o, targets.get(o, w)) for o, w in weights]
+            keep_if_better("gptq")
+        if "adaround" in method:
+            try:
+                _learn(name, streams, weights, scales, settings, iterations, order, watch=watch)
+            finally:
+                keep_if_better("learned")
+    return BlockResult(
+        name=name,
+        weights=sum(o.q.numel() for o, _ in weights),
+        error_nearest=error_nearest,
+        error=error,
+        kept=kept,
+        seconds=time.monotonic() - started,
+        hessian_pieces=hessian_pieces,
+    )
+
+
+def _learn(
+    name: str,
+    streams: Streams,
+    weights: list[tuple[PerChannelWeightFakeQuantize, Tensor]],
+    scales: list[StaticFakeQuantize],
+    settings: Reconstruction,
+    iterations: int,
+    order: Callable[[], int],
+    *,
+    watch: bool,
+) -> None:
+    """AdaRound (Nagel et al. 2020, eq. 25): min over alpha of the block's error plus a rounding regulariser.
+
+    The error is measured in units of what the block has without learning and the regulariser is a mean over
+    weights, so that one weight of the regulariser suits blocks of any size, scale and bit width. `scales` are
+    learned with it (LSQ, Esser et al. 2020), by their logarithm.
+    """
+    unit = streams.mean_squared_error()
+    alphas = [o.start_learning(w) for o, w in weights]
+    logs = [o.start_learning() for o in scales]
+    optimizer = torch.optim.Adam(
+        [
+            {"params": alphas, "lr": settings.learning_rate},
+            {"params": logs, "lr": settings.activation_learning_rate},
+        ][: 2 if logs else 1]
+    )
+    begin = int(settings.warmup * iterations)
+    num_weights = sum(a.numel() for a in alphas)
+    try:
+        for i in track(range(iterations), f"learning {name}") if watch else range(iterations):
+            with torch.enable_grad():
+                soft, roundings = zip(*[o.soften() for o, _ in weights], strict=True)
+                outputs = [*soft, *[o.soften() for o in scales]]
+            leaves = [o.soft for o, _ in weights] + [o.soft for o in scales]
+            loss, gradients = streams.gradients(order(), [x for x in leaves if x is not None])
+            loss, gradients = loss / unit, [g / unit for g in gradients]
+            if i >= begin:
+                # b falls linearly: the regulariser first ignores, then pushes, what is near 0 or 1.
+                progress = (i - begin) / max(1, iterations - begin)
+                b = settings.beta[1] + (settings.beta[0] - settings.beta[1]) * (1 - progress)
+                with torch.enable_grad():
+                    open_ = torch.stack([(1 - (2 * r - 1).abs().pow(b)).sum() for r in roundings]).sum()
+                outputs.append(open_)
+                gradients.append(torch.tensor(settings.round_weight / num_weights, device=open_.device))
+                loss = loss + gradients[-1] * open_.detach()
+            if not torch.isfinite(loss):
+                raise TFMQError(
+                    f"reconstruction of block {name}: the loss became {loss.item()} at iteration {i}; check the calibration data."
+                )
+            optimizer.zero_grad(set_to_none=True)
+            torch.autograd.backward(outputs, gradients)
+            optimizer.step()
+    finally:
+        for observer, _ in weights:
+            observer.stop_learning()
+        for fake_quantize in scales:
+            fake_quantize.stop_learning()
+
+
+@torch.no_grad()
+def _second_order(
+    streams: Streams, settings: Reconstruction
+) -> tuple[dict[PerChannelWeightFakeQuantize, Tensor], int]:
+    """GPTQ, layer after layer: each sees its inputs as the layers before it, already in integers, make them.
+
+    The corrected weights that it rounded, by observer; the most pieces that a layer's columns were cut into.
+    """
+    targets: dict[PerChannelWeightFakeQuantize, Tensor] = {}
+    most = 1
+    observer_of = {n: o for n, o in observers(streams.block) if isinstance(o, PerChannelWeightFakeQuantize)}
+    chunks = streams.chunks[: max(1, settings.gptq_samples // settings.batch_size)]
+    parts = [part for chunk in chunks for part in chunk]
+    last: tuple[list[Tensor], list[Tensor], Moments] | None = None
+    for layer in list(streams.block.graph.nodes):
+        index = weight_argument(layer)
+        source = layer.args[index] if index is not None else None
+        if not isinstance(source, Node) or source not in observer_of or not supported(layer):
+            continue
+        observer, probe = observer_of[source], _input_of(streams.block, layer)
+        weight = _float_weight(streams.block, source)
+        given = streams.firsts(without_observers(probe), parts, quantized=False)
+        seen = streams.firsts(probe, parts, quantized=True)
+        groups, channels = groups_of(layer), weight.shape[0] // groups_of(layer)
+        scale, zero_point = (x.reshape(groups, channels, -1) for x in (observer.scale, observer.zero_point))
+        columns, blocks = weight[0].numel(), scale.shape[2]
+        pieces = column_pieces(groups, columns, blocks, settings.gptq_memory * 2**30)
+        most = max(most, pieces)
+        same = (
+            last is not None and last[2].pieces == pieces and _same(given, last[0]) and _same(seen, last[1])
+        )
+        if last is None or not streams.ranks.all(same):
+            # Layers that share their input (every embedding layer of a temporal block) share one Gram matrix.
+            last = None  # the old one's memory goes before the new one's comes
+            moments = Moments.of(
+                layer, weight, given, seen, workers=streams.workers, ranks=streams.ranks, pieces=pieces
+            )
+            last = (given, seen, moments)
+        if blocks == 1:  # one scale for all columns is one for each part's
+            scale, zero_point = (x.expand(-1, -1, pieces) for x in (scale, zero_point))
+        w_GCK = parted(weight.detach().reshape(groups, channels, -1), pieces)
+        w_GCK = corrected(w_GCK, last[2], damping=settings.damping)
+        q = gptq(
+            w_GCK,
+            last[2],
+            parted(scale, pieces),
+            parted(zero_point, pieces),
+            observer.integers,
+            damping=settings.damping,
+        )
+        observer.q = joined(q, pieces).reshape(weight.shape).to(observer.dtype)
+        targets[observer] = joined(w_GCK, pieces).reshape(weight.shape).float()
+    return targets, most
+
+
+def _same(a: list[Tensor], b: list[Tensor]) -> bool:
+    return all(x.shape == y.shape and torch.equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+def _input_of(block: GraphModule, layer: Node) -> GraphModule:
+    """The block up to `layer`: its inputs -> (what the layer gets,)."""
+    probe = fresh(block)
+    node = next(n for n in probe.graph.nodes if n.name == layer.name)
+    probe.graph.output_node().args = ((node.args[0],),)
+    probe.graph.eliminate_dead_code()
+    probe.recompile()
+    return probe
+
+
+def weights_of(
+    block: GraphModule, *, without: Collection[str] = ()
+) -> list[tuple[PerChannelWeightFakeQuantize, Tensor]]:
+    """The quantized weights of a graph, each with its float one; without: names of observer nodes to pass over."""
+    return [
+        (o, _float_weight(block, n))
+        for n, o in observers(block)
+        if isinstance(o, PerChannelWeightFakeQuantize) and n.name not in without
+    ]
+
+
+def _float_weight(block: GraphModule, node: Node) -> Tensor:
+    """The float weight that an observer node of the block reads."""
+    source = node.args[0]
+    assert isinstance(source, Node)
+    weight = attribute(block, str(source.target))
+    assert isinstance(weight, Tensor)
+    return weight

@@ -1,0 +1,80 @@
+"""What all blocks of one reconstruction share: settings, seed, finished blocks, threads and processes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule
+
+from tfmq_fx.base.parallel import Ranks, Workers
+from tfmq_fx.recipe import Reconstruction
+from tfmq_fx.reconstruction.resume import Finished
+from tfmq_fx.reconstruction.rounding import choose_rounding
+from tfmq_fx.reconstruction.streams import BlockResult, Part, Streams
+
+
+@dataclass(frozen=True)
+class Run:
+    """What every block of one call shares."""
+
+    settings: Reconstruction
+    seed: int
+    finished: Finished
+    workers: Workers
+    ranks: Ranks
+
+    def split(self, chunks: Iterable[Tensor], parts: int) -> tuple[list[list[Part]], list[Tensor]]:
+        """Each chunk of row numbers in so many parts: those that are this process's, and the numbers of their rows."""
+        found: list[list[Part]] = []
+        rows: list[Tensor] = []
+        first = 0
+        for chunk in chunks:
+            found.append([])
+            for piece in self.ranks.share(torch.arange(len(chunk)).tensor_split(parts)):
+                if size := len(piece):
+                    found[-1].append(Part(len(rows), size / len(chunk), first + int(piece[0]), size))
+                    rows.append(chunk[piece])
+            first += len(chunk)
+        return found, rows
+
+    def choose(
+        self, name: str, index: int, streams: Streams, *, method: str, iterations: int, watch: bool = False
+    ) -> BlockResult:
+        """The integers of one block."""
+
+        def learn() -> BlockResult:
+            return choose_rounding(
+                name,
+                streams,
+                method=method,
+                settings=self.settings,
+                iterations=iterations,
+                order=self.order(index, len(streams.chunks)),
+                watch=watch,
+            )
+
+        return self.once(index, streams.block, learn)
+
+    def once(self, index: int, block: GraphModule, learn: Callable[[], BlockResult]) -> BlockResult:
+        """What was kept from an earlier run, or else learned now and kept."""
+        result = self.finished.restore(index, block)
+        if result is None:
+            result = learn()
+            self.finished.keep(index, block, result)
+        return result
+
+    def order(self, index: int, chunks: int) -> Callable[[], int]:
+        """The next chunk to learn from: all of them, shuffled, then all again."""
+        # A generator for each block: what one block draws does not depend on the blocks before it.
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + index)
+        pending: list[int] = []
+
+        def following() -> int:
+            if not pending:
+                pending.extend(torch.randperm(chunks, generator=generator).tolist())
+            return pending.pop()
+
+        return following

@@ -1,0 +1,204 @@
+"""Choose the integers of the weights: TIAR on the temporal block, then block after block, then all blocks together.
+
+One walk of the graph keeps two streams, float and quantized. A block's input comes from the quantized
+stream (what it will really see), its target from the float stream; the network is never restarted.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+
+import torch
+from torch.fx import GraphModule
+
+from tfmq_fx.base.parallel import Ranks, workers
+from tfmq_fx.calibration.data import CalibrationSet, inputs_of
+from tfmq_fx.calibration.temporal_rows import is_scalar, require_keys_only, run_temporal, temporal_rows
+from tfmq_fx.observers.weight import PerChannelWeightFakeQuantize
+from tfmq_fx.passes.pass_manager import declare
+from tfmq_fx.passes.quantize.observed import observers, require_stage, set_mode
+from tfmq_fx.passes.quantize.plan import Note
+from tfmq_fx.passes.temporal.find_temporal import temporal_of
+from tfmq_fx.passes.temporal.partition_temporal import extract_temporal
+from tfmq_fx.recipe import Reconstruction
+from tfmq_fx.reconstruction.resume import Finished, fingerprint
+from tfmq_fx.reconstruction.run import Run
+from tfmq_fx.reconstruction.streams import BlockResult, Outputs, Part, Streams
+from tfmq_fx.reconstruction.tuning import Memory, NetworkStreams, float_outputs, tune, weights_to_tune
+from tfmq_fx.reconstruction.walk import Walk, fixed_batch
+
+
+@declare(needs=("calibrate",))
+def reconstruct(
+    gm: GraphModule,
+    calibration: CalibrationSet,
+    settings: Reconstruction | None = None,
+    *,
+    seed: int = 0,
+    state: str | Path | None = None,
+) -> GraphModule:
+    """Choose the rounding of every quantized weight of a calibrated graph, in place, by `settings.method`.
+
+    First TIAR (TFMQ-DM, Temporal Information Aware Reconstruction): the whole temporal block at once, over all timesteps of the schedule, no data.
+    Then the blocks of `find_blocks` in order, AdaRound with quantized input and float target. A block whose
+    learned rounding is no better than round-to-nearest on the calibration data keeps round-to-nearest. Then, unless
+    settings.tune_iterations is 0, all of them together, integers and scales, on the network's output (`tuning`). With
+    maintain="cache" the temporal block is passed over, and the others see its float features, as they will.
+
+    state: a folder that keeps every finished block; the same call after an interruption goes on from there and
+        ends with the same integers. It stays; remove it when the result is saved.
+
+    The results are in gm.meta["reconstruction"]; tuning that settings.max_memory does not allow is left out, which a
+    note of gm.meta["plan"] says. Raises TFMQError when a loss becomes NaN, naming the block, and for a state folder that
+    cannot be written or belongs to another run.
+    """
+    require_stage(gm, "calibrated")
+    settings = settings or gm.meta["recipe"].reconstruction
+    iterations = tune_iterations(settings)
+    if settings.method == temporal_method(settings) == "nearest" and not iterations:
+        return gm
+    ranks = Ranks()
+    if settings.shards % ranks.size:
+        settings = dataclasses.replace(settings, shards=-(-settings.shards // ranks.size) * ranks.size)
+    finished = Finished(
+        None if state is None else Path(state), fingerprint(gm, calibration.tensors, settings, seed), ranks
+    )
+    # Only integers and scales are learned. (torch 2.11 also crashes in a group norm backward that is asked for its
+    # parameters' gradients alone, channels last.)
+    frozen = [p for p in gm.parameters() if p.requires_grad]
+    for p in frozen:
+        p.requires_grad_(False)
+    try:
+        results = []
+        with workers(settings.shards) as threads, torch.no_grad():
+            run = Run(settings, seed, finished, threads, ranks)
+            # A block whose features will be looked up is not worth learning, and the others shall see what they will look up.
+            cached = gm.meta["recipe"].maintain == "cache"
+            if temporal_method(settings) != "nearest" and _learnable(gm, temporal=True) and not cached:
+                results.append(_reconstruct_temporal(gm, calibration, run))
+            if _learnable(gm, temporal=False):
+                with _temporal_in_float(gm) if cached else nullcontext():
+                    blocks = Walk(gm, calibration, run).run() if settings.method != "nearest" else []
+                    results += blocks
+                    if iterations:
+                        results += _tune(gm, calibration, run, iterations, index=len(blocks) + 1)
+    finally:
+        for p in frozen:
+            p.requires_grad_(True)
+    gm.meta.update(stage="reconstructed", reconstruction=tuple(results))
+    return gm
+
+
+@contextmanager
+def _temporal_in_float(gm: GraphModule) -> Iterator[None]:
+    inside = set(temporal_of(gm).nodes)
+    of_block = [o for n, o in observers(gm) if n.name in inside]
+    for observer in of_block:
+        set_mode(observer, observe=False, quantize=False)
+    try:
+        yield
+    finally:
+        for observer in of_block:
+            set_mode(observer, observe=False, quantize=True)
+
+
+def temporal_method(settings: Reconstruction) -> str:
+    return settings.temporal_method or ("nearest" if settings.method == "nearest" else "gptq")
+
+
+def tune_iterations(settings: Reconstruction) -> int:
+    if settings.tune_iterations is not None:
+        return settings.tune_iterations
+    return 0 if settings.method == "nearest" else 400
+
+
+def _learnable(gm: GraphModule, *, temporal: bool) -> bool:
+    inside = set(temporal_of(gm).nodes)
+    return any(
+        (n.name in inside) == temporal
+        for n, o in observers(gm)
+        if isinstance(o, PerChannelWeightFakeQuantize)
+    )
+
+
+def _reconstruct_temporal(gm: GraphModule, calibration: CalibrationSet, run: Run) -> BlockResult:
+    """TIAR: L = sum_i || g_i(h(t)) - q(g_i)(q(h)(t)) ||_F^2 over all t of the schedule (TFMQ-DM, TIAR).
+
+    Over all finite keys where other inputs join the timestep, and over sampled rows where they have no table.
+    """
+    block = extract_temporal(gm, temporal_of(gm))
+    require_keys_only(gm, block)
+    rows, scalar = temporal_rows(gm, calibration.tensors), is_scalar(gm)
+    count, size = len(rows[gm.meta["timestep"]]), run.settings.temporal_batch_size
+    shuffled = torch.arange(count)
+    if count > size:
+        shuffled = torch.randperm(count, generator=torch.Generator().manual_seed(run.seed))
+    chunks, numbers = run.split(shuffled.split(size), run.settings.shards)
+    parts = [{n: x[part] for n, x in rows.items()} for part in numbers]
+    streams = Streams(
+        block,
+        lambda m, part, _: run_temporal(m, parts[part.index], scalar=scalar),
+        chunks,
+        workers=run.workers,
+        ranks=run.ranks,
+    )
+    return run.choose(
+        "temporal_block",
+        0,
+        streams,
+        method=temporal_method(run.settings),
+        iterations=run.settings.temporal_iterations,
+        watch=True,  # the walk over the blocks has a bar of its own
+    )
+
+
+def _tune(
+    gm: GraphModule, calibration: CalibrationSet, run: Run, iterations: int, *, index: int
+) -> list[BlockResult]:
+    """`tuning.tune` on as many of the calibration rows as it draws; none, and a note in the plan, where it does not fit."""
+    settings = run.settings
+    drawn = calibration.draw(iterations * settings.batch_size, seed=run.seed)
+    batches = calibration.groups(settings.batch_size, rows=drawn, one_timestep=is_scalar(gm))
+    whole = fixed_batch(gm, calibration.constants.keys())
+    count = len(batches[0]) if whole else 1
+    weights = weights_to_tune(gm)
+    first = inputs_of(gm, calibration.batch(batches[0][:count]))
+    memory = Memory.of(gm, first, count, weights, settings)
+    # Threads compute a part each, at most as many as there are shards.
+    at_once = 1 if whole else settings.shards
+    limit, least = settings.max_memory * 2**30, memory.needed(count * at_once)
+    if least > limit:
+        note = Note(
+            name="tuning",
+            reason=f"left out: it takes {least / 2**30:.1f} GiB, Reconstruction.max_memory is {settings.max_memory:g}",
+            coarser=False,
+        )
+        gm.meta["plan"] = dataclasses.replace(gm.meta["plan"], notes=(*gm.meta["plan"].notes, note))
+        return []
+    keep_targets = memory.needed(count * at_once, targets=len(drawn)) <= limit
+    room = limit - memory.needed(0, targets=len(drawn) if keep_targets else 0)
+    pieces = math.ceil(memory.row * settings.batch_size / max(room, 1))
+    parts = 1 if whole else settings.shards * max(1, pieces)
+
+    def learn() -> BlockResult:
+        chunks, rows = run.split(batches, parts)
+
+        def outputs(module: GraphModule, part: Part, _quantized: bool) -> Outputs:
+            return float_outputs(module(*inputs_of(gm, calibration.batch(rows[part.index]))))
+
+        streams = NetworkStreams(
+            gm,
+            outputs,
+            chunks,
+            workers=run.workers,
+            ranks=run.ranks,
+            timesteps=calibration.tensors[gm.meta["timestep"]][torch.cat(batches)],
+            keep_targets=keep_targets,
+        )
+        return tune(streams, weights, settings, iterations, run.order(index, len(chunks)))
+
+    return [run.once(index, gm, learn)]

@@ -1,0 +1,1 @@
+"""What computes a quantized network: OpenVINO, torch, ONNX, AOTInductor."""

@@ -1,0 +1,25 @@
+"""What this machine's CPU can multiply."""
+
+from __future__ import annotations
+
+import torch
+
+# What multiplies bytes: VNNI in its two encodings, AMX, and Arm's dot products.
+INT8_INSTRUCTIONS = ("avx512_vnni", "avx_vnni", "avx_vnni_int8", "amx_int8", "dotprod", "i8mm")
+
+
+def torch_has_bfloat16() -> bool:
+    """Whether torch's kernels compute in bfloat16 on this CPU."""
+    has = dict(torch.cpu.get_capabilities())
+    return bool(has.get("avx512_bf16") or has.get("amx_bf16"))
+
+
+def int8_instructions() -> list[str]:
+    """Those of INT8_INSTRUCTIONS that this CPU has."""
+    has = dict(torch.cpu.get_capabilities())
+    return [name for name in INT8_INSTRUCTIONS if has.get(name)]
+
+
+def adds_pairs() -> bool:
+    """Whether this CPU can multiply bytes by AVX2: see `arithmetic.PAIRS_FIT`."""
+    return bool(dict(torch.cpu.get_capabilities()).get("avx2"))

@@ -1,0 +1,113 @@
+"""One door for every file format that a quantized network can be written to."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from tfmq_fx.artefact.drop_in import QuantizedGraph
+from tfmq_fx.base.errors import TFMQError
+from tfmq_fx.base.files import replace_files
+from tfmq_fx.runtimes.exported import Exported
+
+log = logging.getLogger(__name__)
+
+
+# format -> the suffix that names it; "" is a folder
+SUFFIXES = {"pt2": ".pt2", "aot": ".pt2", "onnx": ".onnx", "onnxruntime": ".onnx", "openvino": ""}
+
+
+def export(
+    model: QuantizedGraph, file: str | Path, *, format: str | None = None, strict: bool = False
+) -> Exported:
+    """Write the quantized network for another runtime; the file is absent, as it was, or whole.
+
+    format: "pt2" torch.export's; "aot" a package compiled by AOTInductor; "onnx" standard QDQ; "onnxruntime" QDQ in the
+        form of which onnxruntime's CPU computes every quantized layer in bytes; "openvino" a folder. None: by the
+        file's name, .pt2, .onnx ("onnxruntime") or a folder without suffix.
+    strict: refuse when a quantized layer would not run on an int8 kernel; "aot", "onnx" and "onnxruntime" can tell.
+
+    Raises TFMQError for an unknown format or suffix, for a package or compiler that is missing, and naming the node
+    that the format cannot express.
+    """
+    file = Path(file)
+    chosen = format or _by_suffix(file)
+    if chosen not in SUFFIXES:
+        raise TFMQError(f"export: format={chosen!r} is unknown; use {', '.join(SUFFIXES)}, or None.")
+    if file.suffix != SUFFIXES[chosen]:
+        wanted = f"a name that ends in {SUFFIXES[chosen]}" if SUFFIXES[chosen] else "a folder without suffix"
+        raise TFMQError(f"export: {file.name}: format {chosen!r} needs {wanted}.")
+    if strict and chosen in ("pt2", "openvino"):
+        raise TFMQError(
+            f"export: strict: which kernels run is not known of format {chosen!r} before it is loaded; "
+            'q.lower("cpu", strict=True) tells for OpenVINO.'
+        )
+    there = next(p for p in file.absolute().parents if p.exists())
+    if not there.is_dir():  # known before minutes of tracing
+        raise TFMQError(f"{file}: cannot be written ({there} is not a folder).")
+    start = time.perf_counter()
+    found = _WRITERS[chosen](model, file, strict)
+    exported = Exported(
+        format=chosen,
+        file=file,
+        bytes=sum(f.stat().st_size for f in _files(file)),
+        seconds=time.perf_counter() - start,
+        **found,
+    )
+    log.info("export: %s", exported)
+    return exported
+
+
+def _by_suffix(file: Path) -> str:
+    by_suffix = {".pt2": "pt2", ".onnx": "onnxruntime", "": "openvino"}
+    if file.suffix not in by_suffix:
+        raise TFMQError(
+            f"export: {file.name}: the suffix {file.suffix!r} is not supported; use .pt2, .onnx, or a folder."
+        )
+    return by_suffix[file.suffix]
+
+
+def _files(file: Path) -> list[Path]:
+    """The exported file, and the weights beside it; or what is in the folder."""
+    beside = file.with_name(f"{file.name}.data")
+    return list(file.iterdir()) if file.is_dir() else [file, *([beside] if beside.is_file() else [])]
+
+
+def _pt2(model: QuantizedGraph, file: Path, _strict: bool) -> dict[str, Any]:
+    from tfmq_fx.artefact.program import exported, save_program
+
+    program = exported(model)
+    replace_files(file, lambda path: save_program(program, path))
+    return {"notes": ("torch.export.load gives quantize/dequantize pairs around float kernels",)}
+
+
+def _openvino(model: QuantizedGraph, folder: Path, _strict: bool) -> dict[str, Any]:
+    from tfmq_fx.runtimes.openvino_file import export_folder
+
+    return {"notes": export_folder(model, folder)}
+
+
+def _onnx(model: QuantizedGraph, file: Path, strict: bool) -> dict[str, Any]:
+    from tfmq_fx.runtimes.onnx_file import export_onnx
+
+    return export_onnx(model, file, for_onnxruntime=False, strict=strict)
+
+
+def _onnxruntime(model: QuantizedGraph, file: Path, strict: bool) -> dict[str, Any]:
+    from tfmq_fx.runtimes.onnx_file import export_onnx
+
+    return export_onnx(model, file, for_onnxruntime=True, strict=strict)
+
+
+def _aot(model: QuantizedGraph, file: Path, strict: bool) -> dict[str, Any]:
+    from tfmq_fx.runtimes.aot_package import export_aot
+
+    return export_aot(model, file, strict=strict)
+
+
+_WRITERS: dict[str, Callable[[QuantizedGraph, Path, bool], dict[str, Any]]] = {
+    "pt2": _pt2, "aot": _aot, "onnx": _onnx, "onnxruntime": _onnxruntime, "openvino": _openvino,
+}  # fmt: skip

@@ -1,0 +1,163 @@
+"""Which kernel every convolution, linear and matmul of a lowered network runs as, in one form for all engines."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.fx import GraphModule, Node
+
+from tfmq_fx.base.arithmetic import PAIRS_FIT, centred, saturates
+from tfmq_fx.graph.nodes import attribute, hinted_shape, matmul_inputs, op_name, weight_argument
+from tfmq_fx.passes.int8.integer_weights import SUFFIX
+from tfmq_fx.passes.int8.rescale_temporal import DEQUANTIZED
+from tfmq_fx.passes.temporal.partition_temporal import BLOCK_NAME
+
+
+@dataclass(frozen=True, kw_only=True)
+class Kernel:
+    """What one convolution, linear or matmul runs as."""
+
+    path: str  # its weight's name in the network's state dict; its node's name without one
+    op: str
+    kernel: str  # the engine's name of it; "" where it is not found among the executed nodes
+    precision: str  # of what it reads: "u8", "bf16", "f32"
+    int8: bool
+    reason: str  # why it is not int8; "" when it is
+    fell_back: bool  # whether its inputs are quantized and it is not int8 all the same
+    flops: int  # for one sample
+
+    @property
+    def int8_flops(self) -> int:
+        """Of attention, those of q by k: its probabilities stay in float."""
+        return self.int8 * self.flops // (2 if self.op == "scaled_dot_product_attention" else 1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineLayer:
+    """One convolution, linear or matmul of the graph that an engine is given."""
+
+    node: str  # its name in that graph
+    weight: str  # the name of its weight's node there
+    path: str  # its weight's name in the network's state dict; "" without one
+    op: str  # "convolution", "linear", ...
+    flops: int  # for one sample, a multiplication and an addition being two
+    float_because: str  # why no int8 kernel can run it; "" when both its inputs are quantized
+    saturates: bool = False  # whether it stays in float because this CPU's int8 kernels would be wrong
+
+
+def layers_of(gm: GraphModule) -> Iterator[EngineLayer]:
+    """The layers of a quantized graph whose nodes have the shapes of capture."""
+    for node in gm.graph.nodes:
+        index = weight_argument(node)
+        operands = matmul_inputs(node)
+        if index is None and not operands:
+            continue
+        reasons = []
+        path = ""
+        if index is not None:
+            operands = [node.args[0]]
+            path = _weight_path(node.args[index])
+            if not _is_quantized_weight(node.args[index]):
+                reasons.append("its weight is float")
+        if any(not _is_quantized(x) for x in operands):
+            reasons.append("its input is float" if index is not None else "its operands are float")
+        yield EngineLayer(
+            node=node.name,
+            weight="" if index is None else node.args[index].name,
+            path=path.removesuffix(SUFFIX).removesuffix("_q"),
+            op=op_name(node),
+            flops=_flops(node),
+            float_because=" and ".join(reasons),
+        )
+
+
+def _weight_path(weight: Node) -> str:
+    """The constant that a weight is made of, which is its first argument's first argument and so on."""
+    while weight.op != "get_attr" and weight.all_input_nodes:
+        weight = weight.all_input_nodes[0]
+    path = str(weight.target) if weight.op == "get_attr" else ""
+    return path.removeprefix(
+        f"{BLOCK_NAME}."
+    )  # the block's parameters lie beside the others in the state dict
+
+
+def _is_quantized_weight(weight: Node) -> bool:
+    """Whether it is made of integers: still by a dequantization, or as `integer_weights` writes it."""
+    while weight.op != "get_attr" and weight.all_input_nodes and not _is_quantized(weight):
+        weight = weight.all_input_nodes[0]
+    return _is_quantized(weight) or (weight.op == "get_attr" and str(weight.target).endswith(SUFFIX))
+
+
+def _is_quantized(x: Node) -> bool:
+    is_pair = isinstance(x.target, torch._ops.OpOverload) and x.target.namespace == "quantized_decomposed"
+    return (is_pair and op_name(x).startswith("dequantize")) or bool(x.meta.get(DEQUANTIZED))
+
+
+def _flops(node: Node) -> int:
+    """Of one sample: 2 * what is summed * outputs; two matmuls for an attention."""
+    x, y = hinted_shape(node.args[0]), hinted_shape(node)
+    index = weight_argument(node)
+    if index is not None:
+        weight = hinted_shape(node.args[index])
+        summed = torch.Size(weight).numel() // (weight[1] if op_name(node) == "conv_transpose" else weight[0])
+        return 2 * summed * torch.Size(y).numel() // y[0]
+    if op_name(node) == "scaled_dot_product_attention":
+        keys = hinted_shape(node.args[1])[-2]
+        return 2 * keys * (x[-1] + y[-1]) * torch.Size(y[:-1]).numel() // y[0]
+    return 2 * x[-1] * torch.Size(y).numel() // y[0]
+
+
+ops = torch.ops.quantized_decomposed
+
+
+def quantized_layers(gm: GraphModule) -> list[Node]:
+    """The convolutions and linears of quantized weights and quantized inputs, after `rescale_temporal`."""
+    pairs = (ops.dequantize_per_tensor.default, ops.dequantize_per_token.default)
+    found = []
+    for node in gm.graph.nodes:
+        weight = _dequantized_weight(node)
+        if weight is not None:
+            x = node.args[0]
+            found += [node] if x.target in pairs or x.meta.get(DEQUANTIZED) else []
+    return found
+
+
+def _dequantized_weight(layer: Any) -> Any:
+    """The node that dequantizes the weight of a layer; None for another node, and for a float weight."""
+    index = weight_argument(layer)
+    if index is None:
+        return None
+    weight = layer.args[index]
+    while op_name(weight) in ("view", "reshape"):  # groups
+        weight = weight.args[0]
+    return weight if weight.target is ops.dequantize_per_channel.default else None
+
+
+def saturating_layers(gm: GraphModule) -> list[Node]:
+    """The quantized layers that kernels of unsigned by signed bytes get wrong on x86 without VNNI: see `PAIRS_FIT`."""
+    found = []
+    for layer in quantized_layers(gm):
+        weight = _dequantized_weight(layer)
+        if weight not in layer.args:  # scales per group: in float everywhere
+            continue
+        q, zero_point = (attribute(gm, str(weight.args[i].target)) for i in (0, 2))
+        if saturates(centred(q, zero_point, weight.args[3])):
+            found.append(layer)
+    return found
+
+
+def saturating_products(gm: GraphModule) -> list[Node]:
+    """The products of two quantized activations that int8 kernels get wrong there: see `PAIRS_FIT`."""
+    found = []
+    for node in gm.graph.nodes:
+        operands: list[Any] = [
+            x for x in matmul_inputs(node) if x.target is ops.dequantize_per_tensor.default
+        ]
+        if any(
+            max(high - zero, zero - low) > PAIRS_FIT for zero, low, high in (x.args[2:5] for x in operands)
+        ):
+            found.append(node)
+    return found

@@ -1,0 +1,211 @@
+"""The quantized network on the CPU's int8 kernels, and a report of which layers really run on them."""
+
+from __future__ import annotations
+
+import logging
+import tempfile
+import warnings
+import weakref
+from contextlib import ExitStack
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from tfmq_fx.artefact.drop_in import DropIn, QuantizedGraph
+from tfmq_fx.base.arithmetic import NO_INT8
+from tfmq_fx.base.errors import TFMQError, nearest_names
+from tfmq_fx.passes.pass_manager import PassManager
+from tfmq_fx.runtimes.cpu import adds_pairs, int8_instructions
+from tfmq_fx.runtimes.engine import PRECISIONS, kernels_to_json
+from tfmq_fx.runtimes.layers import layers_of, saturating_layers
+from tfmq_fx.runtimes.openvino_engine import lower_openvino
+from tfmq_fx.runtimes.openvino_file import PASSES, require_openvino
+from tfmq_fx.runtimes.torch_engine import flat_graph, lower_torch
+
+log = logging.getLogger(__name__)
+
+
+ENGINES = ("openvino", "torch")
+
+
+# OpenVINO's int8 kernel of linear layers on CPUs with AVX2 and without VNNI: a DiT-XL took as long as in float32.
+SLOW_GEMM = "jit_gemm_I8"
+
+
+MOST = 0.5  # of the multiplications
+
+
+class LoweredModel(DropIn):
+    """The quantized network, compiled: same calls, outputs, `.config`, `.dtype`, `.device`.
+
+    One compiled network serves all timesteps of a batch size: the scales are looked up inside. It cannot be saved;
+    save the network it was made from. `report["lowering"]` says what every layer runs as, and
+    `["compiled_seconds"]` in it, by batch size, what was compiled since.
+    """
+
+    network: Any  # an Engine
+
+    def __init__(self, model: QuantizedGraph, compiled: nn.Module, *, lowering: dict[str, Any]) -> None:
+        super().__init__(
+            compiled,
+            interface=model.interface,
+            timesteps=model.timesteps,
+            finite=model.finite,
+            config=model._config,
+            recipe=model.recipe,
+            report={**model._report, "lowering": lowering},
+        )
+
+    @property
+    def report(self) -> dict[str, Any]:
+        report = super().report
+        seconds = {str(size): round(value, 2) for size, value in self.network.seconds.items()}
+        return {**report, "lowering": {**report["lowering"], "compiled_seconds": seconds}}
+
+    @property
+    def device(self) -> torch.device:
+        return torch.device("cpu")
+
+
+def lower(
+    model: QuantizedGraph,
+    target: str = "cpu",
+    *,
+    engine: str | None = None,
+    precision: str | None = None,
+    batch: int = 1,
+    strict: bool = False,
+    cache: str | Path | None = None,
+    compile: bool | None = None,
+    pack: str | None = None,
+) -> LoweredModel:
+    """Compile for this machine's CPU, for as many threads as torch has now.
+
+    engine: "openvino" or "torch" (oneDNN's kernels through Inductor); None takes OpenVINO where it is installed: it was
+        the faster of the two, and needs no C++ compiler. Of networks that are mostly linear layers, on CPUs with AVX2 and
+        without VNNI, torch was, node by node, and is taken.
+    precision: of what is not int8, "bfloat16" or "float32"; None takes bfloat16 where the CPU computes in it. In
+        float32 the outputs are the quantized network's but for rounding ties: an activation within float rounding of
+        a tie may become the next integer. bfloat16 adds its own rounding, about 1% of the largest output.
+    batch: the size of batch to compile for now. Any other is compiled for when it first comes, and the last four are
+        kept; all steps of a schedule run on the same.
+    strict: refuse a network of which a quantized layer does not get an int8 kernel.
+    cache: a folder that keeps the converted and the compiled network: the next process starts in a fraction.
+    compile: for engine "torch": True needs a C++ compiler, False runs the int8 kernels node by node, None compiles
+        where it can; `report["lowering"]["compiled"]` says which, and why not.
+    pack: "int4", for engine "torch": weights of at most four bits stay two to a byte in memory, and are unpacked at
+        each call.
+
+    Raises TFMQError for another target, without the engine's package, and naming a node that it cannot express. A CPU
+    without int8 instructions is warned of. With AVX2 alone it adds products of bytes in pairs of 16 bits, which is exact
+    for weights within 64 steps of zero, as those of 4 bits are: layers beyond compute the same in float. Without AVX2 all do.
+    """
+    if target != "cpu":
+        raise TFMQError(f'target={target!r}: unknown; there is "cpu".')
+    if model.device.type != "cpu":
+        raise TFMQError(
+            f'target "cpu": the network is on {model.device}; quantize it on the CPU, or load it from disk.'
+        )
+    instructions = int8_instructions()
+    pairs = not instructions and adds_pairs()
+    engine, compile = _engine(engine, compile=compile, pack=pack, model=model, pairs=pairs)
+    if precision not in (None, *PRECISIONS):
+        raise TFMQError(f"precision={precision!r}: unknown; use {nearest_names(str(precision), PRECISIONS)}.")
+    if not instructions:
+        which = (
+            "layers whose weights reach beyond 64 steps from zero, as 8 bits do, run"
+            if pairs
+            else "every layer runs"
+        )
+        words = f"{NO_INT8}: {which} in float, with the same integers."
+        if strict and not pairs:
+            raise TFMQError(f'target "cpu": {words}')
+        warnings.warn(words, stacklevel=2)
+    cpu = {"int8": bool(instructions) or pairs, "pairs": pairs}
+    with ExitStack() as stack:
+        # Without a cache, the files live as long as the network that compiles from them.
+        root = Path(cache or stack.enter_context(tempfile.TemporaryDirectory(prefix="tfmq-lowering-")))
+        if engine == "openvino":
+            lowered = lower_openvino(
+                model, root, precision=precision, batch=batch, keep=cache is not None, **cpu
+            )
+        else:
+            lowered = lower_torch(
+                model, root, precision=precision, batch=batch, compile=compile, pack=pack, **cpu
+            )
+        weakref.finalize(lowered.network, stack.pop_all().close)
+    kernels = lowered.kernels
+    total, int8 = sum(k.flops for k in kernels), sum(k.int8_flops for k in kernels)
+    log.info("lower: %.1f%% of %.3g FLOPs in int8", 100 * int8 / max(total, 1), total)
+    slow = sum(k.flops for k in kernels if k.kernel == SLOW_GEMM)
+    if slow > MOST * total:
+        log.warning(
+            'lower: OpenVINO computes %.0f%% of this network by %s, no faster than float; engine="torch" has a faster one.',
+            100 * slow / total,
+            SLOW_GEMM,
+        )
+    fallen = [k for k in kernels if k.fell_back]
+    if strict and fallen:
+        raise TFMQError(
+            f"strict: {len(fallen)} of {len(kernels)} layers are quantized and run in float: "
+            + "; ".join(f"{k.path}: {k.reason}" for k in fallen[:8])
+            + ("; ..." if len(fallen) > 8 else ".")
+        )
+    lowering = {
+        "target": target,
+        "engine": engine,
+        "instructions": ["avx2"] if pairs else instructions,
+        "threads": torch.get_num_threads(),
+        "pack": pack,
+        **lowered.details,
+        "flops": {"total": total, "int8": int8},
+        "kernels": kernels_to_json(kernels),
+    }
+    return LoweredModel(model, lowered.network, lowering=lowering)
+
+
+def _engine(
+    engine: str | None, *, compile: bool | None, pack: str | None, model: QuantizedGraph, pairs: bool
+) -> tuple[str, bool | None]:
+    """The engine to use, and whether it compiles. Raises TFMQError for an unknown one, and for what the one wanted cannot do."""
+    if engine not in (None, *ENGINES):
+        raise TFMQError(f"engine={engine!r}: unknown; use {nearest_names(str(engine), ENGINES)}, or None.")
+    if pack not in (None, "int4"):
+        raise TFMQError(f'pack={pack!r}: unknown; use "int4", or None.')
+    if engine == "openvino":
+        require_openvino()
+        if pack is not None:
+            raise TFMQError(
+                f'pack={pack!r}: OpenVINO\'s int8 kernels hold weights as bytes; use engine="torch".'
+            )
+        if compile is not None:
+            raise TFMQError(
+                f'compile={compile}: OpenVINO always compiles, without a C++ compiler; use engine="torch".'
+            )
+    if engine is not None:
+        return engine, compile
+    if pack is not None or compile is not None:  # what OpenVINO has no form of
+        return "torch", compile
+    if find_spec("openvino") is None:
+        log.warning(
+            'lower: openvino is not installed, torch compiles instead; pip install "tfmq_fx[openvino]" for the faster engine.'
+        )
+        return "torch", compile
+    if pairs and (share := _linear_share(model)) > MOST:
+        log.info('lower: %.0f%% of it are linear layers, which engine="torch" runs faster here', 100 * share)
+        return "torch", False  # to compile a DiT-XL takes more than 22 GB
+    return "openvino", None
+
+
+def _linear_share(model: QuantizedGraph) -> float:
+    """How much of a network are linear layers that run as `SLOW_GEMM`, where int8 kernels add pairs."""
+    gm = flat_graph(model)
+    PassManager(PASSES)(gm)
+    saturating = {n.name for n in saturating_layers(gm)}
+    layers = list(layers_of(gm))
+    slow = (layer for layer in layers if layer.op == "linear" and layer.node not in saturating)
+    int8 = sum(layer.flops for layer in slow if not layer.float_because)
+    return int8 / max(sum(layer.flops for layer in layers), 1)

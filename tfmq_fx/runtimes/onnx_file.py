@@ -1,0 +1,274 @@
+"""A quantized graph as an ONNX file: QuantizeLinear and DequantizeLinear, opset 21, the timestep's tables inside.
+
+Scales that depend on the timestep are moved out of the quantized operators (`rescale_temporal`): with constants in them a
+runtime can fuse QuantizeLinear, DequantizeLinear and a matrix product into an int8 kernel; a computed scale is legal
+ONNX, and stops that. The step is looked up in the graph by ArgMin |table - t|.
+
+What onnxruntime 1.31 does with the standard form on a CPU: matrix products run in int8, without an 8-bit output too
+(MatMulIntegerToFloat), if no Add of a bias follows, which it would fuse into a float Gemm first: hence the Sub. A
+convolution needs an 8-bit output (QLinearConv), which would round what the recipe does not round; without one it runs in
+float, and its weight is dequantized at every call. So there are two forms: the standard one for other runtimes, and one
+for onnxruntime, in which convolutions are matrix products over patches (`unfold_convolutions`), and 4-bit weights are
+cast to bytes by operators that it computes once, when it loads the file.
+
+A file may run on another CPU than the one that wrote it. On x86 without VNNI onnxruntime's kernels of unsigned by signed
+bytes saturate for weights of 8 bits, silently; those of unsigned by unsigned bytes multiply in 16 bits and do not. With
+VNNI it computes both by the same instruction. So weights that could saturate are unsigned here (`store_weights`).
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch.fx import GraphModule
+
+from tfmq_fx.artefact.drop_in import QuantizedGraph
+from tfmq_fx.artefact.program import dynamic_shapes, example_inputs, exported
+from tfmq_fx.base.errors import TFMQError
+from tfmq_fx.base.files import replace_files
+from tfmq_fx.graph.nodes import aten, meta_value
+from tfmq_fx.passes.int8.byte_activations import byte_activations
+from tfmq_fx.passes.int8.rescale_temporal import rescale_temporal
+from tfmq_fx.passes.int8.rescale_tokens import rescale_tokens
+from tfmq_fx.passes.int8.unfold_convolutions import unfold_convolutions
+from tfmq_fx.passes.pass_manager import PassManager
+from tfmq_fx.runtimes.exported import fallen_back
+from tfmq_fx.runtimes.layers import quantized_layers
+from tfmq_fx.runtimes.onnx_weights import store_weights
+
+log = logging.getLogger(__name__)
+
+
+ops = torch.ops.quantized_decomposed
+
+
+OPSET = 21  # the first with 4-bit integers and scales per block
+
+
+LARGEST = 2**31 - 2**20  # bytes of weights inside the file; protobuf ends at 2 GiB
+
+
+_INT8_KERNELS = {
+    "ConvInteger", "DynamicQuantizeMatMul", "MatMulInteger", "MatMulIntegerToFloat", "QGemm", "QLinearConv",
+    "QLinearMatMul",
+}  # fmt: skip
+
+
+_FLOAT_KERNELS = {"Conv", "FusedConv", "FusedGemm", "FusedMatMul", "Gemm", "MatMul", "MatMulNBits"}
+
+
+def require_onnx() -> None:
+    """Raise a TFMQError that says how to get the packages when one is missing."""
+    try:
+        import onnx_ir  # noqa: F401
+        import onnxscript  # noqa: F401
+    except ImportError as error:
+        raise TFMQError(
+            f'export to ONNX: a package is missing ({error}); pip install "tfmq_fx[onnx]".'
+        ) from error
+
+
+def export_onnx(model: QuantizedGraph, file: Path, *, for_onnxruntime: bool, strict: bool) -> dict[str, Any]:
+    """Write the file, and beside it FILE.data when the weights are too large for one; what `Exported` wants to know.
+
+    Raises TFMQError without the packages, naming a node of which ONNX has no form, and under `strict` when onnxruntime
+    computes a quantized layer in float.
+    """
+    require_onnx()
+    import onnx_ir
+
+    gm = exported(model).module(check_guards=False)
+    assert isinstance(gm, GraphModule)
+    gm.meta = {}
+    passes = (
+        rescale_temporal,
+        rescale_tokens,
+        byte_activations,
+        *([unfold_convolutions] if for_onnxruntime else []),
+    )
+    PassManager(passes)(gm)
+    _four_dimensional_attention(gm)
+    wanted = len(quantized_layers(gm))
+    inputs = example_inputs(model, batch=2)
+    with torch.no_grad():
+        program = torch.export.export(gm, (), inputs, dynamic_shapes=dynamic_shapes(model), strict=False)
+    ir = _translated(program, for_onnxruntime=for_onnxruntime)
+    found: dict[str, Any] = {"weights": store_weights(ir, for_onnxruntime=for_onnxruntime)}
+
+    def write(path: Path) -> None:
+        size = sum(v.const_value.nbytes for v in ir.graph.initializers.values() if v.const_value is not None)
+        onnx_ir.save(ir, path, external_data=f"{path.name}.data" if size > LARGEST else None)
+        try:
+            found["kernels"] = kernels(path)
+        except ImportError as error:
+            if strict:
+                raise TFMQError(f'strict: {error}; pip install "tfmq_fx[onnx]".') from error
+            found["notes"] = ("onnxruntime is not installed: which kernels it runs is not known",)
+        else:
+            found["notes"] = fallen_back(found["kernels"], wanted, strict=strict)
+
+    replace_files(file, write)
+    return found
+
+
+def kernels(file: Path) -> dict[str, int]:
+    """How many convolutions, linears and other products with constants onnxruntime's CPU computes in bytes, how many in float.
+
+    Read from the graph as onnxruntime rewrites it when it loads the file. Raises ImportError without onnxruntime.
+    """
+    import onnx_ir
+    import onnxruntime
+
+    with tempfile.TemporaryDirectory(prefix="tfmq-onnx-") as folder:
+        optimized = Path(folder) / "optimized.onnx"
+        options = onnxruntime.SessionOptions()
+        options.optimized_model_filepath = str(optimized)
+        # The level above lays out convolutions for this CPU, and warns that the file is for no other.
+        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
+        options.add_session_config_entry(
+            "session.optimized_model_external_initializers_file_name", "weights.bin"
+        )
+        options.log_severity_level = 3
+        onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
+        graph = onnx_ir.load(optimized).graph
+    found = {"int8": 0, "float": 0}
+    matrices = {name for name, value in graph.initializers.items() if len(value.shape) > 1}
+    constants = set(graph.initializers)
+    for node in graph:
+        given = {v.name for v in node.inputs if v is not None}
+        if given <= constants:  # what dequantizes or transposes a weight
+            made = {v.name for v in node.outputs}
+            constants |= made
+            matrices |= made if given & matrices else set()
+        elif given & matrices and node.op_type in _INT8_KERNELS | _FLOAT_KERNELS:
+            found["int8" if node.op_type in _INT8_KERNELS else "float"] += 1
+    return found
+
+
+def _four_dimensional_attention(gm: GraphModule) -> None:
+    """attention(q, k, v) of rank 3 ==> squeeze(attention(unsqueeze(q), ..)), the rank that torch's exporter knows."""
+    call = gm.graph.call_function
+    for node in gm.graph.find_nodes(op="call_function", target=aten.scaled_dot_product_attention.default):
+        value = meta_value(node)
+        if not isinstance(value, torch.Tensor) or value.dim() != 3:
+            continue
+        with gm.graph.inserting_before(node):
+            heads = [call(aten.unsqueeze.default, (x, 1)) if x is not None else None for x in node.args[:4]]
+            node.args = (*heads, *node.args[4:])
+        with gm.graph.inserting_after(node):
+            flat = call(aten.squeeze.dim, (node, 1))
+        flat.meta = dict(node.meta)
+        node.replace_all_uses_with(flat)
+        flat.args = (node, 1)
+    gm.recompile()
+
+
+def _translated(program: torch.export.ExportedProgram, *, for_onnxruntime: bool) -> Any:
+    """The ONNX model in memory, without the exporter's notes of where in our code a node came from. Raises TFMQError naming the node that cannot be translated."""
+    with _quiet():
+        try:
+            translated = torch.onnx.export(
+                program,
+                dynamo=True,
+                opset_version=OPSET,
+                verbose=False,
+                custom_translation_table=_translations(for_onnxruntime),
+            )
+        except torch.onnx.OnnxExporterError as error:
+            raise TFMQError(_cannot_express(error)) from error
+    assert translated is not None
+    ir = translated.model
+    for part in (
+        ir,
+        ir.graph,
+        *ir.graph,
+        *ir.graph.initializers.values(),
+        *(v for n in ir.graph for v in n.outputs),
+    ):
+        part.metadata_props.clear()
+    return ir
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """The exporter warns of operators of torchvision, which nobody here uses."""
+    logger = logging.getLogger("torch.onnx")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
+def _cannot_express(error: BaseException) -> str:
+    causes: list[BaseException] = []
+    cause: BaseException | None = error
+    while cause is not None:
+        causes.append(cause)
+        cause = cause.__cause__
+    node = re.search(r"node %(\w+) .*?target=torch\.ops\.([\w.]+)", " ".join(map(str, causes)), re.S)
+    last = str(causes[-1]).strip().splitlines()[0]
+    where = f"node {node[1]}: ONNX has no form of {node[2]}" if node else "ONNX cannot express the graph"
+    return f"{where} ({last}); export it as .pt2, or use the quantized network as it is."
+
+
+def _translations(for_onnxruntime: bool) -> dict[Callable[..., Any], Callable[..., Any]]:
+    """Operators of ours that torch's exporter does not know, or not in the form that is fused."""
+    import onnx_ir
+    from onnxscript import opset21 as op
+
+    def constant(value: float, dtype: int) -> Any:
+        return op.Constant(value=onnx_ir.tensor(value, dtype=onnx_ir.DataType(dtype)))
+
+    # The limits are those of the type: `byte_activations` saw to it, and weights are constants within them.
+    def quantize(x: Any, scale: float, zero_point: int, _low: int, _high: int, dtype: int) -> Any:
+        return op.QuantizeLinear(x, constant(scale, 1), constant(zero_point, dtype))
+
+    def dequantize(q: Any, scale: float, zero_point: int, _low: int, _high: int, dtype: int) -> Any:
+        return op.DequantizeLinear(q, constant(scale, 1), constant(zero_point, dtype))
+
+    def dequantize_rows(
+        q: Any, scale: Any, zero_point: Any, axis: int, _low: int, _high: int, dtype: int
+    ) -> Any:
+        return op.DequantizeLinear(q, scale, op.Cast(zero_point, to=dtype), axis=axis)
+
+    def linear(x: Any, weight: Any, bias: Any = None) -> Any:
+        y = op.MatMul(x, op.Transpose(weight, perm=[1, 0]))
+        return y if bias is None else op.Sub(y, op.Neg(bias))
+
+    def group_norm(
+        x: Any,
+        num_groups: int,
+        weight: Any = None,
+        bias: Any = None,
+        eps: float = 1e-5,
+        _cudnn: bool = True,
+    ) -> Any:
+        """onnxruntime's CPU has no GroupNormalization, and makes thirteen operators of it; this one it has."""
+        ones = onnx_ir.tensor(np.ones(num_groups, np.float32))
+        zeros = onnx_ir.tensor(np.zeros(num_groups, np.float32))
+        groups = op.Reshape(x, op.Constant(value_ints=[0, num_groups, -1]))
+        normed = op.InstanceNormalization(
+            groups, op.Constant(value=ones), op.Constant(value=zeros), epsilon=eps
+        )
+        y = op.Reshape(normed, op.Shape(x))
+        places = op.Constant(value_ints=list(range(1, len(x.shape) - 1)))
+        y = y if weight is None else op.Mul(y, op.Unsqueeze(weight, places))
+        return y if bias is None else op.Add(y, op.Unsqueeze(bias, places))
+
+    return {
+        ops.quantize_per_tensor.default: quantize,
+        ops.dequantize_per_tensor.default: dequantize,
+        ops.dequantize_per_channel.default: dequantize_rows,
+        aten.linear.default: linear,
+        **({aten.group_norm.default: group_norm} if for_onnxruntime else {}),
+    }

@@ -1,0 +1,374 @@
+"""A quantized graph on oneDNN's int8 kernels with torch alone: compiled ahead by Inductor, or run node by node.
+
+Compiled, there is one shared library for each shape of inputs (torch.export with fixed sizes, then AOTInductor with
+frozen weights): C++ calls the kernels, the scales of a timestep are looked up inside, and nothing is traced, guarded or
+compiled again from step to step. A library in a cache folder needs no compiler any more. Without a C++ compiler the
+graph runs node by node, with the same kernels, on weights laid out once.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import itertools
+import json
+import logging
+import os
+import re
+import shutil
+import tempfile
+import time
+import zipfile
+from collections import OrderedDict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor, nn
+from torch.fx import GraphModule, Interpreter, Node
+from torch.utils import _pytree as pytree
+
+from tfmq_fx.artefact.drop_in import QuantizedGraph
+from tfmq_fx.artefact.program import example_inputs, exported
+from tfmq_fx.base.arithmetic import NO_INT8
+from tfmq_fx.base.errors import TFMQError, first_line
+from tfmq_fx.graph.inputs import placeholders
+from tfmq_fx.graph.nodes import aten, fresh, mutated_inputs
+from tfmq_fx.passes.int8.bfloat16_glue import bfloat16_glue
+from tfmq_fx.passes.int8.byte_activations import byte_activations
+from tfmq_fx.passes.int8.fold_weights import fold, fold_weights, keep_what_is_read
+from tfmq_fx.passes.int8.onednn_kernels import FALLBACKS, KERNELS, LAY_OUT, LAYER, onednn_kernels
+from tfmq_fx.passes.int8.rescale_temporal import rescale_temporal
+from tfmq_fx.passes.int8.rescale_tokens import rescale_tokens
+from tfmq_fx.passes.int8.share_quantized import QUANTIZE, share_quantized
+from tfmq_fx.passes.pass_manager import PassManager
+from tfmq_fx.runtimes.cpu import torch_has_bfloat16
+from tfmq_fx.runtimes.engine import Lowered, cache_key, choose_precision, kernels_to_json, remembered
+from tfmq_fx.runtimes.layers import EngineLayer, Kernel, layers_of
+
+
+def lower_torch(
+    model: QuantizedGraph,
+    root: Path,
+    *,
+    precision: str | None,
+    batch: int,
+    compile: bool | None,
+    pack: str | None,
+    int8: bool,
+    pairs: bool,
+) -> Lowered:
+    has = dict(torch.cpu.get_capabilities())
+    precision = choose_precision(precision, has_bfloat16=torch_has_bfloat16())
+    start = time.perf_counter()
+    conditions = json.dumps(
+        [precision, pack, int8, pairs, torch.get_num_threads(), has, OPTIONS], default=str
+    )
+    folder = root / cache_key(model, conditions)
+    cached = folder.is_dir()
+    folder.mkdir(parents=True, exist_ok=True)
+    prepare = functools.cache(
+        lambda: prepare_graph(model, precision=precision, pack=pack, int8=int8, pairs=pairs)
+    )
+    kernels = remembered(folder / "kernels.json", lambda: kernels_to_json(prepare().kernels))
+    held = remembered(folder / "weight_bytes.json", lambda: weight_bytes(prepare().gm))
+    inputs = list(example_inputs(model, batch=batch).values())
+    network, why_not = compiled_or_not(
+        lambda: prepare().gm, inputs, model=model, folder=folder, compile=compile
+    )
+    first = time.perf_counter() - start
+    details = {
+        "library": f"torch {torch.__version__}",
+        "precision": precision,
+        "cached": cached,
+        "compiled": not why_not,
+        "weight_bytes": held,
+        **({"not_compiled_because": why_not} if why_not else {}),
+        "seconds": {"first": round(first, 2)},
+    }
+    return Lowered(network=network, kernels=[Kernel(**k) for k in kernels], details=details)
+
+
+log = logging.getLogger(__name__)
+
+
+PACKED = (torch.ops.tfmq.int4_conv.default, torch.ops.tfmq.int4_linear.default)
+
+
+PRECISIONS = {"float32": "f32", "bfloat16": "bf16"}
+
+
+# Inductor's, for this compilation alone. Frozen: weights are constants, laid out now and not at each call.
+OPTIONS = {"freezing": True, "aot_inductor.precompile_headers": False}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prepared:
+    """The graph with int8 kernels, and what its layers run as."""
+
+    gm: GraphModule
+    kernels: list[Kernel]
+
+
+def prepare_graph(
+    model: QuantizedGraph, *, precision: str, pack: str | None, int8: bool = True, pairs: bool = False
+) -> Prepared:
+    """The flat graph of torch's operators and int8 kernels. Raises TFMQError naming a node that cannot run.
+
+    int8: without, every layer stays in float on the same integers.
+    pairs: for a CPU whose kernels saturate: the layers that would stay in float.
+    """
+    gm = flat_graph(model)
+    PassManager([rescale_temporal, rescale_tokens, byte_activations])(gm)
+    layers = list(layers_of(gm))
+    if int8:
+        PassManager([functools.partial(onednn_kernels, pack=pack, pairs=pairs), share_quantized])(gm)
+    else:
+        gm.meta[FALLBACKS] = {n.name: NO_INT8 for n in gm.graph.nodes}
+    fold_weights(gm)
+    inputs = example_inputs(model, batch=1)
+    dtypes = dtypes_of(gm, inputs)
+    if precision == "bfloat16":
+        bfloat16_glue(gm, dtypes=dtypes, precise=set(placeholders(model.temporal_block)))
+        dtypes_of(gm, inputs)  # an operator that has no bfloat16 is named
+    kernels = kernels_of_graph(gm, layers, PRECISIONS[precision])
+    keep_what_is_read(gm)
+    return Prepared(gm=gm, kernels=kernels)
+
+
+def flat_graph(model: QuantizedGraph) -> GraphModule:
+    """Without the submodule, writes in place, and checks: flat inputs and outputs, torch's composite operators."""
+    program = exported(model)
+    if any(mutated_inputs(n) for n in program.graph.nodes):
+        program = program.run_decompositions({})  # which traces it once more
+    module = program.module(check_guards=False)
+    assert isinstance(module, GraphModule)
+    gm = fresh(module)
+    gm.meta = {}
+    for node in gm.graph.find_nodes(op="call_function", target=aten._assert_tensor_metadata.default):
+        gm.graph.erase_node(node)  # of the dtypes at capture; `DropIn` checks the inputs
+    return gm
+
+
+class _Dtypes(Interpreter):
+    """Runs the graph once, keeps every tensor's dtype, and names the node that fails."""
+
+    def __init__(self, gm: GraphModule) -> None:
+        super().__init__(gm)
+        self.extra_traceback = False  # torch's words behind ours
+        self.found: dict[Node, torch.dtype] = {}
+
+    def run_node(self, n: Node) -> Any:
+        try:
+            value = super().run_node(n)
+        except Exception as error:  # whatever an operator raises
+            raise TFMQError(f"node {n.name}: {n.target} cannot run here ({first_line(error)}).") from error
+        if isinstance(value, Tensor):
+            self.found[n] = value.dtype
+        return value
+
+
+def dtypes_of(gm: GraphModule, inputs: Mapping[str, Tensor]) -> dict[Node, torch.dtype]:
+    run = _Dtypes(gm)
+    with torch.no_grad():
+        run.run(*inputs.values())
+    return run.found
+
+
+def kernels_of_graph(gm: GraphModule, layers: Sequence[EngineLayer], glue: str) -> list[Kernel]:
+    """What became of each layer of the graph before the kernels were put in."""
+    replaced = {n.meta[LAYER]: n for n in gm.graph.nodes if LAYER in n.meta}
+    left = {n.name for n in gm.graph.nodes}
+    found = []
+    for layer in layers:
+        node = replaced.get(layer.node)
+        reason = layer.float_because or gm.meta[FALLBACKS].get(layer.node, "")
+        if node is None and not reason:
+            reason = (
+                "its operands are quantized: torch has no int8 kernel of it" if layer.node in left else "gone"
+            )
+        found.append(
+            Kernel(
+                path=layer.path or layer.node,
+                op=layer.op,
+                kernel=f"{node.target}" if node is not None else f"aten.{layer.op}",
+                precision="u8" if node is not None else glue,
+                int8=node is not None,
+                reason="" if node is not None else reason,
+                fell_back=node is None and not layer.float_because,
+                flops=layer.flops,
+            )
+        )
+    return found
+
+
+def lay_out(gm: GraphModule) -> GraphModule:
+    """For a run node by node: weights in the kernels' own layout, quantizations in place."""
+    for i, node in enumerate(list(gm.graph.nodes)):
+        if node.target in LAY_OUT:
+            fold(gm, node, f"laid_out_{i}")
+        elif node.target is QUANTIZE:
+            node.target = quantize
+    gm.graph.eliminate_dead_code()
+    keep_what_is_read(gm)
+    gm.recompile()
+    return gm
+
+
+def quantize(x: Tensor, scale: float, zero_point: int, low: int, high: int, dtype: torch.dtype) -> Tensor:
+    """As torch's operator rounds, in one new tensor instead of five."""
+    y = x.float() * (1.0 / scale)
+    return y.round_().add_(zero_point).clamp_(low, high).to(dtype)
+
+
+def compiler_missing() -> str:
+    """Why Inductor finds no C++ compiler; "" where there is one."""
+    from torch._inductor.cpp_builder import get_cpp_compiler
+
+    try:
+        get_cpp_compiler()
+    except Exception as error:  # Inductor's own type, or what starting a program raises
+        return f"no C++ compiler ({first_line(error)})"
+    return ""
+
+
+class TorchEager(nn.Module):
+    """The graph on oneDNN's kernels, node by node: any batch size, no compiler."""
+
+    def __init__(self, gm: GraphModule, *, nested: Any) -> None:
+        super().__init__()
+        self.gm, self.nested = lay_out(gm), nested
+        self.seconds: dict[int, float] = {}
+
+    def forward(self, *inputs: Tensor) -> Any:
+        with torch.no_grad():
+            return _nest(self.gm(*[x.detach() for x in inputs]), self.nested)
+
+
+class TorchCompiled(nn.Module):
+    """The graph on oneDNN's kernels, compiled: one shared library for each shape of inputs, the last `KEPT` of them.
+
+    Libraries that lie in the folder are used as they are, and then `make`, which prepares the graph, is not called.
+    """
+
+    KEPT = 4
+
+    def __init__(self, make: Callable[[], GraphModule], *, folder: Path, nested: Any) -> None:
+        super().__init__()
+        self.make, self.folder, self.nested = make, folder, nested
+        self.compiled: OrderedDict[tuple[tuple[int, ...], ...], Callable[..., Any]] = OrderedDict()
+        self.seconds: dict[int, float] = {}  # what compiling or loading for a batch took, by its size
+
+    def forward(self, *inputs: Tensor) -> Any:
+        given = [x.detach().contiguous() for x in inputs]
+        with torch.no_grad():
+            return _nest(self.compile(given)(*given), self.nested)
+
+    def compile(self, inputs: Sequence[Tensor]) -> Callable[..., Any]:  # type: ignore[override]
+        """The library for inputs of these shapes."""
+        shapes = tuple(tuple(x.shape) for x in inputs)
+        if shapes in self.compiled:
+            self.compiled.move_to_end(shapes)
+            return self.compiled[shapes]
+        start = time.perf_counter()
+        file = self.folder / f"{hashlib.sha256(json.dumps(shapes).encode()).hexdigest()[:16]}.pt2"
+        if not file.is_file():
+            try:
+                compile_to(file, self.make(), inputs)
+            except TFMQError:
+                raise
+            except Exception as error:  # Inductor's and the compiler's types differ by what failed
+                raise TFMQError(
+                    f"compiling for inputs of {', '.join(map(str, shapes))}: {type(error).__name__}: {first_line(error)}"
+                ) from error
+        self.compiled[shapes] = torch._inductor.aoti_load_package(str(file), run_single_threaded=True)
+        self.seconds[max(s[0] for s in shapes if s)] = time.perf_counter() - start
+        if len(self.compiled) > self.KEPT:
+            self.compiled.popitem(last=False)
+        return self.compiled[shapes]
+
+
+def _nest(flat: Sequence[Any], nested: Any) -> Any:
+    return pytree.tree_map(lambda i: flat[i], nested)
+
+
+def compiled_or_not(
+    make: Callable[[], GraphModule],
+    inputs: Sequence[Tensor],
+    *,
+    model: QuantizedGraph,
+    folder: Path,
+    compile: bool | None,
+) -> tuple[nn.Module, str]:
+    """The network, called once on these inputs, and why it is not compiled ("" when it is).
+
+    Raises TFMQError for compile=True where that cannot be.
+    """
+    count = itertools.count()
+    nested = torch.fx.map_arg(model.network.graph.output_node().args[0], lambda _: next(count))
+    why_not = "compile=False" if compile is False else ""
+    if not why_not:
+        network = TorchCompiled(make, folder=folder, nested=nested)
+        try:
+            network(*inputs)
+        except TFMQError as error:
+            why_not = str(error)
+            if compile:
+                raise TFMQError(
+                    f"compile=True: {why_not}; use compile=False, which runs the same kernels node by node."
+                ) from error
+            log.warning("lower: not compiled, runs node by node: %s", why_not)
+        else:
+            return network, ""
+    eager = TorchEager(make(), nested=nested)
+    eager(*inputs)
+    return eager, why_not
+
+
+def compile_to(file: Path, gm: GraphModule, inputs: Sequence[Tensor]) -> None:
+    """Write the graph's library for inputs of these shapes: whole, or not at all.
+
+    Inductor's own files, weights and all, go to a folder that is removed.
+    """
+    missing = compiler_missing()
+    if missing:
+        raise TFMQError(missing)
+    with tempfile.TemporaryDirectory(prefix="tfmq-inductor-") as folder:
+        package = Path(folder) / "compiled.pt2"
+        # Without gradients, Inductor may take weights as constants. It fills the dict of metadata in place.
+        with mock.patch.dict(os.environ, {"TORCHINDUCTOR_CACHE_DIR": folder}), torch.no_grad():
+            program = torch.export.export(gm, tuple(inputs), strict=False)
+            torch._inductor.aoti_compile_and_package(
+                program, package_path=str(package), inductor_configs={**OPTIONS, "aot_inductor.metadata": {}}
+            )
+        check_calls(package, gm)
+        beside = file.with_name(f".{file.stem}.tmp-{os.getpid()}.pt2")
+        try:
+            shutil.copyfile(package, beside)
+            os.replace(beside, file)
+        finally:
+            beside.unlink(missing_ok=True)
+
+
+def check_calls(package: Path, gm: GraphModule) -> None:
+    """Raise TFMQError unless the C++ that Inductor wrote calls every int8 kernel of the graph."""
+    expected = sum(n.target in KERNELS and n.target not in PACKED for n in gm.graph.nodes)
+    with zipfile.ZipFile(package) as archive:
+        sources = [archive.read(n).decode() for n in archive.namelist() if n.endswith(".wrapper.cpp")]
+    calls = sum(len(re.findall(r"\baoti_torch_cpu_*q(?:conv|linear)\w*\(", source)) for source in sources)
+    if calls < expected:
+        raise TFMQError(f"Inductor calls {calls} int8 kernels where the graph has {expected}")
+
+
+def weight_bytes(gm: GraphModule) -> int:
+    """What the constants of a graph hold in memory; those that share it count once."""
+    found: dict[int, int] = {}
+    for value in [*gm.parameters(), *gm.buffers()]:
+        if value.is_mkldnn:
+            found[id(value)] = torch.ops.mkldnn._nbytes(value)
+        else:
+            found[value.untyped_storage().data_ptr()] = value.untyped_storage().nbytes()
+    return sum(found.values())
