@@ -26,9 +26,11 @@ def test_the_wheel_holds_the_rooms_and_the_model_and_no_generic_names(built, tmp
         metadata = archive.read(next(n for n in names if n.endswith("/METADATA"))).decode()
     for extra in ("onnx", "openvino", "report", "eval", "all", "dev"):
         assert f"Provides-Extra: {extra}\n" in metadata
-    assert {"tfmq_fx/passes/temporal/find_temporal.py", "tfmq_fx/observers/minmax.py", "tfmq_fx/py.typed"} <= set(
-        names
-    )
+    assert {
+        "tfmq_fx/passes/temporal/find_temporal.py",
+        "tfmq_fx/observers/minmax.py",
+        "tfmq_fx/py.typed",
+    } <= set(names)
     assert "tfmq_fx/ddpm-digits/unet/diffusion_pytorch_model.safetensors" in names
     assert not any(n.startswith(("passes/", "observers/", "tests/", "benchmarks/")) for n in names)
     code = (
