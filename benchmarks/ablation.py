@@ -44,7 +44,7 @@ from tfmq_fx.calibration.temporal_rows import chunks_of, run_temporal, temporal_
 from tfmq_fx.graph.nodes import fresh
 from tfmq_fx.observers import TemporalMinMaxObserver, TemporalObserver
 from tfmq_fx.passes.quantize.observed import observers, set_mode, without_observers
-from tfmq_fx.passes.temporal.find_temporal import temporal_of
+from tfmq_fx.passes.quantize.state import temporal_of
 from tfmq_fx.passes.temporal.partition_temporal import extract_temporal
 from tfmq_fx.recipe import TEMPORAL_OBSERVERS, Recipe
 

@@ -32,10 +32,11 @@ from tfmq_fx.base.metrics import cosine_distance
 from tfmq_fx.calibration.temporal_rows import run_temporal
 from tfmq_fx.demo import embedded_pipeline
 from tfmq_fx.graph.nodes import fresh
+from tfmq_fx.graph.state import set_state
 from tfmq_fx.maintenance.stage import maintain
 from tfmq_fx.maintenance.tables import feature_tables
 from tfmq_fx.passes.quantize.observed import without_observers
-from tfmq_fx.passes.temporal.find_temporal import temporal_of
+from tfmq_fx.passes.quantize.state import state_of, temporal_of
 from tfmq_fx.passes.temporal.partition_temporal import partition_temporal
 from tfmq_fx.recipe import Reconstruction
 
@@ -64,7 +65,7 @@ def errors(gm: GraphModule, maintained: GraphModule, held_out: Any) -> dict[str,
     block = tfmq_fx.convert(maintained).get_submodule("temporal_block")
     assert isinstance(block, GraphModule)
     reference = list(feature_tables(gm).values())
-    features = run_temporal(block, {"timestep": gm.meta["timesteps"]})
+    features = run_temporal(block, {"timestep": state_of(gm).timesteps})
     network = without_observers(gm)
     partition_temporal(network, temporal=temporal_of(network))
     inputs = held_out.tensors["sample"], held_out.tensors["timestep"]
@@ -80,8 +81,11 @@ def errors(gm: GraphModule, maintained: GraphModule, held_out: Any) -> dict[str,
 def measure(gm: GraphModule, data: Any, held_out: Any, **settings: Any) -> dict[str, dict[str, Any]]:
     """The rows of a choice and of the reconstructed block, which the choice is measured beside. `gm` stays as it is."""
     copy = fresh(gm)
-    copy.meta["recipe"] = dataclasses.replace(gm.meta["recipe"], **settings)
-    found = maintain(copy, data).meta["maintenance"]
+    state = state_of(gm)
+    set_state(copy, dataclasses.replace(state, recipe=dataclasses.replace(state.recipe, **settings)))
+    maintained = state_of(maintain(copy, data)).maintenance
+    assert maintained is not None
+    found = dataclasses.asdict(maintained)
     cached = sum(f["chosen"] == "cache" for f in found["features"])
     rows = {}
     for name, graph, count in (("reconstruct", gm, 0), ("chosen", copy, cached)):
@@ -112,7 +116,7 @@ def segment(gm: GraphModule) -> str:
     reference = list(feature_tables(gm).values())
     block = tfmq_fx.convert(fresh(gm)).get_submodule("temporal_block")
     assert isinstance(block, GraphModule)
-    d_FT = cosine_distance(run_temporal(block, {"timestep": gm.meta["timesteps"]}), reference)
+    d_FT = cosine_distance(run_temporal(block, {"timestep": state_of(gm).timesteps}), reference)
     worst = d_FT.sort(dim=1, descending=True).values[:, : max(1, d_FT.shape[1] // 10)].sum(1)
     share = (worst.sum() / d_FT.sum()).item()
     whole = (d_FT.sum(1).sort(descending=True).values[: max(1, len(d_FT) // 10)].sum() / d_FT.sum()).item()

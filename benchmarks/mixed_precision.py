@@ -27,6 +27,7 @@ from tfmq_fx.bit_widths import Sensitivity, with_bits
 from tfmq_fx.capturing import captured
 from tfmq_fx.demo import embedded_pipeline
 from tfmq_fx.evaluation.sampling import sample
+from tfmq_fx.passes.quantize.state import state_of
 
 STEPS, NOISE_SEED = 50, 1000
 SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)
@@ -64,7 +65,7 @@ def main() -> None:
     table = Table("bytes", "layers at 8 bits", "chosen by", "predicted", "epsilon rel. MSE", "PSNR dB")
 
     def row(name: str, bits: dict[str, int]) -> None:
-        q = tfmq_fx.quantize(pipe.unet, with_bits(recipe, bits, prepared.meta["plan"]), calibration=data)
+        q = tfmq_fx.quantize(pipe.unet, with_bits(recipe, bits, state_of(prepared).plan), calibration=data)
         images = sample(pipe, q, num_samples=args.samples, num_inference_steps=STEPS, seed=NOISE_SEED)
         errors = [e["output_relative_mse"] for e in q.report["errors_by_timestep"]]
         table.add_row(

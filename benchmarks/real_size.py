@@ -24,6 +24,7 @@ from typing import Any
 import torch
 
 import tfmq_fx
+from tfmq_fx.passes.quantize.state import state_of
 from tfmq_fx.recipe import Recipe
 from tfmq_fx.reconstruction import spill
 
@@ -164,7 +165,7 @@ def spilled(rows: int, iterations: int, tune_iterations: int, limit: float) -> N
         before, started = Anonymous.now(), time.monotonic()
         with Anonymous() as memory:
             tfmq_fx.reconstruct(prepared, data, settings)
-    last = prepared.meta["reconstruction"][-1]
+    last = state_of(prepared).reconstruction[-1]
     mapped = sum(x.nbytes for x in tensors.values()) / 2**30
     print(
         f"{rows} rows of {mapped:.1f} GiB in mapped files, max_memory {limit:g} GiB: {written[0] / 2**30:.1f} GiB written to "

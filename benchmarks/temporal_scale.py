@@ -18,7 +18,7 @@ from benchmarks.networks.zoo import ZOO
 from tfmq_fx.base.metrics import cosine_distance
 from tfmq_fx.calibration.temporal_rows import run_temporal
 from tfmq_fx.passes import extract_temporal, find_temporal
-from tfmq_fx.passes.temporal.find_temporal import temporal_of
+from tfmq_fx.passes.quantize.state import state_of, temporal_of
 
 STEPS = 50
 
@@ -65,7 +65,7 @@ def main() -> None:
         table.add_row(
             name, f"{seconds:.1f}", f"{error:.2e}", f"{distance.mean():.2e}", f"{distance.max():.2e}"
         )
-    bits = Counter(layer.weight_bits for layer in prepared.meta["plan"].layers if layer.temporal)
+    bits = Counter(layer.weight_bits for layer in state_of(prepared).plan.layers if layer.temporal)
     Console(width=110).print(table)
     print(
         f"{len(expected)} features, layers: {', '.join(f'{n} at {b} bit' for b, n in sorted(bits.items()))}, {STEPS} timesteps; "

@@ -14,6 +14,7 @@ from torch.fx.passes.infra import pass_manager
 from torch.fx.passes.infra.pass_base import PassResult
 
 from tfmq_fx.base.errors import TFMQError
+from tfmq_fx.graph.state import captured_of
 
 log = logging.getLogger(__name__)
 # What tidies a captured graph, in no order but before anything else.
@@ -40,20 +41,23 @@ class PassManager(pass_manager.PassManager):
 
         PassManager([remove_noops, partial(prepare, recipe=recipe, timesteps=t), partial(calibrate, calibration=data), convert])
 
-    Settings are bound with functools.partial. Raises TFMQError listing every declared need that the order
-    violates, before anything runs; a pass's own TFMQError comes through as it is.
+    Settings are bound with functools.partial. done: called with the name of each pass when it has run, as
+    a clock wants to hear. Raises TFMQError listing every declared need that the order violates, before anything runs; a
+    pass's own TFMQError comes through as it is.
     """
 
-    def __init__(self, passes: Iterable[Callable[[GraphModule], Any]]) -> None:
-        self.given = list(passes)
-        super().__init__([_logged(p) for p in self.given])
+    def __init__(
+        self, passes: Iterable[Callable[[GraphModule], Any]], *, done: Callable[[str], None] | None = None
+    ) -> None:
+        self.given, self.done = list(passes), done
+        super().__init__([self._logged(p) for p in self.given])
 
     def add_pass(self, _pass: Callable[..., Any]) -> None:
         self.given.append(_pass)
-        super().add_pass(_logged(_pass))
+        super().add_pass(self._logged(_pass))
 
     def __call__(self, module: nn.Module) -> PassResult:
-        stage = module.meta.get("stage", "") if isinstance(module, GraphModule) else ""
+        stage = captured_of(module).stage if isinstance(module, GraphModule) else ""
         violations = check_order(self.given, done=_STAGES.get(stage, ()))
         if violations:
             raise TFMQError("passes: " + "; ".join(violations) + ".")
@@ -64,6 +68,30 @@ class PassManager(pass_manager.PassManager):
             if isinstance(error.__cause__, TFMQError):
                 raise error.__cause__ from None
             raise
+
+    def _logged(self, given: Callable[..., Any]) -> Callable[[nn.Module], PassResult]:
+        name = _name(_function(given))
+
+        def run(module: nn.Module) -> PassResult:
+            before = len(module.graph.nodes) if isinstance(module, GraphModule) else 0
+            result = given(module)
+            if not isinstance(result, PassResult):
+                result = PassResult(module if result is None else result, True)
+            after = result.graph_module
+            assert isinstance(after, GraphModule)
+            log.info(
+                "%s: %d -> %d nodes%s",
+                name,
+                before,
+                len(after.graph.nodes),
+                "" if result.modified else ", nothing to do",
+            )
+            if self.done is not None:
+                self.done(name)
+            return result
+
+        run.__name__ = name  # what torch's PassManager calls it
+        return run
 
 
 def check_order(passes: Iterable[Callable[..., Any]], *, done: Iterable[str] = ()) -> list[str]:
@@ -104,26 +132,3 @@ def _function(given: Callable[..., Any]) -> Callable[..., Any]:
 
 def _name(function: Callable[..., Any]) -> str:
     return function.__name__ if inspect.isfunction(function) else type(function).__name__
-
-
-def _logged(given: Callable[..., Any]) -> Callable[[nn.Module], PassResult]:
-    name = _name(_function(given))
-
-    def run(module: nn.Module) -> PassResult:
-        before = len(module.graph.nodes) if isinstance(module, GraphModule) else 0
-        result = given(module)
-        if not isinstance(result, PassResult):
-            result = PassResult(module if result is None else result, True)
-        after = result.graph_module
-        assert isinstance(after, GraphModule)
-        log.info(
-            "%s: %d -> %d nodes%s",
-            name,
-            before,
-            len(after.graph.nodes),
-            "" if result.modified else ", nothing to do",
-        )
-        return result
-
-    run.__name__ = name  # what torch's PassManager calls it
-    return run

@@ -10,7 +10,7 @@ import tfmq_fx
 from benchmarks.networks.small import FAST, TinyUNet, calibration, make
 from tfmq_fx.artefact import program
 from tfmq_fx.demo import embedded_pipeline
-from tfmq_fx.runtimes import aot_package, lowering, onnx_file, openvino_file, torch_engine
+from tfmq_fx.runtimes import aot_package, cpu, onnx_file, openvino_file, torch_engine
 
 exported, decomposed = (
     functools.lru_cache(maxsize=8)(of) for of in (program.exported, openvino_file.decomposed)
@@ -34,13 +34,13 @@ def _one_export(monkeypatch):
 
 @pytest.fixture
 def without_vnni(monkeypatch):
-    monkeypatch.setattr(lowering, "int8_instructions", list)
+    monkeypatch.setattr(cpu, "int8_instructions", list)
 
 
 @pytest.fixture
 def without_int8(monkeypatch):
-    monkeypatch.setattr(lowering, "int8_instructions", list)
-    monkeypatch.setattr(lowering, "adds_pairs", lambda: False)
+    monkeypatch.setattr(cpu, "int8_instructions", list)
+    monkeypatch.setattr(cpu, "adds_pairs", lambda: False)
 
 
 @pytest.fixture(scope="session")

@@ -13,7 +13,7 @@ from tfmq_fx.calibration.temporal_rows import run_temporal
 from tfmq_fx.demo import FOLDER
 from tfmq_fx.evaluation.sampling import sample
 from tfmq_fx.passes import extract_temporal, find_temporal
-from tfmq_fx.passes.temporal.find_temporal import temporal_of
+from tfmq_fx.passes.quantize.state import temporal_of
 
 STEPS = {"num_inference_steps": 10, "num_samples": 16, "seed": 5}
 

@@ -14,7 +14,7 @@ from tfmq_fx.calibration.temporal_rows import run_temporal, temporal_rows
 from tfmq_fx.observers import TemporalObserver
 from tfmq_fx.passes import extract_temporal, find_temporal
 from tfmq_fx.passes.quantize.observed import observers
-from tfmq_fx.passes.temporal.find_temporal import temporal_of
+from tfmq_fx.passes.quantize.state import temporal_of
 
 TIMESTEPS = torch.arange(0, 1000, 100).flip(0)
 RECIPE = tfmq_fx.Recipe(reconstruction=FAST)

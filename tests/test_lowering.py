@@ -117,7 +117,7 @@ def test_it_is_the_same_to_call():
         low(x, 451)
     assert low.report["unseen_timesteps"] == {"451": 2, "452": 1}
     assert low.report["layers"] == q.report["layers"]
-    low._unseen["timestep"].clear()
+    low.reset_unseen()
     for call, words in (
         (lambda: low(x, 300, 1), "'argument 3' is unknown"),
         (lambda: low(x[:, :, :4], 300), r"shape \(4, 1, 4, 8\), captured with \(N, 1, 8, 8\)"),

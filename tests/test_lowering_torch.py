@@ -128,7 +128,7 @@ def test_it_is_the_same_to_call():
     assert torch.equal(low(x.transpose(2, 3).contiguous().transpose(2, 3), 300), expected)
     low(x, 451)
     assert low.report["unseen_timesteps"] == {"451": 1}
-    low._unseen["timestep"].clear()
+    low.reset_unseen()
     with pytest.raises(TFMQError, match="2 timesteps for a batch of 4"):
         low(x, torch.tensor([1, 2]))
 

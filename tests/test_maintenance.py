@@ -30,7 +30,7 @@ from tfmq_fx.maintenance.tables import feature_tables
 from tfmq_fx.passes import cache_temporal, extract_temporal, inline_modules
 from tfmq_fx.passes.quantize.cache_temporal import decode, encode
 from tfmq_fx.passes.quantize.observed import observers
-from tfmq_fx.passes.temporal.find_temporal import temporal_of
+from tfmq_fx.passes.quantize.state import temporal_of
 
 NEAREST = tfmq_fx.Reconstruction(method="nearest")
 W4A8 = tfmq_fx.Recipe(reconstruction=NEAREST)
@@ -697,7 +697,7 @@ def test_timesteps_outside_the_table_take_the_nearest_features():
                 assert torch.equal(a, b)
         q(X[:2], torch.tensor([449, 900]))
     assert q.report["unseen_timesteps"] == {"449": 1}
-    q._unseen["timestep"].clear()
+    q.reset_unseen()
 
 
 def test_the_report_counts_what_is_there():

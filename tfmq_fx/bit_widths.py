@@ -33,8 +33,9 @@ from tfmq_fx.capturing import captured
 from tfmq_fx.evaluation.errors import first_tensor
 from tfmq_fx.graph.nodes import attribute, output_channel_axis
 from tfmq_fx.observers.weight import PerChannelWeightFakeQuantize
-from tfmq_fx.passes.quantize.observed import observers, require_stage, set_mode, without_observers
+from tfmq_fx.passes.quantize.observed import observers, set_mode, without_observers
 from tfmq_fx.passes.quantize.prepare import prepare
+from tfmq_fx.passes.quantize.state import require_stage, state_of
 from tfmq_fx.recipe import Recipe, Rule
 from tfmq_fx.runtimes.layers import layers_of
 
@@ -173,7 +174,7 @@ def sensitivity(
     flops = {layer.path: layer.flops for layer in layers_of(plain)}
     nodes = {n.name: n for n in plain.graph.nodes}
     layers = []
-    for planned in track(gm.meta["plan"].layers, "measuring layers"):
+    for planned in track(state_of(gm).plan.layers, "measuring layers"):
         if planned.reason.startswith("rule"):
             continue
         weight = attribute(plain, planned.path)
@@ -265,7 +266,7 @@ def mixed_precision(
     calibrate(prepared, calibration)
     found = sensitivity(prepared, calibration, widths=widths, rows=rows, seed=seed, cache=cache)
     return with_bits(
-        recipe, found.choose(max_bytes=max_bytes, max_float_flops=max_float_flops), prepared.meta["plan"]
+        recipe, found.choose(max_bytes=max_bytes, max_float_flops=max_float_flops), state_of(prepared).plan
     )
 
 
@@ -284,7 +285,7 @@ def with_bits(recipe: Recipe, bits: Mapping[str, int], plan: Any) -> Recipe:
 
 
 def _key(gm: GraphModule, plain: GraphModule, data: CalibrationSet, widths: Sequence[int]) -> str:
-    recipe = gm.meta["recipe"].to_json()
+    recipe = state_of(gm).recipe.to_json()
     recipe.pop("reconstruction")
     digest = hashlib.sha256(json.dumps([recipe, list(widths), torch.__version__]).encode())
     update_with_tensors(digest, sorted({**plain.state_dict(), **data.tensors}.items()))

@@ -6,7 +6,8 @@ import inspect
 import os
 import re
 import traceback
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,17 +15,20 @@ from torch import Tensor, nn
 from torch._subclasses import FakeTensor
 from torch.fx import Graph, GraphModule, Node
 from torch.fx.graph import CodeGen
+from torch.fx.passes.infra.pass_base import PassResult
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from tfmq_fx.base.arguments import leaves
 from tfmq_fx.base.errors import TFMQError, nearest_names
 from tfmq_fx.calibration.data import CalibrationSet
-from tfmq_fx.graph.inputs import choose_timestep, placeholders, require_input
+from tfmq_fx.graph.inputs import choose_timestep, placeholders, require_input, timestep_input
 from tfmq_fx.graph.nodes import fixed_size
+from tfmq_fx.graph.state import Captured, set_state
 from tfmq_fx.passes.clean.literal_dtypes import literal_dtypes
 from tfmq_fx.passes.clean.remove_noops import remove_noops
 from tfmq_fx.passes.clean.root_batch_size import root_batch_size
+from tfmq_fx.passes.pass_manager import PassManager
 
 
 def capture(
@@ -86,16 +90,19 @@ def capture(
     out_spec = program.call_spec.out_spec
     assert out_spec is not None
     gm = _plain_signature(gm, tensors, out_spec)
-    gm.meta["timestep"] = timestep
+    set_state(gm, Captured(timestep=timestep))
     for name in tensors:
         require_input(gm, name, argument="example_inputs")
     _require_dynamic_batch(gm, network, {n: x for n, (_, x) in leaves(inputs).items()})
-    remove_noops(gm)
-    literal_dtypes(gm)
-    root_batch_size(gm, timestep=timestep)
+    PassManager(cleaning(timestep))(gm)
     gm.graph.eliminate_dead_code()
     gm.recompile()
     return gm
+
+
+def cleaning(timestep: str) -> list[Callable[[GraphModule], PassResult]]:
+    """Return the passes that tidy a captured graph, in the order in which they run; results stay bitwise equal."""
+    return [remove_noops, literal_dtypes, partial(root_batch_size, timestep=timestep)]
 
 
 class _SymbolicRepeats(TorchFunctionMode):
@@ -120,8 +127,7 @@ def _require_dynamic_batch(gm: GraphModule, network: nn.Module, example: Mapping
     """Refuse a graph in which some input's batch became a constant: it would fail, or worse, at every other one."""
     values = {n: node.meta["val"] for n, node in placeholders(gm).items()}
     sizes = {n: example[n].shape[0] for n in values if example[n].dim()}
-    timestep = gm.meta["timestep"]
-    batch = sizes.get(timestep, max(sizes.values(), default=0))
+    batch = sizes.get(str(timestep_input(gm, None).target), max(sizes.values(), default=0))
     for name, size in sizes.items():
         if size == batch and fixed_size(values[name].shape[0]) is not None:
             raise TFMQError(

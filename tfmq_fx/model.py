@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 
@@ -11,10 +10,9 @@ from tfmq_fx.artefact.drop_in import QuantizedGraph
 from tfmq_fx.artefact.saving import read, save
 from tfmq_fx.base.errors import TFMQError
 from tfmq_fx.passes.clean.move_to_device import move_to_device
-
-if TYPE_CHECKING:
-    from tfmq_fx.runtimes.exported import Exported
-    from tfmq_fx.runtimes.lowering import LoweredModel
+from tfmq_fx.runtimes.exported import Exported
+from tfmq_fx.runtimes.exporting import export
+from tfmq_fx.runtimes.lowering import LoweredModel, lower
 
 
 class QuantizedModel(QuantizedGraph):
@@ -31,7 +29,7 @@ class QuantizedModel(QuantizedGraph):
         return model
 
     def _move_code(self, device: torch.device) -> None:
-        """A graph can be moved, other than what is compiled."""
+        """Move the graph's code to a device; a compiled network cannot be moved."""
         move_to_device(self.network, device=device)
 
     def record_command(self, command: str) -> None:
@@ -44,8 +42,6 @@ class QuantizedModel(QuantizedGraph):
 
     def export(self, file: str | Path, *, format: str | None = None, strict: bool = False) -> Exported:
         """Write the network for another runtime, by suffix or `format`; see `tfmq_fx.runtimes.exporting.export`."""
-        from tfmq_fx.runtimes.exporting import export
-
         return export(self, file, format=format, strict=strict)
 
     def lower(
@@ -61,8 +57,6 @@ class QuantizedModel(QuantizedGraph):
         pack: str | None = None,
     ) -> LoweredModel:
         """The same network on int8 kernels; see `tfmq_fx.runtimes.lowering.lower`."""
-        from tfmq_fx.runtimes.lowering import lower
-
         return lower(
             self,
             target,

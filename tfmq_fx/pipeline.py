@@ -1,9 +1,9 @@
-"""One call from a float network or pipeline to a quantized model."""
+"""From a float network or pipeline to a quantized model: the stages, as one list, and the call that runs it."""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,16 +14,13 @@ from torch.fx import GraphModule
 
 from tfmq_fx.artefact.drop_in import Interface
 from tfmq_fx.base.errors import TFMQError
-from tfmq_fx.base.parallel import workers
 from tfmq_fx.base.progress import Clock
 from tfmq_fx.calibration.data import CalibrationSet
 from tfmq_fx.calibration.pipelines import denoiser
 from tfmq_fx.calibration.stage import calibrate, input_maxima
-from tfmq_fx.calibration.temporal_rows import temporal_rows
 from tfmq_fx.capturing import captured
-from tfmq_fx.evaluation.errors import ERROR_ROWS, errors_by_timestep, temporal_distance, temporal_drift
+from tfmq_fx.evaluation.errors import measure_errors
 from tfmq_fx.evaluation.summary import summary
-from tfmq_fx.graph.inputs import conditioning_vectors
 from tfmq_fx.graph.nodes import fresh
 from tfmq_fx.maintenance.stage import maintain
 from tfmq_fx.model import QuantizedModel
@@ -33,12 +30,14 @@ from tfmq_fx.passes.low_bits.smooth import smooth
 from tfmq_fx.passes.pass_manager import PassManager
 from tfmq_fx.passes.quantize.convert import convert
 from tfmq_fx.passes.quantize.float_at_unseen import float_at_unseen
-from tfmq_fx.passes.quantize.plan import Plan
 from tfmq_fx.passes.quantize.prepare import prepare
+from tfmq_fx.passes.quantize.state import state_of
 from tfmq_fx.passes.temporal.find_temporal import TemporalBlock, find_temporal
 from tfmq_fx.passes.temporal.partition_temporal import extract_temporal
 from tfmq_fx.recipe import Recipe
 from tfmq_fx.reconstruction.stage import reconstruct
+
+Stage = Callable[[GraphModule], Any]  # a pass with its settings bound
 
 
 def quantize(
@@ -54,19 +53,16 @@ def quantize(
     strict: bool = False,
     state: str | Path | None = None,
 ) -> QuantizedModel:
-    """Capture, find the temporal block, prepare, calibrate, reconstruct, maintain and convert.
+    """Quantize a diffusion pipeline's denoiser, or any network that torch.export captures, by the stages of `stages`.
 
-    model: a diffusers pipeline, whose denoiser is quantized, or any network that torch.export captures. It is
-        left as it was.
-    calibration: for a pipeline, None records 64 trajectories of 50 steps with the pipeline's own scheduler.
+    model: a diffusers pipeline, whose denoiser is quantized, or a network. It stays as it is.
+    calibration: None records 64 trajectories of 50 steps with a pipeline's own scheduler.
     timesteps: the schedule (T,); None takes the timesteps of the calibration set.
     component: which of a pipeline's components, where several take a timestep.
     finite: other inputs with finitely many values, {"class_labels": range(10)}; see `prepare`.
-
     strict: refuse, before any calibration, a network of which something would stay in float or be quantized more
         coarsely than the recipe asks for; and, later, a temporal feature that maintain="auto" cannot keep within its
         bound. The report lists the same otherwise.
-
     state: a folder that keeps what reconstruction has finished; see `reconstruct`.
 
     The same seed gives the same integers. Raises TFMQError for bad input, naming it.
@@ -77,60 +73,113 @@ def quantize(
     )
     _refuse_adapters(network)
     if calibration is None:
-        if network is model:
-            raise TFMQError(
-                "calibration: a network alone has no trajectories to record; give a CalibrationSet."
-            )
-        calibration = CalibrationSet.record(
-            model, num_samples=64, num_inference_steps=50, seed=seed, timestep=timestep, component=component
-        )
-    timesteps = calibration.timesteps if timesteps is None else timesteps
+        calibration = _recorded(model, timestep=timestep, component=component, seed=seed)
     clock = Clock()
-
     gm, example = captured(network, calibration, timestep)
-    vectors = {*conditioning_vectors(gm, timestep), *(finite or {})}
-    temporal = find_temporal(gm, timestep=timestep, conditioning=vectors)
+    temporal = find_temporal(gm, timestep=timestep, finite=finite or ())
+    block = extract_temporal(fresh(gm), temporal)
     clock.lap("capture")
-    easier = low_bits(gm, recipe, temporal=temporal, calibration=calibration, seed=seed)
-    if easier is not gm:
-        clock.lap("low_bits")
-    prepared = prepare(easier, recipe, timesteps=timesteps, temporal=temporal, finite=finite)
-    if strict:
-        _require_whole(prepared.meta["plan"])
-    clock.lap("prepare")
-    calibrate(prepared, calibration)
-    clock.lap("calibrate")
-    reconstruct(prepared, calibration, seed=seed, state=state)
-    rows = temporal_rows(prepared, calibration.tensors)
-    paths = {layer.node: layer.path.removesuffix(".weight") for layer in prepared.meta["plan"].layers}
-    clock.lap("reconstruct")
-    if recipe.maintain != "reconstruct":
-        maintain(prepared, calibration, seed=seed)
-        clock.lap("maintain")
-    if recipe.unseen == "float":
-        float_at_unseen(prepared, block=extract_temporal(gm, temporal))
-    if strict:
-        _require_whole(prepared.meta["plan"])
-    converted = convert(prepared)
-    clock.lap("convert")
-    interface = Interface.of(network, gm, example, _output_type(network, example))
-    quantized = QuantizedModel(
-        converted,
-        interface=interface,
-        timesteps=prepared.meta["timesteps"],
-        finite=prepared.meta["finite"],
-        config=_config(network),
-        recipe=recipe.to_json(),
-        report={},
+    passes = stages(
+        recipe,
+        calibration=calibration,
+        temporal=temporal,
+        block=block,
+        timesteps=timesteps,
+        finite=finite,
+        seed=seed,
+        strict=strict,
+        state=state,
     )
-    distance = temporal_distance(gm, temporal, quantized, rows)
-    errors = errors_by_timestep(gm, quantized, calibration.spread(ERROR_ROWS, seed=seed), rows, distance)
+    converted = PassManager(passes, done=clock.lap)(fresh(gm)).graph_module
+    assert isinstance(converted, GraphModule)
+    errors = measure_errors(gm, converted, calibration, block=block, seed=seed)
     clock.lap("measure")
-    quantized._report = summary(converted, network, recipe, seed, clock, errors)
-    quantized._report["temporal_drift"] = temporal_drift(
-        gm, [paths.get(name, name) for name in temporal.features], quantized, rows, distance
+    return QuantizedModel(
+        converted,
+        interface=Interface.of(network, gm, example, _output_type(network, example)),
+        timesteps=state_of(converted).timesteps,
+        finite=state_of(converted).finite,
+        config=dict(getattr(network, "config", {})),  # a diffusers network has one
+        recipe=recipe.to_json(),
+        report=summary(converted, network, seed=seed, clock=clock, errors=errors),
     )
-    return quantized
+
+
+def stages(
+    recipe: Recipe,
+    *,
+    calibration: CalibrationSet,
+    temporal: TemporalBlock,
+    block: GraphModule | None = None,
+    timesteps: Iterable[float] | Tensor | None = None,
+    finite: Mapping[str, Iterable[Any] | Tensor] | None = None,
+    seed: int = 0,
+    strict: bool = False,
+    state: str | Path | None = None,
+) -> list[Stage]:
+    """Return the passes from a captured float graph to a converted one, in order, for `PassManager` to run.
+
+    The list is the caller's own: passes can be put in, replaced and left out. Arguments are those of `quantize`, and
+        temporal: what `find_temporal` found in the float graph;
+        block: the block alone, as `extract_temporal` gives it, for a recipe with unseen="float".
+    Raises TFMQError for such a recipe without it.
+    """
+    schedule = calibration.timesteps if timesteps is None else timesteps
+    strictly: list[Stage] = [require_whole] if strict else []
+    unseen: list[Stage] = []
+    if recipe.unseen == "float":
+        if block is None:
+            raise TFMQError(
+                "stages: Recipe.unseen is 'float', which needs block=extract_temporal(fresh(gm), temporal)."
+            )
+        unseen = [partial(float_at_unseen, block=block)]
+    return [
+        *low_bits(recipe, calibration=calibration, temporal=temporal, seed=seed),
+        partial(prepare, recipe=recipe, timesteps=schedule, temporal=temporal, finite=finite),
+        *strictly,
+        partial(calibrate, calibration=calibration),
+        partial(reconstruct, calibration=calibration, seed=seed, state=state),
+        partial(maintain, calibration=calibration, seed=seed),
+        *unseen,
+        *strictly,
+        convert,
+    ]
+
+
+def low_bits(
+    recipe: Recipe, *, calibration: CalibrationSet, temporal: TemporalBlock, seed: int = 0
+) -> list[Stage]:
+    """Return the passes that make the float graph easier to quantize, as far as the recipe wants them: the same function."""
+    found: list[Stage] = []
+    if recipe.smooth is not None:
+        maxima = partial(input_maxima, calibration=calibration, seed=seed)
+        found.append(partial(smooth, maxima=maxima, alpha=recipe.smooth, temporal=temporal))
+    if recipe.rotate is not None:
+        found.append(partial(rotate, block=recipe.rotate, temporal=temporal))
+    if recipe.low_rank is not None:
+        # Coarse activations err in proportion to what is left of W: then the branch must take the largest part of W itself.
+        weights_alone = recipe.weight_bits < 8 <= recipe.activation_bits
+        bits = recipe.weight_bits if weights_alone else None
+        found.append(partial(low_rank, rank=recipe.low_rank, bits=bits, temporal=temporal))
+    return found
+
+
+def require_whole(gm: GraphModule) -> None:
+    """Raise TFMQError when something is in float, or keyed more coarsely, that the recipe did not choose so."""
+    plan = state_of(gm).plan
+    found = [f"{f.name}: {f.reason}" for f in plan.floats if not f.chosen]
+    found += [f"{n.name}: {n.reason}" for n in plan.notes if n.coarser]
+    if found:
+        more = f"; and {len(found) - 3} more" if len(found) > 3 else ""
+        raise TFMQError(f"strict: {len(found)} deviation(s) from the recipe: {'; '.join(found[:3])}{more}.")
+
+
+def _recorded(model: Any, *, timestep: str, component: str | None, seed: int) -> CalibrationSet:
+    if isinstance(model, nn.Module):
+        raise TFMQError("calibration: a network alone has no trajectories to record; give a CalibrationSet.")
+    return CalibrationSet.record(
+        model, num_samples=64, num_inference_steps=50, seed=seed, timestep=timestep, component=component
+    )
 
 
 def _refuse_adapters(network: nn.Module) -> None:
@@ -142,47 +191,9 @@ def _refuse_adapters(network: nn.Module) -> None:
         )
 
 
-def low_bits(
-    gm: GraphModule, recipe: Recipe, *, temporal: TemporalBlock, calibration: CalibrationSet, seed: int = 0
-) -> GraphModule:
-    """The float graph as `recipe` wants it before quantization, the same function: a new graph module, or `gm` itself."""
-    passes: list[Any] = []
-    if recipe.smooth is not None:
-        maxima = input_maxima(gm, calibration, seed=seed)
-        passes.append(partial(smooth, maxima=maxima, alpha=recipe.smooth, temporal=temporal))
-    if recipe.rotate is not None:
-        passes.append(partial(rotate, block=recipe.rotate, temporal=temporal))
-    if recipe.low_rank is not None:
-        # Coarse activations err in proportion to what is left of W: then the branch must take the largest part of W itself.
-        weights_alone = recipe.weight_bits < 8 <= recipe.activation_bits
-        bits = recipe.weight_bits if weights_alone else None
-        passes.append(partial(low_rank, rank=recipe.low_rank, bits=bits, temporal=temporal))
-    if not passes:
-        return gm
-    with workers(1):  # a singular value's last bits depend on the number of threads, the integers must not
-        easier = PassManager(passes)(fresh(gm)).graph_module
-    assert isinstance(easier, GraphModule)
-    return easier
-
-
-def _require_whole(plan: Plan) -> None:
-    """Raise TFMQError when something is in float, or keyed more coarsely, that the recipe did not choose so."""
-    found = [f"{f.name}: {f.reason}" for f in plan.floats if not f.chosen]
-    found += [f"{n.name}: {n.reason}" for n in plan.notes if n.coarser]
-    if found:
-        more = f"; and {len(found) - 3} more" if len(found) > 3 else ""
-        raise TFMQError(f"strict: {len(found)} deviation(s) from the recipe: {'; '.join(found[:3])}{more}.")
-
-
-def _config(network: nn.Module) -> dict[str, Any]:
-    """The network's own configuration, where it has one as diffusers networks do."""
-    config: Any = getattr(network, "config", {})
-    return dict(config)
-
-
 @torch.no_grad()
 def _output_type(network: nn.Module, example: dict[str, Any]) -> str | None:
-    """The class the network returns when it is not told return_dict=False."""
+    """Return the class that the network returns when it is not told return_dict=False; None for a plain tuple."""
     if "return_dict" not in example:
         return None
     cls = type(network(**{k: v for k, v in example.items() if k != "return_dict"}))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch.fx.passes.infra.pass_base import PassResult
 from tfmq_fx.base.errors import TFMQError
 from tfmq_fx.graph.inputs import placeholders
 from tfmq_fx.graph.nodes import fresh, set_buffer
+from tfmq_fx.graph.state import captured_of, set_state
 
 
 def bind_parameters(gm: GraphModule, *, example_inputs: Sequence[Any]) -> PassResult:
@@ -19,7 +21,7 @@ def bind_parameters(gm: GraphModule, *, example_inputs: Sequence[Any]) -> PassRe
 
     For graphs of a torch.compile backend, which lift the network's parameters to inputs. The result is a new
     graph module, because the compiler goes on using the one it gave; it takes only the inputs at the positions
-    meta["inputs"], in this order.
+    `captured_of(gm).inputs`, in this order.
 
     Raises TFMQError when the number of example inputs is not the number of the graph's inputs.
     """
@@ -38,7 +40,7 @@ def bind_parameters(gm: GraphModule, *, example_inputs: Sequence[Any]) -> PassRe
         own.meta = dict(node.meta)
         node.replace_all_uses_with(own)
         gm.graph.erase_node(node)
-    gm.meta["inputs"] = kept
+    set_state(gm, dataclasses.replace(captured_of(gm), inputs=tuple(kept)))
     if len(kept) == len(nodes):
         return PassResult(gm, False)
     gm.graph.lint()

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 from torch.fx.passes.infra.pass_base import PassResult
 
-from tfmq_fx.base.arithmetic import SATURATES, centred, saturates
+from tfmq_fx.base.arithmetic import SATURATES, ByteSums, centred, saturates
 from tfmq_fx.base.onednn import FLOAT, NO_POST_OP, onednn, pack_int4
 from tfmq_fx.graph.nodes import (
     attribute,
@@ -33,34 +33,34 @@ KERNELS = (
 )
 LAY_OUT = (tfmq.lay_out_conv.default, tfmq.lay_out_linear.default)
 LAYER = "layer"  # in a kernel's meta: the name of the node that it replaced
-FALLBACKS = "fallbacks"  # in the graph's meta: layer -> why it stayed as it was
+FALLBACK = "fallback"  # in a layer's meta: why it stayed as it was
 
 
 @declare(after=("convert", "rescale_temporal", "byte_activations"))
-def onednn_kernels(gm: GraphModule, *, pack: str | None = None, pairs: bool = False) -> PassResult:
+def onednn_kernels(
+    gm: GraphModule, *, pack: str | None = None, sums: ByteSums = ByteSums.EXACT
+) -> PassResult:
     """Replace what reads a dequantized input and a dequantized weight by a kernel that reads their integers.
 
         conv(dequantize_per_tensor(x, s, z), dequantize_per_channel(w, ws, wz), b)
             ==>  qconv_pointwise(x, s, z, lay_out_conv(w - wz), ws, b)
             ==>  int4_conv(x, s, z, pack(w), wz, ws, b)            pack="int4", and w of at most four bits
 
-    and linears alike. Layers that no kernel takes stay as they are, and `gm.meta["fallbacks"]` says why.
-    pairs: so do those that saturate on a CPU without VNNI.
+    and linears alike. Layers that no kernel takes stay as they are, and their node's meta says why (FALLBACK).
+    sums: those of the CPU that will compute; where they saturate, so do the layers whose weights make them.
 
     Numerics: the sums are the integers', and exact; they are scaled once, in float32, where the float layer rounds
     every product: some float32 steps of the largest output. Packed and unpacked weights give the same bits.
     """
-    fallbacks: dict[str, str] = {}
     before = len(gm.graph.nodes)
     for node in list(gm.graph.nodes):
         if weight_argument(node) is not None:
-            reason = _why_not(gm, node, pairs=pairs)
+            reason = _why_not(gm, node, sums)
             if reason:
-                fallbacks[node.name] = reason
+                node.meta[FALLBACK] = reason
             else:
                 _replace(gm, node, pack=pack)
     modified = len(gm.graph.nodes) != before
-    gm.meta[FALLBACKS] = fallbacks
     if modified:
         gm.graph.eliminate_dead_code()
         gm.graph.lint()
@@ -84,7 +84,7 @@ def output_dtype(kernel: Node) -> torch.dtype:
     return dtype
 
 
-def _why_not(gm: GraphModule, layer: Node, *, pairs: bool) -> str:
+def _why_not(gm: GraphModule, layer: Node, sums: ByteSums) -> str:
     x, weight, bias, *rest = [*layer.args, None][: max(3, len(layer.args))]
     name = op_name(layer)
     if not isinstance(weight, Node) or weight.target is not ops.dequantize_per_channel.default:
@@ -110,7 +110,7 @@ def _why_not(gm: GraphModule, layer: Node, *, pairs: bool) -> str:
     signed = centred(q, zero_point, 0)
     if signed is None:
         return "its weight minus its zero point does not fit a signed byte"
-    return SATURATES if pairs and saturates(signed) else ""
+    return SATURATES if sums is ByteSums.PAIRS and saturates(signed) else ""
 
 
 def _rank(layer: Node) -> int:

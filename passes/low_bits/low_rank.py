@@ -9,8 +9,16 @@ from torch.fx.passes.infra.pass_base import PassResult
 
 from tfmq_fx.base.arithmetic import IntegerRange, choose_qparams, dequantize_rows, quantize_rows, search_range
 from tfmq_fx.base.errors import TFMQError
-from tfmq_fx.graph.channels import Change, ParameterLayer, choose_layers, require_float_graph, set_tensor
+from tfmq_fx.base.parallel import workers
+from tfmq_fx.graph.channels import (
+    ParameterLayer,
+    choose_layers,
+    record_changes,
+    require_float_graph,
+    set_tensor,
+)
 from tfmq_fx.graph.nodes import aten, op_name, set_buffer
+from tfmq_fx.graph.state import Change, captured_of
 from tfmq_fx.passes.pass_manager import CLEANING, declare
 from tfmq_fx.passes.temporal.find_temporal import TemporalBlock, find_temporal
 
@@ -19,6 +27,7 @@ _CONVOLUTIONS = {"conv1d": aten.conv1d, "conv2d": aten.conv2d, "conv3d": aten.co
 
 
 @declare(after=(*CLEANING, "smooth", "rotate"))
+@workers(1)  # on any number of threads the same bits
 def low_rank(
     gm: GraphModule,
     *,
@@ -38,14 +47,14 @@ def low_rank(
         weights' bits to come, takes layer by layer that or the SVD of the rounding error W - Q(W) (LoftQ, Li et al. 2023, one
         alternation), whichever's residual rounds to nearest with less error.
 
-    gm.meta["low_rank"] says what was done to each layer; a graph that has it stays as it is. Left as they are: grouped and
+    The graph's state says what was done to each layer (`low_bits`); a graph that has it stays as it is. Left as they are: grouped and
     transposed convolutions, and layers whose branch would hold as many numbers as the weight. Raises TFMQError for a prepared graph
     and a rank below 1.
     """
     require_float_graph(gm, "low_rank")
     if rank < 1:
         raise TFMQError(f"rank={rank}: is not positive.")
-    if "low_rank" in gm.meta:
+    if "low_rank" in captured_of(gm).low_bits:
         return PassResult(gm, False)
     temporal = temporal or find_temporal(gm)
     layers, changes = choose_layers(gm, temporal.nodes, timestep=temporal.timestep)
@@ -65,7 +74,7 @@ def low_rank(
             changes.append(Change(name=layer.path, how="explicit", tensors=tensors))
             continue
         changes.append(Change(name=layer.path, how="left", reason=reason))
-    gm.meta["low_rank"] = tuple(changes)
+    record_changes(gm, "low_rank", changes)
     gm.graph.lint()
     gm.recompile()
     return PassResult(gm, any(change.tensors for change in changes))

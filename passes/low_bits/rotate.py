@@ -8,14 +8,17 @@ from torch.fx import GraphModule
 from torch.fx.passes.infra.pass_base import PassResult
 
 from tfmq_fx.base.errors import TFMQError
-from tfmq_fx.graph.channels import Change, choose_layers, require_float_graph, set_tensor
+from tfmq_fx.base.parallel import workers
+from tfmq_fx.graph.channels import choose_layers, record_changes, require_float_graph, set_tensor
 from tfmq_fx.graph.nodes import aten, set_buffer
 from tfmq_fx.graph.origins import Explicit, Origin, find_origins
+from tfmq_fx.graph.state import Change, captured_of
 from tfmq_fx.passes.pass_manager import CLEANING, declare
 from tfmq_fx.passes.temporal.find_temporal import TemporalBlock, find_temporal
 
 
 @declare(after=(*CLEANING, "smooth"))
+@workers(1)  # on any number of threads the same bits
 def rotate(gm: GraphModule, *, block: int = 16, temporal: TemporalBlock | None = None) -> PassResult:
     """Block Hadamard rotation (QuaRot, Ashkboos et al. 2024) of the input channels of every layer outside the temporal block
     but the first and last.
@@ -28,12 +31,12 @@ def rotate(gm: GraphModule, *, block: int = 16, temporal: TemporalBlock | None =
 
     block: b, a power of two. A layer whose input channels (of one group) b does not divide is left.
 
-    gm.meta["rotate"] says what was done to each layer; a graph that has it stays as it is. Raises TFMQError for a prepared
+    The graph's state says what was done to each layer (`low_bits`); a graph that has it stays as it is. Raises TFMQError for a prepared
     graph and for another block size.
     """
     require_float_graph(gm, "rotate")
     h = hadamard(block)
-    if "rotate" in gm.meta:
+    if "rotate" in captured_of(gm).low_bits:
         return PassResult(gm, False)
     temporal = temporal or find_temporal(gm)
     inside = temporal.nodes
@@ -62,7 +65,7 @@ def rotate(gm: GraphModule, *, block: int = 16, temporal: TemporalBlock | None =
     for layer in layers:
         rows = layer.by_input().double().unflatten(0, (-1, block))  # blocks, b, the rest
         set_tensor(gm, layer.path, layer.from_input((h.to(rows.device) @ rows).flatten(0, 1)))
-    gm.meta["rotate"] = tuple(changes)
+    record_changes(gm, "rotate", changes)
     gm.graph.lint()
     gm.recompile()
     return PassResult(gm, bool(layers))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 import torch
 from torch import Tensor
@@ -10,18 +10,27 @@ from torch.fx import GraphModule
 from torch.fx.passes.infra.pass_base import PassResult
 
 from tfmq_fx.base.errors import TFMQError
-from tfmq_fx.graph.channels import Change, ParameterLayer, choose_layers, require_float_graph, set_tensor
+from tfmq_fx.base.parallel import workers
+from tfmq_fx.graph.channels import (
+    ParameterLayer,
+    choose_layers,
+    record_changes,
+    require_float_graph,
+    set_tensor,
+)
 from tfmq_fx.graph.nodes import aten, set_buffer
 from tfmq_fx.graph.origins import Explicit, find_origins
+from tfmq_fx.graph.state import Change, captured_of
 from tfmq_fx.passes.pass_manager import CLEANING, declare
 from tfmq_fx.passes.temporal.find_temporal import TemporalBlock, find_temporal
 
 
 @declare(after=CLEANING)
+@workers(1)  # on any number of threads the same bits
 def smooth(
     gm: GraphModule,
     *,
-    maxima: Mapping[str, Tensor],
+    maxima: Mapping[str, Tensor] | Callable[[GraphModule], Mapping[str, Tensor]],
     alpha: float = 0.5,
     temporal: TemporalBlock | None = None,
 ) -> PassResult:
@@ -33,17 +42,19 @@ def smooth(
     positively homogeneous operators alone lie between and nothing else reads these channels; layers that
     share an input, or a producer, share s. Elsewhere one `mul` stands before the layers that read x. Reassociation only.
 
-    maxima: layer's node name -> max|X_j| over the calibration data (C_in,), see `calibration.input_maxima`.
+    maxima: layer's node name -> max|X_j| over the calibration data (C_in,), or what measures them on the graph;
+        see `calibration.stage.input_maxima`.
 
-    gm.meta["smooth"] says what was done to each layer; a graph that has it stays as it is. Raises TFMQError for a prepared
+    The graph's state says what was done to each layer (`low_bits`); a graph that has it stays as it is. Raises TFMQError for a prepared
     graph, for an alpha outside [0, 1], and for a layer whose maxima are missing, of another length or not finite.
     """
     require_float_graph(gm, "smooth")
     if not 0.0 <= alpha <= 1.0:
         raise TFMQError(f"alpha={alpha}: is not between 0 (weights stay) and 1 (activations become even).")
-    if "smooth" in gm.meta:
+    if "smooth" in captured_of(gm).low_bits:
         return PassResult(gm, False)
     temporal = temporal or find_temporal(gm)
+    maxima = maxima(gm) if callable(maxima) else maxima
     inside = temporal.nodes
     layers, changes = choose_layers(gm, inside, timestep=temporal.timestep)
     _check(layers, maxima)
@@ -64,7 +75,7 @@ def smooth(
         for layer in group.layers:
             _multiply(layer, s_C)
             changes.append(Change(name=layer.path, how="explicit", reason=group.reason, tensors=(path,)))
-    gm.meta["smooth"] = tuple(changes)
+    record_changes(gm, "smooth", changes)
     gm.graph.lint()
     gm.recompile()
     return PassResult(gm, bool(layers))
@@ -111,5 +122,5 @@ def _check(layers: list[ParameterLayer], maxima: Mapping[str, Tensor]) -> None:
                 what = "found NaN or infinite ones"
             raise TFMQError(
                 f"maxima: {layer.path} (node {layer.node.name}) needs one finite value for each of its {channels} input channels, "
-                f"{what}; take them from calibration.input_maxima of this very graph."
+                f"{what}; take them from calibration.stage.input_maxima of this very graph."
             )

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -15,25 +14,16 @@ from torch.fx.passes.infra.pass_base import PassResult
 from tfmq_fx.base.errors import TFMQError, nearest_names
 from tfmq_fx.graph.inputs import placeholders
 from tfmq_fx.graph.nodes import aten, meta_value, set_buffer
+from tfmq_fx.graph.state import set_state
 from tfmq_fx.passes.pass_manager import declare
-from tfmq_fx.passes.quantize.observed import require_stage
-from tfmq_fx.passes.quantize.plan import rows_are_samples, table_key
-from tfmq_fx.passes.temporal.find_temporal import temporal_of
+from tfmq_fx.passes.quantize.plan import rows_are_samples
+from tfmq_fx.passes.quantize.results import CachedFeature
+from tfmq_fx.passes.quantize.state import require_stage, state_of, temporal_of
 from tfmq_fx.passes.temporal.insert_step_index import key_index
 from tfmq_fx.passes.temporal.partition_temporal import separate
 from tfmq_fx.recipe import CACHE_TYPES
 
 ROOT = "temporal_cache"  # where the tables lie in the state dict
-
-
-@dataclass(frozen=True, kw_only=True)
-class CachedFeature:
-    """A feature that is looked up."""
-
-    name: str
-    key: tuple[str, ...]  # the inputs whose values select the row
-    table: str  # the buffer that holds it, beside other features
-    columns: tuple[int, int]  # from, to
 
 
 @declare(needs=("prepare",), after=("calibrate", "reconstruct"))
@@ -56,10 +46,10 @@ def cache_temporal(
     bitwise what it was: where it is computed from a cached one, that one's layer stays for it. At a value outside the
     table a cached feature is its nearest neighbour's.
 
-    gm.meta["cached"] says what is looked up; gm.meta["plan"] loses the layers that went. Raises TFMQError for an unknown
+    The graph's state says what is looked up (`cached`), and its plan loses the layers that went. Raises TFMQError for an unknown
     feature, one without a finite key, and a table of another size or with values that `cache_type` cannot hold.
     """
-    require_stage(gm, "calibrated", "reconstructed")
+    state = require_stage(gm, "calibrated", "reconstructed")
     if cache_type not in CACHE_TYPES:
         raise TFMQError(f"cache_type: {cache_type!r} is unknown; use one of {', '.join(CACHE_TYPES)}.")
     temporal = temporal_of(gm)
@@ -68,7 +58,7 @@ def cache_temporal(
             raise TFMQError(
                 f"tables: {name!r} is no temporal feature; features are {nearest_names(name, temporal.features)}."
             )
-    done = {c.name for c in gm.meta.get("cached", ())}
+    done = {c.name for c in state.cached}
     groups: dict[tuple[str, ...], list[str]] = {}
     for name in temporal.features:
         if name in tables and name not in done:
@@ -97,32 +87,28 @@ def feature_key(gm: GraphModule, name: str) -> tuple[str, ...]:
     """The finite inputs that a feature of a prepared graph is a function of. Raises TFMQError where it has no table."""
     if (why := uncacheable(gm, name)) is not None:
         raise TFMQError(f"feature {name}: cannot be cached: {why}; maintain it by reconstruction.")
-    key = _key(gm, name)
+    state = state_of(gm)
+    key = state.table_key_of(state.inputs_of_feature(name))
     assert key is not None
     return key
 
 
 def uncacheable(gm: GraphModule, name: str) -> str | None:
     """Why a feature of a prepared graph has no table; None when it can have one."""
-    sizes = table_sizes(gm)
-    mark = gm.meta["feature_keys"][gm.meta["features"].index(name)]
-    if _key(gm, name) is None:
-        unknown = [n for n in mark if n not in sizes]
+    state = state_of(gm)
+    mark = state.inputs_of_feature(name)
+    if state.table_key_of(mark) is None:
+        unknown = [n for n in mark if n not in state.sizes]
         if unknown:
             return f"it depends on {', '.join(unknown)}, not declared finite"
-        product = " x ".join(str(sizes[n]) for n in mark)
-        return f"{product} values of {', '.join(mark)} exceed max_table_entries={gm.meta['recipe'].max_table_entries}"
+        product = " x ".join(str(state.sizes[n]) for n in mark)
+        return (
+            f"{product} values of {', '.join(mark)} exceed max_table_entries={state.recipe.max_table_entries}"
+        )
     node = next(n for n in gm.graph.nodes if n.name == name)
-    if not rows_are_samples(node, meta_value(placeholders(gm)[gm.meta["timestep"]])):
+    if not rows_are_samples(node, meta_value(placeholders(gm)[state.timestep])):
         return "its rows are not the batch"
     return None
-
-
-def table_sizes(gm: GraphModule) -> dict[str, int]:
-    """The finite inputs of a prepared graph, the timestep first, with their number of values."""
-    return {gm.meta["timestep"]: len(gm.meta["timesteps"])} | {
-        n: len(v) for n, v in gm.meta["finite"].items()
-    }
 
 
 def is_per_row(gm: GraphModule, key: Iterable[str]) -> bool:
@@ -145,14 +131,8 @@ def decode(stored_KF: Tensor, scale_K1: Tensor | None) -> Tensor:
     return values if scale_K1 is None else values * scale_K1
 
 
-def _key(gm: GraphModule, name: str) -> tuple[str, ...] | None:
-    mark = gm.meta["feature_keys"][gm.meta["features"].index(name)]
-    limit = gm.meta["recipe"].max_table_entries
-    return table_key(frozenset(mark), timestep=gm.meta["timestep"], sizes=table_sizes(gm), max_entries=limit)
-
-
 def _rows(gm: GraphModule, key: tuple[str, ...]) -> int:
-    return math.prod(table_sizes(gm)[n] for n in key)
+    return math.prod(state_of(gm).sizes[n] for n in key)
 
 
 def _check_table(name: str, table: Tensor, *, rows: int, cache_type: str) -> None:
@@ -178,7 +158,8 @@ def _look_up(
 ) -> dict[str, str]:
     """Insert the look-up of features that share a key; old -> new names of their layers that others still need."""
     call, nodes = gm.graph.call_function, {n.name: n for n in gm.graph.nodes}
-    index = key_index(gm, key, timestep=gm.meta["timestep"], sizes=table_sizes(gm))
+    state = state_of(gm)
+    index = key_index(gm, key, timestep=state.timestep, sizes=state.sizes)
     flat = {name: table.detach().float().reshape(len(table), -1) for name, table in tables.items()}
     stored = {name: encode(table, cache_type) for name, table in flat.items()}
     path = _unused(gm, f"{ROOT}.{'_and_'.join(key)}")
@@ -212,13 +193,13 @@ def _look_up(
         renamed[name] = stand_for(node, new, block=block)
         cached.append(CachedFeature(name=name, key=key, table=f"{path}.values", columns=(start, end)))
         start = end
-    gm.meta["cached"] = (*gm.meta.get("cached", ()), *cached)
+    set_state(gm, dataclasses.replace(state, cached=(*state.cached, *cached)))
     return renamed
 
 
 def _unused(gm: GraphModule, path: str) -> str:
     """`path`, or with a number where an earlier run put a table there."""
-    taken = {c.table.removesuffix(".values") for c in gm.meta.get("cached", ())}
+    taken = {c.table.removesuffix(".values") for c in state_of(gm).cached}
     numbered = (path if i == 1 else f"{path}_{i}" for i in range(1, len(taken) + 2))
     return next(p for p in numbered if p not in taken)
 
@@ -248,22 +229,27 @@ def stand_for(feature: Node, new: Node, *, block: set[Node]) -> str:
 
 def rename_layers(gm: GraphModule, renamed: Mapping[str, str]) -> None:
     """Follow, in the plan, layers whose names other nodes took: old -> new."""
-    plan = gm.meta["plan"]
-    layers = (dataclasses.replace(layer, node=renamed.get(layer.node, layer.node)) for layer in plan.layers)
-    gm.meta["plan"] = dataclasses.replace(plan, layers=tuple(layers))
+    state = state_of(gm)
+    layers = (
+        dataclasses.replace(layer, node=renamed.get(layer.node, layer.node)) for layer in state.plan.layers
+    )
+    plan = dataclasses.replace(state.plan, layers=tuple(layers))
+    set_state(gm, dataclasses.replace(state, plan=plan))
 
 
 def _forget(gm: GraphModule, *, paths: set[str], nodes: set[str]) -> None:
     """Take what is gone out of the plan, and note it."""
-    plan = gm.meta["plan"]
+    state = state_of(gm)
+    plan = state.plan
 
     def stays(name: str) -> bool:
         return name not in nodes and name.removeprefix("input of ") not in paths
 
-    gm.meta["plan"] = dataclasses.replace(
+    plan = dataclasses.replace(
         plan,
         layers=tuple(layer for layer in plan.layers if layer.path not in paths),
         floats=tuple(f for f in plan.floats if stays(f.name)),
         notes=tuple(n for n in plan.notes if stays(n.name)),
     )
-    gm.meta["removed"] = tuple(sorted({*gm.meta.get("removed", ()), *paths}))
+    removed = tuple(sorted({*state.removed, *paths}))
+    set_state(gm, dataclasses.replace(state, plan=plan, removed=removed))

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
 import warnings
 
 from torch.fx import GraphModule
 
 from tfmq_fx.base._torchao import convert_pt2e
 from tfmq_fx.graph.nodes import fresh
-from tfmq_fx.passes.pass_manager import LOW_BITS, declare
+from tfmq_fx.graph.state import set_state
+from tfmq_fx.passes.pass_manager import declare
 from tfmq_fx.passes.quantize.batch_norms import hide_batch_norms, show_batch_norms
-from tfmq_fx.passes.quantize.observed import require_stage
-from tfmq_fx.passes.temporal.find_temporal import temporal_of
+from tfmq_fx.passes.quantize.state import require_stage, temporal_of
 from tfmq_fx.passes.temporal.partition_temporal import partition_temporal
 
 
@@ -27,14 +28,10 @@ def convert(gm: GraphModule) -> GraphModule:
     The temporal block becomes the submodule `temporal_block`. Weights are bitwise those of the fake-quantized
     graph; an activation with one scale per tensor may differ by one quantization step where it falls on a rounding tie.
     """
-    require_stage(gm, "calibrated", "reconstructed")
-    kept = (
-        "timestep", "conditioning", "features", "feature_keys", "timesteps", "finite", "recipe", "plan", "reconstruction",
-        "cached", "removed", "maintenance", *LOW_BITS,
-    )  # fmt: skip
-    meta = {name: gm.meta[name] for name in kept if name in gm.meta} | {"stage": "converted"}
+    state = require_stage(gm, "calibrated", "reconstructed")
     gm = to_integers(gm)
-    gm.meta = meta
+    gm.meta = {}  # torchao's marks go
+    set_state(gm, dataclasses.replace(state, stage="converted"))
     partition_temporal(gm, temporal=temporal_of(gm))
     return gm
 

@@ -9,7 +9,8 @@ from torch.fx import GraphModule, Node
 
 from tfmq_fx.graph.nodes import op_name, value_inputs, weight_argument
 from tfmq_fx.passes.low_bits.low_rank import is_branch_sum
-from tfmq_fx.passes.temporal.find_temporal import TemporalBlock, constants_of, taint, temporal_of
+from tfmq_fx.passes.quantize.state import temporal_of
+from tfmq_fx.passes.temporal.find_temporal import TemporalBlock, constants_of, taint
 
 _JOINS = ("add", "sub")
 

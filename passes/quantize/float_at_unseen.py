@@ -11,11 +11,11 @@ from torch.fx.passes.infra.pass_base import PassResult
 from tfmq_fx.base.errors import TFMQError
 from tfmq_fx.graph.inputs import placeholders
 from tfmq_fx.graph.nodes import aten, attribute, meta_value, set_buffer
+from tfmq_fx.graph.state import set_state
 from tfmq_fx.passes.pass_manager import declare
-from tfmq_fx.passes.quantize.cache_temporal import rename_layers, stand_for, table_sizes
-from tfmq_fx.passes.quantize.observed import require_stage
+from tfmq_fx.passes.quantize.cache_temporal import rename_layers, stand_for
 from tfmq_fx.passes.quantize.plan import Note, rows_are_samples
-from tfmq_fx.passes.temporal.find_temporal import temporal_of
+from tfmq_fx.passes.quantize.state import require_stage, state_of, temporal_of
 from tfmq_fx.passes.temporal.insert_step_index import key_index
 from tfmq_fx.passes.temporal.partition_temporal import separate
 
@@ -36,14 +36,14 @@ def float_at_unseen(gm: GraphModule, *, block: GraphModule) -> PassResult:
     Numerics: bitwise unchanged where every value is in its table; elsewhere a feature is bitwise the float block's. Scales
     per timestep outside the block remain those of the nearest neighbour.
 
-    gm.meta["plan"] notes the bytes, and as coarser a feature that stays as it is, its rows not being the batch. Raises TFMQError for a
+    The plan notes the bytes, and as coarser a feature that stays as it is, its rows not being the batch. Raises TFMQError for a
     block with other features, or one that needs more than its keys.
     """
-    require_stage(gm, "calibrated", "reconstructed")
+    state = require_stage(gm, "calibrated", "reconstructed")
     nodes = {n.name: n for n in gm.graph.nodes}
-    if f"{gm.meta['timestep']}{KNOWN}" in nodes:
+    if f"{state.timestep}{KNOWN}" in nodes:
         return PassResult(gm, False)
-    features = gm.meta["features"]
+    features = state.features
     outputs = block.graph.output_node().args[0]
     inputs = placeholders(gm)
     if not isinstance(outputs, (tuple, list)) or len(outputs) != len(features):
@@ -56,11 +56,11 @@ def float_at_unseen(gm: GraphModule, *, block: GraphModule) -> PassResult:
     inside = set(separate(gm, temporal_of(gm)))
     twins = _copied(gm, block)
     known = _known(gm)
-    timestep = meta_value(inputs[gm.meta["timestep"]])
+    timestep = meta_value(inputs[state.timestep])
     kept = sum(attribute(block, str(n.target)).nbytes for n in block.graph.find_nodes(op="get_attr"))
     reason = f"the float temporal block stays for values outside the table: {kept} bytes"
-    renamed, notes = {}, [Note(name=gm.meta["timestep"], reason=reason, coarser=False)]
-    for name, key, twin in zip(features, gm.meta["feature_keys"], outputs, strict=True):
+    renamed, notes = {}, [Note(name=state.timestep, reason=reason, coarser=False)]
+    for name, key, twin in zip(features, state.feature_keys, outputs, strict=True):
         node = nodes[name]
         if not rows_are_samples(node, timestep):
             notes.append(Note(name=name, reason="quantized at unseen timesteps: its rows are not the batch"))
@@ -69,8 +69,7 @@ def float_at_unseen(gm: GraphModule, *, block: GraphModule) -> PassResult:
             new = _chosen(gm, [known[n] for n in key if n in known], node, twins[twin])
         renamed[name] = stand_for(node, new, block=inside)
     rename_layers(gm, renamed)
-    plan = gm.meta["plan"]
-    gm.meta["plan"] = dataclasses.replace(plan, notes=(*plan.notes, *notes))
+    set_state(gm, state_of(gm).with_notes(*notes))
     gm.graph.eliminate_dead_code()
     gm.graph.lint()
     gm.recompile()
@@ -91,7 +90,9 @@ def _copied(gm: GraphModule, block: GraphModule) -> dict[Node, Node]:
             if node.op == "get_attr" and _restore(gm, block, str(node.target)):
                 restored.add(str(node.target))
             twins[node] = gm.graph.node_copy(node, twins.__getitem__)
-    gm.meta["removed"] = tuple(path for path in gm.meta.get("removed", ()) if path not in restored)
+    state = state_of(gm)
+    removed = tuple(path for path in state.removed if path not in restored)
+    set_state(gm, dataclasses.replace(state, removed=removed))
     return twins
 
 
@@ -112,9 +113,9 @@ def _restore(gm: GraphModule, block: GraphModule, path: str) -> bool:
 
 def _known(gm: GraphModule) -> dict[str, Node]:
     """For each finite input, whether a sample's value is in its table: (N,) bool, (1,) for an input of shape ()."""
-    call, sizes, found = gm.graph.call_function, table_sizes(gm), {}
-    for name in sizes:
-        index = key_index(gm, (name,), timestep=gm.meta["timestep"], sizes=sizes)
+    call, state, found = gm.graph.call_function, state_of(gm), {}
+    for name in state.sizes:
+        index = key_index(gm, (name,), timestep=state.timestep, sizes=state.sizes)
         with gm.graph.inserting_before(index):
             least = call(aten.amin.default, (index.args[0], [1]))
             found[name] = call(aten.eq.Scalar, (least, 0))

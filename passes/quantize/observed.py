@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from torch.fx import GraphModule, Node
 
 from tfmq_fx.base._torchao import FakeQuantizeBase
-from tfmq_fx.base.errors import TFMQError
 from tfmq_fx.graph.nodes import fresh
 
 
@@ -37,12 +36,3 @@ def without_observers(gm: GraphModule) -> GraphModule:
 def set_mode(observer: FakeQuantizeBase, *, observe: bool, quantize: bool) -> None:
     observer.enable_observer(observe)
     observer.enable_fake_quant(quantize)
-
-
-def require_stage(gm: GraphModule, *stages: str) -> None:
-    """Raise TFMQError unless the graph went through one of these stages last."""
-    if gm.meta.get("stage") not in stages:
-        raise TFMQError(
-            f"the graph is {gm.meta.get('stage') or 'a float graph'}, but this step needs it {' or '.join(stages)}; "
-            "the order is prepare, calibrate, reconstruct, convert."
-        )

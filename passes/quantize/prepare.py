@@ -13,15 +13,17 @@ from torch.fx import GraphModule, Node
 from tfmq_fx.base._torchao import Quantizer, prepare_pt2e
 from tfmq_fx.base.errors import TFMQError
 from tfmq_fx.base.parallel import workers
-from tfmq_fx.graph.inputs import conditioning_vectors, placeholders, require_input, timestep_input
+from tfmq_fx.graph.inputs import placeholders, require_input, timestep_input
 from tfmq_fx.graph.nodes import attribute, fresh, meta_value
+from tfmq_fx.graph.state import captured_of, set_state
 from tfmq_fx.observers.temporal import TemporalObserver
 from tfmq_fx.observers.weight import PerChannelWeightFakeQuantize
 from tfmq_fx.passes.pass_manager import CLEANING, LOW_BITS, declare
 from tfmq_fx.passes.quantize.annotate import RecipeQuantizer
 from tfmq_fx.passes.quantize.batch_norms import hide_batch_norms, show_batch_norms
 from tfmq_fx.passes.quantize.observed import observers, set_mode
-from tfmq_fx.passes.quantize.plan import Note
+from tfmq_fx.passes.quantize.plan import Note, Plan
+from tfmq_fx.passes.quantize.state import State
 from tfmq_fx.passes.temporal.find_temporal import TemporalBlock, find_temporal
 from tfmq_fx.passes.temporal.insert_step_index import insert_step_index, key_index, step_index
 from tfmq_fx.recipe import Recipe
@@ -47,7 +49,7 @@ def prepare(
     finite: other inputs with finitely many values, name -> the values (K, ...): {"class_labels": range(10)}.
         What depends on the timestep and on them is keyed on the product, while that fits
         `recipe.max_table_entries`; past it, and for inputs not declared, on the timestep over sampled values, which
-        gm.meta["plan"].notes says.
+        the plan's notes say (`state_of(gm).plan`).
     data_quantizer: another torchao Quantizer (x86, ...) for everything outside the temporal block.
     Raises TFMQError for timesteps or finite values that are empty, repeated or not finite.
     """
@@ -56,9 +58,7 @@ def prepare(
     tables = {n: as_values(v, "timesteps" if n == timestep else f"finite[{n!r}]") for n, v in given.items()}
     for name, values in tables.items():
         _check_shape(require_input(gm, name, argument="finite"), name, values)
-    if temporal is None:
-        vectors = {*conditioning_vectors(gm, timestep), *(finite or {})}
-        temporal = find_temporal(gm, timestep=timestep, conditioning=vectors)
+    temporal = temporal or find_temporal(gm, timestep=timestep, finite=finite or ())
     sizes = {name: len(values) for name, values in tables.items()}
     quantizer = RecipeQuantizer(recipe=recipe, temporal=temporal, sizes=sizes, data=data_quantizer)
     copy = fresh(gm)
@@ -94,25 +94,36 @@ def prepare(
         threads.map(lambda pair: pair[0].initialise(pair[1]), initialise)
     gm.graph.lint()
     gm.recompile()
-    assert quantizer.plan is not None
+    set_state(gm, _state(gm, recipe, temporal, tables, quantizer.plan))
+    return gm
+
+
+def _state(
+    gm: GraphModule, recipe: Recipe, temporal: TemporalBlock, tables: Mapping[str, Tensor], plan: Plan | None
+) -> State:
+    assert plan is not None
+    found = captured_of(gm)
     missing = [
-        Note(name=name, reason=f"Recipe.{name} is set, but passes.{name} has not run; see pipeline.low_bits")
+        Note(name=name, reason=f"Recipe.{name} is set, but passes.{name} has not run; see pipeline.stages")
         for name in LOW_BITS
-        if getattr(recipe, name) is not None and name not in gm.meta
+        if getattr(recipe, name) is not None and name not in found.low_bits
     ]
-    plan = dataclasses.replace(quantizer.plan, notes=(*quantizer.plan.notes, *missing))
-    gm.meta.update(
-        timestep=timestep,
+    paths = {layer.node: layer.path for layer in plan.layers}
+    return State(
+        stage="prepared",
+        inputs=found.inputs,
+        low_bits=found.low_bits,
+        timestep=temporal.timestep,
+        recipe=recipe,
+        plan=dataclasses.replace(plan, notes=(*plan.notes, *missing)),
+        timesteps=tables[temporal.timestep],
+        finite={name: values for name, values in tables.items() if name != temporal.timestep},
         conditioning=temporal.keys[1:],
         features=temporal.features,
         feature_keys=temporal.feature_keys,
-        timesteps=tables[timestep],
-        finite=finite_tables,
-        recipe=recipe,
-        plan=plan,
-        stage="prepared",
+        feature_paths=tuple(paths.get(name, name) for name in temporal.features),
+        keys=frozenset(layer.key for layer in plan.layers if layer.temporal and layer.key),
     )
-    return gm
 
 
 def as_values(given: Iterable[Any] | Tensor, name: str) -> Tensor:

@@ -115,6 +115,7 @@ def find_temporal(
     *,
     timestep: str | None = None,
     conditioning: Iterable[str] | None = None,
+    finite: Iterable[str] = (),
     features: tuple[str, ...] | None = None,
 ) -> TemporalBlock:
     """The temporal block of a graph, which is only read.
@@ -130,6 +131,7 @@ def find_temporal(
     conditioning: inputs that may join the timestep inside the block (class labels, pooled text, size ids,
         guidance); () for the part that depends on the timestep alone. None takes every input that is one vector
         or number per sample, see `conditioning_vectors`.
+    finite: further inputs that may join it, those with finitely many values.
     features: the names of the features when they are known from an earlier find on the float graph; observers and
         lookups that came in between are then not mistaken for features.
 
@@ -138,9 +140,11 @@ def find_temporal(
     """
     source = timestep_input(gm, timestep)
     timestep = str(source.target)
-    for name in conditioning or ():
-        require_input(gm, name, argument="conditioning")
-    allowed = {timestep, *(conditioning_vectors(gm, timestep) if conditioning is None else conditioning)}
+    for argument, names in (("conditioning", conditioning or ()), ("finite", finite)):
+        for name in names:
+            require_input(gm, name, argument=argument)
+    vectors = conditioning_vectors(gm, timestep) if conditioning is None else conditioning
+    allowed = {timestep, *vectors, *finite}
     flow = _flow(gm)
     marks = flow.marks
     _require_path(gm, source, marks)
@@ -181,13 +185,6 @@ def find_temporal(
         features=tuple(n.name for n in found),
         keys=tuple(n for n in names if any(n in keys for keys in feature_keys)),
         feature_keys=tuple(feature_keys),
-    )
-
-
-def temporal_of(gm: GraphModule) -> TemporalBlock:
-    """The block of a graph that went through `prepare`, found again where its observers and lookups now stand."""
-    return find_temporal(
-        gm, timestep=gm.meta["timestep"], conditioning=gm.meta["conditioning"], features=gm.meta["features"]
     )
 
 

@@ -23,6 +23,13 @@ from tfmq_fx.passes.temporal.find_temporal import (
 BLOCK_NAME = "temporal_block"
 
 
+def temporal_block_of(gm: GraphModule) -> GraphModule:
+    """Return the temporal block of a partitioned graph: timestep (N,), and what joins it -> the temporal features."""
+    block = gm.get_submodule(BLOCK_NAME)
+    assert isinstance(block, GraphModule)
+    return block
+
+
 def separate(gm: GraphModule, temporal: TemporalBlock) -> list[Node]:
     """The block's nodes; what is cheap among them and that the rest of the graph reads too, views and constants, gets a
     copy there. Bitwise unchanged."""

@@ -17,9 +17,9 @@ from torch.fx import GraphModule
 
 from tfmq_fx.base.arguments import leaves
 from tfmq_fx.base.errors import TFMQError, nearest_names
-from tfmq_fx.graph.inputs import placeholders
+from tfmq_fx.graph.inputs import placeholders, timestep_input
 from tfmq_fx.graph.nodes import fixed_size
-from tfmq_fx.passes.temporal.partition_temporal import BLOCK_NAME
+from tfmq_fx.passes.temporal.partition_temporal import temporal_block_of
 
 log = logging.getLogger(__name__)
 
@@ -61,7 +61,7 @@ class Interface:
             inputs=inputs,
             constants={k: v for k, (_, v) in found.items() if k not in inputs and _is_json(v)},
             output_type=output_type,
-            timestep=gm.meta["timestep"],
+            timestep=str(timestep_input(gm, None).target),
             attributes={
                 path: {
                     n: v
@@ -154,6 +154,22 @@ class DropIn(nn.Module):
             if "interface" not in vars(self):  # not made yet
                 raise
             return getattr(Attributes(self.interface.attributes, ""), name)
+
+    def parts(self) -> dict[str, Any]:
+        """Return what it is made with beside its network, to make another form of the same network."""
+        return {
+            "interface": self.interface,
+            "timesteps": self.timesteps,
+            "finite": self.finite,
+            "config": dict(self._config),
+            "recipe": self.recipe,
+            "report": dict(self._report),
+        }
+
+    def reset_unseen(self) -> None:
+        """Forget the timesteps and values outside the tables that were counted so far."""
+        for found in self._unseen.values():
+            found.clear()
 
     def cache_context(self, _name: str) -> AbstractContextManager[None]:
         """Pipelines name what they compute, for caches of a network's inner values; there are none here."""
@@ -335,9 +351,7 @@ class QuantizedGraph(DropIn):
     @property
     def temporal_block(self) -> GraphModule:
         """timestep (N,), and the conditioning that joins it -> the temporal features."""
-        block = self.network.get_submodule(BLOCK_NAME)
-        assert isinstance(block, GraphModule)
-        return block
+        return temporal_block_of(self.network)
 
 
 def _output_class(name: str) -> Any:

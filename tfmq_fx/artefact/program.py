@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.fx import GraphModule
 
 from tfmq_fx.artefact.drop_in import QuantizedGraph
 from tfmq_fx.artefact.saving import _dtype
@@ -18,6 +19,14 @@ def exported(model: QuantizedGraph) -> torch.export.ExportedProgram:
     inputs, dynamic = example_inputs(model, batch=2), dynamic_shapes(model)
     with torch.no_grad():
         return torch.export.export(model.network, (), inputs, dynamic_shapes=dynamic, strict=False)
+
+
+def graph_of(program: torch.export.ExportedProgram) -> GraphModule:
+    """Return the graph module of a program: flat, without guards, and without what export noted of it."""
+    gm = program.module(check_guards=False)
+    assert isinstance(gm, GraphModule)
+    gm.meta = {}
+    return gm
 
 
 def dynamic_shapes(model: QuantizedGraph) -> dict[str, dict[int, Any]]:

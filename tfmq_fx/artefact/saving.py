@@ -123,7 +123,7 @@ def _write(model: QuantizedGraph, folder: Path) -> None:
         "sha256": {name: _sha256(folder / name) for name in (WEIGHTS, GRAPH)},
     }
     # As it will be read: JSON's keys are strings.
-    config = json.loads(json.dumps({**model._config, "quantization_config": quantization}))
+    config = json.loads(json.dumps({**model.parts()["config"], "quantization_config": quantization}))
     config["quantization_config"]["sha256"][CONFIG] = _config_digest(config)
     _dump(folder / CONFIG, config)
 

@@ -7,6 +7,7 @@ timesteps of an activation in the temporal block, the tokens of an activation. A
 from __future__ import annotations
 
 from dataclasses import dataclass
+from enum import Enum
 from typing import Any
 
 import numpy as np
@@ -84,6 +85,14 @@ NO_INT8 = "this CPU has no int8 instructions (VNNI, AMX)"
 
 
 SATURATES = f"{NO_INT8}: its sums of bytes would saturate"
+
+
+class ByteSums(Enum):
+    """How a CPU sums products of unsigned by signed bytes."""
+
+    EXACT = "exact"  # in 32 bits: VNNI, AMX, Arm's dot products
+    PAIRS = "pairs"  # two by two in 16 bits, which saturate beyond `PAIRS_FIT`: AVX2
+    NONE = "none"  # it has no instruction for that
 
 
 def saturates(signed: Tensor | None) -> bool:

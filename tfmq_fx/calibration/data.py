@@ -18,6 +18,7 @@ from tfmq_fx.calibration.recording import MAX_MEMORY, Session, record
 from tfmq_fx.calibration.temporal_rows import is_scalar
 from tfmq_fx.graph.inputs import placeholders
 from tfmq_fx.graph.nodes import fixed_size, meta_value
+from tfmq_fx.graph.state import captured_of
 
 
 class CalibrationSet:
@@ -204,4 +205,4 @@ def inputs_of(gm: GraphModule, batch: Mapping[str, Tensor]) -> list[Tensor]:
 
 def as_taken(gm: GraphModule, name: str, x: Tensor) -> Tensor:
     """An input as the graph takes it: a timestep without a batch, where it has none there."""
-    return x.reshape(-1)[0] if name == gm.meta["timestep"] and is_scalar(gm) else x
+    return x.reshape(-1)[0] if name == captured_of(gm).timestep and is_scalar(gm) else x

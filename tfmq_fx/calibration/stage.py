@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from copy import deepcopy
 from functools import partial
 from typing import Any
@@ -20,19 +21,19 @@ from tfmq_fx.calibration.temporal_rows import (
     inputs_are_keys,
     is_scalar,
     run_temporal,
-    tables,
     temporal_rows,
 )
 from tfmq_fx.graph.channels import choose_layers
 from tfmq_fx.graph.inputs import timestep_input
 from tfmq_fx.graph.nodes import fresh
+from tfmq_fx.graph.state import set_state
 from tfmq_fx.observers.static import StaticFakeQuantize
 from tfmq_fx.observers.temporal import TemporalObserver
 from tfmq_fx.observers.token import TokenFakeQuantize
 from tfmq_fx.observers.weight import PerChannelWeightFakeQuantize
 from tfmq_fx.passes.pass_manager import declare
-from tfmq_fx.passes.quantize.observed import observers, require_stage, set_mode
-from tfmq_fx.passes.temporal.find_temporal import temporal_of
+from tfmq_fx.passes.quantize.observed import observers, set_mode
+from tfmq_fx.passes.quantize.state import require_stage, state_of, temporal_of
 from tfmq_fx.passes.temporal.partition_temporal import extract_temporal
 
 
@@ -47,9 +48,9 @@ def calibrate(gm: GraphModule, calibration: CalibrationSet, *, batch_size: int =
 
     Raises TFMQError for timesteps and finite inputs in the data that the tables lack, and for missing inputs.
     """
-    require_stage(gm, "prepared")
+    state = require_stage(gm, "prepared")
     _check_values(gm, calibration)
-    found, shards = list(observers(gm)), gm.meta["recipe"].reconstruction.shards
+    found, shards = list(observers(gm)), state.recipe.reconstruction.shards
     block = extract_temporal(gm, temporal_of(gm))
     with workers(shards) as threads:
         if inputs_are_keys(gm, block):
@@ -62,7 +63,7 @@ def calibrate(gm: GraphModule, calibration: CalibrationSet, *, batch_size: int =
             _observe(gm, calibration, batches, shards, threads)
         for _, observer in found:
             observer.freeze()
-    gm.meta["stage"] = "calibrated"
+    set_state(gm, dataclasses.replace(state, stage="calibrated"))
     return gm
 
 
@@ -165,7 +166,8 @@ def _observing(module: nn.Module) -> bool:
 
 
 def _check_values(gm: GraphModule, calibration: CalibrationSet) -> None:
-    for name, values in tables(gm).items():
+    state = state_of(gm)
+    for name, values in state.tables.items():
         if name not in calibration.tensors:
             raise TFMQError(
                 f"calibration: no tensor named {name!r}; found {nearest_names(name, calibration.tensors)}."
@@ -175,7 +177,7 @@ def _check_values(gm: GraphModule, calibration: CalibrationSet) -> None:
         data = calibration.tensors[name].to(common).unique(dim=0).tolist()
         outside = [v for v in data if str(v) not in known]
         if outside:
-            what = "timesteps" if name == gm.meta["timestep"] else f"values of {name!r}"
+            what = "timesteps" if name == state.timestep else f"values of {name!r}"
             raise TFMQError(
                 f"calibration: {what} {outside[:8]} are in the data but not in the schedule of {len(values)} values "
                 f"({values.min().item():g} to {values.max().item():g})."

@@ -9,19 +9,20 @@ from torch import Tensor
 from torch.fx import GraphModule
 
 from tfmq_fx.base.errors import TFMQError, nearest_names
-from tfmq_fx.graph.inputs import placeholders
+from tfmq_fx.graph.inputs import placeholders, timestep_input
 from tfmq_fx.graph.nodes import meta_value
-from tfmq_fx.passes.quantize.plan import table_key
+from tfmq_fx.passes.quantize.state import state_of
 
 
 def is_scalar(gm: GraphModule) -> bool:
     """Whether the graph was captured with a timestep of shape ()."""
-    value = meta_value(placeholders(gm)[gm.meta["timestep"]])
+    value = meta_value(timestep_input(gm, None))
     return isinstance(value, Tensor) and value.dim() == 0
 
 
 def inputs_are_keys(gm: GraphModule, block: GraphModule) -> bool:
-    return placeholders(block).keys() <= {gm.meta["timestep"], *gm.meta["conditioning"]}
+    state = state_of(gm)
+    return placeholders(block).keys() <= {state.timestep, *state.conditioning}
 
 
 def require_keys_only(gm: GraphModule, block: GraphModule) -> None:
@@ -33,11 +34,6 @@ def require_keys_only(gm: GraphModule, block: GraphModule) -> None:
         )
 
 
-def tables(gm: GraphModule) -> dict[str, Tensor]:
-    """The finite inputs of a prepared graph, the timestep first: name -> values (K, ...)."""
-    return {gm.meta["timestep"]: gm.meta["timesteps"], **gm.meta["finite"]}
-
-
 def temporal_rows(gm: GraphModule, data: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Where the temporal block of a prepared graph is observed and reconstructed: its inputs, (R, ...) each.
 
@@ -46,14 +42,13 @@ def temporal_rows(gm: GraphModule, data: Mapping[str, Tensor]) -> dict[str, Tens
 
     data: the calibration set's tensors by name, (N, ...) each. Raises TFMQError for one that is missing.
     """
-    timestep, values = gm.meta["timestep"], tables(gm)
-    sizes = {n: len(v) for n, v in values.items()}
-    limit = gm.meta["recipe"].max_table_entries
-    names = [timestep, *gm.meta["conditioning"]]
-    keys = {layer.key for layer in gm.meta["plan"].layers if layer.temporal and layer.key}
+    state = state_of(gm)
+    timestep, values, sizes = state.timestep, state.tables, state.sizes
+    names = [timestep, *state.conditioning]
+    keys = set(state.keys)
     whole = True
-    for feature in gm.meta["feature_keys"]:
-        key = table_key(frozenset(feature), timestep=timestep, sizes=sizes, max_entries=limit)
+    for feature in state.feature_keys:
+        key = state.table_key_of(feature)
         whole &= key is not None
         keys.add(key or (timestep,))
     keys = {k for k in keys if not any(set(k) < set(other) for other in keys)}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -10,30 +11,52 @@ from torch import Tensor
 from torch.fx import GraphModule
 from torch.utils import _pytree as pytree
 
-from tfmq_fx.artefact.drop_in import QuantizedGraph
 from tfmq_fx.base.metrics import cosine_distance, relative_mse_by_timestep
 from tfmq_fx.calibration.data import CalibrationSet, inputs_of
-from tfmq_fx.calibration.temporal_rows import chunks_of, is_scalar, run_temporal
+from tfmq_fx.calibration.temporal_rows import chunks_of, is_scalar, run_temporal, temporal_rows
 from tfmq_fx.graph.inputs import placeholders
-from tfmq_fx.passes.temporal.find_temporal import TemporalBlock
-from tfmq_fx.passes.temporal.partition_temporal import extract_temporal
+from tfmq_fx.passes.quantize.state import state_of
+from tfmq_fx.passes.temporal.partition_temporal import temporal_block_of
 
-ERROR_ROWS = 512  # calibration rows on which the report's errors by timestep are measured
+ERROR_ROWS = 512  # calibration rows on which the output's errors are measured
+
+
+@dataclass(frozen=True, kw_only=True)
+class Errors:
+    """The errors of a quantized network, as the report shows them: plain JSON values."""
+
+    by_timestep: list[dict[str, float]]  # of the output, and of the temporal features: their mean and worst
+    temporal_drift: dict[str, Any] | None  # of each feature; None where the block needs more than its keys
 
 
 @torch.no_grad()
+def measure_errors(
+    gm: GraphModule, converted: GraphModule, calibration: CalibrationSet, *, block: GraphModule, seed: int = 0
+) -> Errors:
+    """Compare a converted graph with the float graph that it was made of, on rows of the calibration set.
+
+    block: the float graph's temporal block (`extract_temporal`).
+    """
+    rows = temporal_rows(converted, calibration.tensors)
+    distance = temporal_distance(converted, block, rows)
+    data = calibration.spread(ERROR_ROWS, seed=seed)
+    return Errors(
+        by_timestep=errors_by_timestep(gm, converted, data, rows, distance),
+        temporal_drift=temporal_drift(converted, rows, distance),
+    )
+
+
 def temporal_distance(
-    gm: GraphModule, temporal: TemporalBlock, quantized: QuantizedGraph, rows: Mapping[str, Tensor]
+    converted: GraphModule, block: GraphModule, rows: Mapping[str, Tensor]
 ) -> Tensor | None:
-    """(features, R) cosine distances to the float features; None where the block needs more than its keys."""
-    if not placeholders(quantized.temporal_block).keys() <= rows.keys():
+    """Return the cosine distances (features, R) to the float block's features; None where the block needs more than its keys."""
+    quantized = temporal_block_of(converted)
+    if not placeholders(quantized).keys() <= rows.keys():
         return None
-    scalar = is_scalar(gm)
-    float_block = extract_temporal(gm, temporal)
+    scalar = is_scalar(converted)
     distances = [
         cosine_distance(
-            run_temporal(quantized.temporal_block, part, scalar=scalar),
-            run_temporal(float_block, part, scalar=scalar),
+            run_temporal(quantized, part, scalar=scalar), run_temporal(block, part, scalar=scalar)
         )
         for part in chunks_of(rows)
     ]
@@ -41,42 +64,36 @@ def temporal_distance(
 
 
 def temporal_drift(
-    gm: GraphModule,
-    features: list[str],
-    quantized: QuantizedGraph,
-    rows: Mapping[str, Tensor],
-    distance: Tensor | None,
+    converted: GraphModule, rows: Mapping[str, Tensor], distance: Tensor | None
 ) -> dict[str, Any] | None:
-    """Every feature's mean cosine distance at every timestep."""
+    """Return every feature's mean cosine distance at every timestep."""
     if distance is None:
         return None
-    t = rows[gm.meta["timestep"]]
-    by_timestep = torch.stack([distance[:, t == value].mean(1) for value in quantized.timesteps], dim=1)
+    state = state_of(converted)
+    t = rows[state.timestep]
+    by_timestep = torch.stack([distance[:, t == value].mean(1) for value in state.timesteps], dim=1)
     return {
-        "features": features,
-        "timesteps": quantized.timesteps.tolist(),
+        "features": [path.removesuffix(".weight") for path in state.feature_paths],
+        "timesteps": state.timesteps.tolist(),
         "cosine_distance": [[float(f"{x:.3e}") for x in row] for row in by_timestep.tolist()],
     }
 
 
-@torch.no_grad()
 def errors_by_timestep(
     gm: GraphModule,
-    quantized: QuantizedGraph,
+    converted: GraphModule,
     data: CalibrationSet,
     rows: Mapping[str, Tensor],
     distance: Tensor | None,
 ) -> list[dict[str, float]]:
-    """By timestep: relative MSE of the output; cosine distance of the temporal features, their mean and worst."""
+    """Return, by timestep, the output's relative MSE and the features' cosine distance, mean and worst."""
     outputs: list[tuple[Tensor, Tensor, Tensor]] = []
     for batch in data.batches(128, one_timestep=is_scalar(gm)):
         inputs = inputs_of(gm, batch)
-        outputs.append(
-            (first_tensor(quantized.network(*inputs)), first_tensor(gm(*inputs)), batch[data.timestep])
-        )
+        outputs.append((first_tensor(converted(*inputs)), first_tensor(gm(*inputs)), batch[data.timestep]))
     output = relative_mse_by_timestep(*(torch.cat(column) for column in zip(*outputs, strict=True)))
     errors = []
-    for t in quantized.timesteps:
+    for t in state_of(converted).timesteps:
         row = {"timestep": t.item()}
         if t.item() in output:
             row["output_relative_mse"] = output[t.item()]
@@ -89,5 +106,6 @@ def errors_by_timestep(
 
 
 def first_tensor(output: Any) -> Tensor:
+    """Return the first tensor of a network's output, however nested."""
     leaf: Tensor = pytree.tree_leaves(output)[0]
     return leaf

@@ -4,81 +4,90 @@ from __future__ import annotations
 
 import dataclasses
 import platform
+from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.fx import GraphModule
 
 from tfmq_fx.artefact.graph_json import packed_tensors, quantized_weights, tensors_of
 from tfmq_fx.base.progress import Clock
-from tfmq_fx.passes.pass_manager import LOW_BITS
-from tfmq_fx.recipe import Recipe
+from tfmq_fx.evaluation.errors import Errors
+from tfmq_fx.passes.quantize.state import State, state_of
 
 
 def summary(
-    gm: GraphModule,
-    network: nn.Module,
-    recipe: Recipe,
-    seed: int,
-    clock: Clock,
-    errors: list[dict[str, float]],
+    gm: GraphModule, network: nn.Module, *, seed: int, clock: Clock, errors: Errors
 ) -> dict[str, Any]:
-    plan = gm.meta["plan"]
-    integers = quantized_weights(gm)
-    tensors = tensors_of(gm)
-    layers = [dataclasses.asdict(layer) for layer in plan.layers]
-    floats = [dataclasses.asdict(f) for f in plan.floats]
-    quantized = {layer.path for layer in plan.layers if f"{layer.path}_q" in integers}
-    left = {n: p for n, p in network.named_parameters() if n not in gm.meta.get("removed", ())}
+    """Return the report of a converted graph as plain JSON values; network: the float one, for its parameters."""
+    state = state_of(gm)
+    quantized, tensors = quantized_weights(gm), tensors_of(gm)
+    layers = {layer.path for layer in state.plan.layers if f"{layer.path}_q" in quantized}
+    left = {n: p for n, p in network.named_parameters() if n not in state.removed}
+    return {
+        "recipe": state.recipe.to_json(),
+        "seed": seed,
+        "layers": [dataclasses.asdict(layer) for layer in state.plan.layers],
+        "float": _floats(state, left, layers),
+        "notes": [dataclasses.asdict(n) for n in state.plan.notes],
+        "sizes": {
+            **_sizes(gm, state, network, tensors),
+            "quantized_weights": sum(tensors[n].numel() for n in quantized),
+            "float_parameters": sum(p.numel() for n, p in left.items() if n not in layers),
+        },
+        "low_bits": {
+            name: [dataclasses.asdict(change) for change in changes]
+            for name, changes in state.low_bits.items()
+        },
+        "temporal_block": {
+            "features": len(state.features),
+            "timesteps": len(state.timesteps),
+            "finite": {name: len(values) for name, values in state.finite.items()},
+            "keys": {f: list(k) for f, k in zip(state.features, state.feature_keys, strict=True)},
+        },
+        "maintenance": _maintenance(state),
+        "reconstruction": [dataclasses.asdict(r) for r in state.reconstruction],
+        "errors_by_timestep": errors.by_timestep,
+        "seconds": clock.seconds,
+        "cpu_seconds": clock.cpu_seconds,
+        "versions": {"torch": torch.__version__, "python": platform.python_version()},
+        "machine": {"processor": platform.machine(), "threads": torch.get_num_threads()},
+        "temporal_drift": errors.temporal_drift,
+    }
+
+
+def _floats(state: State, left: Mapping[str, nn.Parameter], quantized: set[str]) -> list[dict[str, Any]]:
+    """Return what stays in float and why: what the plan says, then every other parameter of the network."""
+    found = [dataclasses.asdict(f) for f in state.plan.floats]
+    said = {f["name"] for f in found}
     for name, p in left.items():
-        if name not in quantized and name not in {f["name"] for f in floats}:
-            floats.append(
-                {
-                    "name": name,
-                    "reason": "bias or affine parameter"
-                    if p.dim() <= 1
-                    else "no convolution or linear weight",
-                }
-            )
+        if name not in quantized and name not in said:
+            reason = "bias or affine parameter" if p.dim() <= 1 else "no convolution or linear weight"
+            found.append({"name": name, "reason": reason})
+    return found
+
+
+def _sizes(
+    gm: GraphModule, state: State, network: nn.Module, tensors: Mapping[str, Tensor]
+) -> dict[str, Any]:
     packed = packed_tensors(gm)
     packed_bytes = sum(
         tensors[n].numel() * (high - low).bit_length() / 8 for n, (low, high) in packed.items()
     )
     other_bytes = sum(x.numel() * x.element_size() for n, x in tensors.items() if n not in packed)
-    changes = [change for name in LOW_BITS for change in gm.meta.get(name, ())]
-    added = {t for change in changes for t in change.tensors}
+    added = {t for changes in state.low_bits.values() for change in changes for t in change.tensors}
     float_bytes = sum(p.numel() * p.element_size() for p in network.parameters())
     return {
-        "recipe": recipe.to_json(),
-        "seed": seed,
-        "layers": layers,
-        "float": floats,
-        "notes": [dataclasses.asdict(n) for n in plan.notes],
-        "sizes": {
-            "float_bytes": float_bytes,
-            "quantized_bytes": round(packed_bytes + other_bytes),
-            "low_bits_bytes": sum(tensors[n].numel() * tensors[n].element_size() for n in added),
-            "ratio": (packed_bytes + other_bytes) / float_bytes,
-            "quantized_weights": sum(tensors[n].numel() for n in integers),
-            "float_parameters": sum(p.numel() for n, p in left.items() if n not in quantized),
-        },
-        "low_bits": {
-            name: [dataclasses.asdict(change) for change in gm.meta[name]]
-            for name in LOW_BITS
-            if name in gm.meta
-        },
-        "temporal_block": {
-            "features": len(gm.meta["features"]),
-            "timesteps": len(gm.meta["timesteps"]),
-            "finite": {name: len(values) for name, values in gm.meta["finite"].items()},
-            "keys": {f: list(k) for f, k in zip(gm.meta["features"], gm.meta["feature_keys"], strict=True)},
-        },
-        "maintenance": {"maintain": recipe.maintain, **gm.meta.get("maintenance", {})},
-        "reconstruction": [dataclasses.asdict(r) for r in gm.meta.get("reconstruction", ())],
-        "errors_by_timestep": errors,
-        "seconds": clock.seconds,
-        "cpu_seconds": clock.cpu_seconds,
-        "versions": {"torch": torch.__version__, "python": platform.python_version()},
-        "machine": {"processor": platform.machine(), "threads": torch.get_num_threads()},
+        "float_bytes": float_bytes,
+        "quantized_bytes": round(packed_bytes + other_bytes),
+        "low_bits_bytes": sum(tensors[n].numel() * tensors[n].element_size() for n in added),
+        "ratio": (packed_bytes + other_bytes) / float_bytes,
     }
+
+
+def _maintenance(state: State) -> dict[str, Any]:
+    found = {} if state.maintenance is None else dataclasses.asdict(state.maintenance)
+    if found:
+        found["features"] = list(found["features"])
+    return {"maintain": state.recipe.maintain, **found}

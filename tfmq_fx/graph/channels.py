@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -18,16 +19,7 @@ from tfmq_fx.graph.nodes import (
     output_channel_axis,
     weight_argument,
 )
-
-
-@dataclass(frozen=True, kw_only=True)
-class Change:
-    """What a pass did to one layer."""
-
-    name: str  # the weight's path
-    how: str  # "folded": nothing is left to compute; "explicit": new nodes at its input; "left": as it was
-    reason: str = ""  # why not folded, or why left; what it was folded into
-    tensors: tuple[str, ...] = ()  # paths of what the graph now reads in addition
+from tfmq_fx.graph.state import Change, captured_of, set_state
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,10 +98,14 @@ def choose_layers(
 
 def require_float_graph(gm: GraphModule, step: str) -> None:
     """Raise TFMQError for a graph that went through `prepare`: its observers have seen the weights as they were."""
-    if gm.meta.get("stage"):
-        raise TFMQError(
-            f"{step}: the graph is {gm.meta['stage']} already; it works on the float graph, before prepare."
-        )
+    if stage := captured_of(gm).stage:
+        raise TFMQError(f"{step}: the graph is {stage} already; it works on the float graph, before prepare.")
+
+
+def record_changes(gm: GraphModule, step: str, changes: Iterable[Change]) -> None:
+    """Note in the graph's state what a low-bit pass did to each layer."""
+    state = captured_of(gm)
+    set_state(gm, dataclasses.replace(state, low_bits={**state.low_bits, step: tuple(changes)}))
 
 
 def set_tensor(gm: GraphModule, target: str, value: Tensor) -> None:

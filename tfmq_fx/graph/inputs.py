@@ -12,6 +12,7 @@ from torch.utils import _pytree as pytree
 
 from tfmq_fx.base.errors import TFMQError, nearest_names
 from tfmq_fx.graph.nodes import fixed_size, meta_value
+from tfmq_fx.graph.state import captured_of
 
 
 def placeholders(gm: GraphModule) -> dict[str, Node]:
@@ -33,7 +34,7 @@ def timestep_input(gm: GraphModule, name: str | None) -> Node:
 
     Raises TFMQError for an unknown name, and for no name when none or several inputs of shape () or (N,) are there.
     """
-    name = name or gm.meta.get("timestep")
+    name = name or captured_of(gm).timestep
     inputs = placeholders(gm)
     if name is None:
         name = choose_timestep({n: meta_value(node) for n, node in inputs.items()})

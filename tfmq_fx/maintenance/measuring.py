@@ -20,17 +20,16 @@ from tfmq_fx.calibration.temporal_rows import (
     is_scalar,
     require_keys_only,
     run_temporal,
-    tables,
     temporal_rows,
 )
 from tfmq_fx.graph.inputs import placeholders
 from tfmq_fx.graph.nodes import ancestors, meta_value
 from tfmq_fx.maintenance.choice import CACHE, RECONSTRUCT, Option
 from tfmq_fx.maintenance.tables import feature_tables, float_block, key_rows
-from tfmq_fx.passes.quantize.cache_temporal import decode, encode, feature_key, is_per_row, table_sizes
+from tfmq_fx.passes.quantize.cache_temporal import decode, encode, feature_key, is_per_row
 from tfmq_fx.passes.quantize.convert import to_integers
 from tfmq_fx.passes.quantize.observed import without_observers
-from tfmq_fx.passes.temporal.find_temporal import temporal_of
+from tfmq_fx.passes.quantize.state import state_of, temporal_of
 from tfmq_fx.passes.temporal.insert_step_index import TIMESTEPS
 from tfmq_fx.passes.temporal.partition_temporal import BLOCK_NAME, extract_temporal, partition_temporal
 
@@ -59,7 +58,7 @@ def needed_tensors(gm: GraphModule, block: GraphModule) -> list[dict[str, int]]:
 
 def _read_outside(gm: GraphModule) -> set[str]:
     """Constants that the graph reads besides its temporal features."""
-    features = {n for n in gm.graph.nodes if n.name in gm.meta["features"]}
+    features = {n for n in gm.graph.nodes if n.name in state_of(gm).features}
     seen: set[Node] = set(features)
     stack: list[Node] = [gm.graph.output_node()]
     found: set[str] = set()
@@ -93,7 +92,8 @@ def stored_bytes(gm: GraphModule) -> dict[str, int]:
 
 def cached_bytes(gm: GraphModule, name: str, cache_type: str) -> dict[str, int]:
     """What a cached feature needs: its columns of the table, and the tables of its key's values, which all share."""
-    key, sizes, values = feature_key(gm, name), table_sizes(gm), tables(gm)
+    key, state = feature_key(gm, name), state_of(gm)
+    sizes, values = state.sizes, state.tables
     rows = math.prod(sizes[n] for n in key)
     fake = meta_value(next(n for n in gm.graph.nodes if n.name == name))
     width = _width(gm, name, fake, is_per_row(gm, key))
@@ -101,7 +101,7 @@ def cached_bytes(gm: GraphModule, name: str, cache_type: str) -> dict[str, int]:
     found = {f"{name}: cached": rows * (width * item + (4 if cache_type == "int8" else 0))}
     outside = _read_outside(gm)
     for n in key:
-        table = TIMESTEPS if n == gm.meta["timestep"] else f"{n}_table"
+        table = TIMESTEPS if n == state.timestep else f"{n}_table"
         if table not in outside:
             found[table] = values[n].numel() * 8  # float64
     return found
@@ -122,7 +122,7 @@ def measured_options(
     seed: int,
     effects: bool,
 ) -> dict[str, dict[str, Option]]:
-    names, cache_type = gm.meta["features"], gm.meta["recipe"].cache_type
+    names, cache_type = state_of(gm).features, state_of(gm).recipe.cache_type
     blocks = (extract_temporal(gm, temporal_of(gm)), float_block(gm))
     require_keys_only(gm, blocks[0])
     distances: dict[str, list[Tensor]] = {RECONSTRUCT: [], CACHE: []}
@@ -182,7 +182,7 @@ def _effects(
     changed = _Changed(network.get_submodule(BLOCK_NAME))
     block = changed.block
     network.set_submodule(BLOCK_NAME, changed)
-    cached, cache_type = set(cached), gm.meta["recipe"].cache_type
+    cached, cache_type = set(cached), state_of(gm).recipe.cache_type
     errors: dict[tuple[str, str], float] = {}
     power = 0.0
     for rows in calibration.spread(EFFECT_ROWS, seed=seed).batches(EFFECT_ROWS, one_timestep=is_scalar(gm)):
@@ -212,7 +212,7 @@ def _flat(output: Any) -> Tensor:
 
 def seconds_per_call(gm: GraphModule, block: GraphModule, *, runs: int = 21) -> float:
     """The block for one sample, in eager mode: the least of some runs, which other work on the machine disturbs least."""
-    key = (gm.meta["timestep"],)
+    key = (state_of(gm).timestep,)
     rows = {n: x[:1] for n, x in key_rows(gm, key).items()}
     inputs = [rows[n] for n in placeholders(block)]
     if is_scalar(gm):

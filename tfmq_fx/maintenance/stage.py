@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from dataclasses import dataclass
 
 import torch
 from torch.fx import GraphModule
 
 from tfmq_fx.calibration.data import CalibrationSet
+from tfmq_fx.graph.state import set_state
 from tfmq_fx.maintenance.choice import CACHE, RECONSTRUCT, Option, choose, total_bytes
 from tfmq_fx.maintenance.measuring import (
     cached_bytes,
@@ -25,24 +25,9 @@ from tfmq_fx.maintenance.measuring import (
 from tfmq_fx.maintenance.tables import feature_tables
 from tfmq_fx.passes.pass_manager import declare
 from tfmq_fx.passes.quantize.cache_temporal import cache_temporal, feature_key, uncacheable
-from tfmq_fx.passes.quantize.observed import require_stage
 from tfmq_fx.passes.quantize.plan import Note
-
-
-@dataclass(frozen=True, kw_only=True)
-class Decision:
-    """A row of the report's table."""
-
-    feature: str  # node name
-    path: str  # its layer's weight in the network's state dict; its node's name where it has none
-    key: tuple[str, ...]  # the inputs that select the row of a table; () where it can have none
-    bytes: dict[str, int]  # by maintenance: of what no other feature needs
-    disturbance: dict[str, float]  # by maintenance: cosine distance
-    effect: dict[
-        str, float
-    ]  # by maintenance: relative squared error of the output; {} where it was not measured
-    chosen: str
-    why: str
+from tfmq_fx.passes.quantize.results import Decision, Maintenance
+from tfmq_fx.passes.quantize.state import require_stage, state_of
 
 
 @declare(needs=("calibrate",), after=("reconstruct",))
@@ -56,14 +41,14 @@ def maintain(gm: GraphModule, calibration: CalibrationSet, *, seed: int = 0) -> 
     network's output (`EFFECT_ROWS` rows, this feature alone being quantized). One that stays over the bound, because
     neither way or the budget allows less, is among the plan's notes.
 
-    gm.meta["maintenance"] has the table of decisions, the bytes and the seconds per call. Raises TFMQError for "cache" where
+    The graph's state has the decisions, the bytes and the seconds per call (`state_of(gm).maintenance`). Raises TFMQError for "cache" where
     a feature has no finite key, naming it, and for a budget that nothing fits.
     """
-    require_stage(gm, "calibrated", "reconstructed")
-    recipe = gm.meta["recipe"]
+    state = require_stage(gm, "calibrated", "reconstructed")
+    recipe = state.recipe
     if recipe.maintain == RECONSTRUCT:
         return gm
-    features, forced = gm.meta["features"], recipe.maintain == CACHE
+    features, forced = state.features, recipe.maintain == CACHE
     floats = {f: why for f in features if (why := uncacheable(gm, f)) is not None}
     if forced:
         for name in floats:
@@ -84,7 +69,6 @@ def maintain(gm: GraphModule, calibration: CalibrationSet, *, seed: int = 0) -> 
     names = [n for n in features if chosen[n] == CACHE]
     cache_temporal(gm, tables=feature_tables(gm, names), cache_type=recipe.cache_type)
     after = converted_block(gm) if names else before
-    plan = gm.meta["plan"]
     notes = [
         Note(name=n, reason=f"reconstructed, not cached: {why}", coarser=False) for n, why in floats.items()
     ]
@@ -92,23 +76,23 @@ def maintain(gm: GraphModule, calibration: CalibrationSet, *, seed: int = 0) -> 
         harms = {n: options[n][m].disturbance for n, m in chosen.items()}
         over = f"disturbance over maintain_bound={recipe.maintain_bound:g}"
         notes += [Note(name=n, reason=over) for n, harm in harms.items() if harm > recipe.maintain_bound]
-    gm.meta["plan"] = dataclasses.replace(plan, notes=(*plan.notes, *notes))
-    gm.meta["maintenance"] = {
-        "bound": None if forced else recipe.maintain_bound,
-        "budget": None if forced else recipe.maintain_bytes,
-        "cache_type": recipe.cache_type,
-        "features": [dataclasses.asdict(d) for d in decisions],
-        "bytes": {
+    found = Maintenance(
+        bound=None if forced else recipe.maintain_bound,
+        budget=None if forced else recipe.maintain_bytes,
+        cache_type=recipe.cache_type,
+        features=tuple(decisions),
+        bytes={
             RECONSTRUCT: total_bytes(options, dict.fromkeys(features, RECONSTRUCT)),
             # Of everything that can be.
             CACHE: total_bytes(options, {n: CACHE if n in cached else RECONSTRUCT for n in features}),
             "chosen": total_bytes(options, chosen),
         },
-        "seconds_per_call": {
+        seconds_per_call={
             RECONSTRUCT: seconds_per_call(gm, before),
             "chosen": seconds_per_call(gm, after),
         },
-    }
+    )
+    set_state(gm, dataclasses.replace(state_of(gm).with_notes(*notes), maintenance=found))
     return gm
 
 
@@ -120,7 +104,8 @@ def _decisions(
     *,
     forced: bool,
 ) -> list[Decision]:
-    recipe, paths = gm.meta["recipe"], _paths(gm)
+    state = state_of(gm)
+    paths = dict(zip(state.features, state.feature_paths, strict=True))
     users: dict[str, set[str]] = {}  # tensor -> the features that may need it
     for feature, given in options.items():
         for option in given.values():
@@ -132,7 +117,7 @@ def _decisions(
         found.append(
             Decision(
                 feature=name,
-                path=paths.get(name, name),
+                path=paths[name],
                 key=() if name in floats else feature_key(gm, name),
                 bytes=own,
                 disturbance={m: o.distance for m, o in given.items()},
@@ -142,7 +127,7 @@ def _decisions(
                 if name in floats
                 else "Recipe.maintain is cache"
                 if forced
-                else _why(given, own, chosen[name], recipe.maintain_bound),
+                else _why(given, own, chosen[name], state.recipe.maintain_bound),
             )
         )
     return found
@@ -160,8 +145,3 @@ def _why(given: Mapping[str, Option], own: Mapping[str, int], chosen: str, bound
     if mine < theirs:
         return f"disturbance {mine:.1e}, {other}: {theirs:.1e}; with the others cached what they share goes, or the budget allows it"
     return f"{own[chosen]} bytes of its own, {other}: {own[other]}; what the features share makes it smaller in all"
-
-
-def _paths(gm: GraphModule) -> dict[str, str]:
-    """Feature -> the weight of its layer."""
-    return {layer.node: layer.path for layer in gm.meta["plan"].layers}

@@ -8,12 +8,12 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule
 
-from tfmq_fx.calibration.temporal_rows import chunks_of, is_scalar, require_keys_only, run_temporal, tables
+from tfmq_fx.calibration.temporal_rows import chunks_of, is_scalar, require_keys_only, run_temporal
 from tfmq_fx.graph.inputs import placeholders
 from tfmq_fx.graph.nodes import fixed_size, meta_value
-from tfmq_fx.passes.quantize.cache_temporal import feature_key, is_per_row, table_sizes
+from tfmq_fx.passes.quantize.cache_temporal import feature_key, is_per_row
 from tfmq_fx.passes.quantize.observed import without_observers
-from tfmq_fx.passes.temporal.find_temporal import temporal_of
+from tfmq_fx.passes.quantize.state import state_of, temporal_of
 from tfmq_fx.passes.temporal.partition_temporal import extract_temporal
 
 
@@ -24,7 +24,8 @@ def feature_tables(gm: GraphModule, features: Iterable[str] | None = None) -> di
     None: every feature. Evaluated in pieces of 1024 rows; one by one where the timestep has shape (). Raises TFMQError
     for a feature without a finite key, and for a block that needs more than its keys.
     """
-    names = list(gm.meta["features"] if features is None else features)
+    all_features = state_of(gm).features
+    names = list(all_features if features is None else features)
     keys = {name: feature_key(gm, name) for name in names}
     block = float_block(gm)
     require_keys_only(gm, block)
@@ -34,7 +35,7 @@ def feature_tables(gm: GraphModule, features: Iterable[str] | None = None) -> di
         wanted = [n for n in names if keys[n] == key]
         pieces: dict[str, list[Tensor]] = {n: [] for n in wanted}
         for part in chunks_of(key_rows(gm, key)):
-            values = dict(zip(gm.meta["features"], run_temporal(block, part, scalar=scalar), strict=True))
+            values = dict(zip(all_features, run_temporal(block, part, scalar=scalar), strict=True))
             for name in wanted:
                 value = values[name]
                 # A scalar timestep runs row by row, and keeps the batch of one of what other inputs join.
@@ -45,10 +46,11 @@ def feature_tables(gm: GraphModule, features: Iterable[str] | None = None) -> di
 
 def key_rows(gm: GraphModule, key: tuple[str, ...]) -> dict[str, Tensor]:
     """Every value of a key, row-major, as inputs of the block; zeros for inputs that the key does not hold."""
-    values, sizes = tables(gm), table_sizes(gm)
+    state = state_of(gm)
+    values, sizes = state.tables, state.sizes
     index = torch.cartesian_prod(*[torch.arange(sizes[n]) for n in key]).reshape(-1, len(key))
     rows = {}
-    for name in (gm.meta["timestep"], *gm.meta["conditioning"]):
+    for name in (state.timestep, *state.conditioning):
         fake = meta_value(placeholders(gm)[name])
         if name in key:
             value = values[name][index[:, key.index(name)]]

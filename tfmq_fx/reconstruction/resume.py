@@ -32,8 +32,9 @@ from tfmq_fx.base.parallel import Ranks
 from tfmq_fx.observers.static import StaticFakeQuantize
 from tfmq_fx.observers.weight import PerChannelWeightFakeQuantize
 from tfmq_fx.passes.quantize.observed import observers
+from tfmq_fx.passes.quantize.results import BlockResult
+from tfmq_fx.passes.quantize.state import state_of
 from tfmq_fx.recipe import Reconstruction
-from tfmq_fx.reconstruction.streams import BlockResult
 
 STATE = "state.json"
 
@@ -161,7 +162,7 @@ def _learned(block: GraphModule) -> dict[str, Tensor]:
 def fingerprint(gm: GraphModule, tensors: Mapping[str, Tensor], settings: Reconstruction, seed: int) -> str:
     """A hash of all that decides the integers: network, data, recipe, seed."""
     digest = hashlib.sha256()
-    for text in (gm.meta["recipe"].to_json(), dataclasses.asdict(settings), seed):
+    for text in (state_of(gm).recipe.to_json(), dataclasses.asdict(settings), seed):
         digest.update(json.dumps(text, sort_keys=True).encode())
     digest.update(str(gm.graph).encode())
     update_with_tensors(digest, sorted(tensors.items()))

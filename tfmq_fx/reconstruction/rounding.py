@@ -19,9 +19,10 @@ from tfmq_fx.graph.nodes import attribute, fresh, groups_of, weight_argument
 from tfmq_fx.observers.static import StaticFakeQuantize
 from tfmq_fx.observers.weight import PerChannelWeightFakeQuantize
 from tfmq_fx.passes.quantize.observed import observers, without_observers
+from tfmq_fx.passes.quantize.results import BlockResult
 from tfmq_fx.recipe import Reconstruction
 from tfmq_fx.reconstruction.gptq import Moments, column_pieces, corrected, gptq, joined, parted, supported
-from tfmq_fx.reconstruction.streams import BlockResult, Streams
+from tfmq_fx.reconstruction.streams import Streams
 
 
 def choose_rounding(

@@ -10,10 +10,11 @@ from torch import Tensor
 from torch.fx import GraphModule
 
 from tfmq_fx.base.parallel import Ranks, Workers
+from tfmq_fx.passes.quantize.results import BlockResult
 from tfmq_fx.recipe import Reconstruction
 from tfmq_fx.reconstruction.resume import Finished
 from tfmq_fx.reconstruction.rounding import choose_rounding
-from tfmq_fx.reconstruction.streams import BlockResult, Part, Streams
+from tfmq_fx.reconstruction.streams import Part, Streams
 
 
 @dataclass(frozen=True)

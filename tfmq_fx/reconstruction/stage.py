@@ -18,16 +18,18 @@ from torch.fx import GraphModule
 from tfmq_fx.base.parallel import Ranks, workers
 from tfmq_fx.calibration.data import CalibrationSet, inputs_of
 from tfmq_fx.calibration.temporal_rows import is_scalar, require_keys_only, run_temporal, temporal_rows
+from tfmq_fx.graph.state import set_state
 from tfmq_fx.observers.weight import PerChannelWeightFakeQuantize
 from tfmq_fx.passes.pass_manager import declare
-from tfmq_fx.passes.quantize.observed import observers, require_stage, set_mode
+from tfmq_fx.passes.quantize.observed import observers, set_mode
 from tfmq_fx.passes.quantize.plan import Note
-from tfmq_fx.passes.temporal.find_temporal import temporal_of
+from tfmq_fx.passes.quantize.results import BlockResult
+from tfmq_fx.passes.quantize.state import require_stage, state_of, temporal_of
 from tfmq_fx.passes.temporal.partition_temporal import extract_temporal
 from tfmq_fx.recipe import Reconstruction
 from tfmq_fx.reconstruction.resume import Finished, fingerprint
 from tfmq_fx.reconstruction.run import Run
-from tfmq_fx.reconstruction.streams import BlockResult, Outputs, Part, Streams
+from tfmq_fx.reconstruction.streams import Outputs, Part, Streams
 from tfmq_fx.reconstruction.tuning import Memory, NetworkStreams, float_outputs, tune, weights_to_tune
 from tfmq_fx.reconstruction.walk import Walk, fixed_batch
 
@@ -52,12 +54,12 @@ def reconstruct(
     state: a folder that keeps every finished block; the same call after an interruption goes on from there and
         ends with the same integers. It stays; remove it when the result is saved.
 
-    The results are in gm.meta["reconstruction"]; tuning that settings.max_memory does not allow is left out, which a
-    note of gm.meta["plan"] says. Raises TFMQError when a loss becomes NaN, naming the block, and for a state folder that
+    The results are in the graph's state (`state_of(gm).reconstruction`); tuning that settings.max_memory does not allow is
+    left out, which a note of its plan says. Raises TFMQError when a loss becomes NaN, naming the block, and for a state folder that
     cannot be written or belongs to another run.
     """
-    require_stage(gm, "calibrated")
-    settings = settings or gm.meta["recipe"].reconstruction
+    recipe = require_stage(gm, "calibrated").recipe
+    settings = settings or recipe.reconstruction
     iterations = tune_iterations(settings)
     if settings.method == temporal_method(settings) == "nearest" and not iterations:
         return gm
@@ -77,7 +79,7 @@ def reconstruct(
         with workers(settings.shards) as threads, torch.no_grad():
             run = Run(settings, seed, finished, threads, ranks)
             # A block whose features will be looked up is not worth learning, and the others shall see what they will look up.
-            cached = gm.meta["recipe"].maintain == "cache"
+            cached = recipe.maintain == "cache"
             if temporal_method(settings) != "nearest" and _learnable(gm, temporal=True) and not cached:
                 results.append(_reconstruct_temporal(gm, calibration, run))
             if _learnable(gm, temporal=False):
@@ -89,7 +91,7 @@ def reconstruct(
     finally:
         for p in frozen:
             p.requires_grad_(True)
-    gm.meta.update(stage="reconstructed", reconstruction=tuple(results))
+    set_state(gm, dataclasses.replace(state_of(gm), stage="reconstructed", reconstruction=tuple(results)))
     return gm
 
 
@@ -133,7 +135,7 @@ def _reconstruct_temporal(gm: GraphModule, calibration: CalibrationSet, run: Run
     block = extract_temporal(gm, temporal_of(gm))
     require_keys_only(gm, block)
     rows, scalar = temporal_rows(gm, calibration.tensors), is_scalar(gm)
-    count, size = len(rows[gm.meta["timestep"]]), run.settings.temporal_batch_size
+    count, size = len(rows[state_of(gm).timestep]), run.settings.temporal_batch_size
     shuffled = torch.arange(count)
     if count > size:
         shuffled = torch.randperm(count, generator=torch.Generator().manual_seed(run.seed))
@@ -177,7 +179,7 @@ def _tune(
             reason=f"left out: it takes {least / 2**30:.1f} GiB, Reconstruction.max_memory is {settings.max_memory:g}",
             coarser=False,
         )
-        gm.meta["plan"] = dataclasses.replace(gm.meta["plan"], notes=(*gm.meta["plan"].notes, note))
+        set_state(gm, state_of(gm).with_notes(note))
         return []
     keep_targets = memory.needed(count * at_once, targets=len(drawn)) <= limit
     room = limit - memory.needed(0, targets=len(drawn) if keep_targets else 0)
@@ -196,7 +198,7 @@ def _tune(
             chunks,
             workers=run.workers,
             ranks=run.ranks,
-            timesteps=calibration.tensors[gm.meta["timestep"]][torch.cat(batches)],
+            timesteps=calibration.tensors[state_of(gm).timestep][torch.cat(batches)],
             keep_targets=keep_targets,
         )
         return tune(streams, weights, settings, iterations, run.order(index, len(chunks)))

@@ -15,22 +15,6 @@ from tfmq_fx.passes.quantize.observed import without_observers
 Outputs = tuple[Tensor, ...]
 
 
-@dataclass(frozen=True, kw_only=True)
-class BlockResult:
-    """What reconstruction did to one block, or tuning to the network; errors are mean squared, against the float stream.
-
-    Those of tuning are in units of what each timestep's error was before it: `error_nearest` is 1.
-    """
-
-    name: str
-    weights: int  # weights whose rounding was learned
-    error_nearest: float
-    error: float
-    kept: str  # "learned", "gptq" or "tuned"; "nearest", or "untuned", where nothing helped
-    seconds: float
-    hessian_pieces: int = 1  # the most pieces that GPTQ cut a layer's columns into, to keep to gptq_memory
-
-
 @dataclass(frozen=True)
 class Part:
     """Some rows of a chunk of calibration data."""

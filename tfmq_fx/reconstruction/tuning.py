@@ -22,10 +22,11 @@ from torch.utils import _pytree as pytree
 from tfmq_fx.base.errors import TFMQError
 from tfmq_fx.base.progress import track
 from tfmq_fx.observers.weight import PerChannelWeightFakeQuantize
-from tfmq_fx.passes.temporal.find_temporal import temporal_of
+from tfmq_fx.passes.quantize.results import BlockResult
+from tfmq_fx.passes.quantize.state import temporal_of
 from tfmq_fx.recipe import Reconstruction
 from tfmq_fx.reconstruction.rounding import weights_of
-from tfmq_fx.reconstruction.streams import BlockResult, Outputs, Part, Streams
+from tfmq_fx.reconstruction.streams import Outputs, Part, Streams
 
 NAME = "whole network"
 RISE = 10  # steps in which the learning rate rises, before it falls to zero

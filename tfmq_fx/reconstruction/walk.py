@@ -22,9 +22,10 @@ from tfmq_fx.graph.nodes import fixed_size, fresh, meta_value, weight_argument
 from tfmq_fx.observers.weight import PerChannelWeightFakeQuantize
 from tfmq_fx.passes.quantize.find_blocks import find_blocks
 from tfmq_fx.passes.quantize.observed import observers, without_observers
+from tfmq_fx.passes.quantize.results import BlockResult
 from tfmq_fx.reconstruction.run import Run
 from tfmq_fx.reconstruction.spill import Budget, Values
-from tfmq_fx.reconstruction.streams import BlockResult, Outputs, Part, Streams
+from tfmq_fx.reconstruction.streams import Outputs, Part, Streams
 
 
 def _constant(gm: GraphModule) -> set[Node]:
@@ -42,7 +43,6 @@ class Walk:
 
     def __init__(self, gm: GraphModule, data: CalibrationSet, run: Run) -> None:
         self.gm, self.config = fresh(gm), run
-        self.gm.meta = gm.meta
         self.data = data
         drawn = data.draw(run.settings.num_samples, seed=run.seed)
         batches = data.groups(run.settings.batch_size, rows=drawn, one_timestep=is_scalar(gm))

@@ -25,27 +25,23 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.fx import GraphModule
 
 from tfmq_fx.artefact.drop_in import QuantizedGraph
-from tfmq_fx.artefact.program import dynamic_shapes, example_inputs, exported, save_program
-from tfmq_fx.base.arithmetic import NO_INT8
+from tfmq_fx.artefact.program import dynamic_shapes, example_inputs, exported, graph_of, save_program
+from tfmq_fx.base.arithmetic import NO_INT8, ByteSums
 from tfmq_fx.base.errors import TFMQError
 from tfmq_fx.base.files import replace_files
-from tfmq_fx.passes.int8.byte_activations import byte_activations
 from tfmq_fx.passes.int8.flatten_linears import flatten_linears
 from tfmq_fx.passes.int8.fold_weights import fold_weights
-from tfmq_fx.passes.int8.rescale_temporal import rescale_temporal
-from tfmq_fx.passes.int8.rescale_tokens import rescale_tokens
 from tfmq_fx.passes.int8.signed_weights import signed_weights
+from tfmq_fx.passes.int8.to_int8 import TO_INT8
 from tfmq_fx.passes.pass_manager import PassManager
-from tfmq_fx.runtimes.cpu import int8_instructions
+from tfmq_fx.runtimes.cpu import byte_sums
 from tfmq_fx.runtimes.exported import fallen_back
 from tfmq_fx.runtimes.layers import quantized_layers, saturating_layers
 from tfmq_fx.runtimes.torch_engine import OPTIONS
 
 log = logging.getLogger(__name__)
-PASSES = (rescale_temporal, rescale_tokens, byte_activations, signed_weights, flatten_linears)
 COMPILERS = ("g++", "clang++", "c++")
 # What Inductor's C++ calls for a convolution or linear: oneDNN on bytes, and everything else.
 _INT8 = re.compile(r"aoti_torch_cpu__q(?:conv|linear)\w*pointwise\w*\(")
@@ -75,13 +71,11 @@ def export_aot(model: QuantizedGraph, file: Path, *, strict: bool) -> dict[str, 
         raise TFMQError(
             f'export: format "aot" is for the CPU, and the network is on {model.device}; quantize it on the CPU, or load it.'
         )
-    gm = exported(model).module(check_guards=False)
-    assert isinstance(gm, GraphModule)
-    gm.meta = {}
-    PassManager(PASSES)(gm)
+    gm = graph_of(exported(model))
+    PassManager([*TO_INT8, signed_weights, flatten_linears])(gm)
     wanted, saturating = len(quantized_layers(gm)), saturating_layers(gm)
     because, elsewhere, stored = "", "", wanted
-    if saturating and not int8_instructions():
+    if saturating and byte_sums() is not ByteSums.EXACT:
         fold_weights(gm, saturating)
         stored -= len(saturating)
         because = f"; {len(saturating)} would saturate: {NO_INT8}"

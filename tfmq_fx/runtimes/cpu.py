@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from tfmq_fx.base.arithmetic import ByteSums
+
 # What multiplies bytes: VNNI in its two encodings, AMX, and Arm's dot products.
 INT8_INSTRUCTIONS = ("avx512_vnni", "avx_vnni", "avx_vnni_int8", "amx_int8", "dotprod", "i8mm")
 
@@ -23,3 +25,10 @@ def int8_instructions() -> list[str]:
 def adds_pairs() -> bool:
     """Whether this CPU can multiply bytes by AVX2: see `arithmetic.PAIRS_FIT`."""
     return bool(dict(torch.cpu.get_capabilities()).get("avx2"))
+
+
+def byte_sums() -> ByteSums:
+    """Return how this CPU sums products of bytes."""
+    if int8_instructions():
+        return ByteSums.EXACT
+    return ByteSums.PAIRS if adds_pairs() else ByteSums.NONE

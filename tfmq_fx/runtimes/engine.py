@@ -17,6 +17,7 @@ from torch import nn
 
 from tfmq_fx.artefact.drop_in import QuantizedGraph
 from tfmq_fx.artefact.graph_json import graph_to_json, tensors_of
+from tfmq_fx.base.arithmetic import ByteSums
 from tfmq_fx.base.errors import TFMQError
 from tfmq_fx.base.files import update_with_tensors
 from tfmq_fx.runtimes.layers import Kernel
@@ -31,6 +32,19 @@ class Engine(Protocol):
     """A compiled network: the graph's inputs in order, its outputs nested as the graph nests them."""
 
     seconds: dict[int, float]  # what compiling or loading for a batch took, by its size
+
+
+@dataclass(frozen=True, kw_only=True)
+class Compilation:
+    """What an engine is asked for: `lower`'s arguments, and what this CPU does with bytes."""
+
+    root: Path  # where converted and compiled networks lie
+    keep: bool  # for the next process: the folder is a cache
+    sums: ByteSums
+    precision: str | None  # of what is not int8; None: bfloat16 where the CPU computes in it
+    batch: int  # the size of batch to compile for now
+    compile: bool | None  # None: where it can be
+    pack: str | None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,9 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from tfmq_fx.artefact.drop_in import QuantizedGraph
+from tfmq_fx.artefact.program import exported, save_program
 from tfmq_fx.base.errors import TFMQError
 from tfmq_fx.base.files import replace_files
+from tfmq_fx.runtimes.aot_package import export_aot
 from tfmq_fx.runtimes.exported import Exported
+from tfmq_fx.runtimes.onnx_file import export_onnx
+from tfmq_fx.runtimes.openvino_file import export_folder
 
 log = logging.getLogger(__name__)
 
@@ -77,34 +81,24 @@ def _files(file: Path) -> list[Path]:
 
 
 def _pt2(model: QuantizedGraph, file: Path, _strict: bool) -> dict[str, Any]:
-    from tfmq_fx.artefact.program import exported, save_program
-
     program = exported(model)
     replace_files(file, lambda path: save_program(program, path))
     return {"notes": ("torch.export.load gives quantize/dequantize pairs around float kernels",)}
 
 
 def _openvino(model: QuantizedGraph, folder: Path, _strict: bool) -> dict[str, Any]:
-    from tfmq_fx.runtimes.openvino_file import export_folder
-
     return {"notes": export_folder(model, folder)}
 
 
 def _onnx(model: QuantizedGraph, file: Path, strict: bool) -> dict[str, Any]:
-    from tfmq_fx.runtimes.onnx_file import export_onnx
-
     return export_onnx(model, file, for_onnxruntime=False, strict=strict)
 
 
 def _onnxruntime(model: QuantizedGraph, file: Path, strict: bool) -> dict[str, Any]:
-    from tfmq_fx.runtimes.onnx_file import export_onnx
-
     return export_onnx(model, file, for_onnxruntime=True, strict=strict)
 
 
 def _aot(model: QuantizedGraph, file: Path, strict: bool) -> dict[str, Any]:
-    from tfmq_fx.runtimes.aot_package import export_aot
-
     return export_aot(model, file, strict=strict)
 
 

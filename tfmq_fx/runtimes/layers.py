@@ -47,6 +47,19 @@ class EngineLayer:
     float_because: str  # why no int8 kernel can run it; "" when both its inputs are quantized
     saturates: bool = False  # whether it stays in float because this CPU's int8 kernels would be wrong
 
+    def ran_as(self, kernel: str, *, precision: str, int8: bool, reason: str) -> Kernel:
+        """Return what the layer runs as; reason: why that is not int8, "" when it is."""
+        return Kernel(
+            path=self.path or self.node,
+            op=self.op,
+            kernel=kernel,
+            precision=precision,
+            int8=int8,
+            reason=reason,
+            fell_back=not int8 and not self.float_because,
+            flops=self.flops,
+        )
+
 
 def layers_of(gm: GraphModule) -> Iterator[EngineLayer]:
     """The layers of a quantized graph whose nodes have the shapes of capture."""

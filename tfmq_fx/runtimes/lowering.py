@@ -6,6 +6,7 @@ import logging
 import tempfile
 import warnings
 import weakref
+from collections.abc import Sequence
 from contextlib import ExitStack
 from importlib.util import find_spec
 from pathlib import Path
@@ -15,20 +16,21 @@ import torch
 from torch import nn
 
 from tfmq_fx.artefact.drop_in import DropIn, QuantizedGraph
-from tfmq_fx.base.arithmetic import NO_INT8
+from tfmq_fx.base.arithmetic import NO_INT8, ByteSums
 from tfmq_fx.base.errors import TFMQError, nearest_names
+from tfmq_fx.passes.int8.to_int8 import TO_INT8
 from tfmq_fx.passes.pass_manager import PassManager
-from tfmq_fx.runtimes.cpu import adds_pairs, int8_instructions
-from tfmq_fx.runtimes.engine import PRECISIONS, kernels_to_json
-from tfmq_fx.runtimes.layers import layers_of, saturating_layers
+from tfmq_fx.runtimes.cpu import byte_sums, int8_instructions
+from tfmq_fx.runtimes.engine import PRECISIONS, Compilation, kernels_to_json
+from tfmq_fx.runtimes.layers import Kernel, layers_of, saturating_layers
 from tfmq_fx.runtimes.openvino_engine import lower_openvino
-from tfmq_fx.runtimes.openvino_file import PASSES, require_openvino
+from tfmq_fx.runtimes.openvino_file import require_openvino
 from tfmq_fx.runtimes.torch_engine import flat_graph, lower_torch
 
 log = logging.getLogger(__name__)
 
 
-ENGINES = ("openvino", "torch")
+ENGINES = {"openvino": lower_openvino, "torch": lower_torch}
 
 
 # OpenVINO's int8 kernel of linear layers on CPUs with AVX2 and without VNNI: a DiT-XL took as long as in float32.
@@ -49,15 +51,8 @@ class LoweredModel(DropIn):
     network: Any  # an Engine
 
     def __init__(self, model: QuantizedGraph, compiled: nn.Module, *, lowering: dict[str, Any]) -> None:
-        super().__init__(
-            compiled,
-            interface=model.interface,
-            timesteps=model.timesteps,
-            finite=model.finite,
-            config=model._config,
-            recipe=model.recipe,
-            report={**model._report, "lowering": lowering},
-        )
+        parts = model.parts()
+        super().__init__(compiled, **{**parts, "report": {**parts["report"], "lowering": lowering}})
 
     @property
     def report(self) -> dict[str, Any]:
@@ -109,35 +104,53 @@ def lower(
         raise TFMQError(
             f'target "cpu": the network is on {model.device}; quantize it on the CPU, or load it from disk.'
         )
-    instructions = int8_instructions()
-    pairs = not instructions and adds_pairs()
-    engine, compile = _engine(engine, compile=compile, pack=pack, model=model, pairs=pairs)
+    sums = byte_sums()
+    engine, compile = _engine(engine, compile=compile, pack=pack, model=model, sums=sums)
     if precision not in (None, *PRECISIONS):
         raise TFMQError(f"precision={precision!r}: unknown; use {nearest_names(str(precision), PRECISIONS)}.")
-    if not instructions:
-        which = (
-            "layers whose weights reach beyond 64 steps from zero, as 8 bits do, run"
-            if pairs
-            else "every layer runs"
-        )
-        words = f"{NO_INT8}: {which} in float, with the same integers."
-        if strict and not pairs:
-            raise TFMQError(f'target "cpu": {words}')
-        warnings.warn(words, stacklevel=2)
-    cpu = {"int8": bool(instructions) or pairs, "pairs": pairs}
+    if sums is not ByteSums.EXACT:
+        _warn(sums, strict=strict)
     with ExitStack() as stack:
         # Without a cache, the files live as long as the network that compiles from them.
-        root = Path(cache or stack.enter_context(tempfile.TemporaryDirectory(prefix="tfmq-lowering-")))
-        if engine == "openvino":
-            lowered = lower_openvino(
-                model, root, precision=precision, batch=batch, keep=cache is not None, **cpu
-            )
-        else:
-            lowered = lower_torch(
-                model, root, precision=precision, batch=batch, compile=compile, pack=pack, **cpu
-            )
+        root = cache or stack.enter_context(tempfile.TemporaryDirectory(prefix="tfmq-lowering-"))
+        wanted = Compilation(
+            root=Path(root),
+            keep=cache is not None,
+            sums=sums,
+            precision=precision,
+            batch=batch,
+            compile=compile,
+            pack=pack,
+        )
+        lowered = ENGINES[engine](model, wanted)
         weakref.finalize(lowered.network, stack.pop_all().close)
-    kernels = lowered.kernels
+    total, int8 = _checked(lowered.kernels, strict=strict)
+    lowering = {
+        "target": target,
+        "engine": engine,
+        "instructions": ["avx2"] if sums is ByteSums.PAIRS else int8_instructions(),
+        "threads": torch.get_num_threads(),
+        "pack": pack,
+        **lowered.details,
+        "flops": {"total": total, "int8": int8},
+        "kernels": kernels_to_json(lowered.kernels),
+    }
+    return LoweredModel(model, lowered.network, lowering=lowering)
+
+
+def _warn(sums: ByteSums, *, strict: bool) -> None:
+    """Warn of a CPU without int8 instructions. Raises TFMQError under `strict` when it can multiply no bytes at all."""
+    which = "every layer runs"
+    if sums is ByteSums.PAIRS:
+        which = "layers whose weights reach beyond 64 steps from zero, as 8 bits do, run"
+    words = f"{NO_INT8}: {which} in float, with the same integers."
+    if strict and sums is ByteSums.NONE:
+        raise TFMQError(f'target "cpu": {words}')
+    warnings.warn(words, stacklevel=3)
+
+
+def _checked(kernels: Sequence[Kernel], *, strict: bool) -> tuple[int, int]:
+    """Return the FLOPs in all and in int8. Raises TFMQError under `strict` when a quantized layer runs in float."""
     total, int8 = sum(k.flops for k in kernels), sum(k.int8_flops for k in kernels)
     log.info("lower: %.1f%% of %.3g FLOPs in int8", 100 * int8 / max(total, 1), total)
     slow = sum(k.flops for k in kernels if k.kernel == SLOW_GEMM)
@@ -154,21 +167,11 @@ def lower(
             + "; ".join(f"{k.path}: {k.reason}" for k in fallen[:8])
             + ("; ..." if len(fallen) > 8 else ".")
         )
-    lowering = {
-        "target": target,
-        "engine": engine,
-        "instructions": ["avx2"] if pairs else instructions,
-        "threads": torch.get_num_threads(),
-        "pack": pack,
-        **lowered.details,
-        "flops": {"total": total, "int8": int8},
-        "kernels": kernels_to_json(kernels),
-    }
-    return LoweredModel(model, lowered.network, lowering=lowering)
+    return total, int8
 
 
 def _engine(
-    engine: str | None, *, compile: bool | None, pack: str | None, model: QuantizedGraph, pairs: bool
+    engine: str | None, *, compile: bool | None, pack: str | None, model: QuantizedGraph, sums: ByteSums
 ) -> tuple[str, bool | None]:
     """The engine to use, and whether it compiles. Raises TFMQError for an unknown one, and for what the one wanted cannot do."""
     if engine not in (None, *ENGINES):
@@ -194,7 +197,7 @@ def _engine(
             'lower: openvino is not installed, torch compiles instead; pip install "tfmq_fx[openvino]" for the faster engine.'
         )
         return "torch", compile
-    if pairs and (share := _linear_share(model)) > MOST:
+    if sums is ByteSums.PAIRS and (share := _linear_share(model)) > MOST:
         log.info('lower: %.0f%% of it are linear layers, which engine="torch" runs faster here', 100 * share)
         return "torch", False  # to compile a DiT-XL takes more than 22 GB
     return "openvino", None
@@ -203,7 +206,7 @@ def _engine(
 def _linear_share(model: QuantizedGraph) -> float:
     """How much of a network are linear layers that run as `SLOW_GEMM`, where int8 kernels add pairs."""
     gm = flat_graph(model)
-    PassManager(PASSES)(gm)
+    PassManager(TO_INT8)(gm)
     saturating = {n.name for n in saturating_layers(gm)}
     layers = list(layers_of(gm))
     slow = (layer for layer in layers if layer.op == "linear" and layer.node not in saturating)

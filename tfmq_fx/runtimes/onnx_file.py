@@ -31,13 +31,11 @@ import torch
 from torch.fx import GraphModule
 
 from tfmq_fx.artefact.drop_in import QuantizedGraph
-from tfmq_fx.artefact.program import dynamic_shapes, example_inputs, exported
+from tfmq_fx.artefact.program import dynamic_shapes, example_inputs, exported, graph_of
 from tfmq_fx.base.errors import TFMQError
 from tfmq_fx.base.files import replace_files
 from tfmq_fx.graph.nodes import aten, meta_value
-from tfmq_fx.passes.int8.byte_activations import byte_activations
-from tfmq_fx.passes.int8.rescale_temporal import rescale_temporal
-from tfmq_fx.passes.int8.rescale_tokens import rescale_tokens
+from tfmq_fx.passes.int8.to_int8 import TO_INT8
 from tfmq_fx.passes.int8.unfold_convolutions import unfold_convolutions
 from tfmq_fx.passes.pass_manager import PassManager
 from tfmq_fx.runtimes.exported import fallen_back
@@ -85,16 +83,8 @@ def export_onnx(model: QuantizedGraph, file: Path, *, for_onnxruntime: bool, str
     require_onnx()
     import onnx_ir
 
-    gm = exported(model).module(check_guards=False)
-    assert isinstance(gm, GraphModule)
-    gm.meta = {}
-    passes = (
-        rescale_temporal,
-        rescale_tokens,
-        byte_activations,
-        *([unfold_convolutions] if for_onnxruntime else []),
-    )
-    PassManager(passes)(gm)
+    gm = graph_of(exported(model))
+    PassManager([*TO_INT8, *([unfold_convolutions] if for_onnxruntime else [])])(gm)
     _four_dimensional_attention(gm)
     wanted = len(quantized_layers(gm))
     inputs = example_inputs(model, batch=2)

@@ -17,10 +17,11 @@ from torch.utils import _pytree as pytree
 
 from tfmq_fx.artefact.drop_in import QuantizedGraph
 from tfmq_fx.artefact.program import example_inputs
-from tfmq_fx.base.arithmetic import SATURATES
+from tfmq_fx.base.arithmetic import SATURATES, ByteSums
 from tfmq_fx.base.files import replace_folder
 from tfmq_fx.runtimes.engine import (
     PRECISIONS,
+    Compilation,
     Lowered,
     cache_key,
     choose_precision,
@@ -31,48 +32,40 @@ from tfmq_fx.runtimes.layers import EngineLayer, Kernel
 from tfmq_fx.runtimes.openvino_file import FLOAT, MODEL, WEIGHTS, read_layers, require_openvino, write
 
 
-def lower_openvino(
-    model: QuantizedGraph,
-    root: Path,
-    *,
-    precision: str | None,
-    batch: int,
-    keep: bool,
-    int8: bool,
-    pairs: bool,
-) -> Lowered:
+def lower_openvino(model: QuantizedGraph, wanted: Compilation) -> Lowered:
+    """Convert and compile with OpenVINO, or take both from the cache."""
     openvino = require_openvino()
     can = openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
-    precision = choose_precision(precision, has_bfloat16="BF16" in can)
+    precision = choose_precision(wanted.precision, has_bfloat16="BF16" in can)
+    pairs = wanted.sums is ByteSums.PAIRS
+
+    def convert(new: Path) -> None:
+        write(model, new, float_share=float(pairs))
+
+    start = time.perf_counter()
+    folder = wanted.root / cache_key(model, f"{openvino.__version__}{' pairs' * pairs}")
+    cached = folder.is_dir()
+    if not cached:
+        replace_folder(folder, convert)
+    converted = time.perf_counter() - start
+    layers = read_layers(folder)
+    all_float = pairs and all(layer.saturates or layer.float_because for layer in layers)
     settings: dict[str, Any] = {
         "PERFORMANCE_HINT": "LATENCY",
         "INFERENCE_PRECISION_HINT": PRECISIONS[precision],
         "INFERENCE_NUM_THREADS": torch.get_num_threads(),
         # OpenVINO would round what the recipe leaves in float, in front of weights that it unpacks.
         "DYNAMIC_QUANTIZATION_GROUP_SIZE": 0,
-        **({} if int8 else FLOAT),
+        **(FLOAT if all_float or wanted.sums is ByteSums.NONE else {}),
     }
-
-    def convert(new: Path) -> None:
-        write(model, new, float_share=float(pairs))
-
-    start = time.perf_counter()
-    folder = root / cache_key(model, f"{openvino.__version__}{' pairs' * pairs}")
-    cached = folder.is_dir()
-    if not cached:
-        replace_folder(folder, convert)
-    converted = time.perf_counter() - start
-    layers = read_layers(folder)
-    if pairs and all(layer.saturates or layer.float_because for layer in layers):
-        settings |= FLOAT
     # OpenVINO tells compiled networks apart by some of these settings, and not by all.
     conditions = json.dumps([settings, sorted(can), openvino.__version__])
     kept = folder / hashlib.sha256(conditions.encode()).hexdigest()[:16]
-    if keep:
+    if wanted.keep:
         kept.mkdir(exist_ok=True)
         settings["CACHE_DIR"] = str(kept)
     compiled = Compiled(folder, model=model, settings=settings)
-    compiled(*example_inputs(model, batch=batch).values())
+    compiled(*example_inputs(model, batch=wanted.batch).values())
     first = time.perf_counter() - start - converted
     details = {
         "library": f"openvino {openvino.__version__}",
@@ -83,7 +76,7 @@ def lower_openvino(
         "seconds": {"convert": round(converted, 2), "first": round(first, 2)},
     }
     kernels = kernels_of_executions(layers, compiled)
-    if keep:
+    if wanted.keep:
         found = remembered(kept / "kernels.json", lambda: kernels_to_json(kernels))
         kernels = [Kernel(**k) for k in found]
     return Lowered(network=compiled, kernels=kernels, details=details)
@@ -108,16 +101,7 @@ def _kernel(layer: EngineLayer, executions: list[Execution]) -> Kernel:
         reason = "not among the nodes that OpenVINO executes: folded, or fused under another name"
     elif not int8:
         reason = layer.float_because or (SATURATES if layer.saturates else "OpenVINO chose a float kernel")
-    return Kernel(
-        path=layer.path or layer.node,
-        op=layer.op,
-        kernel=kernel,
-        precision=precision,
-        int8=int8,
-        reason=reason,
-        fell_back=not int8 and not layer.float_because,
-        flops=layer.flops,
-    )
+    return layer.ran_as(kernel, precision=precision, int8=int8, reason=reason)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -23,23 +23,19 @@ import torch
 from torch.fx import GraphModule
 
 from tfmq_fx.artefact.drop_in import QuantizedGraph
-from tfmq_fx.artefact.program import exported
+from tfmq_fx.artefact.program import exported, graph_of
 from tfmq_fx.base.errors import TFMQError
 from tfmq_fx.base.files import replace_folder
 from tfmq_fx.graph.inputs import placeholders
-from tfmq_fx.passes.int8.byte_activations import byte_activations
 from tfmq_fx.passes.int8.fold_weights import fold_weights
 from tfmq_fx.passes.int8.integer_weights import integer_weights
 from tfmq_fx.passes.int8.multiply_in_float import multiply_in_float
-from tfmq_fx.passes.int8.rescale_temporal import PRECISE, rescale_temporal
-from tfmq_fx.passes.int8.rescale_tokens import rescale_tokens
+from tfmq_fx.passes.int8.rescale_temporal import PRECISE
+from tfmq_fx.passes.int8.to_int8 import TO_INT8
 from tfmq_fx.passes.pass_manager import PassManager
 from tfmq_fx.runtimes.layers import EngineLayer, layers_of, saturating_layers, saturating_products
 
 MODEL, WEIGHTS, LAYERS = "network.xml", "network.bin", "layers.json"
-
-
-PASSES = (rescale_temporal, rescale_tokens, byte_activations)
 
 
 # A folder may be carried to any CPU: layers that saturate on some are in float in it where they are at most this share of the
@@ -84,10 +80,8 @@ def write(model: QuantizedGraph, folder: Path, *, float_share: float = 0.0) -> l
         is compiled with `FLOAT`.
     """
     openvino = require_openvino()
-    gm = decomposed(model).module(check_guards=False)
-    assert isinstance(gm, GraphModule)
-    gm.meta = {}
-    PassManager(PASSES)(gm)
+    gm = graph_of(decomposed(model))
+    PassManager(TO_INT8)(gm)
     before = {layer.node: layer for layer in layers_of(gm)}
     quantized = {name: layer.flops for name, layer in before.items() if not layer.float_because}
     weighted = saturating_layers(gm)

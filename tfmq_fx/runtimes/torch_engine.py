@@ -32,52 +32,47 @@ from torch.fx import GraphModule, Interpreter, Node
 from torch.utils import _pytree as pytree
 
 from tfmq_fx.artefact.drop_in import QuantizedGraph
-from tfmq_fx.artefact.program import example_inputs, exported
-from tfmq_fx.base.arithmetic import NO_INT8
+from tfmq_fx.artefact.program import example_inputs, exported, graph_of
+from tfmq_fx.base.arithmetic import NO_INT8, ByteSums
 from tfmq_fx.base.errors import TFMQError, first_line
 from tfmq_fx.graph.inputs import placeholders
 from tfmq_fx.graph.nodes import aten, fresh, mutated_inputs
 from tfmq_fx.passes.int8.bfloat16_glue import bfloat16_glue
-from tfmq_fx.passes.int8.byte_activations import byte_activations
 from tfmq_fx.passes.int8.fold_weights import fold, fold_weights, keep_what_is_read
-from tfmq_fx.passes.int8.onednn_kernels import FALLBACKS, KERNELS, LAY_OUT, LAYER, onednn_kernels
-from tfmq_fx.passes.int8.rescale_temporal import rescale_temporal
-from tfmq_fx.passes.int8.rescale_tokens import rescale_tokens
+from tfmq_fx.passes.int8.onednn_kernels import FALLBACK, KERNELS, LAY_OUT, LAYER, onednn_kernels
 from tfmq_fx.passes.int8.share_quantized import QUANTIZE, share_quantized
+from tfmq_fx.passes.int8.to_int8 import TO_INT8
 from tfmq_fx.passes.pass_manager import PassManager
 from tfmq_fx.runtimes.cpu import torch_has_bfloat16
-from tfmq_fx.runtimes.engine import Lowered, cache_key, choose_precision, kernels_to_json, remembered
+from tfmq_fx.runtimes.engine import (
+    PRECISIONS,
+    Compilation,
+    Lowered,
+    cache_key,
+    choose_precision,
+    kernels_to_json,
+    remembered,
+)
 from tfmq_fx.runtimes.layers import EngineLayer, Kernel, layers_of
 
 
-def lower_torch(
-    model: QuantizedGraph,
-    root: Path,
-    *,
-    precision: str | None,
-    batch: int,
-    compile: bool | None,
-    pack: str | None,
-    int8: bool,
-    pairs: bool,
-) -> Lowered:
+def lower_torch(model: QuantizedGraph, wanted: Compilation) -> Lowered:
+    """Prepare the graph with oneDNN's kernels, and compile it where that is wanted and possible."""
     has = dict(torch.cpu.get_capabilities())
-    precision = choose_precision(precision, has_bfloat16=torch_has_bfloat16())
+    precision = choose_precision(wanted.precision, has_bfloat16=torch_has_bfloat16())
     start = time.perf_counter()
-    conditions = json.dumps(
-        [precision, pack, int8, pairs, torch.get_num_threads(), has, OPTIONS], default=str
-    )
-    folder = root / cache_key(model, conditions)
+    settings = [precision, wanted.pack, wanted.sums.value, torch.get_num_threads(), has, OPTIONS]
+    folder = wanted.root / cache_key(model, json.dumps(settings, default=str))
     cached = folder.is_dir()
     folder.mkdir(parents=True, exist_ok=True)
     prepare = functools.cache(
-        lambda: prepare_graph(model, precision=precision, pack=pack, int8=int8, pairs=pairs)
+        lambda: prepare_graph(model, precision=precision, pack=wanted.pack, sums=wanted.sums)
     )
     kernels = remembered(folder / "kernels.json", lambda: kernels_to_json(prepare().kernels))
     held = remembered(folder / "weight_bytes.json", lambda: weight_bytes(prepare().gm))
-    inputs = list(example_inputs(model, batch=batch).values())
+    inputs = list(example_inputs(model, batch=wanted.batch).values())
     network, why_not = compiled_or_not(
-        lambda: prepare().gm, inputs, model=model, folder=folder, compile=compile
+        lambda: prepare().gm, inputs, model=model, folder=folder, compile=wanted.compile
     )
     first = time.perf_counter() - start
     details = {
@@ -98,9 +93,6 @@ log = logging.getLogger(__name__)
 PACKED = (torch.ops.tfmq.int4_conv.default, torch.ops.tfmq.int4_linear.default)
 
 
-PRECISIONS = {"float32": "f32", "bfloat16": "bf16"}
-
-
 # Inductor's, for this compilation alone. Frozen: weights are constants, laid out now and not at each call.
 OPTIONS = {"freezing": True, "aot_inductor.precompile_headers": False}
 
@@ -114,40 +106,35 @@ class Prepared:
 
 
 def prepare_graph(
-    model: QuantizedGraph, *, precision: str, pack: str | None, int8: bool = True, pairs: bool = False
+    model: QuantizedGraph, *, precision: str, pack: str | None, sums: ByteSums = ByteSums.EXACT
 ) -> Prepared:
-    """The flat graph of torch's operators and int8 kernels. Raises TFMQError naming a node that cannot run.
+    """Return the flat graph of torch's operators and int8 kernels. Raises TFMQError naming a node that cannot run.
 
-    int8: without, every layer stays in float on the same integers.
-    pairs: for a CPU whose kernels saturate: the layers that would stay in float.
+    sums: where they saturate, the layers whose weights make them stay in float, and without any all do, on the same
+        integers.
     """
     gm = flat_graph(model)
-    PassManager([rescale_temporal, rescale_tokens, byte_activations])(gm)
+    PassManager(TO_INT8)(gm)
     layers = list(layers_of(gm))
-    if int8:
-        PassManager([functools.partial(onednn_kernels, pack=pack, pairs=pairs), share_quantized])(gm)
-    else:
-        gm.meta[FALLBACKS] = {n.name: NO_INT8 for n in gm.graph.nodes}
+    if sums is not ByteSums.NONE:
+        PassManager([functools.partial(onednn_kernels, pack=pack, sums=sums), share_quantized])(gm)
     fold_weights(gm)
     inputs = example_inputs(model, batch=1)
     dtypes = dtypes_of(gm, inputs)
     if precision == "bfloat16":
         bfloat16_glue(gm, dtypes=dtypes, precise=set(placeholders(model.temporal_block)))
         dtypes_of(gm, inputs)  # an operator that has no bfloat16 is named
-    kernels = kernels_of_graph(gm, layers, PRECISIONS[precision])
+    kernels = kernels_of_graph(gm, layers, PRECISIONS[precision], sums)
     keep_what_is_read(gm)
     return Prepared(gm=gm, kernels=kernels)
 
 
 def flat_graph(model: QuantizedGraph) -> GraphModule:
-    """Without the submodule, writes in place, and checks: flat inputs and outputs, torch's composite operators."""
+    """Return the graph without the submodule, writes in place and checks, in torch's composite operators."""
     program = exported(model)
     if any(mutated_inputs(n) for n in program.graph.nodes):
         program = program.run_decompositions({})  # which traces it once more
-    module = program.module(check_guards=False)
-    assert isinstance(module, GraphModule)
-    gm = fresh(module)
-    gm.meta = {}
+    gm = fresh(graph_of(program))
     for node in gm.graph.find_nodes(op="call_function", target=aten._assert_tensor_metadata.default):
         gm.graph.erase_node(node)  # of the dtypes at capture; `DropIn` checks the inputs
     return gm
@@ -178,30 +165,25 @@ def dtypes_of(gm: GraphModule, inputs: Mapping[str, Tensor]) -> dict[Node, torch
     return run.found
 
 
-def kernels_of_graph(gm: GraphModule, layers: Sequence[EngineLayer], glue: str) -> list[Kernel]:
-    """What became of each layer of the graph before the kernels were put in."""
+def kernels_of_graph(
+    gm: GraphModule, layers: Sequence[EngineLayer], glue: str, sums: ByteSums
+) -> list[Kernel]:
+    """Return what became of each layer of the graph before the kernels were put in."""
     replaced = {n.meta[LAYER]: n for n in gm.graph.nodes if LAYER in n.meta}
-    left = {n.name for n in gm.graph.nodes}
+    left = {n.name: n.meta.get(FALLBACK, "") for n in gm.graph.nodes}
     found = []
     for layer in layers:
-        node = replaced.get(layer.node)
-        reason = layer.float_because or gm.meta[FALLBACKS].get(layer.node, "")
-        if node is None and not reason:
+        if (node := replaced.get(layer.node)) is not None:
+            found.append(layer.ran_as(f"{node.target}", precision="u8", int8=True, reason=""))
+            continue
+        reason = layer.float_because or left.get(layer.node, "")
+        if not reason and layer.node in left:
             reason = (
-                "its operands are quantized: torch has no int8 kernel of it" if layer.node in left else "gone"
+                NO_INT8
+                if sums is ByteSums.NONE
+                else "its operands are quantized: torch has no int8 kernel of it"
             )
-        found.append(
-            Kernel(
-                path=layer.path or layer.node,
-                op=layer.op,
-                kernel=f"{node.target}" if node is not None else f"aten.{layer.op}",
-                precision="u8" if node is not None else glue,
-                int8=node is not None,
-                reason="" if node is not None else reason,
-                fell_back=node is None and not layer.float_because,
-                flops=layer.flops,
-            )
-        )
+        found.append(layer.ran_as(f"aten.{layer.op}", precision=glue, int8=False, reason=reason or "gone"))
     return found
 
 
