@@ -11,7 +11,7 @@ import torch
 
 import tfmq_fx
 from benchmarks.networks.small import TIMESTEPS, TinyUNet, calibration, make
-from tests.test_mixed_batches import FLIPPED_BY, FLIPPED_ROWS, moved
+from tests.whole.test_mixed_batches import FLIPPED_BY, FLIPPED_ROWS, moved
 from tfmq_fx.base.arithmetic import NO_INT8, SATURATES
 from tfmq_fx.runtimes.cpu import adds_pairs, int8_instructions, torch_has_bfloat16
 

@@ -4,7 +4,19 @@ from torch import nn
 
 import tfmq_fx
 from benchmarks.networks.small import TIMESTEPS
-from tests.low_bits import Attention, Gated, Itself, Shared, Squared, Twice, data, done, graph, operators, run
+from tests.helpers.low_bits import (
+    Attention,
+    Gated,
+    Itself,
+    Shared,
+    Squared,
+    Twice,
+    data,
+    done,
+    graph,
+    operators,
+    run,
+)
 from tfmq_fx.base.errors import TFMQError
 from tfmq_fx.calibration.stage import input_maxima
 from tfmq_fx.graph.nodes import attribute, fresh

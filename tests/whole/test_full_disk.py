@@ -13,7 +13,7 @@ import torch
 
 import tfmq_fx
 from benchmarks.networks.small import TinyUNet, calibration, make
-from tests.processes import finish, start
+from tests.helpers.processes import finish, start
 from tfmq_fx.base.errors import TFMQError
 from tfmq_fx.base.files import replace_files
 from tfmq_fx.evaluation.sampling import save_grid

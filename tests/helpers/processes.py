@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 FORKSERVER = multiprocessing.get_context("forkserver")
-FORKSERVER.set_forkserver_preload(["tests.networks"])
+FORKSERVER.set_forkserver_preload(["benchmarks.networks.small"])
 
 
 def start(

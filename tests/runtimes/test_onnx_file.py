@@ -16,11 +16,11 @@ from torch import nn
 
 import tfmq_fx
 from benchmarks.networks.small import TIMESTEPS, ScalarTime, TinyUNet, calibration, make
-from tests.lowered import INT8
+from tests.helpers.lowered import INT8
 from tests.test_cli import run
-from tests.test_finite import Labelled
-from tests.test_granularity import Tokens
-from tests.test_mixed_batches import assert_same_but_for_flips, labelled, moved, one_timestep, vectors
+from tests.whole.test_finite import Labelled
+from tests.whole.test_granularity import Tokens
+from tests.whole.test_mixed_batches import assert_same_but_for_flips, labelled, moved, one_timestep, vectors
 from tfmq_fx.artefact import program
 from tfmq_fx.base.arithmetic import NO_INT8
 from tfmq_fx.base.errors import TFMQError

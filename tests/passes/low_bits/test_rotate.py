@@ -6,7 +6,7 @@ from torch import nn
 
 import tfmq_fx
 from benchmarks.networks.small import TIMESTEPS
-from tests.low_bits import Attention, Gated, Itself, Squared, Twice, done, graph, operators, run
+from tests.helpers.low_bits import Attention, Gated, Itself, Squared, Twice, done, graph, operators, run
 from tfmq_fx.base.errors import TFMQError
 from tfmq_fx.graph.nodes import attribute, fresh
 from tfmq_fx.passes import find_temporal, rotate

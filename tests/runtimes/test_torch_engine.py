@@ -12,7 +12,7 @@ from torch._dynamo.utils import counters
 
 import tfmq_fx
 from benchmarks.networks.small import TIMESTEPS, ScalarTime, TinyUNet, make
-from tests.lowered import (
+from tests.helpers.lowered import (
     BFLOAT16,
     BYTES,
     INT8,
@@ -30,9 +30,9 @@ from tests.lowered import (
     noise,
     quantized,
 )
-from tests.processes import finish, start
-from tests.test_finite import Labelled
-from tests.test_mixed_batches import FLIPPED_BY, labelled, moved, one_timestep
+from tests.helpers.processes import finish, start
+from tests.whole.test_finite import Labelled
+from tests.whole.test_mixed_batches import FLIPPED_BY, labelled, moved, one_timestep
 from tfmq_fx.base.arithmetic import NO_INT8
 from tfmq_fx.base.errors import TFMQError
 from tfmq_fx.base.onednn import pack_int4, unpack_int4

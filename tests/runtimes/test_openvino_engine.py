@@ -13,7 +13,7 @@ from torch import nn
 import tfmq_fx
 from benchmarks.networks.pipelines import ddpm
 from benchmarks.networks.small import TIMESTEPS, Attention, ScalarTime, TinyUNet, calibration, make
-from tests.lowered import (
+from tests.helpers.lowered import (
     BFLOAT16,
     INT8,
     SETTINGS,
@@ -30,8 +30,8 @@ from tests.lowered import (
     noise,
     quantized,
 )
-from tests.test_finite import Labelled
-from tests.test_mixed_batches import FLIPPED_BY, OneTimestep, labelled, moved, one_timestep, vectors
+from tests.whole.test_finite import Labelled
+from tests.whole.test_mixed_batches import FLIPPED_BY, OneTimestep, labelled, moved, one_timestep, vectors
 from tfmq_fx.artefact.drop_in import DropIn
 from tfmq_fx.base.arithmetic import NO_INT8, SATURATES
 from tfmq_fx.base.errors import TFMQError

@@ -10,7 +10,7 @@ from safetensors import safe_open
 
 import tfmq_fx
 from benchmarks.networks.small import TIMESTEPS, calibration
-from tests.processes import start
+from tests.helpers.processes import start
 from tfmq_fx.artefact.saving import CONFIG, GRAPH, REPORT, WEIGHTS
 from tfmq_fx.base.errors import TFMQError
 

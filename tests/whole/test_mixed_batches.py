@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 import tfmq_fx
 from benchmarks.networks.small import TIMESTEPS, ScalarTime, TinyUNet, calibration, captured, make
-from tests.test_finite import Labelled, labelled_data
+from tests.whole.test_finite import Labelled, labelled_data
 from tfmq_fx.artefact.drop_in import Interface
 from tfmq_fx.base.errors import TFMQError
 from tfmq_fx.model import QuantizedModel

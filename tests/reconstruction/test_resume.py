@@ -9,7 +9,7 @@ import torch
 
 import tfmq_fx
 from benchmarks.networks.small import FAST, calibration, prepared
-from tests.processes import start
+from tests.helpers.processes import start
 from tfmq_fx.base.errors import TFMQError
 from tfmq_fx.observers import PerChannelWeightFakeQuantize
 from tfmq_fx.passes.quantize.observed import observers

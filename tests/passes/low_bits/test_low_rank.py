@@ -8,8 +8,8 @@ from torch import nn
 import tfmq_fx
 from benchmarks.networks.small import FAST, TIMESTEPS, TinyUNet, calibration, captured, make, prepared
 from benchmarks.networks.zoo import ZOO
-from tests.low_bits import Shared, done, graph, operators, run
-from tests.test_reconstruction import weights_of
+from tests.helpers.low_bits import Shared, done, graph, operators, run
+from tests.reconstruction.test_stage import weights_of
 from tfmq_fx.base.arguments import leaves
 from tfmq_fx.base.errors import TFMQError
 from tfmq_fx.calibration.stage import input_maxima

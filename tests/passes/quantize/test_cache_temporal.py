@@ -14,9 +14,9 @@ from torch.nn import functional as F
 
 import tfmq_fx
 from benchmarks.networks.small import TIMESTEPS, ScalarTime, TinyUNet, calibration, make, sinusoid
-from tests.lowered import lower
+from tests.helpers.lowered import lower
 from tests.test_cli import run
-from tests.test_finite import Labelled, labelled_data
+from tests.whole.test_finite import Labelled, labelled_data
 from tfmq_fx.artefact.graph_json import tensors_of
 from tfmq_fx.artefact.saving import WEIGHTS
 from tfmq_fx.base.errors import TFMQError
