@@ -110,5 +110,5 @@ def test_the_line_of_the_control_flow_is_shown():
                 return sample * 2
             return sample + timestep
 
-    with pytest.raises(TFMQError, match=r"test_capture\.py:\d+ in forward: if sample\.sum\(\) > 0:"):
+    with pytest.raises(TFMQError, match=r"test_capturing\.py:\d+ in forward: if sample\.sum\(\) > 0:"):
         tfmq_fx.capture(Branches().eval(), {"sample": torch.randn(2), "timestep": T}, "timestep")

@@ -4,6 +4,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
+from tests.helpers.range_search import simple_search
 from tfmq_fx.base.arithmetic import (
     IntegerRange,
     check_bits,
@@ -11,8 +12,11 @@ from tfmq_fx.base.arithmetic import (
     choose_shared_qparams,
     dequantize_rows,
     fake_quantize_rows,
+    fake_quantize_tokens,
+    fitting_group_size,
     pack_bits,
     quantize_rows,
+    quantize_tokens,
     search_range,
     unpack_bits,
 )
@@ -118,3 +122,79 @@ def test_fake_quantize_gradient_is_one_inside_and_zero_outside():
 def test_unsupported_bits_are_refused(bits):
     with pytest.raises(TFMQError, match="2 to 8, or 16"):
         check_bits(bits, "weight_bits")
+
+
+@settings(max_examples=10, deadline=None)
+@given(
+    st.integers(1, 150),
+    st.integers(1, 150),
+    st.sampled_from([2, 4, 8]),
+    st.sampled_from([2.0, 2.4]),
+    st.integers(0, 2**31),
+)
+def test_all_candidates_at_once_find_what_one_after_the_other_finds(rows, columns, bits, p, seed):
+    x = torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed))
+    for integers in (IntegerRange.weight(bits), IntegerRange.activation(bits)):
+        found, expected = search_range(x, integers, p=p), simple_search(x, integers, p=p)
+        assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+@pytest.mark.parametrize("value", [0.0, 3e38, -3e38, 1e-38, torch.inf])
+@pytest.mark.parametrize("bits", [4, 8])
+def test_the_search_on_extreme_rows_is_the_simple_one(value, bits):
+    x = torch.tensor([[0.0, value, -0.5 * value], [1.0, 2.0, 3.0]])
+    if value == torch.inf:
+        x[0, 2] = 1.0
+    integers = IntegerRange.weight(bits)
+    found, expected = search_range(x, integers), simple_search(x, integers)
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("group_size", "columns", "expected"),
+    [
+        (32, 320, 32),
+        (128, 2880, 64),  # half of it before 120, the largest divisor
+        (32, 72, 24),
+        (32, 36, 18),
+        (32, 37, None),  # prime
+        (32, 34, 17),
+        (32, 62, 31),
+        (32, 58, 29),
+        (7, 12, 6),
+        (7, 10, 5),
+        (2, 3, None),
+        (64, 64, None),  # the row is one group
+        (64, 27, None),
+    ],
+)
+def test_the_group_size_that_fits(group_size, columns, expected):
+    assert fitting_group_size(group_size, columns) == expected
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.lists(st.integers(1, 5), min_size=1, max_size=4), st.integers(2, 8), st.integers(0, 2**31))
+def test_tokens_against_plain_arithmetic(shape, bits, seed):
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(seed)) * 10
+    high = 2 ** (bits - 1) - 1
+    y = quantize_tokens(x, IntegerRange.token(bits)).reshape(-1, shape[-1])
+    for row, got in zip(x.reshape(-1, shape[-1]), y, strict=True):
+        scale = row.abs().max() / high
+        assert torch.equal(got, (row * (1 / scale)).round().clamp(-high, high) * scale)
+        assert ((got - row).abs() <= scale * 0.50001).all()
+
+
+def test_tokens_of_zeros_and_outliers_do_not_touch_the_others():
+    x = torch.randn(3, 4, 8)
+    x[0, 1], x[1, 2] = 0, x[1, 2] * 1e4
+    y = quantize_tokens(x, IntegerRange.token(8))
+    assert torch.equal(y[0, 1], torch.zeros(8))
+    assert torch.equal(y[2], quantize_tokens(x[2], IntegerRange.token(8)))
+    assert ((y - x).abs().amax(2) <= x.abs().amax(2) / 253).all()
+
+
+def test_the_gradient_goes_straight_through():
+    x = torch.randn(2, 3, 8, requires_grad=True)
+    grad = torch.randn(2, 3, 8)
+    fake_quantize_tokens(x, IntegerRange.token(4)).backward(grad)
+    assert torch.equal(x.grad, grad)

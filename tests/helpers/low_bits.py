@@ -6,8 +6,13 @@ import torch
 from torch import Tensor, nn
 
 import tfmq_fx
-from benchmarks.networks.small import TIMESTEPS, make, sinusoid
-from tfmq_fx.graph.nodes import op_name
+from benchmarks.networks.small import (
+    TIMESTEPS,
+    make,
+    sinusoid,
+)
+from tfmq_fx.graph.nodes import edge_layers, op_name
+from tfmq_fx.passes import find_temporal
 
 
 class Between(nn.Module):
@@ -141,3 +146,7 @@ class Squared(nn.Module):
         h = self.a(x)
         y: Tensor = self.b(h * h)
         return y
+
+
+def edges(gm):
+    return {n.name for n in edge_layers(gm, timestep=find_temporal(gm).timestep)}

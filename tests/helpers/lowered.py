@@ -3,15 +3,20 @@ network may be off.
 """
 
 import contextlib
-import dataclasses
 import functools
+import tempfile
 
 import pytest
 import torch
 
 import tfmq_fx
-from benchmarks.networks.small import TIMESTEPS, TinyUNet, calibration, make
-from tests.whole.test_mixed_batches import FLIPPED_BY, FLIPPED_ROWS, moved
+from benchmarks.networks.small import (
+    TIMESTEPS,
+    ScalarTime,
+    make,
+    vectors,
+)
+from tests.helpers.agreement import FLIPPED_BY, FLIPPED_ROWS, moved
 from tfmq_fx.base.arithmetic import NO_INT8, SATURATES
 from tfmq_fx.runtimes.cpu import adds_pairs, int8_instructions, torch_has_bfloat16
 
@@ -46,13 +51,6 @@ def lower(q, *args, **settings):
         else pytest.warns(UserWarning, match="this CPU has no int8 instructions")
     ):
         return q.lower(*args, **settings)
-
-
-@functools.cache
-def quantized(bits="w8a8", keyed="block", network_class=TinyUNet, **changes):
-    nearest = tfmq_fx.Reconstruction(method="nearest")
-    recipe = dataclasses.replace(tfmq_fx.Recipe.preset(bits), reconstruction=nearest, keyed=keyed, **changes)
-    return tfmq_fx.quantize(make(network_class), recipe, calibration=calibration())
 
 
 def noise(size):
@@ -91,3 +89,21 @@ def assert_int8_where_pairs_fit(q, low):
         fits = layer["weight_bits"] == 4
         assert (kernel["int8"], kernel["fell_back"]) == (fits, not fits), kernel
         assert (kernel["reason"] == SATURATES) == (not fits)
+
+
+@functools.cache
+def kept():
+    """A folder, so that each network is converted once."""
+    return tempfile.mkdtemp(prefix="tfmq-tests-")
+
+
+def linear_alone(bits, network=None):
+    nearest = tfmq_fx.Reconstruction(method="nearest")
+    recipe = tfmq_fx.Recipe(
+        weight_bits=bits, edge_weight_bits=bits, edge_activation_bits=8, reconstruction=nearest
+    )
+    return tfmq_fx.quantize(network or make(ScalarTime), recipe, calibration=vectors())
+
+
+def kernels_of(low):
+    return {k["path"]: k for k in low.report["lowering"]["kernels"]}

@@ -7,7 +7,6 @@ import tfmq_fx
 from benchmarks.networks.small import TIMESTEPS, calibration, captured
 from tfmq_fx.base.errors import TFMQError
 from tfmq_fx.observers import (
-    PerChannelWeightFakeQuantize,
     TemporalKLObserver,
     TemporalMinMaxObserver,
     TemporalMSEObserver,
@@ -99,20 +98,6 @@ def test_a_third_party_observer_works_by_subclassing_the_base():
         expected = gm(batch["sample"], batch["timestep"])
         assert torch.equal(tfmq_fx.convert(gm)(batch["sample"], batch["timestep"]), expected)
     assert recipe.to_json()["temporal_observer"].endswith("MeanAbsObserver")
-
-
-def test_learning_starts_at_the_float_weight_and_bakes_integers_in_range():
-    weight = torch.randn(5, 7)
-    observer = PerChannelWeightFakeQuantize(bits=4, ch_axis=0)
-    observer.initialise(weight)
-    nearest = observer.q
-    observer.start_learning(weight)
-    inside = (nearest > 0) & (nearest < 15)
-    assert torch.allclose(observer(weight)[inside], weight[inside], atol=2e-4)
-    observer.stop_learning()
-    assert (observer.q.int() - nearest.int()).abs().max() <= 1
-    assert observer.q.max() <= 15
-    assert torch.equal(observer(weight), observer.dequantized())
 
 
 def test_kl_clips_lone_outliers_and_keeps_what_is_even():

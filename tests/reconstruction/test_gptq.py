@@ -209,3 +209,36 @@ def test_a_hessian_past_the_limit_is_cut_into_pieces_of_columns_each_on_its_own(
         own = slice(0, 1) if blocks == 1 else slice(2 * i, 2 * i + 2)
         expected = gptq(w[:, :, columns], alone, scale[:, :, own], zero_point[:, :, own], INT4)
         assert torch.equal(q[:, :, columns], expected)
+
+
+def plain_gptq(w, h, scale, zero_point, low, high):
+    """One layer, one column after the other by falling diagonal, the inverse of what is left computed anew each time."""
+    w, q = w.double().clone(), torch.empty_like(w)
+    left = h.diagonal().argsort(descending=True, stable=True)
+    while len(left):
+        k, inverse = left[0], torch.linalg.inv(h[left][:, left])
+        s, z = scale[:, k].double(), zero_point[:, k]
+        q[:, k] = (torch.round(w[:, k] / s) + z).clamp(low, high).float()
+        error = (w[:, k] - (q[:, k] - z) * s) / inverse[0, 0]
+        w[:, left] -= error[:, None] * inverse[0]
+        left = left[1:]
+    return q
+
+
+@pytest.mark.parametrize("layer_groups", [1, 2])
+def test_second_order_takes_each_columns_own_scale(layer_groups):
+    integers = IntegerRange.weight(4)
+    w = torch.randn(layer_groups, 5, 12)
+    x = torch.randn(layer_groups, 60, 12) @ torch.randn(12, 12)
+    moments = Moments(layer_groups, 12)
+    moments.add(x, x)
+    scale, zero_point = choose_qparams(*search_range(w.reshape(-1, 4), integers), integers)
+    scale, zero_point = (v.reshape(layer_groups, 5, 3) for v in (scale, zero_point))
+    q = gptq(w, moments, scale, zero_point, integers, damping=0.0)
+    for i in range(layer_groups):
+        columns = [v[i].repeat_interleave(4, dim=1) for v in (scale, zero_point)]
+        assert torch.equal(q[i], plain_gptq(w[i], moments.h_GKK[i], *columns, 0, 15).double())
+    # Groups that happen to be equal are no groups.
+    one = gptq(w, moments, scale[..., :1], zero_point[..., :1], integers)
+    three = [v[..., :1].expand(-1, -1, 3) for v in (scale, zero_point)]
+    assert torch.equal(one, gptq(w, moments, *three, integers))

@@ -1,6 +1,5 @@
 """A reconstruction that is stopped at any moment goes on from its last finished block, to the same integers."""
 
-import dataclasses
 import signal
 import time
 
@@ -8,33 +7,11 @@ import pytest
 import torch
 
 import tfmq_fx
-from benchmarks.networks.small import FAST, calibration, prepared
+from benchmarks.networks.small import calibration, prepared
 from tests.helpers.processes import start
+from tests.helpers.reconstructed import TUNED, integers, reconstructed, same
 from tfmq_fx.base.errors import TFMQError
-from tfmq_fx.observers import PerChannelWeightFakeQuantize
-from tfmq_fx.passes.quantize.observed import observers
 from tfmq_fx.reconstruction import resume
-
-TUNED = dataclasses.replace(FAST, tune_iterations=10)
-
-
-def integers(gm):
-    """And their scales."""
-    return {
-        str(n.args[0].target) + kind: getattr(o, kind)
-        for n, o in observers(gm)
-        if isinstance(o, PerChannelWeightFakeQuantize)
-        for kind in ("q", "scale")
-    }
-
-
-def same(a, b):
-    return a.keys() == b.keys() and all(torch.equal(a[n], b[n]) for n in a)
-
-
-def reconstructed(state=None, **changes):
-    gm = prepared()
-    return tfmq_fx.reconstruct(gm, calibration(), dataclasses.replace(TUNED, **changes), seed=0, state=state)
 
 
 @pytest.fixture(scope="module")

@@ -1,18 +1,16 @@
 """Streams past max_memory: on disk, in half precision, near the same result, nothing left behind."""
 
-import collections
 import dataclasses
 import tempfile
 
 import pytest
 import torch
-from torch.fx import Graph, Interpreter
+from torch.fx import Graph
 
 import tfmq_fx
 from benchmarks.networks.small import FAST, calibration, prepared
 from tfmq_fx.base.errors import TFMQError
 from tfmq_fx.reconstruction.spill import Budget, Values
-from tfmq_fx.reconstruction.walk import _constant
 
 
 def node():
@@ -57,23 +55,6 @@ def test_what_is_lent_is_read_anew_and_not_held(folder):
     assert not list(folder.iterdir())
 
 
-@pytest.mark.parametrize("method", ["adaround", "gptq"])
-def test_no_more_rows_of_the_calibration_set_are_read_at_once_than_a_batch(monkeypatch, method):
-    """They may be memory-mapped, and larger than memory."""
-    read, batch, gm = [], tfmq_fx.CalibrationSet.batch, prepared()
-
-    def counting(self, rows):
-        read.append(len(rows))
-        return batch(self, rows)
-
-    monkeypatch.setattr(tfmq_fx.CalibrationSet, "batch", counting)
-    for copies in ("rows", "spread"):
-        monkeypatch.setattr(tfmq_fx.CalibrationSet, copies, lambda *_a, **_k: pytest.fail("copied"))
-    tfmq_fx.reconstruct(gm, calibration(), dataclasses.replace(FAST, method=method, tune_iterations=2))
-    assert max(read) <= FAST.batch_size
-    assert sum(read) >= 2 * 40
-
-
 def test_a_disk_that_is_full_is_one_clear_error(folder, monkeypatch):
     def full(*_):
         raise OSError(28, "No space left on device")
@@ -98,30 +79,6 @@ def test_a_reconstruction_with_everything_on_disk_is_as_good(folder):
         assert on_disk < 1.2 * in_memory  # other integers here and there: float16 targets differ by 5e-4
     assert errors[0.0] != errors[8.0]
     assert not list(folder.iterdir())
-
-
-def test_the_walk_runs_each_node_once_a_batch_and_stream(monkeypatch):
-    """O(1) forwards of the network, not O(blocks): outside the blocks' own learning each node runs once."""
-    counts = collections.Counter()
-    run_node = Interpreter.run_node
-
-    def counting(self, n):
-        counts[n.name] += 1
-        return run_node(self, n)
-
-    monkeypatch.setattr(Interpreter, "run_node", counting)
-    gm = prepared()
-    tfmq_fx.reconstruct(gm, calibration(), FAST)
-    parts = -(-40 // FAST.batch_size) * FAST.shards
-    # What is made of weights alone is the same for all rows. Elsewhere each part runs each node.
-    constant = {n.name: n.op for n in _constant(gm)}
-    assert {"get_attr", "call_module"} == {constant[n] for n in counts if n in constant}
-    # Float and quantized; an observer outside the blocks is only in the quantized network.
-    expected = {
-        name: (1 if name in constant else parts) * (1 if name.startswith("activation_post_process") else 2)
-        for name in counts
-    }
-    assert counts == expected
 
 
 @pytest.mark.parametrize("limit", [0.0, 8.0])

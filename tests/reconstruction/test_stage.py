@@ -1,3 +1,5 @@
+"""Block by block, nearer to float or left as it was."""
+
 import dataclasses
 
 import pytest
@@ -16,11 +18,10 @@ from benchmarks.networks.small import (
     prepared,
     sinusoid,
 )
-from tfmq_fx.base.errors import TFMQError
-from tfmq_fx.graph.nodes import weight_argument
-from tfmq_fx.observers import PerChannelWeightFakeQuantize, StaticFakeQuantize
-from tfmq_fx.passes.quantize.find_blocks import find_blocks
+from tfmq_fx.observers import PerChannelWeightFakeQuantize
+from tfmq_fx.passes import extract_temporal
 from tfmq_fx.passes.quantize.observed import observers
+from tfmq_fx.passes.temporal.find_temporal import temporal_of
 
 
 def integers(gm):
@@ -29,29 +30,6 @@ def integers(gm):
         for n, o in observers(gm)
         if isinstance(o, PerChannelWeightFakeQuantize)
     }
-
-
-def weights_of(block):
-    found = []
-    for node in block.nodes:
-        index = weight_argument(node)
-        if index is not None:
-            source = node.args[index]
-            while source.op != "get_attr":
-                source = source.args[0]
-            found.append(str(source.target).removesuffix(".weight"))
-    return found
-
-
-def test_blocks_are_the_residual_and_attention_blocks_then_single_layers():
-    assert sorted(weights_of(b) for b in find_blocks(prepared())) == [
-        ["attention.qkv", "attention.out"],
-        ["conv_in"],
-        ["conv_out"],
-        ["down"],
-        ["down_block.conv1", "down_block.conv2"],
-        ["up_block.conv1", "up_block.conv2", "up_block.skip"],
-    ]
 
 
 @pytest.mark.parametrize("method", ["adaround", "gptq", "gptq+adaround"])
@@ -101,48 +79,11 @@ def test_one_thread_and_three_give_the_same_integers(method):
     assert all(torch.equal(run[k], runs[0][k]) for run in runs[1:] for k in runs[0])
 
 
-def test_learned_activation_scales_move_and_win_at_four_bits():
-    errors = {}
-    for learn in (False, True):
-        gm = prepared("w4a4")
-        scales = {n.name: o.scale.clone() for n, o in observers(gm) if isinstance(o, StaticFakeQuantize)}
-        tfmq_fx.reconstruct(
-            gm, calibration(), dataclasses.replace(FAST, iterations=200, learn_activation_scale=learn)
-        )
-        moved = [
-            n.name for n, o in observers(gm) if n.name in scales and not torch.equal(o.scale, scales[n.name])
-        ]
-        assert bool(moved) == learn
-        assert all(o.soft is None for _, o in observers(gm) if isinstance(o, StaticFakeQuantize))
-        errors[learn] = {r.name: r.error for r in gm.meta["reconstruction"]}
-    assert sum(errors[True].values()) < sum(errors[False].values())
-
-
 def test_nearest_learns_nothing():
     gm = prepared()
     before = integers(gm)
     tfmq_fx.reconstruct(gm, calibration(), dataclasses.replace(FAST, method="nearest"))
     assert all(torch.equal(before[k], v) for k, v in integers(gm).items())
-
-
-def test_a_loss_that_becomes_nan_names_the_block():
-    gm = prepared()
-    observer = next(
-        o
-        for n, o in observers(gm)
-        if isinstance(o, PerChannelWeightFakeQuantize) and "attention.qkv" in str(n.args[0].target)
-    )
-    observer.scale.fill_(torch.nan)
-    with pytest.raises(TFMQError, match=r"block attention\.qkv\.weight: the loss became nan"):
-        tfmq_fx.reconstruct(gm, calibration())
-
-
-@pytest.mark.parametrize(
-    "change", [{"method": "magic"}, {"iterations": 0}, {"batch_size": -1}, {"tune_iterations": -1}]
-)
-def test_bad_settings_are_refused(change):
-    with pytest.raises(TFMQError, match=rf"Reconstruction\.{next(iter(change))}"):
-        dataclasses.replace(FAST, **change)
 
 
 def test_the_temporal_block_can_be_reconstructed_alone_and_left_alone():
@@ -205,25 +146,34 @@ def test_blocks_without_weights_are_passed_through():
     assert [r.name for r in gm.meta["reconstruction"]] == ["conv_in.weight", "conv_out.weight"]
 
 
-def test_dead_inputs_leave_a_singular_hessian_and_a_finite_result():
-    network = make(TinyUNet)
-    with torch.no_grad():  # the attention's input, and so its Hessian, is all zeros
-        network.attention.norm.weight.zero_()
-        network.attention.norm.bias.zero_()
-    gm = tfmq_fx.capture(network, {n: x[:2] for n, x in calibration().tensors.items()})
-    recipe = dataclasses.replace(tfmq_fx.Recipe.preset("w4a8"), reconstruction=FAST)
-    gm = tfmq_fx.calibrate(tfmq_fx.prepare(gm, recipe, timesteps=TIMESTEPS), calibration())
-    tfmq_fx.reconstruct(gm, calibration(), dataclasses.replace(FAST, method="gptq"))
-    assert all(0 <= r.error <= r.error_nearest for r in gm.meta["reconstruction"])
-    assert torch.isfinite(tfmq_fx.convert(gm)(**calibration().tensors)).all()
+def test_blocks_are_reconstructed_on_the_features_that_they_will_look_up():
+    """So they get the integers that they would beside a temporal block left in float."""
 
+    def integers(**changes):
+        recipe = tfmq_fx.Recipe(
+            reconstruction=tfmq_fx.Reconstruction(method="gptq", tune_iterations=5), **changes
+        )
+        gm = tfmq_fx.capture(make(TinyUNet), {n: x[:2] for n, x in calibration().tensors.items()})
+        gm = tfmq_fx.calibrate(tfmq_fx.prepare(gm, recipe, timesteps=TIMESTEPS), calibration())
+        gm = tfmq_fx.reconstruct(gm, calibration())
+        temporal = {x.node for x in gm.meta["plan"].layers if x.temporal}
+        assert len(temporal) == 4
+        block = extract_temporal(gm, temporal_of(gm))
+        for _, o in observers(block):  # as they were
+            assert o.fake_quant_enabled[0]
+        return {
+            x.path: dict(observers(gm))[nodes(gm)[x.node].args[1]].q
+            for x in gm.meta["plan"].layers
+            if not x.temporal
+        }
 
-def test_gptq_cuts_hessians_past_gptq_memory_and_says_so():
-    gm = prepared()
-    settings = dataclasses.replace(FAST, method="gptq", gptq_memory=1e-4)
-    tfmq_fx.reconstruct(gm, calibration(), settings)
-    results = {r.name: r for r in gm.meta["reconstruction"]}
-    assert results["down_block.conv1.weight"].hessian_pieces > 1
-    assert results["conv_in.weight"].hessian_pieces == 1
-    assert all(r.error <= r.error_nearest for r in results.values())
-    assert any(r.hessian_pieces > 1 and r.kept == "gptq" for r in results.values())
+    def nodes(gm):
+        return {n.name: n for n in gm.graph.nodes}
+
+    float_block = tuple(
+        tfmq_fx.Rule(pattern=p, weight_bits=16, activation_bits=16) for p in ("time_mlp.*", "*.emb.*")
+    )
+    cached, beside_float = integers(maintain="cache"), integers(rules=float_block)
+    other = integers()
+    assert all(torch.equal(q, beside_float[path]) for path, q in cached.items())
+    assert not all(torch.equal(q, other[path]) for path, q in cached.items())

@@ -19,7 +19,7 @@ from benchmarks.networks.small import (
     prepared,
     sinusoid,
 )
-from tests.reconstruction.test_resume import integers, same
+from tests.helpers.reconstructed import integers, same
 from tfmq_fx.base.errors import TFMQError
 from tfmq_fx.base.parallel import Ranks, workers
 from tfmq_fx.calibration.data import inputs_of

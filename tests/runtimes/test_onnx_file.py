@@ -1,54 +1,26 @@
 """Exported files compute the quantized network in their own runtime, on int8 kernels, or say what does not."""
 
-import dataclasses
 import functools
 import itertools
-import subprocess
 import sys
-import zipfile
 from collections import Counter
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from torch import nn
 
 import tfmq_fx
-from benchmarks.networks.small import TIMESTEPS, ScalarTime, TinyUNet, calibration, make
-from tests.helpers.lowered import INT8
-from tests.test_cli import run
-from tests.whole.test_finite import Labelled
-from tests.whole.test_granularity import Tokens
-from tests.whole.test_mixed_batches import assert_same_but_for_flips, labelled, moved, one_timestep, vectors
-from tfmq_fx.artefact import program
-from tfmq_fx.base.arithmetic import NO_INT8
+from benchmarks.networks.small import TIMESTEPS, ScalarTime, Tokens, make, vectors
+from tests.helpers.agreement import assert_same_but_for_flips, moved
+from tests.helpers.exported import SIZES, quantized, rows, scalar, session
+from tests.helpers.nearest import one_timestep
 from tfmq_fx.base.errors import TFMQError
-from tfmq_fx.passes import (
-    flatten_linears,
-    rescale_temporal,
-    rescale_tokens,
-    signed_weights,
-    unfold_convolutions,
-)
-from tfmq_fx.passes.int8.unfold_convolutions import _places
-from tfmq_fx.runtimes import aot_package, exporting, onnx_file
+from tfmq_fx.runtimes import onnx_file
 
 onnx_ir = pytest.importorskip("onnx_ir", reason="ONNX needs the onnx extra")
-onnxruntime = pytest.importorskip("onnxruntime", reason="ONNX needs the onnx extra")
+pytest.importorskip("onnxruntime", reason="ONNX needs the onnx extra")
 NEAREST = tfmq_fx.Reconstruction(method="nearest")
-SIZES = (1, 2, 5)
-
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    torch.set_num_threads(1)
-
-
-@functools.cache
-def quantized(network_class=TinyUNet, bits="w4a8", **changes):
-    recipe = dataclasses.replace(tfmq_fx.Recipe.preset(bits), reconstruction=NEAREST, **changes)
-    return tfmq_fx.quantize(make(network_class), recipe, calibration=calibration())
 
 
 @pytest.fixture(scope="module")
@@ -58,28 +30,10 @@ def files(tmp_path_factory):
     return functools.cache(lambda format: quantized().export(folder / f"{format}.onnx", format=format))
 
 
-@functools.cache
-def scalar():
-    """The quickest network to export: linears, and a timestep of shape ()."""
-    return one_timestep(ScalarTime)
-
-
-def session(file):
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = 1
-    return onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
-
-
 def runs(file):
     """The exported network as a function of tensors by name."""
     loaded = session(file)
     return lambda **x: torch.from_numpy(loaded.run(None, {n: v.numpy() for n, v in x.items()})[0])
-
-
-def rows(size):
-    """Noise, and timesteps that are mixed in the batch."""
-    x = torch.randn(size, 1, 8, 8, generator=torch.Generator().manual_seed(size))
-    return {"sample": x, "timestep": TIMESTEPS[torch.arange(size) * 3 % 10]}
 
 
 def counts(file):
@@ -204,58 +158,6 @@ def test_weights_too_large_for_one_file_lie_beside_it(tmp_path, monkeypatch):
         assert_same_but_for_flips([(runs(file)(sample=x, timestep=TIMESTEPS[1]), scalar()(x, TIMESTEPS[1]))])
 
 
-@torch.no_grad()
-def test_an_aot_package_runs_int8_without_this_library(tmp_path):
-    """Mixed timesteps and labels, batches of other sizes than it was compiled with, in another process."""
-    q = labelled("w4a8")
-    exported = q.export(tmp_path / "net.pt2", format="aot", strict=INT8)
-    saturating = "1 of 4 quantized layers saturate on a CPU without VNNI or AMX: compile there for it"
-    in_float = f"1 of 4 quantized layers run in float; 1 would saturate: {NO_INT8}"
-    assert exported.notes == (saturating if INT8 else in_float,)
-    assert exported.kernels == ({"int8": 4, "float": 2} if INT8 else {"int8": 3, "float": 3})
-    with zipfile.ZipFile(exported.file) as package:
-        sources = "".join(package.read(n).decode() for n in package.namelist() if n.endswith("wrapper.cpp"))
-    assert sources.count("aoti_torch_cpu__qconv_pointwise_tensor(") == 1
-    assert sources.count("aoti_torch_cpu__qlinear_pointwise_tensor(") == (3 if INT8 else 2)
-    batches = [
-        (torch.randn(n, 1, 6, 6), TIMESTEPS[torch.arange(n) * 3 % 10], torch.arange(n) % Labelled.classes)
-        for n in SIZES
-    ]
-    torch.save(batches, tmp_path / "inputs.pt")
-    code = (
-        "import torch, sys; from torch._inductor import aoti_load_package;"
-        "net = aoti_load_package('net.pt2');"
-        "y = [net(sample=x, timestep=t, class_labels=c) for x, t, c in torch.load('inputs.pt')];"
-        "assert not any(m.startswith(('tfmq', 'torchao')) for m in sys.modules);"
-        "torch.save([v if isinstance(v, torch.Tensor) else v[0] for v in y], 'y.pt')"
-    )
-    command = [sys.executable, "-W", "ignore", "-c", code]
-    subprocess.run(command, cwd=tmp_path, check=True, capture_output=True)
-    assert_same_but_for_flips(
-        [(y, q(*batch)) for y, batch in zip(torch.load(tmp_path / "y.pt"), batches, strict=True)]
-    )
-
-
-def test_a_missing_compiler_is_named(tmp_path, monkeypatch):
-    monkeypatch.delenv("CXX", raising=False)
-    monkeypatch.setenv("PATH", str(tmp_path))
-    with pytest.raises(
-        TFMQError, match=r'"aot" needs a C\+\+ compiler, and none of g\+\+, clang\+\+, c\+\+ is in PATH'
-    ):
-        scalar().export(tmp_path / "net.pt2", format="aot")
-    monkeypatch.setenv("CXX", "/no/such/compiler")
-    with pytest.raises(TFMQError, match="CXX=/no/such/compiler is not there"):
-        scalar().export(tmp_path / "net.pt2", format="aot")
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_a_compiler_that_fails_leaves_nothing(tmp_path, monkeypatch):
-    monkeypatch.setattr(aot_package.sys, "executable", "/bin/false")
-    with pytest.raises(TFMQError, match="AOTInductor cannot compile the graph"):
-        scalar().export(tmp_path / "net.pt2", format="aot")
-    assert list(tmp_path.iterdir()) == []
-
-
 @pytest.mark.parametrize("package", ["onnx_ir", "onnxscript"])
 def test_a_missing_package_names_the_extra(tmp_path, monkeypatch, package):
     monkeypatch.setitem(sys.modules, package, None)
@@ -307,115 +209,3 @@ def test_an_operator_that_onnx_lacks_names_its_node(tmp_path):
     ):
         one_timestep(Strange).export(tmp_path / "net.onnx")
     assert list(tmp_path.iterdir()) == []
-
-
-@pytest.mark.parametrize(
-    ("file", "format", "words"),
-    [
-        ("net.exe", None, r"the suffix '\.exe' is not supported; use \.pt2, \.onnx, or a folder"),
-        ("net.onnx", "tensorrt", "format='tensorrt' is unknown; use pt2, aot, onnx, onnxruntime, openvino"),
-        ("net.pt2", "onnx", r"net\.pt2: format 'onnx' needs a name that ends in \.onnx"),
-        ("net.onnx", "openvino", "format 'openvino' needs a folder without suffix"),
-    ],
-)
-def test_unknown_formats_are_refused(tmp_path, file, format, words):
-    with pytest.raises(TFMQError, match=words):
-        scalar().export(tmp_path / file, format=format)
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_the_command_line_exports(monkeypatch, capsys, tmp_path):
-    scalar().save_pretrained(tmp_path / "q")
-    code, out, err = run(monkeypatch, capsys, "export", tmp_path / "q", tmp_path / "net.onnx", "--strict")
-    assert (code, err) == (0, "")
-    assert "onnxruntime, " in out
-    assert "2 layers int8, 2 layers float" in out
-    x = np.zeros((3, 4), np.float32)
-    assert session(tmp_path / "net.onnx").run(None, {"sample": x, "timestep": np.array(7)})[0].shape == (3, 4)
-    for arguments, words in (
-        ((tmp_path / "q", tmp_path / "net.exe"), "the suffix '.exe' is not supported"),
-        ((tmp_path / "none", tmp_path / "net.onnx"), "no such folder"),
-        ((tmp_path / "q", tmp_path / "net.onnx", "--format", "tensorrt"), "format='tensorrt' is unknown"),
-    ):
-        code, out, err = run(monkeypatch, capsys, "export", *arguments)
-        assert (code, out) == (2, "")
-        assert words in err
-        assert len(err.strip().splitlines()) == 1
-
-
-def graph(network_class=Tokens, **changes):
-    gm = program.exported(quantized(network_class, "w4a8", **changes)).module(check_guards=False)
-    gm.meta = {}
-    rescale_temporal(gm)
-    return gm
-
-
-def targets(gm):
-    return Counter(str(n.target) for n in gm.graph.nodes if n.op == "call_function")
-
-
-QDQ = "quantized_decomposed"
-
-
-@pytest.mark.parametrize(
-    ("given", "change", "before", "after"),
-    [
-        (
-            functools.partial(graph, TinyUNet),
-            unfold_convolutions,
-            {"aten.conv2d.default": 8, "aten.linear.default": 6},
-            {"aten.conv2d.default": 2, "aten.linear.default": 12},
-        ),
-        (
-            graph,
-            signed_weights,
-            {f"{QDQ}.dequantize_per_channel.default": 13},
-            {f"{QDQ}.dequantize_per_channel.default": 13},
-        ),
-        (graph, flatten_linears, {"aten.reshape.default": 2}, {"aten.reshape.default": 2 + 6 + 6}),
-        (
-            functools.partial(graph, activation_granularity="token"),
-            rescale_tokens,
-            {f"{QDQ}.quantize_per_token.default": 4, f"{QDQ}.quantize_per_tensor.default": 5},
-            {f"{QDQ}.quantize_per_tensor.default": 9},
-        ),
-    ],
-    ids=["unfold_convolutions", "signed_weights", "flatten_linears", "rescale_tokens"],
-)
-@torch.no_grad()
-def test_the_passes_keep_the_values(given, change, before, after):
-    gm, batches = given(), [rows(n) for n in (2, 33)]
-    expected = [gm(**batch) for batch in batches]
-    found = targets(gm)
-    assert {op: found[op] for op in before} == before
-    assert change(gm).modified
-    assert_same_but_for_flips([(gm(**batch), y) for batch, y in zip(batches, expected, strict=True)])
-    if change is signed_weights:
-        assert all(torch.equal(gm(**batch), y) for batch, y in zip(batches, expected, strict=True))
-        kinds = {n.args[-1] for n in gm.graph.nodes if "dequantize_per_channel" in str(n.target)}
-        assert kinds == {torch.int8}
-    found = targets(gm)
-    assert {op: found[op] for op in after} == after
-    assert not change(gm).modified
-
-
-@pytest.mark.parametrize(
-    ("size", "kernel", "stride", "padding", "dilation"),
-    [([9], [3], [2], [1], [2]), ([9, 8], [3, 2], [2, 1], [0, 2], [2, 3]), ([4, 5, 6], [2, 3, 1], [1, 2, 2], [1, 0, 1], [1, 2, 1])],
-)  # fmt: skip
-def test_patches_are_what_a_convolution_sees(size, kernel, stride, padding, dilation):
-    n = len(size)
-    convolution = getattr(torch.nn.functional, f"conv{n}d")
-    x, w = torch.randn(2, 3, *size, dtype=torch.float64), torch.randn(4, 3, *kernel, dtype=torch.float64)
-    expected = convolution(x, w, None, stride, padding, dilation)
-    padded = torch.nn.functional.pad(x, [p for size in reversed(padding) for p in (size, size)])
-    index = _places(list(padded.shape[2:]), kernel, stride, dilation)
-    rows = padded.movedim(1, -1).reshape(2, -1, 3).index_select(1, index)
-    rows = rows.reshape(2, *expected.shape[2:], -1)
-    got = torch.nn.functional.linear(rows, w.flatten(2).movedim(1, 2).flatten(1)).movedim(-1, 1)
-    torch.testing.assert_close(got, expected)
-
-
-def test_every_format_has_a_writer_and_a_suffix():
-    assert exporting.SUFFIXES.keys() == exporting._WRITERS.keys()
-    assert program.example_inputs(scalar(), batch=3)["sample"].shape == (3, 4)

@@ -1,9 +1,6 @@
 """The lowered network is the quantized one, on int8 kernels: values, calls, what really ran, and what is refused."""
 
 import functools
-import shutil
-import sys
-import tempfile
 
 import pytest
 import torch
@@ -12,7 +9,17 @@ from torch import nn
 
 import tfmq_fx
 from benchmarks.networks.pipelines import ddpm
-from benchmarks.networks.small import TIMESTEPS, Attention, ScalarTime, TinyUNet, calibration, make
+from benchmarks.networks.small import (
+    TIMESTEPS,
+    Attention,
+    Labelled,
+    OneTimestep,
+    ScalarTime,
+    TinyUNet,
+    calibration,
+    make,
+)
+from tests.helpers.agreement import FLIPPED_BY, moved
 from tests.helpers.lowered import (
     BFLOAT16,
     INT8,
@@ -21,6 +28,8 @@ from tests.helpers.lowered import (
     assert_every_batch_size_and_step_agrees,
     assert_int8_where_pairs_fit,
     assert_same_but_for_ties,
+    kept,
+    linear_alone,
     lower,
     mixed,
     needs_avx2,
@@ -28,30 +37,15 @@ from tests.helpers.lowered import (
     needs_bytes,
     needs_kernels,
     noise,
-    quantized,
 )
-from tests.whole.test_finite import Labelled
-from tests.whole.test_mixed_batches import FLIPPED_BY, OneTimestep, labelled, moved, one_timestep, vectors
+from tests.helpers.nearest import labelled, one_timestep, quantized
 from tfmq_fx.artefact.drop_in import DropIn
 from tfmq_fx.base.arithmetic import NO_INT8, SATURATES
 from tfmq_fx.base.errors import TFMQError
 from tfmq_fx.demo import embedded_pipeline
-from tfmq_fx.runtimes import lowering, openvino_engine
-from tfmq_fx.runtimes.openvino_file import FLOAT
+from tfmq_fx.runtimes import openvino_engine
 
 pytest.importorskip("openvino", reason="lowering needs the openvino extra")
-
-
-@functools.cache
-def kept():
-    """A folder, so that each network is converted once."""
-    return tempfile.mkdtemp(prefix="tfmq-tests-")
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _clean_up():
-    yield
-    shutil.rmtree(kept())
 
 
 @functools.cache
@@ -155,15 +149,6 @@ def test_guided_batches_and_labels():
         pairs += [(guided, torch.cat([low(x, t, y), low(x, t, null)]))]
         assert moved(guided[:3], guided[3:])[0].all()
     assert_same_but_for_ties(pairs)
-
-
-def test_nobody_is_told(monkeypatch, tmp_path):
-    """OpenVINO's own `convert_model` sends what it did to Google Analytics, unless the user has forbidden it."""
-    told = []
-    telemetry = pytest.importorskip("openvino_telemetry").Telemetry
-    monkeypatch.setattr(telemetry, "send_event", lambda _, *words, **__: told.append(words))
-    quantized("w4a8").export(tmp_path / "ir")
-    assert not told
 
 
 @torch.no_grad()
@@ -380,76 +365,6 @@ def test_kernels_that_read_signed_bytes_are_int8_too():
     assert kernel["int8"]
 
 
-@pytest.mark.parametrize(
-    ("arguments", "words"),
-    [
-        ({"target": "tpu"}, "target='tpu': unknown; there is \"cpu\""),
-        ({"precision": "float16"}, "precision='float16': unknown; use (bfloat16|float32)"),
-    ],
-)
-def test_unknown_targets_and_precisions_are_refused(arguments, words):
-    with pytest.raises(TFMQError, match=words):
-        quantized().lower(**arguments)
-
-
-def test_a_missing_package_names_the_extra(monkeypatch):
-    monkeypatch.setitem(sys.modules, "openvino", None)
-    with pytest.raises(TFMQError, match=r'pip install "tfmq_fx\[openvino\]"'):
-        quantized().lower("cpu", engine="openvino")
-
-
-class Strange(nn.Module):
-    """An operator of which OpenVINO has no form."""
-
-    def __init__(self):
-        super().__init__()
-        self.net = ScalarTime()
-
-    def forward(self, sample, timestep):
-        return torch.special.bessel_j0(self.net(sample, timestep))
-
-
-def test_an_operator_that_openvino_lacks_names_its_node():
-    with pytest.raises(
-        TFMQError, match=r"node special_bessel_j0: OpenVINO has no form of aten\.special_bessel_j0"
-    ):
-        lower(one_timestep(Strange), "cpu")
-
-
-def linear_alone(bits, network=None):
-    nearest = tfmq_fx.Reconstruction(method="nearest")
-    recipe = tfmq_fx.Recipe(
-        weight_bits=bits, edge_weight_bits=bits, edge_activation_bits=8, reconstruction=nearest
-    )
-    return tfmq_fx.quantize(network or make(ScalarTime), recipe, calibration=vectors())
-
-
-@pytest.mark.skipif(INT8, reason="this CPU has int8 instructions")
-@needs_avx2
-def test_linear_layers_that_gain_nothing_are_told(monkeypatch):
-    said = []
-    monkeypatch.setattr(lowering.log, "warning", lambda words, *rest: said.append(words % rest))
-    lower(linear_alone(4), "cpu", engine="openvino", precision="float32")
-    assert [words for words in said if "no faster than float" in words and 'engine="torch"' in words]
-    said.clear()
-    lower(quantized("w4a8"), "cpu", precision="float32", cache=kept())  # convolutions
-    assert not said
-
-
-@needs_avx2
-@torch.no_grad()
-@pytest.mark.usefixtures("without_vnni")
-def test_without_vnni_networks_of_linear_layers_run_on_torchs_kernels():
-    networks, x = [linear_alone(4), linear_alone(8), quantized("w4a8")], torch.randn(5, 4)
-    with pytest.warns(UserWarning, match=NO_INT8[:20]):
-        found = [q.lower("cpu", precision="float32", cache=kept()) for q in networks]
-    assert_same_but_for_ties([(found[0](x, t), networks[0](x, t)) for t in TIMESTEPS])
-    reports = [low.report["lowering"] for low in found]
-    assert [report["engine"] for report in reports] == ["torch", "openvino", "openvino"]
-    assert not reports[0]["compiled"]
-    assert reports[0]["flops"]["int8"] > 0.9 * reports[0]["flops"]["total"]
-
-
 @torch.no_grad()
 def test_the_cache_keeps_the_conversion(tmp_path):
     q, x = one_timestep(ScalarTime), torch.randn(3, 4)
@@ -459,44 +374,3 @@ def test_the_cache_keeps_the_conversion(tmp_path):
     assert torch.equal(first(x, 300), second(x, 300))
     assert first.report["lowering"]["kernels"] == second.report["lowering"]["kernels"]
     assert lower(one_timestep(OneTimestep), "cpu", cache=tmp_path).report["lowering"]["cached"] is False
-
-
-@torch.no_grad()
-def test_the_exported_folder_is_openvinos_alone(tmp_path):
-    import openvino
-
-    exported = quantized().export(tmp_path / "ir")
-    words = "12 of 12 quantized layers saturate on a CPU without VNNI or AMX, unless OpenVINO compiles them there with"
-    assert exported.notes == (f"{words} {FLOAT}",)
-    assert {f.name for f in (tmp_path / "ir").iterdir()} == {"network.xml", "network.bin", "layers.json"}
-    hint = {"INFERENCE_PRECISION_HINT": "f32", **({} if INT8 else FLOAT)}
-    model = openvino.Core().compile_model(tmp_path / "ir" / "network.xml", "CPU", hint)
-    x, t = noise(4), mixed(4)
-    got = torch.from_numpy(model({"sample": x.numpy(), "timestep": t.numpy()})[0])
-    assert_same_but_for_ties([(got, quantized()(x, t))])
-    # With 4 bits all but the few of 8 fit, and those are in float: the same numbers on every CPU.
-    exported = quantized("w4a8").export(tmp_path / "ir")  # over it
-    (words,) = exported.notes
-    assert words.startswith(
-        "1 of 12 quantized layers saturate on a CPU without VNNI or AMX: they are in float (0.0"
-    )
-    model = openvino.Core().compile_model(
-        tmp_path / "ir" / "network.xml", "CPU", {"INFERENCE_PRECISION_HINT": "f32"}
-    )
-    got = torch.from_numpy(model({"sample": x.numpy(), "timestep": t.numpy()})[0])
-    assert_same_but_for_ties([(got, quantized("w4a8")(x, t))])
-    (tmp_path / "ir" / "mine.txt").write_text("")
-    with pytest.raises(TFMQError, match="holds something else"):
-        quantized().export(tmp_path / "ir")
-    with pytest.raises(TFMQError, match=r"'\.xml' is not supported; use \.pt2, \.onnx, or a folder"):
-        quantized().export(tmp_path / "net.xml")
-
-
-def test_lowering_leaves_the_quantized_network_as_it_is(tmp_path):
-    with torch.no_grad():
-        before = quantized()(noise(2), 300)
-        lower(quantized(), "cpu", cache=kept())
-        assert torch.equal(quantized()(noise(2), 300), before)
-    quantized().save_pretrained(tmp_path / "q")
-    with torch.no_grad():
-        assert torch.equal(tfmq_fx.load(tmp_path / "q")(noise(2), 300), before)

@@ -1,8 +1,6 @@
 """The same network on oneDNN's int8 kernels with torch alone: values, coverage, packed weights, what is refused."""
 
 import functools
-import logging
-import sys
 from collections import Counter
 
 import pytest
@@ -11,16 +9,17 @@ from torch import nn
 from torch._dynamo.utils import counters
 
 import tfmq_fx
-from benchmarks.networks.small import TIMESTEPS, ScalarTime, TinyUNet, make
+from benchmarks.networks.small import TIMESTEPS, Labelled, ScalarTime, TinyUNet, make
+from tests.helpers.agreement import FLIPPED_BY, moved
 from tests.helpers.lowered import (
     BFLOAT16,
-    BYTES,
     INT8,
     SETTINGS,
     SIZES,
     assert_every_batch_size_and_step_agrees,
     assert_int8_where_pairs_fit,
     assert_same_but_for_ties,
+    kernels_of,
     lower,
     mixed,
     needs_avx2,
@@ -28,14 +27,11 @@ from tests.helpers.lowered import (
     needs_bytes,
     needs_kernels,
     noise,
-    quantized,
 )
+from tests.helpers.nearest import labelled, one_timestep, quantized
 from tests.helpers.processes import finish, start
-from tests.whole.test_finite import Labelled
-from tests.whole.test_mixed_batches import FLIPPED_BY, labelled, moved, one_timestep
 from tfmq_fx.base.arithmetic import NO_INT8
 from tfmq_fx.base.errors import TFMQError
-from tfmq_fx.base.onednn import pack_int4, unpack_int4
 from tfmq_fx.passes.int8.onednn_kernels import KERNELS
 from tfmq_fx.passes.int8.share_quantized import QUANTIZE
 from tfmq_fx.runtimes import lowering, torch_engine
@@ -46,10 +42,6 @@ needs_compiler = pytest.mark.skipif(bool(torch_engine.compiler_missing()), reaso
 @functools.cache
 def lowered(bits="w8a8", keyed="block", precision="float32", pack=None):
     return lower(quantized(bits, keyed), engine="torch", precision=precision, compile=False, pack=pack)
-
-
-def kernels_of(low):
-    return {k["path"]: k for k in low.report["lowering"]["kernels"]}
 
 
 @pytest.mark.parametrize(("bits", "keyed"), SETTINGS)
@@ -107,15 +99,6 @@ def test_every_quantized_layer_has_an_int8_kernel():
     assert all(b.is_mkldnn for b in gm.buffers() if b.dtype in (torch.int8, torch.uint8))
 
 
-def test_the_engines_count_the_same_layers():
-    pytest.importorskip("openvino")
-    other = lower(labelled("w8a8"), engine="openvino", precision="float32")
-    ours = lower(labelled("w8a8"), engine="torch", precision="float32", compile=False)
-    assert other.report["lowering"]["engine"] == "openvino"
-    assert other.report["lowering"]["flops"] == ours.report["lowering"]["flops"]
-    assert kernels_of(other).keys() == kernels_of(ours).keys()
-
-
 @torch.no_grad()
 def test_it_is_the_same_to_call():
     q, low = quantized(), lowered()
@@ -157,16 +140,6 @@ def test_a_network_of_one_timestep_per_call():
         assert_same_but_for_ties([(low(x, t), q(x, t)) for t in TIMESTEPS])
 
 
-@pytest.mark.parametrize(("columns", "shape"), [(8, (4, 8)), (9, (5, 9)), (27, (6, 3, 3, 3))])
-def test_packing_keeps_every_integer(columns, shape):
-    q = torch.randint(0, 16, shape, generator=torch.Generator().manual_seed(columns))
-    zero_point = torch.arange(shape[0], dtype=torch.int8)
-    packed = pack_int4(q)
-    assert (packed.dtype, packed.shape) == (torch.uint8, (shape[0], -(-columns // 2)))
-    expected = q - zero_point.view(-1, *[1] * (len(shape) - 1))
-    assert torch.equal(unpack_int4(packed, zero_point, list(shape)), expected.to(torch.int8))
-
-
 @needs_bytes
 @pytest.mark.parametrize("keyed", ["block", "all"])
 @pytest.mark.parametrize("precision", ["float32", pytest.param("bfloat16", marks=needs_bfloat16)])
@@ -192,38 +165,6 @@ def test_eight_bits_cannot_be_packed_and_stay():
     low = lowered("w8a8", pack="int4")
     assert "onednn.qconv_pointwise.default" in {k["kernel"] for k in kernels_of(low).values()}
     assert low.report["lowering"]["weight_bytes"] == lowered("w8a8").report["lowering"]["weight_bytes"]
-
-
-class Neighbours(nn.Module):
-    """Two layers with nothing between them, and two that read the same tensor."""
-
-    def __init__(self):
-        super().__init__()
-        self.unet = TinyUNet()
-        self.a, self.b, self.c = nn.Conv2d(1, 8, 1), nn.Conv2d(8, 8, 3, padding=1), nn.Conv2d(8, 8, 1)
-        self.out = nn.Conv2d(8, 1, 1)
-
-    def forward(self, sample, timestep):
-        h = torch.sin(self.a(self.unet(sample, timestep)))
-        return self.out(torch.sin(self.c(self.b(h)) + self.b(h) * 0.5))
-
-
-@torch.no_grad()
-def test_nothing_is_quantized_twice_and_neighbours_hand_over_bytes():
-    q = quantized("w4a8", network_class=Neighbours)
-    low = lower(q, engine="torch", precision="float32", compile=False)
-    assert_same_but_for_ties([(low(noise(n), mixed(n)), q(noise(n), mixed(n))) for n in SIZES])
-    if not BYTES:
-        return
-    gm = low.network.gm
-    dtypes = [
-        torch_engine.dtypes_of(gm, {"sample": noise(1), "timestep": mixed(1)})[n]
-        for n in gm.graph.nodes
-        if n.target in KERNELS
-    ]
-    assert torch.uint8 in dtypes
-    read = Counter(n.args for n in gm.graph.nodes if n.target is torch_engine.quantize)
-    assert max(read.values()) == 1
 
 
 GRANULARITIES = [{"group_size": 8}, {"activation_granularity": "token"}]
@@ -288,21 +229,6 @@ def test_a_cpu_without_int8_instructions_says_so_and_computes_the_same():
     assert_same_but_for_ties([(low(noise(n), mixed(n)), quantized()(noise(n), mixed(n))) for n in SIZES])
 
 
-def test_without_openvino_torch_lowers_and_says_so(monkeypatch, caplog):
-    monkeypatch.setattr(lowering, "find_spec", lambda _: None)
-    monkeypatch.setattr(torch_engine, "compiler_missing", lambda: "no C++ compiler (none)")
-    with caplog.at_level(logging.WARNING, "tfmq_fx.lowering"):
-        low = lower(quantized(), precision="float32")
-    assert low.report["lowering"]["engine"] == "torch"
-    said = [r.message for r in caplog.records if r.name == "tfmq_fx.lowering"]
-    assert len(said) == 1
-    assert "openvino is not installed" in said[0]
-    assert 'pip install "tfmq_fx[openvino]"' in said[0]
-    monkeypatch.setitem(sys.modules, "openvino", None)
-    with pytest.raises(TFMQError, match=r'pip install "tfmq_fx\[openvino\]"'):
-        quantized().lower(engine="openvino")
-
-
 @torch.no_grad()
 def test_a_missing_compiler_is_reported_and_the_kernels_run_all_the_same(monkeypatch, tmp_path):
     none = str(tmp_path / "none")
@@ -333,22 +259,6 @@ class Strange(nn.Module):
 def test_an_operator_that_cannot_run_names_its_node():
     with pytest.raises(TFMQError, match=r"node fft_fft: aten\.fft_fft\.default cannot run here \(.*BFloat16"):
         lower(quantized(network_class=Strange), engine="torch", precision="bfloat16", compile=False)
-
-
-@pytest.mark.parametrize(
-    ("arguments", "words"),
-    [
-        ({"engine": "onnx"}, "engine='onnx': unknown; use"),
-        ({"engine": "torch", "pack": "int2"}, "pack='int2': unknown; use \"int4\""),
-        ({"engine": "openvino", "pack": "int4"}, 'hold weights as bytes; use engine="torch"'),
-        ({"engine": "openvino", "compile": False}, 'OpenVINO always compiles.* use engine="torch"'),
-        ({"engine": "torch", "precision": "float16"}, "precision='float16': unknown"),
-    ],
-)
-def test_what_an_engine_has_not_is_refused(arguments, words):
-    pytest.importorskip("openvino")
-    with pytest.raises(TFMQError, match=words):
-        quantized().lower(**arguments)
 
 
 @torch.no_grad()

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 
 from benchmarks.networks.pipelines import ddpm
-from tests.test_cli import corrupt, run
+from tests.helpers.command_line import corrupt, run
 from tfmq_fx import cli
 from tfmq_fx.demo import FOLDER
 

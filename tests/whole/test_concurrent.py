@@ -9,7 +9,7 @@ import torch
 import tfmq_fx
 from benchmarks.networks.small import FAST, TinyUNet, calibration, make, prepared
 from tests.helpers.processes import finish, start
-from tests.reconstruction.test_resume import integers, reconstructed, same
+from tests.helpers.reconstructed import integers, reconstructed, same
 from tfmq_fx.artefact.saving import CONFIG
 from tfmq_fx.base.errors import TFMQError
 from tfmq_fx.base.files import replace_folder

@@ -18,7 +18,7 @@ import tfmq_fx
 from benchmarks.networks.pipelines import ddpm
 from benchmarks.networks.small import FAST, TIMESTEPS, calibration, captured
 from tests.helpers.processes import finish, start
-from tests.reconstruction.test_resume import same
+from tests.helpers.reconstructed import same
 from tfmq_fx.base.errors import TFMQError
 from tfmq_fx.reconstruction import rounding
 

@@ -4,11 +4,19 @@ import dataclasses
 
 import pytest
 import torch
-from torch import nn
 from torch.nn import functional as F
 
 import tfmq_fx
-from benchmarks.networks.small import FAST, make, sinusoid
+from benchmarks.networks.small import (
+    FAST,
+    TIMESTEPS,
+    Labelled,
+    Sized,
+    labelled_data,
+    make,
+    sinusoid,
+    sized_data,
+)
 from tfmq_fx.base.errors import TFMQError
 from tfmq_fx.calibration.temporal_rows import run_temporal, temporal_rows
 from tfmq_fx.observers import TemporalObserver
@@ -16,73 +24,7 @@ from tfmq_fx.passes import extract_temporal, find_temporal
 from tfmq_fx.passes.quantize.observed import observers
 from tfmq_fx.passes.temporal.find_temporal import temporal_of
 
-TIMESTEPS = torch.arange(0, 1000, 100).flip(0)
 RECIPE = tfmq_fx.Recipe(reconstruction=FAST)
-
-
-class Labelled(nn.Module):
-    """The label joins the time embedding before the non-linearity, as in class-conditional networks."""
-
-    classes = 5
-
-    def __init__(self):
-        super().__init__()
-        self.time, self.label = nn.Linear(8, 16), nn.Embedding(self.classes, 16)
-        self.emb1, self.emb2 = nn.Linear(16, 4), nn.Linear(16, 4)
-        self.conv1, self.conv2 = nn.Conv2d(1, 4, 3, padding=1), nn.Conv2d(4, 1, 3, padding=1)
-        self.mid = nn.Conv2d(4, 4, 3, padding=1)
-
-    def forward(self, sample, timestep, class_labels):
-        emb = F.silu(self.time(sinusoid(timestep, 8)) + 3 * self.label(class_labels))
-        h = F.silu(self.conv1(sample) + self.emb1(emb)[:, :, None, None])
-        return self.conv2(F.silu(self.mid(h) + self.emb2(emb)[:, :, None, None]))
-
-
-class Sized(nn.Module):
-    """Pooled text and size ids in a dict, beside a sequence of tokens, as in SD-XL."""
-
-    def __init__(self):
-        super().__init__()
-        self.time, self.add = nn.Linear(8, 16), nn.Linear(24, 16)
-        self.emb, self.conv1, self.conv2 = nn.Linear(16, 4), nn.Conv2d(1, 4, 3, padding=1), nn.Conv2d(4, 1, 1)
-        self.text = nn.Linear(6, 4)
-
-    def forward(
-        self, sample, timestep, encoder_hidden_states, added_cond_kwargs=None, scale=None, return_dict=True
-    ):
-        ids, text = added_cond_kwargs["time_ids"], added_cond_kwargs["text_embeds"]
-        add = torch.cat([text, sinusoid(ids.flatten(), 8).reshape(text.shape[0], -1)], dim=1)
-        emb = F.silu(self.time(sinusoid(timestep, 8)) + self.add(add))
-        h = self.conv1(sample) + self.emb(emb)[:, :, None, None]
-        h = h + self.text(encoder_hidden_states).mean(1)[:, :, None, None] * (scale or 1.0)
-        y = self.conv2(F.silu(h))
-        return {"sample": y} if return_dict else (y,)
-
-
-def labelled_data(rows=60, seed=0):
-    g = torch.Generator().manual_seed(seed)
-    return tfmq_fx.CalibrationSet.from_tensors(
-        {
-            "sample": torch.randn(rows, 1, 6, 6, generator=g),
-            "timestep": TIMESTEPS.repeat(rows)[:rows],
-            "class_labels": torch.randint(0, Labelled.classes, (rows,), generator=g),
-        }
-    )
-
-
-def sized_data(rows=40, seed=0):
-    g = torch.Generator().manual_seed(seed)
-    return tfmq_fx.CalibrationSet.from_tensors(
-        {
-            "sample": torch.randn(rows, 1, 6, 6, generator=g),
-            "timestep": TIMESTEPS.repeat(rows)[:rows],
-            "encoder_hidden_states": torch.randn(rows, 3, 6, generator=g),
-            "added_cond_kwargs": {
-                "text_embeds": torch.randn(rows, 8, generator=g),
-                "time_ids": torch.tensor([[8.0, 8.0], [6.0, 8.0]]).repeat(rows, 1)[:rows],
-            },
-        }
-    )
 
 
 def prepared(recipe=RECIPE, **kwargs):

@@ -1,67 +1,18 @@
 """Batches that mix timesteps and labels, of any size: each row is what the network gives for that row alone."""
 
-import dataclasses
-import functools
-
 import pytest
 import torch
-from torch import nn
-from torch.nn import functional as F
 
 import tfmq_fx
-from benchmarks.networks.small import TIMESTEPS, ScalarTime, TinyUNet, calibration, captured, make
-from tests.whole.test_finite import Labelled, labelled_data
-from tfmq_fx.artefact.drop_in import Interface
+from benchmarks.networks.small import TIMESTEPS, Labelled, OneTimestep, ScalarTime, captured, make, vectors
+from tests.helpers.agreement import CLOSE, assert_same_but_for_flips, moved
+from tests.helpers.nearest import labelled, one_timestep, quantized, recipe
 from tfmq_fx.base.errors import TFMQError
-from tfmq_fx.model import QuantizedModel
 
 # Captured with 2, calibrated in batches of 40 to 64, measured in batches of up to 128.
 SIZES = (2, 3, 7, 33, 64)
 SETTINGS = [("w4a8", "block"), ("w8a8", "block"), ("w4a8", "all"), ("w8a8", "all")]
 NULL = Labelled.classes - 1  # the label that stands for "no label" in classifier-free guidance
-
-# Another batch size adds up floats in another order. Where nothing is rounded to integers in between, that is a few
-# float32 steps: 4.5e-7 of the largest output measured. Fifty of them are allowed.
-CLOSE = 50 * torch.finfo(torch.float32).eps
-# An activation within that distance of a rounding tie may fall on the other side, a whole step of 1/255 of its range
-# away, and all of its row that comes after moves with it. A row has thousands of 8-bit activations and the distance is
-# some 1e-5 of a step, so a few rows in a hundred have one: 0 to 3% measured, 10% allowed, and none of them by more than
-# a few steps: 0.5% of the largest output measured, 3% allowed.
-FLIPPED_ROWS, FLIPPED_BY = 0.1, 0.03
-
-
-def recipe(bits, keyed="block"):
-    """Round-to-nearest: the graph is the same, whichever way the weights were rounded."""
-    nearest = tfmq_fx.Reconstruction(method="nearest")
-    return dataclasses.replace(tfmq_fx.Recipe.preset(bits), reconstruction=nearest, keyed=keyed)
-
-
-@functools.cache
-def quantized(bits, keyed="block"):
-    return tfmq_fx.quantize(make(TinyUNet), recipe(bits, keyed), calibration=calibration())
-
-
-@functools.cache
-def labelled(bits, keyed="block"):
-    return tfmq_fx.quantize(
-        make(Labelled),
-        recipe(bits, keyed),
-        calibration=labelled_data(),
-        finite={"class_labels": range(Labelled.classes)},
-    )
-
-
-def moved(got, expected):
-    """Rows that differ by more than float rounding (a mask), and the largest difference, of the largest output."""
-    difference = (got - expected).abs().flatten(1).amax(1) / expected.abs().max()
-    return difference > CLOSE, difference.max().item()
-
-
-def assert_same_but_for_flips(pairs):
-    """pairs: (got, expected) of rows each. The share of rows with a flip is bounded over all pairs together."""
-    masks, worst = zip(*(moved(got, expected) for got, expected in pairs), strict=True)
-    assert torch.cat(masks).float().mean() <= FLIPPED_ROWS
-    assert max(worst) <= FLIPPED_BY
 
 
 def one_by_one(network, *inputs):
@@ -146,39 +97,6 @@ def test_one_timestep_may_be_given_in_any_shape(size):
 def test_a_batch_of_none_gives_none():
     assert quantized("w4a8")(torch.zeros(0, 1, 8, 8), 300).shape == (0, 1, 8, 8)
     assert quantized("w4a8")(torch.zeros(0, 1, 8, 8), TIMESTEPS[:0]).shape == (0, 1, 8, 8)
-
-
-class OneTimestep(ScalarTime):
-    """A timestep of shape () and nothing else: its waves are a vector, without a batch."""
-
-    def forward(self, sample, timestep):
-        angle = timestep.float() * torch.exp(-2.0 * torch.arange(4.0))
-        return self.head(F.gelu(self.body(sample) + self.time(torch.cat([angle.sin(), angle.cos()]))))
-
-
-def vectors():
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(40, 4, generator=generator)
-    return tfmq_fx.CalibrationSet.from_tensors({"sample": x, "timestep": TIMESTEPS.repeat(4)})
-
-
-@functools.cache
-def one_timestep(network_class: type[nn.Module]):
-    """By the passes, with a timestep of shape () in the example, and the convention of the network around it."""
-    network, settings = make(network_class), recipe("w8a8")
-    example = {"sample": torch.randn(2, 4), "timestep": torch.tensor(7)}
-    gm = tfmq_fx.capture(network, example)
-    prepared = tfmq_fx.prepare(gm, settings, timesteps=TIMESTEPS)
-    tfmq_fx.calibrate(prepared, vectors())
-    face = Interface.of(network, gm, example, None)
-    return QuantizedModel(
-        tfmq_fx.convert(prepared),
-        interface=face,
-        timesteps=TIMESTEPS,
-        config={},
-        recipe=settings.to_json(),
-        report={},
-    )
 
 
 @pytest.mark.parametrize("network_class", [ScalarTime, OneTimestep])

@@ -7,10 +7,18 @@ import pytest
 import torch
 
 import tfmq_fx
-from benchmarks.networks.small import TIMESTEPS, ScalarTime, TinyUNet, calibration, captured, make
+from benchmarks.networks.small import (
+    TIMESTEPS,
+    Labelled,
+    ScalarTime,
+    TinyUNet,
+    calibration,
+    captured,
+    labelled_data,
+    make,
+    vectors,
+)
 from tests.helpers.lowered import assert_same_but_for_ties, lower, noise
-from tests.whole.test_finite import Labelled, labelled_data
-from tests.whole.test_mixed_batches import vectors
 from tfmq_fx.base.errors import TFMQError
 from tfmq_fx.graph.nodes import op_name
 from tfmq_fx.passes import extract_temporal, find_temporal, float_at_unseen
