@@ -6,9 +6,7 @@ import json
 import pytest
 
 import tfmq_fx
-from benchmarks.networks.small import (
-    FAST,
-)
+from benchmarks.networks.small import FAST
 from tfmq_fx.base.errors import TFMQError
 from tfmq_fx.recipe import PRESETS, Recipe, Rule
 

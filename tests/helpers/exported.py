@@ -2,7 +2,6 @@
 
 import functools
 
-import pytest
 import torch
 
 from benchmarks.networks.small import TIMESTEPS, ScalarTime, TinyUNet
@@ -23,7 +22,8 @@ def scalar():
 
 
 def session(file):
-    onnxruntime = pytest.importorskip("onnxruntime", reason="ONNX needs the onnx extra")
+    import onnxruntime
+
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = 1
     return onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])

@@ -7,10 +7,7 @@ from torch.fx import symbolic_trace
 
 import tfmq_fx
 from benchmarks.networks.small import FAST, TinyUNet, calibration, make
-from tfmq_fx.passes import (
-    bind_parameters,
-    inline_modules,
-)
+from tfmq_fx.passes import bind_parameters, inline_modules
 
 BATCH = calibration().tensors
 X, T = BATCH["sample"][:20], BATCH["timestep"][:20]

@@ -11,9 +11,7 @@ from tests.helpers.exported import quantized, rows
 from tfmq_fx.artefact import program
 from tfmq_fx.base.arithmetic import IntegerRange, choose_qparams, quantize_rows
 from tfmq_fx.graph.nodes import op_name
-from tfmq_fx.passes import (
-    rescale_temporal,
-)
+from tfmq_fx.passes import rescale_temporal
 
 
 def graph(network_class=Tokens, **changes):

@@ -6,11 +6,7 @@ import torch
 from torch import Tensor, nn
 
 import tfmq_fx
-from benchmarks.networks.small import (
-    TIMESTEPS,
-    make,
-    sinusoid,
-)
+from benchmarks.networks.small import TIMESTEPS, make, sinusoid
 from tfmq_fx.graph.nodes import edge_layers, op_name
 from tfmq_fx.passes import find_temporal
 

@@ -10,12 +10,7 @@ import pytest
 import torch
 
 import tfmq_fx
-from benchmarks.networks.small import (
-    TIMESTEPS,
-    ScalarTime,
-    make,
-    vectors,
-)
+from benchmarks.networks.small import TIMESTEPS, ScalarTime, make, vectors
 from tests.helpers.agreement import FLIPPED_BY, FLIPPED_ROWS, moved
 from tfmq_fx.base.arithmetic import NO_INT8, SATURATES
 from tfmq_fx.runtimes.cpu import adds_pairs, int8_instructions, torch_has_bfloat16
@@ -62,7 +57,7 @@ def mixed(size):
 
 
 def assert_same_but_for_ties(pairs):
-    """(got, expected): see tests/test_mixed_batches.py. A kernel scales the exact sum of integers once, or adds in another
+    """(got, expected): see tests/helpers/agreement.py. A kernel scales the exact sum of integers once, or adds in another
     order, where the float layer rounds every product: an activation that near to a rounding tie becomes the next integer."""
     masks, worst = zip(*(moved(got, expected) for got, expected in pairs), strict=True)
     assert torch.cat(masks).float().mean() <= FLIPPED_ROWS

@@ -7,15 +7,7 @@ import torch
 from torch import nn
 
 import tfmq_fx
-from benchmarks.networks.small import (
-    TIMESTEPS,
-    Labelled,
-    TinyUNet,
-    calibration,
-    labelled_data,
-    make,
-    vectors,
-)
+from benchmarks.networks.small import TIMESTEPS, Labelled, TinyUNet, calibration, labelled_data, make, vectors
 from tfmq_fx.artefact.drop_in import Interface
 from tfmq_fx.model import QuantizedModel
 

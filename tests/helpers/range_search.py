@@ -2,9 +2,7 @@
 
 import torch
 
-from tfmq_fx.base.arithmetic import (
-    choose_qparams,
-)
+from tfmq_fx.base.arithmetic import choose_qparams
 
 
 def simple_search(x_RK, integers, p=2.4, steps=80, smallest=0.2):

@@ -6,24 +6,8 @@ import pytest
 import torch
 
 import tfmq_fx
-from benchmarks.networks.small import (
-    TIMESTEPS,
-    ScalarTime,
-    TinyUNet,
-    calibration,
-    make,
-    sinusoid,
-)
-from tests.helpers.maintenance import (
-    BATCH,
-    W4A8,
-    Guided,
-    Scaled,
-    features,
-    guided_data,
-    maintained,
-    prepared,
-)
+from benchmarks.networks.small import TIMESTEPS, ScalarTime, TinyUNet, calibration, make, sinusoid
+from tests.helpers.maintenance import BATCH, W4A8, Guided, Scaled, features, guided_data, maintained, prepared
 from tfmq_fx.artefact.graph_json import tensors_of
 from tfmq_fx.base.errors import TFMQError
 from tfmq_fx.maintenance.stage import maintain

@@ -6,10 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.helpers.range_search import simple_search
-from tfmq_fx.base.arithmetic import (
-    IntegerRange,
-    choose_qparams,
-)
+from tfmq_fx.base.arithmetic import IntegerRange, choose_qparams
 from tfmq_fx.observers import PerChannelWeightFakeQuantize
 
 

@@ -9,12 +9,7 @@ import tfmq_fx
 from benchmarks.networks.small import TIMESTEPS, calibration
 from tests.helpers.graphs import RECIPE, exported
 from tfmq_fx.base.errors import TFMQError
-from tfmq_fx.passes import (
-    PassManager,
-    partition_temporal,
-    remove_noops,
-    root_batch_size,
-)
+from tfmq_fx.passes import PassManager, partition_temporal, remove_noops, root_batch_size
 
 
 def test_our_manager_lists_every_violation_before_anything_runs():

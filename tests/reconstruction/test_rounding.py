@@ -6,14 +6,7 @@ import pytest
 import torch
 
 import tfmq_fx
-from benchmarks.networks.small import (
-    FAST,
-    TIMESTEPS,
-    TinyUNet,
-    calibration,
-    make,
-    prepared,
-)
+from benchmarks.networks.small import FAST, TIMESTEPS, TinyUNet, calibration, make, prepared
 from tfmq_fx.base.errors import TFMQError
 from tfmq_fx.observers import PerChannelWeightFakeQuantize, StaticFakeQuantize
 from tfmq_fx.passes.quantize.observed import observers

@@ -9,9 +9,6 @@ from tfmq_fx.artefact import program
 from tfmq_fx.base.errors import TFMQError
 from tfmq_fx.runtimes import exporting
 
-onnx_ir = pytest.importorskip("onnx_ir", reason="ONNX needs the onnx extra")
-onnxruntime = pytest.importorskip("onnxruntime", reason="ONNX needs the onnx extra")
-
 
 @pytest.mark.parametrize(
     ("file", "format", "words"),
@@ -29,6 +26,8 @@ def test_unknown_formats_are_refused(tmp_path, file, format, words):
 
 
 def test_the_command_line_exports(monkeypatch, capsys, tmp_path):
+    for package in ("onnx_ir", "onnxruntime"):
+        pytest.importorskip(package, reason="ONNX needs the onnx extra")
     scalar().save_pretrained(tmp_path / "q")
     code, out, err = run(monkeypatch, capsys, "export", tmp_path / "q", tmp_path / "net.onnx", "--strict")
     assert (code, err) == (0, "")

@@ -2,6 +2,7 @@
 
 import logging
 import sys
+from importlib.util import find_spec
 
 import pytest
 import torch
@@ -23,9 +24,10 @@ from tfmq_fx.base.arithmetic import NO_INT8
 from tfmq_fx.base.errors import TFMQError
 from tfmq_fx.runtimes import lowering, torch_engine
 
-pytest.importorskip("openvino", reason="lowering needs the openvino extra")
+needs_openvino = pytest.mark.skipif(find_spec("openvino") is None, reason="this needs the openvino extra")
 
 
+@needs_openvino
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
@@ -38,6 +40,7 @@ def test_unknown_targets_and_precisions_are_refused(arguments, words):
         quantized().lower(**arguments)
 
 
+@needs_openvino
 @pytest.mark.skipif(INT8, reason="this CPU has int8 instructions")
 @needs_avx2
 def test_linear_layers_that_gain_nothing_are_told(monkeypatch):
@@ -50,6 +53,7 @@ def test_linear_layers_that_gain_nothing_are_told(monkeypatch):
     assert not said
 
 
+@needs_openvino
 @needs_avx2
 @torch.no_grad()
 @pytest.mark.usefixtures("without_vnni")
@@ -64,6 +68,7 @@ def test_without_vnni_networks_of_linear_layers_run_on_torchs_kernels():
     assert reports[0]["flops"]["int8"] > 0.9 * reports[0]["flops"]["total"]
 
 
+@needs_openvino
 def test_lowering_leaves_the_quantized_network_as_it_is(tmp_path):
     with torch.no_grad():
         before = quantized()(noise(2), 300)

@@ -7,13 +7,7 @@ import torch
 from torch import nn
 
 from benchmarks.networks.small import ScalarTime
-from tests.helpers.lowered import (
-    INT8,
-    assert_same_but_for_ties,
-    lower,
-    mixed,
-    noise,
-)
+from tests.helpers.lowered import INT8, assert_same_but_for_ties, lower, mixed, noise
 from tests.helpers.nearest import one_timestep, quantized
 from tfmq_fx.base.errors import TFMQError
 from tfmq_fx.runtimes.openvino_file import FLOAT

@@ -8,19 +8,10 @@ import torch
 from safetensors.torch import load_file
 
 import tfmq_fx
-from benchmarks.networks.small import (
-    FAST,
-    TIMESTEPS,
-    Tokens,
-    calibration,
-    make,
-)
+from benchmarks.networks.small import FAST, TIMESTEPS, Tokens, calibration, make
 from tfmq_fx.artefact.graph_json import quantized_weights, tensors_of
 from tfmq_fx.base._torchao import MinMaxObserver, Quantizer
-from tfmq_fx.base.arithmetic import (
-    IntegerRange,
-    quantize_tokens,
-)
+from tfmq_fx.base.arithmetic import IntegerRange, quantize_tokens
 from tfmq_fx.base.errors import TFMQError
 from tfmq_fx.graph.nodes import op_name
 from tfmq_fx.observers import PerChannelWeightFakeQuantize, StaticFakeQuantize, TokenFakeQuantize

@@ -7,9 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from diffusers import (
-    UNet2DModel,
-)
+from diffusers import UNet2DModel
 
 from benchmarks.networks.zoo.entry import TIME, Entry, builder, noise, resnets, steps
 

@@ -5,10 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from diffusers import (
-    Kandinsky3UNet,
-    UNet2DConditionModel,
-)
+from diffusers import Kandinsky3UNet, UNet2DConditionModel
 from torch import Tensor
 
 from benchmarks.networks.zoo.entry import ADD, TIME, Entry, builder, noise, pair, resnets, steps

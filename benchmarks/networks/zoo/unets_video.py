@@ -3,11 +3,7 @@
 from __future__ import annotations
 
 import torch
-from diffusers import (
-    UNet1DModel,
-    UNet3DConditionModel,
-    UNetSpatioTemporalConditionModel,
-)
+from diffusers import UNet1DModel, UNet3DConditionModel, UNetSpatioTemporalConditionModel
 
 from benchmarks.networks.zoo.entry import ADD, TIME, Entry, builder, noise, pair, resnets, steps
 

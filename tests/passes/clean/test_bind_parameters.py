@@ -7,9 +7,7 @@ from benchmarks.networks.small import TinyUNet, make
 from tests.helpers.graphs import T, X, compiled
 from tfmq_fx.base.errors import TFMQError
 from tfmq_fx.graph.inputs import placeholders
-from tfmq_fx.passes import (
-    bind_parameters,
-)
+from tfmq_fx.passes import bind_parameters
 
 
 def test_binding_takes_what_the_compiler_lifted():

@@ -7,9 +7,7 @@ from torch.fx import symbolic_trace
 import tfmq_fx
 from benchmarks.networks.small import TIMESTEPS, TinyUNet, make
 from tests.helpers.graphs import RECIPE, T, X
-from tfmq_fx.passes import (
-    inline_modules,
-)
+from tfmq_fx.passes import inline_modules
 
 
 def test_inlining_leaves_functions_with_the_parameters_own_paths():

@@ -6,9 +6,7 @@ from torch.fx import symbolic_trace
 from torch.nn import functional as F
 
 from tfmq_fx.graph.nodes import op_name
-from tfmq_fx.passes import (
-    literal_dtypes,
-)
+from tfmq_fx.passes import literal_dtypes
 
 
 def test_casts_to_another_tensors_dtype_become_literal():

@@ -5,12 +5,7 @@ from torch import nn
 
 from tfmq_fx.graph.inputs import placeholders
 from tfmq_fx.graph.nodes import meta_value
-from tfmq_fx.passes import (
-    bind_parameters,
-    find_temporal,
-    partition_temporal,
-    root_batch_size,
-)
+from tfmq_fx.passes import bind_parameters, find_temporal, partition_temporal, root_batch_size
 
 
 def test_a_size_that_dynamo_passes_does_not_taint():

@@ -3,9 +3,7 @@ import torch
 
 from benchmarks.networks.small import TinyUNet
 from tests.helpers.int8_passes import assert_the_values_stay, graph
-from tfmq_fx.passes import (
-    unfold_convolutions,
-)
+from tfmq_fx.passes import unfold_convolutions
 from tfmq_fx.passes.int8.unfold_convolutions import _places
 
 

@@ -1,16 +1,9 @@
 """The blocks that are reconstructed one at a time."""
 
 import tfmq_fx
-from benchmarks.networks.small import (
-    TIMESTEPS,
-    calibration,
-    captured,
-    prepared,
-)
+from benchmarks.networks.small import TIMESTEPS, calibration, captured, prepared
 from tests.helpers.blocks import weights_of
-from tfmq_fx.passes import (
-    find_temporal,
-)
+from tfmq_fx.passes import find_temporal
 from tfmq_fx.passes.quantize.find_blocks import find_blocks
 from tfmq_fx.pipeline import low_bits
 
