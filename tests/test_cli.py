@@ -31,7 +31,7 @@ def spec(name, x):
     return f"{name}={','.join(map(str, x.shape))}:{str(x.dtype).removeprefix('torch.')}"
 
 
-# The others' blocks are compared in test_zoo.py; what is asked here is the command.
+# The others' blocks are compared in tests/whole/test_zoo.py; what is asked here is the command.
 FEW = ("diffuser-hopper", "flux")
 ENTRIES = [
     pytest.param(e, marks=() if e.name in FEW else pytest.mark.slow, id=e.name)

@@ -143,7 +143,7 @@ def test_offload_hooks_and_slicing_change_nothing(sd, q, folder):
 
 
 def test_slicing_without_effect_is_said(q, caplog):
-    with caplog.at_level("WARNING", logger="tfmq_fx.model"):
+    with caplog.at_level("WARNING", logger="tfmq_fx.artefact.drop_in"):
         q.set_attention_slice("auto")
     assert "attention is fixed in the captured graph" in caplog.text
 

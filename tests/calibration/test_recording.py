@@ -10,6 +10,13 @@ from tfmq_fx.calibration.data import CalibrationSet
 from tfmq_fx.calibration.recording import recorded
 from tfmq_fx.demo import embedded_pipeline
 
+ENTRIES = {e.name: e for e in PIPELINES}
+# diffusers' own, on this torch and numpy.
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore:.*is deprecated:FutureWarning"),
+]
+
 
 def test_recording_keeps_one_trajectory_per_sample():
     pipe = embedded_pipeline()
@@ -26,14 +33,6 @@ def test_recording_keeps_one_trajectory_per_sample():
 def test_recording_nothing_is_refused():
     with pytest.raises(TFMQError, match="must be positive"):
         CalibrationSet.record(embedded_pipeline(), num_samples=0, num_inference_steps=4)
-
-
-ENTRIES = {e.name: e for e in PIPELINES}
-# diffusers' own, on this torch and numpy.
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning"),
-    pytest.mark.filterwarnings("ignore:.*is deprecated:FutureWarning"),
-]
 
 
 @pytest.fixture(scope="module")

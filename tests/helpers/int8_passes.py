@@ -26,8 +26,6 @@ def targets(gm):
 
 
 QDQ = "quantized_decomposed"
-
-
 ops = torch.ops.quantized_decomposed
 T, BITS = 5, IntegerRange.activation(8)
 

@@ -13,7 +13,7 @@ TUNED = dataclasses.replace(FAST, tune_iterations=10)
 
 
 def integers(gm):
-    """And their scales."""
+    """The integers of every weight, and their scales."""
     return {
         str(n.args[0].target) + kind: getattr(o, kind)
         for n, o in observers(gm)

@@ -27,7 +27,7 @@ def test_keeping_state_changes_nothing_and_a_second_run_learns_nothing(tmp_path,
         *(f"{i:04d}.safetensors" for i in range(blocks)),
         "state.json",
     ]
-    for learn in ("choose_rounding", "tune"):
+    for learn in ("run.choose_rounding", "stage.tune"):
         monkeypatch.setattr(f"tfmq_fx.reconstruction.{learn}", lambda *_a, **_k: pytest.fail("learned again"))
     again = reconstructed(tmp_path / "s")
     assert same(integers(again), integers(uninterrupted))

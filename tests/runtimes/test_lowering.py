@@ -91,10 +91,10 @@ def test_the_engines_count_the_same_layers():
 def test_without_openvino_torch_lowers_and_says_so(monkeypatch, caplog):
     monkeypatch.setattr(lowering, "find_spec", lambda _: None)
     monkeypatch.setattr(torch_engine, "compiler_missing", lambda: "no C++ compiler (none)")
-    with caplog.at_level(logging.WARNING, "tfmq_fx.lowering"):
+    with caplog.at_level(logging.WARNING, lowering.log.name):
         low = lower(quantized(), precision="float32")
     assert low.report["lowering"]["engine"] == "torch"
-    said = [r.message for r in caplog.records if r.name == "tfmq_fx.lowering"]
+    said = [r.message for r in caplog.records if r.name == lowering.log.name]
     assert len(said) == 1
     assert "openvino is not installed" in said[0]
     assert 'pip install "tfmq_fx[openvino]"' in said[0]

@@ -47,7 +47,7 @@ def counts(file):
 @pytest.mark.parametrize("format", ["onnx", "onnxruntime"])
 @torch.no_grad()
 def test_onnx_gives_what_the_quantized_network_gives(files, format):
-    """Another runtime adds floats in another order; bounds as in test_mixed_batches. 4e-7 was measured, no flips."""
+    """Another runtime adds floats in another order; bounds as in tests.helpers.agreement. 4e-7 was measured, no flips."""
     q, net = quantized(), runs(files(format).file)
     pairs = [(net(**rows(n)), q(**rows(n))) for n in SIZES]
     x = rows(2)["sample"]

@@ -18,7 +18,6 @@ from tfmq_fx.passes import PassManager, find_temporal, inline_modules, low_rank,
 from tfmq_fx.pipeline import low_bits
 
 ALL = {"smooth": 0.5, "rotate": 4, "low_rank": 2}
-
 BATCH = calibration().tensors
 X, T = BATCH["sample"], BATCH["timestep"]
 ENTRIES = {e.name: e for e in ZOO}

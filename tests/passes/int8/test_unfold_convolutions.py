@@ -1,3 +1,5 @@
+"""Convolutions as matrix products of what they see."""
+
 import pytest
 import torch
 

@@ -7,6 +7,8 @@ from tfmq_fx.passes import find_temporal
 from tfmq_fx.passes.quantize.find_blocks import find_blocks
 from tfmq_fx.pipeline import low_bits
 
+ALL = {"smooth": 0.5, "rotate": 4, "low_rank": 2}
+
 
 def test_blocks_are_the_residual_and_attention_blocks_then_single_layers():
     assert sorted(weights_of(b) for b in find_blocks(prepared())) == [
@@ -17,9 +19,6 @@ def test_blocks_are_the_residual_and_attention_blocks_then_single_layers():
         ["down_block.conv1", "down_block.conv2"],
         ["up_block.conv1", "up_block.conv2", "up_block.skip"],
     ]
-
-
-ALL = {"smooth": 0.5, "rotate": 4, "low_rank": 2}
 
 
 def test_blocks_hold_the_same_layers():
