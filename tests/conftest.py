@@ -2,12 +2,14 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import shutil
 
 import pytest
 import torch
 
 import tfmq_fx
 from benchmarks.networks.small import FAST, TinyUNet, calibration, make
+from tests.helpers.lowered import kept
 from tfmq_fx.artefact import program
 from tfmq_fx.demo import embedded_pipeline
 from tfmq_fx.runtimes import aot_package, cpu, onnx_file, openvino_file, torch_engine
@@ -30,6 +32,13 @@ def _one_export(monkeypatch):
     for module in (aot_package, onnx_file, openvino_file, torch_engine):
         monkeypatch.setattr(module, "exported", exported)
     monkeypatch.setattr(openvino_file, "decomposed", decomposed)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _nothing_kept():
+    yield
+    if kept.cache_info().currsize:
+        shutil.rmtree(kept())
 
 
 @pytest.fixture

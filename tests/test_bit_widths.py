@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 import tfmq_fx
 from benchmarks.networks.pipelines import ddpm
 from benchmarks.networks.small import TIMESTEPS, TinyUNet, calibration, captured, make
-from tests.test_cli import run
+from tests.helpers.command_line import run
 from tfmq_fx import bit_widths as module
 from tfmq_fx.base.errors import TFMQError
 from tfmq_fx.bit_widths import LayerSensitivity, Sensitivity, mixed_precision, sensitivity

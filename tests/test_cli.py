@@ -1,28 +1,16 @@
 import json
 import shutil
-import sys
 
 import pytest
 import torch
 from PIL import Image
 
 from benchmarks.networks.zoo import ZOO
-from tfmq_fx import cli
+from tests.helpers.command_line import corrupt, run
 from tfmq_fx.base.arguments import leaves
 from tfmq_fx.demo import FOLDER
 
 OWN = ("ddim-official", "latent-diffusion", "scalar-step")  # networks that diffusers cannot load
-
-
-def run(monkeypatch, capsys, *args):
-    """(exit code, stdout, stderr) of the command line."""
-    monkeypatch.setattr(sys, "argv", ["tfmq", *map(str, args)])
-    code = 0
-    try:
-        cli.main()
-    except SystemExit as stop:
-        code = stop.code or 0
-    return (code, *capsys.readouterr())
 
 
 @pytest.fixture
@@ -43,7 +31,7 @@ def spec(name, x):
     return f"{name}={','.join(map(str, x.shape))}:{str(x.dtype).removeprefix('torch.')}"
 
 
-# The others' blocks are compared in test_zoo.py; what is asked here is the command.
+# The others' blocks are compared in tests/whole/test_zoo.py; what is asked here is the command.
 FEW = ("diffuser-hopper", "flux")
 ENTRIES = [
     pytest.param(e, marks=() if e.name in FEW else pytest.mark.slow, id=e.name)
@@ -140,11 +128,6 @@ def test_every_command_has_help(monkeypatch, capsys, command):
     code, out, _ = run(monkeypatch, capsys, command, "--help")
     assert code == 0
     assert "--model" in out
-
-
-def corrupt(folder):
-    file = folder / "unet" / "diffusion_pytorch_model.safetensors"
-    file.write_bytes(file.read_bytes()[:1000])
 
 
 @pytest.mark.parametrize(

@@ -1,9 +1,12 @@
 """Recipes as JSON: what `to_json` gives comes back, and what a person mistypes is named."""
 
+import dataclasses
 import json
 
 import pytest
 
+import tfmq_fx
+from benchmarks.networks.small import FAST
 from tfmq_fx.base.errors import TFMQError
 from tfmq_fx.recipe import PRESETS, Recipe, Rule
 
@@ -63,3 +66,62 @@ def test_a_file_that_is_no_recipe_is_named(tmp_path, text, message):
         Recipe.read(file)
     assert message in str(error.value)
     assert "recipe.json" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"maintain": "remember"},
+        {"cache_type": "int4"},
+        {"maintain_bound": -1.0},
+        {"maintain_bytes": 0},
+        {"maintain_bytes": 9, "maintain": "cache"},
+    ],
+)
+def test_a_recipe_checks_its_maintenance(changes):
+    with pytest.raises(TFMQError, match=f"Recipe.{next(iter(changes))}"):
+        tfmq_fx.Recipe(**changes)
+
+
+@pytest.mark.parametrize("size", [0, 1, -32, True, 32.0, "32"])
+@pytest.mark.parametrize("owner", [tfmq_fx.Recipe, lambda **k: tfmq_fx.Rule(pattern="*", **k)])
+def test_a_size_that_is_none_is_refused(owner, size):
+    with pytest.raises(
+        TFMQError, match=r"(Recipe|Rule\('\*'\))\.group_size: .* is no group size; use an integer"
+    ):
+        owner(group_size=size)
+
+
+def test_an_unknown_granularity_is_refused():
+    words = r"activation_granularity: 'row' is unknown; use one of tensor, token"
+    with pytest.raises(TFMQError, match=rf"Recipe\.{words}"):
+        tfmq_fx.Recipe(activation_granularity="row")
+    with pytest.raises(TFMQError, match=rf"Rule\('a\.\*'\)\.{words}"):
+        tfmq_fx.Rule(pattern="a.*", activation_granularity="row")
+
+
+@pytest.mark.parametrize("field", ["weight_bits", "activation_bits", "edge_weight_bits", "attention_bits"])
+def test_bits_outside_the_supported_are_refused(field):
+    with pytest.raises(TFMQError, match=rf"Recipe\.{field}: 9 is not a supported bit width"):
+        dataclasses.replace(tfmq_fx.Recipe(), **{field: 9})
+
+
+@pytest.mark.parametrize(
+    "change", [{"method": "magic"}, {"iterations": 0}, {"batch_size": -1}, {"tune_iterations": -1}]
+)
+def test_bad_settings_are_refused(change):
+    with pytest.raises(TFMQError, match=rf"Reconstruction\.{next(iter(change))}"):
+        dataclasses.replace(FAST, **change)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"smooth": 2.0}, "not between 0 and 1"),
+        ({"rotate": 12}, "no power of two"),
+        ({"low_rank": 0}, "not positive"),
+    ],
+)
+def test_recipes_that_make_no_sense_are_refused(change, words):
+    with pytest.raises(TFMQError, match=rf"Recipe\.{next(iter(change))}: .*{words}"):
+        dataclasses.replace(tfmq_fx.Recipe(), **change)

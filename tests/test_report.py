@@ -13,9 +13,9 @@ import torch
 import tfmq_fx
 from benchmarks.networks.pipelines import ddpm
 from benchmarks.networks.small import FAST, ScalarTime
-from tests.lowered import BYTES
-from tests.test_cli import run as run_cli
-from tests.test_mixed_batches import one_timestep
+from tests.helpers.command_line import run as run_cli
+from tests.helpers.lowered import BYTES
+from tests.helpers.nearest import one_timestep
 from tfmq_fx import report
 from tfmq_fx.base.errors import TFMQError
 from tfmq_fx.evaluation.plots import OURS

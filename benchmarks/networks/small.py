@@ -91,6 +91,89 @@ class ScalarTime(nn.Module):
         return y
 
 
+class OneTimestep(ScalarTime):
+    """A timestep of shape () and nothing else: its waves are a vector, without a batch."""
+
+    def forward(self, sample: Tensor, timestep: Tensor) -> Tensor:
+        angle = timestep.float() * torch.exp(-2.0 * torch.arange(4.0))
+        shift = self.time(torch.cat([angle.sin(), angle.cos()]))
+        y: Tensor = self.head(F.gelu(self.body(sample) + shift))
+        return y
+
+
+class Labelled(nn.Module):
+    """The label joins the time embedding before the non-linearity, as in class-conditional networks."""
+
+    classes = 5
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.time, self.label = nn.Linear(8, 16), nn.Embedding(self.classes, 16)
+        self.emb1, self.emb2 = nn.Linear(16, 4), nn.Linear(16, 4)
+        self.conv1, self.conv2 = nn.Conv2d(1, 4, 3, padding=1), nn.Conv2d(4, 1, 3, padding=1)
+        self.mid = nn.Conv2d(4, 4, 3, padding=1)
+
+    def forward(self, sample: Tensor, timestep: Tensor, class_labels: Tensor) -> Tensor:
+        emb = F.silu(self.time(sinusoid(timestep, 8)) + 3 * self.label(class_labels))
+        h = F.silu(self.conv1(sample) + self.emb1(emb)[:, :, None, None])
+        y: Tensor = self.conv2(F.silu(self.mid(h) + self.emb2(emb)[:, :, None, None]))
+        return y
+
+
+class Sized(nn.Module):
+    """Pooled text and size ids in a dict, beside a sequence of tokens, as in SD-XL."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.time, self.add = nn.Linear(8, 16), nn.Linear(24, 16)
+        self.emb, self.conv1, self.conv2 = nn.Linear(16, 4), nn.Conv2d(1, 4, 3, padding=1), nn.Conv2d(4, 1, 1)
+        self.text = nn.Linear(6, 4)
+
+    def forward(
+        self,
+        sample: Tensor,
+        timestep: Tensor,
+        encoder_hidden_states: Tensor,
+        added_cond_kwargs: dict[str, Tensor] | None = None,
+        scale: float | None = None,
+        return_dict: bool = True,
+    ) -> dict[str, Tensor] | tuple[Tensor]:
+        assert added_cond_kwargs is not None
+        ids, text = added_cond_kwargs["time_ids"], added_cond_kwargs["text_embeds"]
+        add = torch.cat([text, sinusoid(ids.flatten(), 8).reshape(text.shape[0], -1)], dim=1)
+        emb = F.silu(self.time(sinusoid(timestep, 8)) + self.add(add))
+        h = self.conv1(sample) + self.emb(emb)[:, :, None, None]
+        h = h + self.text(encoder_hidden_states).mean(1)[:, :, None, None] * (scale or 1.0)
+        y: Tensor = self.conv2(F.silu(h))
+        return {"sample": y} if return_dict else (y,)
+
+
+class Tokens(nn.Module):
+    """A small transformer on patches: convolutions at both ends, one of them transposed, linears between."""
+
+    def __init__(self, width: int = 16) -> None:
+        super().__init__()
+        self.time = nn.Sequential(nn.Linear(16, 32), nn.SiLU(), nn.Linear(32, 32))
+        self.emb = nn.Linear(32, 2 * width)
+        self.patch = nn.Conv2d(1, width, 2, stride=2)
+        self.q, self.k, self.v = (nn.Linear(width, width) for _ in range(3))
+        self.out = nn.Linear(width, width)
+        self.up, self.down = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
+        self.mix = nn.Conv2d(width, width, 3, padding=1, groups=2)
+        self.unpatch = nn.ConvTranspose2d(width, 8, 2, stride=2)
+        self.head = nn.Conv2d(8, 1, 3, padding=1)
+
+    def forward(self, sample: Tensor, timestep: Tensor) -> Tensor:
+        shift, scale = self.emb(F.silu(self.time(sinusoid(timestep, 16)))).chunk(2, dim=1)
+        x = self.patch(sample).flatten(2).transpose(1, 2)
+        y = F.layer_norm(x, x.shape[-1:]) * (1 + scale[:, None]) + shift[:, None]
+        x = x + self.out(F.scaled_dot_product_attention(self.q(y), self.k(y), self.v(y)))
+        x = x + self.down(F.gelu(self.up(F.layer_norm(x, x.shape[-1:]))))
+        x = x.transpose(1, 2).unflatten(2, (4, 4))
+        z: Tensor = self.head(F.silu(self.unpatch(F.silu(self.mix(x)))))
+        return z
+
+
 def make(cls: type[nn.Module], seed: int = 0) -> nn.Module:
     with torch.random.fork_rng():
         torch.manual_seed(seed)
@@ -107,6 +190,39 @@ def calibration(rows: int = 40, seed: int = 0) -> tfmq_fx.CalibrationSet:
         {
             "sample": torch.randn(rows, 1, 8, 8, generator=generator),
             "timestep": TIMESTEPS.repeat(-(-rows // 10))[:rows],
+        }
+    )
+
+
+def vectors() -> tfmq_fx.CalibrationSet:
+    """Of ScalarTime and OneTimestep."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(40, 4, generator=generator)
+    return tfmq_fx.CalibrationSet.from_tensors({"sample": x, "timestep": TIMESTEPS.repeat(4)})
+
+
+def labelled_data(rows: int = 60, seed: int = 0) -> tfmq_fx.CalibrationSet:
+    g = torch.Generator().manual_seed(seed)
+    return tfmq_fx.CalibrationSet.from_tensors(
+        {
+            "sample": torch.randn(rows, 1, 6, 6, generator=g),
+            "timestep": TIMESTEPS.repeat(rows)[:rows],
+            "class_labels": torch.randint(0, Labelled.classes, (rows,), generator=g),
+        }
+    )
+
+
+def sized_data(rows: int = 40, seed: int = 0) -> tfmq_fx.CalibrationSet:
+    g = torch.Generator().manual_seed(seed)
+    return tfmq_fx.CalibrationSet.from_tensors(
+        {
+            "sample": torch.randn(rows, 1, 6, 6, generator=g),
+            "timestep": TIMESTEPS.repeat(rows)[:rows],
+            "encoder_hidden_states": torch.randn(rows, 3, 6, generator=g),
+            "added_cond_kwargs": {
+                "text_embeds": torch.randn(rows, 8, generator=g),
+                "time_ids": torch.tensor([[8.0, 8.0], [6.0, 8.0]]).repeat(rows, 1)[:rows],
+            },
         }
     )
 

@@ -1,0 +1,34 @@
+"""Sets of calibration rows."""
+
+import pytest
+import torch
+
+import tfmq_fx
+from benchmarks.networks.small import calibration
+from tfmq_fx.base.errors import TFMQError
+
+CalibrationSet = tfmq_fx.CalibrationSet
+
+
+def test_spread_takes_rows_evenly_over_timesteps():
+    data = calibration(100)
+    few = data.spread(30, seed=1)
+    assert torch.unique(few.tensors["timestep"], return_counts=True)[1].tolist() == [3] * 10
+    assert len(data.spread(1000)) == 100
+
+
+@pytest.mark.parametrize(
+    ("tensors", "words"),
+    [
+        ({"sample": torch.zeros(0, 3), "timestep": torch.zeros(0)}, "the set is empty"),
+        ({"sample": torch.zeros(2, 3), "timestep": torch.zeros(3)}, "different numbers of rows"),
+        (
+            {"sample": torch.tensor([[0.0], [torch.nan]]), "timestep": torch.zeros(2)},
+            "'sample' holds NaN .*first in row 1",
+        ),
+        ({"sample": torch.zeros(2, 3), "t": torch.zeros(2)}, "no tensor named 'timestep'; found"),
+    ],
+)
+def test_bad_sets_are_refused(tensors, words):
+    with pytest.raises(TFMQError, match=words):
+        CalibrationSet.from_tensors(tensors)

@@ -1,0 +1,54 @@
+"""Small networks quantized by rounding to nearest, once each."""
+
+import dataclasses
+import functools
+
+import torch
+from torch import nn
+
+import tfmq_fx
+from benchmarks.networks.small import TIMESTEPS, Labelled, TinyUNet, calibration, labelled_data, make, vectors
+from tfmq_fx.artefact.drop_in import Interface
+from tfmq_fx.model import QuantizedModel
+
+
+def recipe(bits, keyed="block"):
+    """Round-to-nearest: the graph is the same, whichever way the weights were rounded."""
+    nearest = tfmq_fx.Reconstruction(method="nearest")
+    return dataclasses.replace(tfmq_fx.Recipe.preset(bits), reconstruction=nearest, keyed=keyed)
+
+
+@functools.cache
+def labelled(bits, keyed="block"):
+    return tfmq_fx.quantize(
+        make(Labelled),
+        recipe(bits, keyed),
+        calibration=labelled_data(),
+        finite={"class_labels": range(Labelled.classes)},
+    )
+
+
+@functools.cache
+def one_timestep(network_class: type[nn.Module]):
+    """By the passes, with a timestep of shape () in the example, and the convention of the network around it."""
+    network, settings = make(network_class), recipe("w8a8")
+    example = {"sample": torch.randn(2, 4), "timestep": torch.tensor(7)}
+    gm = tfmq_fx.capture(network, example)
+    prepared = tfmq_fx.prepare(gm, settings, timesteps=TIMESTEPS)
+    tfmq_fx.calibrate(prepared, vectors())
+    face = Interface.of(network, gm, example, None)
+    return QuantizedModel(
+        tfmq_fx.convert(prepared),
+        interface=face,
+        timesteps=TIMESTEPS,
+        config={},
+        recipe=settings.to_json(),
+        report={},
+    )
+
+
+@functools.cache
+def quantized(bits="w8a8", keyed="block", network_class=TinyUNet, **changes):
+    nearest = tfmq_fx.Reconstruction(method="nearest")
+    recipe = dataclasses.replace(tfmq_fx.Recipe.preset(bits), reconstruction=nearest, keyed=keyed, **changes)
+    return tfmq_fx.quantize(make(network_class), recipe, calibration=calibration())

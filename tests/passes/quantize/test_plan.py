@@ -1,0 +1,41 @@
+"""Which layer gets which bits."""
+
+import pytest
+
+import tfmq_fx
+from benchmarks.networks.small import TIMESTEPS, captured
+from tfmq_fx.base.errors import TFMQError
+
+
+def bits_by_layer(gm):
+    return {
+        layer.path.removesuffix(".weight"): (layer.weight_bits, layer.activation_bits)
+        for layer in gm.meta["plan"].layers
+    }
+
+
+@pytest.mark.parametrize("name", ["w8a8", "w4a8", "w8a16", "w4a16", "w4a4", "w3a8", "w2a8"])
+def test_every_preset_gives_every_layer_its_bits(name):
+    gm = tfmq_fx.prepare(captured(), tfmq_fx.Recipe.preset(name), timesteps=TIMESTEPS)
+    weight, activation = (int(b) for b in name[1:].split("a"))
+    found = bits_by_layer(gm)
+    assert found["conv_in"] == found["conv_out"] == (8, 16)
+    assert found["time_mlp.0"] == (8, activation)  # the first time-embedding layer
+    others = {path: bits for path, bits in found.items() if path not in ("conv_in", "conv_out", "time_mlp.0")}
+    assert set(others.values()) == {(weight, activation)}
+    assert {"down", "up_block.skip", "attention.qkv", "attention.out", "down_block.emb"} <= set(others)
+
+
+def test_rules_change_bits_and_a_rule_without_a_match_shows_the_nearest():
+    rules = (
+        tfmq_fx.Rule(pattern="attention.*", weight_bits=8),
+        tfmq_fx.Rule(pattern="down.*", weight_bits=16, activation_bits=16),
+    )
+    gm = tfmq_fx.prepare(captured(), tfmq_fx.Recipe(rules=rules), timesteps=TIMESTEPS)
+    assert bits_by_layer(gm)["attention.qkv"] == (8, 8)
+    assert bits_by_layer(gm)["down"] == (16, 16)
+    assert "down.weight" in {f.name for f in gm.meta["plan"].floats}
+    with pytest.raises(TFMQError, match=r"'atention\.\*' matches no layer .*; nearest are attention"):
+        tfmq_fx.prepare(
+            captured(), tfmq_fx.Recipe(rules=(tfmq_fx.Rule(pattern="atention.*"),)), timesteps=TIMESTEPS
+        )

@@ -1,0 +1,142 @@
+import pytest
+import torch
+from torch import nn
+
+import tfmq_fx
+from benchmarks.networks.small import ScalarTime, TinyUNet, captured, make, sinusoid
+from tfmq_fx.base.errors import TFMQError
+from tfmq_fx.demo import embedded_pipeline
+from tfmq_fx.graph.nodes import weight_argument
+from tfmq_fx.passes import find_temporal
+
+
+def find(network, **inputs):
+    gm = tfmq_fx.capture(network.eval(), {"timestep": torch.tensor([3, 500]), **inputs})
+    return gm, find_temporal(gm)
+
+
+def feature_paths(gm, temporal):
+    nodes = {n.name: n for n in gm.graph.nodes}
+    return [
+        str(nodes[f].args[weight_argument(nodes[f])].target).removesuffix(".weight")
+        for f in temporal.features
+    ]
+
+
+def test_the_tiny_networks_features_are_its_embedding_layers():
+    gm = captured(TinyUNet)
+    assert feature_paths(gm, find_temporal(gm)) == ["down_block.emb", "up_block.emb"]
+
+
+def test_the_demo_networks_features_are_every_residual_blocks_time_projection():
+    unet = embedded_pipeline().unet
+    gm, temporal = find(unet, sample=torch.randn(2, 1, 16, 16), return_dict=False)
+    expected = {name for name, _ in unet.named_modules() if name.endswith("time_emb_proj")}
+    assert set(feature_paths(gm, temporal)) == expected
+    assert len(temporal.features) == len(expected) == 11
+
+
+def test_a_scalar_timestep():
+    gm = tfmq_fx.capture(make(ScalarTime), {"sample": torch.randn(2, 4), "timestep": torch.tensor(7)})
+    assert feature_paths(gm, find_temporal(gm)) == ["time.2"]
+
+
+def test_an_unknown_input_shows_the_names():
+    with pytest.raises(
+        TFMQError, match=r"timestep='t': the graph has no such input; its inputs are sample, timestep"
+    ):
+        find_temporal(captured(TinyUNet), timestep="t")
+
+
+class OnlyShape(nn.Module):
+    def forward(self, sample, timestep):
+        return sample + torch.zeros(timestep.shape[0], 1)
+
+
+class Unused(nn.Module):
+    def forward(self, sample, timestep):  # noqa: ARG002
+        return sample * 2
+
+
+class Dropped(nn.Module):
+    """The timestep is computed with, but the result goes nowhere."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("state", torch.zeros(()))
+
+    def forward(self, sample, timestep):
+        self.state.copy_((timestep * 2).sum())  # export keeps writes to buffers
+        return sample * 2
+
+
+class OnlyMixed(nn.Module):
+    def forward(self, sample, timestep):
+        return sample * timestep[:, None]
+
+
+class MixedFirst(nn.Module):
+    def forward(self, sample, timestep):
+        return sample * timestep
+
+
+@pytest.mark.parametrize(
+    ("network", "words"),
+    [
+        (
+            OnlyShape(),
+            r"timestep='timestep': only its shape, dtype or device is used \(by node sym_size_int_\d\)",
+        ),
+        (Unused(), "baked in as a constant"),
+        (Dropped(), "does not reach the output; its last use is node copy_"),
+        (MixedFirst(), "no temporal block found; no value computed from timestep alone"),
+    ],
+)
+def test_networks_without_a_temporal_block(network, words):
+    gm = tfmq_fx.capture(
+        network.eval(), {"sample": torch.randn(2), "timestep": torch.tensor([1, 2])}, "timestep"
+    )
+    with pytest.raises(TFMQError, match=words):
+        find_temporal(gm)
+
+
+def test_a_view_of_the_timestep_is_a_block_without_layers():
+    gm = tfmq_fx.capture(OnlyMixed().eval(), {"sample": torch.randn(2, 3), "timestep": torch.tensor([1, 2])})
+    assert len(find_temporal(gm).features) == 1
+    with pytest.raises(TFMQError, match="nothing to quantize"):
+        tfmq_fx.prepare(gm, tfmq_fx.Recipe.preset("w4a8"), timesteps=torch.tensor([1, 2]))
+
+
+class TwoTimes(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(8, 3), nn.Linear(8, 3)
+
+    def forward(self, sample, t, r):
+        return sample * self.a(sinusoid(t, 8)) + self.b(sinusoid(r, 8))
+
+
+def test_two_inputs_that_could_be_the_timestep_are_refused_until_one_is_named():
+    inputs = {"sample": torch.randn(2, 3), "t": torch.tensor([1, 2]), "r": torch.tensor([3, 4])}
+    with pytest.raises(
+        TFMQError, match="timestep: not named, and t and r could be it; name it with timestep="
+    ):
+        tfmq_fx.capture(TwoTimes().eval(), inputs)
+    gm = tfmq_fx.capture(TwoTimes().eval(), inputs, timestep="r")
+    del gm.meta["timestep"]
+    with pytest.raises(TFMQError, match="t and r could be it"):
+        find_temporal(gm)
+    assert feature_paths(gm, find_temporal(gm, timestep="t", conditioning=())) == ["a"]
+
+
+def test_the_only_input_that_can_be_the_timestep_needs_no_name():
+    class OneTime(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a = nn.Linear(8, 3)
+
+        def forward(self, x, sigma):
+            return x * self.a(sinusoid(sigma, 8))
+
+    gm = tfmq_fx.capture(OneTime().eval(), {"x": torch.randn(2, 3), "sigma": torch.tensor([0.5, 2.0])})
+    assert find_temporal(gm).timestep == "sigma"

@@ -1,0 +1,56 @@
+"""The manager that knows what must come before what."""
+
+from functools import partial
+
+import pytest
+import torch
+
+import tfmq_fx
+from benchmarks.networks.small import TIMESTEPS, calibration
+from tests.helpers.graphs import RECIPE, exported
+from tfmq_fx.base.errors import TFMQError
+from tfmq_fx.passes import PassManager, partition_temporal, remove_noops, root_batch_size
+
+
+def test_our_manager_lists_every_violation_before_anything_runs():
+    ran = []
+    gm, _ = exported()
+
+    def note(gm):
+        ran.append(gm)
+
+    order = [
+        note,
+        tfmq_fx.convert,
+        partition_temporal,
+        partial(tfmq_fx.prepare, recipe=RECIPE, timesteps=TIMESTEPS),
+        root_batch_size,
+    ]
+    with pytest.raises(TFMQError) as error:
+        PassManager(order)(gm)
+    assert str(error.value) == (
+        "passes: convert needs calibrate before it; root_batch_size must come before partition_temporal; "
+        "prepare must come before partition_temporal; root_batch_size must come before prepare."
+    )
+    assert not ran
+
+
+def test_a_pass_added_later_is_checked_too():
+    gm, _ = exported()
+    manager = PassManager([remove_noops])
+    manager.add_pass(tfmq_fx.convert)
+    with pytest.raises(TFMQError, match="passes: convert needs calibrate before it"):
+        manager(gm)
+
+
+def test_our_manager_goes_on_from_where_the_graph_stands():
+    gm, _ = exported()
+    prepared = tfmq_fx.prepare(gm, RECIPE, timesteps=TIMESTEPS)
+    result = PassManager([partial(tfmq_fx.calibrate, calibration=calibration()), tfmq_fx.convert])(prepared)
+    assert result.graph_module.meta["stage"] == "converted"
+
+
+def test_a_passs_own_error_comes_through():
+    gm, _ = exported()
+    with pytest.raises(TFMQError, match="timesteps: hold repeated values"):
+        PassManager([partial(tfmq_fx.prepare, recipe=RECIPE, timesteps=torch.tensor([1, 1]))])(gm)

@@ -1,0 +1,65 @@
+"""How one block's weights are rounded."""
+
+import dataclasses
+
+import pytest
+import torch
+
+import tfmq_fx
+from benchmarks.networks.small import FAST, TIMESTEPS, TinyUNet, calibration, make, prepared
+from tfmq_fx.base.errors import TFMQError
+from tfmq_fx.observers import PerChannelWeightFakeQuantize, StaticFakeQuantize
+from tfmq_fx.passes.quantize.observed import observers
+
+
+def test_learned_activation_scales_move_and_win_at_four_bits():
+    errors = {}
+    for learn in (False, True):
+        gm = prepared("w4a4")
+        scales = {n.name: o.scale.clone() for n, o in observers(gm) if isinstance(o, StaticFakeQuantize)}
+        tfmq_fx.reconstruct(
+            gm, calibration(), dataclasses.replace(FAST, iterations=200, learn_activation_scale=learn)
+        )
+        moved = [
+            n.name for n, o in observers(gm) if n.name in scales and not torch.equal(o.scale, scales[n.name])
+        ]
+        assert bool(moved) == learn
+        assert all(o.soft is None for _, o in observers(gm) if isinstance(o, StaticFakeQuantize))
+        errors[learn] = {r.name: r.error for r in gm.meta["reconstruction"]}
+    assert sum(errors[True].values()) < sum(errors[False].values())
+
+
+def test_a_loss_that_becomes_nan_names_the_block():
+    gm = prepared()
+    observer = next(
+        o
+        for n, o in observers(gm)
+        if isinstance(o, PerChannelWeightFakeQuantize) and "attention.qkv" in str(n.args[0].target)
+    )
+    observer.scale.fill_(torch.nan)
+    with pytest.raises(TFMQError, match=r"block attention\.qkv\.weight: the loss became nan"):
+        tfmq_fx.reconstruct(gm, calibration())
+
+
+def test_dead_inputs_leave_a_singular_hessian_and_a_finite_result():
+    network = make(TinyUNet)
+    with torch.no_grad():  # the attention's input, and so its Hessian, is all zeros
+        network.attention.norm.weight.zero_()
+        network.attention.norm.bias.zero_()
+    gm = tfmq_fx.capture(network, {n: x[:2] for n, x in calibration().tensors.items()})
+    recipe = dataclasses.replace(tfmq_fx.Recipe.preset("w4a8"), reconstruction=FAST)
+    gm = tfmq_fx.calibrate(tfmq_fx.prepare(gm, recipe, timesteps=TIMESTEPS), calibration())
+    tfmq_fx.reconstruct(gm, calibration(), dataclasses.replace(FAST, method="gptq"))
+    assert all(0 <= r.error <= r.error_nearest for r in gm.meta["reconstruction"])
+    assert torch.isfinite(tfmq_fx.convert(gm)(**calibration().tensors)).all()
+
+
+def test_gptq_cuts_hessians_past_gptq_memory_and_says_so():
+    gm = prepared()
+    settings = dataclasses.replace(FAST, method="gptq", gptq_memory=1e-4)
+    tfmq_fx.reconstruct(gm, calibration(), settings)
+    results = {r.name: r for r in gm.meta["reconstruction"]}
+    assert results["down_block.conv1.weight"].hessian_pieces > 1
+    assert results["conv_in.weight"].hessian_pieces == 1
+    assert all(r.error <= r.error_nearest for r in results.values())
+    assert any(r.hessian_pieces > 1 and r.kept == "gptq" for r in results.values())

@@ -1,0 +1,79 @@
+"""What is written for OpenVINO, and what keeps it from being written."""
+
+import sys
+
+import pytest
+import torch
+from torch import nn
+
+from benchmarks.networks.small import ScalarTime
+from tests.helpers.lowered import INT8, assert_same_but_for_ties, lower, mixed, noise
+from tests.helpers.nearest import one_timestep, quantized
+from tfmq_fx.base.errors import TFMQError
+from tfmq_fx.runtimes.openvino_file import FLOAT
+
+pytest.importorskip("openvino", reason="lowering needs the openvino extra")
+
+
+def test_nobody_is_told(monkeypatch, tmp_path):
+    """OpenVINO's own `convert_model` sends what it did to Google Analytics, unless the user has forbidden it."""
+    told = []
+    telemetry = pytest.importorskip("openvino_telemetry").Telemetry
+    monkeypatch.setattr(telemetry, "send_event", lambda _, *words, **__: told.append(words))
+    quantized("w4a8").export(tmp_path / "ir")
+    assert not told
+
+
+def test_a_missing_package_names_the_extra(monkeypatch):
+    monkeypatch.setitem(sys.modules, "openvino", None)
+    with pytest.raises(TFMQError, match=r'pip install "tfmq_fx\[openvino\]"'):
+        quantized().lower("cpu", engine="openvino")
+
+
+class Strange(nn.Module):
+    """An operator of which OpenVINO has no form."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = ScalarTime()
+
+    def forward(self, sample, timestep):
+        return torch.special.bessel_j0(self.net(sample, timestep))
+
+
+def test_an_operator_that_openvino_lacks_names_its_node():
+    with pytest.raises(
+        TFMQError, match=r"node special_bessel_j0: OpenVINO has no form of aten\.special_bessel_j0"
+    ):
+        lower(one_timestep(Strange), "cpu")
+
+
+@torch.no_grad()
+def test_the_exported_folder_is_openvinos_alone(tmp_path):
+    import openvino
+
+    exported = quantized().export(tmp_path / "ir")
+    words = "12 of 12 quantized layers saturate on a CPU without VNNI or AMX, unless OpenVINO compiles them there with"
+    assert exported.notes == (f"{words} {FLOAT}",)
+    assert {f.name for f in (tmp_path / "ir").iterdir()} == {"network.xml", "network.bin", "layers.json"}
+    hint = {"INFERENCE_PRECISION_HINT": "f32", **({} if INT8 else FLOAT)}
+    model = openvino.Core().compile_model(tmp_path / "ir" / "network.xml", "CPU", hint)
+    x, t = noise(4), mixed(4)
+    got = torch.from_numpy(model({"sample": x.numpy(), "timestep": t.numpy()})[0])
+    assert_same_but_for_ties([(got, quantized()(x, t))])
+    # With 4 bits all but the few of 8 fit, and those are in float: the same numbers on every CPU.
+    exported = quantized("w4a8").export(tmp_path / "ir")  # over it
+    (words,) = exported.notes
+    assert words.startswith(
+        "1 of 12 quantized layers saturate on a CPU without VNNI or AMX: they are in float (0.0"
+    )
+    model = openvino.Core().compile_model(
+        tmp_path / "ir" / "network.xml", "CPU", {"INFERENCE_PRECISION_HINT": "f32"}
+    )
+    got = torch.from_numpy(model({"sample": x.numpy(), "timestep": t.numpy()})[0])
+    assert_same_but_for_ties([(got, quantized("w4a8")(x, t))])
+    (tmp_path / "ir" / "mine.txt").write_text("")
+    with pytest.raises(TFMQError, match="holds something else"):
+        quantized().export(tmp_path / "ir")
+    with pytest.raises(TFMQError, match=r"'\.xml' is not supported; use \.pt2, \.onnx, or a folder"):
+        quantized().export(tmp_path / "net.xml")
