@@ -17,6 +17,7 @@ from tests.helpers.command_line import run
 from tfmq_fx import bit_widths as module
 from tfmq_fx.base.errors import TFMQError
 from tfmq_fx.bit_widths import LayerSensitivity, Sensitivity, mixed_precision, sensitivity
+from tfmq_fx.passes.quantize.state import state_of
 
 NEAREST = tfmq_fx.Reconstruction(method="nearest")
 W4A8 = tfmq_fx.Recipe(reconstruction=NEAREST)
@@ -54,7 +55,7 @@ def test_a_weights_error_is_that_of_a_network_with_this_weight_alone_quantized()
 
 def test_every_layer_timestep_and_width_is_there_and_the_graph_as_it_was():
     layers = {x.path: x for x in found().layers}
-    plan = calibrated().meta["plan"]
+    plan = state_of(calibrated()).plan
     assert layers.keys() == {x.path for x in plan.layers}
     assert found().timesteps == sorted(TIMESTEPS.tolist())
     assert set(layers["attention.qkv.weight"].weight_errors) == {4, 8}

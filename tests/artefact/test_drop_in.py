@@ -28,7 +28,7 @@ def test_unseen_timesteps_are_counted(tiny):
         tiny(X, 451)
     assert before == {}
     assert tiny.report["unseen_timesteps"] == {"451": 2, "452": 1}
-    tiny._unseen["timestep"].clear()
+    tiny.reset_unseen()
 
 
 def test_unseen_timesteps_are_refused_on_request():

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 import tfmq_fx
 from benchmarks.networks.small import TIMESTEPS, make, sinusoid
 from tfmq_fx.graph.nodes import edge_layers, op_name
+from tfmq_fx.graph.state import captured_of
 from tfmq_fx.passes import find_temporal
 
 
@@ -56,7 +57,11 @@ def operators(gm: torch.fx.GraphModule) -> list[str]:
 
 def done(gm: torch.fx.GraphModule, name: str) -> dict[str, str]:
     """What a pass did to the layers between the first and the last: weight's path -> how."""
-    return {c.name.removeprefix("body."): c.how for c in gm.meta[name] if c.reason != "first or last layer"}
+    return {
+        c.name.removeprefix("body."): c.how
+        for c in captured_of(gm).low_bits[name]
+        if c.reason != "first or last layer"
+    }
 
 
 class Attention(nn.Module):

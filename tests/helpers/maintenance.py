@@ -19,9 +19,10 @@ from benchmarks.networks.small import (
 )
 from tfmq_fx.calibration.temporal_rows import run_temporal
 from tfmq_fx.graph.nodes import fresh
+from tfmq_fx.graph.state import set_state
 from tfmq_fx.maintenance.stage import maintain
 from tfmq_fx.passes import extract_temporal
-from tfmq_fx.passes.temporal.find_temporal import temporal_of
+from tfmq_fx.passes.quantize.state import state_of, temporal_of
 
 NEAREST = tfmq_fx.Reconstruction(method="nearest")
 W4A8 = tfmq_fx.Recipe(reconstruction=NEAREST)
@@ -102,7 +103,8 @@ def once(network, bits="w4a8", keyed="block"):
 def prepared(network=TinyUNet, bits="w4a8", keyed="block", **changes):
     """A calibrated graph of one's own; its recipe changed."""
     gm = fresh(once(network, bits, keyed))
-    gm.meta["recipe"] = dataclasses.replace(gm.meta["recipe"], **changes)
+    state = state_of(gm)
+    set_state(gm, dataclasses.replace(state, recipe=dataclasses.replace(state.recipe, **changes)))
     return gm
 
 
@@ -116,7 +118,7 @@ def block_of(gm):
 
 
 def features(gm, **rows):
-    block = gm.get_submodule("temporal_block") if gm.meta["stage"] == "converted" else block_of(gm)
+    block = gm.get_submodule("temporal_block") if state_of(gm).stage == "converted" else block_of(gm)
     return run_temporal(block, rows or {"timestep": TIMESTEPS})
 
 

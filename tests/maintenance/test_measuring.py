@@ -1,5 +1,7 @@
 """What a feature's error does to the output, and what its maintenance weighs."""
 
+import dataclasses
+
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -10,6 +12,7 @@ from tests.helpers.maintenance import Nested, features, maintained, prepared, qu
 from tfmq_fx.artefact.saving import WEIGHTS
 from tfmq_fx.maintenance.measuring import stored_bytes
 from tfmq_fx.maintenance.stage import maintain
+from tfmq_fx.passes.quantize.state import state_of
 
 T = torch.tensor([900, 0, 300, 300, 100, 800])
 
@@ -29,7 +32,7 @@ def test_the_effect_of_a_feature_is_that_of_its_error_alone():
             error = network(data["sample"], data["timestep"]) - exact
             handle.remove()
             expected = (error.square().sum() / exact.square().sum()).item()
-            got = q.meta["maintenance"]["features"][i]["effect"]["reconstruct"]
+            got = dataclasses.asdict(state_of(q).maintenance)["features"][i]["effect"]["reconstruct"]
             assert got == pytest.approx(expected, rel=1e-3)
     assert len(by_feature) == 2
 
@@ -57,7 +60,7 @@ def test_the_bytes_of_the_report_are_those_on_disk(tmp_path, changes, network):
     for maintenance in ("reconstruct", "cache"):
         gm = maintained(network, maintain=maintenance, **changes)
         if maintenance == "cache":
-            claimed = gm.meta["maintenance"]["bytes"]
+            claimed = dataclasses.asdict(state_of(gm).maintenance)["bytes"]
         save(gm, tmp_path / maintenance)
         found[maintenance] = on_disk(gm, maintenance)
     assert found["reconstruct"] - found["cache"] == claimed["reconstruct"] - claimed["cache"]

@@ -13,6 +13,7 @@ from tfmq_fx.base.errors import TFMQError
 from tfmq_fx.maintenance.stage import maintain
 from tfmq_fx.maintenance.tables import feature_tables
 from tfmq_fx.passes import inline_modules
+from tfmq_fx.passes.quantize.state import state_of
 
 # Half a unit in the last place, relative to the value: float16 has 11 bits of mantissa, bfloat16 8.
 HALF_ULP = {"float16": 2**-11, "bfloat16": 2**-8}
@@ -27,7 +28,7 @@ def test_a_timestep_of_shape_0_and_a_whole_network_of_one_call():
     gm = tfmq_fx.calibrate(tfmq_fx.prepare(gm, recipe, timesteps=TIMESTEPS), data)
     network = make(ScalarTime)
     q = tfmq_fx.convert(maintain(gm, data))
-    assert [c.name for c in gm.meta["cached"]] == list(gm.meta["features"])
+    assert [c.name for c in state_of(gm).cached] == list(state_of(gm).features)
     with torch.no_grad():
         for t in (900, 200):
             (feature,) = q.get_submodule("temporal_block")(torch.tensor(t))
@@ -47,7 +48,7 @@ def test_a_graph_of_symbolic_trace_without_shapes():
     q = tfmq_fx.convert(maintain(gm, calibration()))
     for got, table in zip(features(q), expected, strict=True):
         assert torch.equal(got, table.half().float())
-    assert gm.meta["maintenance"]["bytes"]["chosen"] == 400
+    assert dataclasses.asdict(state_of(gm).maintenance)["bytes"]["chosen"] == 400
 
 
 def test_a_continuous_conditioning_is_refused_by_cache_and_reconstructed_by_auto():
@@ -56,14 +57,17 @@ def test_a_continuous_conditioning_is_refused_by_cache_and_reconstructed_by_auto
     ):
         maintain(prepared(Guided, maintain="cache"), guided_data())
     q = maintained(Guided, maintain="auto")
-    rows = {r["path"]: r for r in q.meta["maintenance"]["features"]}
+    rows = {r["path"]: r for r in dataclasses.asdict(state_of(q).maintenance)["features"]}
     assert {p: r["chosen"] for p, r in rows.items()} == {
         "emb1.weight": "cache", "emb2.weight": "reconstruct", "emb3.weight": "cache"
     }  # fmt: skip
     assert rows["emb2.weight"]["why"] == "it depends on guidance, not declared finite"
     assert list(rows["emb2.weight"]["disturbance"]) == ["reconstruct"]
-    assert q.meta["maintenance"]["bytes"]["cache"] == q.meta["maintenance"]["bytes"]["chosen"]
-    (note,) = [n for n in q.meta["plan"].notes if "not cached" in n.reason]
+    assert (
+        dataclasses.asdict(state_of(q).maintenance)["bytes"]["cache"]
+        == dataclasses.asdict(state_of(q).maintenance)["bytes"]["chosen"]
+    )
+    (note,) = [n for n in state_of(q).plan.notes if "not cached" in n.reason]
     assert not note.coarser
     assert {"time.weight_q", "emb2.weight_q"} <= set(tensors_of(q))
     assert not {"emb1.weight_q", "emb3.weight_q"} & set(tensors_of(q))
@@ -72,7 +76,9 @@ def test_a_continuous_conditioning_is_refused_by_cache_and_reconstructed_by_auto
 @pytest.mark.parametrize("maintenance", ["cache", "auto"])
 def test_a_feature_without_weights_stays_computed(maintenance):
     q = maintained(Scaled, maintain=maintenance)
-    rows = {r["path"]: (r["chosen"], r["why"]) for r in q.meta["maintenance"]["features"]}
+    rows = {
+        r["path"]: (r["chosen"], r["why"]) for r in dataclasses.asdict(state_of(q).maintenance)["features"]
+    }
     assert rows.pop("emb.weight")[0] == "cache"
     assert list(rows.values()) == [("reconstruct", "it takes no bytes as it is")]
     with torch.no_grad():
@@ -83,7 +89,7 @@ def test_a_feature_without_weights_stays_computed(maintenance):
 
 def test_auto_measures_and_reports_every_feature():
     q = maintained(maintain="auto")
-    found = q.meta["maintenance"]
+    found = dataclasses.asdict(state_of(q).maintenance)
     assert [r["path"] for r in found["features"]] == ["down_block.emb.weight", "up_block.emb.weight"]
     for row in found["features"]:
         assert row["chosen"] == "cache"  # ten rows of float16 against 32 columns of 4 bit, and less error
@@ -96,9 +102,12 @@ def test_auto_measures_and_reports_every_feature():
 def test_the_recipes_bound_and_budget_reach_the_choice():
     # Nothing is within it, so the smaller disturbance decides: bytes at 8 bits against the table's own.
     q = maintained(bits="w8a8", maintain="auto", maintain_bound=0.0, cache_type="int8")
-    assert {r["chosen"] for r in q.meta["maintenance"]["features"]} == {"reconstruct"}
-    assert q.meta["maintenance"]["bytes"]["chosen"] == q.meta["maintenance"]["bytes"]["reconstruct"]
-    assert {n.reason for n in q.meta["plan"].notes if n.coarser} == {"disturbance over maintain_bound=0"}
+    assert {r["chosen"] for r in dataclasses.asdict(state_of(q).maintenance)["features"]} == {"reconstruct"}
+    assert (
+        dataclasses.asdict(state_of(q).maintenance)["bytes"]["chosen"]
+        == dataclasses.asdict(state_of(q).maintenance)["bytes"]["reconstruct"]
+    )
+    assert {n.reason for n in state_of(q).plan.notes if n.coarser} == {"disturbance over maintain_bound=0"}
     with pytest.raises(TFMQError, match="need 400 bytes at least"):
         maintained(maintain="auto", maintain_bytes=399)
 

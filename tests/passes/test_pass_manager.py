@@ -10,6 +10,7 @@ from benchmarks.networks.small import TIMESTEPS, calibration
 from tests.helpers.graphs import RECIPE, exported
 from tfmq_fx.base.errors import TFMQError
 from tfmq_fx.passes import PassManager, partition_temporal, remove_noops, root_batch_size
+from tfmq_fx.passes.quantize.state import state_of
 
 
 def test_our_manager_lists_every_violation_before_anything_runs():
@@ -47,7 +48,7 @@ def test_our_manager_goes_on_from_where_the_graph_stands():
     gm, _ = exported()
     prepared = tfmq_fx.prepare(gm, RECIPE, timesteps=TIMESTEPS)
     result = PassManager([partial(tfmq_fx.calibrate, calibration=calibration()), tfmq_fx.convert])(prepared)
-    assert result.graph_module.meta["stage"] == "converted"
+    assert state_of(result.graph_module).stage == "converted"
 
 
 def test_a_passs_own_error_comes_through():

@@ -11,6 +11,7 @@ from benchmarks.networks.small import calibration, prepared
 from tests.helpers.processes import start
 from tests.helpers.reconstructed import TUNED, integers, reconstructed, same
 from tfmq_fx.base.errors import TFMQError
+from tfmq_fx.passes.quantize.state import state_of
 from tfmq_fx.reconstruction import resume
 
 
@@ -22,7 +23,7 @@ def uninterrupted():
 def test_keeping_state_changes_nothing_and_a_second_run_learns_nothing(tmp_path, uninterrupted, monkeypatch):
     first = reconstructed(tmp_path / "s")
     assert same(integers(first), integers(uninterrupted))
-    blocks = len(first.meta["reconstruction"])
+    blocks = len(state_of(first).reconstruction)
     assert sorted(p.name for p in (tmp_path / "s").iterdir()) == [
         *(f"{i:04d}.safetensors" for i in range(blocks)),
         "state.json",
@@ -31,7 +32,7 @@ def test_keeping_state_changes_nothing_and_a_second_run_learns_nothing(tmp_path,
         monkeypatch.setattr(f"tfmq_fx.reconstruction.{learn}", lambda *_a, **_k: pytest.fail("learned again"))
     again = reconstructed(tmp_path / "s")
     assert same(integers(again), integers(uninterrupted))
-    assert again.meta["reconstruction"] == first.meta["reconstruction"]
+    assert state_of(again).reconstruction == state_of(first).reconstruction
 
 
 @pytest.mark.parametrize("finished", [0, 1, 4, 7])

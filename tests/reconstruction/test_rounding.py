@@ -10,6 +10,7 @@ from benchmarks.networks.small import FAST, TIMESTEPS, TinyUNet, calibration, ma
 from tfmq_fx.base.errors import TFMQError
 from tfmq_fx.observers import PerChannelWeightFakeQuantize, StaticFakeQuantize
 from tfmq_fx.passes.quantize.observed import observers
+from tfmq_fx.passes.quantize.state import state_of
 
 
 def test_learned_activation_scales_move_and_win_at_four_bits():
@@ -25,7 +26,7 @@ def test_learned_activation_scales_move_and_win_at_four_bits():
         ]
         assert bool(moved) == learn
         assert all(o.soft is None for _, o in observers(gm) if isinstance(o, StaticFakeQuantize))
-        errors[learn] = {r.name: r.error for r in gm.meta["reconstruction"]}
+        errors[learn] = {r.name: r.error for r in state_of(gm).reconstruction}
     assert sum(errors[True].values()) < sum(errors[False].values())
 
 
@@ -50,7 +51,7 @@ def test_dead_inputs_leave_a_singular_hessian_and_a_finite_result():
     recipe = dataclasses.replace(tfmq_fx.Recipe.preset("w4a8"), reconstruction=FAST)
     gm = tfmq_fx.calibrate(tfmq_fx.prepare(gm, recipe, timesteps=TIMESTEPS), calibration())
     tfmq_fx.reconstruct(gm, calibration(), dataclasses.replace(FAST, method="gptq"))
-    assert all(0 <= r.error <= r.error_nearest for r in gm.meta["reconstruction"])
+    assert all(0 <= r.error <= r.error_nearest for r in state_of(gm).reconstruction)
     assert torch.isfinite(tfmq_fx.convert(gm)(**calibration().tensors)).all()
 
 
@@ -58,7 +59,7 @@ def test_gptq_cuts_hessians_past_gptq_memory_and_says_so():
     gm = prepared()
     settings = dataclasses.replace(FAST, method="gptq", gptq_memory=1e-4)
     tfmq_fx.reconstruct(gm, calibration(), settings)
-    results = {r.name: r for r in gm.meta["reconstruction"]}
+    results = {r.name: r for r in state_of(gm).reconstruction}
     assert results["down_block.conv1.weight"].hessian_pieces > 1
     assert results["conv_in.weight"].hessian_pieces == 1
     assert all(r.error <= r.error_nearest for r in results.values())

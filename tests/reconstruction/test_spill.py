@@ -10,6 +10,7 @@ from torch.fx import Graph
 import tfmq_fx
 from benchmarks.networks.small import FAST, calibration, prepared
 from tfmq_fx.base.errors import TFMQError
+from tfmq_fx.passes.quantize.state import state_of
 from tfmq_fx.reconstruction.spill import Budget, Values
 
 
@@ -73,7 +74,7 @@ def test_a_reconstruction_with_everything_on_disk_is_as_good(folder):
     for limit in (8.0, 0.0):
         gm = prepared()
         tfmq_fx.reconstruct(gm, calibration(), dataclasses.replace(FAST, max_memory=limit))
-        errors[limit] = [r.error for r in gm.meta["reconstruction"]]
+        errors[limit] = [r.error for r in state_of(gm).reconstruction]
     assert errors[0.0][0] == errors[8.0][0]  # the temporal block has no streams
     for on_disk, in_memory in zip(errors[0.0], errors[8.0], strict=True):
         assert on_disk < 1.2 * in_memory  # other integers here and there: float16 targets differ by 5e-4

@@ -21,7 +21,7 @@ from benchmarks.networks.small import (
 from tfmq_fx.observers import PerChannelWeightFakeQuantize
 from tfmq_fx.passes import extract_temporal
 from tfmq_fx.passes.quantize.observed import observers
-from tfmq_fx.passes.temporal.find_temporal import temporal_of
+from tfmq_fx.passes.quantize.state import state_of, temporal_of
 
 
 def integers(gm):
@@ -39,7 +39,7 @@ def test_every_block_gets_no_worse_and_most_get_better(method, temporal_method):
     before = integers(gm)
     settings = dataclasses.replace(FAST, method=method, temporal_method=temporal_method)
     tfmq_fx.reconstruct(gm, calibration(), settings)
-    results = gm.meta["reconstruction"]
+    results = state_of(gm).reconstruction
     assert results[0].name == "temporal_block"
     assert len(results) == 7
     assert all(r.error <= r.error_nearest for r in results)
@@ -93,8 +93,8 @@ def test_the_temporal_block_can_be_reconstructed_alone_and_left_alone():
         alone, calibration(), dataclasses.replace(FAST, method="nearest", temporal_method="gptq")
     )
     tfmq_fx.reconstruct(left, calibration(), dataclasses.replace(FAST, temporal_method="nearest"))
-    assert [r.name for r in alone.meta["reconstruction"]] == ["temporal_block"]
-    assert "temporal_block" not in {r.name for r in left.meta["reconstruction"]}
+    assert [r.name for r in state_of(alone).reconstruction] == ["temporal_block"]
+    assert "temporal_block" not in {r.name for r in state_of(left).reconstruction}
     temporal = {k for k in before if "emb" in k or "time" in k}
     assert {k for k, q in integers(alone).items() if not torch.equal(q, before[k])} <= temporal
     assert not {k for k, q in integers(left).items() if not torch.equal(q, before[k])} & temporal
@@ -108,7 +108,7 @@ def test_second_order_on_the_temporal_block_beats_learning_it():
         tfmq_fx.reconstruct(
             gm, calibration(), dataclasses.replace(FAST, method="nearest", temporal_method=method)
         )
-        errors[method] = gm.meta["reconstruction"][0].error
+        errors[method] = state_of(gm).reconstruction[0].error
     assert errors["gptq"] < 0.5 * errors["adaround"]
 
 
@@ -120,7 +120,7 @@ def test_one_calibration_row_is_enough_to_run():
     for method in ("adaround", "gptq+adaround"):
         prepared_ = tfmq_fx.calibrate(tfmq_fx.prepare(gm, recipe, timesteps=TIMESTEPS), one)
         tfmq_fx.reconstruct(prepared_, one, dataclasses.replace(FAST, method=method))
-        assert all(r.error <= r.error_nearest for r in prepared_.meta["reconstruction"])
+        assert all(r.error <= r.error_nearest for r in state_of(prepared_).reconstruction)
         y = tfmq_fx.convert(prepared_)(**one.tensors)
         assert torch.isfinite(y).all()
 
@@ -143,7 +143,7 @@ def test_blocks_without_weights_are_passed_through():
     recipe = dataclasses.replace(tfmq_fx.Recipe.preset("w4a8"), reconstruction=FAST)
     gm = tfmq_fx.prepare(captured(NoWeightsInside), recipe, timesteps=TIMESTEPS)
     tfmq_fx.reconstruct(tfmq_fx.calibrate(gm, calibration()), calibration())
-    assert [r.name for r in gm.meta["reconstruction"]] == ["conv_in.weight", "conv_out.weight"]
+    assert [r.name for r in state_of(gm).reconstruction] == ["conv_in.weight", "conv_out.weight"]
 
 
 def test_blocks_are_reconstructed_on_the_features_that_they_will_look_up():
@@ -156,14 +156,14 @@ def test_blocks_are_reconstructed_on_the_features_that_they_will_look_up():
         gm = tfmq_fx.capture(make(TinyUNet), {n: x[:2] for n, x in calibration().tensors.items()})
         gm = tfmq_fx.calibrate(tfmq_fx.prepare(gm, recipe, timesteps=TIMESTEPS), calibration())
         gm = tfmq_fx.reconstruct(gm, calibration())
-        temporal = {x.node for x in gm.meta["plan"].layers if x.temporal}
+        temporal = {x.node for x in state_of(gm).plan.layers if x.temporal}
         assert len(temporal) == 4
         block = extract_temporal(gm, temporal_of(gm))
         for _, o in observers(block):  # as they were
             assert o.fake_quant_enabled[0]
         return {
             x.path: dict(observers(gm))[nodes(gm)[x.node].args[1]].q
-            for x in gm.meta["plan"].layers
+            for x in state_of(gm).plan.layers
             if not x.temporal
         }
 

@@ -24,6 +24,7 @@ from tfmq_fx.base.errors import TFMQError
 from tfmq_fx.base.parallel import Ranks, workers
 from tfmq_fx.calibration.data import inputs_of
 from tfmq_fx.passes.quantize.observed import observers
+from tfmq_fx.passes.quantize.state import state_of
 from tfmq_fx.reconstruction import tuning
 from tfmq_fx.reconstruction.run import Run
 from tfmq_fx.reconstruction.streams import Part
@@ -57,8 +58,8 @@ def test_each_timesteps_error_falls_and_the_temporal_block_stays(method):
     gm, plain, network = prepared(), prepared(), captured()
     tfmq_fx.reconstruct(plain, calibration(), dataclasses.replace(FAST, method=method))
     tfmq_fx.reconstruct(gm, calibration(), dataclasses.replace(TUNED, method=method))
-    *blocks, result = gm.meta["reconstruction"]
-    assert [r.name for r in blocks] == [r.name for r in plain.meta.get("reconstruction", ())]
+    *blocks, result = state_of(gm).reconstruction
+    assert [r.name for r in blocks] == [r.name for r in state_of(plain).reconstruction]
     assert (result.name, result.kept) == ("whole network", "tuned")
     assert result.error_nearest == pytest.approx(1.0)
     before, after = error_by_timestep(plain, network), error_by_timestep(gm, network)
@@ -101,7 +102,7 @@ def test_one_thread_and_three_give_the_same_integers():
         torch.set_num_threads(n)
         try:
             gm = tfmq_fx.reconstruct(prepared(), calibration(), dataclasses.replace(ALONE, tune_iterations=5))
-            assert gm.meta["reconstruction"][0].kept == "tuned"
+            assert state_of(gm).reconstruction[0].kept == "tuned"
             runs.append(state(gm))
         finally:
             torch.set_num_threads(threads)
@@ -113,7 +114,7 @@ def test_what_does_not_help_leaves_everything_as_it_was():
     gm = prepared()
     before = state(gm)
     tfmq_fx.reconstruct(gm, calibration(), dataclasses.replace(ALONE, tune_learning_rate=3.0))
-    (result,) = gm.meta["reconstruction"]
+    (result,) = state_of(gm).reconstruction
     assert (result.kept, result.error) == ("untuned", result.error_nearest)
     assert not changed(before, state(gm))
 
@@ -163,7 +164,7 @@ def test_a_batch_is_cut_into_as_many_parts_as_memory_asks_for(monkeypatch):
         tfmq_fx.reconstruct(
             gm, calibration(), dataclasses.replace(ALONE, max_memory=limit, tune_iterations=5)
         )
-        errors.append(gm.meta["reconstruction"][0].error)
+        errors.append(state_of(gm).reconstruction[0].error)
     assert seen == [2, 16]  # 20 rows, 2.5 of which fit: 8 parts for each of two threads
     assert errors[0] == pytest.approx(errors[1], rel=0.05)  # other sums in the last bits
     assert errors[0] != errors[1]
@@ -222,7 +223,7 @@ def test_a_network_without_error_has_nothing_to_win():
     for _, observer in observers(gm):
         observer.disable_fake_quant()
     tfmq_fx.reconstruct(gm, calibration(), ALONE)
-    (result,) = gm.meta["reconstruction"]
+    (result,) = state_of(gm).reconstruction
     assert (result.error, result.kept) == (0.0, "untuned")
 
 

@@ -34,7 +34,7 @@ from tfmq_fx.base.arithmetic import NO_INT8
 from tfmq_fx.base.errors import TFMQError
 from tfmq_fx.passes.int8.onednn_kernels import KERNELS
 from tfmq_fx.passes.int8.share_quantized import QUANTIZE
-from tfmq_fx.runtimes import lowering, torch_engine
+from tfmq_fx.runtimes import cpu, torch_engine
 
 needs_compiler = pytest.mark.skipif(bool(torch_engine.compiler_missing()), reason="there is no C++ compiler")
 
@@ -214,7 +214,7 @@ def test_without_vnni_what_does_not_saturate_is_int8(monkeypatch):
     assert_int8_where_pairs_fit(q, low)
     assert_every_batch_size_and_step_agrees(low, q)
     if not INT8:  # the control: with 8-bit weights on int8 kernels the sums are wrong here
-        monkeypatch.setattr(lowering, "int8_instructions", lambda: ["none"])
+        monkeypatch.setattr(cpu, "int8_instructions", lambda: ["none"])
         wrong = quantized().lower(engine="torch", precision="float32", compile=False)
         assert moved(wrong(noise(3), mixed(3)), quantized()(noise(3), mixed(3)))[1] > FLIPPED_BY
 

@@ -22,7 +22,7 @@ from tfmq_fx.calibration.temporal_rows import run_temporal, temporal_rows
 from tfmq_fx.observers import TemporalObserver
 from tfmq_fx.passes import extract_temporal, find_temporal
 from tfmq_fx.passes.quantize.observed import observers
-from tfmq_fx.passes.quantize.state import temporal_of
+from tfmq_fx.passes.quantize.state import state_of, temporal_of
 
 RECIPE = tfmq_fx.Recipe(reconstruction=FAST)
 
@@ -44,8 +44,8 @@ def tables(gm):
 def test_a_finite_label_joins_the_key():
     gm, data = prepared(finite={"class_labels": range(Labelled.classes)})
     assert set(tables(gm).values()) == {(10, "step_index"), (50, "timestep_and_class_labels_index")}
-    assert gm.meta["plan"].notes == ()
-    assert {layer.path: layer.key for layer in gm.meta["plan"].layers if layer.temporal} == {
+    assert state_of(gm).plan.notes == ()
+    assert {layer.path: layer.key for layer in state_of(gm).plan.layers if layer.temporal} == {
         "time.weight": ("timestep",),
         "emb1.weight": ("timestep", "class_labels"),
         "emb2.weight": ("timestep", "class_labels"),
@@ -80,7 +80,7 @@ def test_past_max_table_entries_the_key_is_the_timestep_and_the_report_says_so()
     recipe = dataclasses.replace(RECIPE, max_table_entries=49)
     gm, data = prepared(recipe, finite={"class_labels": range(Labelled.classes)})
     assert set(tables(gm).values()) == {(10, "step_index")}
-    (note,) = {n.reason for n in gm.meta["plan"].notes}
+    (note,) = {n.reason for n in state_of(gm).plan.notes}
     assert note == (
         "one scale per timestep over sampled values: 10 x 5 values of class_labels, timestep exceed max_table_entries=49"
     )
@@ -91,11 +91,11 @@ def test_past_max_table_entries_the_key_is_the_timestep_and_the_report_says_so()
 
 def test_an_undeclared_input_stays_in_the_block_on_sampled_rows():
     gm, data = prepared()
-    (note,) = {n.reason for n in gm.meta["plan"].notes}
+    (note,) = {n.reason for n in state_of(gm).plan.notes}
     assert note == "one scale per timestep over sampled values: depends on class_labels, not declared finite"
     assert set(temporal_of(gm).keys) == {"timestep", "class_labels"}
     tfmq_fx.reconstruct(tfmq_fx.calibrate(gm, data), data)
-    temporal = gm.meta["reconstruction"][0]
+    temporal = state_of(gm).reconstruction[0]
     assert temporal.name == "temporal_block"
     assert temporal.error < temporal.error_nearest
 
@@ -103,7 +103,7 @@ def test_an_undeclared_input_stays_in_the_block_on_sampled_rows():
 def test_tiar_learns_on_the_product():
     gm, data = prepared(finite={"class_labels": range(Labelled.classes)})
     tfmq_fx.reconstruct(tfmq_fx.calibrate(gm, data), data)
-    temporal = gm.meta["reconstruction"][0]
+    temporal = state_of(gm).reconstruction[0]
     assert temporal.error < 0.7 * temporal.error_nearest
 
 
@@ -243,7 +243,7 @@ def test_a_thousand_classes_are_walked_in_pieces():
     tfmq_fx.reconstruct(tfmq_fx.calibrate(gm, data), data)
     assert {o.num_keys for _, o in observers(gm) if isinstance(o, TemporalObserver)} == {10, 10_000}
     assert all(o.seen.all() for _, o in observers(gm) if isinstance(o, TemporalObserver))
-    temporal = gm.meta["reconstruction"][0]
+    temporal = state_of(gm).reconstruction[0]
     assert temporal.error < temporal.error_nearest
 
 

@@ -16,6 +16,7 @@ from tfmq_fx.base.errors import TFMQError
 from tfmq_fx.graph.nodes import op_name
 from tfmq_fx.observers import PerChannelWeightFakeQuantize, StaticFakeQuantize, TokenFakeQuantize
 from tfmq_fx.passes.quantize.observed import observers
+from tfmq_fx.passes.quantize.state import state_of
 
 BATCH = calibration().tensors
 X, T = BATCH["sample"], BATCH["timestep"]
@@ -41,7 +42,7 @@ def prepare(data_quantizer=None, **changes):
 
 
 def layers(gm):
-    return {layer.path.removesuffix(".weight"): layer for layer in gm.meta["plan"].layers}
+    return {layer.path.removesuffix(".weight"): layer for layer in state_of(gm).plan.layers}
 
 
 def weights(gm):
@@ -112,7 +113,7 @@ def test_groups_reach_every_layer_the_temporal_block_too():
         "unpatch": 16,  # transposed: 64 columns of each of its 8 outputs
         "head": 8,
     }
-    notes = {n.name: n for n in gm.meta["plan"].notes}
+    notes = {n.name: n for n in state_of(gm).plan.notes}
     assert notes.keys() == {"mix.weight", "head.weight"}
     assert (
         notes["mix.weight"].reason
@@ -122,8 +123,8 @@ def test_groups_reach_every_layer_the_temporal_block_too():
     assert {p: len(o.scale) for p, o in weights(gm).items()}["emb"] == 32 * 2
     tfmq_fx.calibrate(gm, calibration())
     tfmq_fx.reconstruct(gm, calibration(), dataclasses.replace(FAST, method="gptq"))
-    assert all(r.error <= r.error_nearest for r in gm.meta["reconstruction"])
-    assert gm.meta["reconstruction"][0].error < 0.7 * gm.meta["reconstruction"][0].error_nearest
+    assert all(r.error <= r.error_nearest for r in state_of(gm).reconstruction)
+    assert state_of(gm).reconstruction[0].error < 0.7 * state_of(gm).reconstruction[0].error_nearest
     block = tfmq_fx.convert(gm).get_submodule("temporal_block")
     assert [op_name(n) for n in block.graph.nodes].count("reshape") >= 2
 
@@ -186,18 +187,18 @@ def test_tokens_need_no_calibration_and_linears_of_one_input_share_them():
     q = tfmq_fx.convert(gm)
     names = [op_name(n) for n in q.graph.nodes]
     assert names.count("quantize_per_token") == names.count("dequantize_per_token") == 4
-    assert gm.meta["plan"].notes == ()
+    assert state_of(gm).plan.notes == ()
 
 
 def test_convolutions_keep_one_scale_and_say_so():
     gm = prepare(activation_granularity="token", rules=(), edge_activation_bits=8)
-    found, notes = layers(gm), gm.meta["plan"].notes
+    found, notes = layers(gm), state_of(gm).plan.notes
     assert {n.name.removesuffix(".weight") for n in notes} == {"patch", "mix", "unpatch", "head"}
     assert all("inside one dot product of a convolution" in n.reason and n.coarser for n in notes)
     assert found["mix"].activation_granularity == "tensor"
     rule = tfmq_fx.Rule(pattern="*", op="linear", activation_granularity="token")
     gm = prepare(rules=(rule,), edge_activation_bits=8)
-    assert gm.meta["plan"].notes == ()
+    assert state_of(gm).plan.notes == ()
     assert {p for p, la in layers(gm).items() if la.activation_granularity == "token"} == set(LINEARS)
     per_tensor = tfmq_fx.Rule(pattern="up.*", activation_granularity="tensor")
     gm = prepare(activation_granularity="token", keyed="all", rules=(per_tensor,))
@@ -234,4 +235,4 @@ def test_with_another_quantizer_only_the_temporal_block_has_groups():
     gm = prepare(group_size=16, activation_granularity="token", rules=(), data_quantizer=Nothing())
     assert weights(gm).keys() == {"time.0", "time.2", "emb"}
     assert layers(gm)["emb"].group_size == 16
-    assert gm.meta["plan"].notes == ()
+    assert state_of(gm).plan.notes == ()

@@ -13,8 +13,10 @@ from tfmq_fx.base.arguments import leaves
 from tfmq_fx.base.errors import TFMQError
 from tfmq_fx.calibration.stage import input_maxima
 from tfmq_fx.graph.inputs import placeholders
-from tfmq_fx.graph.nodes import attribute
+from tfmq_fx.graph.nodes import attribute, fresh
+from tfmq_fx.graph.state import Captured, captured_of, set_state
 from tfmq_fx.passes import PassManager, find_temporal, inline_modules, low_rank, rotate, smooth
+from tfmq_fx.passes.quantize.state import state_of
 from tfmq_fx.pipeline import low_bits
 
 ALL = {"smooth": 0.5, "rotate": 4, "low_rank": 2}
@@ -36,7 +38,8 @@ def test_the_zoo_computes_the_same_after_all_three(name):
     gm = tfmq_fx.capture(entry.build(False), entry.inputs(False), timestep=entry.timestep)
     temporal, first_and_last = find_temporal(gm), edges(gm)
     data = tfmq_fx.CalibrationSet.from_tensors(tensors(entry, 4), timestep=entry.timestep)
-    got = low_bits(gm, tfmq_fx.Recipe(**ALL), temporal=temporal, calibration=data)
+    passes = low_bits(tfmq_fx.Recipe(**ALL), temporal=temporal, calibration=data)
+    got = PassManager(passes)(fresh(gm)).graph_module
     assert find_temporal(got) == temporal
     assert edges(got) == first_and_last
     batch = tensors(entry, 3)
@@ -44,7 +47,7 @@ def test_the_zoo_computes_the_same_after_all_three(name):
     with torch.no_grad():
         for a, b in zip(_leaves(got(*inputs)), _leaves(gm(*inputs)), strict=True):
             torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
-    folded = [c.name for p in ("smooth", "rotate") for c in got.meta[p] if c.how == "folded"]
+    folded = [c.name for p in ("smooth", "rotate") for c in captured_of(got).low_bits[p] if c.how == "folded"]
     assert len(folded) >= 4
 
 
@@ -55,13 +58,13 @@ def _leaves(output):
 def test_a_graph_without_shapes_gets_nodes_of_its_own():
     gm = torch.fx.symbolic_trace(make(TinyUNet))
     inline_modules(gm)
-    gm.meta["timestep"] = "timestep"
+    set_state(gm, Captured(timestep="timestep"))
     with torch.no_grad():
         expected = gm(X, T)
         for step in (lambda g: rotate(g, block=4), lambda g: low_rank(g, rank=2)):
             step(gm)
             torch.testing.assert_close(gm(X, T), expected, rtol=1e-5, atol=1e-5)
-    assert {c.how for c in gm.meta["rotate"]} == {"explicit", "left"}
+    assert {c.how for c in captured_of(gm).low_bits["rotate"]} == {"explicit", "left"}
 
 
 def test_the_order_of_the_three_is_checked():
@@ -72,8 +75,8 @@ def test_the_order_of_the_three_is_checked():
 
 def test_a_recipe_whose_passes_have_not_run_says_so():
     gm = tfmq_fx.prepare(captured(), tfmq_fx.Recipe(rotate=4), timesteps=TIMESTEPS)
-    assert [(n.name, n.reason) for n in gm.meta["plan"].notes] == [
-        ("rotate", "Recipe.rotate is set, but passes.rotate has not run; see pipeline.low_bits")
+    assert [(n.name, n.reason) for n in state_of(gm).plan.notes] == [
+        ("rotate", "Recipe.rotate is set, but passes.rotate has not run; see pipeline.stages")
     ]
 
 
@@ -108,7 +111,7 @@ def test_branches_are_floats_that_were_chosen_and_are_counted(model):
     assert model.report["sizes"]["low_bits_bytes"] == sum(x.numel() * x.element_size() for x in read.values())
     assert {x.dtype for t, x in read.items() if "low_rank" in t} == {torch.float16}
     assert {layer["path"] for layer in model.report["layers"]} == {
-        layer.path for layer in prepared().meta["plan"].layers
+        layer.path for layer in state_of(prepared()).plan.layers
     }
 
 

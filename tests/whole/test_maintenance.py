@@ -64,7 +64,7 @@ def test_timesteps_outside_the_table_take_the_nearest_features():
                 assert torch.equal(a, b)
         q(X[:2], torch.tensor([449, 900]))
     assert q.report["unseen_timesteps"] == {"449": 1}
-    q._unseen["timestep"].clear()
+    q.reset_unseen()
 
 
 def test_the_report_counts_what_is_there():

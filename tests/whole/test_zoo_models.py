@@ -16,6 +16,7 @@ from benchmarks.zoo.shapes import CLOSE, PROMPTS, as_asked, judge
 from benchmarks.zoo.shapes import draw as drawn_shapes
 from tfmq_fx.base.metrics import psnr, psnr_by_image
 from tfmq_fx.evaluation.sampling import sample
+from tfmq_fx.passes.quantize.state import state_of
 
 STEPS = 10
 LABELS = list(range(10))
@@ -115,9 +116,9 @@ def test_every_first_time_embedding_layer_keeps_eight_bits(dit):
         "class_labels": torch.tensor([0, 1]),
     }
     gm = tfmq_fx.capture(dit.transformer, {**tensors, "return_dict": False})
-    layers = (
-        tfmq_fx.prepare(gm, tfmq_fx.Recipe.preset("w4a8"), timesteps=torch.tensor([1, 2])).meta["plan"].layers
-    )
+    layers = state_of(
+        tfmq_fx.prepare(gm, tfmq_fx.Recipe.preset("w4a8"), timesteps=torch.tensor([1, 2]))
+    ).plan.layers
     bits = {layer.path: layer.weight_bits for layer in layers}
     blocks = dit.transformer.config.num_layers
     assert [

@@ -8,6 +8,7 @@ import tfmq_fx
 from benchmarks.networks.small import TIMESTEPS, TinyUNet, make
 from tests.helpers.graphs import RECIPE, T, X
 from tfmq_fx.passes import inline_modules
+from tfmq_fx.passes.quantize.state import state_of
 
 
 def test_inlining_leaves_functions_with_the_parameters_own_paths():
@@ -45,5 +46,5 @@ def test_a_module_that_cannot_be_followed_stays_and_is_reported():
     assert [n.target for n in gm.graph.find_nodes(op="call_module")] == ["odd"]
     prepared = tfmq_fx.prepare(gm, RECIPE, timesteps=TIMESTEPS)
     assert ("odd", "a module call that inline_modules could not follow") in {
-        (f.name, f.reason) for f in prepared.meta["plan"].floats
+        (f.name, f.reason) for f in state_of(prepared).plan.floats
     }

@@ -8,6 +8,7 @@ from benchmarks.networks.small import prepared
 from tests.helpers.low_bits import Shared, done, edges, graph, operators, run
 from tfmq_fx.base.errors import TFMQError
 from tfmq_fx.graph.nodes import attribute, fresh
+from tfmq_fx.graph.state import captured_of
 from tfmq_fx.passes import find_temporal, low_rank
 from tfmq_fx.passes.low_bits.low_rank import _rounding_error
 
@@ -73,7 +74,7 @@ def test_what_has_no_branch_is_left_and_says_why():
 
     got = split(graph(body, image=True), image=True, rank=4)
     assert set(done(got, "low_rank").values()) == {"left"}
-    assert [c.reason for c in got.meta["low_rank"] if c.reason != "first or last layer"] == [
+    assert [c.reason for c in captured_of(got).low_bits["low_rank"] if c.reason != "first or last layer"] == [
         "a grouped conv2d has no branch of this form",
         "a conv_transpose2d has no branch of this form",
         "a branch of rank 4 would hold 64 numbers, the weight has 64",

@@ -9,6 +9,7 @@ from benchmarks.networks.small import TIMESTEPS
 from tests.helpers.low_bits import Attention, Gated, Itself, Squared, Twice, done, graph, operators, run
 from tfmq_fx.base.errors import TFMQError
 from tfmq_fx.graph.nodes import attribute, fresh
+from tfmq_fx.graph.state import captured_of
 from tfmq_fx.passes import find_temporal, rotate
 from tfmq_fx.passes.low_bits.rotate import hadamard
 
@@ -77,7 +78,9 @@ def test_convolutions_are_rotated_over_the_channels():
     explicit = ["transpose", "unflatten", "matmul", "flatten", "transpose", "conv2d"]
     assert operators(gm) == [*explicit, "conv2d", "silu", *explicit, "conv2d"]
     assert done(gm, "rotate") == {"0.weight": "explicit", "1.weight": "folded", "3.weight": "explicit"}
-    assert {t for c in gm.meta["rotate"] for t in c.tensors} == {"hadamard_4"}  # one constant for all
+    assert {t for c in captured_of(gm).low_bits["rotate"] for t in c.tensors} == {
+        "hadamard_4"
+    }  # one constant for all
 
 
 @pytest.mark.parametrize("fused", [False, True])
@@ -87,7 +90,7 @@ def test_v_takes_the_rotation_while_a_block_stays_within_a_head(fused):
         gm = rotated(graph(lambda: Attention(fused)), block=block)
         assert done(gm, "rotate")["out.weight"] == how
         if how == "folded":
-            assert {c.name: c.reason for c in gm.meta["rotate"]}[
+            assert {c.name: c.reason for c in captured_of(gm).low_bits["rotate"]}[
                 "body.out.weight"
             ] == f"into body.{name}.weight"
 
@@ -119,7 +122,7 @@ def test_grouped_and_transposed_convolutions(conv, how):
     )
     assert done(gm, "rotate")["0.weight"] == how
     if channels == 6:
-        reason = {c.name: c.reason for c in gm.meta["rotate"]}["body.2.weight"]
+        reason = {c.name: c.reason for c in captured_of(gm).low_bits["rotate"]}["body.2.weight"]
         assert reason == "6 input channels are not divisible by 4"
 
 

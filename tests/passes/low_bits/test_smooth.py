@@ -20,6 +20,7 @@ from tests.helpers.low_bits import (
 from tfmq_fx.base.errors import TFMQError
 from tfmq_fx.calibration.stage import input_maxima
 from tfmq_fx.graph.nodes import attribute, fresh
+from tfmq_fx.graph.state import captured_of
 from tfmq_fx.passes import find_temporal, smooth
 
 
@@ -43,7 +44,7 @@ def test_a_norm_takes_the_scale_and_a_silu_does_not_let_it_pass():
     gm = smoothed(graph(convolutions, image=True), image=True)
     assert operators(gm) == ["group_norm", "conv2d", "silu", "mul", "conv2d", "conv2d"]
     assert done(gm, "smooth") == {"1.weight": "folded", "3.weight": "explicit"}
-    (change,) = [c for c in gm.meta["smooth"] if c.how == "explicit"]
+    (change,) = [c for c in captured_of(gm).low_bits["smooth"] if c.how == "explicit"]
     assert change.reason == "silu (silu) in between"
     assert [attribute(gm, t).shape for t in change.tensors] == [(8, 1, 1)]
 
@@ -73,7 +74,7 @@ def test_attention_folds_into_its_norm_and_into_v(fused):
     gm = smoothed(graph(lambda: Attention(fused)))
     assert "mul" not in operators(gm)
     assert set(done(gm, "smooth").values()) == {"folded"}
-    into = {c.name: c.reason for c in gm.meta["smooth"]}
+    into = {c.name: c.reason for c in captured_of(gm).low_bits["smooth"]}
     assert into["body.out.weight"] == f"into body.{'qkv' if fused else 'v'}.weight"
 
 
@@ -92,12 +93,15 @@ def test_a_gate_lets_the_scale_pass_on_its_linear_side():
     ],
 )
 def test_what_others_read_is_not_touched(body, layer, reason):
-    found = {c.name: c.reason for c in smoothed(graph(body)).meta["smooth"]}
+    found = {c.name: c.reason for c in captured_of(smoothed(graph(body))).low_bits["smooth"]}
     assert found[layer] == reason
 
 
 def test_a_weight_used_twice_is_left():
-    assert [c.how for c in smoothed(graph(Shared)).meta["smooth"] if "own" in c.reason] == ["left", "left"]
+    assert [c.how for c in captured_of(smoothed(graph(Shared))).low_bits["smooth"] if "own" in c.reason] == [
+        "left",
+        "left",
+    ]
 
 
 @pytest.mark.parametrize(

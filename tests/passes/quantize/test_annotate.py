@@ -8,6 +8,7 @@ from benchmarks.networks.small import TIMESTEPS, calibration
 from tests.helpers.graphs import RECIPE, T, X, exported
 from tfmq_fx.observers import PerChannelWeightFakeQuantize
 from tfmq_fx.passes.quantize.observed import observers
+from tfmq_fx.passes.quantize.state import state_of
 
 
 def test_another_quantizer_takes_the_data_path_and_ours_keeps_the_block():
@@ -24,10 +25,12 @@ def test_another_quantizer_takes_the_data_path_and_ours_keeps_the_block():
     }
     block = {"time_mlp.0.weight", "time_mlp.2.weight", "down_block.emb.weight", "up_block.emb.weight"}
     assert weights == block
-    assert {layer.path for layer in prepared.meta["plan"].layers} == block
-    theirs = {n.name for n in prepared.meta["plan"].notes if n.reason == "annotated by X86InductorQuantizer"}
+    assert {layer.path for layer in state_of(prepared).plan.layers} == block
+    theirs = {
+        n.name for n in state_of(prepared).plan.notes if n.reason == "annotated by X86InductorQuantizer"
+    }
     left = [
-        f for f in prepared.meta["plan"].floats if f.reason == "X86InductorQuantizer does not annotate it"
+        f for f in state_of(prepared).plan.floats if f.reason == "X86InductorQuantizer does not annotate it"
     ]
     assert len(theirs) + len(left) == 10  # every other convolution and linear is one or the other
     if not theirs:
@@ -36,7 +39,7 @@ def test_another_quantizer_takes_the_data_path_and_ours_keeps_the_block():
         )
     tfmq_fx.calibrate(prepared, calibration())
     tfmq_fx.reconstruct(prepared, calibration())
-    assert [r.name for r in prepared.meta["reconstruction"]] == ["temporal_block"]
+    assert [r.name for r in state_of(prepared).reconstruction] == ["temporal_block"]
     q = tfmq_fx.convert(prepared)
     with torch.no_grad():
         error = (q(X, T) - gm(X, T)).square().mean() / gm(X, T).square().mean()

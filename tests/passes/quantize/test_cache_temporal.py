@@ -16,6 +16,7 @@ from tfmq_fx.graph.nodes import op_name
 from tfmq_fx.maintenance.tables import feature_tables
 from tfmq_fx.passes import cache_temporal
 from tfmq_fx.passes.quantize.cache_temporal import decode, encode
+from tfmq_fx.passes.quantize.state import state_of
 
 # Half a unit in the last place, relative to the value: float16 has 11 bits of mantissa, bfloat16 8.
 HALF_ULP = {"float16": 2**-11, "bfloat16": 2**-8}
@@ -95,22 +96,22 @@ def test_the_features_left_to_reconstruct_stay_bitwise_the_same(first):
     """Also where one is computed from the other; cached one after the other or at once, they end the same."""
     gm = prepared(Nested)
     with torch.no_grad():
-        before = dict(zip(gm.meta["features"], features(gm), strict=True))
+        before = dict(zip(state_of(gm).features, features(gm), strict=True))
     tables = feature_tables(gm)
     assert list(tables) == ["linear_1", "linear_2"]
     cache_temporal(gm, tables={n: tables[n] for n in first})
     with torch.no_grad():
-        after = dict(zip(gm.meta["features"], features(gm), strict=True))
+        after = dict(zip(state_of(gm).features, features(gm), strict=True))
     for name in tables:
         expected = tables[name].half().float() if name in first else before[name]
         assert torch.equal(after[name], expected)
-    left = {layer.path for layer in gm.meta["plan"].layers if layer.temporal}
+    left = {layer.path for layer in state_of(gm).plan.layers if layer.temporal}
     # linear_2 is computed from linear_1, whose layer stays for it.
     gone = set() if first == ("linear_1",) else {"all.weight"}
     assert left == {"time1.weight", "time2.weight", "all.weight"} - gone
-    assert gone <= set(gm.meta["removed"])
+    assert gone <= set(state_of(gm).removed)
     cache_temporal(gm, tables=tables)
-    assert not [layer for layer in gm.meta["plan"].layers if layer.temporal]
+    assert not [layer for layer in state_of(gm).plan.layers if layer.temporal]
     assert not [n for n in gm.graph.nodes if "silu_" in str(n.target)]  # in place, and nobody's
     with torch.no_grad():
         assert all(
@@ -126,12 +127,12 @@ def test_what_no_feature_needs_leaves_graph_plan_and_artefact():
     gm = prepared()
     tables = feature_tables(gm)
     cache_temporal(gm, tables={"linear_2": tables["linear_2"]})
-    assert gm.meta["removed"] == ("down_block.emb.bias", "down_block.emb.weight")
+    assert state_of(gm).removed == ("down_block.emb.bias", "down_block.emb.weight")
     assert "time_mlp.0.weight_q" in tensors_of(tfmq_fx.convert(gm))  # linear_5 needs it
     cache_temporal(gm, tables=tables)
     names = set(tensors_of(tfmq_fx.convert(gm)))
     assert not {n for n in names if "emb" in n or "time_mlp" in n or "by_timestep" in n}
-    assert not {layer.path for layer in gm.meta["plan"].layers} & set(gm.meta["removed"])
+    assert not {layer.path for layer in state_of(gm).plan.layers} & set(state_of(gm).removed)
     assert not [n for n, _ in gm.named_buffers() if "time_mlp" in n]
 
 
@@ -166,8 +167,8 @@ def test_a_class_conditional_feature_is_looked_up_by_timestep_and_label():
     gm = prepared(Labelled)
     cache_temporal(gm, tables=feature_tables(gm))
     q, network = tfmq_fx.convert(gm), make(Labelled)
-    assert {c.key for c in gm.meta["cached"]} == {("timestep", "class_labels")}
-    assert len({c.table for c in gm.meta["cached"]}) == 1
+    assert {c.key for c in state_of(gm).cached} == {("timestep", "class_labels")}
+    assert len({c.table for c in state_of(gm).cached}) == 1
     t, y = torch.tensor([900, 0, 300, 300]), torch.tensor([4, 0, 2, 3])
     with torch.no_grad():
         emb = F.silu(network.time(sinusoid(t, 8)) + 3 * network.label(y))
@@ -185,5 +186,5 @@ def test_a_feature_of_one_number_can_be_cached():
     tables = feature_tables(gm)
     (name,) = [n for n, table in tables.items() if table.dim() == 1]
     cache_temporal(gm, tables={name: tables[name]}, cache_type="bfloat16")
-    got = dict(zip(gm.meta["features"], features(gm), strict=True))[name]
+    got = dict(zip(state_of(gm).features, features(gm), strict=True))[name]
     assert torch.equal(got, tables[name].bfloat16().float())

@@ -5,12 +5,13 @@ import pytest
 import tfmq_fx
 from benchmarks.networks.small import TIMESTEPS, captured
 from tfmq_fx.base.errors import TFMQError
+from tfmq_fx.passes.quantize.state import state_of
 
 
 def bits_by_layer(gm):
     return {
         layer.path.removesuffix(".weight"): (layer.weight_bits, layer.activation_bits)
-        for layer in gm.meta["plan"].layers
+        for layer in state_of(gm).plan.layers
     }
 
 
@@ -34,7 +35,7 @@ def test_rules_change_bits_and_a_rule_without_a_match_shows_the_nearest():
     gm = tfmq_fx.prepare(captured(), tfmq_fx.Recipe(rules=rules), timesteps=TIMESTEPS)
     assert bits_by_layer(gm)["attention.qkv"] == (8, 8)
     assert bits_by_layer(gm)["down"] == (16, 16)
-    assert "down.weight" in {f.name for f in gm.meta["plan"].floats}
+    assert "down.weight" in {f.name for f in state_of(gm).plan.floats}
     with pytest.raises(TFMQError, match=r"'atention\.\*' matches no layer .*; nearest are attention"):
         tfmq_fx.prepare(
             captured(), tfmq_fx.Recipe(rules=(tfmq_fx.Rule(pattern="atention.*"),)), timesteps=TIMESTEPS

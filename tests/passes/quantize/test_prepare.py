@@ -6,6 +6,7 @@ from benchmarks.networks.small import TIMESTEPS, ScalarTime, calibration, captur
 from tfmq_fx.base.errors import TFMQError
 from tfmq_fx.observers import PerChannelWeightFakeQuantize, StaticFakeQuantize, TemporalObserver
 from tfmq_fx.passes.quantize.observed import observers
+from tfmq_fx.passes.quantize.state import state_of
 from tfmq_fx.passes.temporal.insert_step_index import step_index
 
 BATCH = calibration().tensors
@@ -55,7 +56,7 @@ def test_bad_schedules_are_refused(timesteps, words):
 
 def test_a_schedule_may_be_any_list_of_numbers():
     found = [
-        tfmq_fx.prepare(captured(), tfmq_fx.Recipe(), timesteps=t).meta["timesteps"]
+        state_of(tfmq_fx.prepare(captured(), tfmq_fx.Recipe(), timesteps=t)).timesteps
         for t in (TIMESTEPS, TIMESTEPS.tolist(), iter(TIMESTEPS.tolist()))
     ]
     assert all(torch.equal(t, TIMESTEPS) for t in found)
