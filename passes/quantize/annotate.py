@@ -5,7 +5,8 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 import torch
 from torch.fx import GraphModule, Node
@@ -24,7 +25,7 @@ from tfmq_fx.graph.nodes import matmul_inputs, meta_value, op_name, output_chann
 from tfmq_fx.observers.static import StaticFakeQuantize
 from tfmq_fx.observers.token import TokenFakeQuantize
 from tfmq_fx.observers.weight import PerChannelWeightFakeQuantize
-from tfmq_fx.passes.quantize.plan import Float, Note, Plan, plan, rows_are_samples, table_key
+from tfmq_fx.passes.quantize.plan import Float, LayerPlan, Note, Plan, plan, rows_are_samples, table_key
 from tfmq_fx.passes.temporal.find_temporal import TemporalBlock, taint
 from tfmq_fx.recipe import Recipe
 
@@ -34,83 +35,64 @@ class RecipeQuantizer(Quantizer):  # type: ignore[misc]
     channel or group.
 
     sizes: the finite inputs, the timestep first, name -> number of values.
-    data: another torchao Quantizer that annotates everything outside the temporal block instead.
     """
 
-    def __init__(
-        self,
-        *,
-        recipe: Recipe,
-        temporal: TemporalBlock,
-        sizes: Mapping[str, int],
-        data: Quantizer | None = None,
-    ) -> None:
-        self.recipe, self.temporal, self.sizes, self.data = recipe, temporal, sizes, data
+    def __init__(self, *, recipe: Recipe, temporal: TemporalBlock, sizes: Mapping[str, int]) -> None:
+        self.recipe, self.temporal, self.sizes = recipe, temporal, sizes
         self.plan: Plan | None = None
         self.keys: dict[str, tuple[str, ...]] = {}  # observed node -> the key of its qparams
 
-    def transform_for_annotation(self, model: GraphModule) -> GraphModule:
-        return model if self.data is None else self.data.transform_for_annotation(model)
-
     def annotate(self, model: GraphModule) -> GraphModule:
-        self.plan = plan(model, recipe=self.recipe, temporal=self.temporal)
-        nodes = {n.name: n for n in model.graph.nodes}
-        floats, layers = list(self.plan.floats), []
-        theirs = {n.path for n in self.plan.layers if self.data is not None and not n.temporal}
-        notes = [n for n in self.plan.notes if n.name not in theirs]
-        marks = taint(model)
-        inside = set(self.temporal.nodes)
-        if self.data is not None:
-            # Theirs first, then the temporal block is ours again, whatever they wrote there.
-            self.data.annotate(model)
-            for name in inside:
-                nodes[name].meta.pop(Q_ANNOTATION_KEY, None)
-        for layer in self.plan.layers:
+        found = plan(model, recipe=self.recipe, temporal=self.temporal)
+        done = self._annotate_layers(model, found.layers)
+        if self.recipe.attention_bits != FLOAT_BITS:
+            for node in model.graph.nodes:
+                if not any(isinstance(v, Node) for v in node.kwargs.values()):
+                    self._set(node, {x: self._operand(x) for x in matmul_inputs(node)})
+        self.plan = found.extended(done)
+        return model
+
+    def _annotate_layers(self, model: GraphModule, layers: Iterable[LayerPlan]) -> Plan:
+        """Annotate these layers; return them with their keys, and what stays in float or is keyed more coarsely."""
+        nodes, marks = {n.name: n for n in model.graph.nodes}, taint(model)
+        done, floats, notes = [], [], []
+        for layer in layers:
             node = nodes[layer.node]
-            if self.data is not None and not layer.temporal:
-                if Q_ANNOTATION_KEY not in node.meta:
-                    reason = f"{type(self.data).__name__} does not annotate it"
-                    floats.append(Float(name=layer.path, reason=reason, chosen=False))
-                continue
-            specs: dict[Node, QuantizationSpec] = {}
             x, weight = node.args[0], node.args[weight_argument(node)]  # type: ignore[index]
             assert isinstance(x, Node)
             assert isinstance(weight, Node)
-            if layer.activation_granularity == "token":
-                specs[x] = self._token(layer.activation_bits)
-            elif layer.activation_bits != FLOAT_BITS:
-                key, reason = self._key(x, marks[x], temporal=layer.temporal)
-                if reason:
-                    notes.append(Note(name=x.name, reason=reason))
-                if key:
-                    self.keys[x.name] = key
-                    num_keys = math.prod(self.sizes[n] for n in key)
-                    specs[x] = self._temporal(layer.activation_bits, num_keys, temporal=layer.temporal)
-                else:
-                    specs[x] = self._static(layer.activation_bits)
-                layer = dataclasses.replace(layer, key=key)
+            specs: dict[Node, QuantizationSpec] = {}
+            if layer.activation_bits != FLOAT_BITS:
+                layer, reason = self._keyed(layer, x, marks[x])
+                specs[x] = self._activation(layer)
+                notes += [Note(name=x.name, reason=reason)] if reason else []
             elif self.recipe.activation_bits != FLOAT_BITS:
-                floats.append(
-                    Float(name=f"input of {layer.path}", reason=layer.reason or "activation_bits is 16")
-                )
+                why = layer.reason or "activation_bits is 16"
+                floats.append(Float(name=f"input of {layer.path}", reason=why))
             if layer.weight_bits != FLOAT_BITS:
                 specs[weight] = self._weight(layer.weight_bits, layer.group_size, output_channel_axis(node))
             else:
                 floats.append(Float(name=layer.path, reason=layer.reason or "weight_bits is 16"))
-            layers.append(layer)
+            done.append(layer)
             self._set(node, specs)
-        if self.recipe.attention_bits != FLOAT_BITS and self.data is None:
-            for node in model.graph.nodes:
-                if not any(isinstance(v, Node) for v in node.kwargs.values()):
-                    self._set(node, {x: self._operand(x) for x in matmul_inputs(node)})
-        if self.data is not None:
-            notes += [
-                Note(name=n.name, reason=f"annotated by {type(self.data).__name__}")
-                for n in model.graph.nodes
-                if n.name not in inside and Q_ANNOTATION_KEY in n.meta and weight_argument(n) is not None
-            ]
-        self.plan = Plan(layers=tuple(layers), floats=tuple(floats), notes=tuple(dict.fromkeys(notes)))
-        return model
+        return Plan(layers=tuple(done), floats=tuple(floats), notes=tuple(notes))
+
+    def _keyed(self, layer: LayerPlan, x: Node, mark: frozenset[str]) -> tuple[LayerPlan, str]:
+        """Return the layer with the key of its input's qparams, and why that is coarser than the input deserves, or ""."""
+        if layer.activation_granularity == "token":
+            return layer, ""
+        key, reason = self._key(x, mark, temporal=layer.temporal)
+        if key:
+            self.keys[x.name] = key
+        return dataclasses.replace(layer, key=key), reason
+
+    def _activation(self, layer: LayerPlan) -> QuantizationSpec:
+        if layer.activation_granularity == "token":
+            return self._token(layer.activation_bits)
+        if not layer.key:
+            return self._static(layer.activation_bits)
+        num_keys = math.prod(self.sizes[n] for n in layer.key)
+        return self._temporal(layer.activation_bits, num_keys, temporal=layer.temporal)
 
     def _key(self, x: Node, mark: frozenset[str], *, temporal: bool) -> tuple[tuple[str, ...], str]:
         """The key of an activation's qparams, () for one per tensor; and why it is coarser than x deserves, or ""."""
@@ -197,4 +179,49 @@ class RecipeQuantizer(Quantizer):  # type: ignore[misc]
             quant_max=integers.quant_max,
             qscheme=torch.per_channel_symmetric if integers.symmetric else torch.per_channel_affine,
             ch_axis=axis,
+        )
+
+
+class SplitQuantizer(RecipeQuantizer):
+    """torchao Quantizer: the temporal block by the recipe, everything else by another torchao Quantizer, `data`."""
+
+    def __init__(self, *, data: Quantizer, **rest: Any) -> None:
+        super().__init__(**rest)
+        self.data = data
+
+    def transform_for_annotation(self, model: GraphModule) -> GraphModule:
+        return self.data.transform_for_annotation(model)  # type: ignore[no-any-return]
+
+    def annotate(self, model: GraphModule) -> GraphModule:
+        found = plan(model, recipe=self.recipe, temporal=self.temporal)
+        theirs = [layer for layer in found.layers if not layer.temporal]
+        paths = {layer.path for layer in theirs}
+        mine = Plan(
+            layers=tuple(layer for layer in found.layers if layer.temporal),
+            floats=found.floats,
+            notes=tuple(n for n in found.notes if n.name not in paths),
+        )
+        # Theirs first, then the temporal block is ours again, whatever they wrote there.
+        self.data.annotate(model)
+        nodes = {n.name: n for n in model.graph.nodes}
+        for name in self.temporal.nodes:
+            nodes[name].meta.pop(Q_ANNOTATION_KEY, None)
+        done = self._annotate_layers(model, mine.layers)
+        self.plan = mine.extended(done).extended(self._of_theirs(model, theirs))
+        return model
+
+    def _of_theirs(self, model: GraphModule, layers: Iterable[LayerPlan]) -> Plan:
+        """Return what the other quantizer leaves in float, and notes on what it annotated."""
+        name, inside = type(self.data).__name__, set(self.temporal.nodes)
+        annotated = [
+            n.name
+            for n in model.graph.nodes
+            if n.name not in inside and Q_ANNOTATION_KEY in n.meta and weight_argument(n) is not None
+        ]
+        left = [layer.path for layer in layers if layer.node not in annotated]
+        reason = f"{name} does not annotate it"
+        return Plan(
+            layers=(),
+            floats=tuple(Float(name=path, reason=reason, chosen=False) for path in left),
+            notes=tuple(Note(name=n, reason=f"annotated by {name}") for n in annotated),
         )

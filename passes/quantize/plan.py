@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
@@ -24,7 +25,7 @@ from tfmq_fx.graph.nodes import (
 )
 from tfmq_fx.passes.low_bits.low_rank import branch_weight
 from tfmq_fx.passes.temporal.find_temporal import TemporalBlock
-from tfmq_fx.recipe import Recipe
+from tfmq_fx.recipe import Recipe, Rule
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,110 +66,134 @@ class Note:
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
+    """How a graph is quantized: its layers, what stays in float, and what differs from what was asked for."""
+
     layers: tuple[LayerPlan, ...]
     floats: tuple[Float, ...]
     notes: tuple[Note, ...] = ()
+
+    def extended(self, other: Plan) -> Plan:
+        """Return the plan with the other's layers in place of those of the same node, and its floats and notes added."""
+        replaced = {layer.node: layer for layer in other.layers}
+        return Plan(
+            layers=tuple(replaced.get(layer.node, layer) for layer in self.layers),
+            floats=(*self.floats, *other.floats),
+            notes=tuple(dict.fromkeys((*self.notes, *other.notes))),
+        )
 
 
 def plan(gm: GraphModule, *, recipe: Recipe, temporal: TemporalBlock) -> Plan:
     """Apply the recipe to every weighted layer of the graph. Raises TFMQError for a rule that matches nothing."""
     edges, inside = edge_layers(gm, timestep=temporal.timestep), set(temporal.nodes)
-    layers, floats, notes, unused = [], [], [], set(recipe.rules)
-    paths = []
+    layers: list[LayerPlan] = []
+    floats: list[Float] = []
+    notes: list[Note] = []
+    used: set[Rule | None] = set()
     for node in gm.graph.nodes:
-        index = weight_argument(node)
-        if index is None:
-            if node.op == "call_module" and next(called_module(node).parameters(), None) is not None:
-                floats.append(
-                    Float(
-                        name=str(node.target),
-                        reason="a module call that inline_modules could not follow",
-                        chosen=False,
-                    )
-                )
-            if matmul_inputs(node):
-                if recipe.attention_bits == FLOAT_BITS:
-                    floats.append(
-                        Float(name=node.name, reason=f"{op_name(node)}: Recipe.attention_bits is 16")
-                    )
-                elif any(isinstance(v, Node) for v in node.kwargs.values()):
-                    floats.append(
-                        Float(
-                            name=node.name,
-                            reason=f"{op_name(node)}: a tensor passed by keyword",
-                            chosen=False,
-                        )
-                    )
-            continue
-        weight = node.args[index] if index < len(node.args) else None
-        if (
-            not isinstance(weight, Node)
-            or weight.op != "get_attr"
-            or any(isinstance(v, Node) for v in node.kwargs.values())
-        ):
-            branch = branch_weight(node)
-            floats.append(
-                Float(name=branch, reason="low-rank branch, kept in 16 bits: Recipe.low_rank")
-                if branch
-                else Float(
-                    name=node.name,
-                    reason=f"{op_name(node)}: its weight is computed, not a parameter",
-                    chosen=False,
-                )
-            )
-            continue
-        path = str(weight.target)
-        paths.append(path)
-        rule = next(
-            (r for r in recipe.rules if fnmatchcase(path, r.pattern) and r.op in (None, op_name(node))), None
-        )
-        unused.discard(rule)  # type: ignore[arg-type]
-        weight_bits, activation_bits, reason = recipe.weight_bits, recipe.activation_bits, ""
-        group_size, granularity = recipe.group_size, recipe.activation_granularity
-        if node in edges and weight_bits < recipe.edge_weight_bits:
-            weight_bits, reason = recipe.edge_weight_bits, "first or last layer of an input or the output"
-        if node in edges and node.name not in inside:
-            activation_bits = max(activation_bits, recipe.edge_activation_bits)
-        if rule is not None:
-            weight_bits = rule.weight_bits or weight_bits
-            activation_bits = rule.activation_bits or activation_bits
-            group_size = rule.group_size or group_size
-            granularity = rule.activation_granularity or granularity
-            reason = f"rule {rule.pattern!r}"
-        if weight_bits == FLOAT_BITS:
-            group_size = None
-        elif group_size is not None:
-            group_size, note = _group_size(path, attribute(gm, path), output_channel_axis(node), group_size)
-            notes += note
-        if node.name in inside or activation_bits == FLOAT_BITS:
-            granularity = "tensor"
-        elif granularity == "token" and op_name(node) != "linear":
-            granularity = "tensor"
-            why = "one scale per tensor: scales per token would vary inside one dot product of a convolution"
-            notes.append(Note(name=path, reason=why))
-        layers.append(
-            LayerPlan(
-                path=path,
-                node=node.name,
-                op=op_name(node),
-                weight_bits=weight_bits,
-                activation_bits=activation_bits,
-                group_size=group_size,
-                activation_granularity=granularity,
-                temporal=node.name in inside,
-                reason=reason,
-            )
-        )
-    if unused:
-        pattern = next(r.pattern for r in recipe.rules if r in unused)
-        raise TFMQError(
-            f"Recipe.rules: {pattern!r} matches no layer that an earlier rule leaves; nearest are {nearest_names(pattern, paths)}."
-        )
+        path = _weight_path(node)
+        if weight_argument(node) is None:
+            floats += _unweighted(node, recipe)
+        elif path is None:
+            floats.append(_computed_weight(node))
+        else:
+            rule = _rule_for(recipe, path, op_name(node))
+            used.add(rule)
+            layer = _layer(node, path, recipe, rule, edge=node in edges, temporal=node.name in inside)
+            layer, found = _as_possible(layer, attribute(gm, path), output_channel_axis(node))
+            layers.append(layer)
+            notes += found
+    _require_used(recipe, used, [layer.path for layer in layers])
     if not layers:
         raise TFMQError(
             "the graph has no convolution or linear with a parameter weight: nothing to quantize."
         )
     return Plan(layers=tuple(layers), floats=tuple(floats), notes=tuple(notes))
+
+
+def _weight_path(node: Node) -> str | None:
+    """Return the path of a layer's weight; None when the weight is not a parameter, or for no layer."""
+    index = weight_argument(node)
+    weight = node.args[index] if index is not None and index < len(node.args) else None
+    by_name = any(isinstance(v, Node) for v in node.kwargs.values())
+    is_parameter = isinstance(weight, Node) and weight.op == "get_attr" and not by_name
+    return str(weight.target) if is_parameter else None  # type: ignore[union-attr]
+
+
+def _unweighted(node: Node, recipe: Recipe) -> Iterator[Float]:
+    """Say of a node without a weight what of it stays in float: parameters of a called module, products of activations."""
+    if node.op == "call_module" and next(called_module(node).parameters(), None) is not None:
+        reason = "a module call that inline_modules could not follow"
+        yield Float(name=str(node.target), reason=reason, chosen=False)
+    if matmul_inputs(node):
+        if recipe.attention_bits == FLOAT_BITS:
+            yield Float(name=node.name, reason=f"{op_name(node)}: Recipe.attention_bits is 16")
+        elif any(isinstance(v, Node) for v in node.kwargs.values()):
+            reason = f"{op_name(node)}: a tensor passed by keyword"
+            yield Float(name=node.name, reason=reason, chosen=False)
+
+
+def _computed_weight(node: Node) -> Float:
+    if branch := branch_weight(node):
+        return Float(name=branch, reason="low-rank branch, kept in 16 bits: Recipe.low_rank")
+    reason = f"{op_name(node)}: its weight is computed, not a parameter"
+    return Float(name=node.name, reason=reason, chosen=False)
+
+
+def _rule_for(recipe: Recipe, path: str, op: str) -> Rule | None:
+    """Return the first rule that matches a layer."""
+    return next((r for r in recipe.rules if fnmatchcase(path, r.pattern) and r.op in (None, op)), None)
+
+
+def _require_used(recipe: Recipe, used: set[Rule | None], paths: list[str]) -> None:
+    for rule in recipe.rules:
+        if rule not in used:
+            raise TFMQError(
+                f"Recipe.rules: {rule.pattern!r} matches no layer that an earlier rule leaves; nearest are "
+                f"{nearest_names(rule.pattern, paths)}."
+            )
+
+
+def _layer(
+    node: Node, path: str, recipe: Recipe, rule: Rule | None, *, edge: bool, temporal: bool
+) -> LayerPlan:
+    """Return what the recipe asks for; edge: for a first or last layer."""
+    weight_bits, activation_bits, reason = recipe.weight_bits, recipe.activation_bits, ""
+    if edge and weight_bits < recipe.edge_weight_bits:
+        weight_bits, reason = recipe.edge_weight_bits, "first or last layer of an input or the output"
+    if edge and not temporal:
+        activation_bits = max(activation_bits, recipe.edge_activation_bits)
+    rule = rule or Rule(pattern="")
+    return LayerPlan(
+        path=path,
+        node=node.name,
+        op=op_name(node),
+        weight_bits=rule.weight_bits or weight_bits,
+        activation_bits=rule.activation_bits or activation_bits,
+        group_size=rule.group_size or recipe.group_size,
+        activation_granularity=rule.activation_granularity or recipe.activation_granularity,
+        temporal=temporal,
+        reason=f"rule {rule.pattern!r}" if rule.pattern else reason,
+    )
+
+
+def _as_possible(layer: LayerPlan, weight: torch.Tensor, axis: int) -> tuple[LayerPlan, list[Note]]:
+    """Return the layer with the groups and the granularity that it can have, and notes where it asked for others.
+
+    axis: the weight's dimension that counts output channels.
+    """
+    notes: list[Note] = []
+    group_size, granularity = layer.group_size, layer.activation_granularity
+    if layer.weight_bits == FLOAT_BITS:
+        group_size = None
+    elif group_size is not None:
+        group_size, notes = _group_size(layer.path, weight, axis, group_size)
+    if layer.temporal or layer.activation_bits == FLOAT_BITS:
+        granularity = "tensor"
+    elif granularity == "token" and layer.op != "linear":
+        granularity = "tensor"
+        why = "one scale per tensor: scales per token would vary inside one dot product of a convolution"
+        notes = [*notes, Note(name=layer.path, reason=why)]
+    return dataclasses.replace(layer, group_size=group_size, activation_granularity=granularity), notes
 
 
 def _group_size(path: str, weight: torch.Tensor, axis: int, asked: int) -> tuple[int | None, list[Note]]:

@@ -19,7 +19,7 @@ from tfmq_fx.graph.state import captured_of, set_state
 from tfmq_fx.observers.temporal import TemporalObserver
 from tfmq_fx.observers.weight import PerChannelWeightFakeQuantize
 from tfmq_fx.passes.pass_manager import CLEANING, LOW_BITS, declare
-from tfmq_fx.passes.quantize.annotate import RecipeQuantizer
+from tfmq_fx.passes.quantize.annotate import RecipeQuantizer, SplitQuantizer
 from tfmq_fx.passes.quantize.batch_norms import hide_batch_norms, show_batch_norms
 from tfmq_fx.passes.quantize.observed import observers, set_mode
 from tfmq_fx.passes.quantize.plan import Note, Plan
@@ -60,7 +60,12 @@ def prepare(
         _check_shape(require_input(gm, name, argument="finite"), name, values)
     temporal = temporal or find_temporal(gm, timestep=timestep, finite=finite or ())
     sizes = {name: len(values) for name, values in tables.items()}
-    quantizer = RecipeQuantizer(recipe=recipe, temporal=temporal, sizes=sizes, data=data_quantizer)
+    settings: dict[str, Any] = {"recipe": recipe, "temporal": temporal, "sizes": sizes}
+    quantizer = (
+        RecipeQuantizer(**settings)
+        if data_quantizer is None
+        else SplitQuantizer(data=data_quantizer, **settings)
+    )
     copy = fresh(gm)
     hide_batch_norms(copy, shared_alone=True)
     prepared = prepare_pt2e(copy, quantizer)

@@ -274,6 +274,12 @@ class DropIn(nn.Module):
         missing += [n for n in face.required if given.get(n) is None]
         if missing:
             raise TFMQError(f"forward: the argument {missing[0]!r} is missing.")
+        self._require_fixed(given)
+        return {**given, **tensors}
+
+    def _require_fixed(self, given: Mapping[str, Any]) -> None:
+        """Raise TFMQError for an argument that is a constant of the graph and has another value here."""
+        face = self.interface
         defaults = {n: v for n, (_, v) in leaves(face.arguments).items()}
         for name, (_, value) in leaves(given).items():
             if name in face.inputs or name == "return_dict":
@@ -284,7 +290,6 @@ class DropIn(nn.Module):
                     f"forward: {name!r} was {fixed!r} when the network was captured and is fixed in the graph; "
                     "quantize again with calibration data that has it."
                 )
-        return {**given, **tensors}
 
     def _timestep(self, value: Any, batch: int) -> Tensor:
         spec = self.interface.inputs[self.interface.timestep]

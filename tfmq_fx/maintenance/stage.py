@@ -45,10 +45,10 @@ def maintain(gm: GraphModule, calibration: CalibrationSet, *, seed: int = 0) -> 
     a feature has no finite key, naming it, and for a budget that nothing fits.
     """
     state = require_stage(gm, "calibrated", "reconstructed")
-    recipe = state.recipe
+    recipe, features = state.recipe, state.features
     if recipe.maintain == RECONSTRUCT:
         return gm
-    features, forced = state.features, recipe.maintain == CACHE
+    forced = recipe.maintain == CACHE
     floats = {f: why for f in features if (why := uncacheable(gm, f)) is not None}
     if forced:
         for name in floats:
@@ -61,21 +61,12 @@ def maintain(gm: GraphModule, calibration: CalibrationSet, *, seed: int = 0) -> 
     options = measured_options(
         gm, calibration, reconstructed=list(needs.values()), cached=cached, seed=seed, effects=not forced
     )
-    if forced:
-        chosen = {n: CACHE if n in cached else RECONSTRUCT for n in features}
-    else:
-        chosen = choose(options, bound=recipe.maintain_bound, budget=recipe.maintain_bytes)
+    most = {n: CACHE if n in cached else RECONSTRUCT for n in features}  # everything that can be
+    chosen = most if forced else choose(options, bound=recipe.maintain_bound, budget=recipe.maintain_bytes)
     decisions = _decisions(gm, options, chosen, floats, forced=forced)
     names = [n for n in features if chosen[n] == CACHE]
     cache_temporal(gm, tables=feature_tables(gm, names), cache_type=recipe.cache_type)
     after = converted_block(gm) if names else before
-    notes = [
-        Note(name=n, reason=f"reconstructed, not cached: {why}", coarser=False) for n, why in floats.items()
-    ]
-    if not forced:
-        harms = {n: options[n][m].disturbance for n, m in chosen.items()}
-        over = f"disturbance over maintain_bound={recipe.maintain_bound:g}"
-        notes += [Note(name=n, reason=over) for n, harm in harms.items() if harm > recipe.maintain_bound]
     found = Maintenance(
         bound=None if forced else recipe.maintain_bound,
         budget=None if forced else recipe.maintain_bytes,
@@ -83,8 +74,7 @@ def maintain(gm: GraphModule, calibration: CalibrationSet, *, seed: int = 0) -> 
         features=tuple(decisions),
         bytes={
             RECONSTRUCT: total_bytes(options, dict.fromkeys(features, RECONSTRUCT)),
-            # Of everything that can be.
-            CACHE: total_bytes(options, {n: CACHE if n in cached else RECONSTRUCT for n in features}),
+            CACHE: total_bytes(options, most),
             "chosen": total_bytes(options, chosen),
         },
         seconds_per_call={
@@ -92,8 +82,19 @@ def maintain(gm: GraphModule, calibration: CalibrationSet, *, seed: int = 0) -> 
             "chosen": seconds_per_call(gm, after),
         },
     )
+    notes = [
+        Note(name=n, reason=f"reconstructed, not cached: {why}", coarser=False) for n, why in floats.items()
+    ]
+    if not forced:
+        notes += _over(options, chosen, recipe.maintain_bound)
     set_state(gm, dataclasses.replace(state_of(gm).with_notes(*notes), maintenance=found))
     return gm
+
+
+def _over(options: Mapping[str, Mapping[str, Option]], chosen: Mapping[str, str], bound: float) -> list[Note]:
+    """Return a note for each feature whose disturbance stays over the bound."""
+    reason = f"disturbance over maintain_bound={bound:g}"
+    return [Note(name=n, reason=reason) for n, m in chosen.items() if options[n][m].disturbance > bound]
 
 
 def _decisions(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import heapq
 from collections.abc import Collection
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -38,6 +39,24 @@ def _constant(gm: GraphModule) -> set[Node]:
     return found
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Unit:
+    """A block as a module of its own."""
+
+    name: str  # the path of its first weight
+    module: GraphModule
+    inputs: tuple[Node, ...]  # of the graph, in the order of the module's
+    outputs: tuple[Node, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Environments:
+    """The values of the nodes in the two streams, for each part of the rows."""
+
+    float: list[Values]
+    quantized: list[Values]
+
+
 class Walk:
     """One pass over a prepared graph in units: single nodes, and blocks that are reconstructed when reached."""
 
@@ -50,67 +69,78 @@ class Walk:
         self.chunks, self.rows = run.split(batches, parts)
         for rows in {len(rows): rows for rows in self.rows}.values():
             inputs_of(gm, data.batch(rows))  # says what is missing or of another shape
+        self.interpreter = Interpreter(self.gm)
         self.passed = {n for n in self.gm.graph.nodes if n.op == "call_module" and _is_observer(self.gm, n)}
 
     def run(self) -> list[BlockResult]:
+        """Walk the graph; return what reconstruction did to each block, in order."""
         held = self.config.settings.max_memory * 2**30 / max(1, 2 * len(self.rows))
-        with Budget(held) as budget:
-            return self._run(budget)
-
-    def _run(self, budget: Budget) -> list[BlockResult]:
-        gm = self.gm
-        units: dict[Node, tuple[GraphModule, tuple[Node, ...], tuple[Node, ...]]] = {}
-        member_of: dict[Node, Node] = {}
-        for block in find_blocks(gm):
-            layer = next(n for n in block.nodes if weight_argument(n) is not None)
-            module, inputs, outputs = fuse_as_graphmodule(
-                gm, list(block.nodes), "block", always_return_tuple=True
-            )
-            module.meta["name"] = self._name(layer)
-            key = block.nodes[-1]
-            units[key] = (module, inputs, outputs)
-            member_of.update(dict.fromkeys(block.nodes, key))
+        units, member_of = self._units()
         order = self._order(units, member_of)
         last_use: dict[Node, int] = {}
         for i, node in enumerate(order):
-            for source in units[node][1] if node in units else node.all_input_nodes:
+            for source in units[node].inputs if node in units else node.all_input_nodes:
                 last_use[source] = i
-        float_env = [Values(budget) for _ in self.rows]
-        quant_env = [Values(budget) for _ in self.rows]
-        for env in (float_env, quant_env):
-            for held, rows in zip(env, self.rows, strict=True):
-                for name, node in placeholders(gm).items():
-                    held.lend(node, partial(self._input, name, rows))
+        constant = _constant(self.gm)
         results: list[BlockResult] = []
-        interpreter = Interpreter(gm)
-
-        def value(held: Values, node: Node, *, quantized: bool) -> Any:
-            if not quantized and node in self.passed:
-                return held[node.all_input_nodes[0]]
-            own = copy.copy(interpreter)  # an environment for each thread; all else is the graph's
-            own.env = held  # type: ignore[assignment]
-            return own.run_node(node)
-
-        def step(part: int, node: Node) -> None:
-            for env in (float_env, quant_env):
-                env[part][node] = value(env[part], node, quantized=env is quant_env)
-
-        constant = _constant(gm)
-
-        for i, node in enumerate(track(order, "reconstructing blocks")):
-            if node in units:
-                results += self._reconstruct(*units[node], float_env, quant_env, len(results) + 1)
-            elif node in constant:
-                for env in (float_env, quant_env):
-                    once = value(env[0], node, quantized=env is quant_env) if env else None
-                    for held in env:
-                        held.share(node, once)
-            elif node.op not in ("placeholder", "output"):
-                self.config.workers.map(partial(step, node=node), range(len(self.rows)))
-            for held in (*float_env, *quant_env):
-                for used in [n for n in held if last_use.get(n, -1) <= i]:
-                    del held[used]
+        with Budget(held) as budget:
+            envs = self._environments(budget)
+            for i, node in enumerate(track(order, "reconstructing blocks")):
+                if node in units:
+                    results += self._reconstruct(units[node], envs, len(results) + 1)
+                elif node in constant:
+                    self._share(node, envs)
+                elif node.op not in ("placeholder", "output"):
+                    self.config.workers.map(partial(self._step, node=node, envs=envs), range(len(self.rows)))
+                for values in (*envs.float, *envs.quantized):
+                    for used in [n for n in values if last_use.get(n, -1) <= i]:
+                        del values[used]
         return results
+
+    def _units(self) -> tuple[dict[Node, _Unit], dict[Node, Node]]:
+        """Return the blocks, each under its last node; and for each node of a block, that one."""
+        units: dict[Node, _Unit] = {}
+        member_of: dict[Node, Node] = {}
+        for block in find_blocks(self.gm):
+            layer = next(n for n in block.nodes if weight_argument(n) is not None)
+            module, inputs, outputs = fuse_as_graphmodule(
+                self.gm, list(block.nodes), "block", always_return_tuple=True
+            )
+            key = block.nodes[-1]
+            units[key] = _Unit(name=self._name(layer), module=module, inputs=inputs, outputs=outputs)
+            member_of.update(dict.fromkeys(block.nodes, key))
+        return units, member_of
+
+    def _environments(self, budget: Budget) -> _Environments:
+        """Return empty streams, which read the graph's inputs when they are asked for them."""
+        envs = _Environments(
+            float=[Values(budget) for _ in self.rows], quantized=[Values(budget) for _ in self.rows]
+        )
+        for env in (envs.float, envs.quantized):
+            for held, rows in zip(env, self.rows, strict=True):
+                for name, node in placeholders(self.gm).items():
+                    held.lend(node, partial(self._input, name, rows))
+        return envs
+
+    def _value(self, held: Values, node: Node, *, quantized: bool) -> Any:
+        """Compute a node from the values of one stream; the float stream passes observers by."""
+        if not quantized and node in self.passed:
+            return held[node.all_input_nodes[0]]
+        own = copy.copy(self.interpreter)  # an environment for each thread; all else is the graph's
+        own.env = held  # type: ignore[assignment]
+        return own.run_node(node)
+
+    def _step(self, part: int, node: Node, envs: _Environments) -> None:
+        """Compute a node for one part of the rows, in both streams."""
+        for env in (envs.float, envs.quantized):
+            env[part][node] = self._value(env[part], node, quantized=env is envs.quantized)
+
+    def _share(self, node: Node, envs: _Environments) -> None:
+        """Compute once, for all parts, what is the same for all rows."""
+        for env in (envs.float, envs.quantized):
+            once = self._value(env[0], node, quantized=env is envs.quantized) if env else None
+            for held in env:
+                held.share(node, once)
 
     def _input(self, name: str, rows: Tensor) -> Tensor:
         """This one alone: the others may be much larger."""
@@ -126,7 +156,7 @@ class Walk:
             weight = weight.args[0]
         return str(weight.target) if isinstance(weight, Node) else layer.name
 
-    def _order(self, units: dict[Node, Any], member_of: dict[Node, Node]) -> list[Node]:
+    def _order(self, units: dict[Node, _Unit], member_of: dict[Node, Node]) -> list[Node]:
         """The units in topological order, near the graph's own: a block, under its last node, stands for its nodes."""
         position = {n: i for i, n in enumerate(self.gm.graph.nodes)}
         waiting: dict[Node, set[Node]] = {}
@@ -134,7 +164,7 @@ class Walk:
         for node in self.gm.graph.nodes:
             unit = member_of.get(node, node)
             if unit not in waiting:
-                sources = units[unit][1] if unit in units else unit.all_input_nodes
+                sources = units[unit].inputs if unit in units else unit.all_input_nodes
                 waiting[unit] = {member_of.get(n, n) for n in sources}
                 for source in waiting[unit]:
                     users.setdefault(source, []).append(unit)
@@ -155,42 +185,35 @@ class Walk:
             )
         return order
 
-    def _reconstruct(
-        self,
-        module: GraphModule,
-        inputs: tuple[Node, ...],
-        outputs: tuple[Node, ...],
-        float_env: list[Values],
-        quant_env: list[Values],
-        index: int,
-    ) -> list[BlockResult]:
+    def _reconstruct(self, unit: _Unit, envs: _Environments, index: int) -> list[BlockResult]:
+        """Reconstruct one block, if it has weights to choose, and run it in both streams."""
+
         def run(m: GraphModule, part: Part, quantized: bool) -> Any:
-            held = (quant_env if quantized else float_env)[part.index]
-            return m(*[held[n] for n in inputs])
+            held = (envs.quantized if quantized else envs.float)[part.index]
+            return m(*[held[n] for n in unit.inputs])
 
         def target(part: Part) -> Outputs:
-            return tuple(float_env[part.index][n] for n in outputs)
+            return tuple(envs.float[part.index][n] for n in unit.outputs)
 
         streams = Streams(
-            module, run, self.chunks, workers=self.config.workers, ranks=self.config.ranks, target=target
+            unit.module, run, self.chunks, workers=self.config.workers, ranks=self.config.ranks, target=target
         )
-        in_float = without_observers(module)
+        in_float = without_observers(unit.module)
 
         def keep(part: Part, env: list[Values]) -> None:
-            values = run(in_float, part, False) if env is float_env else streams.outputs(part)
-            env[part.index].update(zip(outputs, values, strict=True))
+            values = run(in_float, part, False) if env is envs.float else streams.outputs(part)
+            env[part.index].update(zip(unit.outputs, values, strict=True))
 
-        self.config.workers.map(partial(keep, env=float_env), streams.parts)
+        self.config.workers.map(partial(keep, env=envs.float), streams.parts)
         results = []
-        if any(isinstance(o, PerChannelWeightFakeQuantize) for _, o in observers(module)):
+        if any(isinstance(o, PerChannelWeightFakeQuantize) for _, o in observers(unit.module)):
             settings = self.config.settings
-            name = module.meta["name"]
             results.append(
                 self.config.choose(
-                    name, index, streams, method=settings.method, iterations=settings.iterations
+                    unit.name, index, streams, method=settings.method, iterations=settings.iterations
                 )
             )
-        self.config.workers.map(partial(keep, env=quant_env), streams.parts)
+        self.config.workers.map(partial(keep, env=envs.quantized), streams.parts)
         return results
 
 

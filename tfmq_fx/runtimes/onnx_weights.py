@@ -25,68 +25,107 @@ def store_weights(ir: Any, *, for_onnxruntime: bool) -> dict[str, int]:
     forbids it (`session.qdq_matmulnbits_accuracy_level`): so there the third is for every runtime. The fourth is for
     CPUs on which the sums of signed weights saturate (`PAIRS_FIT`); smaller ones stay signed, which is faster there.
     """
-    import onnx_ir
-    from onnx_ir import DataType
-
     stored: Counter[str] = Counter()
-
-    def initializer(name: str, array: Any, dtype: Any) -> Any:
-        if name not in ir.graph.initializers:
-            tensor = onnx_ir.tensor(array.astype(dtype.numpy()), dtype=dtype, name=name)
-            kind = onnx_ir.TensorType(dtype)
-            value = onnx_ir.Value(name=name, const_value=tensor, type=kind, shape=tensor.shape)
-            ir.graph.register_initializer(value)
-        return ir.graph.initializers[name]
-
     for node in [n for n in ir.graph if n.op_type == "DequantizeLinear"]:
-        q, scale, zero_point = node.inputs
-        if q.const_value is None or len(q.const_value.shape) < 2:
-            continue
-        integers, z = q.const_value.numpy(), zero_point.const_value.numpy()
-        fits = integers.dtype == np.uint8 and max(integers.max(), z.max()) < 16
-        stored["int4" if fits else "int8"] += 1
-        source = initializer(f"{q.name}_4bit", integers, DataType.UINT4) if fits else q
-        axis = node.attributes["axis"].as_int()
-        shape = [-1 if i == axis else 1 for i in range(integers.ndim)]
-        centred = integers.astype(np.int16) - z.reshape(shape).astype(np.int16)
-        saturates = np.abs(centred).max() > PAIRS_FIT
-        readers = list(_readers(node.outputs[0]))
-        float_product = any(n.op_type == "MatMul" and not _is_dequantized(n.inputs[0]) for n in readers)
-        int8 = all(n.op_type == "MatMul" and _is_dequantized(n.inputs[0]) for n in readers)
-        if float_product or (for_onnxruntime and not int8):
-            offset = initializer(f"{node.name}_offset", z.reshape(shape), DataType.FLOAT)
-            factor = initializer(
-                f"{node.name}_factor", scale.const_value.numpy().reshape(shape), DataType.FLOAT
-            )
-            value = onnx_ir.node("Cast", [source], {"to": DataType.FLOAT})
-            less = onnx_ir.node("Sub", [value.outputs[0], offset])
-            product = onnx_ir.node("Mul", [less.outputs[0], factor])
-            ir.graph.insert_before(node, [value, less, product])
-            node.outputs[0].replace_all_uses_with(product.outputs[0])
-            ir.graph.remove(node, safe=True)
-        elif for_onnxruntime and fits:
-            offset = initializer(f"{node.name}_offset", z.reshape(shape), DataType.INT32)
-            wide = onnx_ir.node("Cast", [source], {"to": DataType.INT32})
-            less = onnx_ir.node("Sub", [wide.outputs[0], offset])
-            byte = onnx_ir.node("Cast", [less.outputs[0]], {"to": DataType.INT8})
-            ir.graph.insert_before(node, [wide, less, byte])
-            node.replace_input_with(0, byte.outputs[0])
-            node.replace_input_with(2, initializer(f"{node.name}_zeros", np.zeros_like(z), DataType.INT8))
-        elif saturates:
-            if integers.dtype == np.int8:
-                raised = [x.astype(np.int16) + 128 for x in (integers, z)]
-                node.replace_input_with(0, initializer(f"{q.name}_unsigned", raised[0], DataType.UINT8))
-                node.replace_input_with(2, initializer(f"{node.name}_middle", raised[1], DataType.UINT8))
-        elif for_onnxruntime and integers.dtype == np.uint8:
-            node.replace_input_with(0, initializer(f"{q.name}_signed", centred, DataType.INT8))
-            node.replace_input_with(2, initializer(f"{node.name}_zeros", np.zeros_like(z), DataType.INT8))
-        elif fits:
-            node.replace_input_with(0, source)
-            node.replace_input_with(2, initializer(f"{node.name}_zero_point", z, DataType.UINT4))
+        q = node.inputs[0]
+        if q.const_value is not None and len(q.const_value.shape) > 1:
+            weight = _Weight(ir, node)
+            weight.store(for_onnxruntime=for_onnxruntime)
+            stored["int4" if weight.fits else "int8"] += 1
     for value in list(ir.graph.initializers.values()):
         if not value.uses() and not value.is_graph_output():
             del ir.graph.initializers[value.name]
     return dict(stored)
+
+
+class _Weight:
+    """A weight of an ONNX graph, which a DequantizeLinear reads, and the forms that it may have."""
+
+    def __init__(self, ir: Any, node: Any) -> None:
+        self.ir, self.node = ir, node
+        self.q, self.scale, zero_point = node.inputs
+        self.integers, self.z = self.q.const_value.numpy(), zero_point.const_value.numpy()
+        axis = node.attributes["axis"].as_int()
+        self.shape = [
+            -1 if i == axis else 1 for i in range(self.integers.ndim)
+        ]  # of scales beside the integers
+        self.centred = self.integers.astype(np.int16) - self.z.reshape(self.shape).astype(np.int16)
+        self.unsigned = self.integers.dtype == np.uint8
+        self.fits = bool(self.unsigned and max(self.integers.max(), self.z.max()) < 16)  # four bits
+
+    def store(self, *, for_onnxruntime: bool) -> None:
+        """Give the weight its form; see `store_weights`."""
+        inputs = [n.inputs[0] for n in _readers(self.node.outputs[0]) if n.op_type == "MatMul"]
+        others = any(n.op_type != "MatMul" for n in _readers(self.node.outputs[0]))
+        float_product = any(not _is_dequantized(x) for x in inputs)
+        if float_product or (for_onnxruntime and others):
+            self._as_float()
+        elif for_onnxruntime and self.fits:
+            self._as_signed_bytes_of_four_bits()
+        elif np.abs(self.centred).max() > PAIRS_FIT:
+            self._as_unsigned_bytes()
+        elif for_onnxruntime and self.unsigned:
+            self._read(self.centred, "_signed", "INT8")
+            self._zero_point(np.zeros_like(self.z), "_zeros", "INT8")
+        elif self.fits:
+            self.node.replace_input_with(0, self._source())
+            self._zero_point(self.z, "_zero_point", "UINT4")
+
+    def _as_float(self) -> None:
+        """(float(q) - z) * s"""
+        offset = self._constant(f"{self.node.name}_offset", self.z.reshape(self.shape), "FLOAT")
+        scale = self.scale.const_value.numpy().reshape(self.shape)
+        factor = self._constant(f"{self.node.name}_factor", scale, "FLOAT")
+        value = self._before("Cast", self._source(), to="FLOAT")
+        product = self._before("Mul", self._before("Sub", value, offset), factor)
+        self.node.outputs[0].replace_all_uses_with(product)
+        self.ir.graph.remove(self.node, safe=True)
+
+    def _as_signed_bytes_of_four_bits(self) -> None:
+        """DequantizeLinear(int8(int32(uint4 q) - z), s, 0)"""
+        offset = self._constant(f"{self.node.name}_offset", self.z.reshape(self.shape), "INT32")
+        wide = self._before("Cast", self._source(), to="INT32")
+        byte = self._before("Cast", self._before("Sub", wide, offset), to="INT8")
+        self.node.replace_input_with(0, byte)
+        self._zero_point(np.zeros_like(self.z), "_zeros", "INT8")
+
+    def _as_unsigned_bytes(self) -> None:
+        """DequantizeLinear(uint8(q + 128), s, 128)"""
+        if not self.unsigned:
+            self._read(self.integers.astype(np.int16) + 128, "_unsigned", "UINT8")
+            self._zero_point(self.z.astype(np.int16) + 128, "_middle", "UINT8")
+
+    def _source(self) -> Any:
+        """Return the integers, in four bits where they fit."""
+        return self._constant(f"{self.q.name}_4bit", self.integers, "UINT4") if self.fits else self.q
+
+    def _read(self, integers: Any, suffix: str, dtype: str) -> None:
+        self.node.replace_input_with(0, self._constant(f"{self.q.name}{suffix}", integers, dtype))
+
+    def _zero_point(self, values: Any, suffix: str, dtype: str) -> None:
+        self.node.replace_input_with(2, self._constant(f"{self.node.name}{suffix}", values, dtype))
+
+    def _constant(self, name: str, array: Any, dtype: str) -> Any:
+        """Return the graph's constant of that name, made when it is not there."""
+        import onnx_ir
+
+        found = self.ir.graph.initializers
+        if name not in found:
+            kind = onnx_ir.DataType[dtype]
+            tensor = onnx_ir.tensor(array.astype(kind.numpy()), dtype=kind, name=name)
+            value = onnx_ir.Value(
+                name=name, const_value=tensor, type=onnx_ir.TensorType(kind), shape=tensor.shape
+            )
+            self.ir.graph.register_initializer(value)
+        return found[name]
+
+    def _before(self, op: str, *inputs: Any, to: str | None = None) -> Any:
+        """Insert an operator before the DequantizeLinear; return its output."""
+        import onnx_ir
+
+        made = onnx_ir.node(op, list(inputs), {} if to is None else {"to": onnx_ir.DataType[to]})
+        self.ir.graph.insert_before(self.node, [made])
+        return made.outputs[0]
 
 
 def _readers(value: Any) -> Iterator[Any]:
