@@ -415,7 +415,7 @@ def test_strict_refuses_what_is_coarser_and_not_what_is_finer():
 @pytest.mark.parametrize("owner", [tfmq_fx.Recipe, lambda **k: tfmq_fx.Rule(pattern="*", **k)])
 def test_a_size_that_is_none_is_refused(owner, size):
     with pytest.raises(
-        TFMQError, match=r"(Recipe|Rule\('\*'\))\.group_size: .* is no group size; use an integer"
+        TFMQError, match=r"(Recipe|Rule\('\*'\))\.group_size: .* is not a valid group size; use an integer"
     ):
         owner(group_size=size)
 
