@@ -29,7 +29,7 @@ _pytree_log.setLevel(_level)
 
 
 def register_x86_patterns() -> None:
-    """Register, in this process, torchao's Inductor patterns that map quantized graphs to oneDNN's kernels."""
+    """Register torchao's Inductor patterns in this process: they turn quantized graphs into int8 kernels."""
     import torchao.quantization.pt2e.quantizer.x86_inductor_quantizer  # noqa: F401  (registers them)
 
 
