@@ -233,7 +233,7 @@ def test_it_saves_loads_exports_and_compiles(model, tmp_path):
     ("change", "words"),
     [
         ({"smooth": 2.0}, "not between 0 and 1"),
-        ({"rotate": 12}, "no power of two"),
+        ({"rotate": 12}, "not a power of two"),
         ({"low_rank": 0}, "not positive"),
     ],
 )

@@ -329,7 +329,7 @@ def _first_weighted(start: Iterable[Node], *, forward: bool) -> set[Node]:
 
 
 def fresh(gm: GraphModule) -> GraphModule:
-    """Return a linted, recompiled GraphModule with a copy of the graph, but the same parameters and submodules."""
+    """Return a linted, recompiled GraphModule on a copy of the graph, sharing parameters and submodules."""
     graph = torch.fx.Graph(tracer_cls=gm.graph._tracer_cls)
     output = graph.graph_copy(gm.graph, {})
     original = gm.graph.output_node()
