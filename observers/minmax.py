@@ -1,4 +1,4 @@
-"""Per-timestep minimum and maximum: the papers' estimator for finite set calibration."""
+"""Minimum and maximum per timestep: the papers' estimator for finite set calibration."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from tfmq_fx.observers.temporal import TemporalObserver
 
 
 class TemporalMinMaxObserver(TemporalObserver):
-    """The running minimum and maximum of each timestep (TFMQ-DM, FSC)."""
+    """An observer of the running minimum and maximum of each timestep (TFMQ-DM, FSC)."""
 
     min_val: Tensor
     max_val: Tensor

@@ -1,8 +1,8 @@
 """Estimators that need the values themselves: MSE, KL and percentile.
 
-An activation of the temporal block is a function of the timestep (and of other finite inputs), so the
-distinct rows of a timestep are few; they are kept, and a row seen again is dropped. That makes observing
-A, then B, equal to observing both together.
+An activation of the temporal block is a function of the timestep (and of other finite inputs), so a timestep
+has few distinct rows. The observers keep these and drop rows that they have seen before. So observing A, then
+B, equals observing both together.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from tfmq_fx.observers.temporal import TemporalObserver
 
 
 class TemporalSampleObserver(TemporalObserver):
-    """Keeps each timestep's distinct rows; subclasses turn the rows of one timestep into its range."""
+    """An observer that keeps each timestep's distinct rows; subclasses turn these into its range."""
 
     def __init__(self, *, num_keys: int, **kwargs: Any) -> None:
         super().__init__(num_keys=num_keys, **kwargs)
@@ -54,18 +54,18 @@ class TemporalSampleObserver(TemporalObserver):
 
     @abstractmethod
     def range_of(self, x_RK: Tensor) -> tuple[Tensor, Tensor]:
-        """(min_R, max_R) for R timesteps with K values each."""
+        """Return (min_R, max_R) for R timesteps with K values each."""
 
 
 class TemporalMSEObserver(TemporalSampleObserver):
-    """The shrunk range with the least squared rounding error (L_2), per timestep."""
+    """An observer that shrinks each timestep's range to the least squared rounding error (L_2)."""
 
     def range_of(self, x_RK: Tensor) -> tuple[Tensor, Tensor]:
         return search_range(x_RK, self.integers, p=2.0)
 
 
 class TemporalPercentileObserver(TemporalSampleObserver):
-    """The central `percentile` percent of the values of each timestep."""
+    """An observer whose range covers the central `percentile` percent of each timestep's values."""
 
     def __init__(self, *, num_keys: int, percentile: float = 99.9, **kwargs: Any) -> None:
         super().__init__(num_keys=num_keys, **kwargs)
@@ -77,11 +77,12 @@ class TemporalPercentileObserver(TemporalSampleObserver):
 
 
 class TemporalKLObserver(TemporalSampleObserver):
-    """The shrunk range with the least Kullback-Leibler divergence from the values to the rounded ones, per timestep.
+    """An observer that shrinks each timestep's range to the least Kullback-Leibler divergence.
 
-    Entropy calibration (Migacz, "8-bit Inference with TensorRT", GTC 2017) for affine ranges, on a histogram of a
-    timestep's values: P is its part in the range, what lies outside counted in the outermost bins; Q spreads the sum over
-    the bins of an integer evenly over those that are not empty. With fewer values than bins the whole range wins.
+    The divergence is from the values to the rounded ones: entropy calibration (Migacz, "8-bit Inference with
+    TensorRT", GTC 2017) for affine ranges, on a histogram of a timestep's values. P is the histogram inside
+    the range, with the values outside counted in the outermost bins. Q spreads the sum over the bins of an
+    integer evenly over those that are not empty. With fewer values than bins the whole range wins.
     """
 
     CANDIDATES = 80  # as many as `search_range` tries
@@ -100,8 +101,8 @@ class TemporalKLObserver(TemporalSampleObserver):
             level_RB = ((centre_RB - shrink * low_R1) / (shrink * width_R1) * levels).floor()
             inside_RB = (level_RB >= 0) & (level_RB < levels)
             level_RB = level_RB.clamp(0, levels - 1).long()
-            # The bins inside are neighbours: those outside count in the first or the last of them. Values without a width
-            # may have none inside.
+            # The bins inside are contiguous; values outside count in the first or the last of them. Where all
+            # values are equal, there may be none inside.
             first_R1 = inside_RB.int().argmax(1, keepdim=True)
             last_R1 = first_R1 + (inside_RB.sum(1, keepdim=True) - 1).clamp_min(0)
             nearest_RB = torch.arange(bins).clamp(first_R1, last_R1)
@@ -113,7 +114,7 @@ class TemporalKLObserver(TemporalSampleObserver):
             )
             q_RB = (kept_RB > 0) * (sums_RL / filled_RL.clamp_min(1)).gather(1, level_RB)
             p_RB, q_RB = (n / n.sum(1, keepdim=True) for n in (p_RB, q_RB))
-            # Where P has a bin that Q lacks, all of its values were clipped there.
+            # A bin that P has and Q lacks holds clipped values only.
             terms_RB = torch.where(p_RB > 0, p_RB * (p_RB / q_RB.clamp_min(1e-9)).log(), 0.0)
             divergence_R1 = terms_RB.sum(1, keepdim=True).nan_to_num(torch.inf)
             better_R1 = divergence_R1 < best_R1

@@ -20,24 +20,25 @@ class StaticFakeQuantize(FakeQuantize):  # type: ignore[misc]
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         if hasattr(self.activation_post_process, "dst_nbins"):
-            # torchao's range search counts the values of the dtype, where we use the lowest of them only.
+            # torchao's range search assumes all values of the dtype, but we use only the lowest of them.
             self.activation_post_process.dst_nbins = self.quant_max - self.quant_min + 1
         self.log_scale: Tensor | None = None  # while the scale is being learned
         self.soft: Tensor | None = None  # the scale that the graph then computes with
 
     def start_learning(self) -> Tensor:
-        """A variable that moves the scale; the zero point stays."""
+        """Return a variable, the logarithm of the scale, that moves the scale. The zero point stays."""
         self.log_scale = self.scale.detach().log().requires_grad_()
         return self.log_scale
 
     def soften(self) -> Tensor:
-        """The scale as a function of the variable; `soft` is the same, cut off from it."""
+        """Return the scale as a function of the variable; `soft` gets the same value, detached from it."""
         assert self.log_scale is not None
         scale = self.log_scale.exp()
         self.soft = scale.detach().requires_grad_()
         return scale
 
     def stop_learning(self) -> None:
+        """Store the learned scale."""
         assert self.log_scale is not None
         self.scale.copy_(self.log_scale.detach().exp())
         self.log_scale = self.soft = None
@@ -57,11 +58,11 @@ class StaticFakeQuantize(FakeQuantize):  # type: ignore[misc]
         return x
 
     def calculate_qparams(self) -> tuple[Tensor, Tensor]:
-        """The frozen qparams: what the fake-quantized network computed with."""
+        """Return the frozen qparams, with which the fake-quantized network computed."""
         return self.scale, self.zero_point
 
     def merge(self, other: StaticFakeQuantize) -> None:
-        """Take over what another one, of the same tensor, observed."""
+        """Add what another instance observed of the same tensor."""
         mine, theirs = self.activation_post_process, other.activation_post_process
         if torch.isinf(theirs.min_val).any():
             return
@@ -77,7 +78,7 @@ class StaticFakeQuantize(FakeQuantize):  # type: ignore[misc]
         mine.min_val, mine.max_val = low, high
 
     def freeze(self) -> None:
-        """Stop observing, start quantizing with the qparams found."""
+        """Stop observing and start quantizing. Raises TFMQError when nothing was observed."""
         observer = self.activation_post_process
         if torch.isinf(observer.min_val).any():
             raise TFMQError(
@@ -86,7 +87,7 @@ class StaticFakeQuantize(FakeQuantize):  # type: ignore[misc]
         scale, zero_point = observer.calculate_qparams()
         self.scale.copy_(scale)
         self.zero_point.copy_(zero_point)
-        if observer.qscheme == torch.per_tensor_symmetric:  # torchao's is one lower for unsigned integers
+        if observer.qscheme == torch.per_tensor_symmetric:  # torchao's is one lower for unsigned
             self.zero_point.fill_((self.quant_min + self.quant_max + 1) // 2)
         self.disable_observer()
         self.enable_fake_quant()

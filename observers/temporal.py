@@ -1,4 +1,4 @@
-"""The base of all observers keyed on timestep: one (scale, zero_point) per timestep, or per key that holds it."""
+"""The base of all observers keyed on timestep: one (scale, zero_point) per timestep, or per key with it."""
 
 from __future__ import annotations
 
@@ -16,19 +16,21 @@ from tfmq_fx.graph.nodes import set_buffer
 
 
 class TemporalObserver(FakeQuantizeBase):  # type: ignore[misc]
-    """Finite set calibration (TFMQ-DM, FSC): x is quantized with the qparams of its own timestep.
+    """A base for finite set calibration (TFMQ-DM, FSC): x is quantized with its own timestep's qparams.
 
     To add an estimator, subclass and define two methods; pass the class as `Recipe(temporal_observer=...)`:
 
         observe(x_NF, step_N)   accumulate. Observing A, then B, must equal observing A and B together.
-        ranges()                the (min_T, max_T) to cover, for the keys that were observed.
-        merge(other)            optional: what two observed apart as if one had seen both; call super().merge(other) too.
+        ranges()                return the (min_T, max_T) to cover, for the keys that were observed.
+        merge(other)            optional: add what `other` observed, as if one observer had seen both; call
+                                super().merge(other) too.
 
     In the prepared graph the module is called with (x, step): x (N, ...) and step (N,) int64, indices into the
     T = `num_keys` values of its key, computed once in the graph. The key is the timestep of the schedule, or its
     product with other finite inputs that x depends on. A batch may mix keys.
 
-    shared_zero_point: all keys have the same one, so that what a scale by key costs an int8 kernel is one multiplication.
+    shared_zero_point: give all keys the same zero point, so that a scale per key costs an int8 kernel only
+        one multiplication.
     """
 
     seen: Tensor
@@ -38,11 +40,11 @@ class TemporalObserver(FakeQuantizeBase):  # type: ignore[misc]
     def __init__(
         self, *, num_keys: int, bits: int = 8, shared_zero_point: bool = False, **_spec: Any
     ) -> None:
-        super().__init__()  # _spec: what torchao passes along from the QuantizationSpec; `bits` says it all
+        super().__init__()  # _spec: what torchao passes on from the QuantizationSpec; `bits` is enough
         self.integers = IntegerRange.activation(bits)
         self.dtype = self.integers.dtype
         self.num_keys, self.shared_zero_point = num_keys, shared_zero_point
-        # False when the key is of shape () as captured: one row of qparams then serves the whole tensor.
+        # False when the key was captured with shape (): one row of qparams then serves the whole tensor.
         self.per_sample = True
         self.register_buffer("seen", torch.zeros(num_keys, dtype=torch.bool))
         self.register_buffer("scale", torch.ones(num_keys))
@@ -55,11 +57,11 @@ class TemporalObserver(FakeQuantizeBase):  # type: ignore[misc]
     def ranges(self) -> tuple[Tensor, Tensor]: ...
 
     def merge(self, other: TemporalObserver) -> None:
-        """Take over what another of this class observed. Optional: without it one thread sees all the data."""
+        """Add what `other`, of the same class, observed. Optional: without it, one thread sees all data."""
         self.seen |= other.seen
 
     def calculate_qparams(self, **_: Any) -> tuple[Tensor, Tensor]:
-        """(scale, zero_point), each (T,). Raises TFMQError when a timestep was never observed."""
+        """Return (scale, zero_point), each (T,). Raises TFMQError when a timestep was never observed."""
         if not self.seen.all():
             missing = (~self.seen).nonzero().flatten().tolist()
             raise TFMQError(
@@ -70,7 +72,7 @@ class TemporalObserver(FakeQuantizeBase):  # type: ignore[misc]
         return choose(*self.ranges(), self.integers)
 
     def freeze(self) -> None:
-        """Stop observing, start quantizing with the qparams found."""
+        """Stop observing and start quantizing with the qparams found."""
         scale, zero_point = self.calculate_qparams()
         self.scale.copy_(scale)
         self.zero_point.copy_(zero_point)
@@ -89,11 +91,12 @@ class TemporalObserver(FakeQuantizeBase):  # type: ignore[misc]
         return x
 
     def convert(self, model: GraphModule, node: Node) -> None:
-        """torchao's convert hook: a table lookup feeding a standard quantize/dequantize pair.
+        """Replace the observer by a table lookup and a standard quantize/dequantize pair (torchao's hook).
 
             observer(x, step)  ==>  s, z = scale[step], zero_point[step];  dequantize(quantize(x, s, z), s, z)
 
-        Per sample, the pair is the per-channel one on the batch axis; that is what makes mixed timesteps right.
+        With a key per sample, the pair is the per-channel one on the batch axis, which makes mixed timesteps
+        correct.
         """
         x, step = node.args
         assert isinstance(x, Node)

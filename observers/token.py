@@ -13,7 +13,10 @@ from tfmq_fx.graph.nodes import inline
 
 
 class TokenFakeQuantize(FakeQuantizeBase):  # type: ignore[misc]
-    """Each token, all dimensions but the last, with a symmetric scale of its own. Nothing to calibrate."""
+    """Fake quantization with a symmetric scale per token, which needs no calibration.
+
+    A token is an index into all dimensions but the last.
+    """
 
     def __init__(self, *, bits: int, **_spec: Any) -> None:
         super().__init__()
@@ -31,7 +34,7 @@ class TokenFakeQuantize(FakeQuantizeBase):  # type: ignore[misc]
         self.enable_fake_quant()
 
     def convert(self, model: GraphModule, node: Node) -> None:
-        """torchao's convert hook. Bitwise unchanged.
+        """Replace the observer by operators that compute the scales (torchao's hook). Bitwise unchanged.
 
         observer(x)  ==>  s, z = max |x| / quant_max, 0;  dequantize_per_token(quantize_per_token(x, s, z), s, z)
         """

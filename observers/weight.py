@@ -1,4 +1,4 @@
-"""Weights: integers with qparams per output channel or per group in it, with a rounding that can be learned (AdaRound).
+"""Weights as integers, with qparams per output channel or group, and learnable rounding (AdaRound).
 
 Legend: R rows of K weights that share a scale and zero point: the output channels, or the groups of each in turn.
 """
@@ -16,19 +16,22 @@ from tfmq_fx.base.arithmetic import IntegerRange, choose_qparams, quantize_rows,
 from tfmq_fx.graph.nodes import inline, set_buffer
 
 GAMMA, ZETA = -0.1, 1.1  # stretch of the hard sigmoid (AdaRound, eq. 23)
-EDGE = 0.4  # of a step: how far from its integer tuning lets a weight start; 0.5 would leave it with a coin's toss
+# In steps: tuning starts a weight at most this far from its integer; at 0.5 its rounding would be a coin
+# toss.
+EDGE = 0.4
 
 
 class PerChannelWeightFakeQuantize(FakeQuantizeBase):  # type: ignore[misc]
-    """The integers of one weight. torchao passes `ch_axis` to classes called PerChannel.
+    """Fake quantization that holds the integers of one weight.
 
-    The float weight is never written: `q` holds the integers, and what the graph computes with is
-    (q - zero_point) * scale, bit for bit what the artefact dequantizes to.
+    torchao passes `ch_axis` to classes with PerChannel in their name. The float weight is never written: `q`
+    holds the integers, and the graph computes with (q - zero_point) * scale, bit for bit what the artefact
+    dequantizes to.
 
-    group_size: that many consecutive weights of an output channel, flattened to (C_out, C_in * kernel), make a row;
-        it divides the channel. None: the channel is the row. A convolution's groups so hold as many weights as a
-        linear's, at the same cost in bits, and lie side by side in memory; those of C_in alone would be `kernel` times
-        as large.
+    group_size: this many consecutive weights of an output channel, flattened to (C_out, C_in * kernel), form
+        a row; it divides the channel. None: the channel is the row. So a convolution's groups hold as many
+        weights as a linear's, at the same cost in bits, and are contiguous in memory. Groups over C_in alone
+        would be `kernel` times as large.
     """
 
     q: Tensor
@@ -50,7 +53,7 @@ class PerChannelWeightFakeQuantize(FakeQuantizeBase):  # type: ignore[misc]
         self.register_buffer("zero_point", torch.zeros(0, dtype=torch.int32))
 
     def initialise(self, weight: Tensor) -> None:
-        """Scales by range search (L_2.4, 80 steps), integers by rounding to nearest."""
+        """Set scales by range search (L_2.4, 80 steps) and integers by rounding to nearest."""
         x_RK = self._rows(weight.detach().float())
         self.scale, self.zero_point = choose_qparams(*search_range(x_RK, self.integers), self.integers)
         q_RK = quantize_rows(x_RK, self.scale, self.zero_point, self.integers)
@@ -61,7 +64,7 @@ class PerChannelWeightFakeQuantize(FakeQuantizeBase):  # type: ignore[misc]
         return x_CK if self.group_size is None else x_CK.reshape(-1, self.group_size)
 
     def _unrows(self, x_RK: Tensor, shape: torch.Size) -> Tensor:
-        """Inverse of _rows for a weight of that shape, in operators with an overload: also what a graph takes."""
+        """Invert `_rows` for a weight of that shape. The operators have an overload, for a graph to hold."""
         moved = list(range(len(shape)))
         moved.insert(0, moved.pop(self.ch_axis))
         x = torch.ops.aten.reshape.default(x_RK, [shape[i] for i in moved])
@@ -69,11 +72,11 @@ class PerChannelWeightFakeQuantize(FakeQuantizeBase):  # type: ignore[misc]
         return x if self.ch_axis == 0 else torch.ops.aten.permute.default(x, back)  # type: ignore[no-any-return]
 
     def _stored(self) -> Tensor:
-        """The integers as the artefact holds them: in rows where there are groups, else in the weight's own shape."""
+        """Return the integers as the artefact holds them: in rows for groups, else in the weight's shape."""
         return self.q if self.group_size is None else self._rows(self.q)
 
     def _dequantize(self, q: Tensor, scale_R: Tensor, zero_point_R: Tensor) -> Tensor:
-        """From what is stored: run here, and traced into the converted graph."""
+        """Dequantize what is stored. This is called here, and also traced into the converted graph."""
         axis = self.ch_axis if self.group_size is None else 0
         limits = (self.integers.quant_min, self.integers.quant_max, self.dtype)
         w = torch.ops.quantized_decomposed.dequantize_per_channel.default(
@@ -85,7 +88,10 @@ class PerChannelWeightFakeQuantize(FakeQuantizeBase):  # type: ignore[misc]
         return self._dequantize(self._stored(), self.scale, self.zero_point)
 
     def start_learning(self, weight: Tensor) -> Tensor:
-        """A fresh alpha whose soft rounding reproduces the float weight: h(alpha) = frac(w / s) (AdaRound, section 3)."""
+        """Return a fresh alpha whose soft rounding reproduces the float weight.
+
+        h(alpha) = frac(w / s) (AdaRound, section 3).
+        """
         scaled = self._rows(weight.detach().float()) / self.scale[:, None]
         self._floor = torch.floor(scaled)
         fraction = (scaled - self._floor).clamp(1e-4, 1 - 1e-4)
@@ -94,10 +100,11 @@ class PerChannelWeightFakeQuantize(FakeQuantizeBase):  # type: ignore[misc]
         return self.alpha
 
     def soften(self) -> tuple[Tensor, Tensor]:
-        """(weight, rounding), both functions of alpha: the weight softly rounded by h(alpha) in [0, 1] (AdaRound, eq. 23).
+        """Return (weight, rounding), both functions of alpha.
 
-        The graph computes with `soft` instead: a leaf, the same weight cut off from alpha. Its gradient may be
-        summed over parts of a batch before it goes on, once, to alpha.
+        The weight is softly rounded by h(alpha) in [0, 1] (AdaRound, eq. 23). The graph computes with `soft`
+        instead: a leaf, the same weight detached from alpha. Its gradient may be summed over parts of a batch
+        and then passed on to alpha once.
         """
         assert self.alpha is not None
         assert self._floor is not None
@@ -107,7 +114,7 @@ class PerChannelWeightFakeQuantize(FakeQuantizeBase):  # type: ignore[misc]
         return self._softened(q - zero_point, self.scale), rounding
 
     def stop_learning(self) -> None:
-        """Bake the rounding: q = floor(w / s) + [h(alpha) >= 0.5] + z."""
+        """Fix the rounding: q = floor(w / s) + [h(alpha) >= 0.5] + z."""
         assert self.alpha is not None
         assert self._floor is not None
         up = (self.alpha.detach() >= 0).to(torch.float32)  # h(0) = 0.5
@@ -115,10 +122,11 @@ class PerChannelWeightFakeQuantize(FakeQuantizeBase):  # type: ignore[misc]
         self.alpha = self._floor = None
 
     def start_tuning(self, weight: Tensor) -> tuple[Tensor, Tensor]:
-        """Variables for the integers and for the scales, from where they stand.
+        """Return variables for the integers and for the scales, starting at their current values.
 
-        steps (R, K): the weight in units of its scale, moved to within EDGE of its integer, which so is what it rounds
-            to, and the weights that were near another one are the first to go there. log_growth (R,): of the scale.
+        steps (R, K): the weight in units of its scale, moved to within EDGE of its integer. So it rounds to
+            that integer, and weights that were close to another integer are the first to move there.
+        log_growth (R,): the logarithm of the factor by which the scale grows.
         """
         q_RK = self._rows(self.q.float()) - self.zero_point[:, None]
         scaled = self._rows(weight.detach().float()) / self.scale[:, None]
@@ -127,18 +135,21 @@ class PerChannelWeightFakeQuantize(FakeQuantizeBase):  # type: ignore[misc]
         return self.steps, self.log_growth
 
     def tuned(self) -> Tensor:
-        """The weight as a function of the variables, rounded straight through (Bengio et al. 2013); `soft` is cut off from it."""
+        """Return the weight as a function of the variables, rounded straight through (Bengio et al. 2013).
+
+        `soft` gets the same weight, detached from them.
+        """
         assert self.steps is not None
         assert self.log_growth is not None
         rounded = self.steps + (self.steps.round() - self.steps).detach()
         zero_point = self.zero_point[:, None]
-        # Between tensors torch's clamp (2.14) lets half the gradient through at a bound, between numbers none: integers at
-        # the ends of the range would stay there.
+        # At a bound, torch's clamp (2.14) passes half the gradient if the bounds are tensors, and none if
+        # they are numbers: then integers at the ends of the range would stay there.
         rounded = rounded.clamp(self.integers.quant_min - zero_point, self.integers.quant_max - zero_point)
         return self._softened(rounded, self.scale * self.log_growth.exp())
 
     def stop_tuning(self) -> None:
-        """The variables become integers and scales."""
+        """Turn the variables into integers and scales."""
         assert self.steps is not None
         assert self.log_growth is not None
         self._bake(self.steps.detach().round() + self.zero_point[:, None])
@@ -146,13 +157,13 @@ class PerChannelWeightFakeQuantize(FakeQuantizeBase):  # type: ignore[misc]
         self.steps = self.log_growth = None
 
     def _softened(self, steps_RK: Tensor, scale_R: Tensor) -> Tensor:
-        """The weight of so many steps from zero, as the variables have it; `soft` is the same, cut off from them."""
+        """Return the weight `steps_RK` steps from zero; `soft` gets the same, detached from the variables."""
         weight = self._unrows(steps_RK * scale_R[:, None], self.q.shape)
         self.soft = weight.detach().requires_grad_()
         return weight
 
     def _bake(self, q_RK: Tensor) -> None:
-        """Whole numbers become the integers, and the graph computes with those again."""
+        """Store whole numbers as the integers, and let the graph compute with those again."""
         q_RK = q_RK.clamp(self.integers.quant_min, self.integers.quant_max).to(self.dtype)
         self.q = self._unrows(q_RK, self.q.shape)
         self.soft = None
@@ -170,7 +181,7 @@ class PerChannelWeightFakeQuantize(FakeQuantizeBase):  # type: ignore[misc]
         self.enable_fake_quant()
 
     def convert(self, model: GraphModule, node: Node) -> None:
-        """torchao's convert hook.
+        """Replace the observer by a dequantization of the stored integers (torchao's hook).
 
         observer(weight)  ==>  dequantize_per_channel(weight_q, weight_scale, weight_zero_point)
                                reshape(dequantize_per_channel(weight_q, ..), weight's shape)      with groups
@@ -185,7 +196,8 @@ class PerChannelWeightFakeQuantize(FakeQuantizeBase):  # type: ignore[misc]
                 ("scale", self.scale),
                 ("zero_point", self.zero_point),
             ):
-                # The float weight keeps `path`; its integers live beside it until it is dropped as unused.
+                # The float weight keeps `path` until it is dropped as unused, so its integers need other
+                # names.
                 set_buffer(model, f"{path}_{name}", value.clone())
                 parts.append(graph.get_attr(f"{path}_{name}"))
             y = inline(graph, self._dequantize, *parts)

@@ -1,4 +1,4 @@
-"""Graph passes: a GraphModule in, a GraphModule or a finding out; each can be called alone."""
+"""Graph passes. Each takes a GraphModule, returns a GraphModule or a finding, and can be called alone."""
 
 from tfmq_fx.passes.clean.bind_parameters import bind_parameters
 from tfmq_fx.passes.clean.inline_modules import inline_modules

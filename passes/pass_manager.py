@@ -1,4 +1,4 @@
-"""One visible list of passes, run in order, with what each needs checked before anything runs."""
+"""Run one visible list of passes in order, after checking what each of them needs."""
 
 from __future__ import annotations
 
@@ -27,7 +27,10 @@ _STAGES["reconstructed"] = (*_STAGES["calibrated"], "reconstruct")
 
 
 def declare(*, needs: Iterable[str] = (), after: Iterable[str] = ()) -> Callable[[F], F]:
-    """Declare a pass's place: `needs` must have run before it, `after` must not run behind it. Names of passes."""
+    """Declare a pass's place in the order, by names of passes.
+
+    needs: passes that must have run before it. after: passes that must not run later than it.
+    """
 
     def mark(function: F) -> F:
         function.needs, function.after = tuple(needs), tuple(after)  # type: ignore[attr-defined]
@@ -64,7 +67,7 @@ class PassManager(pass_manager.PassManager):
         try:
             return super().__call__(module)
         except Exception as error:
-            # torch wraps whatever a pass raises; a mistake of the user's should read as one.
+            # torch wraps any exception of a pass, but a user error should reach the user as it is.
             if isinstance(error.__cause__, TFMQError):
                 raise error.__cause__ from None
             raise
@@ -95,7 +98,10 @@ class PassManager(pass_manager.PassManager):
 
 
 def check_order(passes: Iterable[Callable[..., Any]], *, done: Iterable[str] = ()) -> list[str]:
-    """What the declared needs say against this order, one line each; [] when nothing does."""
+    """Return how this order violates the declared needs, one line each; [] if it does not.
+
+    done: names of passes that ran earlier.
+    """
     names = [_name(_function(p)) for p in passes]
     violations = []
     for i, given in enumerate(passes):
@@ -110,9 +116,9 @@ def check_order(passes: Iterable[Callable[..., Any]], *, done: Iterable[str] = (
 
 
 def rewrite_modules(gm: GraphModule, rewrite: Callable[[GraphModule], bool]) -> PassResult:
-    """Apply `rewrite`, which says whether it changed anything, to the graph and to those of its submodules.
+    """Apply `rewrite`, which returns True if it changed anything, to the graph and its submodules' graphs.
 
-    One that changed loses its dead code, is checked and recompiled.
+    A changed graph loses its dead code, and is linted and recompiled.
     """
     modified = False
     for module in [m for m in gm.modules() if isinstance(m, GraphModule)]:

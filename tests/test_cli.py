@@ -151,7 +151,7 @@ def test_a_bad_model_folder_is_one_line_and_leaves_nothing(monkeypatch, capsys, 
 @pytest.mark.parametrize(
     ("args", "words"),
     [
-        (("quantize", "OUT", "--recipe", "w5a5"), "'w5a5' is no preset"),
+        (("quantize", "OUT", "--recipe", "w5a5"), "'w5a5' is not a preset"),
         (("quantize", "OUT", "--scheduler", "Magic"), "no scheduler 'Magic'"),
         (("quantize", "OUT", "--argument", "x=["), "use NAME=JSON"),
         (("sample", "OUT"), "no such folder"),

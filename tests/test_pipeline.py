@@ -34,5 +34,5 @@ def test_a_network_without_calibration_data_is_refused():
 
 
 def test_unknown_recipes_show_the_nearest():
-    with pytest.raises(TFMQError, match="'w4a9' is no preset; presets are w4a8"):
+    with pytest.raises(TFMQError, match="'w4a9' is not a preset; presets are w4a8"):
         tfmq_fx.quantize(make(TinyUNet), "w4a9", calibration=calibration())

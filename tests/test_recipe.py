@@ -35,16 +35,19 @@ def test_fields_left_out_have_their_defaults():
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"wieght_bits": 4}, "Recipe: there is no 'wieght_bits'; there is weight_bits"),
-        ({"smooth": "x"}, "Recipe.smooth: 'x' is no float | None"),
-        ({"group_size": True}, "Recipe.group_size: True is no int | None"),
-        ({"max_table_entries": "7"}, "Recipe.max_table_entries: '7' is no int"),
+        ({"wieght_bits": 4}, "Recipe: unknown field 'wieght_bits'; known are weight_bits"),
+        ({"smooth": "x"}, "Recipe.smooth: 'x' is not of type float | None"),
+        ({"group_size": True}, "Recipe.group_size: True is not of type int | None"),
+        ({"max_table_entries": "7"}, "Recipe.max_table_entries: '7' is not of type int"),
         ({"temporal_observer": "mine.Observer"}, "Recipe.temporal_observer: 'mine.Observer' is unknown"),
-        ({"rules": {}}, "Recipe.rules: {} is no list"),
-        ({"rules": ["a"]}, "Recipe.rules[0]: 'a' is no JSON object"),
+        ({"rules": {}}, "Recipe.rules: {} is not a list"),
+        ({"rules": ["a"]}, "Recipe.rules[0]: 'a' is not a JSON object"),
         ({"rules": [{"weight_bits": 4}]}, "Recipe.rules[0]: no pattern"),
-        ({"reconstruction": {"iterations": 1.5}}, "Recipe.reconstruction.iterations: 1.5 is no int"),
-        ({"reconstruction": {"beta": [1]}}, "Recipe.reconstruction.beta: [1] is no tuple[float, float]"),
+        ({"reconstruction": {"iterations": 1.5}}, "Recipe.reconstruction.iterations: 1.5 is not of type int"),
+        (
+            {"reconstruction": {"beta": [1]}},
+            "Recipe.reconstruction.beta: [1] is not of type tuple[float, float]",
+        ),
         ({"reconstruction": {"batch_size": 0}}, "Reconstruction.batch_size: 0 is not positive"),
         ({"weight_bits": 9}, "Recipe.weight_bits: 9 is not a supported bit width"),
     ],
@@ -56,7 +59,8 @@ def test_what_does_not_fit_is_named(values, message):
 
 
 @pytest.mark.parametrize(
-    ("text", "message"), [("[1]", "holds no JSON object"), ("{", "is no JSON"), (None, "cannot be read")]
+    ("text", "message"),
+    [("[1]", "holds no JSON object"), ("{", "is not valid JSON"), (None, "cannot be read")],
 )
 def test_a_file_that_is_no_recipe_is_named(tmp_path, text, message):
     file = tmp_path / "recipe.json"
@@ -87,7 +91,7 @@ def test_a_recipe_checks_its_maintenance(changes):
 @pytest.mark.parametrize("owner", [tfmq_fx.Recipe, lambda **k: tfmq_fx.Rule(pattern="*", **k)])
 def test_a_size_that_is_none_is_refused(owner, size):
     with pytest.raises(
-        TFMQError, match=r"(Recipe|Rule\('\*'\))\.group_size: .* is no group size; use an integer"
+        TFMQError, match=r"(Recipe|Rule\('\*'\))\.group_size: .* is not a valid group size; use an integer"
     ):
         owner(group_size=size)
 
@@ -118,7 +122,7 @@ def test_bad_settings_are_refused(change):
     ("change", "words"),
     [
         ({"smooth": 2.0}, "not between 0 and 1"),
-        ({"rotate": 12}, "no power of two"),
+        ({"rotate": 12}, "not a power of two"),
         ({"low_rank": 0}, "not positive"),
     ],
 )

@@ -1,4 +1,4 @@
-"""What to quantize, and how: frozen values, no behaviour beyond validation and JSON."""
+"""Recipes: what to quantize and how. Frozen values, with no behaviour beyond validation and JSON."""
 
 from __future__ import annotations
 
@@ -37,13 +37,13 @@ def _check_known(value: str, known: tuple[str, ...], argument: str) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class Rule:
-    """Settings for the layers a pattern matches; the first matching rule wins over the recipe's own."""
+    """Settings for the layers that a pattern matches. The first matching rule overrides the recipe's own."""
 
     pattern: str  # fnmatch over the weight's module path, e.g. "encoder.0.*"
     op: str | None = None  # only this operator ("conv2d", "linear"); None: any
     weight_bits: int | None = None  # None: as the recipe says
     activation_bits: int | None = None  # None: as the recipe says
-    # None: as the recipe says. A size no smaller than the row is one scale per output channel.
+    # None: as the recipe says. A size at least as long as the row gives one scale per output channel.
     group_size: int | None = None
     activation_granularity: str | None = None  # None: as the recipe says
 
@@ -61,12 +61,13 @@ class Rule:
 
 @dataclass(frozen=True, kw_only=True)
 class Reconstruction:
-    """How integers are chosen. Defaults are tuned for quality per second; the reference's stand in the comments."""
+    """Settings for choosing integers, tuned for quality per second. Comments give the reference's values."""
 
     # "nearest": no data at all. "gptq": second order, layer by layer. "adaround": learned, block by block.
-    # "gptq+adaround": learned from where gptq ends.
+    # "gptq+adaround": learned, starting from the result of gptq.
     method: str = "adaround"
-    # Of the temporal block, whose few keys make a second-order step cheap. None: "gptq", or "nearest" with `method`.
+    # For the temporal block, whose few keys make a second-order step cheap. None: "gptq", or "nearest" if
+    # `method` is "nearest".
     temporal_method: str | None = None
     iterations: int = 400  # per block (reference: 20,000)
     temporal_iterations: int = 2000  # TIAR (reference: 20,000)
@@ -74,27 +75,28 @@ class Reconstruction:
     batch_size: int = 32  # samples per iteration
     num_samples: int = 1024  # calibration samples used, spread evenly over the calibration set
     learning_rate: float = 0.1  # of alpha, Adam (reference: 1e-3)
-    round_weight: float = (
-        100.0  # of the mean rounding regulariser, where round-to-nearest's error counts as 1
-    )
-    learn_activation_scale: bool = False  # with AdaRound: the scales of the block's static activations too
+    # Of the mean rounding regulariser, in a loss where the error of round-to-nearest counts as 1.
+    round_weight: float = 100.0
+    learn_activation_scale: bool = False  # with AdaRound: learn scales of the block's static activations too
     activation_learning_rate: float = 1e-2  # of the logarithm of those scales, Adam
-    # Then all blocks together, on the network's output, each timestep's error in units of what it was before: steps of
-    # `batch_size` rows, drawn from the whole calibration set. None: 400, or 0 with method "nearest".
+    # Steps that then tune all blocks together on the network's output, with each timestep's error relative to
+    # its error before tuning. A step takes `batch_size` rows, drawn from the whole calibration set. None:
+    # 400, or 0 with method "nearest".
     tune_iterations: int | None = None
     tune_learning_rate: float = 5e-3  # of the weights, in units of their scale, Adam
     tune_scale_learning_rate: float = 1e-3  # of the logarithm of those scales, Adam
-    # Parts that a mini-batch is cut into: each is computed on one thread, by one process. The integers depend on
-    # their number, not on the number of threads. As many as processes at least.
+    # The number of parts of a mini-batch, each computed on one thread of one process. The integers depend on
+    # this number, not on the number of threads. It must be at least the number of processes.
     shards: int = 2
-    max_memory: float = 8.0  # GiB of block inputs and targets; past it they lie in half precision on disk (TMPDIR). Also of tuning
-    gptq_samples: int = 256  # samples whose layer inputs make GPTQ's Hessian
-    gptq_memory: float = (
-        8.0  # GiB; a layer of K inputs whose Hessian and factors (48 K^2 bytes) take more is cut into pieces
-    )
+    # GiB of block inputs and targets; beyond it they lie in half precision on disk (TMPDIR). Limits tuning
+    # too.
+    max_memory: float = 8.0
+    gptq_samples: int = 256  # samples whose layer inputs form GPTQ's Hessian
+    # GiB. A layer of K inputs is cut into pieces if its Hessian and factors (48 K^2 bytes) take more.
+    gptq_memory: float = 8.0
     damping: float = 0.01  # of GPTQ's Hessian, as a share of its mean diagonal
     warmup: float = 0.2  # share of the iterations before the regulariser starts
-    beta: tuple[float, float] = (20.0, 2.0)  # the regulariser's exponent, from and to
+    beta: tuple[float, float] = (20.0, 2.0)  # the regulariser's exponent at the start and at the end
 
     def __post_init__(self) -> None:
         for name in ("method", "temporal_method"):
@@ -119,55 +121,54 @@ class Reconstruction:
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """One quantization setting."""
+    """All settings of one quantization."""
 
     weight_bits: int = 4  # of every convolution and linear; 16: float
     activation_bits: int = 8  # of every convolution's and linear's input; 16: float
     edge_weight_bits: int = 8  # at least this for the first and last layer and the first time-embedding layer
-    edge_activation_bits: int = (
-        FLOAT_BITS  # at least this for the input of the first and last layer; 16: float
-    )
-    # Consecutive weights of an output channel, flattened to (C_out, K), that share a scale and zero point; None: all K.
-    # Where it does not divide K, see `fitting_group_size`: the plan's notes say what was taken.
+    # At least this for the input of the first and last layer; 16: float.
+    edge_activation_bits: int = FLOAT_BITS
+    # The number of consecutive weights of an output channel, flattened to (C_out, K), that share a scale and
+    # zero point; None: all K. If it does not divide K, `fitting_group_size` chooses another, which the plan's
+    # notes name.
     group_size: int | None = None
-    # Scales of the inputs of linear layers outside the temporal block: one per "tensor", calibrated, or one per "token",
-    # symmetric and computed at run time, whatever `keyed` says. Convolutions keep "tensor": the positions under one
-    # window would have scales of their own inside one dot product, which no integer kernel can factor out.
+    # Scales of the inputs of linear layers outside the temporal block: one per "tensor", calibrated, or one
+    # per "token", symmetric and computed at run time, regardless of `keyed`. Convolutions keep "tensor": the
+    # positions in one window would have different scales within one dot product, which no integer kernel can
+    # factor out.
     activation_granularity: str = "tensor"
-    # Of q, k and v at attention matmuls, symmetric; 16: float. OpenVINO multiplies q by k in int8 then.
+    # Of q, k and v at attention matmuls, symmetric; 16: float. OpenVINO multiplies quantized q and k in int8.
     attention_bits: int = FLOAT_BITS
     temporal_observer: str | type[TemporalObserver] = "minmax"  # estimator inside the temporal block
-    keyed: str = (
-        "block"  # which activations have qparams per timestep: "block" (the temporal block's) or "all"
-    )
-    # With keyed="all", outside the temporal block: the keys of an activation share its zero point. Its scale then costs an
-    # int8 kernel one multiplication; zero points of their own cost a float32 map to subtract, too.
+    keyed: str = "block"  # the activations with qparams per timestep: "block" (the temporal block's) or "all"
+    # With keyed="all", outside the temporal block: all keys of an activation share one zero point. The scale
+    # then costs an int8 kernel one multiplication; with separate zero points, it would also have to subtract
+    # a float32 map.
     shared_zero_point: bool = True
     activation_observer: str = "mse"  # estimator elsewhere: "minmax" or "mse" (torchao's histogram search)
-    # A timestep outside the table, counted in the report: "nearest", its neighbour's scales, and features where they are
-    # cached; "float", the float temporal block, which the artefact keeps beside; or an "error".
+    # What to use for a timestep outside the table; the report counts these. "nearest": its neighbour's
+    # scales, and the neighbour's features where they are cached. "float": the float temporal block, which the
+    # artefact then keeps as well. "error": raise TFMQError.
     unseen: str = "nearest"
-    max_table_entries: int = (
-        65536  # finite inputs share a key with the timestep while their product fits this
-    )
-    # What gives the temporal features at inference: "reconstruct", the quantized temporal block; "cache", a table of what
-    # the float block computes at every key; "auto", for each feature the one of fewer bytes whose disturbance is in bounds.
+    # Finite inputs share a key with the timestep while the product of their value counts is within this.
+    max_table_entries: int = 65536
+    # What provides the temporal features at inference. "reconstruct": the quantized temporal block. "cache":
+    # a table of the float block's results at every key. "auto": for each feature, the one of fewer bytes
+    # whose disturbance is within bounds.
     maintain: str = "reconstruct"
-    cache_type: str = (
-        "float16"  # of that table: "float16", "bfloat16", or "int8" with a scale per key and feature
-    )
-    # For "auto", the largest disturbance of a feature: its mean cosine distance to float, and the relative squared error
-    # that it alone makes in the network's output.
+    # Of that table: "float16", "bfloat16", or "int8" with a scale per key and feature.
+    cache_type: str = "float16"
+    # For "auto": the largest allowed disturbance of a feature, both its mean cosine distance to float and the
+    # relative squared error that it alone causes in the network's output.
     maintain_bound: float = 1e-4
-    # For "auto", bytes for everything that gives the features: the least disturbance that fits. None: the fewest bytes.
+    # For "auto": a budget of bytes for everything that provides the features, spent on the least disturbance.
+    # None: the fewest bytes.
     maintain_bytes: int | None = None
-    # For few bits, on the float graph before anything is quantized, outside the temporal block and the first and last layers:
-    smooth: float | None = (
-        None  # SmoothQuant's alpha: 0 leaves the weights, 1 the activations even; None: off
-    )
-    rotate: int | None = (
-        None  # block size of a Hadamard rotation of the input channels, a power of two; None: off
-    )
+    # For few bits. These change the float graph before anything is quantized, except the temporal block and
+    # the first and last layers.
+    smooth: float | None = None  # SmoothQuant's alpha: 0 makes the weights even, 1 the activations; None: off
+    # Block size of a Hadamard rotation of the input channels, a power of two; None: off.
+    rotate: int | None = None
     low_rank: int | None = None  # rank of a 16-bit branch beside each layer (SVDQuant); None: off
     rules: tuple[Rule, ...] = ()  # exceptions by module path; a rule that matches nothing is an error
     reconstruction: Reconstruction = field(default_factory=Reconstruction)
@@ -188,7 +189,9 @@ class Recipe:
         if self.smooth is not None and not 0.0 <= self.smooth <= 1.0:
             raise TFMQError(f"Recipe.smooth: {self.smooth} is not between 0 and 1.")
         if self.rotate is not None and (self.rotate < 2 or self.rotate & (self.rotate - 1)):
-            raise TFMQError(f"Recipe.rotate: {self.rotate} is no power of two from 2 on.")
+            raise TFMQError(
+                f"Recipe.rotate: {self.rotate} is not a power of two; use 2, 4, 8, 16, ..., or None for no rotation."
+            )
         if self.low_rank is not None and self.low_rank < 1:
             raise TFMQError(f"Recipe.low_rank: {self.low_rank} is not positive.")
         if isinstance(self.temporal_observer, str):
@@ -226,27 +229,27 @@ class Recipe:
 
     @staticmethod
     def preset(name: str) -> Recipe:
-        """The recipe of that name, w{weight bits}a{activation bits}. Raises TFMQError for an unknown name."""
+        """Return the recipe called w{weight bits}a{activation bits}. Raises TFMQError for an unknown name."""
         if name not in PRESETS:
-            raise TFMQError(f"recipe: {name!r} is no preset; presets are {nearest_names(name, PRESETS)}.")
+            raise TFMQError(f"recipe: {name!r} is not a preset; presets are {nearest_names(name, PRESETS)}.")
         return PRESETS[name]
 
     @staticmethod
     def from_json(values: Mapping[str, Any]) -> Recipe:
-        """What `to_json` gave, or some of it: fields left out have their defaults.
+        """Return the recipe with these fields, as given by `to_json`; fields left out have their defaults.
 
-        Raises TFMQError for an unknown field, a value of another type, and an observer class of the user's.
+        Raises TFMQError for an unknown field, a value of another type, and a user-defined observer class.
         """
         plain = {n: x for n, x in values.items() if n not in ("reconstruction", "rules")}
         settings, rules = values.get("reconstruction", {}), values.get("rules", ())
         _check_fields(Recipe, plain, "Recipe")
         _check_fields(Reconstruction, settings, "Recipe.reconstruction")
         if not isinstance(rules, (list, tuple)):
-            raise TFMQError(f"Recipe.rules: {rules!r} is no list.")
+            raise TFMQError(f"Recipe.rules: {rules!r} is not a list.")
         for i, rule in enumerate(rules):
             _check_fields(Rule, rule, f"Recipe.rules[{i}]")
             if "pattern" not in rule:
-                raise TFMQError(f"Recipe.rules[{i}]: no pattern; say which modules it is for.")
+                raise TFMQError(f"Recipe.rules[{i}]: no pattern; name the modules that it applies to.")
         if "beta" in settings:
             settings = {**settings, "beta": tuple(settings["beta"])}
         return Recipe(
@@ -255,19 +258,22 @@ class Recipe:
 
     @staticmethod
     def read(file: Path) -> Recipe:
-        """A recipe from a JSON file of what `to_json` gave, or of any of its fields. Raises TFMQError for a file that is not."""
+        """Read a recipe from a JSON file with all or some of the fields that `to_json` gives.
+
+        Raises TFMQError for any other file.
+        """
         try:
             values = json.loads(file.read_text(encoding="utf-8"))
         except OSError as error:
             raise TFMQError(f"recipe: {file} cannot be read ({error.strerror}).") from error
         except ValueError as error:
-            raise TFMQError(f"recipe: {file} is no JSON ({error}).") from error
+            raise TFMQError(f"recipe: {file} is not valid JSON ({error}).") from error
         if not isinstance(values, dict):
             raise TFMQError(f"recipe: {file} holds no JSON object of Recipe's fields.")
         return Recipe.from_json(values)
 
     def to_json(self) -> dict[str, Any]:
-        """Plain JSON values; an observer class of the user's is kept by its qualified name, for the record only."""
+        """Return plain JSON values. A user-defined observer class is recorded by its qualified name only."""
         values = dataclasses.asdict(self)
         if not isinstance(self.temporal_observer, str):
             values["temporal_observer"] = (
@@ -277,13 +283,16 @@ class Recipe:
 
 
 def _check_fields(cls: type, values: object, where: str) -> None:
-    """Raise TFMQError unless these are some fields of a dataclass, each with a JSON value of its type."""
+    """Raise TFMQError unless `values` are fields of the dataclass `cls`, each with a JSON value of its type.
+
+    where: the name of the object, for the message.
+    """
     if not isinstance(values, Mapping):
-        raise TFMQError(f"{where}: {values!r} is no JSON object.")
+        raise TFMQError(f"{where}: {values!r} is not a JSON object.")
     types = get_type_hints(cls)
     for name, value in values.items():
         if name not in types:
-            raise TFMQError(f"{where}: there is no {name!r}; there is {nearest_names(str(name), types)}.")
+            raise TFMQError(f"{where}: unknown field {name!r}; known are {nearest_names(str(name), types)}.")
         expected = types[name]
         if get_origin(expected) is tuple:
             fits = (
@@ -296,13 +305,14 @@ def _check_fields(cls: type, values: object, where: str) -> None:
             fits = type(value) in allowed or (type(value) is int and float in allowed)
         if not fits:
             shown = expected.__name__ if isinstance(expected, type) else expected
-            raise TFMQError(f"{where}.{name}: {value!r} is no {shown}.")
+            raise TFMQError(f"{where}.{name}: {value!r} is not of type {shown}.")
 
 
-# Tuned, as every method that learns; at 8 bits one seed alone shows what that is worth (docs/reconstruction.md).
+# Methods that learn are tuned by default. At 8 bits the gain is hardly visible (docs/reconstruction.md).
 _GPTQ, _UNTUNED = Reconstruction(method="gptq"), Reconstruction(method="gptq", tune_iterations=0)
 PRESETS = {
-    # At 8 bits learned rounding is no better than the second-order step, and dearer (docs/reconstruction.md).
+    # At 8 bits learned rounding is no better than the second-order step and costs more
+    # (docs/reconstruction.md).
     "w8a8": Recipe(weight_bits=8, activation_bits=8, reconstruction=_UNTUNED),
     "w4a8": Recipe(weight_bits=4, activation_bits=8),
     "w8a16": Recipe(weight_bits=8, activation_bits=FLOAT_BITS, reconstruction=_UNTUNED),

@@ -1,4 +1,4 @@
-"""Make parameters that a graph takes as inputs its own again."""
+"""Turn parameters that a graph takes as inputs into its own again."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tfmq_fx.graph.state import captured_of, set_state
 
 
 def bind_parameters(gm: GraphModule, *, example_inputs: Sequence[Any]) -> PassResult:
-    """placeholder weight ==> get_attr weight, for each input that is a parameter or buffer. Bitwise unchanged.
+    """Bind inputs that are parameters or buffers: placeholder weight ==> get_attr weight. Bitwise unchanged.
 
     For graphs of a torch.compile backend, which lift the network's parameters to inputs. The result is a new
     graph module, because the compiler goes on using the one it gave; it takes only the inputs at the positions
@@ -28,7 +28,9 @@ def bind_parameters(gm: GraphModule, *, example_inputs: Sequence[Any]) -> PassRe
     gm = fresh(gm)
     nodes = list(placeholders(gm).values())
     if len(nodes) != len(example_inputs):
-        raise TFMQError(f"example_inputs: {len(example_inputs)} given, the graph takes {len(nodes)}.")
+        raise TFMQError(
+            f"example_inputs: {len(example_inputs)} given, the graph takes {len(nodes)}; give one for each."
+        )
     kept = []
     for i, (node, value) in enumerate(zip(nodes, example_inputs, strict=True)):
         if not _is_static(value):
@@ -49,7 +51,7 @@ def bind_parameters(gm: GraphModule, *, example_inputs: Sequence[Any]) -> PassRe
 
 
 def _is_static(value: Any) -> bool:
-    """A parameter, or what Dynamo marked as a module's own tensor (its buffers)."""
+    """Return True for a parameter, and for a tensor that Dynamo marked as a module's own (a buffer)."""
     return isinstance(value, nn.Parameter) or (
         isinstance(value, Tensor) and hasattr(value, "_dynamo_static_input_type")
     )

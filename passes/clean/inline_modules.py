@@ -19,11 +19,11 @@ class _NoLeaves(Tracer):
 
 
 def inline_modules(gm: GraphModule) -> PassResult:
-    """y = self.proj(x) ==> y = linear(x, self.proj.weight, self.proj.bias). Bitwise unchanged.
+    """Inline torch.nn modules: y = self.proj(x) ==> y = linear(x, self.proj.weight, self.proj.bias).
 
-    For graphs of torch.fx.symbolic_trace; those of torch.export have no such calls. Observers and graph modules
-    (a temporal block) stay. So does a module whose forward symbolic tracing cannot follow: `prepare` reports
-    its weights as float.
+    Bitwise unchanged. For graphs of torch.fx.symbolic_trace; those of torch.export have no such calls.
+    Observers and graph modules (a temporal block) stay. So does a module whose forward symbolic tracing
+    cannot follow: `prepare` reports its weights as float.
     """
     modified = False
     for node in gm.graph.find_nodes(op="call_module"):
@@ -49,7 +49,7 @@ def inline_modules(gm: GraphModule) -> PassResult:
 
 
 def _bind(inputs: list[Node], call: Node) -> dict[Node, Any]:
-    """The traced module's placeholders -> what the call gives them, or their default."""
+    """Return the traced module's placeholders -> the call's arguments, or their defaults."""
     given: dict[Node, Any] = {}
     for i, node in enumerate(inputs):
         default = node.args[0] if node.args else None

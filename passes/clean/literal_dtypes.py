@@ -1,4 +1,4 @@
-"""Write down the dtypes that a graph takes from other tensors, so that nothing depends on those tensors for them."""
+"""Replace dtypes that a graph takes from other tensors by literals, so that it no longer needs these."""
 
 from __future__ import annotations
 
@@ -12,10 +12,11 @@ _CASTS = (aten.type_as.default, aten.to.other)
 
 
 def literal_dtypes(gm: GraphModule) -> PassResult:
-    """type_as(x, sample) ==> to(x, float32), where capture knows the dtype. Bitwise unchanged.
+    """Make dtypes literal where capture knows them: type_as(x, sample) ==> to(x, float32). Bitwise unchanged.
 
-    A graph's dtypes and devices are fixed when it is captured, so a cast to another tensor's says nothing more
-    than a literal; but it makes the temporal block need that tensor. Graphs without fake values stay as they are.
+    A graph's dtypes and devices are fixed when it is captured. So a cast to another tensor's dtype says no
+    more than a literal, but makes the temporal block need that tensor. Graphs without fake values stay as
+    they are.
     """
     modified = False
     for node in list(gm.graph.nodes):

@@ -14,7 +14,7 @@ from torch.fx.passes.infra.pass_base import PassResult
 
 
 def move_to_device(gm: GraphModule, *, device: torch.device) -> PassResult:
-    """Every device that a node of the graph, or of a graph in it, has as an argument becomes `device`, in place."""
+    """Replace every device argument of the graph's nodes, and of graphs in it, by `device`, in place."""
     modified = False
     for module in gm.modules():
         if not isinstance(module, GraphModule):

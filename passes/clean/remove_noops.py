@@ -1,4 +1,4 @@
-"""Drop what does nothing at inference: dropout in eval mode and metadata assertions."""
+"""Remove nodes that do nothing at inference: dropout in eval mode, identities and metadata assertions."""
 
 from __future__ import annotations
 
@@ -14,9 +14,10 @@ _ASSERTIONS = (aten._assert_tensor_metadata.default,)
 
 
 def remove_noops(gm: GraphModule) -> PassResult:
-    """dropout(x, p, train=False) ==> x; identity(x) ==> x; metadata assertions vanish. Bitwise unchanged.
+    """Remove no-ops: dropout(x, p, train=False) ==> x; identity(x) ==> x; metadata assertions vanish.
 
-    Raises TFMQError for a dropout captured in train mode: its randomness would be baked into the graph.
+    Bitwise unchanged. Raises TFMQError for a dropout captured in train mode: its randomness would be baked
+    into the graph.
     """
     modified = False
     for node in list(gm.graph.nodes):
@@ -40,7 +41,7 @@ def remove_noops(gm: GraphModule) -> PassResult:
 
 
 def _dropout(node: Node) -> tuple[Any, Any, Any]:
-    """x, p, train of a dropout function or module."""
+    """Return x, p and train of a dropout function or module."""
     if node.op == "call_module":
         module = called_module(node)
         return node.args[0], module.p, module.training

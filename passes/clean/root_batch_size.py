@@ -1,4 +1,4 @@
-"""Read the batch size from an input of the temporal block, so that the block needs no other one."""
+"""Read the batch size from an input of the temporal block, so that the block needs no other input."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ _FILLS = {"ones_like": 1, "new_ones": 1, "zeros_like": 0, "new_zeros": 0}
 def root_batch_size(gm: GraphModule, *, timestep: str | None = None) -> PassResult:
     """Take the batch size from `timestep` where capture proved it to be the same symbol. Bitwise unchanged.
 
-    From the first conditioning vector where the timestep is one for the whole batch, of shape ().
+    If one timestep of shape () serves the whole batch, take it from the first conditioning vector instead.
 
         n = sym_size(sample, 0)          n = sym_size(timestep, 0)      (or Dynamo's input n, which stays unused)
         ones([n]) * timestep      ==>    ones([n]) * timestep
         ones_like(sample[:, 0])          full([n], 1)
 
-    Networks broadcast a timestep to the batch through the sample's shape; the block would then depend on the
-    sample for its shape only. A graph without shape metadata, or whose only such input is a scalar timestep, is left
-    as it is.
+    Networks broadcast a timestep to the batch by the sample's shape, so the block would depend on the sample,
+    though only on its shape. A graph without shape metadata, or whose only such input is a scalar timestep,
+    stays as it is.
     """
     source = timestep_input(gm, timestep)
     value = meta_value(source)

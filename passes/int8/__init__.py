@@ -1,1 +1,1 @@
-"""Rewrite a quantized graph into what int8 kernels take: the same integers."""
+"""Rewrite a quantized graph into the form that int8 kernels take, with the same integers."""

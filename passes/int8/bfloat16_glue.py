@@ -1,4 +1,4 @@
-"""Compute in bfloat16 what stands between the int8 kernels."""
+"""Compute in bfloat16 between the int8 kernels."""
 
 from __future__ import annotations
 
@@ -23,23 +23,26 @@ _ARITHMETIC = ("add", "sub", "mul", "div", "clamp")
 def bfloat16_glue(
     gm: GraphModule, *, dtypes: dict[Node, torch.dtype], precise: Collection[str]
 ) -> PassResult:
-    """Give float32 nodes bfloat16 inputs, cast once where the two meet; kernels write bfloat16.
+    """Give float32 nodes bfloat16 inputs, with one cast where the two types meet; kernels write bfloat16.
 
         y = kernel(x, ..., float32); z = group_norm(y, w, b)
             ==>  y = kernel(x, ..., bfloat16); z = group_norm(y, to(w, bfloat16), to(b, bfloat16))
 
-    dtypes: of every node that is a tensor, as a run of the graph has them. precise: the inputs whose sole dependents
-    keep float32, as do nodes marked PRECISE and the arithmetic that feeds a quantization alone: that of timesteps up to
-    1000, of scales looked up by them, and of sums that cancel do not fit eight bits.
+    dtypes: the dtype of every node that is a tensor, as found in a run of the graph.
+    precise: names of inputs. Nodes that depend on these alone keep float32.
 
-    Numerics: each node rounds to 8 bits, about 1% of the largest output in all. Inputs and outputs keep their dtypes.
+    Nodes marked PRECISE and arithmetic that only feeds a quantization keep float32 too. Eight bits are not
+    enough for timesteps up to 1000, for the scales looked up by them, and for sums that cancel.
+
+    Numerics: each node rounds to 8 bits, in total about 1% of the largest output. Inputs and outputs keep
+    their dtypes.
     """
     kept = _kept(gm, precise) | {n for n in gm.graph.nodes if _makes_float32(n) or _of_a_float_layer(n)}
     casts: dict[tuple[Node, torch.dtype], Node] = {}
-    lowered: set[Node] = set()  # whose dtype was float32 and is bfloat16
+    lowered: set[Node] = set()  # nodes whose dtype was float32 and is now bfloat16
     for node in list(gm.graph.nodes):
         if node.op in ("placeholder", "get_attr") or node.target is QUANTIZE or node.target in LAY_OUT:
-            continue  # a quantization reads either, and a weight's scales are float32
+            continue  # a quantization reads either type; a weight's scales are float32
         if node.target in KERNELS:
             if node not in kept and output_dtype(node) is torch.float32:
                 set_output(node, dtype=torch.bfloat16)
@@ -59,13 +62,16 @@ def bfloat16_glue(
 
 
 def _narrow(argument: Any) -> Any:
-    """What a cast to float32 casts to instead."""
+    """Return bfloat16 for float32, and anything else as it is: the argument of a cast."""
     return torch.bfloat16 if argument is torch.float32 else argument
 
 
 def _kept(gm: GraphModule, precise: Collection[str]) -> set[Node]:
-    """What follows from the precise inputs and constants alone, what is marked, arithmetic on these alone, and
-    arithmetic that only a quantization reads."""
+    """Return the nodes that keep float32.
+
+    They depend on precise inputs and constants alone, are marked PRECISE, are arithmetic on such nodes alone,
+    or are arithmetic that only a quantization reads.
+    """
     marks: dict[Node, set[str]] = {}
     kept: set[Node] = set()
     for node in gm.graph.nodes:
@@ -87,13 +93,13 @@ def _feeds(node: Node) -> bool:
 
 
 def _makes_float32(node: Node) -> bool:
-    """Numbers out of nothing: arange has more of them than bfloat16 can tell apart."""
+    """Return True for float32 numbers made of no input: arange has more than bfloat16 can tell apart."""
     given = (*node.args, *node.kwargs.values())
     return node.op == "call_function" and not value_inputs(node) and torch.float32 in given
 
 
 def _of_a_float_layer(node: Node) -> bool:
-    """The pairs around layers without a kernel: they round in float32, and what they give is float32."""
+    """Return True for the pairs around layers without a kernel: they round in float32 and return float32."""
     is_pair = (
         isinstance(node.target, torch._ops.OpOverload) and node.target.namespace == "quantized_decomposed"
     )
@@ -101,7 +107,7 @@ def _of_a_float_layer(node: Node) -> bool:
 
 
 def _holds_float32(node: Node, dtypes: dict[Node, torch.dtype]) -> bool:
-    """A tuple of tensors, such as split's: the dtype of what is taken out of it."""
+    """Return True for a tuple of float32 tensors, such as split's, by the dtype of its items in use."""
     taken = [u for u in node.users if op_name(u) == "getitem"]
     return node not in dtypes and any(dtypes.get(u) is torch.float32 for u in taken)
 

@@ -1,4 +1,4 @@
-"""Widen activations of fewer bits to the byte that int8 kernels read."""
+"""Widen activations of fewer than 8 bits to the bytes that int8 kernels read."""
 
 from __future__ import annotations
 
@@ -16,7 +16,9 @@ BYTE = IntegerRange.activation(8)
 
 @declare(after=("convert", "rescale_temporal"))
 def byte_activations(gm: GraphModule) -> PassResult:
-    """A narrow range is a clamp, and then the whole byte with the same scale and zero point. Bitwise unchanged.
+    """Replace a narrow range by a clamp and the whole byte, with the same scale and zero point.
+
+    Bitwise unchanged.
 
     quantize(x, s, z, 0, 15)  ==>  quantize(clamp(x, (0 - z) * s, (15 - z) * s), s, z, 0, 255)
     """

@@ -1,4 +1,4 @@
-"""Give quantized linears rows, whatever the rank of their input: the one form that int8 patterns of compilers know."""
+"""Flatten the inputs of quantized linears to rows, the only form that int8 patterns of compilers know."""
 
 from __future__ import annotations
 
@@ -15,12 +15,15 @@ ops = torch.ops.quantized_decomposed
 
 @declare(after=("convert", "rescale_temporal"))
 def flatten_linears(gm: GraphModule) -> PassResult:
-    """linear(dequantize(quantize(x, ..), ..), W, b), x of (N, L, C)
+    """Flatten the inputs of quantized linears to rows.
+
+    linear(dequantize(quantize(x, ..), ..), W, b), x of (N, L, C)
       ==>
     reshape(linear(dequantize(quantize(reshape(x, (-1, C)), ..), ..), W, b), (N, L, -1))
 
-    The constant qparams are those of every element, so it may be reshaped before it is quantized; layers that read the
-    same x share what is made of it. The integers are bitwise unchanged; a matrix product may sum in another order.
+    All elements of x have the same constant qparams, so x can be reshaped before it is quantized. Layers that
+    read the same x share the result. The integers are bitwise unchanged; a matrix product may sum in another
+    order.
     """
     return rewrite_modules(gm, _rewrite)
 

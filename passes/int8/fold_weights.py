@@ -1,4 +1,4 @@
-"""Compute once what a graph makes of its constants."""
+"""Fold constants: compute once what a graph computes from them."""
 
 from __future__ import annotations
 
@@ -12,9 +12,10 @@ from tfmq_fx.graph.nodes import attribute, set_buffer, weight_argument
 
 
 def fold_weights(gm: GraphModule, layers: Iterable[Node] | None = None) -> None:
-    """What a layer of float arithmetic makes of its constant weight is made once: dequantize(w) ==> get_attr.
+    """Fold the constant weights of layers that compute in float: dequantize(w) ==> get_attr.
 
-    layers: those layers; None: all that read such a weight still, having fallen back.
+    layers: the layers to fold. None: all layers that still read such a weight because they have no int8
+        kernel.
     """
     for node in list(gm.graph.nodes if layers is None else layers):
         index = weight_argument(node)
@@ -32,6 +33,7 @@ def _is_constant(node: Node) -> bool:
 
 
 def fold(gm: GraphModule, node: Node, target: str) -> None:
+    """Replace a node that depends on constants alone by a buffer `target` with its value."""
     set_buffer(gm, target, _value(gm, node))
     with gm.graph.inserting_before(node):
         constant = gm.graph.get_attr(target)
@@ -49,7 +51,7 @@ def _value(gm: GraphModule, node: Node) -> Any:
 
 
 def keep_what_is_read(gm: GraphModule) -> None:
-    """Drop the parameters and buffers that no node reads: integers that kernels have in another form."""
+    """Drop parameters and buffers that no node reads, such as integers that kernels hold in another form."""
     read = {str(n.target) for n in gm.graph.find_nodes(op="get_attr")}
     for path, module in list(gm.named_modules()):
         for name in [*module._parameters, *module._buffers]:

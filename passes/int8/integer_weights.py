@@ -1,4 +1,4 @@
-"""Write quantized weights as the one form that int8 kernels take: signed bytes, zero point 0."""
+"""Rewrite quantized weights to the one form that int8 kernels take: signed bytes, zero point 0."""
 
 from __future__ import annotations
 
@@ -15,9 +15,10 @@ SUFFIX = "_int8"  # of the buffer that holds the bytes
 
 @declare(after=("convert", "rescale_temporal"))
 def integer_weights(gm: GraphModule) -> PassResult:
-    """dequantize_per_channel(q, s, z)  ==>  to(q - z, float32) * s, with q - z stored as int8. Bitwise unchanged.
+    """Store q - z of weights as int8: dequantize_per_channel(q, s, z)  ==>  to(q - z, float32) * s.
 
-    An affine weight of at most 7 bits has q - z within a signed byte. One that has not keeps q, and subtracts z.
+    Bitwise unchanged. For an affine weight of at most 7 bits, q - z fits in a signed byte. Where it does not
+    fit, q is kept and the graph subtracts z.
     """
     return rewrite_modules(gm, _rewrite)
 

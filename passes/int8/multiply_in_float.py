@@ -1,4 +1,4 @@
-"""Write products of quantized activations as float arithmetic on the same integers."""
+"""Rewrite products of quantized activations as float arithmetic on the same integers."""
 
 from __future__ import annotations
 
@@ -14,7 +14,10 @@ ops = torch.ops.quantized_decomposed
 
 
 def multiply_in_float(gm: GraphModule, products: Iterable[Node]) -> None:
-    """dequantize(quantize(x)) ==> clamp(round(x / s)) * s, of what these products read: the same numbers, and no int8 kernel."""
+    """Round what these products read in float: dequantize(quantize(x)) ==> clamp(round(x / s)) * s.
+
+    The numbers are the same, but no int8 kernel takes them.
+    """
     for node in products:
         for x in matmul_inputs(node):
             if x.target is ops.dequantize_per_tensor.default:

@@ -40,7 +40,7 @@ FALLBACK = "fallback"  # in a layer's meta: why it stayed as it was
 def onednn_kernels(
     gm: GraphModule, *, pack: str | None = None, sums: ByteSums = ByteSums.EXACT
 ) -> PassResult:
-    """Replace what reads a dequantized input and a dequantized weight by a kernel that reads their integers.
+    """Replace layers that read a dequantized input and weight by kernels that read their integers.
 
         conv(dequantize_per_tensor(x, s, z), dequantize_per_channel(w, ws, wz), b)
             ==>  qconv_pointwise(x, s, z, lay_out_conv(w - wz), ws, b)
@@ -49,8 +49,9 @@ def onednn_kernels(
     and linears alike. Layers that no kernel takes stay as they are, and their node's meta says why (FALLBACK).
     sums: those of the CPU that will compute; where they saturate, so do the layers whose weights make them.
 
-    Numerics: the sums are the integers', and exact; they are scaled once, in float32, where the float layer rounds
-    every product: some float32 steps of the largest output. Packed and unpacked weights give the same bits.
+    Numerics: the integer sums are exact and are scaled once, in float32, whereas the float layer rounds every
+    product. The difference is some float32 steps of the largest output. Packed and unpacked weights give the
+    same bits.
     """
     before = len(gm.graph.nodes)
     for node in list(gm.graph.nodes):
@@ -69,7 +70,7 @@ def onednn_kernels(
 
 
 def set_output(kernel: Node, *, dtype: torch.dtype, scale: float = 1.0, zero_point: int = 0) -> None:
-    """Let a kernel write that dtype: bytes with this scale and zero point, or floats."""
+    """Make a kernel write `dtype`: bytes with this scale and zero point, or floats."""
     assert isinstance(kernel.target, torch._ops.OpOverload)
     names = [a.name for a in kernel.target._schema.arguments]
     at = next(i for i, name in enumerate(names) if name in ("output_scale", "y_scale"))
@@ -77,6 +78,7 @@ def set_output(kernel: Node, *, dtype: torch.dtype, scale: float = 1.0, zero_poi
 
 
 def output_dtype(kernel: Node) -> torch.dtype:
+    """Return the dtype that a kernel writes."""
     assert isinstance(kernel.target, torch._ops.OpOverload)
     names = [a.name for a in kernel.target._schema.arguments]
     dtype = kernel.args[next(i for i, name in enumerate(names) if name in ("output_dtype", "dtype"))]
@@ -120,7 +122,7 @@ def _rank(layer: Node) -> int:
 
 
 def _integers(gm: GraphModule, weight: Node) -> tuple[Tensor, Tensor, Tensor]:
-    """q, scale, zero point of a weight."""
+    """Return q, scale and zero point of a weight."""
     q, scale, zero_point = (attribute(gm, str(a.target)) for a in weight.args[:3] if isinstance(a, Node))
     return q, scale, zero_point
 
@@ -171,7 +173,7 @@ def _replace(gm: GraphModule, layer: Node, *, pack: str | None) -> None:
 
 
 def _buffer(gm: GraphModule, target: str, make: Any) -> None:
-    """A buffer, made once where several layers share a weight."""
+    """Make a buffer, unless another layer with the same weight has made it."""
     try:
         attribute(gm, target)
     except AttributeError:

@@ -1,4 +1,4 @@
-"""Give activations whose scale depends on the timestep constant qparams, as kernels prepared once need them."""
+"""Give constant qparams to activations whose scale depends on the timestep, for kernels prepared once."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tfmq_fx.passes.pass_manager import declare, rewrite_modules
 ops = torch.ops.quantized_decomposed
 _QUANTIZE = (ops.quantize_per_channel.default, ops.quantize_per_tensor.tensor)
 PRECISE = "precise"  # in a node's meta: bfloat16 would lose what it computes
-DEQUANTIZED = "dequantized"  # in a node's meta: what is left of a dequantization, for others than layers
+DEQUANTIZED = "dequantized"  # in a node's meta: a dequantization that nodes other than layers read
 _DEQUANTIZE = (ops.dequantize_per_channel.default, ops.dequantize_per_tensor.tensor)
 
 
@@ -30,14 +30,16 @@ def rescale_temporal(gm: GraphModule) -> PassResult:
         linear(x', W, b), convolution(x', W, b)    ==>   (linear(y, W) - (z - c) * linear(1, W)) * s + b
         every other user of x'                     ==>   (y - (z - c)) * s
 
-    c, amid the zero points of the table, is constant, and y = q - c. So is linear(1, W); of a convolution that pads
-    it is a map over the picture, and the zeros around x' stay zeros. The weights are read for it, and not changed.
+    c is a constant in the middle of the table's zero points, and y = q - c. linear(1, W) is a constant too.
+    For a convolution with padding it is a map over the picture, and the zeros around x' stay zeros. Its
+    computation reads the weights but does not change them.
 
-    Where all of a table's zero points are c, z - c and what follows from it are left out.
+    If all zero points of a table are c, z - c and everything computed from it are left out.
 
-    Numerics: the integers are the same but for rounding ties (z is added before rounding, not after). A layer's
-    sum has (z - c) * linear(1, W) too much, which cancels: float32 is enough for it, and the nodes that need it are
-    marked (PRECISE). Raises TFMQError where a tensor's shape is unknown, and where something else reads the integers.
+    Numerics: the integers are the same except at rounding ties (z is added before rounding, not after). A
+    layer's sum is too large by (z - c) * linear(1, W), which is subtracted again. float32 is enough for this
+    cancellation, and the nodes that need it are marked PRECISE. Raises TFMQError if a tensor's shape is
+    unknown, or if something else reads the integers.
     """
     return rewrite_modules(gm, _rewrite)
 
@@ -62,14 +64,14 @@ def _rescale(gm: GraphModule, quantize: Node) -> None:
     for user in quantize.users:
         if user.target not in _DEQUANTIZE or user.args[1:] != quantize.args[1:]:
             raise TFMQError(
-                f"node {user.name}: reads the integers of {quantize.name}, whose scale depends on the timestep, other "
-                "than by dequantizing them with the same scale; no constant scale can stand for it."
+                f"node {user.name}: reads the integers of {quantize.name}, whose scale depends on the timestep, but does "
+                "not dequantize them with the same scale; no constant scale can replace it."
             )
     with gm.graph.inserting_before(quantize):
         s = call(aten.view.default, (scale, shape))
         centre, z = _centred(gm, zero_point, limits)
         z = None if z is None else call(aten.view.default, (z, shape))
-        # The quantize operators multiply by the reciprocal, too.
+        # Multiply by the reciprocal, as the quantize operators do.
         scaled = call(aten.mul.Tensor, (x, call(aten.reciprocal.default, (s,))))
         if z is not None:
             scaled = call(aten.add.Tensor, (scaled, z))
@@ -89,9 +91,9 @@ def _rescale(gm: GraphModule, quantize: Node) -> None:
 
 
 def _centred(gm: GraphModule, zero_point: Node, limits: Sequence[Any]) -> tuple[int, Node | None]:
-    """(c, z - c in float32): c in the middle of the table that z is looked up in; without a table, of the integers.
+    """Return (c, z - c in float32), or (c, None) if every z of the table is c.
 
-    None where every z of the table is c.
+    c is the middle of the table in which z is looked up, or of the integers if there is no table.
     """
     call = gm.graph.call_function
     table = zero_point.args[0] if zero_point.target is aten.index_select.default else None
@@ -111,7 +113,10 @@ def _centred(gm: GraphModule, zero_point: Node, limits: Sequence[Any]) -> tuple[
 
 
 def _is_layer_of(layer: Node, x: Node) -> bool:
-    """Whether this is a linear or convolution of x with a quantized weight, each row of x giving a row of output."""
+    """Return True for a linear or convolution of x with a quantized weight.
+
+    Each row of x must give a row of output.
+    """
     index = weight_argument(layer)
     if index is None or layer.args[0] is not x or layer.all_input_nodes.count(x) != 1 or layer.kwargs:
         return False
@@ -144,7 +149,7 @@ def _rescale_layer(gm: GraphModule, layer: Node, y: Node, s: Node, z: Node | Non
 
 
 def _without_offset(gm: GraphModule, layer: Node, total: Node, y: Node, z: Node) -> Node:
-    """total - z * layer(1), layer without its bias."""
+    """Return total - z * layer(1), where layer is without its bias."""
     weight, _, *rest = [*layer.args[1:], None][: max(2, len(layer.args) - 1)]
     assert isinstance(weight, Node)
     assert callable(layer.target)
@@ -159,7 +164,7 @@ def _without_offset(gm: GraphModule, layer: Node, total: Node, y: Node, z: Node)
 
 
 def _weight(dequantize: Node) -> Tensor:
-    """The weight that a dequantize node makes of constants."""
+    """Return the weight that a dequantize node computes from constants."""
     gm = dequantize.graph.owning_module
     assert gm is not None
     assert callable(dequantize.target)
@@ -172,7 +177,7 @@ def _fake(node: Node) -> Tensor:
     value: Any = meta_value(node)
     if not isinstance(value, Tensor):
         raise TFMQError(
-            f"node {node.name}: its shape is unknown, and with it how the timesteps of a batch lie in it; "
+            f"node {node.name}: its shape is unknown, and so is where the timesteps of a batch lie in it; "
             "run this pass on the graph of torch.export.export(q.network, ...).module()."
         )
     return value
@@ -182,7 +187,7 @@ def _sizes_after_batch(node: Node) -> list[int]:
     sizes = [fixed_size(d) for d in _fake(node).shape[1:]]
     if None in sizes:
         raise TFMQError(
-            f"node {node.name}: shape {tuple(_fake(node).shape)}; the sizes after the batch must be fixed, so that what a "
-            "layer makes of ones is a constant."
+            f"node {node.name}: shape {tuple(_fake(node).shape)}; the sizes after the batch must be fixed at capture, so "
+            "that a layer's output for ones is a constant."
         )
     return [size for size in sizes if size is not None]

@@ -1,4 +1,4 @@
-"""Give activations with a scale per token constant qparams, as kernels prepared once need them."""
+"""Give constant qparams to activations with a scale per token, for kernels prepared once."""
 
 from __future__ import annotations
 
@@ -16,15 +16,16 @@ BYTE = IntegerRange.activation(8)
 
 @declare(after=("convert",))
 def rescale_tokens(gm: GraphModule) -> PassResult:
-    """Move the scales of tokens, computed at run time with zero point 0, behind the linears that read the tokens.
+    """Move the scales per token, computed at run time with zero point 0, behind the linears that read them.
 
         x' = dequantize_per_token(quantize_per_token(x, s, 0), s, 0)
         linear(x', W, b)             ==>   linear(y, W) * s + b,   y = dequantize(quantize(x * (1 / s), 1, 128), 1, 128)
         every other user of x'       ==>   y * s
 
-    s is the token's largest magnitude over quant_max, so that x / s lies within the bounds by itself; and the integers
-    become unsigned, as the x86 kernels and onnxruntime's fusions want them.
-    Numerics: y has bitwise the same integers; a linear multiplies by s once a sum, not once a product.
+    s is the token's largest magnitude over quant_max, so x / s is within the bounds without a clamp. The
+    integers become unsigned, as the x86 kernels and onnxruntime's fusions require.
+
+    Numerics: y has bitwise the same integers. A linear multiplies by s once per sum, not once per product.
     """
     return rewrite_modules(gm, _rewrite)
 

@@ -1,4 +1,4 @@
-"""Quantize once what several layers read, and not at all where an int8 kernel can write the bytes itself."""
+"""Quantize a tensor once for all its readers, and not at all if an int8 kernel can write the bytes itself."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tfmq_fx.passes.int8.rescale_temporal import PRECISE
 from tfmq_fx.passes.pass_manager import declare
 
 QUANTIZE = torch.ops.quantized_decomposed.quantize_per_tensor.default
-# They move values and compute none, and torch has them for bytes.
+# They move values without computing, and torch supports them for bytes.
 _MOVES = (
     aten.view.default, aten.reshape.default, aten.permute.default, aten.transpose.int, aten.unsqueeze.default,
     aten.squeeze.dim, aten.flatten.using_ints, aten.clone.default, aten.contiguous.default, aten.expand.default, aten.slice.Tensor,
@@ -21,12 +21,13 @@ _MOVES = (
 
 @declare(after=("onednn_kernels",))
 def share_quantized(gm: GraphModule) -> PassResult:
-    """Equal quantizations of one tensor become one, and that of a kernel's only output becomes the kernel's.
+    """Merge equal quantizations of one tensor, and fold one that alone reads a kernel into the kernel.
 
         quantize(x, s, z), quantize(x, s, z)            ==>  one of them
         quantize(view(kernel(..., float32)), s, z)      ==>  view(kernel(..., s, z, uint8))
 
-    Numerics: the kernel rounds the same float32 value to the nearest integer: bitwise unchanged but for ties.
+    Numerics: the kernel rounds the same float32 value to the nearest integer: bitwise unchanged except at
+    ties.
     """
     shared = _merge(gm)
     folded = sum(_fold(node) for node in gm.graph.find_nodes(op="call_function", target=QUANTIZE))
@@ -38,6 +39,10 @@ def share_quantized(gm: GraphModule) -> PassResult:
 
 
 def _merge(gm: GraphModule) -> int:
+    """Replace quantizations by the first equal one, and return how many.
+
+    find_nodes walks in the order of the graph, so the first one precedes all their readers.
+    """
     first: dict[tuple[object, ...], Node] = {}
     merged = 0
     for node in gm.graph.find_nodes(op="call_function", target=QUANTIZE):
@@ -50,7 +55,7 @@ def _merge(gm: GraphModule) -> int:
 
 
 def _fold(quantize: Node) -> bool:
-    """find_nodes walks in the order of the graph, in which a merged quantization stands in front of all its readers."""
+    """Make the kernel before a quantization write its bytes, and return True if that is possible."""
     source, scale, zero_point, low, high, dtype = quantize.args
     assert isinstance(source, Node)
     x = source
@@ -64,7 +69,7 @@ def _fold(quantize: Node) -> bool:
     set_output(x, dtype=torch.uint8, scale=scale, zero_point=zero_point)
     quantize.replace_all_uses_with(source)
     node = source
-    while True:  # what is known of their values says float32
+    while True:  # their fake values still say float32
         if "val" in node.meta:
             node.meta["val"] = node.meta["val"].to(torch.uint8)
         if node is x:

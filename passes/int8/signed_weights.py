@@ -15,11 +15,14 @@ ops = torch.ops.quantized_decomposed
 
 @declare(after=("convert", "rescale_temporal"))
 def signed_weights(gm: GraphModule) -> PassResult:
-    """dequantize_per_channel(q, s, z, axis, 0, high, uint8)
+    """Store affine quantized weights as signed bytes with zero point 0. Bitwise unchanged.
+
+    dequantize_per_channel(q, s, z, axis, 0, high, uint8)
       ==>
     dequantize_per_channel(q - z, s, 0, axis, -128, 127, int8)
 
-    Bitwise unchanged. An affine weight of at most 7 bits has q - z within a signed byte; another stays as it is.
+    For an affine weight of at most 7 bits, q - z fits in a signed byte. A weight for which it does not stays
+    as it is.
     """
     return rewrite_modules(gm, _rewrite)
 

@@ -1,4 +1,4 @@
-"""Write int8 convolutions as linears over patches, for runtimes whose bytes-to-float convolution is slow or missing."""
+"""Rewrite int8 convolutions as linears over patches, for runtimes without fast bytes-to-float convolution."""
 
 from __future__ import annotations
 
@@ -28,15 +28,16 @@ SUFFIX = "_patches"  # of the buffer that holds the weight as a matrix
 
 @declare(after=("convert", "rescale_temporal", "byte_activations"))
 def unfold_convolutions(gm: GraphModule) -> PassResult:
-    """A quantized convolution of quantized x is a linear over its patches, which are copies of bytes.
+    """Replace a quantized convolution of quantized x by a linear over its patches, which are copies of bytes.
 
         conv(dequantize(q, s, z), dequantize_per_channel(W, w_s, w_z), b)
           ==>
         p = index_select(pad(permute(q, to NHWC), z) as (N, H * W, C_in), 1, what each place of the kernel sees)
         permute(linear(dequantize(p, s, z), dequantize_per_channel(W as (C_out, places * C_in), w_s, w_z), b), to NCHW)
 
-    Numerics: the same products, summed in another order. The patches take as many times q's bytes as the kernel has
-    places. A convolution stays as it is if it has groups, a scale per group of weights, or a size unknown at capture.
+    Numerics: the same products, summed in another order. The patches take q's bytes times the number of
+    places of the kernel. A convolution stays as it is if it has groups, a scale per group of weights, or a
+    size unknown at capture.
     """
     return rewrite_modules(gm, _rewrite)
 
@@ -66,12 +67,15 @@ def _fits(node: Node) -> bool:
 
 
 def _spatial(y: Tensor) -> list[Any]:
-    """The sizes after batch and channels, None where one may vary."""
+    """Return the sizes after batch and channels, with None for one that may vary."""
     return [fixed_size(size) for size in y.shape[2:]]
 
 
 def _places(padded: list[int], kernel: list[int], stride: list[int], dilation: list[int]) -> Tensor:
-    """Indices into the flattened, padded picture: for every output, in order, what each place of the kernel sees."""
+    """Return indices into the flattened, padded picture.
+
+    For every output, in order, they give what each place of the kernel sees.
+    """
     cells = torch.arange(math.prod(padded), dtype=torch.int32).reshape(padded)
     for i, (k, s, d) in enumerate(zip(kernel, stride, dilation, strict=True)):
         # Outputs stay in place; what the kernel sees of this dimension goes to the end.

@@ -1,1 +1,1 @@
-"""Make the float graph easier to quantize at few bits. The same function, reassociated."""
+"""Make the float graph easier to quantize at few bits. The function stays the same, up to reassociation."""

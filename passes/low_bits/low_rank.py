@@ -35,17 +35,20 @@ def low_rank(
     bits: int | None = None,
     temporal: TemporalBlock | None = None,
 ) -> PassResult:
-    """SVDQuant (Li et al. 2024): a branch of rank r beside every layer outside the temporal block but the first and last.
+    """Add a branch of rank r to every layer outside the temporal block but the first and last.
+
+    SVDQuant (Li et al. 2024):
 
         linear(x, W, b)   ==>   linear(x, W - L1 L2, b) + linear(linear(x, L2), L1)
         conv(x, W, b)     ==>   conv(x, W - L1 L2, b) + conv_1x1(conv(x, L2), L1)
 
-    The branch reads x as it is, before any quantization, and is kept in half precision: L1 and L2 are rounded to it here
-    and what is left of W is taken after that, so the sum is W. Reassociation only.
+    The branch reads x before any quantization and is kept in half precision. L1 and L2 are rounded to it
+    first, and the residual of W is taken from the rounded ones, so that the sum is W. Reassociation only.
 
-    bits: None takes the truncated SVD of W (SVDQuant): least is left of W, so coarse activations do least harm. A number, of the
-        weights' bits to come, takes layer by layer that or the SVD of the rounding error W - Q(W) (LoftQ, Li et al. 2023, one
-        alternation), whichever's residual rounds to nearest with less error.
+    bits: None takes the truncated SVD of W (SVDQuant): it leaves the smallest residual, so coarse activations
+        do the least harm. A number is the bit width that the weights will have. It takes, layer by layer,
+        either that SVD or the SVD of the rounding error W - Q(W) (LoftQ, Li et al. 2023, one alternation),
+        whichever leaves a residual that rounds to nearest with less error.
 
     The graph's state says what was done to each layer (`low_bits`); a graph that has it stays as it is. Left as they are: grouped and
     transposed convolutions, and layers whose branch would hold as many numbers as the weight. Raises TFMQError for a prepared graph
@@ -81,7 +84,7 @@ def low_rank(
 
 
 def branch_weight(layer: Node) -> str | None:
-    """The path of a branch layer's weight: one that is stored in half precision and cast where it is used; else None."""
+    """Return the path of a branch layer's weight, which is stored in half precision and cast; else None."""
     cast = layer.args[1] if len(layer.args) > 1 else None
     if isinstance(cast, Node) and cast.target is aten.to.dtype and isinstance(source := cast.args[0], Node):
         return str(source.target) if source.op == "get_attr" and source.meta.get("low_rank") else None
@@ -89,7 +92,7 @@ def branch_weight(layer: Node) -> str | None:
 
 
 def is_branch_sum(node: Node) -> bool:
-    """Whether this adds a branch to its layer: no residual connection, though it looks like one."""
+    """Return True if this adds a branch to its layer. It looks like a residual connection, but is not one."""
     other = node.args[1] if len(node.args) > 1 else None
     return op_name(node) == "add" and isinstance(other, Node) and branch_weight(other) is not None
 
@@ -120,7 +123,7 @@ def _split(gm: GraphModule, layer: ParameterLayer, rank: int, bits: int | None) 
             stored.meta["low_rank"] = True
             weights.append(call(aten.to.dtype, (stored, dtype)))
         assert callable(operator)
-        # Stride, padding and dilation are the layer's; the bias is not.
+        # The branch has the layer's stride, padding and dilation, but no bias.
         given = {k: v for k, v in node.kwargs.items() if k != "bias"}
         inner = call(operator, (layer.x, weights[0], *([None, *node.args[3:]] if kernel else [])), given)
         outer = call(_CONVOLUTIONS[op_name(node)].default if kernel else operator, (inner, weights[1]))
@@ -129,14 +132,14 @@ def _split(gm: GraphModule, layer: ParameterLayer, rank: int, bits: int | None) 
 
 
 def _factors(w_OK: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """L1 (O, r) and L2 (r, K): the truncated SVD, the singular values shared between them."""
+    """Return L1 (O, r) and L2 (r, K) of the truncated SVD, with the singular values shared between them."""
     u, s, v = torch.linalg.svd(w_OK, full_matrices=False)
     root = s[:rank].sqrt()
     return (u[:, :rank] * root).to(STORED), (root[:, None] * v[:rank]).to(STORED)
 
 
 def _rounding_error(w_OK: Tensor, bits: int) -> Tensor:
-    """W - Q(W) of round-to-nearest, as `prepare` rounds."""
+    """Return W - Q(W) for rounding to nearest as `prepare` does it."""
     integers = IntegerRange.weight(bits)
     w = w_OK.float()
     scale, zero_point = choose_qparams(*search_range(w, integers), integers)

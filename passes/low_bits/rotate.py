@@ -20,16 +20,18 @@ from tfmq_fx.passes.temporal.find_temporal import TemporalBlock, find_temporal
 @declare(after=(*CLEANING, "smooth"))
 @workers(1)  # on any number of threads the same bits
 def rotate(gm: GraphModule, *, block: int = 16, temporal: TemporalBlock | None = None) -> PassResult:
-    """Block Hadamard rotation (QuaRot, Ashkboos et al. 2024) of the input channels of every layer outside the temporal block
-    but the first and last.
+    """Rotate the input channels of every layer outside the temporal block but the first and last.
+
+    By block Hadamard matrices (QuaRot, Ashkboos et al. 2024):
 
         linear(x, W)   ==>   linear(x H, W H),   H = diag(H_b, .., H_b),   H H^T = 1
 
-    of convolutions over the channels, at all kernel positions alike. The product x H goes into the layer that
-    produces x where views, or attention over whole heads, alone lie between and nothing else reads these channels;
-    elsewhere a reshape and a matmul by the constant H_b stand before the layers that read x. Reassociation only.
+    For convolutions, H acts on the channels, at all kernel positions alike. The product x H is folded into
+    the layer that produces x, if only views or attention over whole heads lie between and nothing else reads
+    these channels. Elsewhere a reshape and a matmul by the constant H_b are inserted before the layers that
+    read x. Reassociation only.
 
-    block: b, a power of two. A layer whose input channels (of one group) b does not divide is left.
+    block: b, a power of two. A layer is left as it is if b does not divide its input channels (of one group).
 
     The graph's state says what was done to each layer (`low_bits`); a graph that has it stays as it is. Raises TFMQError for a prepared
     graph and for another block size.
@@ -72,14 +74,16 @@ def rotate(gm: GraphModule, *, block: int = 16, temporal: TemporalBlock | None =
 
 
 def hadamard(order: int) -> Tensor:
-    """A symmetric orthogonal matrix of entries +-1 / sqrt(order), in float64. Raises TFMQError for an order that is no power of two.
+    """Return a symmetric orthogonal matrix of entries +-1 / sqrt(order), in float64.
 
-    H_4 with equal row sums, then H_2, by Kronecker products (a product of Hadamard matrices is one). Equal row sums keep the
-    mean of the channels from piling up in the block's first channel, as it does in Sylvester's (ConvRot, 2025).
+    It is a Kronecker product of H_4 with equal row sums and, where needed, H_2 (such a product is a Hadamard
+    matrix too). Equal row sums keep the mean of the channels from piling up in the block's first channel, as
+    it does with Sylvester's matrices (ConvRot, 2025). Raises TFMQError for an order that is not a power of
+    two.
     """
     if order < 2 or order & (order - 1):
         raise TFMQError(
-            f"block={order}: is no power of two from 2 on; Hadamard matrices are built for these."
+            f"block={order}: is not a power of two; use 2, 4, 8, 16, ..., for which Hadamard matrices are built."
         )
     h, h2 = (
         torch.ones(1, 1, dtype=torch.float64),
@@ -93,7 +97,7 @@ def hadamard(order: int) -> Tensor:
 
 
 def _fold(gm: GraphModule, origin: Origin, h: Tensor) -> None:
-    """The blocks' output channels of each producer become H^T times what they were."""
+    """Multiply the blocks' output channels of each producer by H^T."""
     blocks = torch.cat([v.unflatten(0, (-1, len(h))) for v in origin.read.values()]).unique(dim=0)
     for p in origin.producers:
         own = blocks[(blocks[:, 0] >= p.start) & (blocks[:, 0] < p.start + p.channels)] - p.start
@@ -107,7 +111,10 @@ def _fold(gm: GraphModule, origin: Origin, h: Tensor) -> None:
 
 
 def _insert(group: Explicit, h: Tensor) -> str:
-    """x -> (.., C / b, b) @ H -> (.., C) before these layers; the channels are brought to the end and back."""
+    """Insert x -> (.., C / b, b) @ H -> (.., C) before these layers, and return the path of H.
+
+    The channels are moved to the end and back.
+    """
     first, axis = group.layers[0], group.axis
     gm, name = first.gm, f"hadamard_{len(h)}"
     if name not in gm._buffers:

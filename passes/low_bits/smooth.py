@@ -1,4 +1,4 @@
-"""Move what is hard to quantize from the activations' channels into the weights'."""
+"""Move the difficulty of quantization from the channels of the activations to those of the weights."""
 
 from __future__ import annotations
 
@@ -34,13 +34,16 @@ def smooth(
     alpha: float = 0.5,
     temporal: TemporalBlock | None = None,
 ) -> PassResult:
-    """SmoothQuant (Xiao et al. 2023, eq. 4) on every layer outside the temporal block but the first and last.
+    """Smooth every layer outside the temporal block but the first and last.
+
+    SmoothQuant (Xiao et al. 2023, eq. 4):
 
         linear(x, W)   ==>   linear(x / s, W * s),   s_j = max|X_j|^alpha / max|W_j|^(1 - alpha)
 
-    per input channel j. 1 / s goes into what produces x (a norm's affine, a layer's output channels) where views and
-    positively homogeneous operators alone lie between and nothing else reads these channels; layers that
-    share an input, or a producer, share s. Elsewhere one `mul` stands before the layers that read x. Reassociation only.
+    for each input channel j. 1 / s is folded into the producer of x (a norm's affine, a layer's output
+    channels), if only views and positively homogeneous operators lie between and nothing else reads these
+    channels. Elsewhere one `mul` is inserted before the layers that read x. Layers that share an input, or a
+    producer, share s. Reassociation only.
 
     maxima: layer's node name -> max|X_j| over the calibration data (C_in,), or what measures them on the graph;
         see `calibration.stage.input_maxima`.
@@ -84,7 +87,10 @@ def smooth(
 def _scale(
     readers: Iterable[tuple[ParameterLayer, Tensor]], maxima: Mapping[str, Tensor], count: int, alpha: float
 ) -> Tensor:
-    """s (count,) in float64, from the largest |X_j| and |W_j| over the layers that read channel j; 1 where either is 0."""
+    """Return s (count,) in float64, from the largest |X_j| and |W_j| over the layers that read channel j.
+
+    s is 1 where either is 0.
+    """
     x_C, w_C = torch.zeros(2, count, dtype=torch.float64)
     for layer, numbers in readers:
         w_J = layer.by_input().abs().amax(1).double().cpu()
@@ -95,13 +101,13 @@ def _scale(
 
 
 def _multiply(layer: ParameterLayer, s_C: Tensor) -> None:
-    """W * s, a factor for each input channel."""
+    """Multiply the weight by s, a factor for each input channel."""
     rows = layer.by_input().double()
     set_tensor(layer.gm, layer.path, layer.from_input(rows * s_C.to(rows.device)[:, None]))
 
 
 def _insert(group: Explicit, factor_C: Tensor) -> str:
-    """x -> mul(x, factor) before these layers, the factor along the channels."""
+    """Insert x -> mul(x, factor), along the channels, before these layers; return the path of the factor."""
     first = group.layers[0]
     gm, path = first.gm, f"{first.path}_smooth"
     set_buffer(gm, path, factor_C.to(first.weight).reshape([-1] + [1] * (-group.axis - 1)))

@@ -1,1 +1,1 @@
-"""Find the temporal block and give it a place of its own. Results stay bitwise equal."""
+"""Find the temporal block and make it a submodule. Results stay bitwise equal."""

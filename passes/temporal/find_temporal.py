@@ -23,24 +23,26 @@ from tfmq_fx.graph.nodes import (
 
 @dataclass(frozen=True, kw_only=True)
 class TemporalBlock:
-    """What depends on the timestep, conditioning vectors and parameters only (TFMQ-DM, Temporal Information Block).
+    """The nodes that depend only on the timestep, conditioning vectors and parameters.
 
-    Node names, so it survives copies. Invariants: `features` is a non-empty subset of `nodes`; no node of
-    `nodes` depends on a value outside `keys`, parameters and constants; `timestep` is in every feature's keys.
+    This is the Temporal Information Block of TFMQ-DM. It holds node names, so it survives copies. Invariants:
+    `features` is a non-empty subset of `nodes`; no node of `nodes` depends on a value outside `keys`,
+    parameters and constants; `timestep` is in every feature's keys.
     """
 
     timestep: str  # name of the graph input that carries the timestep
-    nodes: tuple[str, ...]  # the block, in topological order, constants it alone uses included
+    nodes: tuple[str, ...]  # the block in topological order, with constants that only it uses
     features: tuple[str, ...]  # the temporal features g_i(h(t)), in topological order
     keys: tuple[str, ...]  # the graph inputs the block is a function of, timestep first
     feature_keys: tuple[tuple[str, ...], ...]  # for each feature, the inputs it is a function of
 
 
 def taint(gm: GraphModule) -> dict[Node, frozenset[str]]:
-    """For each node, the graph inputs whose *values* reach it.
+    """Return, for each node, the graph inputs whose *values* reach it.
 
-    A use of a tensor's shape, dtype or device carries nothing, nor does an input that is a size; random operators
-    add a mark of their own; an in-place operator marks whatever may share the memory it writes.
+    A use of a tensor's shape, dtype or device carries no value, nor does an input that is a size. Random
+    operators add a mark of their own. An in-place operator marks everything that may share the memory it
+    writes.
     """
     return _flow(gm).marks
 
@@ -80,7 +82,7 @@ def _flow(gm: GraphModule) -> _Flow:
 
 
 def overwritten(gm: GraphModule, inside: set[Node]) -> set[Node]:
-    """Nodes whose memory some node of `inside` writes in place: what they hold depends on when they are read."""
+    """Return the nodes whose memory a node of `inside` writes: their values depend on when they are read."""
     if not any(mutated_inputs(n) for n in inside):
         return set()
     storage = _flow(gm).storage
@@ -89,9 +91,9 @@ def overwritten(gm: GraphModule, inside: set[Node]) -> set[Node]:
 
 
 def require_no_early_reads(gm: GraphModule, inside: set[Node]) -> None:
-    """Refuse a block that writes in place to memory which a node outside reads before: moved up, it would write first.
+    """Raise TFMQError, naming both nodes, if one inside writes to memory that one outside reads earlier.
 
-    Raises TFMQError naming both nodes.
+    The block is moved to the front of the graph, so it would write first.
     """
     if not any(mutated_inputs(n) for n in inside):
         return
@@ -106,7 +108,7 @@ def require_no_early_reads(gm: GraphModule, inside: set[Node]) -> None:
             if storage[target] in read:
                 raise TFMQError(
                     f"node {node.name}: the temporal block writes in place to memory that node {read[storage[target]].name} outside it "
-                    "reads before; functionalise the graph (ExportedProgram.run_decompositions({})) or write to a new tensor."
+                    "reads earlier; functionalise the graph (ExportedProgram.run_decompositions({})) or write to a new tensor."
                 )
 
 
@@ -118,7 +120,7 @@ def find_temporal(
     finite: Iterable[str] = (),
     features: tuple[str, ...] | None = None,
 ) -> TemporalBlock:
-    """The temporal block of a graph, which is only read.
+    """Find the temporal block of a graph, which is only read.
 
         timestep -> sinusoid -> linear -> silu -> linear -> silu -> linear_i -> view -> add(conv, .)
                     `------------------- the block ------------------------'
@@ -132,11 +134,11 @@ def find_temporal(
         guidance); () for the part that depends on the timestep alone. None takes every input that is one vector
         or number per sample, see `conditioning_vectors`.
     finite: further inputs that may join it, those with finitely many values.
-    features: the names of the features when they are known from an earlier find on the float graph; observers and
-        lookups that came in between are then not mistaken for features.
+    features: the names of the features, if an earlier call on the float graph found them; observers and
+        lookups that were inserted since are then not mistaken for features.
 
-    Raises TFMQError when the graph has no input of that name, when it was baked in as a constant, when only
-    its shape is used, when it does not reach the output, and when it meets data before any layer.
+    Raises TFMQError when the graph has no input of that name, when the timestep was baked in as a constant,
+    when only its shape is used, when it does not reach the output, and when it meets data before any layer.
     """
     source = timestep_input(gm, timestep)
     timestep = str(source.target)
@@ -189,7 +191,7 @@ def find_temporal(
 
 
 def _require_path(gm: GraphModule, source: Node, marks: dict[Node, frozenset[str]]) -> None:
-    """Refuse a timestep whose value does not reach the output, saying where it gets lost."""
+    """Raise TFMQError for a timestep whose value does not reach the output, saying where it gets lost."""
     name = str(source.target)
     if not source.users:
         raise TFMQError(
@@ -210,9 +212,9 @@ def _require_path(gm: GraphModule, source: Node, marks: dict[Node, frozenset[str
 
 
 def _anchors(node: Node, temporal: set[Node], written: set[Node]) -> set[Node]:
-    """What `node` is computed from by views and pointwise operators alone: embedding layers, as a rule.
+    """Return the nodes that reach `node` by views and pointwise operators alone, usually embedding layers.
 
-    The way back ends where memory is written in place: what stands there cannot be computed again outside.
+    The walk back stops at memory that is written in place, because its value cannot be recomputed outside.
     """
     found: set[Node] = set()
     seen: set[Node] = set()
@@ -231,8 +233,11 @@ def _anchors(node: Node, temporal: set[Node], written: set[Node]) -> set[Node]:
 
 
 def constants_of(gm: GraphModule, marks: dict[Node, frozenset[str]], inputs: Iterable[str]) -> set[Node]:
-    """Parameters, buffers and arithmetic on them; shape queries count when the shape is that of one of the named
-    inputs or of what is computed from them alone."""
+    """Return parameters, buffers and arithmetic on them.
+
+    Shape queries count if the shape is that of one of the named inputs, or of a value computed from these
+    alone.
+    """
     inputs = set(inputs)
     found: set[Node] = set()
     for node in gm.graph.nodes:

@@ -23,11 +23,12 @@ def insert_step_index(
     timestep: str | None = None,
     finite: Mapping[str, Tensor] | None = None,
 ) -> PassResult:
-    """step_index = argmin |timestep_table - timestep|: (N,) int64 indices into `timesteps` (T,).
+    """Insert step_index = argmin |timestep_table - timestep|: (N,) int64 indices into `timesteps` (T,).
 
-    A timestep of shape (N,) gives one index per sample, one of shape () gives one index in all. Values
+    A timestep of shape (N,) gives one index per sample, one of shape () gives a single index. Values
     outside the table take their nearest neighbour (in L_1). Adds nodes only: outputs are bitwise unchanged.
 
+    timestep: the input's name, see `timestep_input`.
     finite: other inputs with finitely many values, name -> (K, ...); each gets an index `<name>_index` likewise.
     """
     if gm.graph.find_nodes(op="get_attr", target=TIMESTEPS):
@@ -63,14 +64,18 @@ def _index(gm: GraphModule, source: Node, values: Tensor, buffer: str, name: str
 
 
 def step_index(gm: GraphModule) -> Node:
+    """Return the node that `insert_step_index` made."""
     node: Node = next(n for n in gm.graph.nodes if n.name == STEP)
     return node
 
 
 def key_index(gm: GraphModule, key: Sequence[str], *, timestep: str, sizes: Mapping[str, int]) -> Node:
-    """The index into the product of the key's inputs, row-major; made once per key, after `insert_step_index`.
+    """Return the row-major index into the product of the key's inputs, made once per key.
 
     ("timestep", "class_labels")   ==>   step_index * K + class_labels_index
+
+    `insert_step_index` must run first. sizes: name -> number of values, for the timestep and the finite
+    inputs.
     """
     nodes: dict[str, Node] = {n.name: n for n in gm.graph.nodes}
     index_of = {name: nodes[STEP if name == timestep else f"{name}_index"] for name in sizes}

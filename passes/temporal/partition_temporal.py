@@ -31,8 +31,10 @@ def temporal_block_of(gm: GraphModule) -> GraphModule:
 
 
 def separate(gm: GraphModule, temporal: TemporalBlock) -> list[Node]:
-    """The block's nodes; what is cheap among them and that the rest of the graph reads too, views and constants, gets a
-    copy there. Bitwise unchanged."""
+    """Return the block's nodes, after separating them from the rest of the graph. Bitwise unchanged.
+
+    Cheap nodes (views, pointwise operators and constants) that the rest reads too are copied for it.
+    """
     names = set(temporal.nodes)
     inside = [n for n in gm.graph.nodes if n.name in names]
     members = set(inside)
@@ -51,11 +53,11 @@ def separate(gm: GraphModule, temporal: TemporalBlock) -> list[Node]:
 def _fuse(
     gm: GraphModule, temporal: TemporalBlock
 ) -> tuple[GraphModule, list[Node], tuple[Node, ...], list[Node]]:
-    """The block as a module, with its nodes, inputs and outputs in `gm`: features first, then values others share.
+    """Return the block as a module, and its nodes, inputs and outputs in `gm`: features, then other values.
 
-    A constant that the rest of the graph uses too gets a copy of its own there, and so does a view of a feature
-    that a further layer of the block reads as well. Any other value that the rest uses without its being a
-    feature (the step index) becomes a further output, so that it is computed once.
+    A constant that the rest of the graph uses too is copied for it, and so is a view of a feature that
+    another layer of the block reads as well. Any other value that the rest uses and that is not a feature
+    (the step index) becomes a further output, so that it is computed once.
     """
     features = temporal.features
     inside = separate(gm, temporal)
@@ -71,7 +73,7 @@ def _fuse(
     block, inputs, outputs = fuse_as_graphmodule(gm, inside, BLOCK_NAME, always_return_tuple=True)
     for inner, node in zip(block.graph.find_nodes(op="placeholder"), inputs, strict=True):
         if node.op == "placeholder":
-            inner.target = node.target  # an input keeps its name, which is not always its node's
+            inner.target = node.target  # an input keeps its name, which may differ from its node's
     returned = dict(zip(outputs, block.graph.output_node().args[0], strict=True))  # type: ignore[arg-type]
     assert set(features) <= {n.name for n in outputs}, (features, outputs)
     ordered = sorted(outputs, key=lambda n: features.index(n.name) if n.name in features else len(features))
@@ -81,7 +83,10 @@ def _fuse(
 
 
 def extract_temporal(gm: GraphModule, temporal: TemporalBlock) -> GraphModule:
-    """The block alone: its inputs (`temporal.keys`) -> tuple of features, sharing parameters and submodules with `gm`."""
+    """Return the block alone, from its inputs (`temporal.keys`) to a tuple of features.
+
+    It shares parameters and submodules with `gm`.
+    """
     block, *_ = _fuse(gm, temporal)
     output = block.graph.output_node()
     output.args = (output.args[0][: len(temporal.features)],)  # type: ignore[index]
@@ -95,13 +100,14 @@ def partition_temporal(gm: GraphModule, *, temporal: TemporalBlock | None = None
 
         timestep -> n_1 -> .. -> f_i -> rest   ==>   timestep -> temporal_block -> getitem i -> rest
 
-    temporal: what `find_temporal` found; None finds it here. Raises TFMQError where the block cannot stand alone.
+    temporal: what `find_temporal` found; None finds it here. Raises TFMQError if the block cannot stand
+        alone.
     """
     if BLOCK_NAME in gm._modules:
         return PassResult(gm, False)
     temporal = temporal or find_temporal(gm)
     block, nodes, inputs, outputs = _fuse(gm, temporal)
-    # The block needs nothing but inputs and constants, so it can run first, right after the placeholders.
+    # The block needs only inputs and constants, so it can run first, right after the placeholders.
     before = [*placeholders(gm).values(), *(n for n in inputs if n.op != "placeholder")]
     order = {n: i for i, n in enumerate(gm.graph.nodes)}
     last = max(before, key=order.__getitem__)

@@ -60,7 +60,7 @@ def place(template, tmp_path, monkeypatch):
         (("report", "small", "--steps", 0), "--steps"),
         (("export", "small"), "Missing argument"),
         # inspect
-        (("inspect", "--recipe", "w5"), "'w5' is no preset"),
+        (("inspect", "--recipe", "w5"), "'w5' is not a preset"),
         (("inspect", "--model", "nowhere"), "diffusers cannot load it"),
         (("inspect", "--model", "file"), "not a diffusers pipeline folder"),
         (("inspect", "--model", "full"), "not a diffusers pipeline folder"),
@@ -71,7 +71,7 @@ def place(template, tmp_path, monkeypatch):
         (("inspect", "--argument", "steps"), "use NAME=JSON"),
         (("inspect", "--argument", "promt=1"), "DDPMPipeline takes no 'promt'; it takes"),
         # quantize
-        (("quantize", "q", "--recipe", "w9a9"), "'w9a9' is no preset"),
+        (("quantize", "q", "--recipe", "w9a9"), "'w9a9' is not a preset"),
         (("quantize", "q", "--scheduler", "Magic"), "no scheduler 'Magic'"),
         (("quantize", "q", "--scheduler", "UNet2DModel"), "no scheduler 'UNet2DModel'"),
         (("quantize", "q", "--recipe", "none.json"), "none.json cannot be read"),

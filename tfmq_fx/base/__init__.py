@@ -1,1 +1,1 @@
-"""Arithmetic, files, threads and processes, progress, errors: what knows nothing of graphs."""
+"""Helpers that know nothing of graphs: arithmetic, files, threads and processes, progress, errors."""

@@ -1,6 +1,6 @@
-"""Every private or moving name we use of torch.ao and torchao, in one place.
+"""The names of torch.ao and torchao that are private or likely to move, imported in one place.
 
-torchao.quantization.pt2e is the home of what torch.ao.quantization was; observers and fake quantizers must
+torchao.quantization.pt2e is the successor of torch.ao.quantization. Observers and fake quantizers must
 subclass torchao's classes, because its prepare and convert assert on them. Importing it registers the
 `quantized_decomposed` operators.
 """
@@ -12,7 +12,7 @@ import warnings
 
 import torch  # noqa: F401  (configures the logger that is quieted below)
 
-# torchao 0.18 on torch 2.15 warns at import about itself: nothing a user of ours can act on.
+# torchao 0.18 on torch 2.15 emits import warnings about itself, which our users cannot act on.
 _pytree_log = logging.getLogger("torch.utils._pytree")
 _level = _pytree_log.level
 _pytree_log.setLevel(logging.ERROR)
@@ -29,7 +29,7 @@ _pytree_log.setLevel(_level)
 
 
 def register_x86_patterns() -> None:
-    """Teach this process's Inductor torchao's patterns, which make oneDNN's int8 kernels of a quantized graph."""
+    """Register torchao's Inductor patterns in this process: they turn quantized graphs into int8 kernels."""
     import torchao.quantization.pt2e.quantizer.x86_inductor_quantizer  # noqa: F401  (registers them)
 
 

@@ -1,4 +1,4 @@
-"""Nested arguments of a network as flat, named leaves, and back.
+"""Convert a network's nested arguments to flat, named leaves, and back.
 
 {"sample": x, "added_cond_kwargs": {"time_ids": y}}  <->  ("sample",): x, ("added_cond_kwargs", "time_ids"): y
 The flat name of a leaf joins its path with "_", as torch.export names its inputs.
@@ -15,7 +15,10 @@ Path = tuple[str | int, ...]
 
 
 def leaves(arguments: Mapping[str, Any]) -> dict[str, tuple[Path, Any]]:
-    """Flat name -> (path, value) of every leaf that is not None. Raises TFMQError when two leaves share a name."""
+    """Return flat name -> (path, value) for every leaf that is not None.
+
+    Raises TFMQError when two leaves share a flat name.
+    """
     found: dict[str, tuple[Path, Any]] = {}
 
     def walk(path: Path, value: Any) -> None:
@@ -29,7 +32,7 @@ def leaves(arguments: Mapping[str, Any]) -> dict[str, tuple[Path, Any]]:
             name = "_".join(map(str, path))
             if name in found:
                 raise TFMQError(
-                    f"arguments: {'.'.join(map(str, path))} and {found[name][0]} share the name {name!r}."
+                    f"arguments: {'.'.join(map(str, path))} and {found[name][0]} share the flat name {name!r}; rename one of them."
                 )
             found[name] = (path, value)
 
@@ -39,7 +42,7 @@ def leaves(arguments: Mapping[str, Any]) -> dict[str, tuple[Path, Any]]:
 
 
 def nested(flat: Mapping[Path, Any]) -> dict[str, Any]:
-    """The inverse of `leaves`: the arguments whose leaves are given by path; lists for paths with numbers."""
+    """Invert `leaves`: build the nested arguments from leaves given by path, with lists for integer steps."""
     root: dict[str, Any] = {}
     for path, value in flat.items():
         at: dict[Any, Any] = root

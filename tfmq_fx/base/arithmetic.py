@@ -20,23 +20,26 @@ from tfmq_fx.base.errors import TFMQError
 SUPPORTED_BITS = (2, 3, 4, 5, 6, 7, 8)
 
 
-FLOAT_BITS = 16  # "16 bit" means: left in the network's own floating-point type
+FLOAT_BITS = 16  # 16 bits means: left in the network's own floating-point type
 
 
-CANDIDATES = (
-    2**19
-)  # values that `search_range` has in flight at once, times a few: they stay in a core's cache
+# The number of values that `search_range` processes at once. With a few temporaries each, they fit in a
+# core's cache.
+CANDIDATES = 2**19
 
 
 @dataclass(frozen=True, kw_only=True)
 class IntegerRange:
-    """The integers a value may take: quant_min <= q <= quant_max, stored as `dtype`.
+    """The range of integers that a value may take: quant_min <= q <= quant_max, stored as `dtype`.
 
-    Weights of at most 7 bits are affine (a zero point per channel); q - zero_point then still fits a signed
-    byte, so an int8 kernel with zero point 0 computes them exactly. 8-bit weights are symmetric for the
-    same reason. Activations are affine and unsigned, as the x86 kernels take them; with a scale per token they are
-    symmetric and signed, without the lowest integer, as the dynamic int8 kernels take those (torchao's, oneDNN's). The
-    operands of a product of two activations are symmetric about 2**(bits - 1): int8 kernels take those without zero points.
+    Weights of at most 7 bits are affine, with a zero point per channel. Their q - zero_point still fits in a
+    signed byte, so an int8 kernel with zero point 0 computes them exactly. 8-bit weights are symmetric for
+    the same reason.
+
+    Activations are affine and unsigned, as the x86 kernels expect. With a scale per token they are symmetric
+    and signed, without the lowest integer, as the dynamic int8 kernels expect (torchao's, oneDNN's). The
+    operands of a product of two activations are symmetric about 2**(bits - 1): int8 kernels take these
+    without zero points.
     """
 
     quant_min: int
@@ -69,15 +72,19 @@ class IntegerRange:
 
 
 def centred(q: Tensor, zero_point: Tensor, axis: int) -> Tensor | None:
-    """q - zero_point, one zero point for each index of `axis`, as signed bytes; None where they do not fit."""
+    """Return q - zero_point as signed bytes, or None if they do not fit.
+
+    zero_point: one for each index of `axis`.
+    """
     shape = [-1 if i == axis else 1 for i in range(q.dim())]
     found = q.to(torch.int16) - zero_point.to(torch.int16).reshape(shape)
     fits = found.amin() >= -128 and found.amax() <= 127
     return found.to(torch.int8) if fits else None
 
 
-# x86 without VNNI multiplies bytes by adding pairs of products in 16 bits, which saturate: 2 * 255 * 64 is the last that
-# fits. So kernels of unsigned activations by signed weights are exact on every CPU for |q - zero_point| up to this.
+# Without VNNI, x86 kernels add pairs of byte products in 16 bits. These sums saturate: 2 * 255 * 64 is the
+# largest that fits. So kernels for unsigned activations and signed weights are exact on every CPU as long as
+# |q - zero_point| is at most this.
 PAIRS_FIT = 64
 
 
@@ -96,30 +103,31 @@ class ByteSums(Enum):
 
 
 def saturates(signed: Tensor | None) -> bool:
-    """Whether weights, as `centred` gives them, are beyond `PAIRS_FIT`."""
+    """Return True if weights, as returned by `centred`, exceed `PAIRS_FIT` or are None."""
     return signed is None or bool(signed.to(torch.int16).abs().max() > PAIRS_FIT)
 
 
 def check_bits(bits: int, argument: str) -> None:
-    """Raise TFMQError unless `bits` is 2..8, or 16 for "left in float"."""
+    """Raise TFMQError, naming `argument`, unless `bits` is 2 to 8, or 16 for float."""
     if isinstance(bits, bool) or not isinstance(bits, int) or bits not in (*SUPPORTED_BITS, FLOAT_BITS):
         raise TFMQError(f"{argument}: {bits!r} is not a supported bit width; use 2 to 8, or 16 for float.")
 
 
 def check_group_size(group_size: int, argument: str) -> None:
-    """Raise TFMQError unless `group_size` is an integer of at least 2."""
+    """Raise TFMQError, naming `argument`, unless `group_size` is an integer of at least 2."""
     if isinstance(group_size, bool) or not isinstance(group_size, int) or group_size < 2:
         raise TFMQError(
-            f"{argument}: {group_size!r} is no group size; use an integer of at least 2, e.g. 32, 64 or 128, or None for one "
+            f"{argument}: {group_size!r} is not a valid group size; use an integer of at least 2, e.g. 32, 64 or 128, or None for one "
             "scale per output channel."
         )
 
 
 def fitting_group_size(group_size: int, columns: int) -> int | None:
-    """The size of the groups of a row of `columns` weights: `group_size`, or what is nearest below it and divides.
+    """Return a group size that divides a row of `columns` weights: `group_size`, or a smaller one near it.
 
-    None: the row is one group, because it is no longer than one, or because no divisor from half the size on is there.
-    Half the size comes first: kernels take 32, 64, 128, 256.
+    The candidates are the divisors of `columns` from half of `group_size` up to `group_size`. When
+    `group_size` is not among them, half of it comes first (kernels take 32, 64, 128, 256), then the largest.
+    Returns None when the row is one group: it is no longer than `group_size`, or it has no such divisor.
     """
     if columns <= group_size:
         return None
@@ -128,7 +136,7 @@ def fitting_group_size(group_size: int, columns: int) -> int | None:
 
 
 def choose_qparams(min_R: Tensor, max_R: Tensor, integers: IntegerRange) -> tuple[Tensor, Tensor]:
-    """scale (R,) float32 > 0 and zero_point (R,) int32 within the integer range, for rows seen in [min, max].
+    """Return scale (R,) float32 > 0 and zero_point (R,) int32, within `integers`, for rows in [min, max].
 
     Zero is always representable: the range is extended to include it, so one-signed, constant and all-zero
     rows get finite scales and in-range zero points.
@@ -147,9 +155,10 @@ def choose_qparams(min_R: Tensor, max_R: Tensor, integers: IntegerRange) -> tupl
 
 
 def choose_shared_qparams(min_R: Tensor, max_R: Tensor, integers: IntegerRange) -> tuple[Tensor, Tensor]:
-    """As `choose_qparams`, with one zero point for all rows: the one whose scales, which cover each row, err least.
+    """Return qparams as `choose_qparams` does, but with one zero point shared by all rows.
 
-    Errs: mean over rows of (scale / the row's own best scale) ** 2, which rounding errors are in proportion to.
+    The scales cover each row. The zero point minimises the mean over rows of (scale / the row's own best
+    scale) ** 2, to which the squared rounding error is proportional.
     """
     low_R, high_R = min_R.float().clamp_max(0), max_R.float().clamp_min(0)
     steps = integers.quant_max - integers.quant_min
@@ -169,7 +178,7 @@ def choose_shared_qparams(min_R: Tensor, max_R: Tensor, integers: IntegerRange) 
 def quantize_rows(
     x: Tensor, scale_R: Tensor, zero_point_R: Tensor, integers: IntegerRange, axis: int = 0
 ) -> Tensor:
-    """q = clamp(round(x / scale) + zero_point), one row of qparams per index of `axis`; x's shape."""
+    """Return q = clamp(round(x / scale) + zero_point), in x's shape, with qparams per index of `axis`."""
     return torch.ops.quantized_decomposed.quantize_per_channel(  # type: ignore[no-any-return]
         x, scale_R, zero_point_R, axis, integers.quant_min, integers.quant_max, integers.dtype
     )
@@ -178,7 +187,7 @@ def quantize_rows(
 def dequantize_rows(
     q: Tensor, scale_R: Tensor, zero_point_R: Tensor, integers: IntegerRange, axis: int = 0
 ) -> Tensor:
-    """(q - zero_point) * scale in float32: the very operator of the converted graph, hence equal bits."""
+    """Return (q - zero_point) * scale in float32, by the converted graph's own operator: bitwise equal."""
     return torch.ops.quantized_decomposed.dequantize_per_channel(  # type: ignore[no-any-return]
         q, scale_R, zero_point_R, axis, integers.quant_min, integers.quant_max, integers.dtype
     )
@@ -187,14 +196,15 @@ def dequantize_rows(
 def search_range(
     x_RK: Tensor, integers: IntegerRange, *, p: float = 2.4, steps: int = 80, smallest: float = 0.2
 ) -> tuple[Tensor, Tensor]:
-    """The range (min_R, max_R) of each row, shrunk to what loses least in the L_p sense after rounding.
+    """Return the range (min_R, max_R) of each row, shrunk to minimise the L_p error of rounding.
 
-    `steps` candidates shrink the row's own range linearly down to `smallest` of it. p = 2.4 and 80 steps
-    are the reference implementation's.
+    `steps` candidates shrink the row's own range linearly, down to a share `smallest` of it. p = 2.4 and 80
+    steps are the reference implementation's values.
     """
     shrink_S1 = torch.tensor([[1.0 - (1.0 - smallest) * i / steps] for i in range(steps)], device=x_RK.device)
     low_R, high_R = x_RK.amin(1), x_RK.amax(1)
-    # All candidates at once, of as many rows as stay in the cache; one workspace, which malloc would scatter.
+    # Try all candidates at once, for as many rows as fit in the cache. The workspace is reused: malloc would
+    # scatter it.
     rows = min(len(x_RK), max(1, CANDIDATES // (steps * x_RK.shape[1])))
     workspace = x_RK.new_empty(steps * rows * x_RK.shape[1])
     for x_CK, low_C, high_C in zip(x_RK.split(rows), low_R.split(rows), high_R.split(rows), strict=True):
@@ -205,9 +215,11 @@ def search_range(
         torch.div(x_CK, scale, out=y_SCK).round_().add_(zero_point)
         y_SCK.clamp_(integers.quant_min, integers.quant_max)
         y_SCK.sub_(zero_point).mul_(scale).sub_(x_CK).abs_()
-        # |error| ** p by way of logarithms, 0 included: torch's pow takes 2.7 times as long, and most of the search.
+        # |error| ** p via logarithms, which handle 0 too: torch's pow takes 2.7 times as long, most of the
+        # search time.
         error_SC = y_SCK.log2_().mul_(p).exp2_().sum(2)
-        # What overflows is no candidate; of equals the first is taken, and the whole range where all overflow.
+        # Candidates that overflow are skipped. Ties go to the first candidate: the whole range, if all
+        # overflow.
         best_1C = error_SC.nan_to_num(torch.inf, torch.inf).argmin(0, keepdim=True)
         low_C.copy_(low_SC.gather(0, best_1C)[0])
         high_C.copy_(high_SC.gather(0, best_1C)[0])
@@ -215,14 +227,14 @@ def search_range(
 
 
 def pack_bits(q: Tensor, integers: IntegerRange) -> Tensor:
-    """Integers as a little-endian bit stream of `bits` each: uint8 of ceil(numel * bits / 8) bytes."""
+    """Pack integers into a little-endian bit stream of `bits` each: ceil(numel * bits / 8) bytes of uint8."""
     unsigned = (q.reshape(-1).to(torch.int16) - integers.quant_min).to(torch.uint8).cpu().numpy()
     bits = (unsigned[:, None] >> np.arange(integers.bits, dtype=np.uint8)) & 1
     return torch.from_numpy(np.packbits(bits.reshape(-1), bitorder="little"))
 
 
 def unpack_bits(packed: Tensor, shape: tuple[int, ...], integers: IntegerRange) -> Tensor:
-    """Inverse of pack_bits. Raises TFMQError when the stream's length does not fit the shape."""
+    """Invert `pack_bits`. Raises TFMQError when the stream's length does not match the shape."""
     numel = int(np.prod(shape, dtype=np.int64))
     if packed.dtype != torch.uint8 or packed.numel() != -(-numel * integers.bits // 8):
         raise TFMQError(
@@ -237,7 +249,7 @@ def unpack_bits(packed: Tensor, shape: tuple[int, ...], integers: IntegerRange) 
 
 
 class _FakeQuantizeRows(torch.autograd.Function):
-    """Quantize and dequantize exactly as the converted graph does; straight-through gradient inside the range."""
+    """Fake quantization, exactly as in the converted graph; straight-through gradient inside the range."""
 
     @staticmethod
     def forward(  # type: ignore[override]
@@ -261,21 +273,21 @@ class _FakeQuantizeRows(torch.autograd.Function):
 
 
 def fake_quantize_rows(x: Tensor, scale_R: Tensor, zero_point_R: Tensor, integers: IntegerRange) -> Tensor:
-    """x on the quantization grid, one row of qparams per index of dim 0; differentiable in x."""
+    """Return x rounded to the quantization grid, with qparams per index of dim 0; differentiable in x."""
     return _FakeQuantizeRows.apply(x, scale_R, zero_point_R, integers)  # type: ignore[no-any-return, no-untyped-call]
 
 
 def quantize_tokens(x: Tensor, integers: IntegerRange) -> Tensor:
-    """x on the grid of its own tokens: scale = max |x| / quant_max over the last dimension, zero point 0; float32.
+    """Return x, rounded per token, in float32: scale = max |x| / quant_max over the last dim, zero point 0.
 
-    Spelled in operators that torch provides, all of them with an overload, so that the converted graph is this function
-    traced. quantized_decomposed.choose_qparams_per_token would say the first four, but knows 8 bit alone, and its meta
-    kernel declares dtypes (float64, int64) that it does not return.
+    The converted graph is a trace of this function, so it calls only torch's own operators, each with its
+    overload. quantized_decomposed.choose_qparams_per_token could replace the first four, but it supports 8
+    bits only, and its meta kernel declares dtypes (float64, int64) that it does not return.
     """
     aten, decomposed = torch.ops.aten, torch.ops.quantized_decomposed
     limits = (integers.quant_min, integers.quant_max, integers.dtype)
     largest = aten.amax.default(aten.abs.default(x), [-1], True)
-    # Zeros, padding as a rule, get a finite scale.
+    # A token of zeros, usually padding, gets a finite scale too.
     scale = aten.clamp.default(aten.div.Tensor(largest, integers.quant_max), torch.finfo(torch.float32).eps)
     zero_point = aten.zeros_like.default(scale, dtype=torch.int32)
     q = decomposed.quantize_per_token.default(x, scale, zero_point, *limits)
@@ -295,5 +307,8 @@ class _FakeQuantizeTokens(torch.autograd.Function):
 
 
 def fake_quantize_tokens(x: Tensor, integers: IntegerRange) -> Tensor:
-    """`quantize_tokens`, with the straight-through gradient: of one, for nothing lies outside a token's own range."""
+    """Return `quantize_tokens(x)` with a straight-through gradient.
+
+    The gradient is 1 everywhere, because no value lies outside its own token's range.
+    """
     return _FakeQuantizeTokens.apply(x, integers)  # type: ignore[no-any-return, no-untyped-call]

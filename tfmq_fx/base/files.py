@@ -1,4 +1,4 @@
-"""Files that are absent, as they were, or whole; and digests of what they hold."""
+"""Write files that are absent, unchanged or complete at any time; and digest their contents."""
 
 from __future__ import annotations
 
@@ -20,23 +20,24 @@ from tfmq_fx.base.errors import TFMQError, first_line
 
 
 def raw_bytes(x: Tensor) -> memoryview:
-    """The bytes of a tensor of any type and device, in row-major order."""
+    """Return the bytes of a tensor of any type and device, in row-major order."""
     data: memoryview = x.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
     return data
 
 
 def update_with_tensors(digest: hashlib._Hash, tensors: Iterable[tuple[str, Tensor]]) -> None:
-    """Names, types, shapes and bytes, in the order given."""
+    """Add names, types, shapes and bytes to `digest`, in the order given."""
     for name, x in tensors:
         digest.update(f"{name} {x.dtype} {tuple(x.shape)}".encode())
         digest.update(raw_bytes(x))
 
 
 def replace_folder(folder: Path, write: Callable[[Path], None]) -> None:
-    """Let `write` fill a temporary folder, then rename it: `folder` is absent, as it was, or whole.
+    """Let `write` fill a temporary folder, then rename it, so that `folder` is absent, unchanged or complete.
 
-    Of several processes that write the same folder at once, the last one's is there afterwards. Between the two renames
-    that replace a folder it is absent for some microseconds: Python has no call to exchange two names.
+    If several processes write the same folder at once, the last one wins. Replacing a folder takes two
+    renames, and between them it is absent for some microseconds: Python has no call to exchange two names.
+    Raises TFMQError when the folder cannot be written.
     """
     folder = folder.absolute()
     try:
@@ -48,14 +49,14 @@ def replace_folder(folder: Path, write: Callable[[Path], None]) -> None:
         write(temporary)
         temporary.chmod(0o755)
         _move(temporary, folder)
-    except (OSError, SafetensorError) as error:  # safetensors has a type of its own for a disk that is full
+    except (OSError, SafetensorError) as error:  # safetensors raises its own type for a full disk
         raise TFMQError(f"{folder}: cannot be written ({first_line(error)}).") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
 def _move(temporary: Path, folder: Path) -> None:
-    """Rename `temporary` to `folder`, whatever is there or comes to be there meanwhile; that is removed."""
+    """Rename `temporary` to `folder`, replacing what is there, even while other processes write it too."""
     old: list[Path] = []
     try:
         while True:
@@ -70,7 +71,7 @@ def _move(temporary: Path, folder: Path) -> None:
                 os.rename(folder, aside)
                 old.append(aside)
             except FileNotFoundError:
-                pass  # another process was faster
+                pass  # another process moved it first
     except OSError:
         if old and not folder.exists():
             os.rename(old.pop(), folder)
@@ -81,7 +82,10 @@ def _move(temporary: Path, folder: Path) -> None:
 
 
 def finite_json(value: Any) -> Any:
-    """JSON has no NaN and no infinity: null stands for them (of a network that gives zeros; the PSNR of equal pictures)."""
+    """Return `value` with NaN and infinity replaced by None, because JSON lacks them.
+
+    They come from networks that return zeros, and from the PSNR of equal pictures.
+    """
     if isinstance(value, Mapping):
         return {str(k): finite_json(v) for k, v in value.items()}
     if isinstance(value, (list, tuple)):
@@ -90,9 +94,10 @@ def finite_json(value: Any) -> Any:
 
 
 def replace_files(file: Path, write: Callable[[Path], None]) -> None:
-    """Let `write` write `file`'s name, and files beside it, in a temporary folder; then move them to their places.
+    """Let `write` create `file` and any files beside it in a temporary folder, then move them into place.
 
-    The files beside it go first: what bears the name of `file` is absent, as it was, or whole.
+    `file` moves last, so that it is absent, unchanged or complete at any time. Raises TFMQError when it
+    cannot be written.
     """
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -103,7 +108,7 @@ def replace_files(file: Path, write: Callable[[Path], None]) -> None:
         write(temporary / file.name)
         written = sorted(temporary.iterdir(), key=lambda f: f.name == file.name)
         if len(written) > 1:
-            file.unlink(missing_ok=True)  # never an old file beside new data
+            file.unlink(missing_ok=True)  # an old file must never lie beside new data
         for part in written:
             os.replace(part, file.with_name(part.name))
     except OSError as error:

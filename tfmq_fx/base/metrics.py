@@ -1,4 +1,4 @@
-"""How far the quantized network is from the float one."""
+"""Metrics of how far the quantized network is from the float one."""
 
 from __future__ import annotations
 
@@ -12,19 +12,22 @@ from tfmq_fx.base.errors import TFMQError
 
 
 def psnr(images: Tensor, reference: Tensor, *, value_range: float = 2.0) -> float:
-    """Peak signal-to-noise ratio in dB over all elements: 10 log10(range^2 / MSE); inf for equal tensors."""
+    """Return the peak signal-to-noise ratio in dB, 10 log10(range^2 / MSE) over all elements; inf if equal.
+
+    value_range: the largest possible difference of two values, 2 for images in [-1, 1].
+    """
     mse = (images.double() - reference.double()).square().mean().item()
     return math.inf if mse == 0 else 10 * math.log10(value_range**2 / mse)
 
 
 def cosine_distance(features: Sequence[Tensor], reference: Sequence[Tensor]) -> Tensor:
-    """1 - cos between temporal features, (features, T): TFMQ-DM's measure of temporal disturbance."""
+    """Return 1 - cos between temporal features, (features, T): TFMQ-DM's measure of temporal disturbance."""
     rows = [[x.double().reshape(len(x), -1) for x in values] for values in (features, reference)]
     return torch.stack([1 - torch.cosine_similarity(a, b, dim=1) for a, b in zip(*rows, strict=True)])
 
 
 def relative_mse_by_timestep(output: Tensor, reference: Tensor, timestep: Tensor) -> dict[float, float]:
-    """MSE / mean square of the reference, for the rows (N, ...) of each timestep (N,)."""
+    """Return MSE / mean square of the reference, over the rows (N, ...) of each timestep (N,)."""
     error = (output - reference).square().flatten(1).mean(1)
     power = reference.square().flatten(1).mean(1)
     return {
@@ -34,16 +37,20 @@ def relative_mse_by_timestep(output: Tensor, reference: Tensor, timestep: Tensor
 
 
 def psnr_by_image(images: Tensor, reference: Tensor, *, value_range: float = 2.0) -> Tensor:
-    """PSNR in dB of each image (N,): a few images whose trajectory forks do not drown the others."""
+    """Return the PSNR in dB of each image (N,).
+
+    One value per image keeps a few images whose trajectories diverge from hiding the others. value_range: see
+    `psnr`.
+    """
     mse = (images.double() - reference.double()).square().flatten(1).mean(1)
     return 10 * torch.log10(value_range**2 / mse)
 
 
 def frechet_distance(a_ND: Tensor, b_ND: Tensor) -> float:
-    """Between the Gaussians of two sets of features: |mu_a - mu_b|^2 + tr(C_a + C_b - 2 (C_a C_b)^(1/2)).
+    """Return |mu_a - mu_b|^2 + tr(C_a + C_b - 2 (C_a C_b)^(1/2)) of the Gaussians of two sets of features.
 
-    (Heusel et al. 2017, eq. 6; covariances over n - 1.) Rows are samples; more of them than features are needed
-    for it to mean something.
+    (Heusel et al. 2017, eq. 6; covariances over n - 1.) Rows are samples. The distance is meaningful only
+    with more rows than features.
     """
     a, b = a_ND.double(), b_ND.double()
     cov_a, cov_b = torch.cov(a.T), torch.cov(b.T)
@@ -56,9 +63,10 @@ def frechet_distance(a_ND: Tensor, b_ND: Tensor) -> float:
 
 
 def ssim_by_image(images: Tensor, reference: Tensor, *, value_range: float = 2.0) -> Tensor:
-    """Structural similarity of each image (N,), at most 1 (Wang et al. 2004; torchmetrics' Gaussian window, sigma 1.5).
+    """Return the structural similarity of each image (N,), at most 1.
 
-    Raises TFMQError without torchmetrics.
+    (Wang et al. 2004; torchmetrics' Gaussian window, sigma 1.5.) value_range: see `psnr`. Raises TFMQError
+    when torchmetrics is not installed.
     """
     try:
         from torchmetrics.functional.image import structural_similarity_index_measure
@@ -72,7 +80,7 @@ def ssim_by_image(images: Tensor, reference: Tensor, *, value_range: float = 2.0
 
 
 def inception_score(probabilities_NK: Tensor) -> float:
-    """exp(E_x KL(p(y|x) || p(y))), between 1 and K (Salimans et al. 2016, section 4; one split)."""
+    """Return exp(E_x KL(p(y|x) || p(y))), between 1 and K (Salimans et al. 2016, section 4; one split)."""
     p = probabilities_NK.double()
     marginal = p.mean(0, keepdim=True)
     divergence = torch.special.xlogy(p, p) - torch.special.xlogy(p, marginal)
@@ -80,10 +88,10 @@ def inception_score(probabilities_NK: Tensor) -> float:
 
 
 def precision_recall(a_ND: Tensor, b_ND: Tensor, *, neighbours: int = 3) -> tuple[float, float]:
-    """Share of `a` within the manifold of the reference `b`, and share of `b` within that of `a`.
+    """Return the share of `a` in the manifold of the reference `b`, and the share of `b` in that of `a`.
 
-    A set's manifold is the union of balls around its rows, each out to its k-th nearest other row (Kynkäänniemi et
-    al. 2019, eq. 1-2). Raises TFMQError when a set has no k other rows.
+    A set's manifold is the union of balls around its rows, each reaching to its k-th nearest other row
+    (Kynkäänniemi et al. 2019, eq. 1-2). neighbours: k. Raises TFMQError when a set has at most k rows.
     """
     for name, x in (("a", a_ND), ("b", b_ND)):
         if len(x) <= neighbours:
@@ -92,7 +100,7 @@ def precision_recall(a_ND: Tensor, b_ND: Tensor, *, neighbours: int = 3) -> tupl
     between = torch.cdist(a, b)
 
     def radii(x: Tensor) -> Tensor:
-        return torch.cdist(x, x).kthvalue(neighbours + 1, dim=1).values  # the nearest is the row itself
+        return torch.cdist(x, x).kthvalue(neighbours + 1, dim=1).values  # + 1: the nearest is the row itself
 
     precision = (between <= radii(b)).any(1).double().mean()
     recall = (radii(a) >= between.T).any(1).double().mean()

@@ -1,12 +1,14 @@
-"""oneDNN's int8 kernels as graph operators: weights laid out once, or kept as two to a byte and unpacked at each call.
+"""oneDNN's int8 kernels as graph operators; weights are laid out once, or unpacked from int4 at each call.
 
     tfmq::lay_out_conv, tfmq::lay_out_linear    int8 weight -> the same in oneDNN's own layout, opaque to torch
     tfmq::int4_conv, tfmq::int4_linear          unpack, lay out, and oneDNN's kernel, all at each call
 
-torch's own operators compute: torch.ops.onednn.qconv_pointwise and qlinear_pointwise, bytes in, int32 sums, scales and
-bias in float32. Its operators that lay out have no form for fake tensors, so that torch.export cannot trace them; these
-have. Weights of at most four bits are packed half a row against the other half: row[: n] in the low four bits, row[n :]
-in the high ones, n = ceil(columns / 2), so that unpacking writes two runs of memory.
+torch's own operators do the arithmetic: torch.ops.onednn.qconv_pointwise and qlinear_pointwise take bytes,
+sum in int32, and apply scales and bias in float32. torch's operators for the layout have no fake-tensor
+implementation, so torch.export cannot trace them; the operators here have one.
+
+Weights of at most four bits are packed one half of a row with the other: row[: n] in the low four bits and
+row[n :] in the high ones, n = ceil(columns / 2), so that unpacking writes two contiguous runs of memory.
 """
 
 from __future__ import annotations
@@ -16,11 +18,8 @@ from torch import Tensor
 
 onednn = torch.ops.onednn
 FLOAT = (1.0, 0)  # output scale and zero point of a kernel whose output is not quantized
-NO_POST_OP: tuple[str, list[float], str] = (
-    "none",
-    [],
-    "",
-)  # torch's words for nothing fused behind the kernel
+# torch's arguments for nothing fused behind the kernel.
+NO_POST_OP: tuple[str, list[float], str] = ("none", [], "")
 
 _library = torch.library.Library("tfmq", "FRAGMENT")
 _library.define(
@@ -40,7 +39,7 @@ _library.define(
 
 
 def pack_int4(q: Tensor) -> Tensor:
-    """(R, ...) integers 0..15 -> (R, ceil(C / 2)) bytes, C = what a row has."""
+    """Pack (R, ...) integers 0..15 into (R, ceil(C / 2)) bytes, with C integers in a row."""
     rows = q.flatten(1).to(torch.uint8)
     half = -(-rows.shape[1] // 2)
     high = torch.nn.functional.pad(rows[:, half:], (0, 2 * half - rows.shape[1]))
@@ -48,7 +47,7 @@ def pack_int4(q: Tensor) -> Tensor:
 
 
 def unpack_int4(packed: Tensor, zero_point: Tensor, shape: list[int]) -> Tensor:
-    """The signed bytes q - zero_point of that shape; zero_point (R,), int8."""
+    """Return the signed bytes q - zero_point in the given shape; zero_point (R,) is int8."""
     rows, half = packed.shape
     q = torch.empty(rows, 2 * half, dtype=torch.uint8)
     torch.bitwise_and(packed, 15, out=q[:, :half])

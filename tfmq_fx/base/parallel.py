@@ -1,7 +1,7 @@
-"""How the parts of a mini-batch are computed: by threads of this process, by the processes of a torch.distributed group.
+"""Compute a mini-batch in parts: by threads of this process, and by processes of a torch.distributed group.
 
-A mini-batch is cut into parts (`Reconstruction.shards`), each computed on one thread; sums over parts are taken in
-their order. So the result depends on the parts, not on who computed them.
+A mini-batch is cut into parts (`Reconstruction.shards`). Each part is computed on one thread, and the parts
+are summed in order. So the result depends on the parts, not on the thread or process that computed them.
 """
 
 from __future__ import annotations
@@ -23,19 +23,19 @@ R = TypeVar("R")
 
 
 class Workers:
-    """Threads that each run torch on one thread, so that no sum inside an operator depends on their number."""
+    """Threads that each run torch single-threaded, so that no operator's sum depends on their number."""
 
     def __init__(self, pool: ThreadPoolExecutor | None, count: int = 1) -> None:
         self._pool, self.count = pool, count
 
     def map(self, function: Callable[[T], R], items: Iterable[T]) -> list[R]:
-        """The function's results in the order of the items, with the caller's grad mode."""
+        """Return the function's results in the order of the items, computed in the caller's grad mode."""
         if self._pool is None:
             return [function(item) for item in items]
         grad = torch.is_grad_enabled()
 
         def call(item: T) -> R:
-            with torch.set_grad_enabled(grad):  # the mode is a thread's own
+            with torch.set_grad_enabled(grad):  # each thread has its own grad mode
                 return function(item)
 
         return list(self._pool.map(call, items))
@@ -43,7 +43,7 @@ class Workers:
 
 @contextmanager
 def workers(parts: int) -> Iterator[Workers]:
-    """As many as torch has threads, `parts` at most; torch itself has one thread meanwhile."""
+    """Yield one worker per torch thread, at most `parts`; until exit, torch itself runs on one thread."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -58,9 +58,9 @@ def workers(parts: int) -> Iterator[Workers]:
 
 
 class Ranks:
-    """The processes that share the work: those of the default process group, or this one alone.
+    """The processes that share the work: those of the default process group, or this process alone.
 
-    Every method is called by all of them together. Raises TFMQError when another one is gone.
+    All of them must call each method together. A method raises TFMQError when another process is gone.
     """
 
     def __init__(self) -> None:
@@ -68,11 +68,11 @@ class Ranks:
         self.rank, self.size = (0, 1) if alone else (dist.get_rank(), dist.get_world_size())
 
     def share(self, items: Sequence[T]) -> list[T]:
-        """Which of the items are this process's."""
+        """Return the items that this process works on."""
         return list(items[self.rank :: self.size])
 
     def sum(self, tensors: Sequence[Tensor]) -> list[Tensor]:
-        """The sums over all processes, the same bits in each."""
+        """Return the sums over all processes, with the same bits in each."""
         if self.size == 1:
             return list(tensors)
         summed: list[Tensor | None] = [None] * len(tensors)
@@ -87,14 +87,14 @@ class Ranks:
         return [x for x in summed if x is not None]
 
     def all(self, flag: bool) -> bool:
-        """Whether it is so in every process."""
+        """Return True if `flag` is true in every process."""
         if self.size == 1:
             return flag
         (count,) = self.sum([torch.tensor(float(flag))])
         return int(count) == self.size
 
     def gather(self, value: Any) -> list[Any]:
-        """Every process's value, in the order of the ranks."""
+        """Return every process's value, in the order of the ranks."""
         if self.size == 1:
             return [value]
         values: list[Any] = [None] * self.size
@@ -103,7 +103,7 @@ class Ranks:
         return values
 
     def first(self, value: Any) -> Any:
-        """Rank 0's value."""
+        """Return rank 0's value."""
         if self.size == 1:
             return value
         values = [value]
@@ -113,13 +113,16 @@ class Ranks:
 
     @staticmethod
     def _device() -> torch.device:
-        """Where the group's messages lie: in CPU memory, unless it only speaks NCCL."""
+        """Return the device of the group's messages: the CPU, unless the group only supports NCCL."""
         return torch.device("cpu" if "cpu" in str(dist.get_backend_config()) else "cuda")
 
 
 @contextmanager
 def joined() -> Iterator[Ranks]:
-    """The group of the processes that `torchrun` started, for as long as this lasts; this process alone without it."""
+    """Join the group of the processes that `torchrun` started, until exit.
+
+    Without torchrun, yield this process alone. Raises TFMQError when the group cannot be created.
+    """
     if int(os.environ.get("WORLD_SIZE", "1")) == 1 or dist.is_initialized():
         yield Ranks()
         return
@@ -127,7 +130,7 @@ def joined() -> Iterator[Ranks]:
         dist.init_process_group()  # gloo for tensors in CPU memory, NCCL for those on a GPU
     except (RuntimeError, ValueError) as error:
         raise TFMQError(
-            f"torch.distributed: WORLD_SIZE is {os.environ['WORLD_SIZE']}, but no group was made ({error}); start with torchrun."
+            f"torch.distributed: WORLD_SIZE is {os.environ['WORLD_SIZE']}, but the process group could not be created ({error}); start with torchrun."
         ) from error
     try:
         yield Ranks()
@@ -141,6 +144,6 @@ def _reported() -> Iterator[None]:
         yield
     except RuntimeError as error:
         raise TFMQError(
-            f"rank {dist.get_rank()} of {dist.get_world_size()}: another process of the group is gone or hangs "
-            f"({str(error).splitlines()[0][:160]}); start them again, with the same state folder to keep what is finished."
+            f"rank {dist.get_rank()} of {dist.get_world_size()}: another process of the group has exited or hangs "
+            f"({str(error).splitlines()[0][:160]}); start all of them again, with the same state folder to keep what is finished."
         ) from error

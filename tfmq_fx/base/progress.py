@@ -1,4 +1,4 @@
-"""Progress with an ETA on anything over two seconds; silent in pipes and tests."""
+"""Show progress with an ETA on anything that takes over two seconds; silent in pipes and tests."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ QUIET_SECONDS = 2.0
 
 
 def track(items: Collection[T], description: str) -> Iterator[T]:
-    """Iterate, showing a bar with the time left once two seconds have passed."""
+    """Iterate over `items`, showing a bar with the time left once two seconds have passed."""
     console = Console(stderr=True)
     if not console.is_terminal or not sys.stderr.isatty():
         yield from items
@@ -54,7 +54,7 @@ def track(items: Collection[T], description: str) -> Iterator[T]:
 
 
 class Clock:
-    """Seconds by stage: of the wall, and of all threads together."""
+    """A stopwatch of seconds by stage: wall time, and CPU time of all threads together."""
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
@@ -62,6 +62,7 @@ class Clock:
         self._last = time.monotonic(), time.process_time()
 
     def lap(self, stage: str) -> None:
+        """Record the time since the previous lap, or since the start, as that of `stage`."""
         now = time.monotonic(), time.process_time()
         self.seconds[stage], self.cpu_seconds[stage] = (
             round(b - a, 3) for a, b in zip(self._last, now, strict=True)

@@ -1,1 +1,1 @@
-"""What a node is: which inputs carry values, what is a view, what has a weight, where channels come from."""
+"""Facts about nodes: which inputs carry values, what is a view or has a weight, where channels come from."""

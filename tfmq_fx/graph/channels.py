@@ -1,4 +1,4 @@
-"""Layers as the low-bit passes see them: a weight with a row for each input channel, replaced in place."""
+"""Layers as the low-bit passes see them: weights with a row for each input channel, replaced in place."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from tfmq_fx.graph.state import Change, captured_of, set_state
 
 @dataclass(frozen=True, kw_only=True)
 class ParameterLayer:
-    """A convolution or linear whose weight is its own parameter."""
+    """A convolution or linear whose weight is a parameter that no other node reads."""
 
     gm: GraphModule
     node: Node
@@ -32,7 +32,7 @@ class ParameterLayer:
 
     @property
     def weight(self) -> Tensor:
-        """As it is now: passes replace it."""
+        """Return the weight as it is now; passes replace it."""
         weight: Tensor = attribute(self.gm, self.path).detach()
         return weight
 
@@ -44,7 +44,7 @@ class ParameterLayer:
 
     @property
     def axis(self) -> int:
-        """The channels' dimension in the layer's input and output, from the end."""
+        """Return the channel dimension of the layer's input and output, counted from the end."""
         return -1 if op_name(self.node) == "linear" else 1 - self.weight.dim()
 
     @property
@@ -56,7 +56,7 @@ class ParameterLayer:
         return output_channel_axis(self.node) == 1
 
     def by_input(self) -> Tensor:
-        """The weight as (C_in, ...): a row for each input channel. `from_input` is the inverse."""
+        """Return the weight as (C_in, ...), one row for each input channel. `from_input` is the inverse."""
         w = self.weight
         if self.transposed:  # (C_in, C_out / groups, ...)
             return w.flatten(1)
@@ -65,6 +65,7 @@ class ParameterLayer:
         return rows
 
     def from_input(self, rows: Tensor) -> Tensor:
+        """Return rows, as from `by_input`, in the shape of the weight."""
         if self.transposed:
             return rows.reshape(self.weight.shape)
         out, each, *kernel = self.weight.shape
@@ -76,7 +77,10 @@ class ParameterLayer:
 def choose_layers(
     gm: GraphModule, temporal: Iterable[str], *, timestep: str
 ) -> tuple[list[ParameterLayer], list[Change]]:
-    """The layers that low-bit passes work on, and why the others are left: temporal ones, first and last ones.
+    """Return the layers that low-bit passes change, and a `Change` with the reason for each that they leave.
+
+    They leave first and last layers, and layers whose weight is not a parameter of their own. Layers of the
+    temporal block are in neither list.
 
     temporal: names of the temporal block's nodes; timestep: the name of the input it starts from.
     """
@@ -109,7 +113,7 @@ def record_changes(gm: GraphModule, step: str, changes: Iterable[Change]) -> Non
 
 
 def set_tensor(gm: GraphModule, target: str, value: Tensor) -> None:
-    """Replace what a get_attr of that target yields, in this graph module alone; the dtype stays."""
+    """Replace the tensor that a get_attr of `target` returns, in this graph module only; the dtype stays."""
     *path, name = target.split(".")
     module = gm.get_submodule(".".join(path))
     old: Tensor = getattr(module, name)
@@ -120,7 +124,7 @@ def set_tensor(gm: GraphModule, target: str, value: Tensor) -> None:
 
 
 def count_readers(gm: GraphModule) -> Counter[str]:
-    """How many nodes read each parameter."""
+    """Return how many nodes read each parameter."""
     found: Counter[str] = Counter()
     for node in gm.graph.find_nodes(op="get_attr"):
         found[str(node.target)] += len(node.users)
@@ -128,6 +132,7 @@ def count_readers(gm: GraphModule) -> Counter[str]:
 
 
 def layer_of(gm: GraphModule, node: Node, readers: Mapping[str, int]) -> ParameterLayer | None:
+    """Return the layer of a node, or None if it is not a `ParameterLayer`. readers: from `count_readers`."""
     index = weight_argument(node)
     if index is None or any(isinstance(v, Node) for v in node.kwargs.values()) or len(node.args) <= index:
         return None

@@ -1,4 +1,4 @@
-"""What a graph takes: its placeholders, the timestep among them, and what may join it in the temporal block."""
+"""Find the inputs of a graph: its placeholders, the timestep, and what may join it in the temporal block."""
 
 from __future__ import annotations
 
@@ -16,11 +16,15 @@ from tfmq_fx.graph.state import captured_of
 
 
 def placeholders(gm: GraphModule) -> dict[str, Node]:
+    """Return input name -> placeholder, in the order of the graph."""
     return {str(n.target): n for n in gm.graph.nodes if n.op == "placeholder"}
 
 
 def require_input(gm: GraphModule, name: str, *, argument: str = "timestep") -> Node:
-    """The placeholder called `name`. Raises TFMQError with the nearest names when there is none."""
+    """Return the placeholder called `name`. Raises TFMQError with the nearest names when there is none.
+
+    argument: the caller's argument that holds the name, for the message.
+    """
     inputs = placeholders(gm)
     if name not in inputs:
         raise TFMQError(
@@ -30,9 +34,11 @@ def require_input(gm: GraphModule, name: str, *, argument: str = "timestep") -> 
 
 
 def timestep_input(gm: GraphModule, name: str | None) -> Node:
-    """The placeholder of the timestep: `name`; or what capture recorded; or "timestep"; or the one that can be it.
+    """Return the placeholder of the timestep.
 
-    Raises TFMQError for an unknown name, and for no name when none or several inputs of shape () or (N,) are there.
+    It is the first of these: `name`, the input that capture recorded, "timestep", the only input that can be
+    it. Raises TFMQError for an unknown name, and without a name when no input or several have shape () or
+    (N,).
     """
     name = name or captured_of(gm).timestep
     inputs = placeholders(gm)
@@ -42,7 +48,11 @@ def timestep_input(gm: GraphModule, name: str | None) -> Node:
 
 
 def choose_timestep(values: Mapping[str, Any]) -> str:
-    """The one input that can be the timestep when none is named: "timestep", or the only tensor of shape () or (N,)."""
+    """Return the input that can be the timestep when none is named.
+
+    It is "timestep", or the only tensor of shape () or (N,). Raises TFMQError when there is no such input or
+    several.
+    """
     if "timestep" in values:
         return "timestep"
     candidates = [n for n, x in values.items() if isinstance(x, Tensor) and x.dim() <= 1]
@@ -55,10 +65,11 @@ def choose_timestep(values: Mapping[str, Any]) -> str:
 
 
 def conditioning_vectors(gm: GraphModule, timestep: str) -> list[str]:
-    """Inputs that hold one number or vector per sample: (), (N,) or (N, F), N being the timestep's batch.
+    """Return the inputs that hold one number or vector per sample: (), (N,) or (N, F).
 
-    What has more dimensions (pixels, tokens), another first dimension (position ids), or the shape of the
-    output is data. So is everything when nothing else would be, and in a graph without shapes.
+    N is the timestep's batch. Inputs with more dimensions (pixels, tokens), another first dimension (position
+    ids), or the shape of the output are data. All inputs are data when none would be otherwise, and in a
+    graph without shapes.
     """
     values = {name: meta_value(node) for name, node in placeholders(gm).items()}
     batch = values.pop(timestep)
@@ -78,7 +89,7 @@ def conditioning_vectors(gm: GraphModule, timestep: str) -> list[str]:
 
 
 def _may_be(size: int | torch.SymInt, batch: int | torch.SymInt) -> bool:
-    """Whether a dimension is the batch, as far as capture could see: it may vary, and had the same size."""
+    """Return True if a dimension looks like the batch in the capture: it may vary and had the same size."""
     if fixed_size(size) is not None or not isinstance(batch, torch.SymInt):
         return str(size) == str(batch)
     return bool(size.node.hint == batch.node.hint)  # type: ignore[union-attr]

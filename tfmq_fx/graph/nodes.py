@@ -1,4 +1,4 @@
-"""What the passes need to know of an fx node: which inputs carry values, what is a view, what has a weight.
+"""Facts about an fx node that passes need: which inputs carry values, what is a view, what has a weight.
 
 Everything here reads operator schemas and graph structure, never the name of a module or of a class.
 """
@@ -74,10 +74,10 @@ _IN_PLACE_OPERATORS = {
 
 
 def op_name(node: Node) -> str:
-    """The bare operator name: `aten.linear.default` -> "linear", `x.view(..)` -> "view"; "" for the rest.
+    """Return the bare operator name: `aten.linear.default` -> "linear", `x.view(..)` -> "view"; else "".
 
-    In-place variants are named like their functional twin; `mutated_inputs` tells them apart. A torch.nn module
-    is named like its function: nn.SiLU -> "silu".
+    In-place variants have the name of their functional twin; `mutated_inputs` tells them apart. A torch.nn
+    module has the name of its function: nn.SiLU -> "silu".
     """
     if node.op == "call_method":
         return str(node.target).removesuffix("_")
@@ -98,28 +98,28 @@ def op_name(node: Node) -> str:
 
 
 def called_module(node: Node) -> nn.Module:
-    """The module that a call_module node calls."""
+    """Return the module that a call_module node calls."""
     owner = node.graph.owning_module
     assert owner is not None
     return owner.get_submodule(str(node.target))
 
 
 def meta_value(node: Node) -> Any:
-    """The fake value of a node, as torch.export ("val") or Dynamo ("example_value") left it; None when neither did."""
+    """Return a node's fake value, from torch.export ("val") or Dynamo ("example_value"), or None."""
     return node.meta.get("val", node.meta.get("example_value"))
 
 
 def hinted_shape(node: Any) -> list[int]:
-    """The sizes of a node's tensor at capture: a batch of two where it may vary."""
+    """Return the sizes of a node's tensor at capture, where a batch that may vary was two."""
     value = meta_value(node)
     assert isinstance(value, Tensor), node
     return [d if isinstance(d, int) else d.node.hint for d in value.shape]
 
 
 def convolution_arguments(node: Node) -> dict[str, Any]:
-    """Those of a convolution by name, with defaults.
+    """Return a convolution's arguments by name, with defaults.
 
-    stride, padding (unless it is a word) and dilation have a number for each dimension that the kernel moves along.
+    stride, padding (unless it is a word) and dilation have a number for each spatial dimension.
     """
     name = op_name(node)
     names = _CONVOLUTION_ARGUMENTS["transpose" if "transpose" in name else name.rstrip("123d")]
@@ -138,13 +138,13 @@ def convolution_arguments(node: Node) -> dict[str, Any]:
 
 
 def groups_of(layer: Node) -> int:
-    """Of a convolution: each output channel sees C_in / groups input channels. Of a linear: 1."""
+    """Return a convolution's groups: each output channel sees C_in / groups input channels. A linear's: 1."""
     found: int = 1 if op_name(layer) == "linear" else convolution_arguments(layer)["groups"]
     return found
 
 
 def fixed_size(size: int | torch.SymInt) -> int | None:
-    """The dimension as capture fixed it, None where it may vary. (A specialised SymInt is still a SymInt.)"""
+    """Return the size if capture fixed it, None if it may vary. (A specialised SymInt is still a SymInt.)"""
     if isinstance(size, int):
         return size
     fixed: int | None = size.node.maybe_as_int()
@@ -152,7 +152,7 @@ def fixed_size(size: int | torch.SymInt) -> int | None:
 
 
 def value_inputs(node: Node) -> list[Node]:
-    """The inputs whose values (not merely shape, dtype or device) reach this node's output."""
+    """Return the inputs whose values (not merely shape, dtype or device) reach this node's output."""
     name = op_name(node)
     if name in _METADATA:
         return []
@@ -166,6 +166,7 @@ def value_inputs(node: Node) -> list[Node]:
 
 
 def is_random(node: Node) -> bool:
+    """Return True if the node draws random numbers."""
     target = node.target
     if not isinstance(target, torch._ops.OpOverload) or torch.Tag.nondeterministic_seeded not in target.tags:
         return False
@@ -174,7 +175,7 @@ def is_random(node: Node) -> bool:
 
 
 def mutated_inputs(node: Node) -> list[Node]:
-    """Inputs this node writes to in place."""
+    """Return the inputs that this node writes to in place."""
     if not isinstance(node.target, torch._ops.OpOverload):
         return [n for n in node.args[:1] if isinstance(n, Node)] if _writes_its_first_argument(node) else []
     if not node.target._schema.is_mutable:
@@ -187,7 +188,10 @@ def mutated_inputs(node: Node) -> list[Node]:
 
 
 def _writes_its_first_argument(node: Node) -> bool:
-    """For graphs of Python functions, methods and modules: `x.add_(y)`, `x += y`, `x[i] = y`, `relu(x, inplace=True)`."""
+    """Return True for Python functions, methods and modules that write in place.
+
+    For example `x.add_(y)`, `x += y`, `x[i] = y`, `relu(x, inplace=True)`.
+    """
     if node.op == "call_module":
         return bool(getattr(called_module(node), "inplace", False))  # torch.nn's own switch
     if node.op == "call_method":
@@ -201,7 +205,7 @@ def _writes_its_first_argument(node: Node) -> bool:
 
 
 def viewed_inputs(node: Node) -> list[Node]:
-    """Inputs whose memory this node's output may share."""
+    """Return the inputs whose memory this node's output may share."""
     if not isinstance(node.target, torch._ops.OpOverload):
         name = op_name(node)
         shares = (name in _VIEWS and name not in ("clone", "cat", "stack")) or _writes_its_first_argument(
@@ -226,17 +230,17 @@ def is_view_or_pointwise(node: Node) -> bool:
 
 
 def weight_argument(node: Node) -> int | None:
-    """Index of the weight argument when this is a convolution or linear, else None."""
+    """Return the index of the weight argument if this is a convolution or linear, else None."""
     return _WEIGHT_ARGUMENT.get(op_name(node)) if node.op == "call_function" else None
 
 
 def output_channel_axis(node: Node) -> int:
-    """The weight's dimension that counts output channels (1 for transposed convolutions, else 0)."""
+    """Return the weight's dimension of output channels: 1 for transposed convolutions, else 0."""
     return 1 if "transpose" in op_name(node) or (op_name(node) == "convolution" and node.args[6]) else 0
 
 
 def matmul_inputs(node: Node) -> list[Node]:
-    """The operands of a matmul or attention of two computed tensors; [] for anything else."""
+    """Return the operands of a matmul or attention if all of them are computed tensors; else []."""
     indices = _MATMULS.get(op_name(node), ())
     operands = [node.args[i] for i in indices if i < len(node.args)]
     computed = [n for n in operands if isinstance(n, Node) and n.op != "get_attr"]
@@ -244,7 +248,7 @@ def matmul_inputs(node: Node) -> list[Node]:
 
 
 def attribute(gm: nn.Module, target: str) -> Any:
-    """What a get_attr node of that target yields."""
+    """Return the value of a get_attr node with this target."""
     value: Any = gm
     for part in target.split("."):
         value = getattr(value, part)
@@ -252,7 +256,7 @@ def attribute(gm: nn.Module, target: str) -> Any:
 
 
 def set_buffer(gm: nn.Module, target: str, value: Tensor) -> None:
-    """Register `value` as a buffer at a dotted path, making plain modules on the way where missing."""
+    """Register `value` as a buffer at a dotted path, creating plain modules where the path has none."""
     *path, name = target.split(".")
     module = gm
     for part in path:
@@ -266,14 +270,17 @@ def set_buffer(gm: nn.Module, target: str, value: Tensor) -> None:
 
 
 def inline(graph: Graph, function: Callable[..., Any], *arguments: Node) -> Node:
-    """Insert, where the graph inserts now, the operators that `function` calls on these nodes; the node of its result."""
+    """Trace `function` on these nodes at the graph's insertion point, and return the node of its result."""
     tracer = GraphAppendingTracer(graph)
     node: Node = function(*(Proxy(n, tracer) for n in arguments)).node
     return node
 
 
 def ancestors(nodes: Iterable[Node], also: Mapping[Node, Iterable[Node]] | None = None) -> set[Node]:
-    """`nodes` and everything they are computed from; also: further sources of a node, as by writes in place."""
+    """Return `nodes` and everything they are computed from.
+
+    also: further sources of a node, such as writes in place to the memory that it reads.
+    """
     seen: set[Node] = set()
     stack = list(nodes)
     while stack:
@@ -286,10 +293,11 @@ def ancestors(nodes: Iterable[Node], also: Mapping[Node, Iterable[Node]] | None 
 
 
 def edge_layers(gm: GraphModule, *, timestep: str) -> set[Node]:
-    """The first and last weighted layers: the only one an input reaches first, or that reaches the output last.
+    """Return the first and last weighted layers.
 
-    An input that fans out to many layers at once (a text embedding read by every cross-attention) has no
-    first layer in this sense; but the timestep has as many as it reaches: some networks embed it anew in each block.
+    First: the only one that an input reaches first. Last: the one or two that reach the output last. An input
+    that fans out to many layers at once (a text embedding read by every cross-attention) has no first layer
+    in this sense. The timestep has as many as it reaches: some networks embed it anew in each block.
     """
     inputs = [n for n in gm.graph.nodes if n.op == "placeholder"]
     output = next(n for n in gm.graph.nodes if n.op == "output")
@@ -321,7 +329,7 @@ def _first_weighted(start: Iterable[Node], *, forward: bool) -> set[Node]:
 
 
 def fresh(gm: GraphModule) -> GraphModule:
-    """A linted, recompiled GraphModule on a copy of the graph; parameters and submodules are shared."""
+    """Return a linted, recompiled GraphModule on a copy of the graph, sharing parameters and submodules."""
     graph = torch.fx.Graph(tracer_cls=gm.graph._tracer_cls)
     output = graph.graph_copy(gm.graph, {})
     original = gm.graph.output_node()

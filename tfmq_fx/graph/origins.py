@@ -1,7 +1,8 @@
-"""Where the channels of a layer's input come from.
+"""Find where the channels of a layer's input come from.
 
-The dataflow is not described operator by operator: the elements of what a producer yields are numbered, the graph's
-own views are run on the numbers, and what arrives at a layer says where each of its channels comes from.
+The dataflow is not described operator by operator. Instead, the elements of a producer's output are numbered
+and the graph's own views run on the numbers. The numbers that arrive at a layer say where each of its
+channels comes from.
 """
 
 from __future__ import annotations
@@ -40,14 +41,14 @@ _MIXES = {"scaled_dot_product_attention": 2, "matmul": 1, "bmm": 1}  # sums over
 
 @dataclass(frozen=True, kw_only=True)
 class Producer:
-    """A layer, or a norm's affine, whose output channels can be rewritten offline."""
+    """A layer, or the affine part of a norm, whose output channels can be rewritten offline."""
 
     node: Node
     paths: tuple[str, ...]  # its weight and, if it has one, its bias
     start: int  # the number of its first channel
     channels: int
-    axis: int  # the channels' dimension in its output, from the end
-    weight_axis: int  # and in its weight
+    axis: int  # the channel dimension of its output, from the end
+    weight_axis: int  # the channel dimension of its weight
 
     def rewrite(self, gm: GraphModule, change: Callable[[Tensor], Tensor]) -> None:
         """Apply `change` to the weight's and the bias's rows (channels, ...), in float64."""
@@ -61,24 +62,24 @@ class Producer:
 
 @dataclass(frozen=True, kw_only=True)
 class Origin:
-    """Where the channels of some layers' inputs come from. Invariant: nothing else reads these channels."""
+    """The producers of the input channels of some layers. Invariant: nothing else reads these channels."""
 
     producers: tuple[Producer, ...]
-    read: Mapping[
-        Node, Tensor
-    ]  # layer -> the numbers (C_in,) of its input's channels, counted over the producers
+    # Layer -> the numbers (C_in,) of its input's channels, counted over the producers.
+    read: Mapping[Node, Tensor]
 
     @property
     def words(self) -> str:
+        """Return where a change was folded, for `Change.reason`."""
         return f"into {', '.join(p.paths[0] for p in self.producers)}"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Explicit:
-    """Layers whose common input must be changed by nodes of the graph."""
+    """Layers with a common input that only new nodes of the graph can change."""
 
     x: Node
-    axis: int  # the channels' dimension, from the end
+    axis: int  # the channel dimension, from the end
     layers: tuple[ParameterLayer, ...]
     reason: str  # why it cannot be done offline
 
@@ -86,7 +87,11 @@ class Explicit:
 def find_origins(
     gm: GraphModule, layers: Iterable[ParameterLayer], *, temporal: Iterable[str], block: int | None = None
 ) -> tuple[list[Origin], list[Explicit]]:
-    """Every layer in one of the two: where its input's channels can be changed offline, or why not; only reads."""
+    """Return, for every layer, where its input's channels can be changed offline, or why they cannot.
+
+    Each layer is in exactly one of the two lists. The graph is only read. temporal: names of the temporal
+    block's nodes; block: see `Tracer`.
+    """
     by_input: dict[tuple[Node, int], list[ParameterLayer]] = {}
     for layer in layers:
         by_input.setdefault((layer.x, layer.axis), []).append(layer)
@@ -108,10 +113,11 @@ def find_origins(
 
 
 class Tracer:
-    """Finds the origin of layers' inputs in one graph.
+    """A search for the origins of layers' inputs in one graph.
 
-    block: None for changes of scale, which pass through whatever is positively homogeneous; a number for
-        mixing each `block` consecutive channels, which passes through what is linear and treats them alike.
+    block: None for changes of scale, which pass through positively homogeneous operators. A number for mixing
+        each `block` consecutive channels, which passes through linear operators that treat these channels
+        alike.
     """
 
     def __init__(
@@ -130,7 +136,7 @@ class Tracer:
         self._next = 0  # positions are numbered across the whole trace
 
     def origin(self, x: Node) -> Origin | str:
-        """The origin of node x's channels, or why there is none."""
+        """Return the origin of node x's channels, or the reason why there is none."""
         found = self._producers(x)
         if isinstance(found, str):
             return found
@@ -177,7 +183,7 @@ class Tracer:
         )
 
     def _bias(self, node: Node, index: int) -> str | None:
-        """The path of a parameter that this node alone reads; "" for no parameter; None for anything else."""
+        """Return the path of a parameter that only this node reads; "" for none; None for anything else."""
         value = node.args[index] if len(node.args) > index else None
         if value is None:
             return None if any(isinstance(v, Node) for v in node.kwargs.values()) else ""
@@ -223,7 +229,7 @@ class Tracer:
         return name in _SAME or (name in _POSITIVE and self.block is None)
 
     def _carried(self, node: Node) -> list[Node]:
-        """The inputs whose channels are this node's."""
+        """Return the inputs whose channels are this node's."""
         if op_name(node) in _MIXES:
             value = node.args[_MIXES[op_name(node)]]
             return [value] if isinstance(value, Node) else []
@@ -275,7 +281,7 @@ class Tracer:
         wanted = [v for user, v in read.items() if self.layers[user].x is x]
         if not wanted:
             return "its channels do not line up with those of what produces them"
-        # Everything that shares a channel with what is wanted takes part; the rest of the readers does not matter.
+        # Every reader that shares a channel with a wanted one takes part; the others do not matter.
         group: set[int] = set(wanted[0].tolist())
         taking: dict[Node, Tensor] = {}
         while grown := {u: v for u, v in read.items() if u not in taking and group & set(v.tolist())}:
@@ -304,7 +310,7 @@ class Tracer:
     def _run(
         self, node: Node, carried: list[Node], numbers: Mapping[Node, tuple[Any, Any]]
     ) -> tuple[Any, Any] | None:
-        """Channel and position numbers of a node's elements; None where they cannot be told."""
+        """Return the channel and position numbers of a node's elements, or None if they are unknown."""
         name = op_name(node)
         if name in _MIXES:
             (value,) = carried
@@ -326,11 +332,11 @@ class Tracer:
                 node.target(*map_arg(node.args, arg), **map_arg(node.kwargs, arg))  # type: ignore[return-value]
                 for arg in (lambda n, i=i: _argument(n, numbers, i) for i in (0, 1))
             )
-        except (RuntimeError, IndexError, TypeError):  # a view that needs a size capture did not fix
+        except (RuntimeError, IndexError, TypeError):  # a view needs a size that capture did not fix
             return None
 
     def _vector(self, layer: ParameterLayer, channel: Any, position: Any) -> Tensor | None:
-        """The channel numbers (C_in,) of a layer's input; None where they differ between positions."""
+        """Return the channel numbers (C_in,) of a layer's input, or None if they differ between positions."""
         if not isinstance(channel, Tensor) or channel.dim() < -layer.axis:
             return None
         channel_CP = channel.movedim(layer.axis, 0).flatten(1)
@@ -347,7 +353,7 @@ class Tracer:
         return channel_CP[:, 0].clone()
 
     def _misaligned(self, vectors: Iterable[Tensor], producers: list[Producer]) -> str:
-        """Why the blocks of these layers' channels are not blocks of a producer's; "" when they are."""
+        """Return why the blocks of these layers' channels are not blocks of a producer's; "" if they are."""
         assert self.block is not None
         block_of: dict[int, tuple[int, ...]] = {}
         for vector in vectors:
@@ -372,7 +378,7 @@ def _argument(node: Node, numbers: Mapping[Node, tuple[Any, Any]], index: int) -
 
 
 def _shape(value: Tensor) -> list[int]:
-    """With the batch of the capture's example where it is dynamic."""
+    """Return the shape, with the batch size of capture's example if the batch is dynamic."""
     return [_size(d) for d in value.shape]
 
 

@@ -135,7 +135,7 @@ def test_a_second_time_changes_nothing():
 
 @pytest.mark.parametrize("block", [0, 1, 6])
 def test_other_blocks_are_refused(block):
-    with pytest.raises(TFMQError, match=f"block={block}: is no power of two"):
+    with pytest.raises(TFMQError, match=f"block={block}: is not a power of two"):
         rotate(graph(Attention), block=block)
 
 
