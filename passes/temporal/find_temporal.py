@@ -141,43 +141,57 @@ def find_temporal(
     when only its shape is used, when it does not reach the output, and when it meets data before any layer.
     """
     source = timestep_input(gm, timestep)
-    timestep = str(source.target)
+    allowed = _allowed(gm, str(source.target), conditioning, finite)
+    flow = _flow(gm)
+    _require_path(gm, source, flow.marks)
+    inside = {
+        n for n, mark in flow.marks.items() if mark <= allowed and n.op not in ("placeholder", "output")
+    }
+    temporal = {n for n in inside if source.target in flow.marks[n]}
+    frontier = _frontier(gm, flow, temporal, allowed)
+    if not frontier:
+        raise TFMQError(
+            f"timestep={source.target!r}: no temporal block found; no value computed from "
+            f"{' and '.join(sorted(allowed))} alone reaches the output. Inputs are {', '.join(placeholders(gm))}."
+        )
+    if features is None:
+        written = overwritten(gm, temporal)
+        anchors = {anchor for node in frontier for anchor in _anchors(node, temporal, written)}
+    else:
+        anchors = {n for n in temporal if n.name in features}
+    return _block(gm, flow, str(source.target), anchors=anchors, inside=inside, allowed=allowed)
+
+
+def _allowed(
+    gm: GraphModule, timestep: str, conditioning: Iterable[str] | None, finite: Iterable[str]
+) -> set[str]:
+    """Return the inputs that the block may be a function of. Raises TFMQError for one that the graph does not have."""
     for argument, names in (("conditioning", conditioning or ()), ("finite", finite)):
         for name in names:
             require_input(gm, name, argument=argument)
     vectors = conditioning_vectors(gm, timestep) if conditioning is None else conditioning
-    allowed = {timestep, *vectors, *finite}
-    flow = _flow(gm)
-    marks = flow.marks
-    _require_path(gm, source, marks)
-    inside_marks = {
-        n for n, mark in marks.items() if mark <= allowed and n.op not in ("placeholder", "output")
-    }
-    temporal = {n for n in inside_marks if timestep in marks[n]}
+    return {timestep, *vectors, *finite}
+
+
+def _frontier(gm: GraphModule, flow: _Flow, temporal: set[Node], allowed: set[str]) -> list[Node]:
+    """Return the nodes of the block that something outside it reads, on the way to the output."""
     alive = ancestors([gm.graph.output_node()], flow.writers)
-    frontier = [
+    outside = {n for n in alive if not flow.marks[n] <= allowed}
+    return [
         node
         for node in gm.graph.nodes
-        if node in temporal
-        and any(u in alive and not marks[u] <= allowed and node in value_inputs(u) for u in node.users)
+        if node in temporal and any(u in outside and node in value_inputs(u) for u in node.users)
     ]
-    if not frontier:
-        raise TFMQError(
-            f"timestep={timestep!r}: no temporal block found; no value computed from "
-            f"{' and '.join(sorted(allowed))} alone reaches the output. Inputs are {', '.join(placeholders(gm))}."
-        )
-    anchors: set[Node] = set()
-    if features is None:
-        written = overwritten(gm, temporal)
-        for node in frontier:
-            anchors |= _anchors(node, temporal, written)
-    else:
-        anchors = {n for n in temporal if n.name in features}
+
+
+def _block(
+    gm: GraphModule, flow: _Flow, timestep: str, *, anchors: set[Node], inside: set[Node], allowed: set[str]
+) -> TemporalBlock:
+    """Return the block whose features are the anchors; inside: the nodes that depend on `allowed` alone."""
+    marks = flow.marks
     constant = constants_of(gm, marks, allowed)
-    inside = {
-        n for n in ancestors(anchors, flow.writers) if (n in inside_marks and marks[n]) or n in constant
-    }
-    order = [n for n in gm.graph.nodes if n in inside]
+    members = {n for n in ancestors(anchors, flow.writers) if (n in inside and marks[n]) or n in constant}
+    order = [n for n in gm.graph.nodes if n in members]
     found = [n for n in order if n in anchors]
     names = [timestep, *(n for n in placeholders(gm) if n != timestep)]
     feature_keys = [tuple(n for n in names if n in marks[f]) for f in found]

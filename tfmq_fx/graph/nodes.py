@@ -51,12 +51,15 @@ _METADATA = {
 _FIRST_VALUE_ONLY = {"to", "type_as", "expand_as", "view_as", "reshape_as", "_to_copy"}
 
 
-_VIEWS = {
-    "getitem", "slice", "select", "unsqueeze", "squeeze", "view", "reshape", "_unsafe_view", "flatten", "unflatten",
-    "expand", "expand_as", "view_as", "permute", "transpose", "t", "movedim", "chunk", "split",
-    "split_with_sizes", "unbind", "to", "type_as", "_to_copy", "contiguous", "clone", "detach", "alias", "dropout",
-    "repeat", "repeat_interleave", "lift_fresh_copy", "cat", "stack", "identity",
-    "float", "double", "half", "bfloat16", "long", "int", "type",
+# They move values and compute none: what comes out is what went in, elsewhere.
+MOVES = {
+    "getitem", "slice", "select", "unsqueeze", "squeeze", "view", "reshape", "_unsafe_view", "flatten", "unflatten", "expand",
+    "permute", "transpose", "t", "movedim", "chunk", "split", "split_with_sizes", "unbind", "contiguous", "clone", "detach",
+    "alias", "cat", "stack",
+}  # fmt: skip
+_VIEWS = MOVES | {
+    "expand_as", "view_as", "to", "type_as", "_to_copy", "dropout", "repeat", "repeat_interleave", "lift_fresh_copy",
+    "identity", "float", "double", "half", "bfloat16", "long", "int", "type",
 }  # fmt: skip
 
 

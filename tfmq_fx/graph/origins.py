@@ -19,6 +19,7 @@ from torch.utils import _pytree as pytree
 
 from tfmq_fx.graph.channels import ParameterLayer, count_readers, layer_of, set_tensor
 from tfmq_fx.graph.nodes import (
+    MOVES,
     attribute,
     meta_value,
     mutated_inputs,
@@ -28,11 +29,6 @@ from tfmq_fx.graph.nodes import (
     weight_argument,
 )
 
-_VIEWS = {
-    "getitem", "slice", "select", "unsqueeze", "squeeze", "view", "reshape", "_unsafe_view", "flatten", "unflatten", "expand",
-    "permute", "transpose", "t", "movedim", "chunk", "split", "split_with_sizes", "unbind", "contiguous", "clone", "detach",
-    "alias", "cat", "stack",
-}  # fmt: skip
 _SAME = {"dropout", "to", "_to_copy", "mul", "div", "neg"}  # the last three: by a number
 _POSITIVE = {"relu", "leaky_relu"}  # f(s x) = s f(x) for s > 0
 _NORMS = {"group_norm": (2, 3), "layer_norm": (2, 3), "rms_norm": (2, None), "batch_norm": (1, 2)}
@@ -220,7 +216,7 @@ class Tracer:
             return False
         if name in _MIXES:  # a value that is also its own query or key would be changed twice
             return node.args.count(node.args[_MIXES[name]]) == 1
-        if name in _VIEWS:
+        if name in MOVES:
             return True
         if name in ("mul", "div", "neg"):
             factors = [a for a in node.args if isinstance(a, Node)]
@@ -238,62 +234,63 @@ class Tracer:
     # ---- forwards: from the producers to everything that reads their channels
 
     def _forward(self, x: Node, producers: list[Producer]) -> Origin | str:
+        sources = [p.node for p in producers]
+        flow = _Channels({p.node: self._numbered(p) for p in producers})
+        region = self._region(sources)
+        for node in sorted(region, key=self.order.__getitem__):
+            self._follow(node, flow)
+        read = self._read([*dict.fromkeys(sources), *region], region, flow)
+        wanted = [v for user, v in read.items() if self.layers[user].x is x]
+        if not wanted:
+            return "its channels do not line up with those of what produces them"
+        taking, group = _sharing(read, set(wanted[0].tolist()))
+        if -1 in group:
+            return "some of its channels come from elsewhere"
+        if hit := group & flow.leaks.keys():
+            return flow.leaks[min(hit)]
+        if self.block is not None and (reason := self._misaligned(taking.values(), producers)):
+            return reason
+        return Origin(producers=tuple(producers), read=taking)
+
+    def _region(self, sources: list[Node]) -> set[Node]:
+        """Return the nodes that the sources' channels pass through."""
         region: set[Node] = set()
-        stack = [p.node for p in producers]
-        sources = set(stack)
+        stack = list(sources)
         while stack:
             for user in stack.pop().users:
                 if user not in region and user not in sources and self._passes(user):
                     region.add(user)
                     stack.append(user)
-        numbers = {p.node: self._numbered(p) for p in producers}
-        leaks: dict[int, str] = {}
+        return region
 
-        def leak(node: Node, by: Node) -> None:
-            words = f"{op_name(by) or by.op} ({by.name}) reads it too"
-            for tensor in pytree.tree_leaves(numbers[node][0]) if node in numbers else ():
-                leaks.update(dict.fromkeys(tensor.unique().tolist(), words))
+    def _follow(self, node: Node, flow: _Channels) -> None:
+        """Number the channels of a node's output by those of its inputs; what cannot be followed leaks."""
+        carried = [n for n in self._carried(node) if n in flow.numbers]
+        for other in node.all_input_nodes:
+            if other not in carried:
+                flow.leak(other, node)
+        result = self._run(node, carried, flow.numbers) if carried else None
+        if result is not None:
+            flow.numbers[node] = result
+            return
+        for other in carried:
+            flow.leak(other, node)
 
-        for node in sorted(region, key=self.order.__getitem__):
-            carried = [n for n in self._carried(node) if n in numbers]
-            for other in node.all_input_nodes:
-                if other not in carried:
-                    leak(other, node)
-            result = self._run(node, carried, numbers) if carried else None
-            if result is None:
-                for other in carried:
-                    leak(other, node)
-            else:
-                numbers[node] = result
+    def _read(self, nodes: Iterable[Node], region: set[Node], flow: _Channels) -> dict[Node, Tensor]:
+        """Return the channel numbers that layers read; every other reader outside the region leaks."""
         read: dict[Node, Tensor] = {}
-        for node in [*sources, *region]:
-            for user in node.users:
-                if user in region or node not in numbers:
+        for node in nodes:
+            for user in node.users if node in flow.numbers else ():
+                if user in region:
                     continue
                 layer = self.layers.get(user)
-                vector = (
-                    self._vector(layer, *numbers[node]) if layer is not None and layer.x is node else None
-                )
-                if vector is None or user.all_input_nodes.count(node) != 1:
-                    leak(node, user)
+                reads_it = layer is not None and layer.x is node and user.all_input_nodes.count(node) == 1
+                vector = self._vector(layer, *flow.numbers[node]) if layer is not None and reads_it else None
+                if vector is None:
+                    flow.leak(node, user)
                 else:
                     read[user] = vector
-        wanted = [v for user, v in read.items() if self.layers[user].x is x]
-        if not wanted:
-            return "its channels do not line up with those of what produces them"
-        # Every reader that shares a channel with a wanted one takes part; the others do not matter.
-        group: set[int] = set(wanted[0].tolist())
-        taking: dict[Node, Tensor] = {}
-        while grown := {u: v for u, v in read.items() if u not in taking and group & set(v.tolist())}:
-            taking |= grown
-            group |= {i for v in grown.values() for i in v.tolist()}
-        if -1 in group:
-            return "some of its channels come from elsewhere"
-        if hit := group & leaks.keys():
-            return leaks[min(hit)]
-        if self.block is not None and (reason := self._misaligned(taking.values(), producers)):
-            return reason
-        return Origin(producers=tuple(producers), read=taking)
+        return read
 
     def _numbered(self, p: Producer) -> tuple[Any, Any]:
         shape = _shape(meta_value(p.node))
@@ -366,6 +363,28 @@ class Tracer:
                 if any(block_of.setdefault(c, block) != block for c in block):
                     return "its readers group the channels differently"
         return ""
+
+
+class _Channels:
+    """Numbers of channels as they flow from producers: by node, and those that something else reads, with who does."""
+
+    def __init__(self, numbers: dict[Node, tuple[Any, Any]]) -> None:
+        self.numbers = numbers
+        self.leaks: dict[int, str] = {}
+
+    def leak(self, node: Node, by: Node) -> None:
+        words = f"{op_name(by) or by.op} ({by.name}) reads it too"
+        for tensor in pytree.tree_leaves(self.numbers[node][0]) if node in self.numbers else ():
+            self.leaks.update(dict.fromkeys(tensor.unique().tolist(), words))
+
+
+def _sharing(read: Mapping[Node, Tensor], group: set[int]) -> tuple[dict[Node, Tensor], set[int]]:
+    """Return every reader that shares a channel with the group, or with one that does; and the channels of them all."""
+    taking: dict[Node, Tensor] = {}
+    while grown := {u: v for u, v in read.items() if u not in taking and group & set(v.tolist())}:
+        taking |= grown
+        group = group | {i for v in grown.values() for i in v.tolist()}
+    return taking, group
 
 
 def _argument(node: Node, numbers: Mapping[Node, tuple[Any, Any]], index: int) -> Any:
