@@ -10,7 +10,6 @@ import dataclasses
 import hashlib
 import json
 import math
-import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +21,7 @@ from torch.fx import GraphModule, Node
 
 from tfmq_fx.base.arithmetic import FLOAT_BITS, check_bits
 from tfmq_fx.base.errors import TFMQError
-from tfmq_fx.base.files import update_with_tensors
+from tfmq_fx.base.files import replace_files, update_with_tensors
 from tfmq_fx.base.metrics import relative_mse_by_timestep
 from tfmq_fx.base.progress import track
 from tfmq_fx.calibration.data import CalibrationSet, inputs_of
@@ -202,9 +201,8 @@ def sensitivity(
         )
     found = Sensitivity(timesteps=sorted(set(timesteps.tolist())), layers=tuple(layers), key=key)
     if file is not None:
-        temporary = file.with_name(f".{file.name}.tmp-{os.getpid()}")
-        temporary.write_text(json.dumps(found.to_json()) + "\n")
-        os.replace(temporary, file)
+        text = json.dumps(found.to_json()) + "\n"
+        replace_files(file, lambda path: path.write_text(text))
     return found
 
 

@@ -8,7 +8,8 @@ import math
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,22 @@ def update_with_tensors(digest: hashlib._Hash, tensors: Iterable[tuple[str, Tens
         digest.update(raw_bytes(x))
 
 
+@contextmanager
+def _beside(target: Path) -> Iterator[Path]:
+    """Make a temporary folder beside `target`. Raises TFMQError, naming `target`, for every error of the disk."""
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.tmp-", dir=target.parent))
+    except OSError as error:
+        raise TFMQError(f"{target}: cannot be written ({first_line(error)}).") from error
+    try:
+        yield temporary
+    except (OSError, SafetensorError) as error:  # safetensors raises its own type for a full disk
+        raise TFMQError(f"{target}: cannot be written ({first_line(error)}).") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
 def replace_folder(folder: Path, write: Callable[[Path], None]) -> None:
     """Let `write` fill a temporary folder, then rename it, so that `folder` is absent, unchanged or complete.
 
@@ -40,19 +57,25 @@ def replace_folder(folder: Path, write: Callable[[Path], None]) -> None:
     Raises TFMQError when the folder cannot be written.
     """
     folder = folder.absolute()
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.tmp-", dir=folder.parent))
-    except OSError as error:
-        raise TFMQError(f"{folder}: cannot be written ({error.strerror}).") from error
-    try:
+    with _beside(folder) as temporary:
         write(temporary)
         temporary.chmod(0o755)
         _move(temporary, folder)
-    except (OSError, SafetensorError) as error:  # safetensors raises its own type for a full disk
-        raise TFMQError(f"{folder}: cannot be written ({first_line(error)}).") from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def replace_files(file: Path, write: Callable[[Path], object]) -> None:
+    """Let `write` create `file` and any files beside it in a temporary folder, then move them into place.
+
+    `file` moves last, so that it is absent, unchanged or complete at any time. Raises TFMQError when it
+    cannot be written.
+    """
+    with _beside(file) as temporary:
+        write(temporary / file.name)
+        written = sorted(temporary.iterdir(), key=lambda f: f.name == file.name)
+        if len(written) > 1:
+            file.unlink(missing_ok=True)  # an old file must never lie beside new data
+        for part in written:
+            os.replace(part, file.with_name(part.name))
 
 
 def _move(temporary: Path, folder: Path) -> None:
@@ -91,27 +114,3 @@ def finite_json(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [finite_json(v) for v in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def replace_files(file: Path, write: Callable[[Path], None]) -> None:
-    """Let `write` create `file` and any files beside it in a temporary folder, then move them into place.
-
-    `file` moves last, so that it is absent, unchanged or complete at any time. Raises TFMQError when it
-    cannot be written.
-    """
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{file.name}.tmp-", dir=file.parent))
-    except OSError as error:
-        raise TFMQError(f"{file}: cannot be written ({error.strerror or error}).") from error
-    try:
-        write(temporary / file.name)
-        written = sorted(temporary.iterdir(), key=lambda f: f.name == file.name)
-        if len(written) > 1:
-            file.unlink(missing_ok=True)  # an old file must never lie beside new data
-        for part in written:
-            os.replace(part, file.with_name(part.name))
-    except OSError as error:
-        raise TFMQError(f"{file}: cannot be written ({error.strerror or error}).") from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)

@@ -15,8 +15,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import os
-import secrets
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -27,7 +25,7 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from tfmq_fx.base.errors import TFMQError
-from tfmq_fx.base.files import update_with_tensors
+from tfmq_fx.base.files import replace_files, update_with_tensors
 from tfmq_fx.base.parallel import Ranks
 from tfmq_fx.observers.static import StaticFakeQuantize
 from tfmq_fx.observers.weight import PerChannelWeightFakeQuantize
@@ -90,24 +88,23 @@ class Finished:
         learned = _learned(block)
         error = None
         if self.folder is not None and self.ranks.rank == 0:
-            temporary = _temporary(self.folder / f"{index:04d}")
             try:
-                save_file(
-                    {name: x.contiguous().cpu() for name, x in learned.items()},
-                    temporary,
-                    metadata={
-                        "result": json.dumps(dataclasses.asdict(result)),
-                        "fingerprint": self.fingerprint,
-                    },
+                replace_files(
+                    self.folder / f"{index:04d}.safetensors",
+                    lambda path: save_file(
+                        {name: x.contiguous().cpu() for name, x in learned.items()},
+                        path,
+                        metadata={
+                            "result": json.dumps(dataclasses.asdict(result)),
+                            "fingerprint": self.fingerprint,
+                        },
+                    ),
                 )
-                os.replace(temporary, self.folder / f"{index:04d}.safetensors")
-            except (OSError, SafetensorError) as e:
+            except TFMQError as e:
                 error = (
                     f"{self.folder}: block {result.name} cannot be kept ({e}); the {index} before it are. Make room and run "
                     "the same command again."
                 )
-            finally:
-                temporary.unlink(missing_ok=True)
         if error := self.ranks.first(error):
             raise TFMQError(error)
         # Machines of another kind may have rounded a tie otherwise.
@@ -133,17 +130,12 @@ def _open(folder: Path, fingerprint: str) -> None:
         ):  # another process may be just before this
             raise TFMQError(f"{folder}: is not empty and holds no {STATE}; name another folder.")
         else:
-            temporary = _temporary(folder / STATE)
-            temporary.write_text(json.dumps({"fingerprint": fingerprint}))
-            os.replace(temporary, folder / STATE)
+            text = json.dumps({"fingerprint": fingerprint})
+            replace_files(folder / STATE, lambda path: path.write_text(text))
     except (OSError, ValueError) as error:
         if isinstance(error, TFMQError):
             raise
         raise TFMQError(f"{folder}: cannot keep the state of reconstruction ({error}).") from error
-
-
-def _temporary(file: Path) -> Path:
-    return file.with_name(f".{file.name}.tmp-{secrets.token_hex(4)}")
 
 
 def _learned(block: GraphModule) -> dict[str, Tensor]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -19,7 +18,7 @@ from tfmq_fx.artefact.drop_in import QuantizedGraph
 from tfmq_fx.artefact.graph_json import graph_to_json, tensors_of
 from tfmq_fx.base.arithmetic import ByteSums
 from tfmq_fx.base.errors import TFMQError
-from tfmq_fx.base.files import update_with_tensors
+from tfmq_fx.base.files import replace_files, update_with_tensors
 from tfmq_fx.runtimes.layers import Kernel
 
 LAYOUT = 2  # of what a cache folder holds: another number reads none of the old
@@ -65,9 +64,8 @@ def choose_precision(precision: str | None, *, has_bfloat16: bool) -> str:
 def remembered(file: Path, look: Callable[[], Any]) -> Any:
     """What `look` finds, as JSON in a file: a compiled network from the cache has forgotten some of it."""
     if not file.is_file():
-        temporary = file.with_suffix(f".tmp-{os.getpid()}")
-        temporary.write_text(json.dumps(look()))
-        os.replace(temporary, file)
+        text = json.dumps(look())
+        replace_files(file, lambda path: path.write_text(text))
     return json.loads(file.read_text())
 
 

@@ -35,6 +35,7 @@ from tfmq_fx.artefact.drop_in import QuantizedGraph
 from tfmq_fx.artefact.program import example_inputs, exported, graph_of
 from tfmq_fx.base.arithmetic import NO_INT8, ByteSums
 from tfmq_fx.base.errors import TFMQError, first_line
+from tfmq_fx.base.files import replace_files
 from tfmq_fx.graph.inputs import placeholders
 from tfmq_fx.graph.nodes import aten, fresh, mutated_inputs
 from tfmq_fx.passes.int8.bfloat16_glue import bfloat16_glue
@@ -327,12 +328,7 @@ def compile_to(file: Path, gm: GraphModule, inputs: Sequence[Tensor]) -> None:
                 program, package_path=str(package), inductor_configs={**OPTIONS, "aot_inductor.metadata": {}}
             )
         check_calls(package, gm)
-        beside = file.with_name(f".{file.stem}.tmp-{os.getpid()}.pt2")
-        try:
-            shutil.copyfile(package, beside)
-            os.replace(beside, file)
-        finally:
-            beside.unlink(missing_ok=True)
+        replace_files(file, lambda path: shutil.copyfile(package, path))
 
 
 def check_calls(package: Path, gm: GraphModule) -> None:
