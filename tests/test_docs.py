@@ -1,6 +1,7 @@
 """The pages: their code runs, their commands parse, their links and names lead somewhere, and the README is short."""
 
 import ast
+import dataclasses
 import importlib
 import re
 import shlex
@@ -13,6 +14,8 @@ from typer.main import get_command
 import tfmq_fx
 from benchmarks.api_page import write
 from tfmq_fx.cli import app
+from tfmq_fx.demo import embedded_pipeline
+from tfmq_fx.recipe import PRESETS
 
 ROOT = Path(__file__).parent.parent
 README, DOCS, MEASURED = ROOT / "README.md", ROOT / "docs", ROOT / "docs" / "measured"
@@ -125,6 +128,27 @@ def test_the_code_of_the_page_runs(file, tmp_path, monkeypatch):
             exec(compile(block, str(file), "exec"), namespace)
     finally:
         torch._inductor.config.pre_grad_custom_pass = before  # torchao's x86 quantizer sets it at import
+
+
+@pytest.mark.parametrize("number", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_the_code_of_the_readme_runs(number, tmp_path, monkeypatch):
+    """Its first blocks, on two trajectories of two steps and rounded to nearest: as they stand they take minutes."""
+    monkeypatch.chdir(tmp_path)
+    record = tfmq_fx.CalibrationSet.record
+    few = {"num_samples": 2, "num_inference_steps": 2}
+    monkeypatch.setattr(
+        tfmq_fx.CalibrationSet, "record", staticmethod(lambda pipe, **kw: record(pipe, **{**kw, **few}))
+    )
+    quick = dataclasses.replace(PRESETS["w4a8"], reconstruction=tfmq_fx.Reconstruction(method="nearest"))
+    monkeypatch.setitem(PRESETS, "w4a8", quick)
+    namespace = {"pipe": embedded_pipeline()}
+    namespace["pipe"].set_progress_bar_config(disable=True)
+    blocks = blocks_of(README.read_text())
+    assert len(blocks) == 2
+    for block in blocks[:number]:
+        exec(compile(block, str(README), "exec"), namespace)
+    assert namespace["pipe"].unet.report["recipe"]["weight_bits"] == 4
+    assert (tmp_path / "net.onnx").is_file() == (number == 2)
 
 
 @pytest.mark.parametrize("file", PAGES, ids=page_name)
