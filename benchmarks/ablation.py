@@ -5,7 +5,7 @@
 
     none        the block's weights rounded to nearest, one static scale for each of its activations
     TIAR        the block's rounding chosen over all timesteps at once (TFMQ-DM, section 4.2), by the library's
-                second-order step, which ends below the papers' learned rounding (docs/reconstruction.md)
+                second-order step, which ends below the papers' learned rounding (docs/measured/reconstruction.md)
     FSC         activation scales per timestep (TFMQ-DM, section 4.3)
     TIAR+FSC    both: the library's default
     cache       the block's features from a table (Temporal Feature Matters)

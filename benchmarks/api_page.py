@@ -10,9 +10,10 @@ import pdoc
 import tfmq_fx
 
 MODULES = (
-    "calibration", "recording", "presets", "pipeline", "recipe", "model", "saving", "lowering", "exporting", "capturing",
-    "reconstruction", "maintenance", "bit_widths", "metrics", "extractors", "sampling", "drift", "report",
-    "diffusers_quantizer", "errors",
+    "calibration.data", "calibration.pipelines", "calibration.presets", "calibration.recording", "calibration.stage",
+    "capturing", "reconstruction.stage", "maintenance.stage", "bit_widths", "pipeline", "recipe", "model",
+    "artefact.saving", "runtimes.lowering", "runtimes.exporting", "evaluation.errors", "evaluation.extractors",
+    "evaluation.sampling", "report", "diffusers_quantizer", "base.metrics", "base.errors",
 )  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""Capture, find and partition every network of tests/zoo.py: reduced sizes with real weights, published sizes with fake.
+"""Capture, find and partition every network of benchmarks/networks/zoo.py: reduced sizes with real weights, published sizes with fake.
 
 python -m benchmarks.capture_zoo [NAME ...]
 """

@@ -1,7 +1,7 @@
 """`make demo`: the main job on the embedded model, from the float network to pictures, in a few minutes.
 
-Quantizes to W8A8 and W4A8, saves, loads, samples float and quantized from the same noise, prints the README's first
-table and where the time went, and writes out/demo.png.
+Quantizes to W8A8 and W4A8, saves, loads, samples float and quantized from the same noise, prints the table of
+docs/measured/quality.md and where the time went, and writes out/demo.png.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What helps at few bits, and where do pictures break? The table of docs/low_bits.md.
+"""What helps at few bits, and where do pictures break? The table of docs/measured/low_bits.md.
 
     python -m benchmarks.low_bits --bits w4a4 w3a8 w2a8 --method gptq
 

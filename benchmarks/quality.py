@@ -1,4 +1,4 @@
-"""How much quality does quantization cost on the demo model? The README's quality table.
+"""How much quality does quantization cost on the demo model? A table of docs/measured/quality.md.
 
     python -m benchmarks.quality --samples 1024 --seeds 3
 
