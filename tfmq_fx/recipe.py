@@ -308,16 +308,16 @@ def _check_fields(cls: type, values: object, where: str) -> None:
             raise TFMQError(f"{where}.{name}: {value!r} is not of type {shown}.")
 
 
-# Methods that learn are tuned by default. At 8 bits the gain is hardly visible (docs/reconstruction.md).
+# Methods that learn are tuned by default. At 8 bits the gain is hardly visible (docs/measured/reconstruction.md).
 _GPTQ, _UNTUNED = Reconstruction(method="gptq"), Reconstruction(method="gptq", tune_iterations=0)
 PRESETS = {
     # At 8 bits learned rounding is no better than the second-order step and costs more
-    # (docs/reconstruction.md).
+    # (docs/measured/reconstruction.md).
     "w8a8": Recipe(weight_bits=8, activation_bits=8, reconstruction=_UNTUNED),
     "w4a8": Recipe(weight_bits=4, activation_bits=8),
     "w8a16": Recipe(weight_bits=8, activation_bits=FLOAT_BITS, reconstruction=_UNTUNED),
     "w4a16": Recipe(weight_bits=4, activation_bits=FLOAT_BITS),
-    # As measured in docs/low_bits.md.
+    # As measured in docs/measured/low_bits.md.
     "w4a4": Recipe(weight_bits=4, activation_bits=4, smooth=0.5, low_rank=8, reconstruction=_GPTQ),
     "w3a8": Recipe(weight_bits=3, activation_bits=8, low_rank=8, reconstruction=_GPTQ),
     "w2a8": Recipe(weight_bits=2, activation_bits=8, low_rank=8, reconstruction=_GPTQ),
