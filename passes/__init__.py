@@ -1,5 +1,6 @@
 """Graph passes. Each takes a GraphModule, returns a GraphModule or a finding, and can be called alone."""
 
+from tfmq_fx.graph.state import captured_of
 from tfmq_fx.passes.clean.bind_parameters import bind_parameters
 from tfmq_fx.passes.clean.inline_modules import inline_modules
 from tfmq_fx.passes.clean.literal_dtypes import literal_dtypes
@@ -15,6 +16,7 @@ from tfmq_fx.passes.int8.rescale_temporal import rescale_temporal
 from tfmq_fx.passes.int8.rescale_tokens import rescale_tokens
 from tfmq_fx.passes.int8.share_quantized import share_quantized
 from tfmq_fx.passes.int8.signed_weights import signed_weights
+from tfmq_fx.passes.int8.to_int8 import TO_INT8
 from tfmq_fx.passes.int8.unfold_convolutions import unfold_convolutions
 from tfmq_fx.passes.low_bits.low_rank import low_rank
 from tfmq_fx.passes.low_bits.rotate import rotate
@@ -25,18 +27,22 @@ from tfmq_fx.passes.quantize.convert import convert
 from tfmq_fx.passes.quantize.find_blocks import Block, find_blocks
 from tfmq_fx.passes.quantize.float_at_unseen import float_at_unseen
 from tfmq_fx.passes.quantize.prepare import prepare
+from tfmq_fx.passes.quantize.state import State, state_of
 from tfmq_fx.passes.temporal.find_temporal import TemporalBlock, find_temporal
 from tfmq_fx.passes.temporal.insert_step_index import insert_step_index
 from tfmq_fx.passes.temporal.partition_temporal import extract_temporal, partition_temporal
 
 __all__ = [
+    "TO_INT8",
     "Block",
     "PassManager",
+    "State",
     "TemporalBlock",
     "bfloat16_glue",
     "bind_parameters",
     "byte_activations",
     "cache_temporal",
+    "captured_of",
     "convert",
     "extract_temporal",
     "find_blocks",
@@ -60,5 +66,6 @@ __all__ = [
     "share_quantized",
     "signed_weights",
     "smooth",
+    "state_of",
     "unfold_convolutions",
 ]

@@ -55,6 +55,11 @@ class PassManager(pass_manager.PassManager):
         self.given, self.done = list(passes), done
         super().__init__([self._logged(p) for p in self.given])
 
+    @property
+    def names(self) -> list[str]:
+        """Return the names of the passes, in the order in which they run."""
+        return [_name(_function(p)) for p in self.given]
+
     def add_pass(self, _pass: Callable[..., Any]) -> None:
         self.given.append(_pass)
         super().add_pass(self._logged(_pass))
