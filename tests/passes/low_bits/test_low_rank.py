@@ -79,7 +79,10 @@ def test_what_has_no_branch_is_left_and_says_why():
         "a conv_transpose2d has no branch of this form",
         "a branch of rank 4 would hold 64 numbers, the weight has 64",
     ]
-    assert [c.how for c in split(graph(Shared)).meta["low_rank"] if "own" in c.reason] == ["left", "left"]
+    assert [c.how for c in captured_of(split(graph(Shared))).low_bits["low_rank"] if "own" in c.reason] == [
+        "left",
+        "left",
+    ]
 
 
 def test_a_second_time_changes_nothing():

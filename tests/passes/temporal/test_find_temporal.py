@@ -7,8 +7,8 @@ from benchmarks.networks.small import ScalarTime, TinyUNet, captured, make, sinu
 from tfmq_fx.base.errors import TFMQError
 from tfmq_fx.demo import embedded_pipeline
 from tfmq_fx.graph.nodes import weight_argument
+from tfmq_fx.graph.state import Captured, set_state
 from tfmq_fx.passes import find_temporal
-from tfmq_fx.passes.quantize.state import state_of
 
 
 def find(network, **inputs):
@@ -124,7 +124,7 @@ def test_two_inputs_that_could_be_the_timestep_are_refused_until_one_is_named():
     ):
         tfmq_fx.capture(TwoTimes().eval(), inputs)
     gm = tfmq_fx.capture(TwoTimes().eval(), inputs, timestep="r")
-    del state_of(gm).timestep
+    set_state(gm, Captured())
     with pytest.raises(TFMQError, match="t and r could be it"):
         find_temporal(gm)
     assert feature_paths(gm, find_temporal(gm, timestep="t", conditioning=())) == ["a"]
