@@ -11,7 +11,6 @@ from tfmq_fx.base.metrics import (
     relative_mse_by_timestep,
 )
 from tfmq_fx.base.progress import track
-from tfmq_fx.evaluation.sampling import _tile
 
 
 def test_psnr_in_closed_form():
@@ -43,13 +42,6 @@ def test_relative_mse_is_grouped_by_timestep():
 def test_track_yields_everything_in_order(capsys):
     assert list(track([3, 1, 2], "counting")) == [3, 1, 2]
     assert capsys.readouterr().err == ""  # silent where there is no terminal
-
-
-def test_grids_keep_the_order_and_pad_with_black():
-    images = torch.arange(3.0).view(3, 1, 1, 1).expand(3, 1, 2, 2) / 4
-    grid = _tile(images, per_row=2)
-    assert grid.shape == (8, 8)
-    assert (grid[1, 1], grid[1, 5], grid[5, 1], grid[5, 5]) == (0.0, 0.25, 0.5, -1.0)
 
 
 def test_frechet_distance_is_the_closed_form_where_there_is_one():
