@@ -361,7 +361,7 @@ class _RealPictures:
             )
         self.folder, self.drawn = folder, drawn
         check_images(folder, num=drawn.num_samples, seed=drawn.seed)
-        self.extract = extractor_named(reference.extractor, reference.extractor_weights)
+        self.extract = extractor_named(reference.extractor or "inception", reference.extractor_weights)
 
     def print_distances(self, samples: Mapping[str, Any]) -> None:
         """Print a table of distances of each set of samples (N, C, H, W), by its name, to the real pictures."""

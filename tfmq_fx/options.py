@@ -144,15 +144,19 @@ class Reference:
         ),
     ] = None
     extractor: Annotated[
-        str,
+        str | None,
         typer.Option(
-            help="For --real: inception (of published FIDs; torch-fidelity), torchvision-inception."
+            help="For --real: inception (of published FIDs, by torch-fidelity) or torchvision-inception. Default: inception."
         ),
-    ] = "inception"
+    ] = None
     extractor_weights: Annotated[
         Path | None,
-        typer.Option(help="Its weights' file. Default: in torch's cache; nothing is downloaded."),
+        typer.Option(help="Its file of weights. Default: in torch's cache. Nothing is downloaded."),
     ] = None
+
+    def __post_init__(self) -> None:
+        if self.real is None and (self.extractor or self.extractor_weights):
+            raise TFMQError("--extractor, --extractor-weights: are for --real, a folder of real images.")
 
 
 def named_json(option: str, values: list[str] | None) -> dict[str, Any]:
