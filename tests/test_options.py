@@ -14,7 +14,8 @@ from tfmq_fx.base.errors import TFMQError
 from tfmq_fx.options import Choices, Drawn, Rows, Source, from_groups
 from tfmq_fx.settings import Settings
 
-COMMANDS: Any = typer.main.get_command(cli.app).commands
+GROUP: Any = typer.main.get_command(cli.app)
+COMMANDS = GROUP.commands
 PIPELINE = {"--model", "--scheduler", "--argument"}
 DRAWN = {"--num-samples", "--steps", "--seed"}
 OPTIONS = {

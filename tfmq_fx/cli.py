@@ -86,6 +86,7 @@ def load_pipeline(model: str | None, scheduler: str | None = None) -> Any:
 
 
 def _recipe(text: str) -> Any:
+    """Return the recipe of a JSON file, or the preset of that name."""
     from tfmq_fx.recipe import Recipe
 
     return Recipe.read(Path(text)) if text.endswith(".json") else Recipe.preset(text)
@@ -315,14 +316,14 @@ def evaluate(folder: Folder, source: Source, reference: Reference, drawn: Drawn 
     from tfmq_fx.model import load
 
     quantized = load(folder)
-    against = None if reference.real is None else _RealPictures(reference.real, reference, drawn)
+    against = _RealPictures(reference.real, reference, drawn) if reference.real is not None else None
     images = _both(quantized, source, drawn)
     table = Table("measure", "value")
     _add_comparison(table, images, drawn)
     _add_errors(table, quantized.report)
     out.print(table)
     if against is not None:
-        against.print_distances({"float": images[0], folder.name: images[1]})
+        against.print_distances({"float": images[0], "quantized": images[1]})
 
 
 def _add_comparison(table: Table, images: tuple[Any, Any], drawn: Drawn) -> None:
@@ -348,7 +349,7 @@ def _add_errors(table: Table, report: Mapping[str, Any]) -> None:
 
 
 class _RealPictures:
-    """Real pictures for samples to be compared with, found wanting before anything is sampled."""
+    """Real pictures that samples are compared with, checked before anything is sampled."""
 
     def __init__(self, folder: Path, reference: Reference, drawn: Drawn) -> None:
         """Choose the pictures and load the extractor. Raises TFMQError for too few, unreadable ones, or no extractor."""
