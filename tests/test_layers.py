@@ -13,10 +13,10 @@ from benchmarks.networks.zoo import ZOO
 ROOT = Path(__file__).parent.parent
 # From the ground up: a file imports from its own room and from those before it. A room is a folder, or a file beside them.
 ROOMS = (
-    "base", "graph", "observers", "recipe",
+    "base", "graph", "observers", "recipe", "settings",
     "passes.pass_manager", "passes.clean", "passes.temporal", "passes.low_bits", "passes.quantize", "passes.int8", "passes",
     "artefact", "calibration", "capturing", "reconstruction", "maintenance", "runtimes", "evaluation",
-    "model", "pipeline", "diffusers_quantizer", "demo", "inspection", "bit_widths", "report", "cli", "__init__",
+    "model", "pipeline", "diffusers_quantizer", "demo", "inspection", "bit_widths", "report", "options", "cli", "__init__",
 )  # fmt: skip
 
 

@@ -60,7 +60,7 @@ class NoSocket(socket.socket):
 socket.socket = NoSocket
 import tfmq_fx
 {then}
-heavy = "transformers", "accelerate", "peft", "openvino", "onnx", "onnxruntime", "matplotlib", "jinja2", "torchmetrics"
+heavy = "transformers", "accelerate", "peft", "openvino", "onnx", "onnxruntime", "matplotlib", "jinja2", "torchmetrics", "torchvision"
 print([m for m in heavy if m in sys.modules])
 """
 

@@ -11,6 +11,7 @@ import shlex
 import shutil
 import sys
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -19,6 +20,19 @@ from rich.console import Console
 from rich.table import Table
 
 from tfmq_fx.base.errors import TFMQError, first_line
+from tfmq_fx.options import (
+    Arguments,
+    Choices,
+    Drawn,
+    Folder,
+    RecipeOption,
+    Reference,
+    Rows,
+    Source,
+    from_groups,
+    pipeline_arguments,
+)
+from tfmq_fx.settings import Settings
 
 app = typer.Typer(
     add_completion=False,
@@ -30,31 +44,13 @@ out = Console(soft_wrap=True)
 
 _UsageError: Any = typer.BadParameter.__base__  # of click, or of the click that a newer typer has inside
 
-Model = Annotated[
-    str | None,
-    typer.Option("--model", help="A diffusers pipeline folder or hub id. Default: the embedded digits DDPM."),
-]
-Scheduler = Annotated[
-    str | None,
-    typer.Option(help="A diffusers scheduler class, e.g. DDIMScheduler. Default: the pipeline's own."),
-]
-RecipeOption = Annotated[
-    str,
-    typer.Option(
-        "--recipe", help="w8a8, w4a8, w8a16, w4a16, w4a4, w3a8, w2a8, or a JSON file of Recipe's fields."
-    ),
-]
-Steps = Annotated[int, typer.Option(min=1, help="Denoising steps.")]
-Seed = Annotated[int, typer.Option(help="Seed of noise and of calibration.")]
-Arguments = Annotated[
-    list[str] | None,
-    typer.Option("--argument", help="A pipeline argument as NAME=JSON, e.g. class_labels=[1,2]."),
-]
-Folder = Annotated[Path, typer.Argument(help="A folder written by `tfmq quantize`.")]
+# Other noise than `quantize` calibrates with by default.
+EVALUATED, REPORTED = Drawn(num_samples=256, seed=1), Drawn(num_samples=16, seed=1)
+ERRORS = ("output_relative_mse", "temporal_cosine_distance", "temporal_cosine_distance_worst")
 
 
 def load_pipeline(model: str | None, scheduler: str | None = None) -> Any:
-    """The pipeline of a local folder or hub id, in eval mode. Raises TFMQError for anything else."""
+    """Return the pipeline of a local folder or hub id, in eval mode. Raises TFMQError for anything else."""
     import diffusers
     from diffusers.utils import is_transformers_available, logging
 
@@ -90,34 +86,10 @@ def load_pipeline(model: str | None, scheduler: str | None = None) -> Any:
 
 
 def _recipe(text: str) -> Any:
+    """Return the recipe of a JSON file, or the preset of that name."""
     from tfmq_fx.recipe import Recipe
 
     return Recipe.read(Path(text)) if text.endswith(".json") else Recipe.preset(text)
-
-
-def _named_json(option: str, values: list[str] | None) -> dict[str, Any]:
-    """NAME=JSON texts as a dict."""
-    found = {}
-    for text in values or []:
-        name, _, value = text.partition("=")
-        try:
-            found[name] = json.loads(value)
-        except ValueError as error:
-            raise TFMQError(
-                f"{option} {text!r}: use NAME=JSON; strings take quotes, e.g. prompt='\"a cat\"'."
-            ) from error
-    return found
-
-
-def _pipeline_arguments(values: list[str] | None) -> dict[str, Any]:
-    """--argument; names that the commands have options for, or give themselves, are refused."""
-    from tfmq_fx.calibration.data import CalibrationSet
-
-    found = _named_json("--argument", values)
-    ours = {*inspect_module.signature(CalibrationSet.record).parameters, "generator", "output_type"}
-    if wrong := [name for name in found if name in ours]:
-        raise TFMQError(f"--argument {wrong[0]}: the command gives that itself; see its --help.")
-    return found
 
 
 @app.command()
@@ -163,13 +135,18 @@ def inspect(
     else:
         pipe = load_pipeline(model)
         network = denoiser(pipe, timestep=timestep or "timestep")
-        arguments = _pipeline_arguments(argument)
+        arguments = pipeline_arguments(argument)
         data = CalibrationSet.record(pipe, num_samples=2, num_inference_steps=2, **arguments)
         example = data.arguments(slice(0, 2))
     found = describe(network, example, chosen, timestep=timestep)
     if as_json:
         print(json.dumps(found, indent=1))
-        return
+    else:
+        _print_description(found)
+
+
+def _print_description(found: Mapping[str, Any]) -> None:
+    """Print what `describe` found: the block, then layers that are quantized alike."""
     block, seconds = found["temporal_block"], found["seconds"]
     out.print(
         f"{found['network']}: {found['parameters'] / 1e6:.2f} M parameters, {found['nodes']} nodes; "
@@ -199,70 +176,13 @@ def inspect(
 
 
 @app.command()
+@from_groups
 def quantize(
     output: Annotated[Path, typer.Argument(help="Folder to write: new, empty, or an earlier artefact.")],
-    model: Model = None,
-    recipe: RecipeOption = "w4a8",
-    num_samples: Annotated[
-        int | None, typer.Option(min=1, help="Calibration trajectories. Default: 64, or the preset's.")
-    ] = None,
-    steps: Annotated[
-        int | None, typer.Option(min=1, help="Denoising steps. Default: 50, or the preset's.")
-    ] = None,
-    calibration: Annotated[
-        str | None,
-        typer.Option(
-            help="The papers' settings: ddim-cifar10, ldm-bedrooms, ldm-churches, ldm-celebahq, ldm-ffhq, ldm-imagenet, sd14-coco, sdxl."
-        ),
-    ] = None,
-    captions: Annotated[
-        Path | None, typer.Option(help="A COCO captions JSON: one prompt of it for each trajectory.")
-    ] = None,
-    cache: Annotated[Path | None, typer.Option(help="A folder that keeps recorded trajectories.")] = None,
-    iterations: Annotated[
-        int | None,
-        typer.Option(
-            min=0,
-            help="Learn the rounding (adaround), so many iterations per block; 0: round to nearest. Default: as the recipe says.",
-        ),
-    ] = None,
-    tune_iterations: Annotated[
-        int | None,
-        typer.Option(
-            min=0,
-            help="Then tune all blocks together, so many iterations; 0: leave that out. Default: as the recipe says.",
-        ),
-    ] = None,
-    seed: Seed = 0,
-    scheduler: Scheduler = None,
-    argument: Arguments = None,
-    finite: Annotated[
-        list[str] | None,
-        typer.Option(help="An input with finitely many values, as NAME=JSON, e.g. class_labels=[0,1,2]."),
-    ] = None,
-    maintain: Annotated[
-        str | None,
-        typer.Option(
-            help="What gives the temporal features: reconstruct (the quantized block), cache (tables), auto. Default: the recipe's."
-        ),
-    ] = None,
-    unseen: Annotated[
-        str | None,
-        typer.Option(
-            help="What a timestep outside the table takes: nearest (its neighbour's scales), float (the float temporal block, kept "
-            "beside), error. Default: the recipe's."
-        ),
-    ] = None,
-    max_megabytes: Annotated[
-        float | None,
-        typer.Option(
-            min=1e-6,
-            help="For the layers' weights: 4 or 8 bits for each, by its measured effect on the output. Default: the recipe's bits.",
-        ),
-    ] = None,
-    strict: Annotated[
-        bool, typer.Option(help="Refuse what would stay in float or be keyed more coarsely than asked for.")
-    ] = False,
+    source: Source,
+    choices: Choices,
+    rows: Rows,
+    settings: Settings,
 ) -> None:
     """Calibrate on the pipeline's own trajectories, reconstruct, convert, and write the artefact.
 
@@ -271,62 +191,78 @@ def quantize(
     from tfmq_fx.artefact.saving import check_output_folder
     from tfmq_fx.base.parallel import joined
     from tfmq_fx.bit_widths import mixed_precision
-    from tfmq_fx.calibration.pipelines import coco_captions
-    from tfmq_fx.calibration.presets import CalibrationPreset
     from tfmq_fx.pipeline import quantize as run
 
-    chosen = _recipe(recipe)
-    settings = chosen.reconstruction
-    if iterations == 0:
-        settings = dataclasses.replace(settings, method="nearest")
-    elif iterations is not None:
-        method = settings.method if "adaround" in settings.method else "adaround"
-        settings = dataclasses.replace(settings, method=method, iterations=iterations)
-    if tune_iterations is not None:
-        settings = dataclasses.replace(settings, tune_iterations=tune_iterations)
-    chosen = dataclasses.replace(chosen, reconstruction=settings)
-    changes: dict[str, Any] = {"maintain": maintain, "unseen": unseen}
-    chosen = dataclasses.replace(chosen, **{n: x for n, x in changes.items() if x is not None})
-    preset = CalibrationPreset.named(calibration) if calibration is not None else CalibrationPreset()
-    preset = dataclasses.replace(
-        preset,
-        num_samples=num_samples or preset.num_samples,
-        num_inference_steps=steps or preset.num_inference_steps,
-    )
+    recipe, preset = _chosen_recipe(choices), _chosen_preset(rows)
+    # Beside the output, so that the same command finds it after an interruption; gone when the output is whole.
+    state = output.absolute().with_name(f".{output.name}.state")
+    settings = dataclasses.replace(settings, state=state)
     with joined() as ranks:
         check_output_folder(output)  # before minutes of work, not after
-        pipe = load_pipeline(model, scheduler)
-        arguments, tables = _pipeline_arguments(argument), _named_json("--finite", finite)
-        if captions is not None:
-            arguments["prompt"] = coco_captions(captions, num=preset.num_samples, seed=seed)
-        data = preset.record(
-            pipe,
-            batch_size=max(1, min(64, -(-preset.num_samples // ranks.size))),
-            seed=seed,
-            cache=cache,
-            **arguments,
-        )
-        if max_megabytes is not None:
-            chosen = mixed_precision(
-                pipe, chosen, calibration=data, max_bytes=max_megabytes * 1e6, finite=tables, seed=seed
+        pipe = load_pipeline(source.model, source.scheduler)
+        data = _recorded(pipe, preset, source, rows, seed=settings.seed, processes=ranks.size)
+        if choices.max_megabytes is not None:
+            most = choices.max_megabytes * 1e6
+            recipe = mixed_precision(
+                pipe, recipe, calibration=data, max_bytes=most, finite=settings.finite, seed=settings.seed
             )
-        # Beside the output, so that the same command finds it after an interruption; gone when the output is whole.
-        state = output.absolute().with_name(f".{output.name}.state")
-        quantized = run(pipe, chosen, calibration=data, finite=tables, seed=seed, strict=strict, state=state)
+        quantized = run(pipe, recipe, calibration=data, **settings.arguments())
         if ranks.rank != 0:
             return
     quantized.record_command(shlex.join(["tfmq", *sys.argv[1:]]))
     quantized.save_pretrained(output)
     shutil.rmtree(state, ignore_errors=True)
-    report = quantized.report
-    sizes = report["sizes"]
-    distances = [
-        e["temporal_cosine_distance"] for e in report["errors_by_timestep"] if "temporal_cosine_distance" in e
-    ]
+    _print_quantized(output, choices.recipe, quantized.report)
+
+
+def _chosen_recipe(choices: Choices) -> Any:
+    """Return the recipe that is named, with what the other options change in it."""
+    recipe = _recipe(choices.recipe)
+    settings = recipe.reconstruction
+    if choices.iterations == 0:
+        settings = dataclasses.replace(settings, method="nearest")
+    elif choices.iterations is not None:
+        method = settings.method if "adaround" in settings.method else "adaround"
+        settings = dataclasses.replace(settings, method=method, iterations=choices.iterations)
+    if choices.tune_iterations is not None:
+        settings = dataclasses.replace(settings, tune_iterations=choices.tune_iterations)
+    recipe = dataclasses.replace(recipe, reconstruction=settings)
+    changes: dict[str, Any] = {"maintain": choices.maintain, "unseen": choices.unseen}
+    return dataclasses.replace(recipe, **{n: x for n, x in changes.items() if x is not None})
+
+
+def _chosen_preset(rows: Rows) -> Any:
+    """Return the calibration preset that is named, or the default one, with the numbers that are given."""
+    from tfmq_fx.calibration.presets import CalibrationPreset
+
+    named = rows.calibration
+    preset = CalibrationPreset.named(named) if named is not None else CalibrationPreset()
+    return dataclasses.replace(
+        preset,
+        num_samples=rows.num_samples or preset.num_samples,
+        num_inference_steps=rows.steps or preset.num_inference_steps,
+    )
+
+
+def _recorded(pipe: Any, preset: Any, source: Source, rows: Rows, *, seed: int, processes: int) -> Any:
+    """Return the calibration set that the preset records, a prompt of the captions for each trajectory."""
+    from tfmq_fx.calibration.pipelines import coco_captions
+
+    arguments = source.arguments()
+    if rows.captions is not None:
+        arguments["prompt"] = coco_captions(rows.captions, num=preset.num_samples, seed=seed)
+    size = max(1, min(64, -(-preset.num_samples // processes)))
+    return preset.record(pipe, batch_size=size, seed=seed, cache=rows.cache, **arguments)
+
+
+def _print_quantized(output: Path, recipe: str, report: Mapping[str, Any]) -> None:
+    """Print what the report says in a few lines: layers, bytes, what gives the features, notes, seconds."""
+    sizes, block = report["sizes"], report["temporal_block"]
+    distances = _values(report, "temporal_cosine_distance")
     distance = sum(distances) / max(1, len(distances))
     out.print(
-        f"{output}: {recipe}, {len(report['layers'])} layers, {report['temporal_block']['features']} temporal features at "
-        f"{report['temporal_block']['timesteps']} timesteps (mean cosine distance {distance:.1e})"
+        f"{output}: {recipe}, {len(report['layers'])} layers, {block['features']} temporal features at "
+        f"{block['timesteps']} timesteps (mean cosine distance {distance:.1e})"
     )
     out.print(
         f"{sizes['float_bytes'] / 1e6:.2f} MB float -> {sizes['quantized_bytes'] / 1e6:.2f} MB ({sizes['ratio']:.3f}); report.json lists what stayed float and why"
@@ -345,79 +281,117 @@ def quantize(
     out.print("seconds: " + ", ".join(f"{k} {v:.1f}" for k, v in report["seconds"].items()))
 
 
+def _values(report: Mapping[str, Any], name: str) -> list[float]:
+    """Return one measure of the report's errors at every timestep that has it."""
+    return [errors[name] for errors in report["errors_by_timestep"] if name in errors]
+
+
 @app.command()
+@from_groups
 def sample(
     folder: Folder,
+    source: Source,
+    drawn: Drawn,
     output: Annotated[Path, typer.Option(help="PNG to write.")] = Path("samples.png"),
-    model: Model = None,
-    num_samples: Annotated[int, typer.Option(min=1)] = 64,
-    steps: Steps = 50,
-    seed: Seed = 0,
-    scheduler: Scheduler = None,
-    argument: Arguments = None,
 ) -> None:
     """Write a PNG: float beside quantized, from the same noise."""
     from tfmq_fx.base.metrics import psnr
     from tfmq_fx.evaluation.sampling import save_grid
     from tfmq_fx.model import load
-    from tfmq_fx.report import require_packages
 
-    require_packages("sample")
-    quantized = load(folder)
-    images = _both(load_pipeline(model, scheduler), quantized, num_samples, steps, seed, argument)
+    images = _both(load(folder), source, drawn)
     save_grid([("float", images[0]), (folder.name, images[1])], output)
     out.print(
-        f"{output}: {num_samples} samples, {steps} steps, PSNR {psnr(images[1], images[0]):.1f} dB over all pixels"
+        f"{output}: {drawn.num_samples} samples, {drawn.steps} steps, PSNR {psnr(images[1], images[0]):.1f} dB over all pixels"
     )
 
 
 @app.command()
-def evaluate(
-    folder: Folder,
-    model: Model = None,
-    num_samples: Annotated[int, typer.Option(min=1)] = 256,
-    steps: Steps = 50,
-    seed: Seed = 1,
-    scheduler: Scheduler = None,
-    argument: Arguments = None,
-) -> None:
-    """Compare with the float pipeline from the same noise: PSNR, and the report's errors by timestep."""
-    from tfmq_fx.base.metrics import psnr, psnr_by_image
+@from_groups
+def evaluate(folder: Folder, source: Source, reference: Reference, drawn: Drawn = EVALUATED) -> None:
+    """Compare with the float pipeline from the same noise: PSNR, and the report's errors by timestep.
+
+    With --real also how far the samples of both are from real pictures.
+    """
     from tfmq_fx.model import load
 
     quantized = load(folder)
-    images = _both(load_pipeline(model, scheduler), quantized, num_samples, steps, seed, argument)
-    by_image = psnr_by_image(images[1], images[0])
+    against = _RealPictures(reference.real, reference, drawn) if reference.real is not None else None
+    images = _both(quantized, source, drawn)
     table = Table("measure", "value")
+    _add_comparison(table, images, drawn)
+    _add_errors(table, quantized.report)
+    out.print(table)
+    if against is not None:
+        against.print_distances({"float": images[0], "quantized": images[1]})
+
+
+def _add_comparison(table: Table, images: tuple[Any, Any], drawn: Drawn) -> None:
+    """Add a row for each measure of the quantized samples (N, C, H, W) beside the float ones."""
+    from tfmq_fx.base.metrics import psnr, psnr_by_image
+
+    by_image = psnr_by_image(images[1], images[0])
     table.add_row(
         "PSNR to float, mean of images",
-        f"{by_image.mean():.2f} dB (range 2, {num_samples} samples, {steps} steps)",
+        f"{by_image.mean():.2f} dB (range 2, {drawn.num_samples} samples, {drawn.steps} steps)",
     )
     table.add_row("PSNR to float, all pixels pooled", f"{psnr(images[1], images[0]):.2f} dB")
     table.add_row("worst 1% of images below", f"{by_image.quantile(0.01):.2f} dB")
-    errors = quantized.report["errors_by_timestep"]
-    for name in ("output_relative_mse", "temporal_cosine_distance", "temporal_cosine_distance_worst"):
-        values = [e[name] for e in errors if name in e]
-        if values:
-            table.add_row(
-                f"{name} at calibration", f"mean {sum(values) / len(values):.2e}, worst {max(values):.2e}"
+
+
+def _add_errors(table: Table, report: Mapping[str, Any]) -> None:
+    """Add a row for each measure that the artefact's report holds of its own calibration."""
+    for name in ERRORS:
+        if values := _values(report, name):
+            mean = sum(values) / len(values)
+            table.add_row(f"{name} at calibration", f"mean {mean:.2e}, worst {max(values):.2e}")
+    table.add_row("unseen timesteps", str(len(report["unseen_timesteps"])))
+
+
+class _RealPictures:
+    """Real pictures that samples are compared with, checked before anything is sampled."""
+
+    def __init__(self, folder: Path, reference: Reference, drawn: Drawn) -> None:
+        """Choose the pictures and load the extractor. Raises TFMQError for too few, unreadable ones, or no extractor."""
+        from tfmq_fx.evaluation.extractors import NEIGHBOURS, extractor_named
+        from tfmq_fx.evaluation.folders import check_images
+
+        if drawn.num_samples <= NEIGHBOURS:
+            raise TFMQError(
+                f"--num-samples {drawn.num_samples}: precision and recall to real images need more than {NEIGHBOURS}."
             )
-    table.add_row("unseen timesteps", str(len(quantized.report["unseen_timesteps"])))
-    out.print(table)
+        self.folder, self.drawn = folder, drawn
+        check_images(folder, num=drawn.num_samples, seed=drawn.seed)
+        self.extract = extractor_named(reference.extractor or "inception", reference.extractor_weights)
+
+    def print_distances(self, samples: Mapping[str, Any]) -> None:
+        """Print a table of distances of each set of samples (N, C, H, W), by its name, to the real pictures."""
+        from tfmq_fx.evaluation.extractors import set_distances
+        from tfmq_fx.evaluation.folders import images_from
+
+        _, channels, *size = next(iter(samples.values())).shape
+        count, seed = self.drawn.num_samples, self.drawn.seed
+        real = self.extract(images_from(self.folder, size=size, channels=channels, num=count, seed=seed))
+        found = [set_distances(self.extract(images), real) for images in samples.values()]
+        table = Table(f"to {count} real images", *samples)
+        for name in found[0]:
+            table.add_row(name, *(f"{values[name]:.4g}" for values in found))
+        out.print(table)
+        if count <= (features := real.pooled_ND.shape[1]):
+            out.print(
+                f"note: {count} samples in {features} features: Frechet distances are larger than those of more samples"
+            )
 
 
 @app.command()
+@from_groups
 def report(
     folder: Folder,
+    source: Source,
+    drawn: Drawn = REPORTED,
     output: Annotated[
         Path | None, typer.Option(help="Folder to write. Default: the artefact's name with -report.")
     ] = None,
-    model: Model = None,
-    num_samples: Annotated[int, typer.Option(min=1)] = 16,
-    steps: Steps = 50,
-    seed: Seed = 1,
-    scheduler: Scheduler = None,
-    argument: Arguments = None,
     nearest: Annotated[bool, typer.Option(help="Also calibrate round-to-nearest, to compare with.")] = True,
 ) -> None:
     """Write one HTML page, which needs no network: drift by timestep, pictures along the way, kernels, numbers."""
@@ -427,19 +401,15 @@ def report(
     require_packages("report")  # before minutes of work, not after
     quantized = load(folder)
     target = output or folder.absolute().with_name(f"{folder.absolute().name}-report")
-    pipe, arguments = load_pipeline(model, scheduler), _pipeline_arguments(argument)
+    pipe, arguments = load_pipeline(source.model, source.scheduler), source.arguments()
+    command = shlex.join(["tfmq", *sys.argv[1:]])
     numbers, runs = measure(
-        pipe,
-        quantized,
-        num_samples=num_samples,
-        num_inference_steps=steps,
-        seed=seed,
-        nearest=nearest,
-        command=shlex.join(["tfmq", *sys.argv[1:]]),
-        **arguments,
+        pipe, quantized, **drawn.arguments(), nearest=nearest, command=command, **arguments
     )
     write_report(numbers, runs, target, title=f"tfmq_fx: {folder.absolute().name}")
-    out.print(f"{target / PAGE}: PSNR {numbers['pictures']['psnr']:.1f} dB, mean of {num_samples} images")
+    out.print(
+        f"{target / PAGE}: PSNR {numbers['pictures']['psnr']:.1f} dB, mean of {drawn.num_samples} images"
+    )
 
 
 @app.command()
@@ -473,18 +443,16 @@ def export(
         out.print(f"note: {note}")
 
 
-def _both(
-    pipe: Any, quantized: Any, num_samples: int, steps: int, seed: int, argument: list[str] | None
-) -> Any:
+def _both(quantized: Any, source: Source, drawn: Drawn) -> tuple[Any, Any]:
+    """Return the samples (N, C, H, W) of the float network and those of the quantized one, from the same noise."""
     from tfmq_fx.evaluation.sampling import sample as draw
 
-    arguments = _pipeline_arguments(argument)
-    settings = {"num_samples": num_samples, "num_inference_steps": steps, "seed": seed, **arguments}
+    pipe, settings = load_pipeline(source.model, source.scheduler), drawn.arguments() | source.arguments()
     return draw(pipe, None, **settings), draw(pipe, quantized, **settings)
 
 
 def main() -> None:
-    """Entry point: exit code 2 and one line on stderr for what the user did wrong."""
+    """Run the command line: exit code 2 and one line on stderr for what the user did wrong."""
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
     # Libraries about themselves, at import; ours are errors or in the report.

@@ -22,7 +22,7 @@ from tfmq_fx.base.files import finite_json, replace_folder
 from tfmq_fx.calibration.data import CalibrationSet
 from tfmq_fx.calibration.pipelines import denoiser
 from tfmq_fx.evaluation.extractors import Extractor, compare
-from tfmq_fx.evaluation.plots import FLOOR, INK, NEAREST, OURS, PLOTS, data_uri, png, shown_steps, strip, svg
+from tfmq_fx.evaluation.plots import FLOOR, INK, NEAREST, OURS, PLOTS, data_uri, shown_steps, strip, svg
 from tfmq_fx.evaluation.trajectories import (
     Trajectory,
     in_bfloat16,
@@ -151,6 +151,8 @@ def write_report(
 
     The folder is written whole or not at all; one that holds anything else is refused.
     """
+    from torchvision.utils import save_image
+
     require_packages("report")
     names = {PAGE, NUMBERS, *(f"{name}.png" for name in (*PLOTS, "trajectory"))}
     if folder.exists() and not (folder.is_dir() and {f.name for f in folder.iterdir()} <= names):
@@ -165,7 +167,7 @@ def write_report(
                 figure.savefig(temporary / f"{name}.png", dpi=144)
                 drawn[name] = svg(draw(numbers, INK))
         pictures = strip(runs["float"], runs[OURS])
-        png(pictures["all"], temporary / "trajectory.png")
+        save_image(pictures["all"], temporary / "trajectory.png")
         page = _template().render(
             title=title,
             n=numbers,

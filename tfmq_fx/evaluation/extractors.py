@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tfmq_fx.base.errors import TFMQError
+from tfmq_fx.base.errors import TFMQError, first_line
 from tfmq_fx.base.metrics import (
     frechet_distance,
     inception_score,
@@ -24,6 +24,7 @@ from tfmq_fx.base.metrics import (
     ssim_by_image,
 )
 
+NEIGHBOURS = 3  # of precision and recall: a set of pictures needs one more
 SPATIAL = 2023  # numbers of the spatial variant: 7 channels of 17 x 17 (the ADM evaluator's, Dhariwal & Nichol 2021)
 
 
@@ -40,7 +41,7 @@ Extractor = Callable[[Tensor], Features]
 
 
 def network_extractor(network: nn.Module, layer: str, *, batch_size: int = 256) -> Extractor:
-    """Features of any classifier: `layer`'s output (N, C, h, w), averaged over positions; its output are logits.
+    """Return features of any classifier: `layer`'s output (N, C, h, w), averaged over positions; its output are logits.
 
     layer: a path in `network.named_modules()`. Raises TFMQError when there is no such layer or its output is no map.
     """
@@ -67,7 +68,7 @@ def network_extractor(network: nn.Module, layer: str, *, batch_size: int = 256) 
 
 
 def inception_extractor(weights: str | Path | None = None, *, batch_size: int = 64) -> Extractor:
-    """torch-fidelity's InceptionV3, the one of published FIDs; probabilities are of its unbiased logits.
+    """Return features of torch-fidelity's InceptionV3, the one of published FIDs; probabilities are of its unbiased logits.
 
     weights: its file; None: where torch-fidelity keeps it. Nothing is downloaded: raises TFMQError when the package or
     the file is missing, and says where it is looked for.
@@ -93,14 +94,75 @@ def inception_extractor(weights: str | Path | None = None, *, batch_size: int = 
 
     @torch.no_grad()
     def extract(images: Tensor) -> Features:
-        found: list[Sequence[Tensor]] = []
-        for part in images.split(batch_size):
-            pixels = (part.expand(-1, 3, -1, -1).clamp(-1, 1) + 1).mul(127.5).round().to(torch.uint8)
-            found.append(network(pixels))
+        found: list[Sequence[Tensor]] = [network(_pixels(part)) for part in images.split(batch_size)]
         spatial, pooled, logits = (torch.cat(column) for column in zip(*found, strict=True))
         return Features(pooled_ND=pooled, spatial_NS=spatial, probabilities_NK=logits.softmax(-1))
 
     return extract
+
+
+def torchvision_inception_extractor(weights: str | Path | None = None, *, batch_size: int = 64) -> Extractor:
+    """Return features of torchvision's inception_v3: pooled (2,048), 7 channels of 17 x 17, of ImageNet's classes.
+
+    Its features are not those of published FIDs: `inception_extractor` is for these. Pictures are scaled to 299 x 299.
+
+    weights: a file with its state dict; None: where torchvision keeps it. Nothing is downloaded: raises TFMQError when
+    the file is missing, and says where it is looked for, or when it holds something else.
+    """
+    from torchvision.models import Inception_V3_Weights, inception_v3
+    from torchvision.models.feature_extraction import create_feature_extractor
+    from torchvision.transforms.v2.functional import resize
+
+    url = Inception_V3_Weights.IMAGENET1K_V1.url
+    file = Path(torch.hub.get_dir()) / "checkpoints" / url.rsplit("/", 1)[-1]
+    file = file if weights is None else Path(weights)
+    if not file.is_file():
+        raise TFMQError(
+            f"torchvision_inception_extractor: no weights at {file}; download {url} to there, or give another file."
+        )
+    network = inception_v3(init_weights=False)  # transform_input is off: pictures are in [-1, 1] already
+    try:
+        network.load_state_dict(torch.load(file, map_location="cpu", weights_only=True))
+    except Exception as error:  # torch.load and pickle raise many types
+        raise TFMQError(
+            f"torchvision_inception_extractor: {file} holds no weights of inception_v3 ({first_line(error)})."
+        ) from error
+    names = {"Mixed_6e": "spatial", "avgpool": "pooled", "fc": "logits"}
+    network = create_feature_extractor(network.eval(), names, suppress_diff_warning=True).eval()
+
+    @torch.no_grad()
+    def extract(images: Tensor) -> Features:
+        parts = [_pixels(part).float() / 127.5 - 1 for part in images.split(batch_size)]
+        found = [network(resize(part, [299, 299], antialias=True)) for part in parts]
+        pooled = torch.cat([part["pooled"].flatten(1) for part in found])
+        channels = SPATIAL // math.prod(found[0]["spatial"].shape[2:])
+        spatial = torch.cat([part["spatial"][:, :channels].flatten(1) for part in found])
+        probabilities = torch.cat([part["logits"] for part in found]).softmax(-1)
+        return Features(pooled_ND=pooled, spatial_NS=spatial, probabilities_NK=probabilities)
+
+    return extract
+
+
+# By the names of `tfmq evaluate --extractor`: from a file of weights, or None, to an extractor.
+EXTRACTORS: dict[str, Callable[[str | Path | None], Extractor]] = {
+    "inception": inception_extractor,
+    "torchvision-inception": torchvision_inception_extractor,
+}
+
+
+def extractor_named(name: str, weights: str | Path | None = None) -> Extractor:
+    """Return one of EXTRACTORS, with the weights of a file or of where its package keeps them.
+
+    Raises TFMQError for an unknown name, and when the package or the file is missing.
+    """
+    if name not in EXTRACTORS:
+        raise TFMQError(f"extractor: {name!r} is unknown; use one of {', '.join(EXTRACTORS)}.")
+    return EXTRACTORS[name](weights)
+
+
+def _pixels(images: Tensor) -> Tensor:
+    """What a PNG of the pictures would hold: (N, 3, H, W) of whole numbers from 0 to 255."""
+    return (images.expand(-1, 3, -1, -1).clamp(-1, 1) + 1).mul(127.5).round().to(torch.uint8)
 
 
 def _features(map_NCHW: Tensor, logits: Tensor) -> Features:
@@ -113,7 +175,7 @@ def _features(map_NCHW: Tensor, logits: Tensor) -> Features:
 
 
 def compare(images: Tensor, reference: Tensor, *, extractor: Extractor | None = None) -> dict[str, float]:
-    """Pictures (N, C, H, W) in [-1, 1] against those of the float network from the same noise.
+    """Compare pictures (N, C, H, W) in [-1, 1] with those of the float network from the same noise.
 
     Always: PSNR and SSIM, mean of images, and PSNR over all pixels. With an extractor: Frechet distance, its spatial
     variant, precision and recall of the set, and an inception score of both sets.
@@ -127,19 +189,31 @@ def compare(images: Tensor, reference: Tensor, *, extractor: Extractor | None = 
     if extractor is None:
         return found
     a, b = extractor(images), extractor(reference)
-    found["frechet"] = frechet_distance(a.pooled_ND, b.pooled_ND)
-    found["frechet_spatial"] = frechet_distance(a.spatial_NS, b.spatial_NS)
-    found["precision"], found["recall"] = precision_recall(a.pooled_ND, b.pooled_ND)
+    found |= set_distances(a, b)
     if a.probabilities_NK is not None and b.probabilities_NK is not None:
         found["inception_score"] = inception_score(a.probabilities_NK)
         found["inception_score_float"] = inception_score(b.probabilities_NK)
     return found
 
 
-def lpips_distance(images: Tensor, reference: Tensor, *, network: str = "alex") -> Tensor:
-    """LPIPS of each image (N,) (Zhang et al. 2018), by torchmetrics; its backbone's weights must be on this machine.
+def set_distances(features: Features, reference: Features) -> dict[str, float]:
+    """Return how far a set of pictures is from another: Frechet distance, its spatial variant, precision and recall.
 
-    Raises TFMQError when torchmetrics, torchvision or those weights are missing; nothing is downloaded.
+    Raises TFMQError when a set has no more than NEIGHBOURS pictures.
+    """
+    precision, recall = precision_recall(features.pooled_ND, reference.pooled_ND, neighbours=NEIGHBOURS)
+    return {
+        "frechet": frechet_distance(features.pooled_ND, reference.pooled_ND),
+        "frechet_spatial": frechet_distance(features.spatial_NS, reference.spatial_NS),
+        "precision": precision,
+        "recall": recall,
+    }
+
+
+def lpips_distance(images: Tensor, reference: Tensor, *, network: str = "alex") -> Tensor:
+    """Return the LPIPS of each image (N,) (Zhang et al. 2018), by torchmetrics; its backbone's weights must be on this machine.
+
+    Raises TFMQError when torchmetrics or those weights are missing; nothing is downloaded.
     """
     files = {
         "alex": "alexnet-owt-7be5be79.pth",
@@ -151,9 +225,7 @@ def lpips_distance(images: Tensor, reference: Tensor, *, network: str = "alex") 
     try:
         from torchmetrics.functional.image.lpips import learned_perceptual_image_patch_similarity
     except ImportError as error:
-        raise TFMQError(
-            f'LPIPS needs torchmetrics and torchvision ({error}); pip install "tfmq_fx[eval]" torchvision.'
-        ) from error
+        raise TFMQError(f'LPIPS needs torchmetrics ({error}); pip install "tfmq_fx[eval]".') from error
     file = Path(torch.hub.get_dir()) / "checkpoints" / files[network]
     if not file.is_file():
         raise TFMQError(f"LPIPS: no weights of its backbone at {file}; torchvision keeps them there.")
@@ -170,7 +242,7 @@ def lpips_distance(images: Tensor, reference: Tensor, *, network: str = "alex") 
 
 @torch.no_grad()
 def clip_score(images: Tensor, prompts: Sequence[str], folder: str | Path) -> float:
-    """100 times the mean over images of max(cos(image, prompt), 0) (Hessel et al. 2021), by a local CLIP.
+    """Return 100 times the mean over images of max(cos(image, prompt), 0) (Hessel et al. 2021), by a local CLIP.
 
     folder: a transformers CLIPModel with its processor, as `save_pretrained` writes them. Raises TFMQError when the
     package or the folder is missing, or there is not one prompt per image.
@@ -185,9 +257,8 @@ def clip_score(images: Tensor, prompts: Sequence[str], folder: str | Path) -> fl
         raise TFMQError(f"clip_score: {folder} is no folder; give one with a CLIPModel and its processor.")
     model: Any = CLIPModel.from_pretrained(str(folder), local_files_only=True).eval()
     processor = CLIPProcessor.from_pretrained(str(folder), local_files_only=True)
-    pixels = (images.expand(-1, 3, -1, -1).clamp(-1, 1) + 1).mul(127.5).round().to(torch.uint8)
     inputs = processor(
-        text=list(prompts), images=list(pixels), return_tensors="pt", padding=True, truncation=True
+        text=list(prompts), images=list(_pixels(images)), return_tensors="pt", padding=True, truncation=True
     )
     output = model(**inputs)
     cosine = torch.cosine_similarity(output.image_embeds, output.text_embeds, dim=-1)

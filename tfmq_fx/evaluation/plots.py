@@ -42,7 +42,7 @@ def _figure(ink: str, height: float) -> tuple[Any, Any]:
 
 
 def plot_drift(numbers: Mapping[str, Any], ink: str) -> Any:
-    """Heat map: cosine distance of every temporal feature at every timestep, logarithmic."""
+    """Draw a heat map: cosine distance of every temporal feature at every timestep, logarithmic."""
     drift = numbers["temporal_drift"]
     if drift is None:
         return None
@@ -63,7 +63,7 @@ def plot_drift(numbers: Mapping[str, Any], ink: str) -> Any:
 
 
 def plot_output_errors(numbers: Mapping[str, Any], ink: str) -> Any:
-    """Lines: relative MSE of the network's output by timestep, on the float trajectory."""
+    """Draw lines: relative MSE of the network's output by timestep, on the float trajectory."""
     figure, axes = _figure(ink, 3.4)
     for name, errors in numbers["output_errors"].items():
         points = sorted((float(t), e) for t, e in errors.items())
@@ -72,7 +72,7 @@ def plot_output_errors(numbers: Mapping[str, Any], ink: str) -> Any:
 
 
 def plot_trajectory_errors(numbers: Mapping[str, Any], ink: str) -> Any:
-    """Line: how far x_t of the quantized run is from that of the float run, from the same noise."""
+    """Draw a line: how far x_t of the quantized run is from that of the float run, from the same noise."""
     figure, axes = _figure(ink, 2.8)
     points = [
         (e["timestep"], e["relative_mse"]) for e in numbers["trajectory_errors"] if e["relative_mse"] > 0
@@ -101,7 +101,7 @@ PLOTS: dict[str, Callable[[Mapping[str, Any], str], Any]] = {
 
 
 def svg(figure: Any) -> str:
-    """Markup to stand inside a page: the page's text colour, no fixed size."""
+    """Return markup to stand inside a page: the page's text colour, no fixed size."""
     from matplotlib import rc_context
 
     text = io.StringIO()
@@ -115,13 +115,13 @@ def svg(figure: Any) -> str:
 
 
 def shown_steps(run: Trajectory) -> list[int]:
-    """Which calls of a trajectory are shown, evenly from first to last."""
+    """Return which calls of a trajectory are shown, evenly from first to last."""
     count = min(SHOWN_STEPS, len(run.inputs))
     return sorted({round(i * (len(run.inputs) - 1) / max(1, count - 1)) for i in range(count)})
 
 
 def strip(a: Trajectory, b: Trajectory, *, rows: int = 4) -> dict[str, Tensor]:
-    """Pictures (H, W, 3) in [0, 1]: float, quantized, and ten times their difference, at the shown calls and the end."""
+    """Return pictures (3, H, W) in [0, 1]: float, quantized, and ten times their difference, at the shown calls and the end."""
     shown = [
         (_colour(x.inputs[i][:rows]), _colour(y.inputs[i][:rows]))
         for i in shown_steps(a)
@@ -135,8 +135,8 @@ def strip(a: Trajectory, b: Trajectory, *, rows: int = 4) -> dict[str, Tensor]:
         pictures = (x / scale, y / scale, (y - x) * 10 / scale)
         for column, picture in zip(columns.values(), pictures, strict=True):
             column.append(torch.nn.functional.interpolate(picture, size=(size, size)))
-    found = {name: _tiled(column) for name, column in columns.items()}
-    return {**found, "all": torch.cat(list(found.values()))}
+    found = {name: _grid(column) for name, column in columns.items()}
+    return {**found, "all": torch.cat(list(found.values()), dim=1)}
 
 
 def _colour(x: Tensor) -> Tensor:
@@ -146,19 +146,19 @@ def _colour(x: Tensor) -> Tensor:
     return x[:, :3] if x.shape[1] == 3 else x[:, :1].expand(-1, 3, -1, -1)
 
 
-def _tiled(pictures: Sequence[Tensor]) -> Tensor:
-    """(H, W, 3) in [0, 1]: samples downwards, steps to the right, a frame of one pixel."""
-    columns = [torch.nn.functional.pad(p, (1, 1, 1, 1)).permute(0, 2, 3, 1).flatten(0, 1) for p in pictures]
-    return torch.cat(columns, dim=1).add(1).div(2).clamp(0, 1)
+def _grid(pictures: Sequence[Tensor]) -> Tensor:
+    """(3, H, W) in [0, 1]: samples downwards, steps to the right, on grey."""
+    from torchvision.utils import make_grid
+
+    cells = torch.stack(list(pictures), dim=1).add(1).div(2).clamp(0, 1)  # (samples, steps, 3, h, w)
+    grid: Tensor = make_grid(cells.flatten(0, 1), nrow=len(pictures), padding=1, pad_value=0.5)
+    return grid
 
 
-def png(image_HW3: Tensor, file: Any) -> None:
-    from matplotlib.image import imsave
+def data_uri(image_3HW: Tensor) -> str:
+    """Return a picture in [0, 1] as a PNG inside an address."""
+    from torchvision.utils import save_image
 
-    imsave(file, image_HW3.numpy(), format="png")
-
-
-def data_uri(image_HW3: Tensor) -> str:
     data = io.BytesIO()
-    png(image_HW3, data)
+    save_image(image_3HW, data, format="png")
     return "data:image/png;base64," + base64.b64encode(data.getvalue()).decode()

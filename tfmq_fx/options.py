@@ -1,0 +1,239 @@
+"""The commands' options in groups: frozen dataclasses, and a decorator that lets a command take groups for parameters.
+
+A field is an option: its annotation is typer's, or its metadata has the "help" to show. `from_groups` gives typer the
+fields of all groups side by side, so that `--help` shows plain options, and calls the command with the groups.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any, get_args, get_origin, get_type_hints
+
+import typer
+
+from tfmq_fx.base.errors import TFMQError
+from tfmq_fx.settings import check_seed
+
+RecipeOption = Annotated[
+    str,
+    typer.Option(
+        "--recipe", help="w8a8, w4a8, w8a16, w4a16, w4a4, w3a8, w2a8, or a JSON file of Recipe's fields."
+    ),
+]
+Arguments = Annotated[
+    list[str] | None,
+    typer.Option("--argument", help="A pipeline argument as NAME=JSON, e.g. class_labels=[1,2]."),
+]
+Folder = Annotated[Path, typer.Argument(help="A folder written by `tfmq quantize`.")]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """Which pipeline, and how it is called."""
+
+    model: Annotated[
+        str | None,
+        typer.Option(
+            "--model", help="A diffusers pipeline folder or hub id. Default: the embedded digits DDPM."
+        ),
+    ] = None
+    scheduler: Annotated[
+        str | None,
+        typer.Option(help="A diffusers scheduler class, e.g. DDIMScheduler. Default: the pipeline's own."),
+    ] = None
+    argument: Arguments = None
+
+    def arguments(self) -> dict[str, Any]:
+        """Return the pipeline's arguments by name; see `pipeline_arguments`."""
+        return pipeline_arguments(self.argument)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rows:
+    """What is recorded to calibrate with."""
+
+    num_samples: Annotated[
+        int | None, typer.Option(min=1, help="Calibration trajectories. Default: 64, or the preset's.")
+    ] = None
+    steps: Annotated[
+        int | None, typer.Option(min=1, help="Denoising steps. Default: 50, or the preset's.")
+    ] = None
+    calibration: Annotated[
+        str | None,
+        typer.Option(
+            help="The papers' settings: ddim-cifar10, ldm-bedrooms, ldm-churches, ldm-celebahq, ldm-ffhq, ldm-imagenet, sd14-coco, sdxl."
+        ),
+    ] = None
+    captions: Annotated[
+        Path | None, typer.Option(help="A COCO captions JSON: one prompt of it for each trajectory.")
+    ] = None
+    cache: Annotated[Path | None, typer.Option(help="A folder that keeps recorded trajectories.")] = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Choices:
+    """The recipe, and what the command line changes in it."""
+
+    recipe: RecipeOption = "w4a8"
+    iterations: Annotated[
+        int | None,
+        typer.Option(
+            min=0,
+            help="Learn the rounding (adaround), so many iterations per block; 0: round to nearest. Default: as the recipe says.",
+        ),
+    ] = None
+    tune_iterations: Annotated[
+        int | None,
+        typer.Option(
+            min=0,
+            help="Then tune all blocks together, so many iterations; 0: leave that out. Default: as the recipe says.",
+        ),
+    ] = None
+    maintain: Annotated[
+        str | None,
+        typer.Option(
+            help="What gives the temporal features: reconstruct (the quantized block), cache (tables), auto. Default: the recipe's."
+        ),
+    ] = None
+    unseen: Annotated[
+        str | None,
+        typer.Option(
+            help="What a timestep outside the table takes: nearest (its neighbour's scales), float (the float temporal block, kept "
+            "beside), error. Default: the recipe's."
+        ),
+    ] = None
+    max_megabytes: Annotated[
+        float | None,
+        typer.Option(
+            min=1e-6,
+            help="For the layers' weights: 4 or 8 bits for each, by its measured effect on the output. Default: the recipe's bits.",
+        ),
+    ] = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Drawn:
+    """Which samples are drawn."""
+
+    num_samples: Annotated[int, typer.Option(min=1)] = 64
+    steps: Annotated[int, typer.Option(min=1, help="Denoising steps.")] = 50
+    seed: Annotated[int, typer.Option(help="Seed of noise and of calibration.")] = 0
+
+    def __post_init__(self) -> None:
+        check_seed(self.seed, "--seed")
+
+    def arguments(self) -> dict[str, Any]:
+        """Return the fields by the names of `evaluation.sampling.sample`."""
+        return {"num_samples": self.num_samples, "num_inference_steps": self.steps, "seed": self.seed}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reference:
+    """Real pictures that samples are compared with."""
+
+    real: Annotated[
+        Path | None,
+        typer.Option(
+            help="A folder of real images, in folders of classes or not: Frechet distances to as many of them as samples."
+        ),
+    ] = None
+    extractor: Annotated[
+        str | None,
+        typer.Option(
+            help="For --real: inception (of published FIDs, by torch-fidelity) or torchvision-inception. Default: inception."
+        ),
+    ] = None
+    extractor_weights: Annotated[
+        Path | None,
+        typer.Option(help="Its file of weights. Default: in torch's cache. Nothing is downloaded."),
+    ] = None
+
+    def __post_init__(self) -> None:
+        if self.real is None and (self.extractor or self.extractor_weights):
+            raise TFMQError("--extractor, --extractor-weights: are for --real, a folder of real images.")
+
+
+def named_json(option: str, values: list[str] | None) -> dict[str, Any]:
+    """Return NAME=JSON texts as a dict. Raises TFMQError, which names the option, for a text of another form."""
+    found = {}
+    for text in values or []:
+        name, _, value = text.partition("=")
+        try:
+            found[name] = json.loads(value)
+        except ValueError as error:
+            raise TFMQError(
+                f"{option} {text!r}: use NAME=JSON; strings take quotes, e.g. prompt='\"a cat\"'."
+            ) from error
+    return found
+
+
+def pipeline_arguments(values: list[str] | None) -> dict[str, Any]:
+    """Return --argument as a dict; names that the commands have options for, or give themselves, are refused."""
+    from tfmq_fx.calibration.data import CalibrationSet
+
+    found = named_json("--argument", values)
+    ours = {*inspect.signature(CalibrationSet.record).parameters, "generator", "output_type"}
+    if wrong := [name for name in found if name in ours]:
+        raise TFMQError(f"--argument {wrong[0]}: the command gives that itself; see its --help.")
+    return found
+
+
+def from_groups(command: Callable[..., None]) -> Callable[..., None]:
+    """Return the command for typer: each parameter that is a dataclass becomes the options that are its fields.
+
+    A default of such a parameter, an instance, has the options' defaults; without one they are the dataclass's own.
+    """
+    hints = get_type_hints(command, include_extras=True)
+    parameters: list[inspect.Parameter] = []
+    groups: dict[str, tuple[Any, list[inspect.Parameter]]] = {}
+    readers: dict[str, Callable[[Any], Any]] = {}
+    for name, parameter in inspect.signature(command).parameters.items():
+        cls: Any = hints[name]
+        if dataclasses.is_dataclass(cls):
+            options = [_option(cls, f, parameter.default, readers) for f in dataclasses.fields(cls)]
+            groups[name] = (cls, [o for o in options if o is not None])
+            parameters += groups[name][1]
+        else:
+            kind = inspect.Parameter.KEYWORD_ONLY  # after a group with defaults another may have none
+            parameters.append(parameter.replace(annotation=hints[name], kind=kind))
+
+    def call(**given: Any) -> None:
+        given = {name: readers.get(name, _as_it_is)(value) for name, value in given.items()}
+        made = {
+            name: cls(**{option.name: given.pop(option.name) for option in options})
+            for name, (cls, options) in groups.items()
+        }
+        command(**given, **made)
+
+    call.__name__, call.__doc__ = command.__name__, command.__doc__
+    call.__annotations__ = {p.name: p.annotation for p in parameters}
+    call.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    return call
+
+
+def _as_it_is(value: Any) -> Any:
+    return value
+
+
+def _option(
+    cls: Any, field: dataclasses.Field[Any], defaults: Any, readers: dict[str, Callable[[Any], Any]]
+) -> inspect.Parameter | None:
+    """The field as a command's parameter; None for a field that is no option. A mapping is read from NAME=JSON texts."""
+    annotation = get_type_hints(cls, include_extras=True)[field.name]
+    default = getattr(defaults, field.name) if isinstance(defaults, cls) else field.default
+    if get_origin(annotation) is not Annotated:
+        if "help" not in field.metadata:
+            return None
+        if any(get_origin(part) is Mapping for part in get_args(annotation)):
+            annotation = list[str] | None
+            readers[field.name] = partial(named_json, f"--{field.name}")
+        annotation = Annotated[annotation, typer.Option(help=field.metadata["help"])]
+    return inspect.Parameter(
+        field.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation
+    )
