@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import pytest
 import typer
 
-from tests.test_cli import run
+from tests.helpers.command_line import run
 from tfmq_fx import cli, pipeline
 from tfmq_fx.base.errors import TFMQError
 from tfmq_fx.options import Choices, Drawn, Rows, Source, from_groups

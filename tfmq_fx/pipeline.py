@@ -36,6 +36,7 @@ from tfmq_fx.passes.temporal.find_temporal import TemporalBlock, find_temporal
 from tfmq_fx.passes.temporal.partition_temporal import extract_temporal
 from tfmq_fx.recipe import Recipe
 from tfmq_fx.reconstruction.stage import reconstruct
+from tfmq_fx.settings import Settings
 
 Stage = Callable[[GraphModule], Any]  # a pass with its settings bound
 
@@ -68,12 +69,14 @@ def quantize(
     The same seed gives the same integers. Raises TFMQError for bad input, naming it.
     """
     recipe = Recipe.preset(recipe) if isinstance(recipe, str) else recipe
+    settings = Settings(
+        timestep=timestep, component=component, finite=finite, seed=seed, strict=strict, state=state
+    )
     network = (
         model if isinstance(model, nn.Module) else denoiser(model, timestep=timestep, component=component)
     )
     _refuse_adapters(network)
-    if calibration is None:
-        calibration = _recorded(model, timestep=timestep, component=component, seed=seed)
+    calibration = _recorded(model, settings) if calibration is None else calibration
     clock = Clock()
     gm, example = captured(network, calibration, timestep)
     temporal = find_temporal(gm, timestep=timestep, finite=finite or ())
@@ -85,10 +88,7 @@ def quantize(
         temporal=temporal,
         block=block,
         timesteps=timesteps,
-        finite=finite,
-        seed=seed,
-        strict=strict,
-        state=state,
+        settings=settings,
     )
     converted = PassManager(passes, done=clock.lap)(fresh(gm)).graph_module
     assert isinstance(converted, GraphModule)
@@ -112,20 +112,22 @@ def stages(
     temporal: TemporalBlock,
     block: GraphModule | None = None,
     timesteps: Iterable[float] | Tensor | None = None,
-    finite: Mapping[str, Iterable[Any] | Tensor] | None = None,
-    seed: int = 0,
-    strict: bool = False,
-    state: str | Path | None = None,
+    settings: Settings | None = None,
 ) -> list[Stage]:
     """Return the passes from a captured float graph to a converted one, in order, for `PassManager` to run.
 
-    The list is the caller's own: passes can be put in, replaced and left out. Arguments are those of `quantize`, and
-        temporal: what `find_temporal` found in the float graph;
-        block: the block alone, as `extract_temporal` gives it, for a recipe with unseen="float".
-    Raises TFMQError for such a recipe without it.
+    The list is the caller's own: passes can be put in, replaced and left out.
+
+    temporal: what `find_temporal` found in the float graph.
+    block: that block alone, as `extract_temporal` gives it; only a recipe with unseen="float" needs it.
+    timesteps: the schedule (T,); None takes the timesteps of the calibration set.
+    settings: finite inputs, seed, `strict` and the folder of reconstruction's state; None takes the defaults.
+    Raises TFMQError for a recipe with unseen="float" and no block.
     """
+    settings = settings or Settings()
+    seed, finite = settings.seed, settings.finite
     schedule = calibration.timesteps if timesteps is None else timesteps
-    strictly: list[Stage] = [require_whole] if strict else []
+    strictly: list[Stage] = [require_whole] if settings.strict else []
     unseen: list[Stage] = []
     if recipe.unseen == "float":
         if block is None:
@@ -138,7 +140,7 @@ def stages(
         partial(prepare, recipe=recipe, timesteps=schedule, temporal=temporal, finite=finite),
         *strictly,
         partial(calibrate, calibration=calibration),
-        partial(reconstruct, calibration=calibration, seed=seed, state=state),
+        partial(reconstruct, calibration=calibration, seed=seed, state=settings.state),
         partial(maintain, calibration=calibration, seed=seed),
         *unseen,
         *strictly,
@@ -174,11 +176,17 @@ def require_whole(gm: GraphModule) -> None:
         raise TFMQError(f"strict: {len(found)} deviation(s) from the recipe: {'; '.join(found[:3])}{more}.")
 
 
-def _recorded(model: Any, *, timestep: str, component: str | None, seed: int) -> CalibrationSet:
+def _recorded(model: Any, settings: Settings) -> CalibrationSet:
+    """Record a pipeline's own trajectories. Raises TFMQError for a network alone, which has none."""
     if isinstance(model, nn.Module):
         raise TFMQError("calibration: a network alone has no trajectories to record; give a CalibrationSet.")
     return CalibrationSet.record(
-        model, num_samples=64, num_inference_steps=50, seed=seed, timestep=timestep, component=component
+        model,
+        num_samples=64,
+        num_inference_steps=50,
+        seed=settings.seed,
+        timestep=settings.timestep,
+        component=settings.component,
     )
 
 

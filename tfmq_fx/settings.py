@@ -43,7 +43,7 @@ class Settings:
         metadata={"help": "Refuse what would stay in float or be keyed more coarsely than asked for."},
     )
     # A folder that keeps what reconstruction has finished, to go on from after an interruption. None: nothing is kept.
-    state: Path | None = None
+    state: str | Path | None = None
 
     def __post_init__(self) -> None:
         for name, value in (("timestep", self.timestep), ("component", self.component or "unet")):

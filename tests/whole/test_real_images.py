@@ -10,7 +10,7 @@ from torch import nn
 
 import tfmq_fx
 from benchmarks.networks.pipelines import ddpm
-from tests.test_cli import run
+from tests.helpers.command_line import run
 from tfmq_fx import cli
 from tfmq_fx.base.errors import TFMQError
 from tfmq_fx.evaluation import extractors
