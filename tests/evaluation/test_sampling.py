@@ -1,12 +1,47 @@
-"""Samples as one picture."""
+"""Samples as one picture: grids side by side, what stands where, and in which shade."""
 
+import sys
+
+import numpy as np
 import torch
+from PIL import Image
 
-from tfmq_fx.evaluation.sampling import _tile
+from tfmq_fx.evaluation.sampling import MARGIN, TITLE_SIZE, save_grid
+
+TOP = 2 * TITLE_SIZE
 
 
-def test_grids_keep_the_order_and_pad_with_black():
-    images = torch.arange(3.0).view(3, 1, 1, 1).expand(3, 1, 2, 2) / 4
-    grid = _tile(images, per_row=2)
-    assert grid.shape == (8, 8)
-    assert (grid[1, 1], grid[1, 5], grid[5, 1], grid[5, 5]) == (0.0, 0.25, 0.5, -1.0)
+def opened(file):
+    with Image.open(file) as image:
+        return image.convert("RGB")
+
+
+def shades(picture, box):
+    """The colours inside a box (left, top, right, bottom) of a picture."""
+    return {tuple(c) for c in np.asarray(picture.crop(box)).reshape(-1, 3).tolist()}
+
+
+def test_a_grid_keeps_the_order_and_pads_with_black(monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)  # not needed
+    images = torch.tensor([-0.5, 0.0, 1.0]).view(3, 1, 1, 1).expand(3, 1, 100, 100)
+    save_grid([("a", images), ("b", -images)], tmp_path / "new" / "grid.png", per_row=2)
+    whole = opened(tmp_path / "new" / "grid.png")
+    scale, side = 2, 203  # 384 pixels are about twice 203
+    assert whole.size == (2 * (scale * side + MARGIN), scale * side + TOP)
+    cells = {(0, 0): (64, 191), (0, 1): (128, 128), (1, 0): (255, 0), (1, 1): (0, 0)}
+    for (row, column), pair in cells.items():
+        for which, shade in enumerate(pair):
+            left = which * whole.width // 2 + MARGIN // 2 + scale * (1 + 101 * column)
+            top = TOP + scale * (1 + 101 * row)
+            assert shades(whole, (left, top, left + 200, top + 200)) == {(shade,) * 3}
+    titles = shades(whole, (0, 0, whole.width, TOP))
+    assert {(255, 255, 255), (0, 0, 0)} <= titles
+
+
+def test_grids_of_one_image_of_colours_of_other_channels_and_of_large_images(tmp_path):
+    for number, channels, size in ((1, 1, 8), (2, 3, 8), (3, 4, 8), (2, 2, 8), (9, 3, 100)):
+        save_grid([("x" * 200, torch.zeros(number, channels, size, size))], tmp_path / "grid.png")
+        whole = opened(tmp_path / "grid.png")
+        assert whole.width >= min(number, 8) * size + MARGIN
+        assert (128, 128, 128) in shades(whole, (0, TOP, whole.width, whole.height))
+    assert [f.name for f in tmp_path.iterdir()] == ["grid.png"]
