@@ -17,6 +17,12 @@ BATCH = calibration().tensors
 X, T = BATCH["sample"], BATCH["timestep"]
 
 
+@pytest.fixture
+def folder(tiny, tmp_path):
+    tiny.save_pretrained(tmp_path / "q")
+    return tmp_path / "q"
+
+
 def test_a_round_trip_is_bit_exact(tiny, folder):
     loaded = tfmq_fx.load(folder)
     with torch.no_grad():
