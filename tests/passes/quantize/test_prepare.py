@@ -45,7 +45,7 @@ def test_prepare_leaves_the_float_graph_alone():
         (torch.tensor([1, 1, 2]), "repeated"),
         (torch.tensor([1.0, torch.nan]), "NaN"),
         (torch.tensor([[1, 2]]), "1-D"),
-        (7, "timesteps: a list of numbers is needed, found 7"),
+        (7, "timesteps: expected a list of numbers, found 7"),
         (["soon"], "timesteps: a list of numbers"),
     ],
 )
