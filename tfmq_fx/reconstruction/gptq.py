@@ -215,7 +215,7 @@ def gptq(
 def _cholesky(h_GKK: Tensor, damping: float) -> Tensor:
     """Return the Cholesky factor of H + damping mean(diag H) I.
 
-    Without damping, dead inputs get a diagonal of one, so that they affect no other column.
+    Where this diagonal is zero, it is set to one, so that dead inputs affect no other column.
     """
     if not torch.isfinite(h_GKK).all():
         raise TFMQError("gptq: the layer's inputs have NaN or infinite values; check the calibration data.")
