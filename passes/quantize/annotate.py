@@ -45,6 +45,7 @@ class RecipeQuantizer(Quantizer):  # type: ignore[misc]
         self.keys: dict[str, tuple[str, ...]] = {}  # observed node -> the key of its qparams
 
     def annotate(self, model: GraphModule) -> GraphModule:
+        """Annotate the graph in place by the recipe, and set `plan` and `keys`."""
         found = plan(model, recipe=self.recipe, temporal=self.temporal)
         done = self._annotate_layers(model, found.layers)
         if self.recipe.attention_bits != FLOAT_BITS:
@@ -201,6 +202,7 @@ class SplitQuantizer(RecipeQuantizer):
         return self.data.transform_for_annotation(model)  # type: ignore[no-any-return]
 
     def annotate(self, model: GraphModule) -> GraphModule:
+        """Annotate the graph in place, with the other quantizer first, and set `plan` and `keys`."""
         found = plan(model, recipe=self.recipe, temporal=self.temporal)
         theirs = [layer for layer in found.layers if not layer.temporal]
         paths = {layer.path for layer in theirs}

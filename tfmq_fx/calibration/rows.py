@@ -38,6 +38,7 @@ class Sink:
         self.bytes, self.rows, self.on_disk = 0, 0, False
 
     def append(self, rows: dict[str, Tensor]) -> None:
+        """Add rows, (N, ...) each. Raises TFMQError if their names, types or shapes differ from those of earlier rows."""
         if self.shapes and rows.keys() != self.shapes.keys():
             wrong = sorted(rows.keys() ^ self.shapes.keys())[0]
             raise TFMQError(f"calibration: some calls of the network have {wrong!r} and some do not.")
