@@ -180,7 +180,7 @@ def test_labels_in_the_data_that_were_not_declared_are_refused():
     ("finite", "words"),
     [
         ({"labels": range(3)}, "finite='labels': the graph has no such input; its inputs are class_labels"),
-        ({"class_labels": []}, r"finite\['class_labels'\]: a list \(1-D\) of at least one value"),
+        ({"class_labels": []}, r"finite\['class_labels'\]: expected a list \(1-D\) of at least one value"),
         ({"class_labels": [1, 1]}, r"finite\['class_labels'\]: found repeated values"),
         (
             {"class_labels": [[1, 2]]},
