@@ -1,1 +1,1 @@
-"""From the float graph to integers: the passes that change numbers."""
+"""Quantize the float graph: the passes that change numbers."""

@@ -1,4 +1,4 @@
-"""Say for every layer how it is quantized: a torchao Quantizer driven by a Recipe."""
+"""Annotate every layer with how it is quantized: a torchao Quantizer driven by a Recipe."""
 
 from __future__ import annotations
 
@@ -31,10 +31,12 @@ from tfmq_fx.recipe import Recipe
 
 
 class RecipeQuantizer(Quantizer):  # type: ignore[misc]
-    """torchao Quantizer: temporal observers inside the block, per-tensor or per-token FakeQuantize outside, weights per
-    channel or group.
+    """A torchao Quantizer that follows a Recipe.
 
-    sizes: the finite inputs, the timestep first, name -> number of values.
+    Activations get temporal observers inside the temporal block, and fake quantizers per tensor or per token
+    outside. Weights are quantized per channel or per group.
+
+    sizes: the finite inputs, the timestep first: name -> number of values.
     """
 
     def __init__(self, *, recipe: Recipe, temporal: TemporalBlock, sizes: Mapping[str, int]) -> None:
@@ -43,6 +45,7 @@ class RecipeQuantizer(Quantizer):  # type: ignore[misc]
         self.keys: dict[str, tuple[str, ...]] = {}  # observed node -> the key of its qparams
 
     def annotate(self, model: GraphModule) -> GraphModule:
+        """Annotate the graph in place by the recipe, and set `plan` and `keys`."""
         found = plan(model, recipe=self.recipe, temporal=self.temporal)
         done = self._annotate_layers(model, found.layers)
         if self.recipe.attention_bits != FLOAT_BITS:
@@ -53,7 +56,7 @@ class RecipeQuantizer(Quantizer):  # type: ignore[misc]
         return model
 
     def _annotate_layers(self, model: GraphModule, layers: Iterable[LayerPlan]) -> Plan:
-        """Annotate these layers; return them with their keys, and what stays in float or is keyed more coarsely."""
+        """Annotate these layers. Return them with their keys, what stays in float, and notes on coarser keys."""
         nodes, marks = {n.name: n for n in model.graph.nodes}, taint(model)
         done, floats, notes = [], [], []
         for layer in layers:
@@ -78,7 +81,7 @@ class RecipeQuantizer(Quantizer):  # type: ignore[misc]
         return Plan(layers=tuple(done), floats=tuple(floats), notes=tuple(notes))
 
     def _keyed(self, layer: LayerPlan, x: Node, mark: frozenset[str]) -> tuple[LayerPlan, str]:
-        """Return the layer with the key of its input's qparams, and why that is coarser than the input deserves, or ""."""
+        """Return the layer with the key of its input's qparams, and why the key is coarser than needed, or ""."""
         if layer.activation_granularity == "token":
             return layer, ""
         key, reason = self._key(x, mark, temporal=layer.temporal)
@@ -95,13 +98,16 @@ class RecipeQuantizer(Quantizer):  # type: ignore[misc]
         return self._temporal(layer.activation_bits, num_keys, temporal=layer.temporal)
 
     def _key(self, x: Node, mark: frozenset[str], *, temporal: bool) -> tuple[tuple[str, ...], str]:
-        """The key of an activation's qparams, () for one per tensor; and why it is coarser than x deserves, or ""."""
+        """Return the key of an activation's qparams, and why the key is coarser than needed, or "".
+
+        The key is () for one set of qparams per tensor.
+        """
         timestep = self.temporal.timestep
         batch = meta_value(require_input(x.graph.owning_module, timestep))  # type: ignore[arg-type]
         if not temporal and self.recipe.keyed != "all":
             return (), ""
         if not rows_are_samples(x, batch):
-            return (), "one scale per tensor: its rows are not the batch"
+            return (), "one scale per tensor: its rows are not the samples of the batch"
         if not temporal:
             return (timestep,), ""
         key = table_key(mark, timestep=timestep, sizes=self.sizes, max_entries=self.recipe.max_table_entries)
@@ -119,7 +125,7 @@ class RecipeQuantizer(Quantizer):  # type: ignore[misc]
         return (), f"one scale over sampled values: {why}"
 
     def validate(self, model: GraphModule) -> None:
-        """Nothing to check: the plan only names nodes of this graph."""
+        """Do nothing: the plan names only nodes of this graph."""
 
     @staticmethod
     def _set(node: Node, specs: dict[Node, QuantizationSpec]) -> None:
@@ -142,7 +148,7 @@ class RecipeQuantizer(Quantizer):  # type: ignore[misc]
         return self._per_tensor(IntegerRange.activation(bits))
 
     def _operand(self, x: Node) -> QuantizationSpec:
-        """Of a product of two activations, which int8 kernels take without zero points."""
+        """Return the spec of an operand of a product of two activations. Int8 kernels take these without zero points."""
         bits, positive = self.recipe.attention_bits, op_name(x) in ("softmax", "_softmax")
         return self._per_tensor(IntegerRange.activation(bits) if positive else IntegerRange.operand(bits))
 
@@ -157,7 +163,7 @@ class RecipeQuantizer(Quantizer):  # type: ignore[misc]
         )
 
     @staticmethod
-    @functools.cache  # equal specs: linears that read the same tokens share one fake quantize
+    @functools.cache  # with equal specs, linears that read the same tokens share one fake quantizer
     def _token(bits: int) -> QuantizationSpec:
         integers = IntegerRange.token(bits)
         return QuantizationSpec(
@@ -183,7 +189,10 @@ class RecipeQuantizer(Quantizer):  # type: ignore[misc]
 
 
 class SplitQuantizer(RecipeQuantizer):
-    """torchao Quantizer: the temporal block by the recipe, everything else by another torchao Quantizer, `data`."""
+    """A torchao Quantizer that uses the recipe for the temporal block and another Quantizer for everything else.
+
+    data: the other torchao Quantizer.
+    """
 
     def __init__(self, *, data: Quantizer, **rest: Any) -> None:
         super().__init__(**rest)
@@ -193,6 +202,7 @@ class SplitQuantizer(RecipeQuantizer):
         return self.data.transform_for_annotation(model)  # type: ignore[no-any-return]
 
     def annotate(self, model: GraphModule) -> GraphModule:
+        """Annotate the graph in place, with the other quantizer first, and set `plan` and `keys`."""
         found = plan(model, recipe=self.recipe, temporal=self.temporal)
         theirs = [layer for layer in found.layers if not layer.temporal]
         paths = {layer.path for layer in theirs}
@@ -201,7 +211,7 @@ class SplitQuantizer(RecipeQuantizer):
             floats=found.floats,
             notes=tuple(n for n in found.notes if n.name not in paths),
         )
-        # Theirs first, then the temporal block is ours again, whatever they wrote there.
+        # The other quantizer may annotate the temporal block too: it goes first, and its annotations are dropped.
         self.data.annotate(model)
         nodes = {n.name: n for n in model.graph.nodes}
         for name in self.temporal.nodes:

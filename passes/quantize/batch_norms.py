@@ -1,4 +1,4 @@
-"""Hide batch norms from torchao for a while."""
+"""Hide batch norms from torchao's prepare and convert."""
 
 from __future__ import annotations
 
@@ -25,11 +25,14 @@ _HIDDEN: dict[Any, Callable[..., Any]] = {
 
 
 def hide_batch_norms(gm: GraphModule, *, shared_alone: bool = False) -> None:
-    """Give batch norms another target, for a while: all, or those alone that are no part of the layer before them.
+    """Replace the targets of batch norms, so that torchao does not recognise them; `show_batch_norms` undoes it.
 
-    torchao folds every batch norm into the weight of its layer, also where something else reads the layer's output or
-    its weight, which then is another. And where it meets one that is left, it looks for 96 patterns of training, each of
-    which it traces first: half a minute.
+    torchao folds every batch norm into the weight of the layer before it, even if something else reads the
+    layer's output or its weight, and would then see other values. Where it finds a batch norm that is left, it
+    matches 96 training patterns and traces each of them first, which takes half a minute.
+
+    shared_alone: True hides only those that must not be folded, because something else reads the output or the
+        weight of the layer; False hides all.
     """
     reads = Counter(str(n.target) for n in gm.graph.find_nodes(op="get_attr") for _ in n.users)
     for target, hidden in _HIDDEN.items():
@@ -41,6 +44,7 @@ def hide_batch_norms(gm: GraphModule, *, shared_alone: bool = False) -> None:
 
 
 def show_batch_norms(gm: GraphModule) -> None:
+    """Restore the targets that `hide_batch_norms` replaced."""
     for target, hidden in _HIDDEN.items():
         for node in gm.graph.find_nodes(op="call_function", target=hidden):
             node.target = target

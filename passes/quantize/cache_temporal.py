@@ -1,4 +1,4 @@
-"""Look temporal features up in a table of what the float network computes at every key."""
+"""Look up temporal features in tables of the float network's values at every key."""
 
 from __future__ import annotations
 
@@ -23,31 +23,33 @@ from tfmq_fx.passes.temporal.insert_step_index import key_index
 from tfmq_fx.passes.temporal.partition_temporal import separate
 from tfmq_fx.recipe import CACHE_TYPES
 
-ROOT = "temporal_cache"  # where the tables lie in the state dict
+ROOT = "temporal_cache"  # the prefix of the tables in the state dict
 
 
 @declare(needs=("prepare",), after=("calibrate", "reconstruct"))
 def cache_temporal(
     gm: GraphModule, *, tables: Mapping[str, Tensor], cache_type: str = "float16"
 ) -> PassResult:
-    """Replace temporal features of a calibrated graph by one look-up per key; what no other feature needs is removed.
+    """Replace temporal features of a calibrated graph with one look-up per key. Remove what no other feature needs.
 
         step -> .. -> linear(., W_i) = f_i -> rest     ==>    rows = to(index_select(table, 0, step), float32)
         step -> .. -> linear(., W_j) = f_j -> rest            rows[:, a:b] -> rest;  rows[:, b:c] -> rest
 
     With int8 there is a second look-up, of scales: f_i = rows[:, a:b] * scales[:, i:i+1].
 
-    tables: feature -> (K, ...), its float value at every one of the K values of its key (`feature_key`, row-major), as
+    tables: feature -> (K, ...), its float values at all K values of its key (`feature_key`, row-major), as
         `tfmq_fx.maintenance.feature_tables` computes them from the float block.
     cache_type: "float16", "bfloat16", or "int8" with a scale for each key and feature.
 
-    Numerics: a cached feature is its float value rounded to `cache_type`: within 2^-11 of the value in float16
-    (below 6e-5 within 3e-8), 2^-8 in bfloat16, and 1/254 of the row's largest in int8. A feature that is not in `tables` is
-    bitwise what it was: where it is computed from a cached one, that one's layer stays for it. At a value outside the
-    table a cached feature is its nearest neighbour's.
+    Numerics: a cached feature is its float value rounded to `cache_type`. The error is at most 2^-11 of the
+    value in float16 (3e-8 for values below 6e-5), 2^-8 of it in bfloat16, and 1/254 of the row's largest
+    absolute value in int8. A feature that is not in `tables` is bitwise unchanged: if it is computed from a
+    cached feature, that feature's layer is kept for it. At a value outside the table, a cached feature takes
+    the value of its nearest neighbour.
 
-    The graph's state says what is looked up (`cached`), and its plan loses the layers that went. Raises TFMQError for an unknown
-    feature, one without a finite key, and a table of another size or with values that `cache_type` cannot hold.
+    The graph's state lists the features that are looked up (`cached`). Removed layers leave its plan. Raises
+    TFMQError for an unknown feature, for one without a finite key, and for a table of another size or with
+    values that `cache_type` cannot hold.
     """
     state = require_stage(gm, "calibrated", "reconstructed")
     if cache_type not in CACHE_TYPES:
@@ -56,7 +58,7 @@ def cache_temporal(
     for name in tables:
         if name not in temporal.features:
             raise TFMQError(
-                f"tables: {name!r} is no temporal feature; features are {nearest_names(name, temporal.features)}."
+                f"tables: {name!r} is not a temporal feature; features are {nearest_names(name, temporal.features)}."
             )
     done = {c.name for c in state.cached}
     groups: dict[tuple[str, ...], list[str]] = {}
@@ -84,7 +86,10 @@ def cache_temporal(
 
 
 def feature_key(gm: GraphModule, name: str) -> tuple[str, ...]:
-    """The finite inputs that a feature of a prepared graph is a function of. Raises TFMQError where it has no table."""
+    """Return the finite inputs that a feature of a prepared graph depends on.
+
+    Raises TFMQError if the feature cannot have a table.
+    """
     if (why := uncacheable(gm, name)) is not None:
         raise TFMQError(f"feature {name}: cannot be cached: {why}; maintain it by reconstruction.")
     state = state_of(gm)
@@ -94,7 +99,7 @@ def feature_key(gm: GraphModule, name: str) -> tuple[str, ...]:
 
 
 def uncacheable(gm: GraphModule, name: str) -> str | None:
-    """Why a feature of a prepared graph has no table; None when it can have one."""
+    """Return why a feature of a prepared graph cannot have a table, or None if it can."""
     state = state_of(gm)
     mark = state.inputs_of_feature(name)
     if state.table_key_of(mark) is None:
@@ -107,18 +112,21 @@ def uncacheable(gm: GraphModule, name: str) -> str | None:
         )
     node = next(n for n in gm.graph.nodes if n.name == name)
     if not rows_are_samples(node, meta_value(placeholders(gm)[state.timestep])):
-        return "its rows are not the batch"
+        return "its rows are not the samples of the batch"
     return None
 
 
 def is_per_row(gm: GraphModule, key: Iterable[str]) -> bool:
-    """Whether samples of a batch may have keys of their own: not when every input of the key has shape ()."""
+    """Return True if each sample of a batch may have another key. False if every input of the key has shape ()."""
     values = {n: meta_value(placeholders(gm)[n]) for n in key}
     return not all(isinstance(v, Tensor) and v.dim() == 0 for v in values.values())
 
 
 def encode(table_KF: Tensor, cache_type: str) -> tuple[Tensor, Tensor | None]:
-    """A table as it is stored, with a scale per row (K, 1) for int8: max |x| is 127, a row of zeros has scale 1."""
+    """Return a table as it is stored, and for int8 the scale of each row (K, 1), else None.
+
+    The scale maps max |x| to 127. It is 1 for a row of zeros.
+    """
     if cache_type != "int8":
         return table_KF.to(getattr(torch, cache_type)), None
     largest = table_KF.abs().amax(1, keepdim=True)
@@ -127,6 +135,7 @@ def encode(table_KF: Tensor, cache_type: str) -> tuple[Tensor, Tensor | None]:
 
 
 def decode(stored_KF: Tensor, scale_K1: Tensor | None) -> Tensor:
+    """Invert `encode`: return the table in float32."""
     values = stored_KF.to(torch.float32)
     return values if scale_K1 is None else values * scale_K1
 
@@ -138,10 +147,10 @@ def _rows(gm: GraphModule, key: tuple[str, ...]) -> int:
 def _check_table(name: str, table: Tensor, *, rows: int, cache_type: str) -> None:
     if table.dim() < 1 or len(table) != rows:
         raise TFMQError(
-            f"tables[{name!r}]: shape {tuple(table.shape)}, but its key has {rows} values; give a row for each."
+            f"tables[{name!r}]: found shape {tuple(table.shape)}, but its key has {rows} values; give one row for each."
         )
     if not torch.isfinite(table).all():
-        raise TFMQError(f"tables[{name!r}]: hold NaN or infinite values.")
+        raise TFMQError(f"tables[{name!r}]: found NaN or infinite values; all must be finite.")
     if cache_type == "float16" and table.abs().max() > torch.finfo(torch.float16).max:
         raise TFMQError(
             f"tables[{name!r}]: {table.abs().max().item():g} is too large for float16; use cache_type='bfloat16'."
@@ -156,7 +165,10 @@ def _look_up(
     cache_type: str,
     block: set[Node],
 ) -> dict[str, str]:
-    """Insert the look-up of features that share a key; old -> new names of their layers that others still need."""
+    """Insert the look-up of features that share a key.
+
+    Returns old -> new name for their layers, which other features may still need.
+    """
     call, nodes = gm.graph.call_function, {n.name: n for n in gm.graph.nodes}
     state = state_of(gm)
     index = key_index(gm, key, timestep=state.timestep, sizes=state.sizes)
@@ -180,7 +192,7 @@ def _look_up(
     cached, renamed, start = [], {}, 0
     for i, (name, table_KF) in enumerate(flat.items()):
         node, end = nodes[name], start + table_KF.shape[1]
-        # Where the layer stood, so that the features keep their order.
+        # Insert at the layer's position, so that the features keep their order.
         with gm.graph.inserting_before(node):
             new = call(aten.slice.Tensor, (values, 1, start, end))
             if scales:
@@ -198,14 +210,14 @@ def _look_up(
 
 
 def _unused(gm: GraphModule, path: str) -> str:
-    """`path`, or with a number where an earlier run put a table there."""
+    """Return `path`, with a number appended if an earlier run put a table there."""
     taken = {c.table.removesuffix(".values") for c in state_of(gm).cached}
     numbered = (path if i == 1 else f"{path}_{i}" for i in range(1, len(taken) + 2))
     return next(p for p in numbered if p not in taken)
 
 
 def _erase_unneeded(gm: GraphModule, block: list[Node]) -> None:
-    """Erase what was computed for the cached features alone, operators in place included."""
+    """Erase nodes that only the cached features needed, including in-place operators."""
     needed = set(temporal_of(gm).nodes)
     for node in reversed(block):
         if node.name not in needed and not node.users:
@@ -218,7 +230,10 @@ def _constants(gm: GraphModule) -> set[str]:
 
 
 def stand_for(feature: Node, new: Node, *, block: set[Node]) -> str:
-    """Let `new` be the feature, under its name, to all that reads it outside the block; the new name of what it was."""
+    """Let `new` replace the feature, under the same name, for every reader outside the block.
+
+    Returns the new name of the node that it replaces.
+    """
     name = feature.name
     new.meta = {k: v for k, v in feature.meta.items() if k in ("val", "example_value")}
     feature.replace_all_uses_with(new, delete_user_cb=lambda user: user not in block and user is not new)
@@ -228,7 +243,7 @@ def stand_for(feature: Node, new: Node, *, block: set[Node]) -> str:
 
 
 def rename_layers(gm: GraphModule, renamed: Mapping[str, str]) -> None:
-    """Follow, in the plan, layers whose names other nodes took: old -> new."""
+    """Update the plan for layers whose names other nodes took: old -> new."""
     state = state_of(gm)
     layers = (
         dataclasses.replace(layer, node=renamed.get(layer.node, layer.node)) for layer in state.plan.layers
@@ -238,7 +253,7 @@ def rename_layers(gm: GraphModule, renamed: Mapping[str, str]) -> None:
 
 
 def _forget(gm: GraphModule, *, paths: set[str], nodes: set[str]) -> None:
-    """Take what is gone out of the plan, and note it."""
+    """Remove these layers, floats and notes from the plan, and record the paths in the state (`removed`)."""
     state = state_of(gm)
     plan = state.plan
 

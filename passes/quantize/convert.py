@@ -1,4 +1,4 @@
-"""Turn a prepared graph into the quantized one: integer weights and quantize/dequantize pairs."""
+"""Convert a prepared graph to the quantized one: integer weights and quantize/dequantize pairs."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tfmq_fx.passes.temporal.partition_temporal import partition_temporal
 
 @declare(needs=("calibrate",), after=("reconstruct", "cache_temporal", "maintain", "float_at_unseen"))
 def convert(gm: GraphModule) -> GraphModule:
-    """A new GraphModule that computes what the calibrated graph computed, from integers.
+    """Return a new GraphModule that computes what the calibrated graph computed, from integers.
 
         observer(w)            ==>  dequantize_per_channel(w_q, w_scale, w_zero_point), reshaped where w has groups
         fake_quantize(x)       ==>  dequantize_per_tensor(quantize_per_tensor(x, s, z))
@@ -26,23 +26,23 @@ def convert(gm: GraphModule) -> GraphModule:
         observer(x, step)      ==>  dequantize(quantize(x, scale[step], zero_point[step]))
 
     The temporal block becomes the submodule `temporal_block`. Weights are bitwise those of the fake-quantized
-    graph; an activation with one scale per tensor may differ by one quantization step where it falls on a rounding tie.
+    graph. An activation with one scale per tensor may differ by one quantization step at a rounding tie.
     """
     state = require_stage(gm, "calibrated", "reconstructed")
     gm = to_integers(gm)
-    gm.meta = {}  # torchao's marks go
+    gm.meta = {}  # remove torchao's marks
     set_state(gm, dataclasses.replace(state, stage="converted"))
     partition_temporal(gm, temporal=temporal_of(gm))
     return gm
 
 
 def to_integers(gm: GraphModule) -> GraphModule:
-    """The observers of a calibrated graph, or of a part of it, written out as integers and quantize/dequantize pairs."""
-    # Our observers' convert hooks fold their own weights; torchao folds those of another quantizer.
+    """Replace the observers of a calibrated graph, or of a part of it, with integers and quantize/dequantize pairs."""
+    # Our observers' convert hooks fold the weights that they quantize. torchao folds those of other quantizers.
     gm = fresh(gm)
     hide_batch_norms(gm)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)
         gm = convert_pt2e(gm)
     show_batch_norms(gm)
-    return GraphModule(gm, gm.graph)  # only what the graph reads is kept: the float weights go
+    return GraphModule(gm, gm.graph)  # keeps only what the graph reads, so the float weights are dropped

@@ -17,19 +17,19 @@ _JOINS = ("add", "sub")
 
 @dataclass(frozen=True, kw_only=True)
 class Block:
-    """Nodes that are reconstructed together. Invariant: convex, so that they can run as one step."""
+    """A group of nodes that are reconstructed together. Invariant: convex, so that they can run as one step."""
 
-    nodes: tuple[Node, ...]  # topologically ordered, with the parameters and observers that they alone use
+    nodes: tuple[Node, ...]  # topologically ordered, with the parameters and observers that only they use
 
 
 def find_blocks(gm: GraphModule, *, temporal: TemporalBlock | None = None) -> list[Block]:
-    """Residual blocks, then single layers for what is left, in the order in which they can run; only reads.
+    """Find residual blocks, and single layers for what is left, in an order in which they can run. Read-only.
 
         x -> norm -> conv -> conv -> add(x, .)      one block: what lies between x and the add that rejoins it
         x -> conv -> ..                             a layer outside any residual branch: a block of its own
 
-    A residual block is an innermost one: it holds a weighted layer and no smaller residual block that does.
-    Every weighted layer outside the temporal block belongs to exactly one block.
+    Only innermost residual blocks count: those that have a weighted layer and contain no smaller residual block
+    that has one. Every weighted layer outside the temporal block belongs to exactly one block.
     """
     temporal = temporal or temporal_of(gm)
     inside = set(temporal.nodes)
@@ -57,7 +57,7 @@ def find_blocks(gm: GraphModule, *, temporal: TemporalBlock | None = None) -> li
 
 
 def _residual_regions(gm: GraphModule, data: set[Node]) -> Iterable[set[Node]]:
-    """For each add whose operands both come from one data node d: the nodes between d and the add."""
+    """Yield, for each add whose operands both come from one data node d, the nodes between d and the add."""
     depth: dict[Node, int] = {}
     dominator: dict[Node, Node | None] = {}
 
@@ -91,7 +91,7 @@ def _residual_regions(gm: GraphModule, data: set[Node]) -> Iterable[set[Node]]:
 
 
 def _between(start: Node, end: Node, data: set[Node]) -> set[Node]:
-    """Data nodes on a path from `start` (excluded, it dominates `end`) to `end` (included)."""
+    """Return the data nodes on a path from `start` (excluded, it dominates `end`) to `end` (included)."""
     found = {end}
     stack = [end]
     while stack:
@@ -103,7 +103,7 @@ def _between(start: Node, end: Node, data: set[Node]) -> set[Node]:
 
 
 def _private_constants(members: set[Node], constant: set[Node]) -> set[Node]:
-    """Parameters and their observers that only `members` use."""
+    """Return the parameters, and their observers, that only `members` use."""
     found: set[Node] = set()
     stack = [n for m in members for n in m.all_input_nodes]
     while stack:

@@ -1,4 +1,4 @@
-"""Keep the float temporal block for keys that the tables lack."""
+"""Keep the float temporal block for keys that are not in the tables."""
 
 from __future__ import annotations
 
@@ -19,25 +19,27 @@ from tfmq_fx.passes.quantize.state import require_stage, state_of, temporal_of
 from tfmq_fx.passes.temporal.insert_step_index import key_index
 from tfmq_fx.passes.temporal.partition_temporal import separate
 
-KNOWN = "_known"  # how the names of the nodes end that say whether a sample's value is in its table
+KNOWN = "_known"  # suffix of the nodes that test if a sample's value is in its table
 
 
 @declare(needs=("prepare",), after=("calibrate", "reconstruct", "cache_temporal", "maintain"))
 def float_at_unseen(gm: GraphModule, *, block: GraphModule) -> PassResult:
-    """Take a sample's temporal features from the float block where its timestep is not in the table.
+    """Use the float block's temporal features for samples whose timestep is not in the table.
 
         step -> .. -> f_i -> rest    ==>    where(timestep_known, f_i, float f_i) -> rest
                                             timestep_known = min |timestep_table - timestep| == 0
 
-    Where f_i is a function of other finite inputs as well, they have to be known, too.
+    If f_i depends on other finite inputs as well, their values must be in their tables, too.
 
-    block: the float block, `extract_temporal` of the graph that was prepared. Its parameters stay, under their own names.
+    block: the float block, `extract_temporal` of the graph that was prepared. Its parameters are kept under their
+        own names.
 
-    Numerics: bitwise unchanged where every value is in its table; elsewhere a feature is bitwise the float block's. Scales
-    per timestep outside the block remain those of the nearest neighbour.
+    Numerics: bitwise unchanged where every value is in its table; elsewhere a feature is bitwise the float
+    block's. Scales per timestep outside the block are still those of the nearest neighbour.
 
-    The plan notes the bytes, and as coarser a feature that stays as it is, its rows not being the batch. Raises TFMQError for a
-    block with other features, or one that needs more than its keys.
+    The plan notes how many bytes the float block takes. A feature whose rows are not the samples of the batch
+    is left quantized, and noted as coarser. Raises TFMQError for a block with other features, and for one that
+    needs an input which is not in the graph.
     """
     state = require_stage(gm, "calibrated", "reconstructed")
     nodes = {n.name: n for n in gm.graph.nodes}
@@ -47,11 +49,14 @@ def float_at_unseen(gm: GraphModule, *, block: GraphModule) -> PassResult:
     outputs = block.graph.output_node().args[0]
     inputs = placeholders(gm)
     if not isinstance(outputs, (tuple, list)) or len(outputs) != len(features):
-        raise TFMQError(f"block: it does not give the {len(features)} temporal features of the graph.")
+        raise TFMQError(
+            f"block: does not return the {len(features)} temporal features of the graph; pass extract_temporal of the graph "
+            "that was prepared."
+        )
     missing = [name for name in placeholders(block) if name not in inputs]
     if missing:
         raise TFMQError(
-            f"block: it needs {missing[0]}, which is no input of the graph ({', '.join(inputs)})."
+            f"block: needs {missing[0]}, which is not an input of the graph ({', '.join(inputs)})."
         )
     inside = set(separate(gm, temporal_of(gm)))
     twins = _copied(gm, block)
@@ -63,7 +68,12 @@ def float_at_unseen(gm: GraphModule, *, block: GraphModule) -> PassResult:
     for name, key, twin in zip(features, state.feature_keys, outputs, strict=True):
         node = nodes[name]
         if not rows_are_samples(node, timestep):
-            notes.append(Note(name=name, reason="quantized at unseen timesteps: its rows are not the batch"))
+            notes.append(
+                Note(
+                    name=name,
+                    reason="quantized at unseen timesteps: its rows are not the samples of the batch",
+                )
+            )
             continue
         with gm.graph.inserting_before(node.next):
             new = _chosen(gm, [known[n] for n in key if n in known], node, twins[twin])
@@ -77,7 +87,7 @@ def float_at_unseen(gm: GraphModule, *, block: GraphModule) -> PassResult:
 
 
 def _copied(gm: GraphModule, block: GraphModule) -> dict[Node, Node]:
-    """The block's nodes and their twins, which are put before everything that `gm` computes."""
+    """Copy the block to the front of `gm`, after its inputs; return the block's nodes -> their copies."""
     inputs = placeholders(gm)
     twins = {node: inputs[name] for name, node in placeholders(block).items()}
     restored = set()
@@ -97,7 +107,7 @@ def _copied(gm: GraphModule, block: GraphModule) -> dict[Node, Node]:
 
 
 def _restore(gm: GraphModule, block: GraphModule, path: str) -> bool:
-    """Put the block's tensor at `path` of `gm`; False when it is there."""
+    """Put the block's tensor at `path` of `gm`. Return False if it is there already."""
     value = attribute(block, path)
     try:
         found = attribute(gm, path)
@@ -106,13 +116,16 @@ def _restore(gm: GraphModule, block: GraphModule, path: str) -> bool:
         return True
     if not torch.equal(found, value):
         raise TFMQError(
-            f"block: {path} has other values than in the graph; give the block of the graph that was prepared."
+            f"block: {path} has different values in the graph; pass extract_temporal of the graph that was prepared."
         )
     return False
 
 
 def _known(gm: GraphModule) -> dict[str, Node]:
-    """For each finite input, whether a sample's value is in its table: (N,) bool, (1,) for an input of shape ()."""
+    """Return, for each finite input, a node that tests if a sample's value is in its table.
+
+    It is bool, of shape (N,), or (1,) for an input of shape ().
+    """
     call, state, found = gm.graph.call_function, state_of(gm), {}
     for name in state.sizes:
         index = key_index(gm, (name,), timestep=state.timestep, sizes=state.sizes)
@@ -124,7 +137,7 @@ def _known(gm: GraphModule) -> dict[str, Node]:
 
 
 def _chosen(gm: GraphModule, known: list[Node], layer: Node, twin: Node) -> Node:
-    """where(all of known, layer, twin), rows by rows."""
+    """Insert where(all of known, layer, twin), row by row."""
     call, mask = gm.graph.call_function, known[0]
     for other in known[1:]:
         mask = call(aten.logical_and.default, (mask, other))

@@ -1,4 +1,4 @@
-"""Observer nodes of a prepared graph."""
+"""Work with the observer nodes of a prepared graph."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from tfmq_fx.graph.nodes import fresh
 
 
 def observers(gm: GraphModule) -> Iterator[tuple[Node, FakeQuantizeBase]]:
-    """The observer nodes of a prepared graph with their modules, each module once, in graph order."""
+    """Yield the observer nodes of a prepared graph with their modules, each module once, in graph order."""
     modules, seen = dict(gm.named_modules(remove_duplicate=False)), set()
     for node in list(gm.graph.nodes):
         if node.op == "call_module":
@@ -22,7 +22,7 @@ def observers(gm: GraphModule) -> Iterator[tuple[Node, FakeQuantizeBase]]:
 
 
 def without_observers(gm: GraphModule) -> GraphModule:
-    """The float function of a prepared graph: a copy in which every observer node is its input."""
+    """Return the float function of a prepared graph: a copy in which every observer node is replaced by its input."""
     copy = fresh(gm)
     modules = dict(copy.named_modules(remove_duplicate=False))
     for node in list(copy.graph.nodes):
@@ -34,5 +34,6 @@ def without_observers(gm: GraphModule) -> GraphModule:
 
 
 def set_mode(observer: FakeQuantizeBase, *, observe: bool, quantize: bool) -> None:
+    """Turn observing and fake quantization on or off."""
     observer.enable_observer(observe)
     observer.enable_fake_quant(quantize)

@@ -1,4 +1,4 @@
-"""Decide for every layer how it is quantized, by the recipe."""
+"""Decide how every layer is quantized, from the recipe."""
 
 from __future__ import annotations
 
@@ -30,50 +30,49 @@ from tfmq_fx.recipe import Recipe, Rule
 
 @dataclass(frozen=True, kw_only=True)
 class LayerPlan:
-    """How one convolution or linear is quantized."""
+    """The settings with which one convolution or linear is quantized."""
 
     path: str  # the weight's name in the network's state dict
     node: str  # the node's name in the graph
     op: str  # "conv2d", "linear", ...
     weight_bits: int  # 16: float
     activation_bits: int  # 16: float
-    group_size: int | None = None  # weights of an output channel that share qparams; None: all
-    activation_granularity: str = "tensor"  # "token": qparams per token, at run time; "tensor": as `key` says
+    group_size: int | None = None  # how many weights of an output channel share qparams; None: all
+    activation_granularity: str = "tensor"  # "token": qparams per token, at run time; "tensor": by `key`
     temporal: bool  # True: inside the temporal block
-    key: tuple[
-        str, ...
-    ] = ()  # the inputs whose values select the activation's qparams; (): one for the tensor
-    reason: str  # why the bits differ from the recipe's; "" when they do not
+    # The inputs whose values select the activation's qparams; (): one set for the tensor.
+    key: tuple[str, ...] = ()
+    reason: str  # why the bits differ from the recipe's; "" if they do not
 
 
 @dataclass(frozen=True, kw_only=True)
 class Float:
-    """Something that stays in floating point, and why."""
+    """A parameter or node that stays in floating point, with the reason."""
 
     name: str  # parameter path or node name
     reason: str
-    chosen: bool = True  # whether the recipe says so; False: it could not be quantized
+    chosen: bool = True  # True: the recipe says so; False: it could not be quantized
 
 
 @dataclass(frozen=True, kw_only=True)
 class Note:
-    """Something that is quantized otherwise than asked for, and why."""
+    """A node or parameter that is quantized differently from what was asked for, with the reason."""
 
     name: str  # node name or parameter path
     reason: str
-    coarser: bool = True  # False: at least as finely as asked for
+    coarser: bool = True  # False: at least as fine as what was asked for
 
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """How a graph is quantized: its layers, what stays in float, and what differs from what was asked for."""
+    """A graph's quantization: its layers, what stays in float, and what differs from what was asked for."""
 
     layers: tuple[LayerPlan, ...]
     floats: tuple[Float, ...]
     notes: tuple[Note, ...] = ()
 
     def extended(self, other: Plan) -> Plan:
-        """Return the plan with the other's layers in place of those of the same node, and its floats and notes added."""
+        """Return this plan with the other's floats and notes added, and its layers replacing those of the same node."""
         replaced = {layer.node: layer for layer in other.layers}
         return Plan(
             layers=tuple(replaced.get(layer.node, layer) for layer in self.layers),
@@ -111,7 +110,7 @@ def plan(gm: GraphModule, *, recipe: Recipe, temporal: TemporalBlock) -> Plan:
 
 
 def _weight_path(node: Node) -> str | None:
-    """Return the path of a layer's weight; None when the weight is not a parameter, or for no layer."""
+    """Return the path of a layer's weight; None if the weight is not a parameter, or the node is not a layer."""
     index = weight_argument(node)
     weight = node.args[index] if index is not None and index < len(node.args) else None
     by_name = any(isinstance(v, Node) for v in node.kwargs.values())
@@ -120,7 +119,10 @@ def _weight_path(node: Node) -> str | None:
 
 
 def _unweighted(node: Node, recipe: Recipe) -> Iterator[Float]:
-    """Say of a node without a weight what of it stays in float: parameters of a called module, products of activations."""
+    """Yield what stays in float of a node without a weight.
+
+    That is the parameters of a called module, and products of activations.
+    """
     if node.op == "call_module" and next(called_module(node).parameters(), None) is not None:
         reason = "a module call that inline_modules could not follow"
         yield Float(name=str(node.target), reason=reason, chosen=False)
@@ -148,7 +150,7 @@ def _require_used(recipe: Recipe, used: set[Rule | None], paths: list[str]) -> N
     for rule in recipe.rules:
         if rule not in used:
             raise TFMQError(
-                f"Recipe.rules: {rule.pattern!r} matches no layer that an earlier rule leaves; nearest are "
+                f"Recipe.rules: {rule.pattern!r} matches no layer, or only layers that earlier rules match; nearest are "
                 f"{nearest_names(rule.pattern, paths)}."
             )
 
@@ -156,7 +158,10 @@ def _require_used(recipe: Recipe, used: set[Rule | None], paths: list[str]) -> N
 def _layer(
     node: Node, path: str, recipe: Recipe, rule: Rule | None, *, edge: bool, temporal: bool
 ) -> LayerPlan:
-    """Return what the recipe asks for; edge: for a first or last layer."""
+    """Return what the recipe asks for.
+
+    edge: True for a first or last layer.
+    """
     weight_bits, activation_bits, reason = recipe.weight_bits, recipe.activation_bits, ""
     if edge and weight_bits < recipe.edge_weight_bits:
         weight_bits, reason = recipe.edge_weight_bits, "first or last layer of an input or the output"
@@ -177,9 +182,9 @@ def _layer(
 
 
 def _as_possible(layer: LayerPlan, weight: torch.Tensor, axis: int) -> tuple[LayerPlan, list[Note]]:
-    """Return the layer with the groups and the granularity that it can have, and notes where it asked for others.
+    """Return the layer with the groups and the granularity that it supports, and notes where these differ.
 
-    axis: the weight's dimension that counts output channels.
+    axis: the weight's output-channel dimension.
     """
     notes: list[Note] = []
     group_size, granularity = layer.group_size, layer.activation_granularity
@@ -197,10 +202,10 @@ def _as_possible(layer: LayerPlan, weight: torch.Tensor, axis: int) -> tuple[Lay
 
 
 def _group_size(path: str, weight: torch.Tensor, axis: int, asked: int) -> tuple[int | None, list[Note]]:
-    """The group size of a weight, and a note where that is not what was asked for."""
+    """Return the group size of a weight, and a note if it is not the one asked for."""
     columns = weight.numel() // weight.shape[axis]
     size = fitting_group_size(asked, columns)
-    if size == asked or columns <= asked:  # a row no longer than a group is one
+    if size == asked or columns <= asked:  # a row that is no longer than a group is one group
         return size, []
     taken = "one scale per output channel" if size is None else f"groups of {size}"
     reason = f"{taken}: group_size={asked} does not divide its {columns} weights per output channel"
@@ -210,14 +215,18 @@ def _group_size(path: str, weight: torch.Tensor, axis: int, asked: int) -> tuple
 def table_key(
     mark: frozenset[str], *, timestep: str, sizes: Mapping[str, int], max_entries: int
 ) -> tuple[str, ...] | None:
-    """The inputs of `mark` in the order of `sizes` when all are finite and their product fits, else None."""
+    """Return the inputs in `mark`, in the order of `sizes`; None if one is not finite or the table is too large.
+
+    mark: the inputs that a value depends on.
+    max_entries: the largest product of their sizes. It does not limit a table over the timestep alone.
+    """
     key = tuple(name for name in sizes if name in mark)
     fits = mark <= sizes.keys() and math.prod(sizes[n] for n in key) <= max_entries
     return key if key and (fits or key == (timestep,) == tuple(mark)) else None
 
 
 def rows_are_samples(x: Node, timestep: object) -> bool:
-    """Whether dim 0 of x is the batch of timesteps; a scalar timestep serves any x; unknown shapes are trusted."""
+    """Return True if dim 0 of x is the batch of timesteps. True for a scalar timestep, and for unknown shapes."""
     value = meta_value(x)
     if not isinstance(value, torch.Tensor) or not isinstance(timestep, torch.Tensor) or timestep.dim() == 0:
         return True

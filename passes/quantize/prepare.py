@@ -1,4 +1,4 @@
-"""Insert observers: keyed on timestep inside the temporal block, per tensor elsewhere, integers on weights."""
+"""Insert observers: keyed on the timestep inside the temporal block, per tensor elsewhere, integers on weights."""
 
 from __future__ import annotations
 
@@ -39,18 +39,19 @@ def prepare(
     finite: Mapping[str, Iterable[Any] | Tensor] | None = None,
     data_quantizer: Quantizer | None = None,
 ) -> GraphModule:
-    """A copy of the graph with observers, ready for `calibrate`; parameters are shared, `gm` is left as it was.
+    """Return a copy of the graph with observers, ready for `calibrate`. It shares parameters with `gm`.
 
         x -> linear(., w)   ==>   x -> observer(., step_index) -> linear(., integers(w))      in the block
                                   x -> fake_quantize(.)        -> linear(., integers(w))      elsewhere
 
     timesteps (T,): the values of the schedule, distinct and finite, in any order.
-    temporal: what `find_temporal` found; None finds it here, with the timestep name of the capture.
+    temporal: the result of `find_temporal`; None finds the block here, with the timestep name of the capture.
     finite: other inputs with finitely many values, name -> the values (K, ...): {"class_labels": range(10)}.
-        What depends on the timestep and on them is keyed on the product, while that fits
-        `recipe.max_table_entries`; past it, and for inputs not declared, on the timestep over sampled values, which
-        the plan's notes say (`state_of(gm).plan`).
+        Activations that depend on the timestep and on these inputs are keyed on the product, if that fits
+        `recipe.max_table_entries`. Otherwise, and for inputs not declared here, they are keyed on the timestep,
+        with ranges over sampled values, and the plan notes it (`state_of(gm).plan`).
     data_quantizer: another torchao Quantizer (x86, ...) for everything outside the temporal block.
+
     Raises TFMQError for timesteps or finite values that are empty, repeated or not finite.
     """
     timestep = str(timestep_input(gm, temporal.timestep if temporal else None).target)
@@ -70,7 +71,7 @@ def prepare(
     hide_batch_norms(copy, shared_alone=True)
     prepared = prepare_pt2e(copy, quantizer)
     show_batch_norms(prepared)
-    gm = GraphModule(prepared, prepared.graph)  # sheds torchao's refusal of train() and eval()
+    gm = GraphModule(prepared, prepared.graph)  # torchao's own module refuses train() and eval()
     gm.meta = dict(prepared.meta)
     finite_tables = {n: v for n, v in tables.items() if n != timestep}
     insert_step_index(gm, timesteps=tables[timestep], timestep=timestep, finite=finite_tables)
@@ -89,10 +90,10 @@ def prepare(
             weight = attribute(gm, str(x.target))
             if weight.dtype != torch.float32:
                 raise TFMQError(
-                    f"weight {x.target}: is {weight.dtype}; quantize the float32 network (network.float()) instead."
+                    f"weight {x.target}: is {weight.dtype}, but must be float32; call network.float() first."
                 )
             initialise.append((observer, weight))
-        if x.op == "placeholder":  # prepare put it between the placeholders
+        if x.op == "placeholder":  # torchao put the observer between the placeholders
             index.append(node)
         set_mode(observer, observe=True, quantize=False)
     with workers(len(initialise)) as threads:
@@ -132,26 +133,30 @@ def _state(
 
 
 def as_values(given: Iterable[Any] | Tensor, name: str) -> Tensor:
-    """As a tensor (T,), or (K, ...) of vectors. Raises TFMQError unless they are distinct and finite, and there are some."""
+    """Return the values as a tensor (T,), or (K, ...) of vectors.
+
+    name: the argument that errors name. Raises TFMQError for values that are empty, repeated or not finite.
+    """
     try:
         values = torch.as_tensor(given if isinstance(given, Tensor) else list(given))
-    except (TypeError, ValueError, RuntimeError) as error:  # torch's, by what is wrong
-        raise TFMQError(f"{name}: a list of numbers is needed, found {str(given)[:80]} ({error}).") from error
+    except (TypeError, ValueError, RuntimeError) as error:  # torch raises any of these
+        raise TFMQError(f"{name}: expected a list of numbers, found {str(given)[:80]} ({error}).") from error
     if values.dim() == 0 or values.numel() == 0 or (name == "timesteps" and values.dim() != 1):
         raise TFMQError(
-            f"{name}: a list (1-D) of at least one value is needed, found shape {tuple(values.shape)}."
+            f"{name}: expected a list (1-D) of at least one value, found shape {tuple(values.shape)}."
         )
     if not torch.isfinite(values.double()).all():
-        raise TFMQError(f"{name}: hold NaN or infinite values.")
+        raise TFMQError(f"{name}: found NaN or infinite values; all must be finite.")
     if len(values.unique(dim=0)) != len(values):
-        raise TFMQError(f"{name}: hold repeated values; give each value once.")
+        raise TFMQError(f"{name}: found repeated values; give each value once.")
     return values
 
 
 def _check_shape(node: Node, name: str, values: Tensor) -> None:
-    """Each value must be what one sample of the input is."""
+    """Raise TFMQError unless each value has the shape of one sample of the input."""
     given = meta_value(node)
     if isinstance(given, Tensor) and tuple(values.shape[1:]) != tuple(given.shape[1:]):
         raise TFMQError(
-            f"finite[{name!r}]: each value has shape {tuple(values.shape[1:])}, one sample of this input {tuple(given.shape[1:])}."
+            f"finite[{name!r}]: each value has shape {tuple(values.shape[1:])}, but one sample of this input has shape "
+            f"{tuple(given.shape[1:])}."
         )

@@ -1,4 +1,4 @@
-"""What the stages after `prepare` report: frozen records, kept in the graph's `State`."""
+"""Results of the stages after `prepare`: frozen records, kept in the graph's `State`."""
 
 from __future__ import annotations
 
@@ -11,36 +11,37 @@ class CachedFeature:
 
     name: str
     key: tuple[str, ...]  # the inputs whose values select the row
-    table: str  # the buffer that holds it, beside other features
-    columns: tuple[int, int]  # from, to
+    table: str  # the buffer that holds it, along with other features
+    columns: tuple[int, int]  # of the buffer: first, and one past the last
 
 
 @dataclass(frozen=True, kw_only=True)
 class BlockResult:
-    """What reconstruction did to one block, or tuning to the network; errors are mean squared, against the float stream.
+    """The result of reconstruction for one block, or of tuning for the network.
 
-    Those of tuning are in units of what each timestep's error was before it: `error_nearest` is 1.
+    Errors are mean squared errors against the float stream. Those of tuning are relative to each timestep's
+    error before tuning, so that `error_nearest` is 1.
     """
 
     name: str
     weights: int  # weights whose rounding was learned
     error_nearest: float
     error: float
-    kept: str  # "learned", "gptq" or "tuned"; "nearest", or "untuned", where nothing helped
+    kept: str  # "learned", "gptq" or "tuned"; "nearest" or "untuned" if nothing helped
     seconds: float
-    hessian_pieces: int = 1  # the most pieces that GPTQ cut a layer's columns into, to keep to gptq_memory
+    hessian_pieces: int = 1  # the most pieces into which GPTQ cut a layer's columns, to fit in gptq_memory
 
 
 @dataclass(frozen=True, kw_only=True)
 class Decision:
-    """How one temporal feature is maintained, and why."""
+    """The choice for one temporal feature: how it is maintained, and why."""
 
     feature: str  # node name
-    path: str  # its layer's weight in the network's state dict; its node's name where it has none
-    key: tuple[str, ...]  # the inputs that select the row of a table; () where it can have none
-    bytes: dict[str, int]  # by maintenance: of what no other feature needs
+    path: str  # its layer's weight in the network's state dict; the node name if it has none
+    key: tuple[str, ...]  # the inputs that select the row of a table; () if it can have no table
+    bytes: dict[str, int]  # by maintenance: the bytes that no other feature needs
     disturbance: dict[str, float]  # by maintenance: cosine distance
-    # By maintenance: relative squared error of the output; {} where it was not measured.
+    # By maintenance: relative squared error of the output; {} if it was not measured.
     effect: dict[str, float]
     chosen: str
     why: str
@@ -48,13 +49,12 @@ class Decision:
 
 @dataclass(frozen=True, kw_only=True)
 class Maintenance:
-    """What `maintain` chose for the temporal features, and what that costs."""
+    """The choices of `maintain` for the temporal features, and their cost."""
 
     bound: float | None  # on a feature's disturbance; None: nothing was measured, everything is cached
     budget: int | None  # in bytes; None: the fewest within the bound
     cache_type: str  # of the tables
     features: tuple[Decision, ...]
-    bytes: dict[
-        str, int
-    ]  # of everything reconstructed, of everything cached that can be, and of what was chosen
+    # If every feature is reconstructed, if every feature that can be is cached, and as chosen.
+    bytes: dict[str, int]
     seconds_per_call: dict[str, float]  # of the temporal block, reconstructed and as chosen

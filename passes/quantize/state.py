@@ -1,4 +1,4 @@
-"""What is known of a graph that is being quantized: one frozen value, which each stage takes and replaces."""
+"""The state of a graph that is being quantized: one frozen value, which each stage reads and replaces."""
 
 from __future__ import annotations
 
@@ -19,31 +19,29 @@ from tfmq_fx.recipe import Recipe
 
 @dataclass(frozen=True, kw_only=True)
 class State(Captured):
-    """What `prepare` and the stages after it know of a graph; `convert` keeps all of it.
+    """The facts about a graph that `prepare` and the stages after it record. `convert` keeps all of them.
 
-    Invariants: `features`, `feature_keys` and `feature_paths` are as long as one another; `timestep` comes first in
-    `tables`; each stage writes its own fields, and `plan`, to which it adds notes.
+    Invariants: `features`, `feature_keys` and `feature_paths` have the same length; `timestep` comes first in
+    `tables`; each stage writes only its own fields, and adds notes to `plan`.
     """
 
     # Written by `prepare`.
     timestep: str  # the name of the input that carries the timestep
     recipe: Recipe
-    plan: Plan  # how each layer is quantized; `cache_temporal` takes out the layers that it removes
+    plan: Plan  # how each layer is quantized; without the layers that `cache_temporal` removes
     timesteps: Tensor  # the schedule (T,)
-    finite: Mapping[str, Tensor] = field(
-        default_factory=dict
-    )  # other inputs with finitely many values -> (K, ...)
+    # Other inputs with finitely many values -> (K, ...).
+    finite: Mapping[str, Tensor] = field(default_factory=dict)
     conditioning: tuple[str, ...] = ()  # inputs that join the timestep inside the temporal block
     features: tuple[str, ...]  # the temporal features, by node name
-    feature_keys: tuple[tuple[str, ...], ...]  # for each, the inputs it is a function of
-    feature_paths: tuple[str, ...]  # for each, its layer's weight; its node's name where it has none
-    keys: frozenset[tuple[str, ...]] = (
-        frozenset()
-    )  # the inputs that select the block's qparams, activation by activation
+    feature_keys: tuple[tuple[str, ...], ...]  # for each feature, the inputs that it depends on
+    feature_paths: tuple[str, ...]  # for each feature, its layer's weight; the node name if it has none
+    # The keys of the block's activations: each one is the inputs that select an activation's qparams.
+    keys: frozenset[tuple[str, ...]] = frozenset()
     # Written by `reconstruct`, `cache_temporal` and `maintain`.
     reconstruction: tuple[BlockResult, ...] = ()
     cached: tuple[CachedFeature, ...] = ()  # the features that are looked up
-    removed: tuple[str, ...] = ()  # paths of the parameters that nothing reads any more
+    removed: tuple[str, ...] = ()  # paths of the parameters that are no longer read
     maintenance: Maintenance | None = None  # None: every feature is reconstructed
 
     @property
@@ -57,11 +55,11 @@ class State(Captured):
         return {name: len(values) for name, values in self.tables.items()}
 
     def inputs_of_feature(self, name: str) -> tuple[str, ...]:
-        """Return the inputs that a feature is a function of."""
+        """Return the inputs that a feature depends on."""
         return self.feature_keys[self.features.index(name)]
 
     def table_key_of(self, inputs: tuple[str, ...]) -> tuple[str, ...] | None:
-        """Return the key of a table over these inputs; None where one is not finite, or the table would be too large."""
+        """Return the key of a table over these inputs; None if one is not finite or the table would be too large."""
         limit = self.recipe.max_table_entries
         return table_key(frozenset(inputs), timestep=self.timestep, sizes=self.sizes, max_entries=limit)
 
@@ -81,14 +79,14 @@ def require_stage(gm: GraphModule, *stages: str) -> State:
     found = captured_of(gm)
     if not isinstance(found, State) or found.stage not in stages:
         raise TFMQError(
-            f"the graph is {found.stage or 'a float graph'}, but this step needs it {' or '.join(stages)}; "
+            f"the graph is {found.stage or 'a float graph'}, but this step needs one that is {' or '.join(stages)}; "
             "the order is prepare, calibrate, reconstruct, convert."
         )
     return found
 
 
 def temporal_of(gm: GraphModule) -> TemporalBlock:
-    """Return the temporal block of a graph that went through `prepare`, found again among its observers and lookups."""
+    """Find the temporal block of a graph that went through `prepare`, despite its observers and look-ups."""
     state = state_of(gm)
     return find_temporal(
         gm, timestep=state.timestep, conditioning=state.conditioning, features=state.features

@@ -58,7 +58,7 @@ def test_what_a_preset_needs_is_named(tmp_path):
     pipe = saved(ENTRIES["sd"], tmp_path)
     with pytest.raises(TFMQError, match=r"calibration preset 'sd14-coco': give prompt="):
         tfmq_fx.CalibrationPreset.named("sd14-coco").record(pipe)
-    with pytest.raises(TFMQError, match="calibration preset: 'sd14' is unknown; known are sd14-coco"):
+    with pytest.raises(TFMQError, match="calibration preset: 'sd14' is unknown; use one of sd14-coco"):
         tfmq_fx.CalibrationPreset.named("sd14")
 
 

@@ -112,10 +112,10 @@ def test_a_cache_that_was_cut_short_is_named(sd, tmp_path):
     (folder,) = tmp_path.iterdir()
     file = folder / "0.bin"
     file.write_bytes(file.read_bytes()[:-4])
-    with pytest.raises(TFMQError, match=r"0\.bin: has \d+ bytes, \d+ are expected; remove its folder"):
+    with pytest.raises(TFMQError, match=r"0\.bin: has \d+ bytes, but \d+ are expected; remove its folder"):
         CalibrationSet.record(sd, cache=tmp_path, **settings)
     (folder / "rows.json").write_text("{}")
-    with pytest.raises(TFMQError, match="not a recording that can be read"):
+    with pytest.raises(TFMQError, match="is not a readable recording"):
         CalibrationSet.record(sd, cache=tmp_path, **settings)
 
 

@@ -53,5 +53,5 @@ def test_our_manager_goes_on_from_where_the_graph_stands():
 
 def test_a_passs_own_error_comes_through():
     gm, _ = exported()
-    with pytest.raises(TFMQError, match="timesteps: hold repeated values"):
+    with pytest.raises(TFMQError, match="timesteps: found repeated values"):
         PassManager([partial(tfmq_fx.prepare, recipe=RECIPE, timesteps=torch.tensor([1, 1]))])(gm)

@@ -71,7 +71,7 @@ def test_killed_at_any_moment_the_same_command_ends_with_the_same_integers(tmp_p
 
 def test_another_run_does_not_take_over_the_state(tmp_path):
     reconstructed(tmp_path / "s")
-    with pytest.raises(TFMQError, match="holds the unfinished reconstruction of another run"):
+    with pytest.raises(TFMQError, match="belongs to another run"):
         reconstructed(tmp_path / "s", iterations=21)
 
 
@@ -85,7 +85,7 @@ def test_a_full_disk_keeps_what_was_finished(tmp_path, uninterrupted, monkeypatc
         save(tensors, file, metadata=metadata)
 
     monkeypatch.setattr(resume, "save_file", full)
-    with pytest.raises(TFMQError, match=r"cannot be kept \(.*No space left.*\); the 2 before it are"):
+    with pytest.raises(TFMQError, match=r"cannot be saved \(.*No space left.*\); the 2 before it are saved"):
         reconstructed(tmp_path / "s")
     assert sorted(p.name for p in (tmp_path / "s").iterdir()) == [
         "0000.safetensors",
@@ -98,9 +98,9 @@ def test_a_full_disk_keeps_what_was_finished(tmp_path, uninterrupted, monkeypatc
 
 def test_a_folder_that_cannot_be_written_is_refused_before_anything_is_learned(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(TFMQError, match="cannot keep the state of reconstruction"):
+    with pytest.raises(TFMQError, match="the state of reconstruction cannot be saved"):
         reconstructed(tmp_path / "file" / "s")
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "mine.txt").write_text("")
-    with pytest.raises(TFMQError, match="is not empty and holds no state"):
+    with pytest.raises(TFMQError, match="is not empty and has no state"):
         reconstructed(tmp_path / "full")

@@ -133,7 +133,7 @@ def test_past_max_memory_it_is_left_out_and_the_report_says_so():
     q = tfmq_fx.quantize(make(TinyUNet), recipe, calibration=calibration())
     assert q.report["reconstruction"] == []
     (note,) = [n for n in q.report["notes"] if n["name"] == "tuning"]
-    assert note["reason"].startswith("left out: it takes 0.0 GiB, Reconstruction.max_memory is 0.0001")
+    assert note["reason"].startswith("skipped: it needs 0.0 GiB, but Reconstruction.max_memory is 0.0001")
 
 
 def memory(gm, rows):

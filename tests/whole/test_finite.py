@@ -180,10 +180,13 @@ def test_labels_in_the_data_that_were_not_declared_are_refused():
     ("finite", "words"),
     [
         ({"labels": range(3)}, "finite='labels': the graph has no such input; its inputs are class_labels"),
-        ({"class_labels": []}, r"finite\['class_labels'\]: a list \(1-D\) of at least one value"),
-        ({"class_labels": [1, 1]}, r"finite\['class_labels'\]: hold repeated values"),
-        ({"class_labels": [[1, 2]]}, r"each value has shape \(2,\), one sample of this input \(\)"),
-        ({"class_labels": [float("nan")]}, "hold NaN"),
+        ({"class_labels": []}, r"finite\['class_labels'\]: expected a list \(1-D\) of at least one value"),
+        ({"class_labels": [1, 1]}, r"finite\['class_labels'\]: found repeated values"),
+        (
+            {"class_labels": [[1, 2]]},
+            r"each value has shape \(2,\), but one sample of this input has shape \(\)",
+        ),
+        ({"class_labels": [float("nan")]}, "found NaN"),
     ],
 )
 def test_bad_declarations_are_refused(finite, words):

@@ -270,7 +270,7 @@ def test_the_fractional_timestep_itself_is_named():
 @pytest.mark.parametrize("name", ["flow", "quadratic"])
 def test_repeated_timesteps_are_refused(name):
     values = quantized(name).timesteps
-    with pytest.raises(TFMQError, match="timesteps: hold repeated values; give each value once"):
+    with pytest.raises(TFMQError, match="timesteps: found repeated values; give each value once"):
         tfmq_fx.quantize(
             make(Growing), RECIPE, calibration=recorded(name), timesteps=torch.cat([values, values[3:4]])
         )

@@ -1,1 +1,1 @@
-"""Rows to learn from: recorded, read, preset; and the stage that observes them."""
+"""Calibration data, recorded from a pipeline or read from tensors, and the stage that observes it."""

@@ -1,4 +1,4 @@
-"""Calibration data: the inputs of the network as it met them while sampling."""
+"""Calibration data: inputs that the network received while sampling."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ from tfmq_fx.graph.state import captured_of
 
 
 class CalibrationSet:
-    """Inputs of the network as it met them while sampling: named tensors of N rows each, t per row.
+    """A set of inputs that the network received while sampling: named tensors of N rows each, one timestep per row.
 
     Invariants: at least one row; all tensors have the same first dimension; every value is finite. A tensor
     inside a dict or list argument has a flat name ("added_cond_kwargs_time_ids") and its path in `paths`.
     `constants` has what is the same in every call: plain values, and tensors without rows (position ids).
-    `conditional` (N,) is False for the rows that guidance adds, those without the condition.
+    `conditional` (N,) is False for the unconditional rows, which guidance adds.
     """
 
     def __init__(
@@ -71,7 +71,11 @@ class CalibrationSet:
 
     @staticmethod
     def from_tensors(tensors: Mapping[str, Any], *, timestep: str = "timestep") -> CalibrationSet:
-        """From the network's arguments by name, (N, ...) each, dicts of tensors included; timestep (N,), one per row."""
+        """Build a set from the network's arguments by name.
+
+        tensors: (N, ...) each, or dicts and lists of such tensors.
+        timestep: the name of the timesteps' tensor (N,), one per row.
+        """
         found = leaves(tensors)
         wrong = [n for n, (_, x) in found.items() if not isinstance(x, Tensor)]
         if wrong:
@@ -82,7 +86,7 @@ class CalibrationSet:
         return CalibrationSet({n: x for n, (_, x) in found.items()}, {}, timestep, paths)
 
     def arguments(self, rows: slice) -> dict[str, Any]:
-        """The network's keyword arguments for these rows, nested as it takes them, constants included."""
+        """Return the network's keyword arguments for these rows, nested as it takes them, including constants."""
         values = {n: x[rows] for n, x in self.tensors.items()} | self.constants
         return nested({self.paths[n]: value for n, value in values.items()})
 
@@ -102,17 +106,22 @@ class CalibrationSet:
         max_memory: float = MAX_MEMORY,
         **pipe_kwargs: Any,
     ) -> CalibrationSet:
-        """Run the pipeline once and keep every call of its denoiser: one trajectory per sample.
+        """Run the pipeline once and record every call of its denoiser: one trajectory per sample.
 
-        The denoiser is the component that is called with a `timestep`; `component` names one of several. pipe_kwargs go
-        to the pipeline (prompt, class_labels, guidance_scale, eta, ...); a list has one value per sample, taken in turn.
-        Samples are drawn in batches of `batch_size`, each from a seed of its own. Rows of a guided pipeline are marked in
+        Samples are drawn in batches, each with its own seed. Rows of a guided pipeline are marked in
         `conditional`. The processes of a torch.distributed group share the batches, and all get every row.
 
-        deterministic: run torch on one thread, so that the rows have the same bits on any number of threads; False
-            is faster on a CPU with many cores.
-        cache: a folder that keeps recordings; an equal one (weights, scheduler, arguments, seeds, versions) is read.
+        num_samples, num_inference_steps: the number of trajectories, and of sampling steps in each.
+        batch_size: how many samples are drawn at once.
+        timestep: the denoiser's timestep argument. The denoiser is the component that is called with it.
+        component: the name of the denoiser, if several components take a `timestep`.
+        deterministic: run torch on one thread, so that the rows are bitwise the same on any number of threads;
+            False is faster on a CPU with many cores.
+        cache: a folder that keeps recordings. A recording with equal weights, scheduler, arguments, seeds and
+            versions is read instead of made again.
         max_memory: bytes; larger recordings are memory-mapped files, in `cache` or the system's temporary folder.
+        pipe_kwargs: passed to the pipeline (prompt, class_labels, guidance_scale, eta, ...). A list has one value
+            per sample, and is repeated if it is shorter.
         """
         if num_samples < 1 or num_inference_steps < 1 or batch_size < 1:
             raise TFMQError(
@@ -131,20 +140,20 @@ class CalibrationSet:
 
     @property
     def timesteps(self) -> Tensor:
-        """The distinct timesteps (T,), from the last of the forward process to the first, as samplers go."""
+        """Return the distinct timesteps (T,), largest first, in the order of sampling."""
         values: Tensor = torch.unique(self.tensors[self.timestep])
         return values.flip(0)
 
     def spread(self, num_samples: int, *, seed: int = 0) -> CalibrationSet:
-        """`num_samples` rows, drawn evenly over the timesteps, in shuffled order; all when there are fewer."""
+        """Return `num_samples` rows, drawn evenly over the timesteps, in shuffled order; all rows if there are fewer."""
         return self.rows(self.draw(num_samples, seed=seed))
 
     def draw(self, num_samples: int, *, seed: int = 0) -> Tensor:
-        """The numbers (at most num_samples,) of the rows of `spread`: they may be larger than memory."""
+        """Return the indices (at most num_samples,) of the rows of `spread`, which may not fit in memory themselves."""
         generator = torch.Generator().manual_seed(seed)
         t = self.tensors[self.timestep]
         shuffled = torch.randperm(len(self), generator=generator)
-        # Rank of each row among the rows of its timestep: taking low ranks first spreads over timesteps.
+        # The rank of each row among the rows of its timestep. Taking low ranks first spreads over timesteps.
         by_t = shuffled[torch.argsort(t[shuffled], stable=True)]
         _, counts = torch.unique(t, return_counts=True)
         rank = torch.cat([torch.arange(int(c)) for c in counts])
@@ -153,38 +162,47 @@ class CalibrationSet:
         return chosen[torch.randperm(len(chosen), generator=generator)]
 
     def rows(self, chosen: Tensor) -> CalibrationSet:
-        """These rows, by index or by mask: `data.rows(data.conditional)`."""
+        """Return the set of these rows, given by index or by mask: `data.rows(data.conditional)`."""
         tensors = {n: x[chosen] for n, x in self.tensors.items()}
         return CalibrationSet(
             tensors, self.constants, self.timestep, self.paths, conditional=self.conditional[chosen]
         )
 
     def batches(self, batch_size: int, *, one_timestep: bool = False) -> Iterator[dict[str, Tensor]]:
-        """At most `batch_size` rows each, and what has no rows; one_timestep: of one timestep each, for networks that take one a call."""
+        """Yield batches of at most `batch_size` rows, each along with the tensors that have no rows.
+
+        one_timestep: give each batch rows of a single timestep, for networks that take one timestep per call.
+        """
         for rows in self.groups(batch_size, one_timestep=one_timestep):
             yield self.batch(rows)
 
     def groups(
         self, batch_size: int, *, rows: Tensor | None = None, one_timestep: bool = False
     ) -> list[Tensor]:
-        """The numbers of the rows of each of `batches`; rows: of those that are taken, None for all."""
+        """Return the row indices of each batch that `batches` yields.
+
+        rows: the indices of the rows to use; None for all.
+        """
         rows = torch.arange(len(self)) if rows is None else rows
         t = self.tensors[self.timestep][rows]
         groups = [rows[t == value] for value in t.unique()] if one_timestep else [rows]
         return [batch for group in groups for batch in group.split(batch_size)]
 
     def batch(self, rows: Tensor) -> dict[str, Tensor]:
-        """The rows of these numbers, and what has no rows."""
+        """Return the rows with these indices, and the tensors that have no rows."""
         shared = [n for n, x in self.constants.items() if isinstance(x, Tensor)]
         return {n: self.input(n, rows) for n in (*self.tensors, *shared)}
 
     def input(self, name: str, rows: Tensor) -> Any:
-        """The rows of one input; all of it where it has none."""
+        """Return the rows of one input; the whole input if it has no rows."""
         return self.constants[name] if name in self.constants else self.tensors[name][rows]
 
 
 def inputs_of(gm: GraphModule, batch: Mapping[str, Tensor]) -> list[Tensor]:
-    """The batch's tensors in the order of the graph's inputs. Raises TFMQError naming a missing one."""
+    """Return the batch's tensors in the order of the graph's inputs.
+
+    Raises TFMQError, naming the input, if one is missing or has another shape than the captured one.
+    """
     names = list(placeholders(gm))
     missing = [n for n in names if n not in batch]
     if missing:
@@ -197,12 +215,12 @@ def inputs_of(gm: GraphModule, batch: Mapping[str, Tensor]) -> list[Tensor]:
         fixed = [fixed_size(d) for d in expected.shape] if isinstance(expected, Tensor) else [None] * x.dim()
         if len(fixed) != x.dim() or any(f not in (None, s) for f, s in zip(fixed, x.shape, strict=True)):
             raise TFMQError(
-                f"calibration: {name!r} has shape {tuple(x.shape)}, the graph was captured with "
+                f"calibration: {name!r} has shape {tuple(x.shape)}, but the graph was captured with "
                 f"({', '.join('N' if f is None else str(f) for f in fixed)}); batches must have that shape."
             )
     return inputs
 
 
 def as_taken(gm: GraphModule, name: str, x: Tensor) -> Tensor:
-    """An input as the graph takes it: a timestep without a batch, where it has none there."""
+    """Return an input as the graph takes it: the timestep as a scalar if the graph was captured with one."""
     return x.reshape(-1)[0] if name == captured_of(gm).timestep and is_scalar(gm) else x

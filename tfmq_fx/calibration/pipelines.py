@@ -18,19 +18,24 @@ SCHEDULES = ("timesteps", "sigmas")  # lists of a pipeline's arguments that are 
 
 
 def takes_timestep(module: nn.Module, timestep: str) -> bool:
+    """Return True if the module has an argument of the name `timestep`."""
     if isinstance(module, DropIn):
         return module.interface.timestep == timestep
     return timestep in inspect.signature(module.forward).parameters
 
 
 def denoiser(pipe: Any, *, timestep: str = "timestep", component: str | None = None) -> nn.Module:
-    """The pipeline's component that is called with a `timestep`, or the one named. Raises TFMQError when that is not one."""
+    """Return the pipeline's component that takes an argument of the name `timestep`.
+
+    component: the name of one of several. Raises TFMQError if it takes no such argument, and, without a name,
+    unless exactly one component takes it.
+    """
     modules = {name: module for name, module in pipe.components.items() if isinstance(module, nn.Module)}
     found = {name: module for name, module in modules.items() if takes_timestep(module, timestep)}
     if component is not None:
         if component not in found:
             raise TFMQError(
-                f"component: {component!r} takes no {timestep!r}; only {', '.join(found) or 'no component'} does."
+                f"component: {component!r} takes no {timestep!r}; components that do: {', '.join(found) or 'none'}."
             )
         return found[component]
     if len(found) != 1:
@@ -43,10 +48,13 @@ def denoiser(pipe: Any, *, timestep: str = "timestep", component: str | None = N
 
 
 def run_pipeline(pipe: Any, num_samples: int, *, first: int = 0, **pipe_kwargs: Any) -> Any:
-    """The pipeline's output as numpy images, `num_samples` of them: samples first, first + 1, ...
+    """Run the pipeline and return its output, `num_samples` numpy images: samples first, first + 1, ...
 
-    A list among pipe_kwargs has one value per sample, taken in turn (prompts, labels); a tuple is passed as it is, and so
-    are lists of timesteps and sigmas.
+    pipe_kwargs: passed to the pipeline. A list has one value per sample (prompts, labels), and is repeated if it
+        is shorter. A tuple is passed unchanged, and so are lists of timesteps and sigmas.
+
+    Raises TFMQError for an empty list, for an argument that the pipeline does not take, for arguments that it
+    rejects, and for a pipeline that returns no images.
     """
     takes = inspect.signature(pipe.__call__).parameters
     lists = {n: v for n, v in pipe_kwargs.items() if isinstance(v, list) and n not in SCHEDULES}
@@ -65,10 +73,14 @@ def run_pipeline(pipe: Any, num_samples: int, *, first: int = 0, **pipe_kwargs: 
         raise TFMQError(f"{type(pipe).__name__} takes no {unknown[0]!r}; it takes {', '.join(takes)}.")
     try:
         found = pipe(output_type="np", **pipe_kwargs)
-    except (AttributeError, TypeError, ValueError) as error:  # pipelines check what they are given
+    except (
+        AttributeError,
+        TypeError,
+        ValueError,
+    ) as error:  # raised by the pipeline's checks of its arguments
         raise TFMQError(f"{type(pipe).__name__}: {error}") from error
     if "images" not in found:
-        raise TFMQError(f"{type(pipe).__name__} returns {', '.join(found)} and no images.")
+        raise TFMQError(f"{type(pipe).__name__} returns {', '.join(found)}, but no images.")
     return found.images
 
 
@@ -77,9 +89,11 @@ def _takes_any(parameters: Mapping[str, inspect.Parameter]) -> bool:
 
 
 def coco_captions(file: str | Path, *, num: int | None = None, seed: int = 0) -> list[str]:
-    """One caption for each image of a COCO captions file (`captions_val2014.json`), its first; `num` of them, drawn by `seed`.
+    """Return the first caption of each image in a COCO captions file (`captions_val2014.json`).
 
-    Raises TFMQError when the file is missing, is no such file, or has fewer images than `num`.
+    num: draw this many of them, by `seed`; None for all, in order.
+
+    Raises TFMQError if the file is missing, is not a captions file, or has fewer images than `num`.
     """
     try:
         entries = json.loads(Path(file).read_text())["annotations"]
@@ -94,6 +108,6 @@ def coco_captions(file: str | Path, *, num: int | None = None, seed: int = 0) ->
     if num is None:
         return found
     if num > len(found):
-        raise TFMQError(f"{file}: captions of {len(found)} images, {num} were asked for.")
+        raise TFMQError(f"{file}: has captions of {len(found)} images, but num={num}.")
     order = torch.randperm(len(found), generator=torch.Generator().manual_seed(seed))
     return [found[i] for i in order[:num].tolist()]

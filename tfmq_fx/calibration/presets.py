@@ -1,7 +1,8 @@
 """The papers' calibration settings, by name: `CalibrationPreset.named("sd14-coco").record(pipe, prompt=captions)`.
 
-As the reference code has them (TFMQ-DM, Huang et al. 2024; after Q-Diffusion, Li et al. 2023), but for one thing: it starts
-every trajectory anew for each timestep, where one recorded trajectory per sample gives the same rows.
+The settings are those of the reference code (TFMQ-DM, Huang et al. 2024; after Q-Diffusion, Li et al. 2023), with
+one difference: the reference code restarts every trajectory for each timestep, while here one recorded trajectory
+per sample gives the same rows.
 """
 
 from __future__ import annotations
@@ -22,9 +23,10 @@ from tfmq_fx.calibration.data import CalibrationSet
 
 
 class QuadraticDDIMScheduler(diffusers.DDIMScheduler):  # type: ignore[misc]
-    """DDIM over the squares of evenly spaced numbers (Song et al. 2021, appendix D.2), for which diffusers has no spacing.
+    """A DDIM scheduler whose timesteps are the squares of evenly spaced numbers (Song et al. 2021, appendix D.2).
 
-    The last of T timesteps is 0.8 times the training's; small ones fall on the same integers and are taken again.
+    Diffusers has no such spacing. The largest timestep is 0.8 times the number of training timesteps. Small ones
+    may round to the same integer, and are then taken repeatedly.
     """
 
     def set_timesteps(self, num_inference_steps: int, device: Any = None) -> None:
@@ -45,10 +47,13 @@ class QuadraticDDIMScheduler(diffusers.DDIMScheduler):  # type: ignore[misc]
         variance_noise: Tensor | None = None,
         return_dict: bool = True,
     ) -> Any:
-        """Eq. 12 of Song et al. 2021, from this timestep to the schedule's next. For networks that predict the noise."""
+        """Step from this timestep to the schedule's next (Song et al. 2021, eq. 12).
+
+        Raises TFMQError unless the network predicts the noise.
+        """
         if self.config.prediction_type != "epsilon":
             raise TFMQError(
-                f"QuadraticDDIMScheduler: prediction_type={self.config.prediction_type!r}; only epsilon is known."
+                f"QuadraticDDIMScheduler: prediction_type={self.config.prediction_type!r} is not supported; use 'epsilon'."
             )
         self._step += 1
         after = self.timesteps[self._step] if self._step < len(self.timesteps) else None
@@ -70,38 +75,41 @@ class QuadraticDDIMScheduler(diffusers.DDIMScheduler):  # type: ignore[misc]
 
 @dataclass(frozen=True, kw_only=True)
 class CalibrationPreset:
-    """How one row of the papers' tables was calibrated; without arguments, as `quantize` does by itself."""
+    """The calibration settings of one row of the papers' tables. The defaults are those of `quantize`."""
 
     name: str = "default"
-    source: str = ""  # which row
-    scheduler: type[Any] | None = (
-        None  # in place of the pipeline's own, with its configuration; None: its own
-    )
-    num_samples: int = 64  # trajectories; for prompts, one of each
+    source: str = ""  # the row of the papers' tables
+    # Replaces the pipeline's own scheduler, with the same configuration; None keeps its own.
+    scheduler: type[Any] | None = None
+    num_samples: int = 64  # trajectories; with prompts, one for each
     num_inference_steps: int = 50
     num_rows: int | None = None  # drawn evenly over the timesteps; None: all
-    arguments: dict[str, Any] = field(default_factory=dict)  # of the pipeline
+    arguments: dict[str, Any] = field(default_factory=dict)  # passed to the pipeline
     needs: tuple[str, ...] = ()  # arguments that the caller must give
 
     @staticmethod
     def named(name: str) -> CalibrationPreset:
-        """Raises TFMQError for an unknown name, with the nearest."""
+        """Return the preset of this name. Raises TFMQError, with the nearest names, for an unknown one."""
         if name not in PRESETS:
             raise TFMQError(
-                f"calibration preset: {name!r} is unknown; known are {nearest_names(name, PRESETS)}."
+                f"calibration preset: {name!r} is unknown; use one of {nearest_names(name, PRESETS)}."
             )
         return PRESETS[name]
 
     def with_scheduler(self, pipe: Any) -> Any:
-        """The pipeline, from now on with this preset's scheduler: what it is calibrated with it must be sampled with."""
+        """Give the pipeline this preset's scheduler, in place, and return it.
+
+        A pipeline must be sampled with the scheduler that it was calibrated with.
+        """
         if self.scheduler is not None:
             pipe.scheduler = self.scheduler.from_config(pipe.scheduler.config)
         return pipe
 
     def record(self, pipe: Any, *, seed: int = 0, **changes: Any) -> CalibrationSet:
-        """`CalibrationSet.record` with these settings, which `changes` override (num_samples, prompt, cache, ...).
+        """Call `CalibrationSet.record` with these settings, and restore the pipeline's own scheduler afterwards.
 
-        The pipeline has its own scheduler again afterwards. Raises TFMQError when what the preset needs is missing.
+        changes: override the settings (num_samples, prompt, cache, ...). Raises TFMQError if an argument that the
+        preset needs is missing.
         """
         missing = [n for n in self.needs if n not in changes]
         if missing:

@@ -1,4 +1,4 @@
-"""Record a pipeline's own calls of its denoiser: one trajectory per sample."""
+"""Record a pipeline's calls of its denoiser: one trajectory per sample."""
 
 from __future__ import annotations
 
@@ -30,10 +30,10 @@ from tfmq_fx.calibration.rows import INDEX, Recording, Sink, read_recording
 log = logging.getLogger(__name__)
 
 
-MAX_MEMORY = 4 * 2**30  # bytes of rows; more go to memory-mapped files
+MAX_MEMORY = 4 * 2**30  # bytes; larger recordings go to memory-mapped files
 
 
-# A pipeline guides when one of these is above 1 (Ho & Salimans 2022; for distilled networks the second one).
+# A pipeline uses guidance if one of these is above 1 (Ho & Salimans 2022; for distilled networks, the second).
 GUIDANCE = ("guidance_scale", "true_cfg_scale")
 
 
@@ -42,10 +42,10 @@ Call = dict[str, Any]  # a denoiser's arguments by flat name, tensors and plain 
 
 @contextmanager
 def recorded(network: nn.Module) -> Iterator[list[Call]]:
-    """The calls of `network` while this lasts, in their order."""
+    """Record the calls of `network`, in order, while the context is open."""
     if isinstance(network, DropIn):
         raise TFMQError(
-            "calibration: the pipeline's denoiser is quantized already; record with the float network."
+            "calibration: the pipeline's denoiser is already quantized; record with the float network."
         )
     calls: list[Call] = []
     signature = inspect.signature(network.forward)
@@ -62,7 +62,10 @@ def recorded(network: nn.Module) -> Iterator[list[Call]]:
 
 @dataclass(frozen=True)
 class Session:
-    """One recording's settings, and what two short runs tell about the pipeline's calls."""
+    """The settings of one recording. `probe` finds out how the pipeline calls its denoiser.
+
+    The fields are the arguments of `CalibrationSet.record`; network: the pipeline's denoiser.
+    """
 
     pipe: Any
     network: nn.Module
@@ -74,7 +77,10 @@ class Session:
     pipe_kwargs: dict[str, Any] = field(default_factory=dict)
 
     def calls(self, first: int, size: int, steps: int, **changes: Any) -> list[Call]:
-        """The calls that draw samples first .. first + size - 1."""
+        """Return the calls that draw samples first .. first + size - 1.
+
+        changes: override `pipe_kwargs`.
+        """
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + first)
         with recorded(self.network) as found:
             run_pipeline(
@@ -86,12 +92,12 @@ class Session:
         return found
 
     def batch(self, first: int) -> list[dict[str, tuple[ArgumentPath, Any]]]:
-        """The calls that draw the batch from sample `first` on, as leaves by flat name."""
+        """Return the calls that draw the batch which starts at sample `first`, as leaves by flat name."""
         size = min(self.batch_size, self.num_samples - first)
         return [leaves(call) for call in self.calls(first, size, self.num_inference_steps)]
 
     def size_of(self, call: Call) -> int:
-        """Rows of a call: of its first tensor beside the timestep, what it denoises."""
+        """Return the number of rows of a call: that of its first tensor other than the timestep, the noisy sample."""
         for name, value in call.items():
             if isinstance(value, Tensor) and name != self.timestep and value.dim():
                 return value.shape[0]
@@ -100,12 +106,15 @@ class Session:
         )
 
     def probe(self) -> tuple[frozenset[str], list[list[bool]]]:
-        """Names of tensors that have no rows, such as position ids; and, by call and part of its batch, whether the
-        condition is there: [[False, True]] where every call has the unconditional rows first, [[True], [False]] where
-        calls alternate.
+        """Find the tensors without rows, and which rows are conditional.
 
-        Two steps for another number of samples than the recording's batches have: what does not grow with them has no
-        rows. Two more without guidance: rows that are not among these are unconditional.
+        Returns the names of tensors that have no rows, such as position ids, and a pattern: for each call, and each
+        part of its batch, True if it has the condition. The pattern is [[False, True]] if every call has the
+        unconditional rows first, and [[True], [False]] if calls alternate.
+
+        The first run takes two steps, for a number of samples other than the recording's batch size: tensors that
+        do not scale with it have no rows. The second run takes two steps without guidance: rows that do not
+        occur in it are unconditional.
         """
         size = 2 if min(self.batch_size, self.num_samples) == 1 else 1
 
@@ -145,13 +154,16 @@ class Session:
         flat = [mark for marks in found for mark in marks]
         if all(flat) or not any(flat):
             log.warning(
-                "calibration: cannot tell conditional from unconditional rows; all are taken for conditional"
+                "calibration: cannot tell conditional from unconditional rows; all are treated as conditional"
             )
             return [[True]]
         return found
 
     def key(self, **more: Any) -> str:
-        """Of everything that the rows depend on: weights, scheduler, arguments, seeds, versions."""
+        """Return a hash of everything that the rows depend on: weights, scheduler, arguments, seeds, versions.
+
+        more: further values to hash, by name.
+        """
         import diffusers
 
         pipe = self.pipe
@@ -170,9 +182,12 @@ class Session:
 
 
 def record(session: Session, *, deterministic: bool, cache: Path | None, max_memory: float) -> Recording:
-    """Run the session, or read what an equal one has left in `cache`."""
+    """Run the session, or read the recording of an equal session from `cache`.
+
+    max_memory: bytes; larger recordings are memory-mapped files.
+    """
     if cache is None:
-        # On Linux what is mapped stays readable when its name is gone.
+        # On Linux, a mapped file stays readable after it is deleted.
         with tempfile.TemporaryDirectory(prefix="tfmq-rows-") as temporary:
             return _record(session, Path(temporary), deterministic=deterministic, limit=max_memory)
     folder = cache / session.key(deterministic=deterministic)
@@ -182,7 +197,7 @@ def record(session: Session, *, deterministic: bool, cache: Path | None, max_mem
             replace_folder(folder, lambda part: _write(session, part, deterministic=deterministic))
         else:
             _record(session, folder, deterministic=deterministic, limit=float("inf"))
-        ranks.gather(None)  # the others wait for the folder
+        ranks.gather(None)  # the other ranks wait for the folder
     return read_recording(folder)
 
 
@@ -209,7 +224,7 @@ def _record(session: Session, folder: Path, *, deterministic: bool, limit: float
             else:
                 take(session.batch(start))
     if ranks.size > 1:
-        # Ranks have the batches in turn; the first ones may have one more.
+        # The batches are dealt to the ranks in turn, so the first ranks may have one more.
         for batches in zip_longest(*ranks.gather(found)):
             for batch in batches:
                 if batch is not None:
@@ -231,14 +246,14 @@ def _append(
             if not value.dim() or value.shape[0] != size:
                 raise TFMQError(
                     f"calibration: {name!r} has shape {tuple(value.shape)} in a call of {size} rows; its first dimension must be "
-                    "the rows."
+                    "the number of rows."
                 )
             rows[name] = value
         elif name not in constants:
             constants[name] = value
         elif not _same(constants[name], value):
             raise TFMQError(
-                f"calibration: {name!r} has no rows and changes between calls ({constants[name]!r}, {value!r})."
+                f"calibration: {name!r} has no rows, but changes between calls ({constants[name]!r}, {value!r})."
             )
     sink.append(rows)
 
@@ -273,6 +288,6 @@ def _write(session: Session, folder: Path, *, deterministic: bool) -> None:
         text = json.dumps(index)
     except TypeError as error:
         raise TFMQError(
-            f"calibration: a call has an argument that no cache can keep ({error}); record without cache=."
+            f"calibration: a call has an argument that cannot be cached ({error}); record without cache=."
         ) from error
     (folder / INDEX).write_text(text)

@@ -1,4 +1,4 @@
-"""Recorded rows, in memory or in memory-mapped files."""
+"""Keep recorded rows in memory or in memory-mapped files."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ INDEX = "rows.json"
 
 @dataclass(frozen=True, kw_only=True)
 class Recording:
-    """What a network was called with. Rows are (N, ...); shared tensors are the same in every call."""
+    """A record of a network's arguments. Rows are (N, ...); shared tensors are the same in every call."""
 
     rows: dict[str, Tensor]
     constants: dict[str, Any]  # plain values, and shared tensors
     paths: dict[str, ArgumentPath]
-    conditional: Tensor  # (N,) bool: False for a guided pipeline's rows without the condition
+    conditional: Tensor  # (N,) bool: False for a guided pipeline's unconditional rows
 
 
 class Sink:
-    """Rows as they come: in memory up to `limit` bytes, past that appended to a file per tensor in `folder`."""
+    """A collector of rows: in memory up to `limit` bytes, beyond that in one file per tensor in `folder`."""
 
     def __init__(self, folder: Path, limit: float) -> None:
         self.folder, self.limit = folder, limit
@@ -38,9 +38,10 @@ class Sink:
         self.bytes, self.rows, self.on_disk = 0, 0, False
 
     def append(self, rows: dict[str, Tensor]) -> None:
+        """Add rows, (N, ...) each. Raises TFMQError if their names, types or shapes differ from those of earlier rows."""
         if self.shapes and rows.keys() != self.shapes.keys():
             wrong = sorted(rows.keys() ^ self.shapes.keys())[0]
-            raise TFMQError(f"calibration: some calls of the network have {wrong!r} and some have not.")
+            raise TFMQError(f"calibration: some calls of the network have {wrong!r} and some do not.")
         for name, x in rows.items():
             found, expected = (x.dtype, tuple(x.shape[1:])), self.shapes.get(name)
             if expected is not None and found != expected:
@@ -56,7 +57,7 @@ class Sink:
             self.flush()
 
     def flush(self) -> None:
-        """Move what is in memory to the files."""
+        """Move the rows in memory to the files."""
         self.on_disk = True
         try:
             for i, name in enumerate(self.shapes):
@@ -71,6 +72,7 @@ class Sink:
         self.kept.clear()
 
     def finish(self) -> dict[str, Tensor]:
+        """Return all rows by name, (N, ...) each, memory-mapped if they are in files."""
         if not self.on_disk:
             return {n: torch.cat([rows[n] for rows in self.kept]) for n in self.shapes}
         return {
@@ -83,12 +85,14 @@ def _mapped(file: Path, dtype: torch.dtype, shape: Sequence[int]) -> Tensor:
     count = torch.Size(shape).numel()
     if file.stat().st_size != count * dtype.itemsize:
         raise TFMQError(
-            f"{file}: has {file.stat().st_size} bytes, {count * dtype.itemsize} are expected; remove its folder."
+            f"{file}: has {file.stat().st_size} bytes, but {count * dtype.itemsize} are expected; remove its folder to record "
+            "again."
         )
     return torch.from_file(str(file), size=count, dtype=dtype).reshape(*shape)
 
 
 def read_recording(folder: Path) -> Recording:
+    """Read a recording from a cache folder. Raises TFMQError if the folder has none that can be read."""
     try:
         index = json.loads((folder / INDEX).read_text())
         rows = {
@@ -106,5 +110,5 @@ def read_recording(folder: Path) -> Recording:
         )
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise TFMQError(
-            f"{folder}: not a recording that can be read ({error}); remove it to record again."
+            f"{folder}: is not a readable recording ({error}); remove it to record again."
         ) from error

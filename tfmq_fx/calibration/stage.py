@@ -40,13 +40,14 @@ from tfmq_fx.passes.temporal.partition_temporal import extract_temporal
 @declare(needs=("prepare",))
 @torch.no_grad()
 def calibrate(gm: GraphModule, calibration: CalibrationSet, *, batch_size: int = 64) -> GraphModule:
-    """Observe the calibration data with a prepared graph, in place; afterwards the graph fake-quantizes.
+    """Observe the calibration data with a prepared graph, in place. Afterwards the graph fake-quantizes.
 
-    The temporal block is a function of the timestep, and perhaps of conditioning: it is observed once on the
-    rows of `temporal_rows` (finite set calibration; no data when its inputs are finite). The rest sees the
-    calibration set.
+    The temporal block depends only on the timestep, and perhaps on conditioning. It is observed once, on the rows of
+    `temporal_rows` (finite set calibration; it needs no data if its inputs are finite). The rest of the graph is
+    observed on the calibration set.
 
-    Raises TFMQError for timesteps and finite inputs in the data that the tables lack, and for missing inputs.
+    Raises TFMQError for timesteps and values of finite inputs that are in the data but not in the tables, and for
+    missing inputs.
     """
     state = require_stage(gm, "prepared")
     _check_values(gm, calibration)
@@ -70,7 +71,10 @@ def calibrate(gm: GraphModule, calibration: CalibrationSet, *, batch_size: int =
 def _observe(
     gm: GraphModule, calibration: CalibrationSet, batches: list[Tensor], shards: int, threads: Workers
 ) -> None:
-    """Run these batches of rows through copies of the graph with observers of their own, shared out to threads and processes; merge those."""
+    """Observe these batches of rows on threads and processes, each with its own copies of the observers; merge these.
+
+    If an observer cannot be merged, every process observes all batches instead.
+    """
     ranks = Ranks()
     shards = -(-shards // ranks.size) * ranks.size
     learning = _learning(gm)
@@ -88,14 +92,14 @@ def _observe(
     for i in track(range(len(pieces[0]) if pieces else 0), "calibrating"):
         threads.map(partial(run, i=i), range(len(pieces)))
     found = ranks.gather([own for _, own in copies])
-    for i in range(shards // ranks.size):  # in the order of the pieces, whoever had them
+    for i in range(shards // ranks.size):  # in the order of the pieces, so that the result is deterministic
         for of_rank in found:
             for observer, other in zip(learning, of_rank[i] if i < len(of_rank) else [], strict=False):
                 observer.merge(other)
 
 
 def _learning(gm: GraphModule) -> list[Any]:
-    """The modules that observe data, without those inside them."""
+    """Return the outermost modules that observe data."""
     found: dict[str, nn.Module] = {}
     for name, module in gm.named_modules():
         if _observing(module) and not any(name.startswith(f"{outer}.") for outer in found):
@@ -104,7 +108,7 @@ def _learning(gm: GraphModule) -> list[Any]:
 
 
 def with_own(gm: GraphModule, modules: list[nn.Module]) -> tuple[GraphModule, list[nn.Module]]:
-    """A copy of the graph that has copies of these modules, and those; all else is shared."""
+    """Return a copy of the graph with copies of these modules, and these copies. Everything else is shared."""
     copy, own = fresh(gm), {id(m): deepcopy(m) for m in modules}
     for name, module in list(copy.named_modules(remove_duplicate=False)):
         if id(module) in own:
@@ -127,9 +131,10 @@ def input_maxima(
     batch_size: int = 64,
     seed: int = 0,
 ) -> dict[str, Tensor]:
-    """max |X_j| of each input channel j of the layers that `smooth` works on, over the calibration data, by node name.
+    """Return node name -> max |X_j| of each input channel j (C_in,), for the layers that `smooth` works on.
 
-    gm: a float graph; `num_samples` rows, spread evenly over the timesteps, are run through it once.
+    gm: a float graph.
+    num_samples: rows of the calibration data, spread evenly over the timesteps, that the graph runs on once.
     """
     timestep = str(timestep_input(gm, None).target)
     axes = {layer.node.name: layer.axis for layer in choose_layers(gm, (), timestep=timestep)[0]}
@@ -157,7 +162,10 @@ def input_maxima(
 
 
 def _observing(module: nn.Module) -> bool:
-    """Whether the module learns from data that passes: another quantizer's observers do, weights' and tokens' do not."""
+    """Return True if the module observes the data that it sees.
+
+    Other quantizers' observers do. The fake quantizers of weights and tokens do not.
+    """
     if isinstance(module, (PerChannelWeightFakeQuantize, TokenFakeQuantize)):
         return False
     if isinstance(module, FakeQuantizeBase):

@@ -1,4 +1,4 @@
-"""Where the temporal block runs on its own: the rows of its inputs, and its features at them."""
+"""Run the temporal block alone: the rows of its inputs, and its features on these rows."""
 
 from __future__ import annotations
 
@@ -15,12 +15,13 @@ from tfmq_fx.passes.quantize.state import state_of
 
 
 def is_scalar(gm: GraphModule) -> bool:
-    """Whether the graph was captured with a timestep of shape ()."""
+    """Return True if the graph was captured with a timestep of shape ()."""
     value = meta_value(timestep_input(gm, None))
     return isinstance(value, Tensor) and value.dim() == 0
 
 
 def inputs_are_keys(gm: GraphModule, block: GraphModule) -> bool:
+    """Return True if the block reads no inputs other than the timestep and conditioning."""
     state = state_of(gm)
     return placeholders(block).keys() <= {state.timestep, *state.conditioning}
 
@@ -29,16 +30,17 @@ def require_keys_only(gm: GraphModule, block: GraphModule) -> None:
     """Raise TFMQError unless the block can run on the timestep and conditioning alone."""
     if not inputs_are_keys(gm, block):
         raise TFMQError(
-            f"temporal block: it needs the inputs {', '.join(placeholders(block))} besides the timestep's values; "
+            f"temporal block: needs the inputs {', '.join(placeholders(block))}, not only the timestep and conditioning; "
             "capture with torch.export so that the batch size can be read from the timestep."
         )
 
 
 def temporal_rows(gm: GraphModule, data: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Where the temporal block of a prepared graph is observed and reconstructed: its inputs, (R, ...) each.
+    """Return the inputs on which the temporal block of a prepared graph is observed and reconstructed, (R, ...) each.
 
-    Every value of each key that selects qparams, inputs outside the key taken from the calibration set in turn;
-    then, when some input of the block has no table or too large a product, every distinct row of the set.
+    The rows have every value of each key that selects qparams. Inputs outside the key cycle through the rows of the
+    calibration set. If some feature has no table, because an input is not finite or the product is too large,
+    every distinct row of the set follows.
 
     data: the calibration set's tensors by name, (N, ...) each. Raises TFMQError for one that is missing.
     """
@@ -75,7 +77,7 @@ def temporal_rows(gm: GraphModule, data: Mapping[str, Tensor]) -> dict[str, Tens
 
 
 def chunks_of(rows: Mapping[str, Tensor], size: int = 1024) -> Iterator[dict[str, Tensor]]:
-    """The rows in pieces: the features of a large product of keys would not fit in memory at once."""
+    """Yield the rows in pieces of `size`, because the features of a large product of keys may not fit in memory."""
     count = len(next(iter(rows.values())))
     for start in range(0, count, size):
         yield {n: x[start : start + size] for n, x in rows.items()}
@@ -84,10 +86,11 @@ def chunks_of(rows: Mapping[str, Tensor], size: int = 1024) -> Iterator[dict[str
 def run_temporal(
     block: GraphModule, rows: Mapping[str, Tensor], *, scalar: bool = False
 ) -> tuple[Tensor, ...]:
-    """The temporal features of an extracted block at every row of its inputs: (R, ...) each.
+    """Return the temporal features of an extracted block on every row of its inputs: (R, ...) each.
 
-    A step index that the block passes on beside its features is left out.
-    scalar: the block was captured with a timestep of shape () and runs once per row.
+    The block may also return a step index, which is left out.
+
+    scalar: True if the block was captured with a timestep of shape (). It then runs once per row.
     """
     inputs = [rows[n] for n in placeholders(block)]
     if not scalar:

@@ -1,1 +1,1 @@
-"""What gives a temporal feature at inference: the quantized block, or a table."""
+"""Decide how each temporal feature is computed at inference: by the quantized block, or from a table."""

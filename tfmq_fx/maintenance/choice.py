@@ -15,27 +15,35 @@ RECONSTRUCT, CACHE = "reconstruct", "cache"
 class Option:
     """One way to maintain one feature."""
 
-    tensors: Mapping[str, int]  # what it needs in the artefact: name -> bytes; features may share names
+    tensors: Mapping[str, int]  # the tensors it needs in the artefact: name -> bytes; features may share them
     distance: float  # mean cosine distance of the feature to float, over its keys
-    effect: float | None = None  # relative squared error that it alone makes in the network's output
+    effect: float | None = (
+        None  # relative squared error of the network's output that this feature alone causes
+    )
 
     @property
     def disturbance(self) -> float:
-        """What the bound is on: the larger of two squared relative errors, of the feature and of the output."""
+        """Return the value that is bounded: the larger of two squared relative errors, of the feature and the output."""
         return max(self.distance, self.effect or 0.0)
 
 
 def choose(
     options: Mapping[str, Mapping[str, Option]], *, bound: float, budget: int | None = None
 ) -> dict[str, str]:
-    """The maintenance of each feature; options: feature -> maintenance -> what it costs and does.
+    """Choose the maintenance of each feature.
 
-    Without a budget: the fewest bytes with every feature's disturbance within the bound; a feature of which no option
-    is takes its smallest disturbance. With a budget: the smallest sum of disturbances that fits it, within the bound as
-    far as that fits. Features share bytes (the time embedding is needed until the last of them is cached), so the
-    search starts from both pure ends and flips one feature at a time while that helps.
+    Without a budget, minimise the bytes, with every feature's disturbance within the bound. A feature without such an
+    option takes the one with its smallest disturbance. With a budget, minimise the sum of disturbances within the
+    budget, and keep to the bound if the budget allows it.
 
-    Raises TFMQError for a budget below the smallest choice, saying that one's size.
+    Features share bytes (the time embedding is needed until the last feature is cached). So the search is greedy: it
+    starts from all reconstructed and from all cached, and flips one feature at a time while that helps.
+
+    options: feature -> maintenance -> its cost and its disturbance.
+    bound: on a feature's disturbance.
+    budget: in bytes; None for no budget.
+
+    Raises TFMQError, with the smallest possible size, for a budget below it.
     """
 
     def within(limit: float) -> dict[str, dict[str, Option]]:
@@ -46,20 +54,20 @@ def choose(
     allowed = within(bound)
     if budget is None:
         return _smallest(allowed)
-    for allowed in (allowed, within(math.inf)):  # noqa: B020 - the second only where the first does not fit
+    for allowed in (allowed, within(math.inf)):  # noqa: B020 - the second only if the first does not fit
         least = _smallest(allowed)
         if total_bytes(options, least) <= budget:
             starts = [c for c in (least, *_ends(allowed)) if total_bytes(options, c) <= budget]
             upgraded = [_improve(c, allowed, budget) for c in starts]
             return min(upgraded, key=lambda c: (total_disturbance(options, c), total_bytes(options, c)))
     raise TFMQError(
-        f"maintain_bytes={budget}: the temporal features need {total_bytes(options, least)} bytes at least; "
-        "raise it, or use fewer timesteps, bits or cache_type='int8'."
+        f"maintain_bytes={budget}: the temporal features need at least {total_bytes(options, least)} bytes; "
+        "raise maintain_bytes, or use fewer timesteps, fewer bits, or cache_type='int8'."
     )
 
 
 def total_bytes(options: Mapping[str, Mapping[str, Option]], chosen: Mapping[str, str]) -> int:
-    """Of all that the features need, what they share being counted once."""
+    """Return the bytes that all features need together. Shared tensors count once."""
     needed: dict[str, int] = {}
     for feature, maintenance in chosen.items():
         needed |= options[feature][maintenance].tensors
@@ -67,11 +75,12 @@ def total_bytes(options: Mapping[str, Mapping[str, Option]], chosen: Mapping[str
 
 
 def total_disturbance(options: Mapping[str, Mapping[str, Option]], chosen: Mapping[str, str]) -> float:
+    """Return the sum of the features' disturbances."""
     return sum(options[f][m].disturbance for f, m in chosen.items())
 
 
 def _ends(allowed: Mapping[str, Mapping[str, Option]]) -> list[dict[str, str]]:
-    """All of one kind, as far as each feature may."""
+    """Return two choices, all reconstructed and all cached, as far as each feature's options allow it."""
     return [
         {f: m if m in given else next(iter(given)) for f, given in allowed.items()}
         for m in (RECONSTRUCT, CACHE)
@@ -79,7 +88,7 @@ def _ends(allowed: Mapping[str, Mapping[str, Option]]) -> list[dict[str, str]]:
 
 
 def _smallest(allowed: Mapping[str, Mapping[str, Option]]) -> dict[str, str]:
-    """Greedy from both ends: the fewest bytes, then the least disturbance."""
+    """Search greedily from both ends for the fewest bytes, then the least disturbance."""
 
     def cost(chosen: Mapping[str, str]) -> tuple[int, float]:
         return total_bytes(allowed, chosen), total_disturbance(allowed, chosen)
@@ -95,7 +104,7 @@ def _smallest(allowed: Mapping[str, Mapping[str, Option]]) -> dict[str, str]:
 def _improve(
     chosen: dict[str, str], allowed: Mapping[str, Mapping[str, Option]], budget: int
 ) -> dict[str, str]:
-    """Greedy: the flip that takes away the most disturbance per byte, while the budget allows one."""
+    """Make the flip that removes the most disturbance per added byte, as long as one fits the budget."""
     size, harm = total_bytes(allowed, chosen), total_disturbance(allowed, chosen)
     best, rate = None, 0.0
     for flip in _flips(chosen, allowed):

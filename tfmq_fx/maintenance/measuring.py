@@ -1,4 +1,4 @@
-"""Measure what each way to maintain a temporal feature costs and does."""
+"""Measure the cost and the disturbance of each way to maintain a temporal feature."""
 
 from __future__ import annotations
 
@@ -33,20 +33,22 @@ from tfmq_fx.passes.quantize.state import state_of, temporal_of
 from tfmq_fx.passes.temporal.insert_step_index import TIMESTEPS
 from tfmq_fx.passes.temporal.partition_temporal import BLOCK_NAME, extract_temporal, partition_temporal
 
-EFFECT_ROWS = (
-    32  # calibration rows, spread over the timesteps, on which a feature's effect on the output is measured
-)
+# The number of calibration rows, spread over the timesteps, on which a feature's effect on the output is measured.
+EFFECT_ROWS = 32
 
 
 def converted_block(gm: GraphModule) -> GraphModule:
-    """The temporal block alone, as `convert` would leave it."""
+    """Return the temporal block alone, converted as `convert` does it."""
     block = extract_temporal(gm, temporal_of(gm))
-    block.meta.update(gm.meta)  # torchao asks it for a mark that prepare set
+    block.meta.update(gm.meta)  # torchao's convert needs a mark that its prepare set
     return to_integers(block)
 
 
 def needed_tensors(gm: GraphModule, block: GraphModule) -> list[dict[str, int]]:
-    """For each feature of the converted block, the tensors that it is computed from and nothing outside reads: bytes on disk."""
+    """Return, for each feature of the converted block, the bytes in the artefact of the tensors that it needs.
+
+    Tensors that the graph also reads outside the block are not counted.
+    """
     sizes, outside = stored_bytes(block), _read_outside(gm)
     outputs: Any = block.graph.output_node().args[0]
     found = []
@@ -57,7 +59,7 @@ def needed_tensors(gm: GraphModule, block: GraphModule) -> list[dict[str, int]]:
 
 
 def _read_outside(gm: GraphModule) -> set[str]:
-    """Constants that the graph reads besides its temporal features."""
+    """Return the constants that the graph reads other than for its temporal features."""
     features = {n for n in gm.graph.nodes if n.name in state_of(gm).features}
     seen: set[Node] = set(features)
     stack: list[Node] = [gm.graph.output_node()]
@@ -73,14 +75,14 @@ def _read_outside(gm: GraphModule) -> set[str]:
 
 
 def _float_name(name: str) -> str:
-    """The weight that an integer tensor, its scale or zero point belongs to."""
+    """Return the name of the weight to which an integer tensor, scale or zero point belongs."""
     for suffix in ("_q", "_scale", "_zero_point"):
         name = name.removesuffix(suffix)
     return name
 
 
 def stored_bytes(gm: GraphModule) -> dict[str, int]:
-    """Bytes in the artefact of each tensor that a converted graph reads, packed where they are packed."""
+    """Return the bytes in the artefact of each tensor that a converted graph reads, after bit packing."""
     packed = packed_tensors(gm)
     return {
         name: -(-value.numel() * (packed[name][1] - packed[name][0]).bit_length() // 8)
@@ -91,7 +93,10 @@ def stored_bytes(gm: GraphModule) -> dict[str, int]:
 
 
 def cached_bytes(gm: GraphModule, name: str, cache_type: str) -> dict[str, int]:
-    """What a cached feature needs: its columns of the table, and the tables of its key's values, which all share."""
+    """Return the bytes that a cached feature needs, by tensor.
+
+    These are its columns of the table, and the tables of its key's values, which all features share.
+    """
     key, state = feature_key(gm, name), state_of(gm)
     sizes, values = state.sizes, state.tables
     rows = math.prod(sizes[n] for n in key)
@@ -122,6 +127,12 @@ def measured_options(
     seed: int,
     effects: bool,
 ) -> dict[str, dict[str, Option]]:
+    """Measure every option: feature -> maintenance -> its cost and its disturbance.
+
+    reconstructed: for each feature, the bytes that it needs if it is reconstructed, by tensor.
+    cached: the same if it is cached, for the features that can be.
+    effects: True measures the effects on the network's output, too.
+    """
     names, cache_type = state_of(gm).features, state_of(gm).recipe.cache_type
     blocks = (extract_temporal(gm, temporal_of(gm)), float_block(gm))
     require_keys_only(gm, blocks[0])
@@ -143,7 +154,7 @@ def measured_options(
 
 
 def _rounded(x_N: Tensor, cache_type: str) -> Tensor:
-    """Rows of a feature as a table would give them back."""
+    """Return rows of a feature as a table would return them."""
     return decode(*encode(x_N.float().reshape(len(x_N), -1), cache_type)).reshape(x_N.shape)
 
 
@@ -172,10 +183,11 @@ def _effects(
     *,
     seed: int,
 ) -> dict[tuple[str, str], float]:
-    """(feature, maintenance) -> sum |output - float|^2 / sum |float|^2, the rest of the network being float.
+    """Return (feature, maintenance) -> sum |output - float|^2 / sum |float|^2, with the rest of the network in float.
 
-    One run of the float network on `EFFECT_ROWS` rows for each: what one feature does is linear in its error while that
-    is small, and features' errors add up; the rest of the network's quantization would drown the effect of one.
+    Each takes one run of the float network on `EFFECT_ROWS` rows. The effect of a small error is linear in it, and the
+    effects of several features add up. The rest is in float because its quantization error would hide the effect
+    of a single feature.
     """
     network = without_observers(gm)
     partition_temporal(network, temporal=temporal_of(network))
@@ -211,7 +223,10 @@ def _flat(output: Any) -> Tensor:
 
 
 def seconds_per_call(gm: GraphModule, block: GraphModule, *, runs: int = 21) -> float:
-    """The block for one sample, in eager mode: the least of some runs, which other work on the machine disturbs least."""
+    """Return the seconds that the block takes for one sample, in eager mode.
+
+    The minimum of `runs` runs is the one that other work on the machine disturbs least.
+    """
     key = (state_of(gm).timestep,)
     rows = {n: x[:1] for n, x in key_rows(gm, key).items()}
     inputs = [rows[n] for n in placeholders(block)]

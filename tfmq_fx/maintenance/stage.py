@@ -1,7 +1,8 @@
-"""What gives each temporal feature at inference, the quantized block or a table: measured, chosen and done.
+"""Measure, choose and set the maintenance of each temporal feature: the quantized block, or a table.
 
-The two ways and the choice between them are those of *Temporal Feature Matters* (arXiv 2407.19547): TIB-based and
-cache-based maintenance, disturbance-aware selection. Its full text was not available; measures and rules are ours.
+The two ways and the choice between them come from *Temporal Feature Matters* (arXiv 2407.19547): TIB-based and
+cache-based maintenance, disturbance-aware selection. Its full text was not available, so the measures and rules are
+our own.
 """
 
 from __future__ import annotations
@@ -33,16 +34,16 @@ from tfmq_fx.passes.quantize.state import require_stage, state_of
 @declare(needs=("calibrate",), after=("reconstruct",))
 @torch.no_grad()
 def maintain(gm: GraphModule, calibration: CalibrationSet, *, seed: int = 0) -> GraphModule:
-    """Give each temporal feature of a calibrated graph its maintenance, in place, by `recipe.maintain`.
+    """Set the maintenance of each temporal feature of a calibrated graph, in place, by `recipe.maintain`.
 
-    "reconstruct": nothing to do. "cache": every feature is looked up in a table of its float values,
-    but one that takes no weights. "auto": for each
-    feature the one of the two that `choose` takes, with its disturbance measured on the feature (all keys) and on the
-    network's output (`EFFECT_ROWS` rows, this feature alone being quantized). One that stays over the bound, because
-    neither way or the budget allows less, is among the plan's notes.
+    "reconstruct": do nothing.
+    "cache": look up every feature in a table of its float values, except features that use no weights.
+    "auto": let `choose` take one of the two for each feature. Disturbance is measured on the feature (all keys) and
+        on the network's output (`EFFECT_ROWS` rows, with only this feature quantized). The plan notes each feature
+        that stays over the bound, because no option or the budget allows less.
 
-    The graph's state has the decisions, the bytes and the seconds per call (`state_of(gm).maintenance`). Raises TFMQError for "cache" where
-    a feature has no finite key, naming it, and for a budget that nothing fits.
+    The graph's state has the decisions, the bytes and the seconds per call (`state_of(gm).maintenance`). Raises
+    TFMQError for a budget that is too small, and for "cache" if a feature has no finite key, naming the feature.
     """
     state = require_stage(gm, "calibrated", "reconstructed")
     recipe, features = state.recipe, state.features
@@ -55,13 +56,13 @@ def maintain(gm: GraphModule, calibration: CalibrationSet, *, seed: int = 0) -> 
             feature_key(gm, name)  # raises
     before = converted_block(gm)
     needs = dict(zip(features, needed_tensors(gm, before), strict=True))
-    # What takes no weights, the timestep itself say, is exact as it is, and free.
-    floats |= {n: "it takes no bytes as it is" for n, tensors in needs.items() if not tensors}
+    # A feature that uses no weights, such as the timestep itself, is exact and free without a table.
+    floats |= {n: "computing it takes no bytes" for n, tensors in needs.items() if not tensors}
     cached = {n: cached_bytes(gm, n, recipe.cache_type) for n in features if n not in floats}
     options = measured_options(
         gm, calibration, reconstructed=list(needs.values()), cached=cached, seed=seed, effects=not forced
     )
-    most = {n: CACHE if n in cached else RECONSTRUCT for n in features}  # everything that can be
+    most = {n: CACHE if n in cached else RECONSTRUCT for n in features}  # every feature that can be is cached
     chosen = most if forced else choose(options, bound=recipe.maintain_bound, budget=recipe.maintain_bytes)
     decisions = _decisions(gm, options, chosen, floats, forced=forced)
     names = [n for n in features if chosen[n] == CACHE]
@@ -142,7 +143,10 @@ def _why(given: Mapping[str, Option], own: Mapping[str, int], chosen: str, bound
     if theirs > bound:
         return f"{other}: disturbance {theirs:.1e}, over the bound {bound:.1e}"
     if own[chosen] <= own[other]:
-        return f"{own[chosen]} bytes of its own, {other}: {own[other]}"
+        return f"{own[chosen]} unshared bytes, {other}: {own[other]}"
     if mine < theirs:
-        return f"disturbance {mine:.1e}, {other}: {theirs:.1e}; with the others cached what they share goes, or the budget allows it"
-    return f"{own[chosen]} bytes of its own, {other}: {own[other]}; what the features share makes it smaller in all"
+        return (
+            f"disturbance {mine:.1e}, {other}: {theirs:.1e}; the budget allows it, or the other features no longer need the bytes "
+            "they share"
+        )
+    return f"{own[chosen]} unshared bytes, {other}: {own[other]}; the total is smaller because of the bytes that features share"

@@ -1,4 +1,4 @@
-"""The float values of temporal features at every value of their key."""
+"""Compute the float values of temporal features at every value of their key."""
 
 from __future__ import annotations
 
@@ -19,10 +19,13 @@ from tfmq_fx.passes.temporal.partition_temporal import extract_temporal
 
 @torch.no_grad()
 def feature_tables(gm: GraphModule, features: Iterable[str] | None = None) -> dict[str, Tensor]:
-    """The float value of temporal features of a prepared graph at every value of their key: feature -> (K, ...).
+    """Return the float values of temporal features of a prepared graph at every value of their key: feature -> (K, ...).
 
-    None: every feature. Evaluated in pieces of 1024 rows; one by one where the timestep has shape (). Raises TFMQError
-    for a feature without a finite key, and for a block that needs more than its keys.
+    They are computed in pieces of 1024 rows, or row by row if the timestep has shape ().
+
+    features: their names; None for all.
+
+    Raises TFMQError for a feature without a finite key, and for a block that needs inputs other than its keys.
     """
     all_features = state_of(gm).features
     names = list(all_features if features is None else features)
@@ -38,14 +41,14 @@ def feature_tables(gm: GraphModule, features: Iterable[str] | None = None) -> di
             values = dict(zip(all_features, run_temporal(block, part, scalar=scalar), strict=True))
             for name in wanted:
                 value = values[name]
-                # A scalar timestep runs row by row, and keeps the batch of one of what other inputs join.
+                # With a scalar timestep, rows run one by one. Features that other inputs join keep a batch of one.
                 pieces[name].append(value[:, 0] if scalar and is_per_row(gm, key) else value)
         found |= {n: torch.cat(pieces[n]) for n in wanted}
     return found
 
 
 def key_rows(gm: GraphModule, key: tuple[str, ...]) -> dict[str, Tensor]:
-    """Every value of a key, row-major, as inputs of the block; zeros for inputs that the key does not hold."""
+    """Return every value of a key, row-major, as inputs of the block, with zeros for inputs outside the key."""
     state = state_of(gm)
     values, sizes = state.tables, state.sizes
     index = torch.cartesian_prod(*[torch.arange(sizes[n]) for n in key]).reshape(-1, len(key))
@@ -62,5 +65,6 @@ def key_rows(gm: GraphModule, key: tuple[str, ...]) -> dict[str, Tensor]:
 
 
 def float_block(gm: GraphModule) -> GraphModule:
+    """Return the float temporal block of a prepared graph."""
     floats = without_observers(gm)
     return extract_temporal(floats, temporal_of(floats))

@@ -1,1 +1,1 @@
-"""Which integers: GPTQ, AdaRound, tuning, the walk over blocks, and what a stopped run has finished."""
+"""Choose the integers of the weights: GPTQ, AdaRound, tuning, the walk over blocks, and resuming a stopped run."""

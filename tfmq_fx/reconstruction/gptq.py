@@ -1,7 +1,9 @@
-"""GPTQ: a layer's integers chosen column by column, each rounding error made up for by the columns still to come.
+"""GPTQ: choose a layer's integers column by column. Later columns compensate for each rounding error.
 
-Shapes: a layer is G groups of (C, K) weights, C output channels and K inputs each; a convolution is the linear of its
-unfolded input, so K = C_in / G * kernel elements. R rows are samples times positions.
+Shapes: a layer is G groups of (C, K) weights, with C output channels and K inputs each. A convolution is the linear
+layer of its unfolded input, so K = C_in / G * kernel elements. R rows are samples times positions.
+
+X are a layer's inputs in the float network, Xq those in the quantized network: (K, R) for each group.
 """
 
 from __future__ import annotations
@@ -19,16 +21,17 @@ from tfmq_fx.base.errors import TFMQError
 from tfmq_fx.base.parallel import Ranks, Workers
 from tfmq_fx.graph.nodes import convolution_arguments, groups_of, op_name
 
-PRODUCTS = 2**28  # float32 numbers
-COLUMNS = 128  # columns whose updates to the rest are applied at once (GPTQ, section 3.3, step 2)
+PRODUCTS = 2**28  # the most float32 numbers to hold in products at once
+COLUMNS = 128  # columns whose updates of the later columns are applied at once (GPTQ, section 3.3, step 2)
 
 
 class Moments:
-    """Sums over a layer's inputs, in float64: H = X^ X^T of what it will see, D = (X - X^) X^T of what that lacks.
+    """The second moments of a layer's inputs, in float64: H = Xq Xq^T, and D = (X - Xq) Xq^T.
 
     Adding the rows of A, then of B, equals adding both together, up to float addition order.
-    pieces: of consecutive columns, treated as groups of their own, that a wide layer's H is cut into to fit in
-        memory: errors are then made up for within a piece alone.
+
+    pieces: how many pieces of consecutive columns a wide layer's H is cut into to fit in memory. Each piece is
+        treated as a separate group, so errors are compensated only within a piece.
     """
 
     def __init__(self, groups: int, columns: int, *, pieces: int = 1) -> None:
@@ -48,14 +51,18 @@ class Moments:
         ranks: Ranks,
         pieces: int = 1,
     ) -> Moments:
-        """Of a layer's inputs in the float and in the quantized network, part by part."""
+        """Return the moments of a layer's inputs.
+
+        given: the inputs in the float network, part by part.
+        seen: the inputs in the quantized network, for the same parts.
+        """
 
         def products(pair: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
             x, s = (parted(rows(layer, y, weight), pieces) for y in pair)
             return _products(x, s)
 
         found = Moments(groups_of(layer) * pieces, weight[0].numel() // pieces, pieces=pieces)
-        # Products in float32 of so many pairs are held at once: those of a wide layer are large.
+        # Limit how many pairs' float32 products are in memory at once: those of a wide layer are large.
         at_once = max(1, min(8, PRODUCTS // (2 * found.h_GKK.numel())))
         pairs = list(zip(given, seen, strict=True))
         for start in range(0, len(pairs), at_once):
@@ -65,17 +72,24 @@ class Moments:
         return found
 
     def add(self, x_GRK: Tensor, seen_GRK: Tensor) -> None:
-        """x: the float network's input rows; seen: the quantized network's, in the same order."""
+        """Add rows to the moments.
+
+        x: the input rows in the float network.
+        seen: those in the quantized network, in the same order.
+        """
         self._accumulate(*_products(x_GRK, seen_GRK))
 
     def _accumulate(self, h_GKK: Tensor, d_GKK: Tensor) -> None:
-        # Products in float32, sums over batches in float64: rows of one batch are few.
+        # Products in float32 are precise enough, because one batch has few rows. Sums over batches are float64.
         self.h_GKK += h_GKK.double().cpu()
         self.d_GKK += d_GKK.double().cpu()
         self._factors.clear()
 
     def factors(self, damping: float) -> tuple[Tensor, Tensor]:
-        """The columns by falling diag H (G, K), and in that order the upper Cholesky factor of the damped H's inverse."""
+        """Return the columns by decreasing diag H (G, K), and the upper Cholesky factor of the damped H's inverse.
+
+        The factor (G, K, K) has its columns in this order.
+        """
         if damping not in self._factors:
             diagonal = torch.diagonal(self.h_GKK, dim1=1, dim2=2)
             order = torch.argsort(diagonal, dim=1, descending=True, stable=True)
@@ -91,14 +105,15 @@ def _products(x_GRK: Tensor, seen_GRK: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def supported(layer: Node) -> bool:
-    """Linears and convolutions; transposed convolutions scatter, so their input has no rows."""
+    """Return True for linears and convolutions. Transposed convolutions scatter, so their input has no rows."""
     return op_name(layer) in ("linear", "conv1d", "conv2d", "conv3d")
 
 
 def column_pieces(groups: int, columns: int, blocks: int, limit: float) -> int:
-    """The fewest equal pieces of K columns whose moments and factors take at most `limit` bytes.
+    """Return the smallest number of equal pieces of K columns whose moments and factors take at most `limit` bytes.
 
-    A piece holds whole blocks of the columns that share a scale. One column each is the most.
+    blocks: the number of blocks of consecutive columns that share a scale. A piece consists of whole blocks. If
+        all columns share one scale, a piece may be as small as one column.
     """
     for pieces in range(1, columns + 1):
         whole = columns % pieces == 0 and (blocks == 1 or blocks % pieces == 0)
@@ -108,21 +123,21 @@ def column_pieces(groups: int, columns: int, blocks: int, limit: float) -> int:
 
 
 def parted(x_GRK: Tensor, pieces: int) -> Tensor:
-    """(G * pieces, R, K / pieces): consecutive columns as groups of their own."""
+    """Split the columns into pieces, each a separate group: (G, R, K) -> (G * pieces, R, K / pieces)."""
     groups, count, columns = x_GRK.shape
     x = x_GRK.reshape(groups, count, pieces, columns // pieces)
     return x.transpose(1, 2).reshape(groups * pieces, count, columns // pieces)
 
 
 def joined(x_GRK: Tensor, pieces: int) -> Tensor:
-    """What `parted` took apart."""
+    """Invert `parted`."""
     groups, count, columns = x_GRK.shape
     x = x_GRK.reshape(groups // pieces, pieces, count, columns)
     return x.transpose(1, 2).reshape(groups // pieces, count, pieces * columns)
 
 
 def rows(layer: Node, x: Tensor, weight: Tensor) -> Tensor:
-    """The layer's input as rows (G, R, K), such that its output is rows @ weight.view(G, C, K)^T."""
+    """Return the layer's input as rows (G, R, K), such that its output is rows @ weight.view(G, C, K)^T."""
     if op_name(layer) == "linear":
         return x.reshape(1, -1, x.shape[-1])
     dims = weight.dim() - 2
@@ -145,9 +160,10 @@ def rows(layer: Node, x: Tensor, weight: Tensor) -> Tensor:
 
 
 def corrected(w_GCK: Tensor, moments: Moments, *, damping: float) -> Tensor:
-    """argmin over V of ||W X - V X^||^2 + damping ||W - V||^2 = W + W D H^-1: what the quantized inputs ask for.
+    """Return the weights that best reproduce the float outputs from the quantized inputs, (G, C, K) in float64.
 
-    (GPTAQ, Li et al. 2025, asymmetric calibration, in closed form.) Same shape, float64.
+    argmin over V of ||W X - V Xq||^2 + damping ||W - V||^2 = W + W D H^-1, with H damped (GPTAQ, Li et al. 2025,
+    asymmetric calibration, in closed form).
     """
     w = w_GCK.double()
     factor = _cholesky(moments.h_GKK, damping)
@@ -163,12 +179,15 @@ def gptq(
     *,
     damping: float = 0.01,
 ) -> Tensor:
-    """Integers (G, C, K) that keep W X^ (GPTQ, Frantar et al. 2023, algorithm 1, columns by falling diag H).
+    """Return integers (G, C, K) that preserve W Xq (GPTQ, Frantar et al. 2023, algorithm 1, by decreasing diag H).
 
-    scale_GCB, zero_point_GCB: B groups of K / B consecutive columns each; a column takes those of its group, in whatever
-        order it comes.
-    damping: added to the diagonal of H, as a share of its mean. Inputs that were never anything but zero (dead) are
-    rounded to nearest. Raises TFMQError when H is not finite.
+    The weights of dead inputs, which are always zero, are rounded to nearest.
+
+    scale_GCB, zero_point_GCB: for B groups of K / B consecutive columns each. The order in which columns are rounded
+        does not change their group.
+    damping: added to the diagonal of H, as a share of its mean.
+
+    Raises TFMQError if H is not finite.
     """
     order, upper = moments.factors(damping)
     groups, channels, columns = w_GCK.shape
@@ -194,9 +213,12 @@ def gptq(
 
 
 def _cholesky(h_GKK: Tensor, damping: float) -> Tensor:
-    """The factor of H + damping mean(diag H) I; dead inputs get a diagonal of one, so they touch nothing else."""
+    """Return the Cholesky factor of H + damping mean(diag H) I.
+
+    Where this diagonal is zero, it is set to one, so that dead inputs affect no other column.
+    """
     if not torch.isfinite(h_GKK).all():
-        raise TFMQError("gptq: the layer's inputs hold NaN or infinite values.")
+        raise TFMQError("gptq: the layer's inputs have NaN or infinite values; check the calibration data.")
     h = h_GKK.clone()
     diagonal = torch.diagonal(h, dim1=1, dim2=2)
     mean = diagonal.mean(1, keepdim=True)

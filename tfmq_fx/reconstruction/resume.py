@@ -1,13 +1,13 @@
-"""What reconstruction has finished, block by block on disk, so that a run that was stopped goes on where it was.
+"""Save every finished block of a reconstruction to disk, so that a stopped run can resume.
 
     state.json              the fingerprint of the run: recipe, seed, calibration data and weights
     0000.safetensors ...    one block: the integers and scales of its weights by path, the scales of its static
                             activations, its result and the run's fingerprint as metadata; 0000 is the temporal block,
                             the last one the whole network
 
-Each file is written under a temporary name of its own and renamed: it is absent or whole. Two processes that do the same
-run at once share what either has finished; of two that do different runs, one is refused, and should both have begun at
-the same moment, neither takes the other's blocks.
+Each file is written under a unique temporary name and then renamed, so it is either absent or complete. Two processes
+that do the same run at once share their finished blocks. Of two that do different runs, one is refused. If both start
+at the same moment, neither uses the other's blocks.
 """
 
 from __future__ import annotations
@@ -38,9 +38,14 @@ STATE = "state.json"
 
 
 class Finished:
-    """The finished blocks in a folder, or nowhere. Raises TFMQError for a folder of another run and one that cannot be written.
+    """The finished blocks of a run, in a folder.
 
-    Rank 0 reads and writes; what it has found every process gets, so that all hold the same integers.
+    Rank 0 reads and writes. Every process gets what it reads, so that all have the same integers.
+
+    folder: None keeps nothing.
+    fingerprint: of this run, see `fingerprint`.
+
+    Raises TFMQError if the folder belongs to another run or cannot be written.
     """
 
     def __init__(self, folder: Path | None, fingerprint: str, ranks: Ranks) -> None:
@@ -55,7 +60,7 @@ class Finished:
             raise TFMQError(error)
 
     def restore(self, index: int, block: GraphModule) -> BlockResult | None:
-        """Give the block the integers and scales that were kept; None when it was not finished."""
+        """Set the block's integers and scales to the saved ones and return its result; None if it was not finished."""
         found = None
         if self.folder is not None and self.ranks.rank == 0:
             found = self._read(index)
@@ -66,7 +71,8 @@ class Finished:
         learned = _learned(block)
         if kept.keys() != learned.keys():
             raise TFMQError(
-                f"{self.folder}: block {index} holds {', '.join(kept)}, the network {', '.join(learned)}."
+                f"{self.folder}: block {index} has {', '.join(kept)}, but the network has {', '.join(learned)}; remove the folder, "
+                "or name another one."
             )
         for name, x in learned.items():
             x.copy_(kept[name])
@@ -80,11 +86,11 @@ class Finished:
                     return None
                 result = json.loads(metadata["result"])
                 return result, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-        except (OSError, SafetensorError):  # absent; or cut short, as by a power failure: done again
+        except (OSError, SafetensorError):  # absent, or truncated by e.g. a power failure: redo the block
             return None
 
     def keep(self, index: int, block: GraphModule, result: BlockResult) -> None:
-        """Write a finished block. Raises TFMQError when that fails; what was kept before stays."""
+        """Save a finished block. Raises TFMQError if that fails; blocks saved earlier stay."""
         learned = _learned(block)
         error = None
         if self.folder is not None and self.ranks.rank == 0:
@@ -102,12 +108,12 @@ class Finished:
                 )
             except TFMQError as e:
                 error = (
-                    f"{self.folder}: block {result.name} cannot be kept ({e}); the {index} before it are. Make room and run "
-                    "the same command again."
+                    f"{self.folder}: block {result.name} cannot be saved ({e}); the {index} before it are saved. Free some disk "
+                    "space and run the same command again."
                 )
         if error := self.ranks.first(error):
             raise TFMQError(error)
-        # Machines of another kind may have rounded a tie otherwise.
+        # Processes on different machines may round ties differently, so all take those of rank 0.
         first = self.ranks.first(
             {name: x.cpu() for name, x in learned.items()} if self.ranks.size > 1 else learned
         )
@@ -122,24 +128,26 @@ def _open(folder: Path, fingerprint: str) -> None:
             found = json.loads((folder / STATE).read_text()).get("fingerprint")
             if found != fingerprint:
                 raise TFMQError(
-                    f"{folder}: holds the unfinished reconstruction of another run (other recipe, seed, data or weights); "
-                    "remove it, or name another folder."
+                    f"{folder}: belongs to another run, with a different recipe, seed, data or weights; remove it, or name another "
+                    "folder."
                 )
         elif any(
             not f.name.startswith(".") for f in folder.iterdir()
-        ):  # another process may be just before this
-            raise TFMQError(f"{folder}: is not empty and holds no {STATE}; name another folder.")
+        ):  # hidden files may be another process's, which is about to write the state
+            raise TFMQError(f"{folder}: is not empty and has no {STATE}; name another folder.")
         else:
             text = json.dumps({"fingerprint": fingerprint})
             replace_files(folder / STATE, lambda path: path.write_text(text))
     except (OSError, ValueError) as error:
         if isinstance(error, TFMQError):
             raise
-        raise TFMQError(f"{folder}: cannot keep the state of reconstruction ({error}).") from error
+        raise TFMQError(
+            f"{folder}: the state of reconstruction cannot be saved ({error}); name another folder."
+        ) from error
 
 
 def _learned(block: GraphModule) -> dict[str, Tensor]:
-    """The integers and scales of the block's weights by path, and the scales of its static activations by observer."""
+    """Return the integers and scales of the block's weights by path, and its static activations' scales by observer."""
     found = {}
     for node, observer in observers(block):
         source = node.args[0]
@@ -152,7 +160,7 @@ def _learned(block: GraphModule) -> dict[str, Tensor]:
 
 
 def fingerprint(gm: GraphModule, tensors: Mapping[str, Tensor], settings: Reconstruction, seed: int) -> str:
-    """A hash of all that decides the integers: network, data, recipe, seed."""
+    """Return a hash of everything that determines the integers: network, data, recipe, seed."""
     digest = hashlib.sha256()
     for text in (state_of(gm).recipe.to_json(), dataclasses.asdict(settings), seed):
         digest.update(json.dumps(text, sort_keys=True).encode())

@@ -1,6 +1,6 @@
 """Choose the integers of one block's weights: GPTQ layer by layer, AdaRound on the block as a whole.
 
-A block runs in two streams: on what the float network would feed it, and on what the quantized one does.
+A block runs in two streams: on its inputs in the float network, and on its inputs in the quantized network.
 """
 
 from __future__ import annotations
@@ -37,8 +37,14 @@ def choose_rounding(
 ) -> BlockResult:
     """Set the integers of a block's weights by a method of `recipe.METHODS`.
 
-    What is worse on the block's own error than what stood there before is not kept. order: the next chunk to learn
-    from. Raises TFMQError when a loss becomes NaN, naming the block, which then has the best integers so far.
+    Each step of the method is kept only if it lowers the block's error.
+
+    name: of the block, for errors and results.
+    iterations: of AdaRound.
+    order: returns the index of the next chunk to learn from.
+    watch: show a progress bar.
+
+    Raises TFMQError, naming the block, if a loss becomes NaN. The block then has the best integers so far.
     """
     started = time.monotonic()
     weights = weights_of(streams.block)
@@ -53,8 +59,8 @@ def choose_rounding(
     hessian_pieces = 1
     if not math.isfinite(error):
         raise TFMQError(
-            f"reconstruction of block {name}: the loss is {error} before anything is learned; check the calibration data and "
-            "the network's values there."
+            f"reconstruction of block {name}: the loss is {error} before learning starts; check the calibration data and the "
+            "network's values in this block."
         )
 
     def keep_if_better(name: str) -> None:
@@ -67,10 +73,10 @@ def choose_rounding(
         for fake_quantize, scale in zip(scales, best[len(weights) :], strict=True):
             fake_quantize.scale.copy_(scale)
 
-    if error_nearest > 0.0:  # else there is nothing to win
+    if error_nearest > 0.0:  # otherwise there is nothing to gain
         if "gptq" in method:
             targets, hessian_pieces = _second_order(streams, settings)
-            # AdaRound then rounds what the quantized inputs ask for, instead of the float weight.
+            # AdaRound then rounds the weights corrected for quantized inputs, instead of the float weights.
             weights = [(o, targets.get(o, w)) for o, w in weights]
             keep_if_better("gptq")
         if "adaround" in method:
@@ -100,11 +106,11 @@ def _learn(
     *,
     watch: bool,
 ) -> None:
-    """AdaRound (Nagel et al. 2020, eq. 25): min over alpha of the block's error plus a rounding regulariser.
+    """Run AdaRound (Nagel et al. 2020, eq. 25): min over alpha of the block's error plus a rounding regulariser.
 
-    The error is measured in units of what the block has without learning and the regulariser is a mean over
-    weights, so that one weight of the regulariser suits blocks of any size, scale and bit width. `scales` are
-    learned with it (LSQ, Esser et al. 2020), by their logarithm.
+    The error is relative to the block's error before learning, and the regulariser is a mean over weights. So one
+    weight of the regulariser suits blocks of any size, scale and bit width. The logarithms of `scales` are learned
+    along with the rounding (LSQ, Esser et al. 2020).
     """
     unit = streams.mean_squared_error()
     alphas = [o.start_learning(w) for o, w in weights]
@@ -126,7 +132,8 @@ def _learn(
             loss, gradients = streams.gradients(order(), [x for x in leaves if x is not None])
             loss, gradients = loss / unit, [g / unit for g in gradients]
             if i >= begin:
-                # b falls linearly: the regulariser first ignores, then pushes, what is near 0 or 1.
+                # b falls linearly. At first, the regulariser lets most roundings move freely; later it pushes
+                # them to 0 or 1.
                 progress = (i - begin) / max(1, iterations - begin)
                 b = settings.beta[1] + (settings.beta[0] - settings.beta[1]) * (1 - progress)
                 with torch.enable_grad():
@@ -136,7 +143,8 @@ def _learn(
                 loss = loss + gradients[-1] * open_.detach()
             if not torch.isfinite(loss):
                 raise TFMQError(
-                    f"reconstruction of block {name}: the loss became {loss.item()} at iteration {i}; check the calibration data."
+                    f"reconstruction of block {name}: the loss became {loss.item()} at iteration {i}; check the calibration data, "
+                    "or lower Reconstruction.learning_rate."
                 )
             optimizer.zero_grad(set_to_none=True)
             torch.autograd.backward(outputs, gradients)
@@ -152,9 +160,10 @@ def _learn(
 def _second_order(
     streams: Streams, settings: Reconstruction
 ) -> tuple[dict[PerChannelWeightFakeQuantize, Tensor], int]:
-    """GPTQ, layer after layer: each sees its inputs as the layers before it, already in integers, make them.
+    """Run GPTQ layer by layer. Each layer sees the outputs of the layers before it, which already have integers.
 
-    The corrected weights that it rounded, by observer; the most pieces that a layer's columns were cut into.
+    Returns the corrected weights that were rounded, by observer, and the most pieces that a layer's columns were
+    cut into.
     """
     targets: dict[PerChannelWeightFakeQuantize, Tensor] = {}
     most = 1
@@ -181,12 +190,12 @@ def _second_order(
         )
         if last is None or not streams.ranks.all(same):
             # Layers that share their input (every embedding layer of a temporal block) share one Gram matrix.
-            last = None  # the old one's memory goes before the new one's comes
+            last = None  # free the old moments before the new ones are allocated
             moments = Moments.of(
                 layer, weight, given, seen, workers=streams.workers, ranks=streams.ranks, pieces=pieces
             )
             last = (given, seen, moments)
-        if blocks == 1:  # one scale for all columns is one for each part's
+        if blocks == 1:  # all columns share one scale, so every piece takes it
             scale, zero_point = (x.expand(-1, -1, pieces) for x in (scale, zero_point))
         w_GCK = parted(weight.detach().reshape(groups, channels, -1), pieces)
         w_GCK = corrected(w_GCK, last[2], damping=settings.damping)
@@ -208,7 +217,7 @@ def _same(a: list[Tensor], b: list[Tensor]) -> bool:
 
 
 def _input_of(block: GraphModule, layer: Node) -> GraphModule:
-    """The block up to `layer`: its inputs -> (what the layer gets,)."""
+    """Return the block up to `layer`, with the layer's input as its only output."""
     probe = fresh(block)
     node = next(n for n in probe.graph.nodes if n.name == layer.name)
     probe.graph.output_node().args = ((node.args[0],),)
@@ -220,7 +229,10 @@ def _input_of(block: GraphModule, layer: Node) -> GraphModule:
 def weights_of(
     block: GraphModule, *, without: Collection[str] = ()
 ) -> list[tuple[PerChannelWeightFakeQuantize, Tensor]]:
-    """The quantized weights of a graph, each with its float one; without: names of observer nodes to pass over."""
+    """Return the observers of a graph's quantized weights, each with its float weight.
+
+    without: names of observer nodes to skip.
+    """
     return [
         (o, _float_weight(block, n))
         for n, o in observers(block)
@@ -229,7 +241,7 @@ def weights_of(
 
 
 def _float_weight(block: GraphModule, node: Node) -> Tensor:
-    """The float weight that an observer node of the block reads."""
+    """Return the float weight that an observer node of the block reads."""
     source = node.args[0]
     assert isinstance(source, Node)
     weight = attribute(block, str(source.target))

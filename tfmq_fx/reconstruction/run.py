@@ -1,4 +1,4 @@
-"""What all blocks of one reconstruction share: settings, seed, finished blocks, threads and processes."""
+"""Share settings, seed, finished blocks, threads and processes among the blocks of one reconstruction."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tfmq_fx.reconstruction.streams import Part, Streams
 
 @dataclass(frozen=True)
 class Run:
-    """What every block of one call shares."""
+    """The settings and resources that all blocks of one `reconstruct` call share."""
 
     settings: Reconstruction
     seed: int
@@ -28,7 +28,10 @@ class Run:
     ranks: Ranks
 
     def split(self, chunks: Iterable[Tensor], parts: int) -> tuple[list[list[Part]], list[Tensor]]:
-        """Each chunk of row numbers in so many parts: those that are this process's, and the numbers of their rows."""
+        """Split each chunk of row indices into `parts` parts.
+
+        Returns the parts that belong to this process, by chunk, and the row indices of each of these parts.
+        """
         found: list[list[Part]] = []
         rows: list[Tensor] = []
         first = 0
@@ -44,7 +47,11 @@ class Run:
     def choose(
         self, name: str, index: int, streams: Streams, *, method: str, iterations: int, watch: bool = False
     ) -> BlockResult:
-        """The integers of one block."""
+        """Choose the integers of one block, or restore them from an earlier run.
+
+        name, method, iterations, watch: as `choose_rounding` takes them.
+        index: the block's number among the finished blocks.
+        """
 
         def learn() -> BlockResult:
             return choose_rounding(
@@ -60,7 +67,7 @@ class Run:
         return self.once(index, streams.block, learn)
 
     def once(self, index: int, block: GraphModule, learn: Callable[[], BlockResult]) -> BlockResult:
-        """What was kept from an earlier run, or else learned now and kept."""
+        """Restore the block from an earlier run; if there is none, call `learn` and save the block."""
         result = self.finished.restore(index, block)
         if result is None:
             result = learn()
@@ -68,8 +75,8 @@ class Run:
         return result
 
     def order(self, index: int, chunks: int) -> Callable[[], int]:
-        """The next chunk to learn from: all of them, shuffled, then all again."""
-        # A generator for each block: what one block draws does not depend on the blocks before it.
+        """Return a function that returns the next chunk to learn from: all of them, shuffled, then all again."""
+        # With a generator for each block, its draws do not depend on the blocks before it.
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + index)
         pending: list[int] = []
 

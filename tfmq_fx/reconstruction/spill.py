@@ -1,4 +1,4 @@
-"""Values of a walk over a graph: in memory while they fit, past that in half precision in memory-mapped files."""
+"""Hold the values of a walk over a graph: in memory while they fit, beyond that in half precision in mapped files."""
 
 from __future__ import annotations
 
@@ -21,32 +21,39 @@ from tfmq_fx.base.files import raw_bytes
 
 @dataclass(frozen=True)
 class _Spilled:
+    """A tensor that was written to a file."""
+
     file: Path
     shape: torch.Size
-    dtype: torch.dtype  # as it was
-    stored: torch.dtype  # as it lies in the file
+    dtype: torch.dtype  # of the tensor
+    stored: torch.dtype  # of the numbers in the file
 
 
 @dataclass(frozen=True)
 class _Lent:
+    """A value that is read anew on each access."""
+
     read: Callable[[], Tensor]
 
 
 @dataclass(frozen=True)
 class _Shared:
+    """A value that several `Values` hold."""
+
     value: Any
 
 
-# Where small values stay between large ones that go, glibc keeps the holes, gigabytes of them. They are given back each
-# time that a walk which spills has read and computed so much: the holes are no larger.
+# When large values are freed but small ones between them stay, glibc keeps the holes: gigabytes of memory. A walk that
+# spills returns them to the system each time it has read and computed this many bytes, which bounds their size.
 TRIM_AFTER = 128 * 2**20
 _trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
 
 
 class Budget:
-    """The bytes that each of a walk's `Values` may hold in memory; a context manager for what exceeds them.
+    """The number of bytes that each of a walk's `Values` may hold in memory, and the files for the rest.
 
-    Each has its own, so that what is spilled, and thereby rounded, does not depend on which thread came first.
+    A context manager, which removes the files. The limit holds for each `Values` separately, so that the choice of
+    values that are spilled, and thereby rounded, does not depend on the order of threads.
     """
 
     def __init__(self, limit: float) -> None:
@@ -65,7 +72,7 @@ class Budget:
             self._folder.cleanup()
 
     def passed(self, size: int) -> None:
-        """So many bytes came, and most of them will go."""
+        """Count `size` bytes as allocated, most of which will be freed soon. Trim the heap when it is time."""
         with self._lock:
             self._passed += size
             full = self._passed > TRIM_AFTER
@@ -75,10 +82,10 @@ class Budget:
             _trim(0)
 
     def spill(self, x: Tensor) -> _Spilled:
-        """Write `x` to a file of its own. Raises TFMQError when the disk does not take it."""
+        """Write `x` to a new file, in half precision if it is a float. Raises TFMQError if it cannot be written."""
         stored = x.dtype
         if x.is_floating_point() and x.element_size() > 2:
-            # float16 has the finer steps; bfloat16 takes what is too large for it.
+            # float16 has finer steps; bfloat16 is for values beyond its range.
             stored = torch.float16 if x.abs().max() < 6e4 else torch.bfloat16
         data = x.detach().cpu().to(stored).contiguous()
         try:
@@ -88,7 +95,7 @@ class Budget:
                 self._count += 1
                 self.spilled += data.nbytes
                 file = Path(self._folder.name) / f"{self._count}.bin"
-            # Written, not mapped: a full disk is then an error and not a bus error.
+            # Write instead of mapping the file, so that a full disk raises OSError instead of a bus error.
             file.write_bytes(raw_bytes(data))
         except OSError as error:
             raise TFMQError(
@@ -99,7 +106,10 @@ class Budget:
 
 
 class Values(MutableMapping[Node, Any]):
-    """Node -> value, like the dict that torch.fx's Interpreter keeps; parameters and small things are left alone."""
+    """A mapping node -> value, like the dict that torch.fx's Interpreter keeps.
+
+    Only tensors that the walk computes count towards the budget. Parameters do not.
+    """
 
     def __init__(self, budget: Budget) -> None:
         self.budget, self.used = budget, 0
@@ -130,11 +140,11 @@ class Values(MutableMapping[Node, Any]):
         self._held[node] = value
 
     def lend(self, node: Node, read: Callable[[], Tensor]) -> None:
-        """A value that is read anew each time, and not held."""
+        """Set a value that is read anew on each access and never held."""
         self._held[node] = _Lent(read)
 
     def share(self, node: Node, value: Any) -> None:
-        """A value that several hold, and that counts for none of them."""
+        """Set a value that several `Values` share. It counts towards none of their budgets."""
         self._held[node] = _Shared(value)
 
     def __delitem__(self, node: Node) -> None:
@@ -152,5 +162,5 @@ class Values(MutableMapping[Node, Any]):
 
 
 def _counts(node: Node, value: Any) -> bool:
-    """Tensors that the walk computes; the graph's own are in memory anyway."""
+    """Return True for tensors that the walk computes. The graph's own tensors are in memory anyway."""
     return isinstance(value, Tensor) and value.numel() > 0 and node.op != "get_attr"

@@ -1,7 +1,7 @@
-"""Choose the integers of the weights: TIAR on the temporal block, then block after block, then all blocks together.
+"""Choose the integers of the weights: TIAR on the temporal block, then block by block, then all blocks together.
 
-One walk of the graph keeps two streams, float and quantized. A block's input comes from the quantized
-stream (what it will really see), its target from the float stream; the network is never restarted.
+One walk of the graph keeps two streams, float and quantized. A block's input comes from the quantized stream, which
+is what it sees at inference, and its target from the float stream. The network is never run again from the start.
 """
 
 from __future__ import annotations
@@ -45,18 +45,22 @@ def reconstruct(
 ) -> GraphModule:
     """Choose the rounding of every quantized weight of a calibrated graph, in place, by `settings.method`.
 
-    First TIAR (TFMQ-DM, Temporal Information Aware Reconstruction): the whole temporal block at once, over all timesteps of the schedule, no data.
-    Then the blocks of `find_blocks` in order, AdaRound with quantized input and float target. A block whose
-    learned rounding is no better than round-to-nearest on the calibration data keeps round-to-nearest. Then, unless
-    settings.tune_iterations is 0, all of them together, integers and scales, on the network's output (`tuning`). With
-    maintain="cache" the temporal block is passed over, and the others see its float features, as they will.
+    1. TIAR (TFMQ-DM, Temporal Information Aware Reconstruction): the whole temporal block at once, over all
+       timesteps of the schedule, without data.
+    2. The blocks of `find_blocks` in order, AdaRound with quantized input and float target. A block whose learned
+       rounding is no better than round-to-nearest on the calibration data keeps round-to-nearest.
+    3. Unless settings.tune_iterations is 0, all blocks together, integers and scales, on the network's output
+       (`tuning`). It is skipped, with a note in the plan, if it does not fit in settings.max_memory.
 
-    state: a folder that keeps every finished block; the same call after an interruption goes on from there and
-        ends with the same integers. It stays; remove it when the result is saved.
+    With maintain="cache", the temporal block is skipped, and the other blocks see its float features, as they do at
+    inference.
 
-    The results are in the graph's state (`state_of(gm).reconstruction`); tuning that settings.max_memory does not allow is
-    left out, which a note of its plan says. Raises TFMQError when a loss becomes NaN, naming the block, and for a state folder that
-    cannot be written or belongs to another run.
+    settings: None takes those of the graph's recipe.
+    state: a folder that keeps every finished block. After an interruption, the same call resumes from there and
+        ends with the same integers. The folder is not removed; remove it once the result is saved.
+
+    The results are in the graph's state (`state_of(gm).reconstruction`). Raises TFMQError if a loss becomes NaN,
+    naming the block, and for a state folder that cannot be written or belongs to another run.
     """
     recipe = require_stage(gm, "calibrated").recipe
     settings = settings or recipe.reconstruction
@@ -69,8 +73,8 @@ def reconstruct(
     finished = Finished(
         None if state is None else Path(state), fingerprint(gm, calibration.tensors, settings, seed), ranks
     )
-    # Only integers and scales are learned. (torch 2.11 also crashes in a group norm backward that is asked for its
-    # parameters' gradients alone, channels last.)
+    # Only integers and scales are learned. (Also, torch 2.11 crashes in a channels-last group norm's backward that is
+    # asked only for its parameters' gradients.)
     frozen = [p for p in gm.parameters() if p.requires_grad]
     for p in frozen:
         p.requires_grad_(False)
@@ -78,7 +82,8 @@ def reconstruct(
         results = []
         with workers(settings.shards) as threads, torch.no_grad():
             run = Run(settings, seed, finished, threads, ranks)
-            # A block whose features will be looked up is not worth learning, and the others shall see what they will look up.
+            # If the features will be looked up, the temporal block need not be learned, and the other blocks must
+            # see the features that they will look up.
             cached = recipe.maintain == "cache"
             if temporal_method(settings) != "nearest" and _learnable(gm, temporal=True) and not cached:
                 results.append(_reconstruct_temporal(gm, calibration, run))
@@ -97,6 +102,7 @@ def reconstruct(
 
 @contextmanager
 def _temporal_in_float(gm: GraphModule) -> Iterator[None]:
+    """Turn off fake quantization in the temporal block while the context is open."""
     inside = set(temporal_of(gm).nodes)
     of_block = [o for n, o in observers(gm) if n.name in inside]
     for observer in of_block:
@@ -109,10 +115,12 @@ def _temporal_in_float(gm: GraphModule) -> Iterator[None]:
 
 
 def temporal_method(settings: Reconstruction) -> str:
+    """Return the method for the temporal block: the one set, else GPTQ unless `method` is "nearest"."""
     return settings.temporal_method or ("nearest" if settings.method == "nearest" else "gptq")
 
 
 def tune_iterations(settings: Reconstruction) -> int:
+    """Return the iterations of tuning: the number set, else 400 unless `method` is "nearest"."""
     if settings.tune_iterations is not None:
         return settings.tune_iterations
     return 0 if settings.method == "nearest" else 400
@@ -128,9 +136,10 @@ def _learnable(gm: GraphModule, *, temporal: bool) -> bool:
 
 
 def _reconstruct_temporal(gm: GraphModule, calibration: CalibrationSet, run: Run) -> BlockResult:
-    """TIAR: L = sum_i || g_i(h(t)) - q(g_i)(q(h)(t)) ||_F^2 over all t of the schedule (TFMQ-DM, TIAR).
+    """Run TIAR: L = sum_i || g_i(h(t)) - q(g_i)(q(h)(t)) ||_F^2 over all t of the schedule (TFMQ-DM, TIAR).
 
-    Over all finite keys where other inputs join the timestep, and over sampled rows where they have no table.
+    If other inputs join the timestep, the sum is over all finite keys, and over sampled rows for inputs without a
+    table.
     """
     block = extract_temporal(gm, temporal_of(gm))
     require_keys_only(gm, block)
@@ -154,14 +163,17 @@ def _reconstruct_temporal(gm: GraphModule, calibration: CalibrationSet, run: Run
         streams,
         method=temporal_method(run.settings),
         iterations=run.settings.temporal_iterations,
-        watch=True,  # the walk over the blocks has a bar of its own
+        watch=True,  # the walk over the other blocks has its own progress bar
     )
 
 
 def _tune(
     gm: GraphModule, calibration: CalibrationSet, run: Run, iterations: int, *, index: int
 ) -> list[BlockResult]:
-    """`tuning.tune` on as many of the calibration rows as it draws; none, and a note in the plan, where it does not fit."""
+    """Run `tuning.tune` on as many calibration rows as its iterations draw.
+
+    If it does not fit in memory, return no result and add a note to the plan.
+    """
     settings = run.settings
     drawn = calibration.draw(iterations * settings.batch_size, seed=run.seed)
     batches = calibration.groups(settings.batch_size, rows=drawn, one_timestep=is_scalar(gm))
@@ -170,13 +182,13 @@ def _tune(
     weights = weights_to_tune(gm)
     first = inputs_of(gm, calibration.batch(batches[0][:count]))
     memory = Memory.of(gm, first, count, weights, settings)
-    # Threads compute a part each, at most as many as there are shards.
+    # Each thread computes one part, and there are at most as many threads as shards.
     at_once = 1 if whole else settings.shards
     limit, least = settings.max_memory * 2**30, memory.needed(count * at_once)
     if least > limit:
         note = Note(
             name="tuning",
-            reason=f"left out: it takes {least / 2**30:.1f} GiB, Reconstruction.max_memory is {settings.max_memory:g}",
+            reason=f"skipped: it needs {least / 2**30:.1f} GiB, but Reconstruction.max_memory is {settings.max_memory:g}",
             coarser=False,
         )
         set_state(gm, state_of(gm).with_notes(note))

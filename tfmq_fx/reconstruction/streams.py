@@ -1,4 +1,4 @@
-"""Run a block on what the float network would feed it, and on what the quantized one does."""
+"""Run a block on its inputs in the float network, and on its inputs in the quantized network."""
 
 from __future__ import annotations
 
@@ -17,24 +17,26 @@ Outputs = tuple[Tensor, ...]
 
 @dataclass(frozen=True)
 class Part:
-    """Some rows of a chunk of calibration data."""
+    """A part of the rows of a chunk of calibration data."""
 
     index: int  # among all parts that this process holds
-    share: float  # of the chunk's rows
-    first: int  # of its rows among those of all chunks
-    count: int  # of its rows
+    share: float  # the fraction of the chunk's rows
+    first: int  # the position of its first row among the rows of all chunks
+    count: int  # the number of its rows
 
 
 class Streams:
-    """A block, and how any module with its inputs runs on a part of the data in the float or the quantized network.
+    """A block, and a function that runs any module with the block's inputs on a part of the data.
 
-    chunks: the mini-batches, each as the parts of it that this process holds; together they are the whole chunk.
-    run(module, part, quantized) -> the module's outputs; called by several threads at once.
-    target(part): the block's float outputs where they are kept elsewhere; None computes them.
+    chunks: the mini-batches, each as the parts of it that this process holds. The parts of all processes together
+        are the whole chunk.
+    run(module, part, quantized) -> the module's outputs, on its inputs in the quantized or the float network. Several
+        threads call it at once.
+    target(part): returns the block's float outputs if they are kept elsewhere; None computes them.
     """
 
-    # Float outputs of at most so many parts are kept; those of more (a product of keys) are computed again each time:
-    # they would not fit in memory.
+    # Float outputs are kept for at most this many parts. With more (a product of keys) they might not fit in memory, and
+    # are computed each time.
     kept_targets: float = 64
 
     def __init__(
@@ -54,14 +56,16 @@ class Streams:
         self._targets: dict[Part, Outputs] = {}
 
     def outputs(self, part: Part) -> Outputs:
+        """Return the quantized block's outputs on its inputs in the quantized network."""
         return self.run(self.block, part, True)
 
     def firsts(self, module: GraphModule, parts: Sequence[Part], *, quantized: bool) -> list[Tensor]:
-        """The first output of another module with the block's inputs, for each part."""
+        """Return the first output of another module with the block's inputs, for each part."""
         return self.workers.map(lambda part: self.run(module, part, quantized)[0], parts)
 
     @torch.no_grad()
     def target(self, part: Part) -> Outputs:
+        """Return the float block's outputs on its inputs in the float network."""
         if self._given is not None:
             return self._given(part)
         if part in self._targets:
@@ -72,21 +76,27 @@ class Streams:
         return found
 
     def squared_error(self, part: Part) -> Tensor:
-        """Sum over dim 1 (channels or features), mean over the rest, summed over the outputs; times the part's share."""
+        """Return the squared error of a part, times the part's share.
+
+        It is summed over dim 1 (channels or features), averaged over the other dims, and summed over the outputs.
+        """
         pairs = zip(self.outputs(part), self.target(part), strict=True)
         errors = [(y - x).square().sum(1).mean() for y, x in pairs if x.is_floating_point()]
         return torch.stack(errors).sum() * part.share
 
     @torch.no_grad()
     def mean_squared_error(self) -> float:
-        """`squared_error` of a whole chunk, on average."""
+        """Return the `squared_error` of a whole chunk, averaged over chunks."""
         (total,) = self.ranks.sum(
             [_sum([e.double() for e in self.workers.map(self.squared_error, self.parts)])]
         )
         return total.item() / len(self.chunks)
 
     def gradients(self, chunk: int, leaves: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
-        """`squared_error` of a whole chunk and its gradients: sums over parts in their order, then over processes."""
+        """Return the `squared_error` of a whole chunk, and its gradients.
+
+        Parts are summed in order, and then processes.
+        """
 
         def of_part(part: Part) -> list[Tensor]:
             with torch.enable_grad():
@@ -97,7 +107,7 @@ class Streams:
             ]
 
         parts, sums = self.chunks[chunk], [torch.zeros(()), *[torch.zeros_like(x) for x in leaves]]
-        for i in range(0, len(parts), self.workers.count):  # no more gradients at once than threads compute
+        for i in range(0, len(parts), self.workers.count):  # hold only one set of gradients per thread
             for found in self.workers.map(of_part, parts[i : i + self.workers.count]):
                 sums = [total.to(x.device) + x for total, x in zip(sums, found, strict=True)]
         loss, *gradients = self.ranks.sum(sums)
@@ -105,7 +115,7 @@ class Streams:
 
     @torch.no_grad()
     def error(self) -> float:
-        """Mean squared error over all parts and outputs."""
+        """Return the mean squared error over all parts and outputs."""
 
         def of_part(part: Part) -> Tensor:
             total = torch.zeros(2, dtype=torch.float64)
@@ -122,7 +132,7 @@ class Streams:
 
 
 def _sum(tensors: Sequence[Tensor]) -> Tensor:
-    """In their order."""
+    """Return the sum, added up in order; zero for no tensors."""
     total = torch.zeros((), dtype=torch.float64) if not tensors else tensors[0].clone()
     for x in tensors[1:]:
         total += x

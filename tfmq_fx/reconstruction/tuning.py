@@ -1,10 +1,12 @@
-"""Tune all blocks together: the integers of the whole network and their scales, on what the network predicts.
+"""Tune all blocks together: the integers of the whole network and their scales, on the network's outputs.
 
-Reconstruction makes each block right on its own; what is left is how their errors add up. Straight-through rounding
-(Bengio et al. 2013) with Adam against the float network's outputs, as quantization-aware training has it, but for a few
-hundred steps from reconstructed integers, on calibration data. A sampler adds up what the network predicts at every
-timestep, and errors there differ a thousandfold, being largest where the least is left to draw: so each timestep's
-error counts in units of what it was before, and none is tuned at the cost of the others.
+Reconstruction optimises each block separately. Tuning reduces the error that remains when the blocks' errors add up. It
+uses the straight-through estimator for rounding (Bengio et al. 2013) and Adam, against the float network's outputs, like
+quantization-aware training, but only for a few hundred steps from reconstructed integers, on calibration data.
+
+A sampler adds up the network's predictions at all timesteps. Their errors differ a thousandfold, and are largest
+where the least is left to draw. So each timestep's error is measured relative to its error before tuning, and no
+timestep is tuned at the cost of the others.
 """
 
 from __future__ import annotations
@@ -29,28 +31,29 @@ from tfmq_fx.reconstruction.rounding import weights_of
 from tfmq_fx.reconstruction.streams import Outputs, Part, Streams
 
 NAME = "whole network"
-RISE = 10  # steps in which the learning rate rises, before it falls to zero
-LEAST = 1e-6  # of the largest timestep's error: the least that another is measured in
+RISE = 10  # warm-up steps of the learning rate, which then falls to zero
+LEAST = 1e-6  # the smallest unit of a timestep, as a share of the largest timestep's error
 
 Weights = Sequence[tuple[PerChannelWeightFakeQuantize, Tensor]]
 
 
 def float_outputs(outputs: object) -> Outputs:
+    """Return the floating-point tensors among a network's outputs, nested or not."""
     return tuple(x for x in pytree.tree_leaves(outputs) if isinstance(x, Tensor) and x.is_floating_point())
 
 
 def weights_to_tune(gm: GraphModule) -> Weights:
-    """The quantized weights outside the temporal block, whose own reconstruction covers its finite set."""
+    """Return the quantized weights outside the temporal block, whose reconstruction already covers its finite set."""
     return weights_of(gm, without=set(temporal_of(gm).nodes))
 
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes that tuning takes, beside the network and the data."""
+    """The bytes that tuning needs, in addition to the network and the data."""
 
     state: int  # variables, their gradients, Adam's moments
-    row: int  # what the backward pass keeps of one row of a mini-batch
-    output: int  # a row of what the network predicts
+    row: int  # saved for the backward pass, per row of a mini-batch
+    output: int  # the network's outputs, per row
 
     @staticmethod
     def of(
@@ -60,9 +63,13 @@ class Memory:
         weights: Weights,
         settings: Reconstruction,
     ) -> Memory:
-        """inputs: of `rows` rows, run once."""
-        # A weight's steps, their gradient and two moments, the rounded weight, its gradient and what leads from one to
-        # the other; and for each thread a gradient of its own.
+        """Measure the bytes by running the network once.
+
+        inputs: the graph's inputs, with `rows` rows.
+        weights: those that are tuned.
+        """
+        # For each weight: its steps, their gradient and two moments, the rounded weight, its gradient, and the
+        # intermediate values between them. In addition, one gradient per thread.
         state = (32 + 4 * settings.shards) * sum(o.q.numel() for o, _ in weights)
         if state > settings.max_memory * 2**30:
             return Memory(state, 0, 0)  # not worth a run
@@ -80,7 +87,9 @@ class Memory:
             held.add(observer.soft.untyped_storage().data_ptr())
         try:
             with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
-                outputs = gm(*inputs)  # kept until all is counted: memory that is freed is handed out again
+                outputs = gm(
+                    *inputs
+                )  # held until counting ends: freed memory would be reused and counted once
             output = sum(x.nbytes for x in float_outputs(outputs))
             del outputs
         finally:
@@ -89,15 +98,21 @@ class Memory:
         return Memory(state, math.ceil(sum(kept.values()) / rows), math.ceil(output / rows))
 
     def needed(self, rows: int, *, targets: int = 0) -> int:
-        """For so many rows of a mini-batch at once, with the float network's outputs kept of so many."""
+        """Return the bytes needed for a mini-batch.
+
+        rows: how many of its rows are computed at once.
+        targets: for how many rows the float network's outputs are kept.
+        """
         return self.state + self.row * rows + self.output * targets
 
 
 class NetworkStreams(Streams):
-    """The whole network; its errors are those of rows, each in units of what its timestep has before tuning.
+    """The streams of the whole network. The error of each row is relative to its timestep's error before tuning.
 
-    timesteps: of all rows of all chunks, in their order. units (N,): what they are measured in, once `measure` has run.
-    keep_targets: False computes the float network's outputs anew each time.
+    timesteps (N,): of all rows of all chunks, in order.
+    keep_targets: True keeps the float network's outputs; False computes them each time.
+
+    `units` (N,) are the errors before tuning, once `measure` has run, and 1 before.
     """
 
     def __init__(self, *args: object, timesteps: Tensor, keep_targets: bool, **kwargs: object) -> None:
@@ -106,11 +121,11 @@ class NetworkStreams(Streams):
         self.units = torch.ones(len(timesteps))
 
     def _of_rows(self, part: Part) -> Tensor:
-        """Mean squared error of each row of a part, over all outputs."""
+        """Return the mean squared error of each row of a part, over all outputs."""
         total, numbers = torch.zeros(part.count), 0
         for y, x in zip(self.outputs(part), self.target(part), strict=True):
             square = (y - x).square()
-            # What has no rows belongs to all of them.
+            # The error of an output without rows counts for every row.
             by_row = square.reshape(part.count, -1) if len(x) % part.count == 0 else square.reshape(1, -1)
             total = total.to(x.device) + by_row.sum(1)
             numbers += by_row.shape[1]
@@ -123,7 +138,7 @@ class NetworkStreams(Streams):
 
     @torch.no_grad()
     def errors(self) -> Tensor:
-        """(N,) of all rows, in float64: the same bits however many processes share them."""
+        """Return the errors of all rows (N,), in float64, bitwise the same for any number of processes."""
         found = torch.zeros(len(self.timesteps), dtype=torch.float64)
         for part, errors in zip(self.parts, self.workers.map(self._of_rows, self.parts), strict=True):
             found[part.first : part.first + part.count] = errors.double().cpu()
@@ -131,7 +146,10 @@ class NetworkStreams(Streams):
         return found
 
     def measure(self) -> float:
-        """Take the mean error of each timestep, now, as the unit of its rows. The mean over all rows, so measured: about 1."""
+        """Set the unit of each row to the current mean error of its timestep.
+
+        Returns the mean error over all rows in these units, which is about 1.
+        """
         errors = self.errors()
         _, which = self.timesteps.unique(return_inverse=True)
         sums = torch.zeros(int(which.max()) + 1, dtype=torch.float64)
@@ -154,19 +172,21 @@ def tune(
     iterations: int,
     order: Callable[[], int],
 ) -> BlockResult:
-    """Tune the integers and scales of a network's `weights`, in place, if that helps.
+    """Tune the integers and scales of a network's `weights`, in place. Keep the result only if the error falls.
 
-    order: the next chunk to learn from. Raises TFMQError when a loss becomes NaN; all is then as it was before.
+    order: returns the index of the next chunk to learn from.
+
+    Raises TFMQError if a loss becomes NaN, and then restores the integers and scales.
     """
     started = time.monotonic()
     error = before = streams.measure()
     if not math.isfinite(before):
         raise TFMQError(
-            f"tuning: the network's error is {before} before anything is tuned; check the calibration data and the "
-            "network's values there."
+            f"tuning: the network's error is {before} before tuning starts; check the calibration data and the network's "
+            "outputs on it."
         )
     kept = "untuned"
-    if before > 0.0:  # else there is nothing to win
+    if before > 0.0:  # otherwise there is nothing to gain
         saved = [(o, o.q, o.scale) for o, _ in weights]
         try:
             _learn(streams, weights, settings, iterations, order)
@@ -214,7 +234,7 @@ def _learn(
             if not torch.isfinite(loss):
                 raise TFMQError(
                     f"tuning: the loss became {loss.item()} at iteration {i}; lower Reconstruction.tune_learning_rate and "
-                    "tune_scale_learning_rate, or leave it out (tune_iterations=0)."
+                    "tune_scale_learning_rate, or turn tuning off (tune_iterations=0)."
                 )
             optimizer.zero_grad(set_to_none=True)
             torch.autograd.backward(outputs, gradients)

@@ -1,4 +1,4 @@
-"""Walk a prepared graph once, reconstructing its blocks as they are reached."""
+"""Walk a prepared graph once, and reconstruct each block when it is reached."""
 
 from __future__ import annotations
 
@@ -30,7 +30,10 @@ from tfmq_fx.reconstruction.streams import Outputs, Part, Streams
 
 
 def _constant(gm: GraphModule) -> set[Node]:
-    """What is made of the graph's own tensors alone, such as the quantized weights outside the blocks: the same for all rows."""
+    """Return the nodes that depend only on the graph's own tensors. Their values are the same for all rows.
+
+    The quantized weights outside the blocks are such nodes.
+    """
     found: set[Node] = set()
     for node in gm.graph.nodes:
         sources = node.all_input_nodes
@@ -41,11 +44,11 @@ def _constant(gm: GraphModule) -> set[Node]:
 
 @dataclass(frozen=True, kw_only=True)
 class _Unit:
-    """A block as a module of its own."""
+    """A block as a separate module."""
 
     name: str  # the path of its first weight
     module: GraphModule
-    inputs: tuple[Node, ...]  # of the graph, in the order of the module's
+    inputs: tuple[Node, ...]  # nodes of the graph, in the order of the module's inputs
     outputs: tuple[Node, ...]
 
 
@@ -58,7 +61,7 @@ class _Environments:
 
 
 class Walk:
-    """One pass over a prepared graph in units: single nodes, and blocks that are reconstructed when reached."""
+    """A single pass over a prepared graph, in units: single nodes, and blocks that are reconstructed when reached."""
 
     def __init__(self, gm: GraphModule, data: CalibrationSet, run: Run) -> None:
         self.gm, self.config = fresh(gm), run
@@ -68,12 +71,12 @@ class Walk:
         parts = 1 if fixed_batch(gm, data.constants.keys()) else run.settings.shards
         self.chunks, self.rows = run.split(batches, parts)
         for rows in {len(rows): rows for rows in self.rows}.values():
-            inputs_of(gm, data.batch(rows))  # says what is missing or of another shape
+            inputs_of(gm, data.batch(rows))  # raises for inputs that are missing or have another shape
         self.interpreter = Interpreter(self.gm)
         self.passed = {n for n in self.gm.graph.nodes if n.op == "call_module" and _is_observer(self.gm, n)}
 
     def run(self) -> list[BlockResult]:
-        """Walk the graph; return what reconstruction did to each block, in order."""
+        """Walk the graph and return the result of each block, in order."""
         held = self.config.settings.max_memory * 2**30 / max(1, 2 * len(self.rows))
         units, member_of = self._units()
         order = self._order(units, member_of)
@@ -98,7 +101,7 @@ class Walk:
         return results
 
     def _units(self) -> tuple[dict[Node, _Unit], dict[Node, Node]]:
-        """Return the blocks, each under its last node; and for each node of a block, that one."""
+        """Return last node -> block for all blocks, and node -> last node of its block for all their nodes."""
         units: dict[Node, _Unit] = {}
         member_of: dict[Node, Node] = {}
         for block in find_blocks(self.gm):
@@ -112,7 +115,7 @@ class Walk:
         return units, member_of
 
     def _environments(self, budget: Budget) -> _Environments:
-        """Return empty streams, which read the graph's inputs when they are asked for them."""
+        """Return streams without values, which read the graph's inputs on access."""
         envs = _Environments(
             float=[Values(budget) for _ in self.rows], quantized=[Values(budget) for _ in self.rows]
         )
@@ -123,10 +126,10 @@ class Walk:
         return envs
 
     def _value(self, held: Values, node: Node, *, quantized: bool) -> Any:
-        """Compute a node from the values of one stream; the float stream passes observers by."""
+        """Compute a node from the values of one stream. The float stream skips observers."""
         if not quantized and node in self.passed:
             return held[node.all_input_nodes[0]]
-        own = copy.copy(self.interpreter)  # an environment for each thread; all else is the graph's
+        own = copy.copy(self.interpreter)  # each thread needs its own environment
         own.env = held  # type: ignore[assignment]
         return own.run_node(node)
 
@@ -136,19 +139,19 @@ class Walk:
             env[part][node] = self._value(env[part], node, quantized=env is envs.quantized)
 
     def _share(self, node: Node, envs: _Environments) -> None:
-        """Compute once, for all parts, what is the same for all rows."""
+        """Compute a node that is the same for all rows once, and share it among all parts."""
         for env in (envs.float, envs.quantized):
             once = self._value(env[0], node, quantized=env is envs.quantized) if env else None
             for held in env:
                 held.share(node, once)
 
     def _input(self, name: str, rows: Tensor) -> Tensor:
-        """This one alone: the others may be much larger."""
+        """Return the rows of one input. The others are not read: they may be much larger."""
         return as_taken(self.gm, name, self.data.input(name, rows))
 
     @staticmethod
     def _name(layer: Node) -> str:
-        """The path of the block's first weight: fused names are of no use to a person."""
+        """Return the path of the layer's weight, which names a block better than the fused module's name."""
         index = weight_argument(layer)
         assert index is not None
         weight = layer.args[index]
@@ -157,7 +160,7 @@ class Walk:
         return str(weight.target) if isinstance(weight, Node) else layer.name
 
     def _order(self, units: dict[Node, _Unit], member_of: dict[Node, Node]) -> list[Node]:
-        """The units in topological order, near the graph's own: a block, under its last node, stands for its nodes."""
+        """Return the units in a topological order close to the graph's. A block is represented by its last node."""
         position = {n: i for i, n in enumerate(self.gm.graph.nodes)}
         waiting: dict[Node, set[Node]] = {}
         users: dict[Node, list[Node]] = {}
@@ -181,12 +184,12 @@ class Walk:
         if len(order) != len(waiting):
             stuck = next(u for u, sources in waiting.items() if sources)
             raise TFMQError(
-                f"reconstruction: the blocks around node {stuck.name} depend on each other; use method='nearest'."
+                f"reconstruction: the blocks around node {stuck.name} depend on each other in a cycle; use method='nearest'."
             )
         return order
 
     def _reconstruct(self, unit: _Unit, envs: _Environments, index: int) -> list[BlockResult]:
-        """Reconstruct one block, if it has weights to choose, and run it in both streams."""
+        """Reconstruct one block, if it has quantized weights, and run it in both streams."""
 
         def run(m: GraphModule, part: Part, quantized: bool) -> Any:
             held = (envs.quantized if quantized else envs.float)[part.index]
@@ -218,7 +221,10 @@ class Walk:
 
 
 def fixed_batch(gm: GraphModule, shared: Collection[str]) -> bool:
-    """Whether the graph takes batches of one size only; tensors named `shared` have no rows."""
+    """Return True if the graph takes batches of only one size.
+
+    shared: names of the inputs that have no rows.
+    """
     values = [meta_value(n) for name, n in placeholders(gm).items() if name not in shared]
     return any(fixed_size(x.shape[0]) is not None for x in values if isinstance(x, Tensor) and x.dim())
 

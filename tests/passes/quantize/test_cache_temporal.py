@@ -142,7 +142,7 @@ def test_what_no_feature_needs_leaves_graph_plan_and_artefact():
         (
             {"linear_9": torch.zeros(10, 8)},
             "float16",
-            "'linear_9' is no temporal feature; features are linear_5, linear_2",
+            "'linear_9' is not a temporal feature; features are linear_5, linear_2",
         ),
         ({"linear_2": torch.zeros(9, 8)}, "float16", "its key has 10 values"),
         ({"linear_2": torch.full((10, 8), torch.nan)}, "float16", "NaN or infinite"),
@@ -157,7 +157,7 @@ def test_what_the_pass_refuses(tables, cache_type, words):
 
 def test_a_graph_of_another_stage_is_refused():
     q = tfmq_fx.convert(prepared())
-    with pytest.raises(TFMQError, match="the graph is converted, but this step needs it calibrated"):
+    with pytest.raises(TFMQError, match="the graph is converted, but this step needs one that is calibrated"):
         cache_temporal(q, tables={})
     with pytest.raises(TFMQError, match="cache_temporal must come before convert"):
         tfmq_fx.passes.PassManager([tfmq_fx.convert, cache_temporal])(prepared())

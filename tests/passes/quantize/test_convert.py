@@ -100,7 +100,7 @@ def test_stages_out_of_order_are_refused():
     gm = tfmq_fx.prepare(captured(), tfmq_fx.Recipe(), timesteps=TIMESTEPS)
     with pytest.raises(TFMQError, match="prepare, calibrate, reconstruct, convert"):
         tfmq_fx.convert(gm)
-    with pytest.raises(TFMQError, match="needs it calibrated"):
+    with pytest.raises(TFMQError, match="needs one that is calibrated"):
         tfmq_fx.reconstruct(gm, calibration())
 
 

@@ -128,11 +128,11 @@ def test_another_block_is_refused():
     gm, block = prepared()
     gm2 = tfmq_fx.capture(make(TinyUNet, seed=1), calibration().arguments(slice(0, 2)))
     other = extract_temporal(gm2, find_temporal(gm2))
-    with pytest.raises(TFMQError, match="has other values than in the graph"):
+    with pytest.raises(TFMQError, match="has different values in the graph"):
         float_at_unseen(gm, block=other)
     output = block.graph.output_node()
     output.args = (output.args[0][:1],)
-    with pytest.raises(TFMQError, match="does not give the 2 temporal features"):
+    with pytest.raises(TFMQError, match="does not return the 2 temporal features"):
         float_at_unseen(gm, block=block)
 
 

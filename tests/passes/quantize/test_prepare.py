@@ -45,8 +45,8 @@ def test_prepare_leaves_the_float_graph_alone():
         (torch.tensor([1, 1, 2]), "repeated"),
         (torch.tensor([1.0, torch.nan]), "NaN"),
         (torch.tensor([[1, 2]]), "1-D"),
-        (7, "timesteps: a list of numbers is needed, found 7"),
-        (["soon"], "timesteps: a list of numbers"),
+        (7, "timesteps: expected a list of numbers, found 7"),
+        (["soon"], "timesteps: expected a list of numbers"),
     ],
 )
 def test_bad_schedules_are_refused(timesteps, words):
