@@ -79,7 +79,7 @@ def test_a_full_disk_keeps_what_was_finished(tmp_path, uninterrupted, monkeypatc
     save = resume.save_file
 
     def full(tensors, file, metadata):
-        if file.name.startswith(".0002.tmp"):
+        if file.name.startswith("0002."):
             file.write_bytes(b"half")
             raise OSError(28, "No space left on device")
         save(tensors, file, metadata=metadata)
