@@ -1,10 +1,16 @@
 """quantize: what it needs, and what it reports."""
 
 import pytest
+import torch
 
 import tfmq_fx
-from benchmarks.networks.small import TinyUNet, calibration, make
+from benchmarks.networks.small import FAST, TinyUNet, calibration, captured, make
+from tfmq_fx.artefact.graph_json import tensors_of
 from tfmq_fx.base.errors import TFMQError
+from tfmq_fx.graph.nodes import fresh
+from tfmq_fx.passes import PassManager, extract_temporal, find_temporal
+from tfmq_fx.pipeline import stages
+from tfmq_fx.settings import Settings
 
 
 def test_the_report_lists_everything(tiny):
@@ -36,3 +42,47 @@ def test_a_network_without_calibration_data_is_refused():
 def test_unknown_recipes_show_the_nearest():
     with pytest.raises(TFMQError, match="'w4a9' is not a preset; presets are w4a8"):
         tfmq_fx.quantize(make(TinyUNet), "w4a9", calibration=calibration())
+
+
+def test_the_list_of_stages_is_what_quantize_runs():
+    recipe = tfmq_fx.Recipe(reconstruction=FAST, smooth=0.5, maintain="cache", unseen="float")
+    q = tfmq_fx.quantize(make(TinyUNet), recipe, calibration=calibration(), seed=3)
+    gm = captured()
+    temporal = find_temporal(gm)
+    passes = stages(
+        recipe,
+        calibration=calibration(),
+        temporal=temporal,
+        block=extract_temporal(fresh(gm), temporal),
+        settings=Settings(seed=3),
+    )
+    names = ["smooth", "prepare", "calibrate", "reconstruct", "maintain", "float_at_unseen", "convert"]
+    assert PassManager(passes).names == names
+    assert set(q.report["seconds"]) == {"capture", *names, "measure"}
+    by_hand = PassManager(passes)(gm).graph_module
+    assert tensors_of(by_hand).keys() == tensors_of(q.network).keys()
+    for name, value in tensors_of(by_hand).items():
+        assert torch.equal(value, tensors_of(q.network)[name]), name
+
+
+def test_strict_checks_before_calibration_and_after_maintenance():
+    passes = stages(
+        tfmq_fx.Recipe(),
+        calibration=calibration(),
+        temporal=find_temporal(captured()),
+        settings=Settings(strict=True),
+    )
+    names = PassManager(passes).names
+    assert [i for i, name in enumerate(names) if name == "require_whole"] == [1, len(names) - 2]
+    assert names[2] == "calibrate"
+
+
+def test_a_recipe_that_keeps_the_float_block_needs_it():
+    with pytest.raises(TFMQError, match="needs block=extract_temporal"):
+        stages(tfmq_fx.Recipe(unseen="float"), calibration=calibration(), temporal=find_temporal(captured()))
+
+
+def test_a_wrong_setting_is_refused_before_anything_is_captured():
+    for setting, words in (({"seed": 0.5}, "seed: 0.5"), ({"finite": ["class_labels"]}, "finite: list")):
+        with pytest.raises(TFMQError, match=words):
+            tfmq_fx.quantize(None, calibration=calibration(), **setting)
