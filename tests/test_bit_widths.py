@@ -156,7 +156,7 @@ def test_it_is_measured_once_and_again_where_something_changed(tmp_path, monkeyp
     assert json.loads(file.read_text())["layers"][0]["weight_errors"].keys() == {"8"}
     assert [f.name for f in tmp_path.iterdir()] == ["sensitivity.json"]
     file.write_text("{}")
-    with pytest.raises(TFMQError, match=r"sensitivity\.json: is no file of sensitivities"):
+    with pytest.raises(TFMQError, match=r"sensitivity\.json: is not a file of sensitivities"):
         sensitivity(calibrated(), calibration(), cache=file)
 
 

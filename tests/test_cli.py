@@ -68,7 +68,7 @@ def test_inspect_of_a_networks_folder_with_its_weights(monkeypatch, capsys):
     [
         (
             (),
-            "alone has no pipeline to show how it is called; give the shape of each input of sample, timestep",
+            "alone has no pipeline that shows how it is called; give the shape of each input that it needs (sample, timestep",
         ),
         (("--input", "sample"), "use NAME=SHAPE"),
         (("--input", "sample=2,x"), "use NAME=SHAPE"),

@@ -195,5 +195,5 @@ def test_attributes_of_the_float_networks_modules_are_kept(sd, q, folder):
             == sd.unet.down_blocks[1].attentions[0].out_channels
         )
         assert not hasattr(model, "attn_processors")
-        with pytest.raises(AttributeError, match=r"'down_blocks\.7' is none of them"):
+        with pytest.raises(AttributeError, match=r"'down_blocks\.7' is not one of them"):
             _ = model.down_blocks[7]

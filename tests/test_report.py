@@ -145,7 +145,7 @@ def test_an_artefact_without_drift_says_so_and_infinity_is_null(measured, tmp_pa
     numbers, runs = measured
     changed = {**numbers, "temporal_drift": None, "pictures": {**numbers["pictures"], "psnr": math.inf}}
     write_report(changed, runs, tmp_path / "page", title="x")
-    assert "This artefact does not hold it" in (tmp_path / "page" / "report.html").read_text()
+    assert "This artefact does not contain it" in (tmp_path / "page" / "report.html").read_text()
     assert json.loads((tmp_path / "page" / "report.json").read_text())["pictures"]["psnr"] is None
     assert not (tmp_path / "page" / "drift.png").exists()
 
@@ -165,11 +165,11 @@ def test_the_choice_of_maintenance_is_shown(measured, tmp_path):
     changed = {**numbers, "quantization": {**numbers["quantization"], "maintenance": kept}}
     write_report(changed, runs, tmp_path / "page", title="x")
     text = (tmp_path / "page" / "report.html").read_text()
-    assert "What gives each temporal feature (auto)" in text
+    assert "How each temporal feature is maintained (auto)" in text
     assert "cache 320" in text
     older = {k: v for k, v in numbers["quantization"].items() if k != "maintenance"}
     write_report({**numbers, "quantization": older}, runs, tmp_path / "page", title="x")
-    assert "What gives each" not in (tmp_path / "page" / "report.html").read_text()
+    assert "How each temporal feature" not in (tmp_path / "page" / "report.html").read_text()
 
 
 def test_a_folder_with_something_else_is_refused_and_left_alone(measured, tmp_path):

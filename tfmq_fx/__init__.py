@@ -4,7 +4,8 @@ q = tfmq_fx.quantize(pipe, "w4a8")
 q.save_pretrained("folder");  q = tfmq_fx.load("folder")
 pipe.unet = q
 
-After `import tfmq_fx` diffusers reads what was saved: DiffusionPipeline.from_pretrained, and a network class's own.
+After `import tfmq_fx`, diffusers can load what was saved, by `from_pretrained` of DiffusionPipeline and of
+the network's class.
 """
 
 from __future__ import annotations
@@ -59,7 +60,7 @@ __all__ = [
     "sensitivity",
 ]
 
-# Loaded when first touched: torchao alone takes three seconds, and `import tfmq_fx` should not.
+# Each name is loaded on first use: torchao alone takes three seconds, and `import tfmq_fx` should not.
 _HOMES = {
     "CalibrationPreset": "calibration.presets",
     "CalibrationSet": "calibration.data",
@@ -105,7 +106,7 @@ def __dir__() -> list[str]:
 
 
 def _register_quantizer(_: ModuleType) -> None:
-    importlib.import_module("tfmq_fx.diffusers_quantizer")  # which registers itself, at its end
+    importlib.import_module("tfmq_fx.diffusers_quantizer")  # importing it registers it
 
 
 def _register_model(loading: ModuleType) -> None:
@@ -115,6 +116,6 @@ def _register_model(loading: ModuleType) -> None:
     loading.ALL_IMPORTABLE_CLASSES.update(classes)
 
 
-# When diffusers is imported, now or later: importing it here would cost a second.
+# Register when diffusers is imported, now or later. Importing it here would cost a second.
 wrapt.register_post_import_hook(_register_quantizer, "diffusers.quantizers.auto")
 wrapt.register_post_import_hook(_register_model, "diffusers.pipelines.pipeline_loading_utils")

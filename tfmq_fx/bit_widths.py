@@ -1,7 +1,8 @@
-"""Mixed precision: what each layer's bits do to the network's output, and the bits that do least within a budget.
+"""Mixed precision: measure what each layer's bits do to the output, and choose the best bits within a budget.
 
-Every layer is quantized alone, the rest of the network being float, as HAWQ and its successors do with a Hessian; errors
-of layers are taken to add up. The error is kept by timestep, so that one layer's late or early harm can be seen.
+Every layer is quantized alone, with the rest of the network in float, as HAWQ and its successors do with a
+Hessian. The errors of layers are assumed to add up. The error is kept by timestep, so that the harm that a
+layer does late or early can be seen.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ from tfmq_fx.runtimes.layers import layers_of
 
 @dataclass(frozen=True, kw_only=True)
 class LayerSensitivity:
-    """What quantizing one layer alone does: relative MSE of the network's output, by timestep."""
+    """The effect of quantizing one layer alone: relative MSE of the network's output, by timestep."""
 
     path: str  # its weight's name in the network's state dict
     op: str
@@ -49,17 +50,17 @@ class LayerSensitivity:
     weights: int
     rows: int  # of weights that share a scale and a zero point
     flops: int  # for one sample
-    weight_errors: dict[int, list[float]]  # by bits; the widths that the recipe allows here
-    activation_errors: list[float]  # of its input, with the recipe's bits; zeros where that is float
+    weight_errors: dict[int, list[float]]  # by bits, for the widths that the recipe allows here
+    activation_errors: list[float]  # of its input, with the recipe's bits; zeros if that is float
 
     def bytes(self, bits: int) -> int:
-        """In the artefact, with a float32 scale and a zero point of as many bits for each row."""
+        """Return the bytes in the artefact, with a float32 scale and a zero point of `bits` bits per row."""
         if bits == FLOAT_BITS:
             return 4 * self.weights
         return -(-self.weights * bits // 8) - (-self.rows * bits // 8) + 4 * self.rows
 
     def error(self, bits: int) -> float:
-        """Mean over the timesteps; 0 for a layer left in float, weight and input."""
+        """Return the mean error over the timesteps; 0 for a layer left in float, weight and input."""
         if bits == FLOAT_BITS:
             return 0.0
         pairs = zip(self.weight_errors[bits], self.activation_errors, strict=True)
@@ -68,9 +69,11 @@ class LayerSensitivity:
 
 @dataclass(frozen=True, kw_only=True)
 class Sensitivity:
+    """The sensitivities of all measured layers of a network."""
+
     timesteps: list[float]
     layers: tuple[LayerSensitivity, ...]
-    key: str  # of what it was measured on
+    key: str  # a hash of what it was measured on
 
     def to_json(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
@@ -86,26 +89,34 @@ class Sensitivity:
         return Sensitivity(timesteps=values["timesteps"], layers=tuple(layers), key=values["key"])
 
     def bytes(self, bits: Mapping[str, int]) -> int:
-        """Of the weights of these layers in the artefact, scales and zero points included."""
+        """Return the bytes of these layers' weights in the artefact, including scales and zero points.
+
+        bits: of each layer's weight, by path.
+        """
         return sum(layer.bytes(bits[layer.path]) for layer in self.layers)
 
     def error(self, bits: Mapping[str, int]) -> float:
+        """Return the sum of these layers' errors. bits: of each layer's weight, by path."""
         return sum(layer.error(bits[layer.path]) for layer in self.layers)
 
     def choose(self, *, max_bytes: float, max_float_flops: float = 0.0) -> dict[str, int]:
-        """Bits for each layer's weight by path, 16 for a layer left in float: the least error within the budgets.
+        """Return the bits of each layer's weight, by path, that give the least error within the budgets.
 
-        max_bytes: for the weights of these layers, as `bytes` counts them. max_float_flops: the largest share of these
-        layers' multiplications that may be float, 0 to 1: int8 kernels run 4 and 8 bits alike, so float is what costs time.
+        16 bits leave the layer in float.
 
-        From the fewest bytes upwards, always the step that wins most error for a byte (the greedy rule for the knapsack
-        problem, exact for its relaxation). Raises TFMQError where nothing fits, with what would.
+        max_bytes: the budget for the weights of these layers, as `bytes` counts them.
+        max_float_flops: the largest share of these layers' multiplications that may be float, 0 to 1. int8
+            kernels run 4 and 8 bits equally fast, so only float costs time.
+
+        It starts from the fewest bytes, and always takes the step that reduces the error most per byte (the
+        greedy rule for the knapsack problem, exact for its relaxation). Raises TFMQError if nothing fits,
+        with what would.
         """
         bits = {layer.path: min(layer.weight_errors) for layer in self.layers}
         least = self.bytes(bits)
         if least > max_bytes:
             raise TFMQError(
-                f"max_bytes={max_bytes:g}: {len(self.layers)} layers take {least} bytes at their fewest bits; allow as much, or "
+                f"max_bytes={max_bytes:g}: {len(self.layers)} layers take {least} bytes at their fewest bits; allow at least that, or "
                 "measure fewer bits (widths)."
             )
         room, float_room = max_bytes - least, max_float_flops * sum(layer.flops for layer in self.layers)
@@ -119,7 +130,7 @@ class Sensitivity:
                     fits = cost <= room and (wider != FLOAT_BITS or layer.flops <= float_room)
                     worth = (
                         won / cost if cost > 0 else math.inf
-                    )  # of few weights, qparams take more than float
+                    )  # the qparams of few weights take more bytes than float weights
                     if wider > now and won > 0 and fits and (best is None or worth > best[0]):
                         best = (worth, layer, wider)
             if best is None:
@@ -140,12 +151,17 @@ def sensitivity(
     seed: int = 0,
     cache: str | Path | None = None,
 ) -> Sensitivity:
-    """Measure a calibrated graph, which stays as it is: each weight at each of `widths` alone, each layer's input alone.
+    """Measure each weight at each of `widths` alone, and each layer's input alone.
 
-    Weights are rounded to nearest. rows: of the calibration set, spread over the timesteps. cache: a JSON file that keeps the
-    result; it is read again where network, recipe, data and arguments are the same, and written anew where not.
+    gm: a calibrated graph, which is left unchanged.
+    widths: the bit widths to measure; float is always compared.
+    rows: the number of rows of the calibration set to use, spread over the timesteps.
+    seed: of the choice of rows.
+    cache: a JSON file that keeps the result. It is read if network, recipe, data and arguments are the same,
+        and rewritten if not.
 
-    Layers of which a rule says the bits are left out, and widths below what the recipe demands of first and last layers.
+    Weights are rounded to nearest. Layers whose bits a rule gives are left out, and so are widths below what
+    the recipe demands of first and last layers.
     """
     require_stage(gm, "calibrated", "reconstructed")
     for width in widths:
@@ -218,7 +234,7 @@ class _With(nn.Module):
 
 
 class _Alone:
-    """The prepared graph with one layer's input quantized, and nothing else."""
+    """A copy of the prepared graph in which one layer's input is quantized, and nothing else."""
 
     def __init__(self, gm: GraphModule) -> None:
         self.gm, own = with_own(gm, [observer for _, observer in observers(gm)])
@@ -228,6 +244,7 @@ class _Alone:
         self.on: Any = None
 
     def quantizing(self, layer: str) -> GraphModule:
+        """Return the graph with the input of `layer`, a node's name, quantized."""
         if self.on is not None:
             set_mode(self.on, observe=False, quantize=False)
         source = self.nodes[layer].args[0]
@@ -251,10 +268,12 @@ def mixed_precision(
     seed: int = 0,
     cache: str | Path | None = None,
 ) -> Recipe:
-    """The recipe with a rule for each layer whose bits are chosen otherwise, for `quantize`.
+    """Return the recipe with a rule for each layer whose chosen bits differ from the recipe's.
 
-    model: as `quantize` takes it. Arguments as in `sensitivity` and `Sensitivity.choose`; sensitivities are measured
-    without the recipe's low-bit passes. Raises TFMQError as those do.
+    The result is for `quantize`. Sensitivities are measured without the recipe's low-bit passes.
+
+    model: a pipeline or network, as for `quantize`. The other arguments are those of `quantize`,
+        `sensitivity` and `Sensitivity.choose`. Raises TFMQError as those functions do.
     """
     recipe = Recipe.preset(recipe) if isinstance(recipe, str) else recipe
     network = model if isinstance(model, nn.Module) else denoiser(model, timestep=timestep)
@@ -269,7 +288,7 @@ def mixed_precision(
 
 
 def with_bits(recipe: Recipe, bits: Mapping[str, int], plan: Any) -> Recipe:
-    """The recipe and a rule for each layer of `plan` that it gives other bits."""
+    """Return the recipe with a rule for each layer of `plan` whose bits differ from those in `bits`."""
     rules = [
         Rule(
             pattern="".join(f"[{c}]" if c in "*?[" else c for c in layer.path),
@@ -291,7 +310,7 @@ def _key(gm: GraphModule, plain: GraphModule, data: CalibrationSet, widths: Sequ
 
 
 def _read(file: Path, key: str) -> Sensitivity | None:
-    """What the file holds, if it is for this key. Raises TFMQError for a file that is something else."""
+    """Return the file's content if it is for this key, else None. Raises TFMQError for any other file."""
     if not file.is_file():
         return None
     try:
@@ -299,5 +318,5 @@ def _read(file: Path, key: str) -> Sensitivity | None:
         return Sensitivity.from_json(values) if values["key"] == key else None
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise TFMQError(
-            f"{file}: is no file of sensitivities ({type(error).__name__}: {error}); remove it, or choose another name."
+            f"{file}: is not a file of sensitivities ({type(error).__name__}: {error}); remove it, or choose another name."
         ) from error

@@ -34,20 +34,22 @@ from tfmq_fx.passes.pass_manager import PassManager
 def capture(
     network: nn.Module, example_inputs: Mapping[str, Any], timestep: str | None = None
 ) -> GraphModule:
-    """`network` as a flat GraphModule of aten operators, called with its tensor inputs by name
-    or in the order of the network's forward.
+    """Capture `network` as a flat GraphModule of aten operators.
 
-    example_inputs: forward's keyword arguments. Tensors, those inside dicts and lists too, become inputs of the
-    graph with a dynamic first dimension (batch); everything else (`return_dict=False`) is constant in the graph. A
-    nested tensor's input joins its path with "_": added_cond_kwargs_time_ids. A batch of one is doubled for the
-    capture, because export would take a size of one for a constant.
+    The graph is called with its tensor inputs by name, or in the order of the network's forward.
+
+    example_inputs: forward's keyword arguments. Tensors, including those inside dicts and lists, become
+        inputs of the graph with a dynamic first dimension (batch). Everything else (`return_dict=False`) is
+        constant in the graph. The input of a nested tensor joins its path with "_":
+        added_cond_kwargs_time_ids. A batch of one is doubled for the capture, because export would treat a
+        size of one as a constant.
     timestep: the argument's name; None takes "timestep", or the only tensor of shape () or (N,).
 
     The graph shares the network's parameters, copies none, and returns what the network returned, with
     dataclass outputs as dicts. dtype, device, height and width are fixed by the example.
 
-    Raises TFMQError for a network in train mode, a timestep that is absent or no tensor, a network whose
-    control flow depends on data (with export's own words), and NaN or infinite parameters.
+    Raises TFMQError for a network in train mode, a timestep that is missing or not a tensor, a network whose
+    control flow depends on data (with export's own message), and NaN or infinite parameters.
     """
     training = [name or "the network" for name, module in network.named_modules() if module.training]
     if training:
@@ -80,7 +82,7 @@ def capture(
         with torch.no_grad(), _SymbolicRepeats():
             program = torch.export.export(network, (), inputs, dynamic_shapes=dynamic, strict=False)
             gm = program.module(check_guards=False)
-    except Exception as error:  # torch.export raises many types; the user needs its words and what to change
+    except Exception as error:  # torch.export raises many types; the user needs its message and a remedy
         raise TFMQError(
             f"torch.export cannot capture {type(network).__name__}: {type(error).__name__}: {_words(error)} "
             "Remove the data-dependent control flow it names (torch.where, or a constant), or hand the passes a "
@@ -101,12 +103,18 @@ def capture(
 
 
 def cleaning(timestep: str) -> list[Callable[[GraphModule], PassResult]]:
-    """Return the passes that tidy a captured graph, in the order in which they run; results stay bitwise equal."""
+    """Return the passes that clean a captured graph, in the order in which they run.
+
+    The graph's results stay bitwise equal.
+    """
     return [remove_noops, literal_dtypes, partial(root_batch_size, timestep=timestep)]
 
 
 class _SymbolicRepeats(TorchFunctionMode):
-    """x.repeat_interleave(n, dim) by views, of the same values: torch 2.11 makes a constant of the size that it repeats."""
+    """A mode that computes x.repeat_interleave(n, dim) by views, with the same values.
+
+    torch 2.11 would turn the size that it repeats into a constant.
+    """
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -124,7 +132,11 @@ class _SymbolicRepeats(TorchFunctionMode):
 
 
 def _require_dynamic_batch(gm: GraphModule, network: nn.Module, example: Mapping[str, Any]) -> None:
-    """Refuse a graph in which some input's batch became a constant: it would fail, or worse, at every other one."""
+    """Raise TFMQError if an input's batch became a constant.
+
+    Such a graph would fail, or be wrong, at any other batch size. example: the inputs of the capture, by flat
+    name.
+    """
     values = {n: node.meta["val"] for n, node in placeholders(gm).items()}
     sizes = {n: example[n].shape[0] for n in values if example[n].dim()}
     batch = sizes.get(str(timestep_input(gm, None).target), max(sizes.values(), default=0))
@@ -132,8 +144,8 @@ def _require_dynamic_batch(gm: GraphModule, network: nn.Module, example: Mapping
         if size == batch and fixed_size(values[name].shape[0]) is not None:
             raise TFMQError(
                 f"torch.export fixed the batch of {name!r} at {batch}: {type(network).__name__} turns it into a Python number, as "
-                f"len({name}) does, or has it written down; use {name}.shape[0]. (If its first dimension is no batch, give an "
-                "example of another batch.)"
+                f"len({name}) does, or hard-codes it; use {name}.shape[0]. (If its first dimension is not a batch, give an "
+                "example with another batch size.)"
             )
 
 
@@ -156,7 +168,7 @@ def _dynamic_batch(x: Any) -> Any:
 
 
 def _words(error: Exception) -> str:
-    """Export's own first line, and the line of the network it stumbled on."""
+    """Return the first line of export's message, and the line of the network where it failed."""
     text = str(error).strip()
     first = text.splitlines()[0] if text else ""
     frames = [f for f in traceback.extract_tb(error.__traceback__) if not _is_library(f.filename)]
@@ -177,7 +189,7 @@ def _at_least_two(x: Any) -> Any:
 
 
 def _plain_signature(gm: GraphModule, tensors: set[str], out_spec: pytree.TreeSpec) -> GraphModule:
-    """Export's pytree calling convention as plain named inputs and a plain nested output."""
+    """Replace export's pytree calling convention by plain named inputs and a plain nested output."""
     graph: Graph = gm.graph
     for node in graph.find_nodes(op="placeholder"):
         if str(node.target) not in tensors:
@@ -186,7 +198,7 @@ def _plain_signature(gm: GraphModule, tensors: set[str], out_spec: pytree.TreeSp
     flat = pytree.tree_leaves(output.args[0], is_leaf=lambda x: isinstance(x, Node))
     output.args = (_plain(pytree.tree_unflatten(flat, out_spec)),)
     graph.set_codegen(CodeGen())
-    gm = GraphModule(gm, graph)  # sheds the train/eval refusal of exported modules too
+    gm = GraphModule(gm, graph)  # also sheds exported modules' refusal of train() and eval()
     gm.meta = {}
     return gm
 
@@ -202,7 +214,7 @@ def _plain(value: Any) -> Any:
 def captured(
     network: nn.Module, calibration: CalibrationSet, timestep: str
 ) -> tuple[GraphModule, dict[str, Any]]:
-    """`capture` on the first rows of the calibration set; the graph and the arguments it was captured with."""
+    """Capture on the first rows of the calibration set. Return the graph and the arguments of the capture."""
     example = calibration.arguments(slice(0, 2))
     if "return_dict" in inspect.signature(network.forward).parameters:
         example["return_dict"] = False
@@ -212,7 +224,10 @@ def captured(
 def capture_rows(
     network: nn.Module, example: dict[str, Any], timestep: str
 ) -> tuple[GraphModule, dict[str, Any]]:
-    """`capture` on rows with a timestep each, (N,); for a network that takes one timestep a call, on ()."""
+    """Capture on rows with a timestep each, (N,), or on one timestep, (), if the network takes one per call.
+
+    Returns the graph and the arguments of the capture.
+    """
     try:
         return capture(network, example, timestep=timestep), example
     except TFMQError:

@@ -1,4 +1,7 @@
-"""The embedded model: an unconditional DDPM on handwritten digits, trained by benchmarks/train_digits.py."""
+"""Load the embedded model: an unconditional DDPM on handwritten digits.
+
+It was trained by benchmarks/train_digits.py.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,7 @@ FOLDER = Path(__file__).parent / "ddpm-digits"
 
 
 def embedded_pipeline() -> Any:
-    """The shipped DDPMPipeline (16x16 grey images), with a DDIM scheduler so that 50 steps are enough."""
+    """Return the shipped DDPMPipeline (16x16 grey images). Its DDIM scheduler makes 50 steps enough."""
     from diffusers import DDIMScheduler, DDPMPipeline
 
     pipe = DDPMPipeline.from_pretrained(FOLDER)

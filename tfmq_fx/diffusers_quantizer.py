@@ -1,7 +1,7 @@
-"""diffusers' door to what tfmq_fx has saved: `from_pretrained` of the float network's class.
+"""Let `from_pretrained` of the float network's class in diffusers load what tfmq_fx has saved.
 
-diffusers has no registry for quantizers of others: importing this module enters ours into its two mappings, and
-`import tfmq_fx` sees to that as soon as diffusers has them.
+diffusers has no registry for third-party quantizers. So importing this module adds ours to its two mappings,
+and `import tfmq_fx` makes sure that this module is imported as soon as diffusers has them.
 """
 
 from __future__ import annotations
@@ -31,13 +31,16 @@ class QuantizationMethod(str, enum.Enum):  # noqa: UP042  # diffusers compares i
 
 
 class TFMQConfig(QuantizationConfigMixin):  # type: ignore[misc]
-    """What diffusers calls a quantization config: a recipe, for `tfmq_fx.quantize(pipe, config.to_recipe(pipe.unet))`.
+    """A quantization config of diffusers that holds a recipe.
+
+    Use it as `tfmq_fx.quantize(pipe, config.to_recipe(pipe.unet))`.
 
     recipe: a preset's name, or `Recipe.to_json()` as an artefact has it.
-    modules_to_not_convert: paths of modules that stay float, as diffusers matches them: a name, or any module under it.
+    modules_to_not_convert: paths of modules that stay in float, matched as in diffusers: by name, with all
+        modules under it.
 
-    With `from_pretrained(.., quantization_config=TFMQConfig(..))` of a float network it is refused: there is nothing to
-    calibrate with.
+    `from_pretrained(.., quantization_config=TFMQConfig(..))` of a float network raises TFMQError: there is
+    nothing to calibrate with.
     """
 
     def __init__(
@@ -53,7 +56,11 @@ class TFMQConfig(QuantizationConfigMixin):  # type: ignore[misc]
         self.format_version = artefact.get("format_version")
 
     def to_recipe(self, network: nn.Module) -> Recipe:
-        """network: whose modules `modules_to_not_convert` names. Raises TFMQError for an unknown preset or module."""
+        """Return the recipe, with rules for the modules that stay in float.
+
+        network: the network that has the modules of `modules_to_not_convert`. Raises TFMQError for an unknown
+        preset or module.
+        """
         from tfmq_fx.base.arithmetic import FLOAT_BITS
         from tfmq_fx.recipe import Recipe, Rule
 
@@ -79,7 +86,7 @@ class TFMQConfig(QuantizationConfigMixin):  # type: ignore[misc]
 
 
 class TFMQQuantizer(DiffusersQuantizer):  # type: ignore[misc]
-    """Lets `from_pretrained` of a diffusers class give a QuantizedModel, when the folder is an artefact of ours."""
+    """A diffusers quantizer that makes `from_pretrained` return a QuantizedModel for a tfmq artefact."""
 
     def __init__(self, quantization_config: TFMQConfig, *, pre_quantized: bool = True, **_: Any) -> None:
         if not pre_quantized:
@@ -104,7 +111,7 @@ class TFMQQuantizer(DiffusersQuantizer):  # type: ignore[misc]
 
     def maybe_update_loaded_keys(self, _keys: list[str], checkpoint_files: list[str]) -> list[str]:
         self.folder = Path(checkpoint_files[0]).parent
-        return []  # diffusers is to load none of them: `load` does, and checks them
+        return []  # diffusers must load none of them: `load` reads and checks them
 
     def maybe_update_state_dict(self, _: dict[str, Any]) -> dict[str, Any]:
         return {}
@@ -120,10 +127,10 @@ class TFMQQuantizer(DiffusersQuantizer):  # type: ignore[misc]
 
         if self.folder is None:
             raise TFMQError(
-                "from_pretrained: this diffusers does not tell where it loads from; use tfmq_fx.load(folder)."
+                "from_pretrained: this version of diffusers does not say where it loads from; use tfmq_fx.load(folder)."
             )
         quantized = load(self.folder)
-        # diffusers goes on with the object it has made, so that object becomes the quantized model.
+        # diffusers continues with the object that it made, so that object becomes the quantized model.
         model.__class__ = type(quantized)
         model.__dict__ = quantized.__dict__
 

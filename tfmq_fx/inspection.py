@@ -1,4 +1,4 @@
-"""What would be done to a network, found without doing it: the temporal block, and every layer's bits."""
+"""Show what quantization would do to a network: the temporal block, and every layer's bits."""
 
 from __future__ import annotations
 
@@ -31,9 +31,14 @@ def describe(
     timestep: str | None = None,
     conditioning: Iterable[str] | None = None,
 ) -> dict[str, Any]:
-    """Plain JSON values: sizes, seconds, the block's features with the inputs they depend on, and the plan of layers.
+    """Return what quantization would do to a network, as plain JSON values.
 
-    example: forward's keyword arguments, as for `capture`; `conditioning` as for `find_temporal`.
+    They hold sizes, seconds, the temporal block's features with the inputs that they depend on, and the plan
+    of the layers.
+
+    example: forward's keyword arguments, as for `capture`.
+    timestep: the name of the timestep's argument, as for `capture`.
+    conditioning: as for `find_temporal`.
     """
     if "return_dict" in inspect.signature(network.forward).parameters:
         example = {**example, "return_dict": False}
@@ -66,7 +71,9 @@ def describe(
 
 
 def load_network(folder: Path, *, weights: bool = True) -> nn.Module:
-    """A diffusers network from its folder (config.json), in eval mode; without weights: fake ones, of any size.
+    """Load a diffusers network from its folder (config.json), in eval mode.
+
+    weights: False gives fake weights, so that the network can be of any size.
 
     Raises TFMQError for a folder that diffusers cannot load.
     """
@@ -80,7 +87,7 @@ def load_network(folder: Path, *, weights: bool = True) -> nn.Module:
             cls: Any = getattr(diffusers, str(config.get("_class_name")), None)
             if not (inspect.isclass(cls) and issubclass(cls, diffusers.ModelMixin)):
                 raise TFMQError(
-                    f"{folder}: config.json names {config.get('_class_name')!r}, which is no diffusers network."
+                    f"{folder}: config.json names {config.get('_class_name')!r}, which is not a diffusers network."
                 )
             with FakeTensorMode(allow_non_fake_inputs=True):
                 network = cls.from_config(config)  # type: ignore[attr-defined]
@@ -95,10 +102,12 @@ def load_network(folder: Path, *, weights: bool = True) -> nn.Module:
 
 
 def example_inputs(network: nn.Module, specs: Iterable[str]) -> dict[str, Any]:
-    """forward's arguments from texts like "sample=2,4,64,64" and "added_cond_kwargs.time_ids=2,6:int64".
+    """Return forward's arguments, made from texts.
 
-    Floats are normal noise, integers 0 and up. For a network of fake weights the tensors are fake too.
-    Raises TFMQError for a text of another form, and for an argument that forward lacks.
+    specs: texts like "sample=2,4,64,64" and "added_cond_kwargs.time_ids=2,6:int64".
+
+    Floats are normal noise, integers count up from 0. For a network with fake weights, the tensors are fake
+    too. Raises TFMQError for a malformed text, and for an argument that forward lacks.
     """
     known = list(inspect.signature(network.forward).parameters)
     fake = next((p.fake_mode for p in network.parameters() if hasattr(p, "fake_mode")), None)
@@ -134,7 +143,7 @@ def example_inputs(network: nn.Module, specs: Iterable[str]) -> dict[str, Any]:
             )
     if not found:
         raise TFMQError(
-            f"--input: {type(network).__name__} alone has no pipeline to show how it is called; give the shape of each input "
-            f"of {', '.join(known)} that it needs, as NAME=SHAPE."
+            f"--input: {type(network).__name__} alone has no pipeline that shows how it is called; give the shape of each input "
+            f"that it needs ({', '.join(known)}), as NAME=SHAPE."
         )
     return nested(found)

@@ -1,4 +1,4 @@
-"""The quantized network as people hold it: called like the float one, saved, loaded, exported."""
+"""Call a quantized network like the float one, and save, load, export and lower it."""
 
 from __future__ import annotations
 
@@ -16,11 +16,14 @@ from tfmq_fx.runtimes.lowering import LoweredModel, lower
 
 
 class QuantizedModel(QuantizedGraph):
-    """A converted graph behind the float network's calling convention: it can be saved, exported and lowered."""
+    """A converted graph behind the float network's calling convention, to be saved, exported and lowered."""
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, *, torch_dtype: torch.dtype | None = None) -> QuantizedModel:
-        """`tfmq_fx.load`, as `DiffusionPipeline.from_pretrained` calls it."""
+        """Load an artefact by `tfmq_fx.load`, for `DiffusionPipeline.from_pretrained`.
+
+        Raises TFMQError if `torch_dtype` is neither None nor the dtype of capture.
+        """
         model = load(folder)
         if torch_dtype not in (None, model.dtype):
             raise TFMQError(
@@ -29,11 +32,11 @@ class QuantizedModel(QuantizedGraph):
         return model
 
     def _move_code(self, device: torch.device) -> None:
-        """Move the graph's code to a device; a compiled network cannot be moved."""
+        """Move the graph's code to a device. Only a compiled network cannot be moved."""
         move_to_device(self.network, device=device)
 
     def record_command(self, command: str) -> None:
-        """Keep in the report what made this network, for whoever wants to make it again."""
+        """Record in the report the command that made this network, so that it can be made again."""
         self._report["command"] = command
 
     def save_pretrained(self, folder: str | Path) -> None:
@@ -41,7 +44,7 @@ class QuantizedModel(QuantizedGraph):
         save(self, Path(folder))
 
     def export(self, file: str | Path, *, format: str | None = None, strict: bool = False) -> Exported:
-        """Write the network for another runtime, by suffix or `format`; see `tfmq_fx.runtimes.exporting.export`."""
+        """Write the network for another runtime; see `tfmq_fx.runtimes.exporting.export`."""
         return export(self, file, format=format, strict=strict)
 
     def lower(
@@ -56,7 +59,7 @@ class QuantizedModel(QuantizedGraph):
         compile: bool | None = None,
         pack: str | None = None,
     ) -> LoweredModel:
-        """The same network on int8 kernels; see `tfmq_fx.runtimes.lowering.lower`."""
+        """Return the same network on int8 kernels; see `tfmq_fx.runtimes.lowering.lower`."""
         return lower(
             self,
             target,
@@ -71,10 +74,10 @@ class QuantizedModel(QuantizedGraph):
 
 
 def load(folder: str | Path) -> QuantizedModel:
-    """Read an artefact written by `save_pretrained`: the same integers, the same outputs, bit for bit.
+    """Read an artefact written by `save_pretrained`. Integers and outputs are the same, bit for bit.
 
-    Nothing in the folder is executed; the network's own code is not needed. Raises TFMQError saying which
-    file is missing, truncated, altered, of another version, or not ours; and when another process replaced the folder
-    meanwhile.
+    Nothing in the folder is executed, and the network's own code is not needed. Raises TFMQError saying which
+    file is missing, truncated, altered, of another version or not from a tfmq artefact. Raises it too when
+    another process replaces the folder meanwhile.
     """
     return read(folder, QuantizedModel)

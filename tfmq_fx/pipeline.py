@@ -1,4 +1,4 @@
-"""From a float network or pipeline to a quantized model: the stages, as one list, and the call that runs it."""
+"""Quantize a float network or pipeline: the stages as one list, and the call that runs them."""
 
 from __future__ import annotations
 
@@ -54,16 +54,19 @@ def quantize(
     strict: bool = False,
     state: str | Path | None = None,
 ) -> QuantizedModel:
-    """Quantize a diffusion pipeline's denoiser, or any network that torch.export captures, by the stages of `stages`.
+    """Quantize a diffusion pipeline's denoiser, or any network that torch.export captures, by `stages`.
 
-    model: a diffusers pipeline, whose denoiser is quantized, or a network. It stays as it is.
-    calibration: None records 64 trajectories of 50 steps with a pipeline's own scheduler.
+    model: a diffusers pipeline, whose denoiser is quantized, or a network. It is left unchanged.
+    recipe: a recipe, or the name of a preset.
+    calibration: the calibration set. None records 64 trajectories of 50 steps with the pipeline's own
+        scheduler.
     timesteps: the schedule (T,); None takes the timesteps of the calibration set.
-    component: which of a pipeline's components, where several take a timestep.
+    timestep: the name of the network's argument for the timestep.
     finite: other inputs with finitely many values, {"class_labels": range(10)}; see `prepare`.
-    strict: refuse, before any calibration, a network of which something would stay in float or be quantized more
-        coarsely than the recipe asks for; and, later, a temporal feature that maintain="auto" cannot keep within its
-        bound. The report lists the same otherwise.
+    component: the name of the pipeline's component to quantize, if several take a timestep.
+    strict: raise TFMQError, before any calibration, if something would stay in float or be quantized more
+        coarsely than the recipe asks for. Later, raise it if maintain="auto" cannot keep a temporal feature
+        within its bound. Without `strict`, the report lists all this.
     state: a folder that keeps what reconstruction has finished; see `reconstruct`.
 
     The same seed gives the same integers. Raises TFMQError for bad input, naming it.
@@ -116,13 +119,16 @@ def stages(
 ) -> list[Stage]:
     """Return the passes from a captured float graph to a converted one, in order, for `PassManager` to run.
 
-    The list is the caller's own: passes can be put in, replaced and left out.
+    The list is the caller's own: passes can be inserted, replaced and left out.
 
-    temporal: what `find_temporal` found in the float graph.
-    block: that block alone, as `extract_temporal` gives it; only a recipe with unseen="float" needs it.
-    timesteps: the schedule (T,); None takes the timesteps of the calibration set.
-    settings: finite inputs, seed, `strict` and the folder of reconstruction's state; None takes the defaults.
-    Raises TFMQError for a recipe with unseen="float" and no block.
+    temporal: the result of `find_temporal` on the float graph.
+    block: the temporal block alone, as `extract_temporal` returns it. Only a recipe with unseen="float" needs
+        it.
+    timesteps: the schedule (T,). None takes the timesteps of the calibration set.
+    settings: the finite inputs, the seed, `strict` and the folder of reconstruction's state. None takes the
+        defaults.
+
+    Raises TFMQError for a recipe with unseen="float" without a block.
     """
     settings = settings or Settings()
     seed, finite = settings.seed, settings.finite
@@ -151,7 +157,7 @@ def stages(
 def low_bits(
     recipe: Recipe, *, calibration: CalibrationSet, temporal: TemporalBlock, seed: int = 0
 ) -> list[Stage]:
-    """Return the passes that make the float graph easier to quantize, as far as the recipe wants them: the same function."""
+    """Return the recipe's passes that make the float graph easier to quantize. They keep its function."""
     found: list[Stage] = []
     if recipe.smooth is not None:
         maxima = partial(input_maxima, calibration=calibration, seed=seed)
@@ -159,7 +165,8 @@ def low_bits(
     if recipe.rotate is not None:
         found.append(partial(rotate, block=recipe.rotate, temporal=temporal))
     if recipe.low_rank is not None:
-        # Coarse activations err in proportion to what is left of W: then the branch must take the largest part of W itself.
+        # The error of coarse activations is proportional to what is left of W. So then the branch must take
+        # the largest part of W itself.
         weights_alone = recipe.weight_bits < 8 <= recipe.activation_bits
         bits = recipe.weight_bits if weights_alone else None
         found.append(partial(low_rank, rank=recipe.low_rank, bits=bits, temporal=temporal))
@@ -167,7 +174,7 @@ def low_bits(
 
 
 def require_whole(gm: GraphModule) -> None:
-    """Raise TFMQError when something is in float, or keyed more coarsely, that the recipe did not choose so."""
+    """Raise TFMQError if anything is in float, or keyed more coarsely, that the recipe does not ask to be."""
     plan = state_of(gm).plan
     found = [f"{f.name}: {f.reason}" for f in plan.floats if not f.chosen]
     found += [f"{n.name}: {n.reason}" for n in plan.notes if n.coarser]
@@ -191,17 +198,17 @@ def _recorded(model: Any, settings: Settings) -> CalibrationSet:
 
 
 def _refuse_adapters(network: nn.Module) -> None:
-    """Raise TFMQError when peft has put layers of its own into the network: they would be rounded one by one."""
+    """Raise TFMQError if peft has put its own layers into the network: they would be rounded one by one."""
     tuners = sys.modules.get("peft.tuners.tuners_utils")
     if tuners is not None and any(isinstance(m, tuners.BaseTunerLayer) for m in network.modules()):
         raise TFMQError(
-            "quantize: the network has adapters (LoRA) beside its weights; pipe.fuse_lora(), then pipe.unload_lora_weights()."
+            "quantize: the network has adapters (LoRA) beside its weights; call pipe.fuse_lora(), then pipe.unload_lora_weights()."
         )
 
 
 @torch.no_grad()
 def _output_type(network: nn.Module, example: dict[str, Any]) -> str | None:
-    """Return the class that the network returns when it is not told return_dict=False; None for a plain tuple."""
+    """Return the name of the diffusers class that the network returns by default; None for a plain tuple."""
     if "return_dict" not in example:
         return None
     cls = type(network(**{k: v for k, v in example.items() if k != "return_dict"}))

@@ -1,4 +1,4 @@
-"""One page that shows what was quantized how, and when and where it drifts: HTML, PNG and JSON."""
+"""Write a page that shows what was quantized and how, and when and where it drifts: HTML, PNG and JSON."""
 
 from __future__ import annotations
 
@@ -37,7 +37,10 @@ from tfmq_fx.recipe import Recipe
 
 
 def nearest_of(pipe: Any, model: QuantizedModel, data: CalibrationSet) -> QuantizedModel:
-    """The same recipe by round-to-nearest alone, calibrated on the given data: what reconstruction is measured against."""
+    """Quantize with the same recipe by round-to-nearest alone, calibrated on the given data.
+
+    Reconstruction is measured against the result.
+    """
     recipe = Recipe.from_json(model.recipe)
     plain = replace(recipe.reconstruction, method="nearest", temporal_method="nearest")
     return quantize(
@@ -50,10 +53,13 @@ def nearest_of(pipe: Any, model: QuantizedModel, data: CalibrationSet) -> Quanti
 
 
 def lowered(model: QuantizedModel, *, batch: int) -> tuple[DropIn | None, str]:
-    """The network on int8 kernels, or why there is none here: what runs none of them is float by another name."""
+    """Return the network on int8 kernels, or None and the reason why there is none here.
+
+    A lowered network that runs no int8 kernel counts as none: it would only be float by another name.
+    """
     try:
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message=re.escape(NO_INT8))  # the page says it of every layer
+            warnings.filterwarnings("ignore", message=re.escape(NO_INT8))  # the page says it for every layer
             low = model.lower("cpu", precision="float32", batch=batch)
     except TFMQError as error:
         return None, str(error)
@@ -67,7 +73,10 @@ PAGE, NUMBERS = "report.html", "report.json"
 
 
 def require_packages(what: str) -> None:
-    """Raise a TFMQError that says how to get the packages for plots, pictures and pages when they are not there."""
+    """Raise a TFMQError that says how to install the packages for plots and pages, if one is missing.
+
+    what: the name of what needs them, for the message.
+    """
     try:
         import jinja2  # noqa: F401
         import matplotlib  # noqa: F401
@@ -87,10 +96,14 @@ def measure(
     command: str = "",
     **pipe_kwargs: Any,
 ) -> tuple[dict[str, Any], dict[str, Trajectory]]:
-    """The report's numbers (plain JSON values), and the trajectories of the float and the quantized network.
+    """Return the report's numbers (plain JSON) and the trajectories of the float and the quantized network.
 
-    nearest: also calibrate the recipe with round-to-nearest, to compare with. Raises TFMQError for a pipeline whose
-    denoiser does not fit the model.
+    nearest: also calibrate the recipe with round-to-nearest, for comparison.
+    extractor: gives features of pictures, for the distances in `compare`.
+    command: the command that makes the report, to be shown in it.
+    pipe_kwargs: passed to the pipeline's call.
+
+    Raises TFMQError for a pipeline whose denoiser does not fit the model.
     """
     network = denoiser(pipe, timestep=model.interface.timestep)
     settings: dict[str, Any] = {
@@ -99,7 +112,7 @@ def measure(
         "seed": seed,
     }
     data = CalibrationSet.record(pipe, timestep=model.interface.timestep, **settings, **pipe_kwargs)
-    runs = {  # first: a pipeline that does not fit is known before minutes of calibration
+    runs = {  # first, so that a pipeline that does not fit fails before minutes of calibration
         name: trajectory(pipe, model, module, **settings, **pipe_kwargs)
         for name, module in (("float", network), (OURS, model))
     }
@@ -137,7 +150,7 @@ def _is_plain(value: Any) -> bool:
 
 
 def _along(a: Trajectory, b: Trajectory) -> list[dict[str, float]]:
-    """Relative MSE of what the networks are given, call by call: how far the trajectories are apart."""
+    """Return the relative MSE of the networks' inputs, call by call: how far apart the trajectories are."""
     return [
         {"timestep": t, "relative_mse": float((y - x).square().mean() / x.square().mean())}
         for t, x, y in zip(a.timesteps, a.inputs, b.inputs, strict=True)
@@ -147,9 +160,11 @@ def _along(a: Trajectory, b: Trajectory) -> list[dict[str, float]]:
 def write_report(
     numbers: Mapping[str, Any], runs: Mapping[str, Trajectory], folder: Path, *, title: str
 ) -> None:
-    """report.html, which needs nothing else; the same plots as PNG and the same numbers as report.json.
+    """Write report.html, which needs no other file, its plots as PNG, and its numbers as report.json.
 
-    The folder is written whole or not at all; one that holds anything else is refused.
+    The folder is written whole or not at all. Raises TFMQError if it holds anything else.
+
+    numbers, runs: as `measure` returns them.
     """
     from torchvision.utils import save_image
 
@@ -190,7 +205,7 @@ def _template() -> Any:
 
 
 def _groups(layers: Sequence[Mapping[str, Any]]) -> list[tuple[str, Any, Any, bool, int]]:
-    """Layers that are quantized alike: operator, weight and activation bits, temporal, how many."""
+    """Group the layers that are quantized alike: operator, weight bits, activation bits, temporal, count."""
     counts: dict[tuple[str, Any, Any, bool], int] = {}
     for layer in layers:
         key = (layer["op"], layer["weight_bits"], layer["activation_bits"], bool(layer["temporal"]))

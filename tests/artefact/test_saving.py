@@ -123,7 +123,10 @@ def test_damaged_files_are_refused(folder, name, damage):
         (lambda c: c["quantization_config"]["tensors"].pop("down.weight_q"), "down.weight_q"),
         (lambda c: c["quantization_config"].pop("interface"), "KeyError"),
         (lambda c: c["quantization_config"]["sha256"].update({"../../etc/passwd": "0"}), "unknown file"),
-        (lambda c: c["quantization_config"]["tensors"]["down.weight_q"].update(dtype="load"), "no dtype"),
+        (
+            lambda c: c["quantization_config"]["tensors"]["down.weight_q"].update(dtype="load"),
+            "not a valid dtype",
+        ),
     ],
 )
 def test_altered_configs_are_refused(folder, change, words):

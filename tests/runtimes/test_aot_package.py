@@ -22,7 +22,9 @@ def test_an_aot_package_runs_int8_without_this_library(tmp_path):
     """Mixed timesteps and labels, batches of other sizes than it was compiled with, in another process."""
     q = labelled("w4a8")
     exported = q.export(tmp_path / "net.pt2", format="aot", strict=INT8)
-    saturating = "1 of 4 quantized layers saturate on a CPU without VNNI or AMX: compile there for it"
+    saturating = (
+        "1 of 4 quantized layers saturate on a CPU without VNNI or AMX; to run there, compile on such a CPU"
+    )
     in_float = f"1 of 4 quantized layers run in float; 1 would saturate: {NO_INT8}"
     assert exported.notes == (saturating if INT8 else in_float,)
     assert exported.kernels == ({"int8": 4, "float": 2} if INT8 else {"int8": 3, "float": 3})
@@ -53,11 +55,11 @@ def test_a_missing_compiler_is_named(tmp_path, monkeypatch):
     monkeypatch.delenv("CXX", raising=False)
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(
-        TFMQError, match=r'"aot" needs a C\+\+ compiler, and none of g\+\+, clang\+\+, c\+\+ is in PATH'
+        TFMQError, match=r'"aot" needs a C\+\+ compiler, but none of g\+\+, clang\+\+, c\+\+ is in PATH'
     ):
         scalar().export(tmp_path / "net.pt2", format="aot")
     monkeypatch.setenv("CXX", "/no/such/compiler")
-    with pytest.raises(TFMQError, match="CXX=/no/such/compiler is not there"):
+    with pytest.raises(TFMQError, match="CXX=/no/such/compiler was not found"):
         scalar().export(tmp_path / "net.pt2", format="aot")
     assert list(tmp_path.iterdir()) == []
 

@@ -120,7 +120,7 @@ def test_strict_refuses_what_would_run_in_float_and_writes_nothing(tmp_path, mon
     monkeypatch.setattr(onnx_file, "_FLOAT_KERNELS", {"MatMul", "Gemm", "MatMulIntegerToFloat"})
     with pytest.raises(TFMQError, match="strict: 2 of 2 quantized layers run in float"):
         scalar().export(tmp_path / "net.onnx", strict=True)
-    with pytest.raises(TFMQError, match="strict: which kernels run is not known of format 'pt2'"):
+    with pytest.raises(TFMQError, match="strict: which kernels run is not known for format 'pt2'"):
         scalar().export(tmp_path / "net.pt2", strict=True)
     assert list(tmp_path.iterdir()) == []
 
@@ -205,7 +205,7 @@ class Strange(nn.Module):
 def test_an_operator_that_onnx_lacks_names_its_node(tmp_path):
     with pytest.raises(
         TFMQError,
-        match=r"node bessel_j0: ONNX has no form of prims\.bessel_j0\.default \(No ONNX function found",
+        match=r"node bessel_j0: ONNX cannot express prims\.bessel_j0\.default \(No ONNX function found",
     ):
         one_timestep(Strange).export(tmp_path / "net.onnx")
     assert list(tmp_path.iterdir()) == []

@@ -1,1 +1,1 @@
-"""What is saved, and how people hold it."""
+"""Save and load a quantized network, and call it like the float network."""

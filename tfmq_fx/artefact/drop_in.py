@@ -1,4 +1,4 @@
-"""The face of the float network: its calling convention, over whatever computes it."""
+"""Wrap anything that computes the network in the float network's calling convention."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class Interface:
-    """How the float network is called, as plain JSON values: what a loaded model needs to be a drop-in."""
+    """The float network's calling convention, as the plain JSON values that a loaded model needs."""
 
     arguments: dict[str, Any]  # forward's parameters in order -> default; "required" is marked in `required`
     required: tuple[str, ...]  # parameters without a default
@@ -36,14 +36,20 @@ class Interface:
     constants: dict[str, Any] = field(default_factory=dict)  # arguments fixed at capture, by flat name
     output_type: str | None = None  # qualified name of a diffusers output class; None: a plain tuple
     timestep: str = "timestep"
-    # Module path -> plain attributes of the float network's, which pipelines read (a layer's in_features).
+    # Module path -> plain attributes of that module of the float network. Pipelines read some of them, such
+    # as a layer's in_features.
     attributes: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     @staticmethod
     def of(
         network: nn.Module, gm: GraphModule, example: dict[str, Any], output_type: str | None
     ) -> Interface:
-        """example: the arguments of the capture, which say what was constant and where each input belongs."""
+        """Return the interface of `network`, which was captured as `gm`.
+
+        example: the arguments of the capture. They show which arguments were constant and where each input
+            belongs.
+        output_type: the qualified name of the network's diffusers output class; None for a plain tuple.
+        """
         parameters = inspect.signature(network.forward).parameters.values()
         named = [p for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
         inputs = {}
@@ -74,7 +80,7 @@ class Interface:
 
 
 class Attributes:
-    """Read-only: the plain attributes of one of the float network's modules, and its children."""
+    """A read-only view of the plain attributes of one of the float network's modules, and of its children."""
 
     def __init__(self, values: Mapping[str, Mapping[str, Any]], path: str) -> None:
         self._values, self._path = values, path
@@ -86,7 +92,7 @@ class Attributes:
         if path in self._values:
             return Attributes(self._values, path)
         raise AttributeError(
-            f"a quantized network keeps the plain attributes of the float one's modules; {path!r} is none of them"
+            f"a quantized network keeps only the plain attributes of the float network's modules; {path!r} is not one of them"
         )
 
     def __getitem__(self, index: int) -> Any:
@@ -94,7 +100,7 @@ class Attributes:
 
 
 def _item(value: Any, step: str | int) -> Any:
-    """value[step] in a dict or list, None where there is none."""
+    """Return value[step] of a dict or list, or None if there is no such item."""
     if isinstance(value, Mapping):
         return value.get(step)
     if isinstance(value, (list, tuple)) and isinstance(step, int) and step < len(value):
@@ -107,14 +113,22 @@ def _is_json(value: Any) -> bool:
 
 
 class DropIn(nn.Module):
-    """Something that computes the network, behind the float network's calling convention.
+    """A module that computes the network behind the float network's calling convention.
 
-    `pipe.unet = model` is all a diffusers pipeline needs: same arguments, outputs, `.config`, `.dtype`,
-    `.device`. A timestep may be a number, or a tensor of shape (), (1,) or (N,), mixed in the batch. One that
-    the table lacks takes its nearest neighbour's qparams and is counted in `report["unseen_timesteps"]`, or
-    is refused (`Recipe(unseen="error")`); so are values of other inputs that were declared finite, counted in
-    `report["unseen_values"]`. The qparams alone are the neighbour's, and the temporal features where they are cached
-    (`Recipe(maintain="cache")`): all else is computed with the value given.
+    `pipe.unet = model` is all a diffusers pipeline needs: arguments, outputs, `.config`, `.dtype` and
+    `.device` are the same. A timestep may be a number, or a tensor of shape (), (1,) or (N,); a batch may mix
+    timesteps.
+
+    A timestep outside the table uses the qparams of its nearest neighbour and is counted in
+    `report["unseen_timesteps"]`, or raises TFMQError (`Recipe(unseen="error")`). The same holds for values of
+    other inputs that were declared finite, which are counted in `report["unseen_values"]`. Only the qparams
+    are the neighbour's, and the temporal features if they are cached (`Recipe(maintain="cache")`). Everything
+    else is computed with the given value.
+
+    network: computes the outputs from the graph's inputs, in the order of `interface.inputs`.
+    timesteps: the table of timesteps (T,).
+    finite: input name -> table of its values, for the inputs that were declared finite.
+    config: the float network's config. recipe: `Recipe.to_json()`. report: see `report`.
     """
 
     def __init__(
@@ -130,7 +144,7 @@ class DropIn(nn.Module):
     ) -> None:
         super().__init__()
         self.network = network
-        # Its weights are buffers, but accelerate's hooks ask a module's first parameter where it is.
+        # The weights are buffers, but accelerate's hooks take a module's device from its first parameter.
         device = next((b.device for b in network.buffers()), None)
         self.where = nn.Parameter(torch.empty(0, device=device), requires_grad=False)
         self.interface = interface
@@ -140,23 +154,23 @@ class DropIn(nn.Module):
         self._config = config
         self._report = report
         self._unseen: dict[str, Counter[Any]] = {n: Counter() for n in (interface.timestep, *self.finite)}
-        # The graph's own inputs carry its device and dtype; both were fixed at capture.
+        # The graph's inputs carry its device and dtype, which were fixed at capture.
         first = next(n for n in interface.inputs if n != interface.timestep)
         self._dtype: torch.dtype = getattr(torch, interface.inputs[first]["dtype"])
-        self.first_input = first  # what the network denoises
-        # Imported here and not in forward, which torch.compile traces.
+        self.first_input = first  # the tensor that the network denoises
+        # Import the class here, not in forward, because torch.compile traces forward.
         self._output: Any = None if interface.output_type is None else _output_class(interface.output_type)
 
     def __getattr__(self, name: str) -> Any:
         try:
             return super().__getattr__(name)
         except AttributeError:
-            if "interface" not in vars(self):  # not made yet
+            if "interface" not in vars(self):  # __init__ has not set it yet
                 raise
             return getattr(Attributes(self.interface.attributes, ""), name)
 
     def parts(self) -> dict[str, Any]:
-        """Return what it is made with beside its network, to make another form of the same network."""
+        """Return the constructor's arguments except `network`, to build another form of the same network."""
         return {
             "interface": self.interface,
             "timesteps": self.timesteps,
@@ -167,16 +181,22 @@ class DropIn(nn.Module):
         }
 
     def reset_unseen(self) -> None:
-        """Forget the timesteps and values outside the tables that were counted so far."""
+        """Reset the counts of timesteps and values outside the tables."""
         for found in self._unseen.values():
             found.clear()
 
     def cache_context(self, _name: str) -> AbstractContextManager[None]:
-        """Pipelines name what they compute, for caches of a network's inner values; there are none here."""
+        """Return a context that does nothing.
+
+        Pipelines enter it by name, for caches of a network's inner values. This network has no such caches.
+        """
         return nullcontext()
 
     def set_attention_slice(self, slice_size: Any) -> None:
-        """What `pipe.enable_attention_slicing()` calls: attention is part of the graph, so this is without effect."""
+        """Change nothing, and log a warning: attention is part of the captured graph.
+
+        `pipe.enable_attention_slicing()` calls this. slice_size: None, which turns slicing off, logs nothing.
+        """
         if slice_size is not None:
             log.warning(
                 "set_attention_slice(%r): attention is fixed in the captured graph; nothing changes",
@@ -184,14 +204,14 @@ class DropIn(nn.Module):
             )
 
     def load_lora_adapter(self, *_: Any, **__: Any) -> None:
-        """Always raises TFMQError: a quantized network's weights are integers."""
+        """Raise TFMQError: a quantized network's weights are integers, so it takes no adapters."""
         raise TFMQError(
-            "LoRA: a quantized network takes no adapters; load them into the float pipeline, pipe.fuse_lora(), "
-            "pipe.unload_lora_weights(), and quantize that."
+            "LoRA: a quantized network takes no adapters; load them into the float pipeline, call pipe.fuse_lora() "
+            "and pipe.unload_lora_weights(), and quantize that."
         )
 
     def register_to_config(self, **values: Any) -> None:
-        """diffusers' way to add to `.config`; what JSON cannot hold is left out."""
+        """Add values to `.config`, as diffusers does. Values that JSON cannot hold are left out."""
         self._config |= {name: value for name, value in values.items() if _is_json(value)}
 
     @property
@@ -209,7 +229,11 @@ class DropIn(nn.Module):
         return next(self.network.buffers()).device
 
     def _apply(self, fn: Any, recurse: bool = True) -> Self:
-        """nn.Module's one road for .to(), .half(), .cuda(): refused where it would change what is fixed."""
+        """Apply `fn` to all tensors: nn.Module's implementation of .to(), .half() and .cuda().
+
+        Raises TFMQError for another dtype, because capture fixed it, and for another device if `_move_code`
+        cannot move the network there.
+        """
         dtype = fn(torch.empty(0, dtype=self.dtype, device=self.device)).dtype
         if dtype != self.dtype:
             raise TFMQError(
@@ -229,7 +253,11 @@ class DropIn(nn.Module):
 
     @property
     def report(self) -> dict[str, Any]:
-        """What was quantized how, what stayed float and why, sizes, errors by timestep, unseen timesteps."""
+        """Return the report as plain JSON values.
+
+        It says what was quantized and how, what stayed float and why, the sizes, the errors by timestep, and
+        the timesteps and values outside the tables.
+        """
         counts = {
             name: {str(value): n for value, n in sorted(found.items())}
             for name, found in self._unseen.items()
@@ -278,7 +306,7 @@ class DropIn(nn.Module):
         return {**given, **tensors}
 
     def _require_fixed(self, given: Mapping[str, Any]) -> None:
-        """Raise TFMQError for an argument that is a constant of the graph and has another value here."""
+        """Raise TFMQError for an argument that is constant in the graph but has another value here."""
         face = self.interface
         defaults = {n: v for n, (_, v) in leaves(face.arguments).items()}
         for name, (_, value) in leaves(given).items():
@@ -288,7 +316,7 @@ class DropIn(nn.Module):
             if isinstance(value, Tensor) or value != fixed:
                 raise TFMQError(
                     f"forward: {name!r} was {fixed!r} when the network was captured and is fixed in the graph; "
-                    "quantize again with calibration data that has it."
+                    "quantize again with calibration data that has the new value."
                 )
 
     def _timestep(self, value: Any, batch: int) -> Tensor:
@@ -327,7 +355,10 @@ class DropIn(nn.Module):
         return value
 
     def _look_up(self, name: str, given: Tensor, table: Tensor) -> None:
-        """Count, or refuse, values outside a table; the graph itself always takes the nearest entry."""
+        """Count the values outside a table, or raise TFMQError for them (`Recipe(unseen="error")`).
+
+        The graph itself always takes the nearest entry.
+        """
         same = given.is_floating_point() == table.is_floating_point()
         given = given.detach().cpu().to(table.dtype if same else torch.float64)
         for value in given.reshape(-1, *table.shape[1:]).unique(dim=0):
@@ -349,18 +380,21 @@ class DropIn(nn.Module):
 
 
 class QuantizedGraph(DropIn):
-    """A converted graph behind the float network's calling convention: what runtimes take."""
+    """A converted graph behind the float network's calling convention. All runtimes start from it."""
 
     network: GraphModule
 
     @property
     def temporal_block(self) -> GraphModule:
-        """timestep (N,), and the conditioning that joins it -> the temporal features."""
+        """Return the temporal block: timestep (N,), and the conditioning that joins it -> features."""
         return temporal_block_of(self.network)
 
 
 def _output_class(name: str) -> Any:
-    """A diffusers output class by name. Anything else in an artefact is refused, not imported."""
+    """Return a diffusers output class by name.
+
+    Raises TFMQError for any other name: an artefact must not decide what is imported.
+    """
     from diffusers.utils import BaseOutput
 
     module, _, attr = name.rpartition(".")

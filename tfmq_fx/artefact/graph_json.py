@@ -1,7 +1,8 @@
-"""An fx graph as JSON and back: data only, nothing that can run code when it is read.
+"""Convert an fx graph to JSON and back. The JSON is data only: reading it cannot run code.
 
 Operators are named by qualified overload ("aten.conv2d.default") and looked up in two namespaces; Python
-functions come from a short list. Tensors are not here: a get_attr node names one of the artefact's tensors.
+functions come from a short list. The JSON holds no tensors: a get_attr node names one of the artefact's
+tensors.
 """
 
 from __future__ import annotations
@@ -60,7 +61,10 @@ _CONSTANTS = {
 
 
 def graph_to_json(gm: GraphModule) -> dict[str, Any]:
-    """The graph's nodes and, recursively, its submodules' graphs. Raises TFMQError naming what JSON cannot hold."""
+    """Return the graph's nodes and, recursively, the graphs of its submodules.
+
+    Raises TFMQError naming the node that JSON cannot hold.
+    """
     nodes = []
     submodules = {}
     for node in gm.graph.nodes:
@@ -85,21 +89,25 @@ def graph_to_json(gm: GraphModule) -> dict[str, Any]:
 
 
 def graph_from_json(data: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> GraphModule:
-    """Inverse of graph_to_json; `tensors` by get_attr target. Raises TFMQError naming the node that is not ours."""
+    """Invert `graph_to_json`: build the graph from its JSON.
+
+    tensors: get_attr target -> tensor. Raises TFMQError naming the node that `graph_to_json` cannot have
+    written.
+    """
     root, graph = nn.Module(), Graph()
     made: dict[str, Node] = {}
     for name, sub in data["submodules"].items():
         if not is_name(name):
-            raise TFMQError(f"graph.json: {name!r} is no name for a submodule.")
+            raise TFMQError(f"graph.json: {name!r} is not a valid submodule name.")
         root.add_module(name, graph_from_json(sub, tensors))
     for entry in data["nodes"]:
         name, op, target = str(entry["name"]), entry["op"], entry["target"]
         if not is_name(name) or name in made:
-            raise TFMQError(f"graph.json: {name!r} is no valid or no unique node name.")
+            raise TFMQError(f"graph.json: {name!r} is not a valid and unique node name.")
         args = tuple(_decode(a, made) for a in entry.get("args", []))
         kwargs = {k: _decode(v, made) for k, v in entry.get("kwargs", {}).items()}
         if wrong := [k for k in kwargs if not is_name(k)]:
-            raise TFMQError(f"graph.json: node {name!r}: {wrong[0]!r} is no name for an argument.")
+            raise TFMQError(f"graph.json: node {name!r}: {wrong[0]!r} is not a valid argument name.")
         if op == "placeholder" and is_name(target):
             node = graph.placeholder(target)
         elif op == "get_attr":
@@ -124,36 +132,42 @@ def graph_from_json(data: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> G
 
 
 def is_name(name: Any) -> bool:
-    """Whether it can stand in the Python source that torch.fx makes of a graph, and runs, without ending it."""
+    """Return True for a name that cannot inject code into the source that torch.fx generates and runs."""
     return isinstance(name, str) and name.isidentifier() and not keyword.iskeyword(name)
 
 
 def is_tensor_name(name: Any) -> bool:
-    """Whether it is a path of modules: torch.fx puts its parts, which may be numbers, into source between quotes."""
+    """Return True for a dotted path of modules that cannot end the quotes around it.
+
+    torch.fx writes the path's parts, which may be numbers, between quotes into Python source.
+    """
     return (
         isinstance(name, str) and name.isprintable() and all(name.split(".")) and not set(name) & set("\"'\\")
     )
 
 
 def quantized_weights(gm: GraphModule) -> dict[str, tuple[int, int]]:
-    """(quant_min, quant_max) of every integer weight of a converted graph, by get_attr target."""
+    """Return (quant_min, quant_max) of every integer weight of a converted graph, by get_attr target."""
     return {str(q.target): limits for _, q, _, limits in _dequantized_weights(gm)}
 
 
 def packed_tensors(gm: GraphModule) -> dict[str, tuple[int, int]]:
-    """(quant_min, quant_max) of all that is stored at its bit width: integer weights, and zero points in their range."""
+    """Return (quant_min, quant_max) of every tensor that is stored at its bit width, by get_attr target.
+
+    These are the integer weights, and the zero points that lie in the range of their weights.
+    """
     found = quantized_weights(gm)
     for module, _, zero_point, (low, high) in _dequantized_weights(gm):
         if isinstance(zero_point, Node) and zero_point.op == "get_attr":
             value = attribute(module, str(zero_point.target))
-            # Another quantizer's may be anything.
+            # The zero points of another quantizer may have any type and value.
             if not value.is_floating_point() and low <= int(value.min()) and int(value.max()) <= high:
                 found[str(zero_point.target)] = (low, high)
     return found
 
 
 def _dequantized_weights(gm: GraphModule) -> Iterator[tuple[GraphModule, Node, Any, tuple[int, int]]]:
-    """The graph, integers, zero point and limits of each dequantize_per_channel of a constant."""
+    """Yield the graph, integers, zero point and limits of each dequantize_per_channel of a constant."""
     target = torch.ops.quantized_decomposed.dequantize_per_channel.default
     for module in gm.modules():
         if isinstance(module, GraphModule):
@@ -164,7 +178,10 @@ def _dequantized_weights(gm: GraphModule) -> Iterator[tuple[GraphModule, Node, A
 
 
 def tensors_of(gm: GraphModule) -> dict[str, Tensor]:
-    """Every tensor the graph and its subgraphs read, by get_attr target: the network's own state-dict names."""
+    """Return every tensor that the graph and its subgraphs read, by get_attr target.
+
+    The targets are the network's own state-dict names. Raises TFMQError if two different tensors share one.
+    """
     found: dict[str, Tensor] = {}
     for module in gm.modules():
         if isinstance(module, GraphModule):
@@ -195,12 +212,10 @@ def _target(name: str) -> Callable[..., Any]:
     if len(parts) == 3 and parts[0] in _NAMESPACES:
         packet = getattr(getattr(torch.ops, parts[0]), parts[1], None)
         overload = getattr(packet, parts[2], None)
-        # A few read or write a file of the graph's choosing.
+        # A few operators read or write a file that the graph names.
         if isinstance(overload, torch._ops.OpOverload) and not _takes_a_file(overload):
             return overload
-    raise TFMQError(
-        f"graph.json: operator {name!r} is unknown to this torch {torch.__version__} or not allowed."
-    )
+    raise TFMQError(f"graph.json: operator {name!r} is unknown to torch {torch.__version__} or not allowed.")
 
 
 def _takes_a_file(overload: torch._ops.OpOverload) -> bool:
@@ -215,7 +230,7 @@ def _encode(value: Any, node: Node) -> Any:
     if isinstance(value, float):
         return value if math.isfinite(value) else {"float": str(value)}
     if isinstance(value, torch.device):
-        return {"device": "cpu"}  # where `load` puts the tensors, wherever the network was
+        return {"device": "cpu"}  # `load` puts the tensors there, wherever the network was
     if isinstance(value, slice):
         return {"slice": [_encode(v, node) for v in (value.start, value.stop, value.step)]}
     if isinstance(value, tuple):
@@ -238,7 +253,7 @@ def _decode(value: Any, made: Mapping[str, Node]) -> Any:
     if not isinstance(value, dict):
         return value
     if len(value) != 1:
-        raise TFMQError(f"graph.json: {reprlib.repr(value)} is not an argument.")
+        raise TFMQError(f"graph.json: {reprlib.repr(value)} is not a valid argument.")
     ((kind, content),) = value.items()
     if kind == "node" and content in made:
         return made[content]
@@ -254,4 +269,4 @@ def _decode(value: Any, made: Mapping[str, Node]) -> Any:
         return {k: _decode(v, made) for k, v in content.items()}
     if kind in _CONSTANTS and content in _CONSTANTS[kind]:
         return _CONSTANTS[kind][content]
-    raise TFMQError(f"graph.json: {reprlib.repr(value)} is not an argument.")
+    raise TFMQError(f"graph.json: {reprlib.repr(value)} is not a valid argument.")

@@ -1,4 +1,4 @@
-"""The quantized graph as a torch.export program."""
+"""Export the quantized graph as a torch.export program."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from tfmq_fx.artefact.saving import _dtype
 
 
 def exported(model: QuantizedGraph) -> torch.export.ExportedProgram:
-    """The quantized graph, flat and functional, its inputs by name and any batch size."""
+    """Return the quantized graph as a flat, functional program with named inputs and any batch size."""
     inputs, dynamic = example_inputs(model, batch=2), dynamic_shapes(model)
     with torch.no_grad():
         return torch.export.export(model.network, (), inputs, dynamic_shapes=dynamic, strict=False)
 
 
 def graph_of(program: torch.export.ExportedProgram) -> GraphModule:
-    """Return the graph module of a program: flat, without guards, and without what export noted of it."""
+    """Return the graph module of a program: flat, without guards, and without export's metadata."""
     gm = program.module(check_guards=False)
     assert isinstance(gm, GraphModule)
     gm.meta = {}
@@ -30,7 +30,7 @@ def graph_of(program: torch.export.ExportedProgram) -> GraphModule:
 
 
 def dynamic_shapes(model: QuantizedGraph) -> dict[str, dict[int, Any]]:
-    """The dimensions of the graph's inputs that may have any size, as torch.export wants to hear of them."""
+    """Return the dimensions of the graph's inputs that may have any size, in torch.export's format."""
     return {
         n: {i: torch.export.Dim.AUTO for i, s in enumerate(spec["shape"]) if s is None}
         for n, spec in model.interface.inputs.items()
@@ -38,7 +38,7 @@ def dynamic_shapes(model: QuantizedGraph) -> dict[str, dict[int, Any]]:
 
 
 def example_inputs(model: QuantizedGraph, *, batch: int) -> dict[str, Tensor]:
-    """Zeros of the shapes and types that the graph takes."""
+    """Return zeros in the shapes and dtypes of the graph's inputs; dimensions of any size become `batch`."""
     return {
         name: torch.zeros(
             [batch if s is None else s for s in spec["shape"]],
@@ -50,7 +50,7 @@ def example_inputs(model: QuantizedGraph, *, batch: int) -> dict[str, Tensor]:
 
 
 def save_program(program: torch.export.ExportedProgram, file: Path) -> None:
-    """torch.export.save, by way of memory: where its own writer meets a full disk it ends the process."""
+    """Save a program through memory: on a full disk, torch.export.save's own writer ends the process."""
     data = io.BytesIO()
     torch.export.save(program, data)
     file.write_bytes(data.getbuffer())

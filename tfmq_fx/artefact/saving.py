@@ -1,21 +1,26 @@
-"""The artefact on disk: JSON and safetensors, written whole or not at all, checked when read.
+"""Write and read the artefact: JSON and safetensors, written whole or not at all, and checked when read.
 
     config.json                                 the network's config + quantization_config
     diffusion_pytorch_model.safetensors         see below
     graph.json                                  the quantized graph, so that the network's code is not needed
-    report.json                                 what was quantized how
+    report.json                                 what was quantized and how
 
-Tensors carry the network's state-dict names. A quantized weight W is three of them: W_q (integers), W_scale and
-W_zero_point, per output channel, with W = (q - zero_point) * scale. With groups W_q has the shape (R, group size): the
-rows are the groups of the first output channel, then of the next, each weight flattened to (C_out, C_in * kernel), and
-scale and zero point are per row. `quantization_config.tensors` gives every tensor's shape and dtype; one that has `bits`
-(integers and zero points) is packed as a little-endian stream of that many bits each, offset by its quant_min.
-Activations of the temporal block have `<node>_by_timestep.scale` and `.zero_point` of T rows each, T timesteps or
-products of timesteps with other finite inputs. Cached temporal features lie side by side in the T rows of
-`temporal_cache.<key>.values`; int8 ones times `.scale`, of a column per feature.
+Tensors carry the network's state-dict names. A quantized weight W is stored as three tensors: W_q (integers),
+W_scale and W_zero_point, per output channel, with W = (q - zero_point) * scale. With groups, W_q has the
+shape (R, group size): the rows are the groups of the first output channel, then of the next, with each weight
+flattened to (C_out, C_in * kernel), and scale and zero point are per row.
 
-`quantization_config.sha256` has the digests of the other files but the report, and as `config.json` that of the config
-itself: of its JSON with sorted keys and without that digest. Whoever edits a file by hand takes its digest out.
+`quantization_config.tensors` gives every tensor's shape and dtype. A tensor that has `bits` (integers and
+zero points) is packed as a little-endian stream of that many bits per value, offset by its quant_min.
+
+Activations of the temporal block have `<node>_by_timestep.scale` and `.zero_point` of T rows each, for T
+timesteps or products of timesteps with other finite inputs. Cached temporal features lie side by side in the
+T rows of `temporal_cache.<key>.values`. If they are int8, they are multiplied by `.scale`, which has one
+column per feature.
+
+`quantization_config.sha256` holds the digests of the other files except the report. Its entry `config.json`
+is the digest of the config itself: of its JSON with sorted keys and without that entry. To edit a file by
+hand, remove its digest.
 """
 
 from __future__ import annotations
@@ -64,29 +69,30 @@ CONFIG, WEIGHTS, GRAPH, REPORT = (
 
 
 def save(model: QuantizedGraph, folder: Path) -> None:
-    """Write the artefact to `folder`: a new folder, or one of ours, which is replaced as a whole.
+    """Write the artefact to `folder`: a new or empty folder, or an artefact, which is replaced as a whole.
 
-    Raises TFMQError when the folder holds anything else, or cannot be written; then nothing is left behind.
+    Raises TFMQError when the folder holds anything else or cannot be written. Then nothing is left behind.
     """
     check_output_folder(folder)
     replace_folder(folder, lambda temporary: _write(model, temporary))
 
 
 def check_output_folder(folder: Path) -> None:
-    """Raise TFMQError when `folder` exists and is neither empty nor an artefact of ours."""
+    """Raise TFMQError when `folder` exists and is neither empty nor a tfmq artefact."""
     for _ in range(5):
         if not folder.exists() or is_artefact(folder):
             return
         with suppress(OSError):
             if not any(folder.iterdir()):
                 return
-        time.sleep(0.02)  # another process may be replacing it this moment
+        time.sleep(0.02)  # another process may be replacing it at this moment
     raise TFMQError(
         f"{folder}: exists and is not a tfmq artefact; choose another output folder or remove it yourself."
     )
 
 
 def is_artefact(folder: Path) -> bool:
+    """Return True for a folder whose config.json is that of a tfmq artefact."""
     try:
         config = json.loads((folder / CONFIG).read_text())
         return bool(config["quantization_config"]["quant_method"] == QUANT_METHOD)
@@ -122,14 +128,14 @@ def _write(model: QuantizedGraph, folder: Path) -> None:
         "tensors": manifest,
         "sha256": {name: _sha256(folder / name) for name in (WEIGHTS, GRAPH)},
     }
-    # As it will be read: JSON's keys are strings.
+    # The digest is of the config as it will be read: all keys of JSON are strings.
     config = json.loads(json.dumps({**model.parts()["config"], "quantization_config": quantization}))
     config["quantization_config"]["sha256"][CONFIG] = _config_digest(config)
     _dump(folder / CONFIG, config)
 
 
 def read(folder: str | Path, model: type[M]) -> M:
-    """Read an artefact as a `model`; see `tfmq_fx.load`."""
+    """Read an artefact and return it as an instance of the class `model`; see `tfmq_fx.load`."""
     folder = Path(folder)
     if not folder.is_dir():
         raise TFMQError(f"{folder}: no such folder.")
@@ -138,11 +144,11 @@ def read(folder: str | Path, model: type[M]) -> M:
     quantization = config.get("quantization_config")
     if not isinstance(quantization, dict) or quantization.get("quant_method") != QUANT_METHOD:
         raise TFMQError(
-            f"{folder / CONFIG}: not a tfmq artefact (no quantization_config of quant_method {QUANT_METHOD!r})."
+            f"{folder / CONFIG}: not a tfmq artefact (no quantization_config with quant_method {QUANT_METHOD!r})."
         )
     if quantization.get("format_version") != FORMAT_VERSION:
         raise TFMQError(
-            f"{folder / CONFIG}: format version {quantization.get('format_version')!r}, this library reads {FORMAT_VERSION}; "
+            f"{folder / CONFIG}: format version {quantization.get('format_version')!r}, but this library reads {FORMAT_VERSION}; "
             "quantize again, or install the version that wrote it."
         )
     with _reading(folder / CONFIG):
@@ -159,7 +165,7 @@ def read(folder: str | Path, model: type[M]) -> M:
         interface = Interface(**{**face, "required": tuple(face["required"])})
         if list(interface.inputs) != list(placeholders(graph)):
             raise TFMQError(
-                f"{folder / GRAPH}: takes {', '.join(placeholders(graph))}, {CONFIG} says {', '.join(interface.inputs)}."
+                f"{folder / GRAPH}: takes {', '.join(placeholders(graph))}, but {CONFIG} says {', '.join(interface.inputs)}."
             )
         return model(
             graph,
@@ -176,7 +182,7 @@ def read(folder: str | Path, model: type[M]) -> M:
 
 
 def _identity(folder: Path) -> tuple[int, ...]:
-    """What is another after the folder was replaced by one of the same name."""
+    """Return values that change when another folder replaces this one under the same name."""
     try:
         found = folder.stat()
     except OSError:
@@ -186,7 +192,10 @@ def _identity(folder: Path) -> tuple[int, ...]:
 
 @contextmanager
 def _reading(file: Path) -> Iterator[None]:
-    """Whatever a file of another form makes json, torch, numpy or torch.fx raise, as a TFMQError that names it."""
+    """Convert any error that json, torch, numpy or torch.fx raise for a malformed file to a TFMQError.
+
+    The message names the file.
+    """
     try:
         yield
     except TFMQError as error:
@@ -223,16 +232,16 @@ def _read_tensors(file: Path, manifest: dict[str, dict[str, Any]]) -> dict[str, 
     tensors = {}
     for name, spec in manifest.items():
         if not is_tensor_name(name):
-            raise TFMQError(f"{file}: {name[:80]!r} is no name of a tensor.")
+            raise TFMQError(f"{file}: {name[:80]!r} is not a valid tensor name.")
         value, shape, dtype = stored[name], tuple(spec["shape"]), _dtype(spec["dtype"])
         if "bits" in spec:
             span = _checked_integers(file, name, spec, dtype)
-            if len(shape) > 64 or math.prod(shape) * span.bits > 8 * value.numel():  # ahead of allocating
+            if len(shape) > 64 or math.prod(shape) * span.bits > 8 * value.numel():  # before allocating
                 raise TFMQError(f"{file}: tensor {name!r} has too few bytes for the shape in {CONFIG}.")
             value = unpack_bits(value, shape, span)
         if tuple(value.shape) != shape or value.dtype != dtype:
             raise TFMQError(
-                f"{file}: tensor {name!r} is {value.dtype} {tuple(value.shape)}, {CONFIG} says {dtype} {shape}."
+                f"{file}: tensor {name!r} is {value.dtype} {tuple(value.shape)}, but {CONFIG} says {dtype} {shape}."
             )
         tensors[name] = value
     return tensors
@@ -240,12 +249,12 @@ def _read_tensors(file: Path, manifest: dict[str, dict[str, Any]]) -> dict[str, 
 
 def _checked_integers(file: Path, name: str, spec: Mapping[str, Any], dtype: torch.dtype) -> IntegerRange:
     low, high, shape = spec["quant_min"], spec["quant_max"], spec["shape"]
-    integers = torch.iinfo(dtype)  # TypeError for what is no integer type
+    integers = torch.iinfo(dtype)  # raises TypeError for other dtypes
     valid = all(type(x) is int for x in (low, high, *shape)) and min(shape, default=0) >= 0
     fits = valid and max(-128, integers.min) <= low < high <= min(255, integers.max)
     if not fits or spec["bits"] != (span := _integers(low, high, dtype)).bits:
         raise TFMQError(
-            f"{file}: tensor {name!r}: {CONFIG} has {spec['bits']!r} bits for {low!r} to {high!r}, or no valid shape."
+            f"{file}: tensor {name!r}: {CONFIG} gives {spec['bits']!r} bits for the range {low!r} to {high!r}, or an invalid shape."
         )
     return span
 
@@ -261,7 +270,7 @@ def _dtype_name(dtype: torch.dtype) -> str:
 def _dtype(name: str) -> torch.dtype:
     dtype = getattr(torch, name, None)
     if not isinstance(dtype, torch.dtype):
-        raise TFMQError(f"{CONFIG}: {name!r} is no dtype.")
+        raise TFMQError(f"{CONFIG}: {name!r} is not a valid dtype.")
     return dtype
 
 
@@ -270,7 +279,7 @@ def _dump(file: Path, value: Any) -> None:
 
 
 def _config_digest(config: Mapping[str, Any]) -> str:
-    """Of the config as JSON, its own digest left out."""
+    """Return the digest of the config as JSON, without its own digest."""
     quantization = config["quantization_config"]
     others = {name: digest for name, digest in quantization["sha256"].items() if name != CONFIG}
     whole = {**config, "quantization_config": {**quantization, "sha256": others}}
@@ -297,7 +306,7 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _no_constant(name: str) -> Any:
-    raise ValueError(f"{name} is no JSON")
+    raise ValueError(f"{name} is not valid JSON")
 
 
 def _sha256(file: Path) -> str:

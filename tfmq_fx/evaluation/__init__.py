@@ -1,1 +1,1 @@
-"""How far from float: errors by timestep, trajectories, features of pictures, plots."""
+"""Measure how far from float a network is: errors by timestep, trajectories, features of pictures, plots."""

@@ -25,17 +25,17 @@ ERROR_ROWS = 512  # calibration rows on which the output's errors are measured
 class Errors:
     """The errors of a quantized network, as the report shows them: plain JSON values."""
 
-    by_timestep: list[dict[str, float]]  # of the output, and of the temporal features: their mean and worst
-    temporal_drift: dict[str, Any] | None  # of each feature; None where the block needs more than its keys
+    by_timestep: list[dict[str, float]]  # of the output, and of the temporal features (mean and worst)
+    temporal_drift: dict[str, Any] | None  # of each feature; None if the block needs more than its keys
 
 
 @torch.no_grad()
 def measure_errors(
     gm: GraphModule, converted: GraphModule, calibration: CalibrationSet, *, block: GraphModule, seed: int = 0
 ) -> Errors:
-    """Compare a converted graph with the float graph that it was made of, on rows of the calibration set.
+    """Compare a converted graph with the float graph that it was made from, on rows of the calibration set.
 
-    block: the float graph's temporal block (`extract_temporal`).
+    gm: the float graph. block: its temporal block (`extract_temporal`). seed: of the choice of rows.
     """
     rows = temporal_rows(converted, calibration.tensors)
     distance = temporal_distance(converted, block, rows)
@@ -49,7 +49,10 @@ def measure_errors(
 def temporal_distance(
     converted: GraphModule, block: GraphModule, rows: Mapping[str, Tensor]
 ) -> Tensor | None:
-    """Return the cosine distances (features, R) to the float block's features; None where the block needs more than its keys."""
+    """Return the cosine distances (features, R) to the float block's features, for R rows of its keys.
+
+    None if the block needs more inputs than its keys.
+    """
     quantized = temporal_block_of(converted)
     if not placeholders(quantized).keys() <= rows.keys():
         return None
@@ -66,7 +69,7 @@ def temporal_distance(
 def temporal_drift(
     converted: GraphModule, rows: Mapping[str, Tensor], distance: Tensor | None
 ) -> dict[str, Any] | None:
-    """Return every feature's mean cosine distance at every timestep."""
+    """Return every feature's mean cosine distance at every timestep; None if there are no distances."""
     if distance is None:
         return None
     state = state_of(converted)
@@ -86,7 +89,7 @@ def errors_by_timestep(
     rows: Mapping[str, Tensor],
     distance: Tensor | None,
 ) -> list[dict[str, float]]:
-    """Return, by timestep, the output's relative MSE and the features' cosine distance, mean and worst."""
+    """Return the output's relative MSE, and the features' cosine distance (mean and worst), by timestep."""
     outputs: list[tuple[Tensor, Tensor, Tensor]] = []
     for batch in data.batches(128, one_timestep=is_scalar(gm)):
         inputs = inputs_of(gm, batch)

@@ -1,4 +1,4 @@
-"""Put together the report of what was quantized how."""
+"""Assemble the report of what was quantized, and how."""
 
 from __future__ import annotations
 
@@ -20,7 +20,10 @@ from tfmq_fx.passes.quantize.state import State, state_of
 def summary(
     gm: GraphModule, network: nn.Module, *, seed: int, clock: Clock, errors: Errors
 ) -> dict[str, Any]:
-    """Return the report of a converted graph as plain JSON values; network: the float one, for its parameters."""
+    """Return the report of a converted graph as plain JSON values.
+
+    network: the float network, for its parameters. clock: the times of the stages.
+    """
     state = state_of(gm)
     quantized, tensors = quantized_weights(gm), tensors_of(gm)
     layers = {layer.path for layer in state.plan.layers if f"{layer.path}_q" in quantized}
@@ -58,12 +61,15 @@ def summary(
 
 
 def _floats(state: State, left: Mapping[str, nn.Parameter], quantized: set[str]) -> list[dict[str, Any]]:
-    """Return what stays in float and why: what the plan says, then every other parameter of the network."""
+    """Return what stays in float, and why: first what the plan lists, then every other parameter.
+
+    left: the network's parameters that are still in use. quantized: the names of those that are quantized.
+    """
     found = [dataclasses.asdict(f) for f in state.plan.floats]
     said = {f["name"] for f in found}
     for name, p in left.items():
         if name not in quantized and name not in said:
-            reason = "bias or affine parameter" if p.dim() <= 1 else "no convolution or linear weight"
+            reason = "bias or affine parameter" if p.dim() <= 1 else "not a convolution or linear weight"
             found.append({"name": name, "reason": reason})
     return found
 

@@ -1,4 +1,4 @@
-"""Where and when a quantized network leaves the float one: from stored errors, and along trajectories."""
+"""Measure where and when a quantized network departs from the float one, on stored rows and trajectories."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ from tfmq_fx.evaluation.sampling import swapped
 log = logging.getLogger(__name__)
 
 
-ROWS = 64  # rows of one call when errors are measured
+ROWS = 64  # rows per call when errors are measured
 
 
 @dataclass(frozen=True, kw_only=True)
 class Trajectory:
-    """What one network made of a noise."""
+    """The path of one network from noise to images."""
 
     timesteps: list[float]  # of each call of the network
-    inputs: list[Tensor]  # what it was given there, (N, ...) each: x_t
+    inputs: list[Tensor]  # x_t, the network's input at each call, (N, ...) each
     images: Tensor  # (N, C, H, W) in [-1, 1]
 
 
@@ -44,9 +44,13 @@ def trajectory(
     seed: int,
     **pipe_kwargs: Any,
 ) -> Trajectory:
-    """Sample with `network`, the float one or `model`, and keep every x_t that it is given.
+    """Sample with `network`, and keep every x_t that it is given.
 
-    A guided batch holds the rows of one picture more than once: the last `num_samples` are kept, the conditional ones.
+    model: tells the names of the network's arguments. network: the float network or `model` itself.
+    seed: of the noise. pipe_kwargs: passed to the pipeline's call.
+
+    A guided batch holds the rows of each picture more than once. Only the last `num_samples` rows are kept,
+    which are the conditional ones.
     """
     names = list(model.interface.arguments)
     kept: list[tuple[float, Tensor]] = []
@@ -76,7 +80,7 @@ def trajectory(
 def output_errors(
     reference: nn.Module, networks: Mapping[str, Callable[..., Any]], data: CalibrationSet
 ) -> dict[str, dict[float, float]]:
-    """Relative MSE of each network's output to the reference's, by timestep, on the same rows."""
+    """Return the relative MSE of each network's output to the reference's, by timestep, on the same rows."""
     starts = range(0, len(data), ROWS)
     expected = torch.cat([_output(reference, data, i) for i in starts])
     t = data.tensors[data.timestep]
@@ -93,7 +97,7 @@ def _output(network: Callable[..., Any], data: CalibrationSet, start: int) -> Te
 
 
 def in_bfloat16(network: nn.Module) -> Callable[..., Any]:
-    """The float network under autocast: a floor that people accept without asking."""
+    """Return the float network under autocast: its error is a floor that people accept without asking."""
 
     def call(*args: Any, **kwargs: Any) -> Any:
         with torch.autocast("cpu", torch.bfloat16):
@@ -106,7 +110,10 @@ def in_bfloat16(network: nn.Module) -> Callable[..., Any]:
 def milliseconds(
     networks: Mapping[str, Callable[..., Any]], data: CalibrationSet, *, batch: int, rounds: int = 7
 ) -> dict[str, float]:
-    """The median of a call's wall time at one batch size, the networks taking turns; a first call warms up."""
+    """Return the median wall time of each network's call, in milliseconds, at one batch size.
+
+    The networks take turns for `rounds` rounds. A first call of each warms up and is not counted.
+    """
     arguments = data.arguments(slice(0, batch)) | {"return_dict": False}
     found: dict[str, list[float]] = {name: [] for name in networks}
     for i in range(rounds + 1):

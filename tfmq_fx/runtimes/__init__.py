@@ -1,1 +1,1 @@
-"""What computes a quantized network: OpenVINO, torch, ONNX, AOTInductor."""
+"""Run or export a quantized network: OpenVINO, torch, ONNX, AOTInductor."""

@@ -1,14 +1,16 @@
-"""A quantized graph as a package of compiled code, by AOTInductor: C++ of Inductor, int8 kernels of oneDNN.
+"""Compile a quantized graph to a package with AOTInductor: Inductor's C++ and oneDNN's int8 kernels.
 
-AOTInductor by itself computes every layer of a quantized graph in float32, and does not say so: the patterns that turn
-quantize/dequantize pairs around a convolution or linear into oneDNN's kernels are torchao's, fire only where weights are
-constants (`freezing`), and want constant scales. Four things bring them about:
+AOTInductor by itself computes every layer of a quantized graph in float32, and does not say so. The patterns
+that turn quantize/dequantize pairs around a convolution or linear into oneDNN's kernels are torchao's. They
+match only constant weights (`freezing`) and constant scales. Four things make them match:
     `rescale_temporal`    constant activation scales
     `signed_weights`      weights as signed bytes, zero point 0
-    `flatten_linears`     linears over rows; with a batch of any size the patterns for other ranks do not match
-    freezing              in a process of its own: importing torchao's patterns changes Inductor for the whole process
-What really runs is counted in the C++ of the package. On a CPU without int8 instructions (VNNI, AMX) oneDNN's kernels
-saturate for weights of 8 bits: compiled there, those layers stay in float, on the same integers, and that is said.
+    `flatten_linears`     linears over rows; with any batch size, the patterns for other ranks do not match
+    freezing              in its own process: importing torchao's patterns changes Inductor for all of it
+
+The kernels that really run are counted in the package's C++. On a CPU without int8 instructions (VNNI, AMX),
+oneDNN's kernels saturate for 8-bit weights. A package compiled there computes those layers in float, on the
+same integers, and the export's notes report it.
 """
 
 from __future__ import annotations
@@ -43,7 +45,7 @@ from tfmq_fx.runtimes.torch_engine import OPTIONS
 
 log = logging.getLogger(__name__)
 COMPILERS = ("g++", "clang++", "c++")
-# What Inductor's C++ calls for a convolution or linear: oneDNN on bytes, and everything else.
+# The functions that Inductor's C++ calls for a convolution or linear: oneDNN's int8 kernels, and all others.
 _INT8 = re.compile(r"aoti_torch_cpu__q(?:conv|linear)\w*pointwise\w*\(")
 _FLOAT = re.compile(
     r"aoti_torch_cpu_+(?:mkldnn_)*(?:convolution|convolution_pointwise|linear_pointwise|addmm_out|mm_out)\w*\("
@@ -51,25 +53,26 @@ _FLOAT = re.compile(
 
 
 def require_compiler() -> None:
-    """Raise a TFMQError that says what AOTInductor needs when there is no C++ compiler."""
+    """Raise a TFMQError that says what AOTInductor needs, if there is no C++ compiler."""
     named = os.environ.get("CXX")
     if not any(shutil.which(name) for name in ([named] if named else COMPILERS)):
-        found = f"CXX={named} is not there" if named else f"none of {', '.join(COMPILERS)} is in PATH"
+        found = f"CXX={named} was not found" if named else f"none of {', '.join(COMPILERS)} is in PATH"
         raise TFMQError(
-            f'export: format "aot" needs a C++ compiler, and {found}; install one, or export as .pt2, .onnx or a folder.'
+            f'export: format "aot" needs a C++ compiler, but {found}; install one, or export as .pt2, .onnx or a folder.'
         )
 
 
 def export_aot(model: QuantizedGraph, file: Path, *, strict: bool) -> dict[str, Any]:
-    """Compile for this machine's CPU and write the package; what `Exported` wants to know.
+    """Compile the network for this machine's CPU and write the package.
 
-    Raises TFMQError without a C++ compiler, where Inductor cannot compile the graph, and under `strict` when a
-    quantized layer does not get an int8 kernel.
+    Returns the fields of `Exported` that are known here: weights, kernels and notes. Raises TFMQError if
+    there is no C++ compiler, if the network is not on the CPU, if Inductor cannot compile the graph, and, if
+    `strict`, when a quantized layer gets no int8 kernel.
     """
     require_compiler()
     if model.device.type != "cpu":
         raise TFMQError(
-            f'export: format "aot" is for the CPU, and the network is on {model.device}; quantize it on the CPU, or load it.'
+            f'export: format "aot" is for the CPU, but the network is on {model.device}; quantize it on the CPU, or load it from disk.'
         )
     gm = graph_of(exported(model))
     PassManager([*TO_INT8, signed_weights, flatten_linears])(gm)
@@ -80,7 +83,7 @@ def export_aot(model: QuantizedGraph, file: Path, *, strict: bool) -> dict[str, 
         stored -= len(saturating)
         because = f"; {len(saturating)} would saturate: {NO_INT8}"
     elif saturating:
-        elsewhere = f"{len(saturating)} of {wanted} quantized layers saturate on a CPU without VNNI or AMX: compile there for it"
+        elsewhere = f"{len(saturating)} of {wanted} quantized layers saturate on a CPU without VNNI or AMX; to run there, compile on such a CPU"
     inputs = example_inputs(model, batch=2)
     with torch.no_grad():
         program = torch.export.export(gm, (), inputs, dynamic_shapes=dynamic_shapes(model), strict=False)
@@ -99,18 +102,21 @@ def export_aot(model: QuantizedGraph, file: Path, *, strict: bool) -> dict[str, 
 
 
 def _compile(graph: Path, package: Path) -> None:
-    """In a process of its own, whose last words are the error's."""
+    """Compile in a separate process. Raises TFMQError with the last line of its stderr when it fails."""
     command = [sys.executable, "-W", "ignore", "-m", "tfmq_fx.runtimes.aot_package", str(graph), str(package)]
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     if result.returncode != 0 or not package.is_file():
-        lines = [line for line in result.stderr.strip().splitlines() if line.strip()] or ["no words"]
+        lines = [line for line in result.stderr.strip().splitlines() if line.strip()] or ["no message"]
         raise TFMQError(
             f"export: AOTInductor cannot compile the graph ({lines[-1].strip()}); export it as .pt2, .onnx or a folder."
         )
 
 
 def compile_package(graph: str, package: str) -> None:
-    """What the process of `_compile` does. It changes Inductor for itself."""
+    """Compile an exported graph to a package, in the process that `_compile` starts.
+
+    Importing torchao's patterns changes Inductor for the whole process.
+    """
     import torch._inductor
 
     from tfmq_fx.base._torchao import register_x86_patterns
@@ -123,7 +129,7 @@ def compile_package(graph: str, package: str) -> None:
 
 
 def kernels(package: Path) -> dict[str, int]:
-    """How many convolutions and linears the package's C++ computes in bytes, and how many in float."""
+    """Return how many convolutions and linears the package's C++ computes in int8, and how many in float."""
     with zipfile.ZipFile(package) as archive:
         sources = [archive.read(n).decode() for n in archive.namelist() if n.endswith(".wrapper.cpp")]
     return {

@@ -1,4 +1,4 @@
-"""What this machine's CPU can multiply."""
+"""Find out which int8 and bfloat16 instructions this machine's CPU has."""
 
 from __future__ import annotations
 
@@ -6,24 +6,24 @@ import torch
 
 from tfmq_fx.base.arithmetic import ByteSums
 
-# What multiplies bytes: VNNI in its two encodings, AMX, and Arm's dot products.
+# Instructions that multiply bytes: VNNI in its two encodings, AMX, and Arm's dot products.
 INT8_INSTRUCTIONS = ("avx512_vnni", "avx_vnni", "avx_vnni_int8", "amx_int8", "dotprod", "i8mm")
 
 
 def torch_has_bfloat16() -> bool:
-    """Whether torch's kernels compute in bfloat16 on this CPU."""
+    """Return True if torch's kernels compute in bfloat16 on this CPU."""
     has = dict(torch.cpu.get_capabilities())
     return bool(has.get("avx512_bf16") or has.get("amx_bf16"))
 
 
 def int8_instructions() -> list[str]:
-    """Those of INT8_INSTRUCTIONS that this CPU has."""
+    """Return the INT8_INSTRUCTIONS that this CPU has."""
     has = dict(torch.cpu.get_capabilities())
     return [name for name in INT8_INSTRUCTIONS if has.get(name)]
 
 
 def adds_pairs() -> bool:
-    """Whether this CPU can multiply bytes by AVX2: see `arithmetic.PAIRS_FIT`."""
+    """Return True if this CPU can multiply bytes with AVX2; see `arithmetic.PAIRS_FIT`."""
     return bool(dict(torch.cpu.get_capabilities()).get("avx2"))
 
 

@@ -1,4 +1,4 @@
-"""What an export wrote."""
+"""Describe the result of an export."""
 
 from __future__ import annotations
 
@@ -11,23 +11,27 @@ from tfmq_fx.base.errors import TFMQError
 
 @dataclass(frozen=True, kw_only=True)
 class Exported:
-    """What was written, and what is known of how it will run."""
+    """The result of an export: what was written, and what is known about how it will run."""
 
     format: str  # a key of SUFFIXES
     file: Path  # or folder
     bytes: int  # of all files together
     seconds: float
-    weights: Mapping[str, int] = field(default_factory=dict)  # "int4" -> how many weights are stored so
+    weights: Mapping[str, int] = field(default_factory=dict)  # "int4" -> number of weights
     kernels: Mapping[str, int] = field(
         default_factory=dict
-    )  # "int8", "float" -> layers, where the file fixes it
-    notes: tuple[str, ...] = ()  # what somebody who expects int8 everywhere should know
+    )  # "int8", "float" -> number of layers, if the file determines it
+    notes: tuple[str, ...] = ()  # warnings for users who expect int8 everywhere
 
 
 def fallen_back(
     kernels: Mapping[str, int], wanted: int, *, strict: bool, because: str = ""
 ) -> tuple[str, ...]:
-    """Words for the quantized layers that run in float. Raises TFMQError of them when `strict`."""
+    """Return a note on the quantized layers that run in float, if any. Raises it as TFMQError if `strict`.
+
+    kernels: its "int8" is the number of layers that run in int8. wanted: the number of quantized layers.
+    because: text that gives the reason, appended to the note.
+    """
     fallen = wanted - kernels["int8"]
     if fallen <= 0:
         return ()

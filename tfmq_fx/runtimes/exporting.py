@@ -1,4 +1,4 @@
-"""One door for every file format that a quantized network can be written to."""
+"""Export a quantized network to a file, in any of the supported formats."""
 
 from __future__ import annotations
 
@@ -20,22 +20,24 @@ from tfmq_fx.runtimes.openvino_file import export_folder
 log = logging.getLogger(__name__)
 
 
-# format -> the suffix that names it; "" is a folder
+# format -> the suffix of its files; "" is a folder
 SUFFIXES = {"pt2": ".pt2", "aot": ".pt2", "onnx": ".onnx", "onnxruntime": ".onnx", "openvino": ""}
 
 
 def export(
     model: QuantizedGraph, file: str | Path, *, format: str | None = None, strict: bool = False
 ) -> Exported:
-    """Write the quantized network for another runtime; the file is absent, as it was, or whole.
+    """Write the quantized network for another runtime. The file is absent, unchanged or complete at any time.
 
-    format: "pt2" torch.export's; "aot" a package compiled by AOTInductor; "onnx" standard QDQ; "onnxruntime" QDQ in the
-        form of which onnxruntime's CPU computes every quantized layer in bytes; "openvino" a folder. None: by the
-        file's name, .pt2, .onnx ("onnxruntime") or a folder without suffix.
-    strict: refuse when a quantized layer would not run on an int8 kernel; "aot", "onnx" and "onnxruntime" can tell.
+    format: "pt2" for torch.export's format; "aot" for a package compiled by AOTInductor; "onnx" for standard
+        QDQ; "onnxruntime" for QDQ in the form that lets onnxruntime's CPU compute every quantized layer in
+        int8; "openvino" for a folder with OpenVINO's files. None chooses by the file's name: .pt2 ("pt2"),
+        .onnx ("onnxruntime") or a folder without suffix ("openvino").
+    strict: raise TFMQError when a quantized layer would not run on an int8 kernel. Only "aot", "onnx" and
+        "onnxruntime" can tell.
 
-    Raises TFMQError for an unknown format or suffix, for a package or compiler that is missing, and naming the node
-    that the format cannot express.
+    Raises TFMQError for an unknown format or suffix, for a missing package or compiler, and for a node that
+    the format cannot express, naming it.
     """
     file = Path(file)
     chosen = format or _by_suffix(file)
@@ -46,11 +48,11 @@ def export(
         raise TFMQError(f"export: {file.name}: format {chosen!r} needs {wanted}.")
     if strict and chosen in ("pt2", "openvino"):
         raise TFMQError(
-            f"export: strict: which kernels run is not known of format {chosen!r} before it is loaded; "
-            'q.lower("cpu", strict=True) tells for OpenVINO.'
+            f"export: strict: which kernels run is not known for format {chosen!r} before it is loaded; "
+            'for OpenVINO, q.lower("cpu", strict=True) tells.'
         )
     there = next(p for p in file.absolute().parents if p.exists())
-    if not there.is_dir():  # known before minutes of tracing
+    if not there.is_dir():  # fail before minutes of tracing
         raise TFMQError(f"{file}: cannot be written ({there} is not a folder).")
     start = time.perf_counter()
     found = _WRITERS[chosen](model, file, strict)
@@ -75,7 +77,7 @@ def _by_suffix(file: Path) -> str:
 
 
 def _files(file: Path) -> list[Path]:
-    """The exported file, and the weights beside it; or what is in the folder."""
+    """Return the exported file and any weights beside it, or the files in the exported folder."""
     beside = file.with_name(f"{file.name}.data")
     return list(file.iterdir()) if file.is_dir() else [file, *([beside] if beside.is_file() else [])]
 

@@ -1,4 +1,4 @@
-"""Which kernel every convolution, linear and matmul of a lowered network runs as, in one form for all engines."""
+"""Describe the kernel of every convolution, linear and matmul of a lowered network, alike for all engines."""
 
 from __future__ import annotations
 
@@ -18,37 +18,40 @@ from tfmq_fx.passes.temporal.partition_temporal import BLOCK_NAME
 
 @dataclass(frozen=True, kw_only=True)
 class Kernel:
-    """What one convolution, linear or matmul runs as."""
+    """The kernel that runs one convolution, linear or matmul."""
 
-    path: str  # its weight's name in the network's state dict; its node's name without one
+    path: str  # its weight's name in the network's state dict, or its node's name if it has no weight
     op: str
-    kernel: str  # the engine's name of it; "" where it is not found among the executed nodes
-    precision: str  # of what it reads: "u8", "bf16", "f32"
+    kernel: str  # the engine's name for it; "" if it is not among the executed nodes
+    precision: str  # of its inputs: "u8", "bf16", "f32"
     int8: bool
-    reason: str  # why it is not int8; "" when it is
-    fell_back: bool  # whether its inputs are quantized and it is not int8 all the same
+    reason: str  # why it is not int8; "" if it is
+    fell_back: bool  # True if its inputs are quantized but it is not int8
     flops: int  # for one sample
 
     @property
     def int8_flops(self) -> int:
-        """Of attention, those of q by k: its probabilities stay in float."""
+        """Return the FLOPs in int8. For an attention, only q by k counts: its probabilities stay in float."""
         return self.int8 * self.flops // (2 if self.op == "scaled_dot_product_attention" else 1)
 
 
 @dataclass(frozen=True, kw_only=True)
 class EngineLayer:
-    """One convolution, linear or matmul of the graph that an engine is given."""
+    """A convolution, linear or matmul of the graph that an engine is given."""
 
     node: str  # its name in that graph
     weight: str  # the name of its weight's node there
-    path: str  # its weight's name in the network's state dict; "" without one
+    path: str  # its weight's name in the network's state dict; "" if it has none
     op: str  # "convolution", "linear", ...
-    flops: int  # for one sample, a multiplication and an addition being two
-    float_because: str  # why no int8 kernel can run it; "" when both its inputs are quantized
-    saturates: bool = False  # whether it stays in float because this CPU's int8 kernels would be wrong
+    flops: int  # for one sample; a multiplication and an addition count as two
+    float_because: str  # why no int8 kernel can run it; "" if both its inputs are quantized
+    saturates: bool = False  # True if it stays in float because this CPU's int8 kernels would be wrong
 
     def ran_as(self, kernel: str, *, precision: str, int8: bool, reason: str) -> Kernel:
-        """Return what the layer runs as; reason: why that is not int8, "" when it is."""
+        """Return the kernel that ran this layer.
+
+        kernel: the engine's name for it. precision: of its inputs. reason: why it is not int8, "" if it is.
+        """
         return Kernel(
             path=self.path or self.node,
             op=self.op,
@@ -62,7 +65,7 @@ class EngineLayer:
 
 
 def layers_of(gm: GraphModule) -> Iterator[EngineLayer]:
-    """The layers of a quantized graph whose nodes have the shapes of capture."""
+    """Yield the layers of a quantized graph. Its nodes must have the shapes of capture."""
     for node in gm.graph.nodes:
         index = weight_argument(node)
         operands = matmul_inputs(node)
@@ -88,7 +91,10 @@ def layers_of(gm: GraphModule) -> Iterator[EngineLayer]:
 
 
 def _weight_path(weight: Node) -> str:
-    """The constant that a weight is made of, which is its first argument's first argument and so on."""
+    """Return the path of the constant that a weight is computed from.
+
+    It is the first argument of the first argument, and so on. "" if there is none.
+    """
     while weight.op != "get_attr" and weight.all_input_nodes:
         weight = weight.all_input_nodes[0]
     path = str(weight.target) if weight.op == "get_attr" else ""
@@ -98,7 +104,7 @@ def _weight_path(weight: Node) -> str:
 
 
 def _is_quantized_weight(weight: Node) -> bool:
-    """Whether it is made of integers: still by a dequantization, or as `integer_weights` writes it."""
+    """Return True for a weight made of integers, by a dequantization or in the form of `integer_weights`."""
     while weight.op != "get_attr" and weight.all_input_nodes and not _is_quantized(weight):
         weight = weight.all_input_nodes[0]
     return _is_quantized(weight) or (weight.op == "get_attr" and str(weight.target).endswith(SUFFIX))
@@ -110,7 +116,7 @@ def _is_quantized(x: Node) -> bool:
 
 
 def _flops(node: Node) -> int:
-    """Of one sample: 2 * what is summed * outputs; two matmuls for an attention."""
+    """Return the FLOPs for one sample: 2 * summed elements * outputs; two matmuls for an attention."""
     x, y = hinted_shape(node.args[0]), hinted_shape(node)
     index = weight_argument(node)
     if index is not None:
@@ -127,7 +133,7 @@ ops = torch.ops.quantized_decomposed
 
 
 def quantized_layers(gm: GraphModule) -> list[Node]:
-    """The convolutions and linears of quantized weights and quantized inputs, after `rescale_temporal`."""
+    """Return the convolutions and linears with quantized weights and inputs, after `rescale_temporal`."""
     pairs = (ops.dequantize_per_tensor.default, ops.dequantize_per_token.default)
     found = []
     for node in gm.graph.nodes:
@@ -139,7 +145,7 @@ def quantized_layers(gm: GraphModule) -> list[Node]:
 
 
 def _dequantized_weight(layer: Any) -> Any:
-    """The node that dequantizes the weight of a layer; None for another node, and for a float weight."""
+    """Return the node that dequantizes a layer's weight; None for a float weight and for other nodes."""
     index = weight_argument(layer)
     if index is None:
         return None
@@ -150,11 +156,14 @@ def _dequantized_weight(layer: Any) -> Any:
 
 
 def saturating_layers(gm: GraphModule) -> list[Node]:
-    """The quantized layers that kernels of unsigned by signed bytes get wrong on x86 without VNNI: see `PAIRS_FIT`."""
+    """Return the quantized layers that saturate in kernels of unsigned by signed bytes on x86 without VNNI.
+
+    See `PAIRS_FIT`.
+    """
     found = []
     for layer in quantized_layers(gm):
         weight = _dequantized_weight(layer)
-        if weight not in layer.args:  # scales per group: in float everywhere
+        if weight not in layer.args:  # layers with scales per group run in float everywhere
             continue
         q, zero_point = (attribute(gm, str(weight.args[i].target)) for i in (0, 2))
         if saturates(centred(q, zero_point, weight.args[3])):
@@ -163,7 +172,7 @@ def saturating_layers(gm: GraphModule) -> list[Node]:
 
 
 def saturating_products(gm: GraphModule) -> list[Node]:
-    """The products of two quantized activations that int8 kernels get wrong there: see `PAIRS_FIT`."""
+    """Return the products of two quantized activations that saturate on x86 without VNNI; see `PAIRS_FIT`."""
     found = []
     for node in gm.graph.nodes:
         operands: list[Any] = [

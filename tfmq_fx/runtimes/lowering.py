@@ -1,4 +1,4 @@
-"""The quantized network on the CPU's int8 kernels, and a report of which layers really run on them."""
+"""Lower a quantized network to the CPU's int8 kernels, and report which layers really run on them."""
 
 from __future__ import annotations
 
@@ -33,7 +33,8 @@ log = logging.getLogger(__name__)
 ENGINES = {"openvino": lower_openvino, "torch": lower_torch}
 
 
-# OpenVINO's int8 kernel of linear layers on CPUs with AVX2 and without VNNI: a DiT-XL took as long as in float32.
+# OpenVINO's int8 kernel for linear layers on CPUs with AVX2 but without VNNI. With it, a DiT-XL took as long
+# as in float32.
 SLOW_GEMM = "jit_gemm_I8"
 
 
@@ -41,11 +42,11 @@ MOST = 0.5  # of the multiplications
 
 
 class LoweredModel(DropIn):
-    """The quantized network, compiled: same calls, outputs, `.config`, `.dtype`, `.device`.
+    """A compiled quantized network with the same calls, outputs, `.config`, `.dtype` and `.device`.
 
-    One compiled network serves all timesteps of a batch size: the scales are looked up inside. It cannot be saved;
-    save the network it was made from. `report["lowering"]` says what every layer runs as, and
-    `["compiled_seconds"]` in it, by batch size, what was compiled since.
+    One compiled network serves all timesteps of a batch size: the scales are looked up inside. A lowered
+    network cannot be saved; save the network it was made from. `report["lowering"]` says which kernel runs
+    every layer. Its `compiled_seconds` gives, by batch size, the seconds of every compilation so far.
     """
 
     network: Any  # an Engine
@@ -77,29 +78,34 @@ def lower(
     compile: bool | None = None,
     pack: str | None = None,
 ) -> LoweredModel:
-    """Compile for this machine's CPU, for as many threads as torch has now.
+    """Compile the network for this machine's CPU, for as many threads as torch uses now.
 
-    engine: "openvino" or "torch" (oneDNN's kernels through Inductor); None takes OpenVINO where it is installed: it was
-        the faster of the two, and needs no C++ compiler. Of networks that are mostly linear layers, on CPUs with AVX2 and
-        without VNNI, torch was, node by node, and is taken.
-    precision: of what is not int8, "bfloat16" or "float32"; None takes bfloat16 where the CPU computes in it. In
-        float32 the outputs are the quantized network's but for rounding ties: an activation within float rounding of
-        a tie may become the next integer. bfloat16 adds its own rounding, about 1% of the largest output.
-    batch: the size of batch to compile for now. Any other is compiled for when it first comes, and the last four are
-        kept; all steps of a schedule run on the same.
-    strict: refuse a network of which a quantized layer does not get an int8 kernel.
-    cache: a folder that keeps the converted and the compiled network: the next process starts in a fraction.
-    compile: for engine "torch": True needs a C++ compiler, False runs the int8 kernels node by node, None compiles
-        where it can; `report["lowering"]["compiled"]` says which, and why not.
-    pack: "int4", for engine "torch": weights of at most four bits stay two to a byte in memory, and are unpacked at
-        each call.
+    target: "cpu", the only one.
+    engine: "openvino" or "torch" (oneDNN's kernels through Inductor). None takes OpenVINO if it is installed:
+        it was the faster of the two, and it needs no C++ compiler. For networks that are mostly linear
+        layers, on CPUs with AVX2 but without VNNI, None takes "torch", node by node, which was faster there.
+    precision: of everything that is not int8, "bfloat16" or "float32". None takes bfloat16 if the CPU
+        computes in it. In float32 the outputs are those of the quantized network except for rounding ties: an
+        activation within float rounding of a tie may become the next integer. bfloat16 adds its own rounding,
+        about 1% of the largest output.
+    batch: the batch size to compile for now. Any other size is compiled when it is first used. The last four
+        are kept. All steps of a schedule use the same one.
+    strict: raise TFMQError when a quantized layer gets no int8 kernel.
+    cache: a folder that keeps the converted and the compiled network. The next process then starts in a
+        fraction of the time.
+    compile: for engine "torch". True needs a C++ compiler, False runs the int8 kernels node by node, None
+        compiles if possible. `report["lowering"]["compiled"]` says which it was, and
+        `["not_compiled_because"]` why not.
+    pack: "int4", for engine "torch": weights of at most four bits stay in memory two to a byte, and are
+        unpacked at each call.
 
-    Raises TFMQError for another target, without the engine's package, and naming a node that it cannot express. A CPU
-    without int8 instructions is warned of. With AVX2 alone it adds products of bytes in pairs of 16 bits, which is exact
-    for weights within 64 steps of zero, as those of 4 bits are: layers beyond compute the same in float. Without AVX2 all do.
+    Raises TFMQError for another target, for a missing engine, and for a node that the engine cannot express,
+    naming it. Warns on a CPU without int8 instructions. With AVX2 alone, such a CPU adds products of bytes in
+    pairs of 16 bits. That is exact for weights within 64 steps of zero, such as 4-bit weights; layers with
+    larger weights compute the same in float. Without AVX2, all layers do.
     """
     if target != "cpu":
-        raise TFMQError(f'target={target!r}: unknown; there is "cpu".')
+        raise TFMQError(f'target={target!r}: unknown; use "cpu".')
     if model.device.type != "cpu":
         raise TFMQError(
             f'target "cpu": the network is on {model.device}; quantize it on the CPU, or load it from disk.'
@@ -139,10 +145,13 @@ def lower(
 
 
 def _warn(sums: ByteSums, *, strict: bool) -> None:
-    """Warn of a CPU without int8 instructions. Raises TFMQError under `strict` when it can multiply no bytes at all."""
+    """Warn about a CPU without int8 instructions.
+
+    Raises TFMQError instead if `strict` and the CPU cannot multiply bytes at all.
+    """
     which = "every layer runs"
     if sums is ByteSums.PAIRS:
-        which = "layers whose weights reach beyond 64 steps from zero, as 8 bits do, run"
+        which = "layers with weights beyond 64 steps from zero, such as 8-bit weights, run"
     words = f"{NO_INT8}: {which} in float, with the same integers."
     if strict and sums is ByteSums.NONE:
         raise TFMQError(f'target "cpu": {words}')
@@ -150,13 +159,16 @@ def _warn(sums: ByteSums, *, strict: bool) -> None:
 
 
 def _checked(kernels: Sequence[Kernel], *, strict: bool) -> tuple[int, int]:
-    """Return the FLOPs in all and in int8. Raises TFMQError under `strict` when a quantized layer runs in float."""
+    """Return the FLOPs in total and in int8.
+
+    Raises TFMQError if `strict` and a quantized layer runs in float.
+    """
     total, int8 = sum(k.flops for k in kernels), sum(k.int8_flops for k in kernels)
     log.info("lower: %.1f%% of %.3g FLOPs in int8", 100 * int8 / max(total, 1), total)
     slow = sum(k.flops for k in kernels if k.kernel == SLOW_GEMM)
     if slow > MOST * total:
         log.warning(
-            'lower: OpenVINO computes %.0f%% of this network by %s, no faster than float; engine="torch" has a faster one.',
+            'lower: OpenVINO computes %.0f%% of this network with %s, no faster than float; engine="torch" has a faster kernel.',
             100 * slow / total,
             SLOW_GEMM,
         )
@@ -173,7 +185,10 @@ def _checked(kernels: Sequence[Kernel], *, strict: bool) -> tuple[int, int]:
 def _engine(
     engine: str | None, *, compile: bool | None, pack: str | None, model: QuantizedGraph, sums: ByteSums
 ) -> tuple[str, bool | None]:
-    """The engine to use, and whether it compiles. Raises TFMQError for an unknown one, and for what the one wanted cannot do."""
+    """Return the engine to use, and whether it compiles.
+
+    Raises TFMQError for an unknown engine, and for an option that the chosen engine does not have.
+    """
     if engine not in (None, *ENGINES):
         raise TFMQError(f"engine={engine!r}: unknown; use {nearest_names(str(engine), ENGINES)}, or None.")
     if pack not in (None, "int4"):
@@ -190,21 +205,21 @@ def _engine(
             )
     if engine is not None:
         return engine, compile
-    if pack is not None or compile is not None:  # what OpenVINO has no form of
+    if pack is not None or compile is not None:  # options that OpenVINO does not have
         return "torch", compile
     if find_spec("openvino") is None:
         log.warning(
-            'lower: openvino is not installed, torch compiles instead; pip install "tfmq_fx[openvino]" for the faster engine.'
+            'lower: openvino is not installed, so torch compiles instead; pip install "tfmq_fx[openvino]" for the faster engine.'
         )
         return "torch", compile
     if sums is ByteSums.PAIRS and (share := _linear_share(model)) > MOST:
-        log.info('lower: %.0f%% of it are linear layers, which engine="torch" runs faster here', 100 * share)
-        return "torch", False  # to compile a DiT-XL takes more than 22 GB
+        log.info('lower: %.0f%% of it is linear layers, which engine="torch" runs faster here', 100 * share)
+        return "torch", False  # compiling a DiT-XL takes more than 22 GB
     return "openvino", None
 
 
 def _linear_share(model: QuantizedGraph) -> float:
-    """How much of a network are linear layers that run as `SLOW_GEMM`, where int8 kernels add pairs."""
+    """Return the share of FLOPs in linear layers that OpenVINO runs as `SLOW_GEMM` on CPUs that add pairs."""
     gm = flat_graph(model)
     PassManager(TO_INT8)(gm)
     saturating = {n.name for n in saturating_layers(gm)}

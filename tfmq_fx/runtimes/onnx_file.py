@@ -1,19 +1,24 @@
-"""A quantized graph as an ONNX file: QuantizeLinear and DequantizeLinear, opset 21, the timestep's tables inside.
+"""Write a quantized graph as an ONNX file: QuantizeLinear and DequantizeLinear, opset 21, tables included.
 
-Scales that depend on the timestep are moved out of the quantized operators (`rescale_temporal`): with constants in them a
-runtime can fuse QuantizeLinear, DequantizeLinear and a matrix product into an int8 kernel; a computed scale is legal
-ONNX, and stops that. The step is looked up in the graph by ArgMin |table - t|.
+Scales that depend on the timestep are moved out of the quantized operators (`rescale_temporal`). With
+constant scales, a runtime can fuse QuantizeLinear, DequantizeLinear and a matrix product into an int8 kernel.
+A computed scale is legal ONNX, but prevents that. The graph looks up the step in the timestep's tables by
+ArgMin |table - t|.
 
-What onnxruntime 1.31 does with the standard form on a CPU: matrix products run in int8, without an 8-bit output too
-(MatMulIntegerToFloat), if no Add of a bias follows, which it would fuse into a float Gemm first: hence the Sub. A
-convolution needs an 8-bit output (QLinearConv), which would round what the recipe does not round; without one it runs in
-float, and its weight is dequantized at every call. So there are two forms: the standard one for other runtimes, and one
-for onnxruntime, in which convolutions are matrix products over patches (`unfold_convolutions`), and 4-bit weights are
-cast to bytes by operators that it computes once, when it loads the file.
+On a CPU, onnxruntime 1.31 treats the standard form as follows. Matrix products run in int8, even without an
+8-bit output (MatMulIntegerToFloat), unless an Add of a bias follows: it would be fused into a float Gemm
+first. So the bias is added by Sub. A convolution needs an 8-bit output (QLinearConv), which would round
+values that the recipe does not round. Without one it runs in float, and its weight is dequantized at every
+call.
 
-A file may run on another CPU than the one that wrote it. On x86 without VNNI onnxruntime's kernels of unsigned by signed
-bytes saturate for weights of 8 bits, silently; those of unsigned by unsigned bytes multiply in 16 bits and do not. With
-VNNI it computes both by the same instruction. So weights that could saturate are unsigned here (`store_weights`).
+So there are two forms: the standard form for other runtimes, and one for onnxruntime. In the latter,
+convolutions are matrix products over patches (`unfold_convolutions`), and 4-bit weights are cast to bytes by
+operators that onnxruntime computes once, when it loads the file.
+
+A file may run on another CPU than the one that wrote it. On x86 without VNNI, onnxruntime's kernels of
+unsigned by signed bytes silently saturate for 8-bit weights. Those of unsigned by unsigned bytes multiply in
+16 bits and do not saturate. With VNNI, it computes both with the same instruction. So weights that could
+saturate are stored unsigned (`store_weights`).
 """
 
 from __future__ import annotations
@@ -51,7 +56,7 @@ ops = torch.ops.quantized_decomposed
 OPSET = 21  # the first with 4-bit integers and scales per block
 
 
-LARGEST = 2**31 - 2**20  # bytes of weights inside the file; protobuf ends at 2 GiB
+LARGEST = 2**31 - 2**20  # the most bytes of weights inside the file; protobuf's limit is 2 GiB
 
 
 _INT8_KERNELS = {
@@ -64,7 +69,7 @@ _FLOAT_KERNELS = {"Conv", "FusedConv", "FusedGemm", "FusedMatMul", "Gemm", "MatM
 
 
 def require_onnx() -> None:
-    """Raise a TFMQError that says how to get the packages when one is missing."""
+    """Raise a TFMQError that says how to install the packages, if one is missing."""
     try:
         import onnx_ir  # noqa: F401
         import onnxscript  # noqa: F401
@@ -75,9 +80,12 @@ def require_onnx() -> None:
 
 
 def export_onnx(model: QuantizedGraph, file: Path, *, for_onnxruntime: bool, strict: bool) -> dict[str, Any]:
-    """Write the file, and beside it FILE.data when the weights are too large for one; what `Exported` wants to know.
+    """Write the file and, if the weights are too large for one file, FILE.data beside it.
 
-    Raises TFMQError without the packages, naming a node of which ONNX has no form, and under `strict` when onnxruntime
+    for_onnxruntime: write the form for onnxruntime, not the standard form; see the module.
+
+    Returns the fields of `Exported` that are known here: weights, kernels and notes. Raises TFMQError for a
+    missing package, for a node that ONNX cannot express, naming it, and, if `strict`, when onnxruntime
     computes a quantized layer in float.
     """
     require_onnx()
@@ -110,9 +118,10 @@ def export_onnx(model: QuantizedGraph, file: Path, *, for_onnxruntime: bool, str
 
 
 def kernels(file: Path) -> dict[str, int]:
-    """How many convolutions, linears and other products with constants onnxruntime's CPU computes in bytes, how many in float.
+    """Return how many products with constants onnxruntime's CPU computes in int8, and how many in float.
 
-    Read from the graph as onnxruntime rewrites it when it loads the file. Raises ImportError without onnxruntime.
+    The products are convolutions, linears and others. They are counted in the graph as onnxruntime rewrites
+    it when it loads the file. Raises ImportError if onnxruntime is not installed.
     """
     import onnx_ir
     import onnxruntime
@@ -121,7 +130,7 @@ def kernels(file: Path) -> dict[str, int]:
         optimized = Path(folder) / "optimized.onnx"
         options = onnxruntime.SessionOptions()
         options.optimized_model_filepath = str(optimized)
-        # The level above lays out convolutions for this CPU, and warns that the file is for no other.
+        # The next level lays out convolutions for this CPU, and warns that the file fits no other CPU.
         options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
         options.add_session_config_entry(
             "session.optimized_model_external_initializers_file_name", "weights.bin"
@@ -134,7 +143,7 @@ def kernels(file: Path) -> dict[str, int]:
     constants = set(graph.initializers)
     for node in graph:
         given = {v.name for v in node.inputs if v is not None}
-        if given <= constants:  # what dequantizes or transposes a weight
+        if given <= constants:  # it dequantizes or transposes a weight
             made = {v.name for v in node.outputs}
             constants |= made
             matrices |= made if given & matrices else set()
@@ -144,7 +153,10 @@ def kernels(file: Path) -> dict[str, int]:
 
 
 def _four_dimensional_attention(gm: GraphModule) -> None:
-    """attention(q, k, v) of rank 3 ==> squeeze(attention(unsqueeze(q), ..)), the rank that torch's exporter knows."""
+    """Rewrite attention of rank 3 to rank 4, the only rank that torch's exporter supports.
+
+    attention(q, k, v) of rank 3 ==> squeeze(attention(unsqueeze(q), ..))
+    """
     call = gm.graph.call_function
     for node in gm.graph.find_nodes(op="call_function", target=aten.scaled_dot_product_attention.default):
         value = meta_value(node)
@@ -162,7 +174,10 @@ def _four_dimensional_attention(gm: GraphModule) -> None:
 
 
 def _translated(program: torch.export.ExportedProgram, *, for_onnxruntime: bool) -> Any:
-    """The ONNX model in memory, without the exporter's notes of where in our code a node came from. Raises TFMQError naming the node that cannot be translated."""
+    """Return the ONNX model in memory, without the exporter's notes on where in our code a node came from.
+
+    Raises TFMQError naming the node that cannot be translated.
+    """
     with _quiet():
         try:
             translated = torch.onnx.export(
@@ -189,7 +204,7 @@ def _translated(program: torch.export.ExportedProgram, *, for_onnxruntime: bool)
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """The exporter warns of operators of torchvision, which nobody here uses."""
+    """Silence the exporter's warnings about torchvision's operators, which are not used here."""
     logger = logging.getLogger("torch.onnx")
     level = logger.level
     logger.setLevel(logging.ERROR)
@@ -207,19 +222,20 @@ def _cannot_express(error: BaseException) -> str:
         cause = cause.__cause__
     node = re.search(r"node %(\w+) .*?target=torch\.ops\.([\w.]+)", " ".join(map(str, causes)), re.S)
     last = str(causes[-1]).strip().splitlines()[0]
-    where = f"node {node[1]}: ONNX has no form of {node[2]}" if node else "ONNX cannot express the graph"
+    where = f"node {node[1]}: ONNX cannot express {node[2]}" if node else "ONNX cannot express the graph"
     return f"{where} ({last}); export it as .pt2, or use the quantized network as it is."
 
 
 def _translations(for_onnxruntime: bool) -> dict[Callable[..., Any], Callable[..., Any]]:
-    """Operators of ours that torch's exporter does not know, or not in the form that is fused."""
+    """Return translations of operators that torch's exporter lacks, or writes in a form that is not fused."""
     import onnx_ir
     from onnxscript import opset21 as op
 
     def constant(value: float, dtype: int) -> Any:
         return op.Constant(value=onnx_ir.tensor(value, dtype=onnx_ir.DataType(dtype)))
 
-    # The limits are those of the type: `byte_activations` saw to it, and weights are constants within them.
+    # The limits can be left out, as they are those of the dtype: `byte_activations` ensures it for
+    # activations, and weights are constants within them.
     def quantize(x: Any, scale: float, zero_point: int, _low: int, _high: int, dtype: int) -> Any:
         return op.QuantizeLinear(x, constant(scale, 1), constant(zero_point, dtype))
 
@@ -243,7 +259,10 @@ def _translations(for_onnxruntime: bool) -> dict[Callable[..., Any], Callable[..
         eps: float = 1e-5,
         _cudnn: bool = True,
     ) -> Any:
-        """onnxruntime's CPU has no GroupNormalization, and makes thirteen operators of it; this one it has."""
+        """Write a group norm by InstanceNormalization.
+
+        onnxruntime's CPU has a kernel for that. GroupNormalization it would expand to thirteen operators.
+        """
         ones = onnx_ir.tensor(np.ones(num_groups, np.float32))
         zeros = onnx_ir.tensor(np.zeros(num_groups, np.float32))
         groups = op.Reshape(x, op.Constant(value_ints=[0, num_groups, -1]))

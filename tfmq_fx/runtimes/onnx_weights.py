@@ -1,4 +1,4 @@
-"""Store the weights of an ONNX graph in the form that is computed best."""
+"""Store the weights of an ONNX graph in the form that runs best."""
 
 from __future__ import annotations
 
@@ -12,18 +12,23 @@ from tfmq_fx.base.arithmetic import PAIRS_FIT
 
 
 def store_weights(ir: Any, *, for_onnxruntime: bool) -> dict[str, int]:
-    """Store the integers of weights in four bits where they fit, in the form that is computed best; how many are stored how.
+    """Store integer weights in four bits if they fit, in the form that runs best. Return the count by type.
 
         DequantizeLinear(uint8 q, s, uint8 z)   ==>   DequantizeLinear(uint4 q, s, uint4 z)
         an int8 kernel can read it:             ==>   DequantizeLinear(int8(int32(uint4 q) - z), s, 0)
         none can:                               ==>   (float(uint4 q) - z) * s
         DequantizeLinear(int8 q, s, 0), |q| > 64      ==>   DequantizeLinear(uint8(q + 128), s, 128)
 
-    The second and third are for onnxruntime. It computes what stands before the product once, when it loads the file; then
-    has the signed bytes that its int8 kernels take, or a float weight that it need not dequantize at every call. A
-    product of a float with DequantizeLinear is its MatMulNBits, which rounds that float to 8 bits unless a session option
-    forbids it (`session.qdq_matmulnbits_accuracy_level`): so there the third is for every runtime. The fourth is for
-    CPUs on which the sums of signed weights saturate (`PAIRS_FIT`); smaller ones stay signed, which is faster there.
+    The second and third are for onnxruntime. It computes the operators before the product once, when it loads
+    the file. Then it has the signed bytes that its int8 kernels take, or a float weight that need not be
+    dequantized at every call.
+
+    onnxruntime computes a product of a float with DequantizeLinear as MatMulNBits, which rounds that float to
+    8 bits unless a session option forbids it (`session.qdq_matmulnbits_accuracy_level`). So for such
+    products, the third form is used for every runtime.
+
+    The fourth is for CPUs on which the sums of signed weights saturate (`PAIRS_FIT`). Smaller weights stay
+    signed, which is faster there.
     """
     stored: Counter[str] = Counter()
     for node in [n for n in ir.graph if n.op_type == "DequantizeLinear"]:
@@ -39,7 +44,7 @@ def store_weights(ir: Any, *, for_onnxruntime: bool) -> dict[str, int]:
 
 
 class _Weight:
-    """A weight of an ONNX graph, which a DequantizeLinear reads, and the forms that it may have."""
+    """A weight of an ONNX graph that a DequantizeLinear reads, with methods that write its possible forms."""
 
     def __init__(self, ir: Any, node: Any) -> None:
         self.ir, self.node = ir, node
@@ -48,7 +53,7 @@ class _Weight:
         axis = node.attributes["axis"].as_int()
         self.shape = [
             -1 if i == axis else 1 for i in range(self.integers.ndim)
-        ]  # of scales beside the integers
+        ]  # the shape in which scales broadcast with the integers
         self.centred = self.integers.astype(np.int16) - self.z.reshape(self.shape).astype(np.int16)
         self.unsigned = self.integers.dtype == np.uint8
         self.fits = bool(self.unsigned and max(self.integers.max(), self.z.max()) < 16)  # four bits
@@ -72,7 +77,7 @@ class _Weight:
             self._zero_point(self.z, "_zero_point", "UINT4")
 
     def _as_float(self) -> None:
-        """(float(q) - z) * s"""
+        """Store the weight as (float(q) - z) * s."""
         offset = self._constant(f"{self.node.name}_offset", self.z.reshape(self.shape), "FLOAT")
         scale = self.scale.const_value.numpy().reshape(self.shape)
         factor = self._constant(f"{self.node.name}_factor", scale, "FLOAT")
@@ -82,7 +87,7 @@ class _Weight:
         self.ir.graph.remove(self.node, safe=True)
 
     def _as_signed_bytes_of_four_bits(self) -> None:
-        """DequantizeLinear(int8(int32(uint4 q) - z), s, 0)"""
+        """Store the weight as DequantizeLinear(int8(int32(uint4 q) - z), s, 0)."""
         offset = self._constant(f"{self.node.name}_offset", self.z.reshape(self.shape), "INT32")
         wide = self._before("Cast", self._source(), to="INT32")
         byte = self._before("Cast", self._before("Sub", wide, offset), to="INT8")
@@ -90,13 +95,13 @@ class _Weight:
         self._zero_point(np.zeros_like(self.z), "_zeros", "INT8")
 
     def _as_unsigned_bytes(self) -> None:
-        """DequantizeLinear(uint8(q + 128), s, 128)"""
+        """Store the weight as DequantizeLinear(uint8(q + 128), s, 128)."""
         if not self.unsigned:
             self._read(self.integers.astype(np.int16) + 128, "_unsigned", "UINT8")
             self._zero_point(self.z.astype(np.int16) + 128, "_middle", "UINT8")
 
     def _source(self) -> Any:
-        """Return the integers, in four bits where they fit."""
+        """Return the integers, in four bits if they fit."""
         return self._constant(f"{self.q.name}_4bit", self.integers, "UINT4") if self.fits else self.q
 
     def _read(self, integers: Any, suffix: str, dtype: str) -> None:
@@ -106,7 +111,7 @@ class _Weight:
         self.node.replace_input_with(2, self._constant(f"{self.node.name}{suffix}", values, dtype))
 
     def _constant(self, name: str, array: Any, dtype: str) -> Any:
-        """Return the graph's constant of that name, made when it is not there."""
+        """Return the graph's constant of that name. Add it if it does not exist."""
         import onnx_ir
 
         found = self.ir.graph.initializers
@@ -129,7 +134,7 @@ class _Weight:
 
 
 def _readers(value: Any) -> Iterator[Any]:
-    """The nodes that compute with a value, also after a transposition."""
+    """Yield the nodes that compute with a value, directly or after a transposition."""
     for use in value.uses():
         if use.node.op_type == "Transpose":
             yield from _readers(use.node.outputs[0])

@@ -1,4 +1,4 @@
-"""Compile a quantized graph with OpenVINO, and tell which kernels it chose."""
+"""Compile a quantized graph with OpenVINO, and report which kernels it chose."""
 
 from __future__ import annotations
 
@@ -54,11 +54,12 @@ def lower_openvino(model: QuantizedGraph, wanted: Compilation) -> Lowered:
         "PERFORMANCE_HINT": "LATENCY",
         "INFERENCE_PRECISION_HINT": PRECISIONS[precision],
         "INFERENCE_NUM_THREADS": torch.get_num_threads(),
-        # OpenVINO would round what the recipe leaves in float, in front of weights that it unpacks.
+        # Otherwise OpenVINO would round activations that the recipe leaves in float, before weights that it
+        # unpacks.
         "DYNAMIC_QUANTIZATION_GROUP_SIZE": 0,
         **(FLOAT if all_float or wanted.sums is ByteSums.NONE else {}),
     }
-    # OpenVINO tells compiled networks apart by some of these settings, and not by all.
+    # OpenVINO's own cache distinguishes compiled networks by some of these settings, but not by all.
     conditions = json.dumps([settings, sorted(can), openvino.__version__])
     kept = folder / hashlib.sha256(conditions.encode()).hexdigest()[:16]
     if wanted.keep:
@@ -83,7 +84,7 @@ def lower_openvino(model: QuantizedGraph, wanted: Compilation) -> Lowered:
 
 
 def kernels_of_executions(layers: Iterable[EngineLayer], compiled: Compiled) -> list[Kernel]:
-    """What OpenVINO's execution graph says of each layer."""
+    """Return the kernel of each layer, from OpenVINO's execution graph."""
     found: dict[str, list[Execution]] = {}
     for execution in compiled.executions():
         for name in execution.layers:
@@ -92,7 +93,11 @@ def kernels_of_executions(layers: Iterable[EngineLayer], compiled: Compiled) -> 
 
 
 def _kernel(layer: EngineLayer, executions: list[Execution]) -> Kernel:
-    """Several executed nodes may bear a layer's name: what became of its multiplication, bias and scales."""
+    """Return the kernel of a layer.
+
+    executions: the executed nodes that bear its name. There may be several, for its multiplication, bias and
+        scales.
+    """
     products = [e for e in executions if e.kind in PRODUCTS] or executions[:1]
     kernel, precision = (products[0].kernel, products[0].precision) if products else ("", "")
     int8 = is_int8(kernel)
@@ -106,7 +111,7 @@ def _kernel(layer: EngineLayer, executions: list[Execution]) -> Kernel:
 
 @dataclass(frozen=True, kw_only=True)
 class Execution:
-    """One node of OpenVINO's execution graph."""
+    """A node of OpenVINO's execution graph."""
 
     kind: str  # "Convolution", "FullyConnected", "Eltwise", ...
     kernel: str  # "brgconv_avx512_I8"
@@ -125,18 +130,21 @@ PRODUCTS = (
 
 
 def is_int8(kernel: str) -> bool:
-    """By OpenVINO's name of a kernel: "_I8" reads unsigned bytes, "_i8" signed ones, its choice where the zero point is amid.
+    """Return True for an int8 kernel, by OpenVINO's name for it.
 
-    `Execution.precision` does not tell: it may be that of weights which a float kernel unpacks.
+    "_I8" reads unsigned bytes. "_i8" reads signed bytes, which OpenVINO chooses if the zero point is in the
+    middle of the range. `Execution.precision` cannot tell: it may be that of weights that a float kernel
+    unpacks.
     """
     return kernel.lower().endswith("_i8")
 
 
 class Compiled(nn.Module):
-    """The graph on OpenVINO's kernels: its inputs in order, its outputs nested as the graph nests them.
+    """The graph on OpenVINO's kernels. It takes the inputs in order and nests the outputs as the graph does.
 
-    OpenVINO lays out memory for a known batch, which is 1.6 to 1.9 times as fast as one of any size (digits, one
-    thread): there is one compiled network for each shape of inputs, the last `KEPT` of them. They share the file.
+    For a known batch size, OpenVINO lays out memory in advance, which is 1.6 to 1.9 times as fast as a batch
+    of any size (digits, one thread). So there is one compiled network for each shape of inputs, and the last
+    `KEPT` are kept. They share the file.
     """
 
     KEPT = 4
@@ -151,7 +159,7 @@ class Compiled(nn.Module):
         outputs = iter(range(len(file.outputs)))
         self.nested = torch.fx.map_arg(model.network.graph.output_node().args[0], lambda _: next(outputs))
         self.compiled: OrderedDict[tuple[tuple[int, ...], ...], Any] = OrderedDict()
-        self.seconds: dict[int, float] = {}  # what compiling for a batch took, by its size
+        self.seconds: dict[int, float] = {}  # batch size -> seconds that compiling for it took
 
     def forward(self, *inputs: Tensor) -> Any:
         given = [inputs[i].detach().contiguous() for i in self.order]
@@ -159,7 +167,7 @@ class Compiled(nn.Module):
         return pytree.tree_map(lambda i: torch.from_numpy(result[i]), self.nested)
 
     def compile(self, inputs: Sequence[Tensor]) -> Any:  # type: ignore[override]
-        """OpenVINO's network for inputs of these shapes, in its own order."""
+        """Return OpenVINO's network for inputs of these shapes. The inputs are in OpenVINO's order."""
         shapes = tuple(tuple(x.shape) for x in inputs)
         if shapes in self.compiled:
             self.compiled.move_to_end(shapes)
@@ -174,7 +182,7 @@ class Compiled(nn.Module):
         return self.compiled[shapes]
 
     def executions(self) -> Iterator[Execution]:
-        """Of the network that was called last."""
+        """Yield the executed nodes of the network that was called last."""
         compiled = next(reversed(self.compiled.values()))
         for node in compiled.get_runtime_model().get_ordered_ops():
             names = [*_info(node, "originalLayersNames").split(","), *_constants(node)]
@@ -192,7 +200,7 @@ def _info(node: Any, key: str) -> str:
 
 
 def _constants(node: Any) -> Iterator[str]:
-    """The names of the constants that an executed node reads, as they are or laid out anew."""
+    """Yield the names of the constants that an executed node reads, directly or after a change of layout."""
     for value in node.input_values():
         source = value.get_node()
         while _info(source, "layerType") in ("Reorder", "Reshape", "Transpose", "Convert"):

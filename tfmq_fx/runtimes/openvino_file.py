@@ -1,12 +1,12 @@
-"""A quantized graph as an OpenVINO model: written, compiled, and what its kernels turned out to be.
+"""Write a quantized graph as an OpenVINO model.
 
     network.xml, network.bin    OpenVINO's own format; weights as int8, activations by FakeQuantize
-    layers.json                 the convolutions, linears and matmuls, with what they should run as
+    layers.json                 the convolutions, linears and matmuls, and how they should run
 
-OpenVINO fuses FakeQuantize and the int8 constants into int8 kernels when it compiles. On a CPU with bfloat16 it
-computes everything else in that type, unless a layer is marked `precise` in the file. Timesteps up to 1000 and the
-sums that cancel a zero point do not fit bfloat16's eight bits: what follows from the timestep alone is marked, and
-what `rescale_temporal` put in.
+OpenVINO fuses FakeQuantize and the int8 constants into int8 kernels when it compiles. On a CPU with bfloat16
+it computes everything else in that type, unless a layer is marked `precise` in the file. Timesteps up to 1000
+and the sums that cancel a zero point do not fit in bfloat16's eight bits. So the layers that depend on the
+timestep alone are marked, and those that `rescale_temporal` put in.
 """
 
 from __future__ import annotations
@@ -38,17 +38,17 @@ from tfmq_fx.runtimes.layers import EngineLayer, layers_of, saturating_layers, s
 MODEL, WEIGHTS, LAYERS = "network.xml", "network.bin", "layers.json"
 
 
-# A folder may be carried to any CPU: layers that saturate on some are in float in it where they are at most this share of the
-# multiplications, as the few of 8 bits are at W4A8.
+# A folder may be used on any CPU. Layers that saturate on some CPUs are written in float if they are at most
+# this share of the multiplications, as the few 8-bit layers of W4A8 are.
 PORTABLE = 0.05
 
 
-# OpenVINO's setting for float arithmetic on the same integers, where byte products would be summed in 16 bits.
+# OpenVINO's setting for float arithmetic on the same integers, for CPUs that sum byte products in 16 bits.
 FLOAT = {"LP_TRANSFORMS_MODE": "NO"}
 
 
 def require_openvino() -> Any:
-    """The package, or a TFMQError that says how to get it."""
+    """Return the package. Raises a TFMQError that says how to install it if it is missing."""
     try:
         import openvino
     except ImportError as error:
@@ -59,25 +59,31 @@ def require_openvino() -> Any:
 
 
 def export_folder(model: QuantizedGraph, folder: Path) -> tuple[str, ...]:
-    """Write OpenVINO's files; what somebody who compiles them should know. Raises TFMQError when the folder holds anything else."""
+    """Write OpenVINO's files, and return notes for users who compile them.
+
+    Raises TFMQError when the folder holds anything else, and for a node that OpenVINO cannot express, naming
+    it.
+    """
     names = {f.name for f in folder.iterdir()} if folder.is_dir() else set()
     if not names <= {MODEL, WEIGHTS, LAYERS} or folder.is_file():
         raise TFMQError(f"{folder}: holds something else; choose another folder or remove it yourself.")
     found: list[str] = []
     if model.recipe.get("smooth") is not None:
         found.append(
-            "compile it with a fixed batch (model.reshape): for one of any size OpenVINO 2026.4 overwrites smoothed activations"
+            "compile it with a fixed batch (model.reshape): for a batch of any size, OpenVINO 2026.4 overwrites smoothed activations"
         )
     replace_folder(folder, lambda temporary: found.extend(write(model, temporary, float_share=PORTABLE)))
     return tuple(found)
 
 
 def write(model: QuantizedGraph, folder: Path, *, float_share: float = 0.0) -> list[str]:
-    """Write the model's files into a folder that is there; as `export_folder`. Raises TFMQError naming a node OpenVINO lacks.
+    """Write the model's files into an existing folder, and return notes as `export_folder` does.
 
-    float_share: the layers whose int8 kernels saturate on CPUs without VNNI are left in float where they are at most this
-        share of the multiplications, 1 being always. Their weights are written so, unless all would be: such a network
-        is compiled with `FLOAT`.
+    float_share: the layers whose int8 kernels saturate on CPUs without VNNI are left in float if they are at
+        most this share of the multiplications; 1 means always. Their weights are then written in float,
+        unless those of all layers would be: such a network must be compiled with `FLOAT`.
+
+    Raises TFMQError naming a node that OpenVINO cannot express.
     """
     openvino = require_openvino()
     gm = graph_of(decomposed(model))
@@ -97,7 +103,7 @@ def write(model: QuantizedGraph, folder: Path, *, float_share: float = 0.0) -> l
     _name_weights(ir)
     try:
         openvino.serialize(ir, folder / MODEL, folder / WEIGHTS)
-    except RuntimeError as error:  # all that C++'s streams say of a disk that is full
+    except RuntimeError as error:  # C++'s streams raise nothing more specific for a full disk
         raise OSError(f"OpenVINO: {error}") from error
     block = placeholders(model.temporal_block)
     marked = [n.name for n in gm.graph.nodes if n.meta.get(PRECISE)]
@@ -118,7 +124,7 @@ def write(model: QuantizedGraph, folder: Path, *, float_share: float = 0.0) -> l
 
 
 def decomposed(model: QuantizedGraph) -> torch.export.ExportedProgram:
-    """The flat graph, in the operators that OpenVINO's converter wants to see."""
+    """Return the flat graph in the operators that OpenVINO's converter expects."""
     from openvino.frontend.pytorch.torchdynamo.export_decompositions import ops_to_not_decompose
 
     table = torch.export.default_decompositions()
@@ -129,23 +135,28 @@ def decomposed(model: QuantizedGraph) -> torch.export.ExportedProgram:
 
 
 def _convert(gm: GraphModule) -> Any:
-    """By OpenVINO's frontend itself: its `convert_model` would tell Google Analytics of it, from a fork of this process."""
+    """Convert the graph with OpenVINO's frontend.
+
+    `openvino.convert_model` would do the same, but it reports to Google Analytics, from a fork of this
+    process.
+    """
     from openvino.frontend import FrontEndManager
     from openvino.frontend.pytorch.fx_decoder import TorchFXPythonDecoder
 
     frontend = FrontEndManager().load_by_framework("pytorch")
-    # "dynamic_shapes" would make every size dynamic; the batch is so already. The frontend does not keep the decoder alive.
+    # `dynamic_shapes` would make every size dynamic; the batch is dynamic already. The decoder has a name
+    # because the frontend does not keep it alive.
     decoder = TorchFXPythonDecoder(gm, dynamic_shapes=False)
     try:
         return frontend.convert(frontend.load(decoder))
-    except Exception as error:  # OpenVINO's own types differ by what failed; its words name operator or node
+    except Exception as error:  # OpenVINO raises many types; its message names the operator or node
         raise TFMQError(_cannot_express(gm, str(error))) from error
 
 
 def _name_weights(ir: Any) -> None:
-    """Call the bytes of a weight like the node that multiplies them by their scales.
+    """Name the bytes of a weight after the node that multiplies them by their scales.
 
-    Layers lose their names where OpenVINO fuses them; the constants that they read keep theirs.
+    Layers lose their names when OpenVINO fuses them, but the constants that they read keep theirs.
     """
     for product in ir.get_ops():
         if product.get_type_name() == "Multiply":
@@ -166,7 +177,7 @@ def _cannot_express(gm: GraphModule, words: str) -> str:
     failed = re.findall(r"during conversion of operation ([^/\s]+)/", words)
     nodes = [n for n in gm.graph.nodes if str(n.target) in operators or n.name in failed]
     if nodes:
-        return f"node {nodes[0].name}: OpenVINO has no form of {nodes[0].target}; {_NOT_LOWERED}"
+        return f"node {nodes[0].name}: OpenVINO cannot express {nodes[0].target}; {_NOT_LOWERED}"
     return f"OpenVINO cannot convert the graph: {words.strip().splitlines()[-1]}; {_NOT_LOWERED}"
 
 
@@ -174,9 +185,10 @@ _NOT_LOWERED = "use the quantized network as it is, or export it as .pt2."
 
 
 def mark_precise(file: Path, *, inputs: Iterable[str], nodes: Iterable[str]) -> None:
-    """Mark as `precise` in OpenVINO's XML what depends on the given inputs alone, and what was made of `nodes`.
+    """Mark layers as `precise` in OpenVINO's XML: those that depend on `inputs` alone or come from `nodes`.
 
-    A shape says nothing of values: what is read from the shape of another input is not its dependent.
+    A shape says nothing about values: a layer that reads only the shape of an input does not depend on that
+    input.
     """
     tree = ElementTree.parse(file)
     sources: dict[str, list[str]] = {}

@@ -1,9 +1,9 @@
-"""A quantized graph on oneDNN's int8 kernels with torch alone: compiled ahead by Inductor, or run node by node.
+"""Run a quantized graph on oneDNN's int8 kernels with torch alone, compiled by Inductor or node by node.
 
-Compiled, there is one shared library for each shape of inputs (torch.export with fixed sizes, then AOTInductor with
-frozen weights): C++ calls the kernels, the scales of a timestep are looked up inside, and nothing is traced, guarded or
-compiled again from step to step. A library in a cache folder needs no compiler any more. Without a C++ compiler the
-graph runs node by node, with the same kernels, on weights laid out once.
+Compiled, there is one shared library for each shape of inputs (torch.export with fixed sizes, then
+AOTInductor with frozen weights). Its C++ calls the kernels and looks up the scales of a timestep. Nothing is
+traced, guarded or compiled again from step to step. A library in a cache folder needs no compiler any more.
+Without a C++ compiler, the graph runs node by node, with the same kernels, on weights laid out once.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ from tfmq_fx.runtimes.layers import EngineLayer, Kernel, layers_of
 
 
 def lower_torch(model: QuantizedGraph, wanted: Compilation) -> Lowered:
-    """Prepare the graph with oneDNN's kernels, and compile it where that is wanted and possible."""
+    """Put oneDNN's kernels into the graph, and compile it if that is wanted and possible."""
     has = dict(torch.cpu.get_capabilities())
     precision = choose_precision(wanted.precision, has_bfloat16=torch_has_bfloat16())
     start = time.perf_counter()
@@ -94,13 +94,13 @@ log = logging.getLogger(__name__)
 PACKED = (torch.ops.tfmq.int4_conv.default, torch.ops.tfmq.int4_linear.default)
 
 
-# Inductor's, for this compilation alone. Frozen: weights are constants, laid out now and not at each call.
+# Inductor's options for this compilation alone. Frozen weights are constants, laid out now, not at each call.
 OPTIONS = {"freezing": True, "aot_inductor.precompile_headers": False}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Prepared:
-    """The graph with int8 kernels, and what its layers run as."""
+    """The graph with int8 kernels, and the kernel of each layer."""
 
     gm: GraphModule
     kernels: list[Kernel]
@@ -109,10 +109,13 @@ class Prepared:
 def prepare_graph(
     model: QuantizedGraph, *, precision: str, pack: str | None, sums: ByteSums = ByteSums.EXACT
 ) -> Prepared:
-    """Return the flat graph of torch's operators and int8 kernels. Raises TFMQError naming a node that cannot run.
+    """Return the flat graph of torch's operators and int8 kernels.
 
-    sums: where they saturate, the layers whose weights make them stay in float, and without any all do, on the same
-        integers.
+    precision: of everything that is not int8, "bfloat16" or "float32". pack: "int4" or None; see `lower`.
+    sums: how the CPU sums products of bytes. If its sums can saturate, layers whose weights make them
+        saturate stay in float, on the same integers. If it cannot multiply bytes, all layers do.
+
+    Raises TFMQError naming a node that cannot run.
     """
     gm = flat_graph(model)
     PassManager(TO_INT8)(gm)
@@ -124,35 +127,35 @@ def prepare_graph(
     dtypes = dtypes_of(gm, inputs)
     if precision == "bfloat16":
         bfloat16_glue(gm, dtypes=dtypes, precise=set(placeholders(model.temporal_block)))
-        dtypes_of(gm, inputs)  # an operator that has no bfloat16 is named
+        dtypes_of(gm, inputs)  # to name an operator that lacks bfloat16
     kernels = kernels_of_graph(gm, layers, PRECISIONS[precision], sums)
     keep_what_is_read(gm)
     return Prepared(gm=gm, kernels=kernels)
 
 
 def flat_graph(model: QuantizedGraph) -> GraphModule:
-    """Return the graph without the submodule, writes in place and checks, in torch's composite operators."""
+    """Return the graph without submodules, in-place writes and checks, in torch's composite operators."""
     program = exported(model)
     if any(mutated_inputs(n) for n in program.graph.nodes):
-        program = program.run_decompositions({})  # which traces it once more
+        program = program.run_decompositions({})  # this traces it once more
     gm = fresh(graph_of(program))
     for node in gm.graph.find_nodes(op="call_function", target=aten._assert_tensor_metadata.default):
-        gm.graph.erase_node(node)  # of the dtypes at capture; `DropIn` checks the inputs
+        gm.graph.erase_node(node)  # it checks dtypes; `DropIn` checks the inputs
     return gm
 
 
 class _Dtypes(Interpreter):
-    """Runs the graph once, keeps every tensor's dtype, and names the node that fails."""
+    """An interpreter that runs the graph once, keeps every tensor's dtype, and names the node that fails."""
 
     def __init__(self, gm: GraphModule) -> None:
         super().__init__(gm)
-        self.extra_traceback = False  # torch's words behind ours
+        self.extra_traceback = False  # or torch would append its own text to our message
         self.found: dict[Node, torch.dtype] = {}
 
     def run_node(self, n: Node) -> Any:
         try:
             value = super().run_node(n)
-        except Exception as error:  # whatever an operator raises
+        except Exception as error:  # operators may raise any type
             raise TFMQError(f"node {n.name}: {n.target} cannot run here ({first_line(error)}).") from error
         if isinstance(value, Tensor):
             self.found[n] = value.dtype
@@ -160,6 +163,7 @@ class _Dtypes(Interpreter):
 
 
 def dtypes_of(gm: GraphModule, inputs: Mapping[str, Tensor]) -> dict[Node, torch.dtype]:
+    """Run the graph and return the dtype of each tensor's node. Raises TFMQError naming a node that fails."""
     run = _Dtypes(gm)
     with torch.no_grad():
         run.run(*inputs.values())
@@ -169,7 +173,11 @@ def dtypes_of(gm: GraphModule, inputs: Mapping[str, Tensor]) -> dict[Node, torch
 def kernels_of_graph(
     gm: GraphModule, layers: Sequence[EngineLayer], glue: str, sums: ByteSums
 ) -> list[Kernel]:
-    """Return what became of each layer of the graph before the kernels were put in."""
+    """Return the kernel that runs each layer.
+
+    gm: the graph with the kernels. layers: those of the graph before the kernels were put in. glue: the
+    precision of the layers that are not int8, by its short name.
+    """
     replaced = {n.meta[LAYER]: n for n in gm.graph.nodes if LAYER in n.meta}
     left = {n.name: n.meta.get(FALLBACK, "") for n in gm.graph.nodes}
     found = []
@@ -182,14 +190,16 @@ def kernels_of_graph(
             reason = (
                 NO_INT8
                 if sums is ByteSums.NONE
-                else "its operands are quantized: torch has no int8 kernel of it"
+                else "its operands are quantized, but torch has no int8 kernel for it"
             )
-        found.append(layer.ran_as(f"aten.{layer.op}", precision=glue, int8=False, reason=reason or "gone"))
+        found.append(
+            layer.ran_as(f"aten.{layer.op}", precision=glue, int8=False, reason=reason or "not in the graph")
+        )
     return found
 
 
 def lay_out(gm: GraphModule) -> GraphModule:
-    """For a run node by node: weights in the kernels' own layout, quantizations in place."""
+    """Prepare the graph to run node by node: lay out weights for the kernels, and quantize in place."""
     for i, node in enumerate(list(gm.graph.nodes)):
         if node.target in LAY_OUT:
             fold(gm, node, f"laid_out_{i}")
@@ -202,24 +212,24 @@ def lay_out(gm: GraphModule) -> GraphModule:
 
 
 def quantize(x: Tensor, scale: float, zero_point: int, low: int, high: int, dtype: torch.dtype) -> Tensor:
-    """As torch's operator rounds, in one new tensor instead of five."""
+    """Quantize with the rounding of torch's operator, in one new tensor instead of five."""
     y = x.float() * (1.0 / scale)
     return y.round_().add_(zero_point).clamp_(low, high).to(dtype)
 
 
 def compiler_missing() -> str:
-    """Why Inductor finds no C++ compiler; "" where there is one."""
+    """Return why Inductor finds no C++ compiler; "" if it finds one."""
     from torch._inductor.cpp_builder import get_cpp_compiler
 
     try:
         get_cpp_compiler()
-    except Exception as error:  # Inductor's own type, or what starting a program raises
+    except Exception as error:  # Inductor's own type, or any error of starting a program
         return f"no C++ compiler ({first_line(error)})"
     return ""
 
 
 class TorchEager(nn.Module):
-    """The graph on oneDNN's kernels, node by node: any batch size, no compiler."""
+    """The graph on oneDNN's kernels, run node by node. It takes any batch size and needs no compiler."""
 
     def __init__(self, gm: GraphModule, *, nested: Any) -> None:
         super().__init__()
@@ -232,9 +242,10 @@ class TorchEager(nn.Module):
 
 
 class TorchCompiled(nn.Module):
-    """The graph on oneDNN's kernels, compiled: one shared library for each shape of inputs, the last `KEPT` of them.
+    """The graph on oneDNN's kernels, compiled to one shared library for each shape of inputs.
 
-    Libraries that lie in the folder are used as they are, and then `make`, which prepares the graph, is not called.
+    The last `KEPT` libraries stay loaded. If `folder` already holds a library, it is used as it is, and
+    `make`, which prepares the graph, is not called.
     """
 
     KEPT = 4
@@ -243,7 +254,7 @@ class TorchCompiled(nn.Module):
         super().__init__()
         self.make, self.folder, self.nested = make, folder, nested
         self.compiled: OrderedDict[tuple[tuple[int, ...], ...], Callable[..., Any]] = OrderedDict()
-        self.seconds: dict[int, float] = {}  # what compiling or loading for a batch took, by its size
+        self.seconds: dict[int, float] = {}  # batch size -> seconds that compiling or loading for it took
 
     def forward(self, *inputs: Tensor) -> Any:
         given = [x.detach().contiguous() for x in inputs]
@@ -251,7 +262,7 @@ class TorchCompiled(nn.Module):
             return _nest(self.compile(given)(*given), self.nested)
 
     def compile(self, inputs: Sequence[Tensor]) -> Callable[..., Any]:  # type: ignore[override]
-        """The library for inputs of these shapes."""
+        """Return the library for inputs of these shapes."""
         shapes = tuple(tuple(x.shape) for x in inputs)
         if shapes in self.compiled:
             self.compiled.move_to_end(shapes)
@@ -263,7 +274,7 @@ class TorchCompiled(nn.Module):
                 compile_to(file, self.make(), inputs)
             except TFMQError:
                 raise
-            except Exception as error:  # Inductor's and the compiler's types differ by what failed
+            except Exception as error:  # Inductor and the compiler raise many types
                 raise TFMQError(
                     f"compiling for inputs of {', '.join(map(str, shapes))}: {type(error).__name__}: {first_line(error)}"
                 ) from error
@@ -286,9 +297,10 @@ def compiled_or_not(
     folder: Path,
     compile: bool | None,
 ) -> tuple[nn.Module, str]:
-    """The network, called once on these inputs, and why it is not compiled ("" when it is).
+    """Return the network, called once on these inputs, and why it is not compiled ("" if it is).
 
-    Raises TFMQError for compile=True where that cannot be.
+    make: prepares the graph. compile: as in `lower`. Raises TFMQError for compile=True if it cannot be
+        compiled.
     """
     count = itertools.count()
     nested = torch.fx.map_arg(model.network.graph.output_node().args[0], lambda _: next(count))
@@ -312,16 +324,16 @@ def compiled_or_not(
 
 
 def compile_to(file: Path, gm: GraphModule, inputs: Sequence[Tensor]) -> None:
-    """Write the graph's library for inputs of these shapes: whole, or not at all.
+    """Write the graph's library for inputs of these shapes, whole or not at all.
 
-    Inductor's own files, weights and all, go to a folder that is removed.
+    Inductor's own files, including the weights, go to a temporary folder.
     """
     missing = compiler_missing()
     if missing:
         raise TFMQError(missing)
     with tempfile.TemporaryDirectory(prefix="tfmq-inductor-") as folder:
         package = Path(folder) / "compiled.pt2"
-        # Without gradients, Inductor may take weights as constants. It fills the dict of metadata in place.
+        # Without gradients, Inductor may treat weights as constants. It fills the metadata dict in place.
         with mock.patch.dict(os.environ, {"TORCHINDUCTOR_CACHE_DIR": folder}), torch.no_grad():
             program = torch.export.export(gm, tuple(inputs), strict=False)
             torch._inductor.aoti_compile_and_package(
@@ -342,7 +354,7 @@ def check_calls(package: Path, gm: GraphModule) -> None:
 
 
 def weight_bytes(gm: GraphModule) -> int:
-    """What the constants of a graph hold in memory; those that share it count once."""
+    """Return the bytes that a graph's constants hold in memory. Shared memory counts once."""
     found: dict[int, int] = {}
     for value in [*gm.parameters(), *gm.buffers()]:
         if value.is_mkldnn:
