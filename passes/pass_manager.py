@@ -46,7 +46,7 @@ class PassManager(pass_manager.PassManager):
 
     Settings are bound with functools.partial. done: called with the name of each pass when it has run, as
     a clock wants to hear. Raises TFMQError listing every declared need that the order violates, before anything runs; a
-    pass's own TFMQError comes through as it is.
+    pass's own exception comes through as it is, with a note that names the pass.
     """
 
     def __init__(
@@ -72,10 +72,11 @@ class PassManager(pass_manager.PassManager):
         try:
             return super().__call__(module)
         except Exception as error:
-            # torch wraps any exception of a pass, but a user error should reach the user as it is.
-            if isinstance(error.__cause__, TFMQError):
-                raise error.__cause__ from None
-            raise
+            # torch wraps any exception of a pass. It should reach the user as it is; which pass it was is a note.
+            if error.__cause__ is None:
+                raise
+            error.__cause__.add_note(str(error))
+            raise error.__cause__ from None
 
     def _logged(self, given: Callable[..., Any]) -> Callable[[nn.Module], PassResult]:
         name = _name(_function(given))

@@ -10,7 +10,6 @@ from torch.fx import GraphModule
 from torch.fx.passes.infra.pass_base import PassResult
 
 from tfmq_fx.base.errors import TFMQError
-from tfmq_fx.base.parallel import workers
 from tfmq_fx.graph.channels import (
     ParameterLayer,
     choose_layers,
@@ -26,7 +25,6 @@ from tfmq_fx.passes.temporal.find_temporal import TemporalBlock, find_temporal
 
 
 @declare(after=CLEANING)
-@workers(1)  # on any number of threads the same bits
 def smooth(
     gm: GraphModule,
     *,
@@ -53,7 +51,7 @@ def smooth(
     """
     require_float_graph(gm, "smooth")
     if not 0.0 <= alpha <= 1.0:
-        raise TFMQError(f"alpha={alpha}: is not between 0 (weights stay) and 1 (activations become even).")
+        raise TFMQError(f"alpha={alpha}: is not between 0 (weights become even) and 1 (activations become even).")
     if "smooth" in captured_of(gm).low_bits:
         return PassResult(gm, False)
     temporal = temporal or find_temporal(gm)

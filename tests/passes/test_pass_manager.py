@@ -55,3 +55,24 @@ def test_a_passs_own_error_comes_through():
     gm, _ = exported()
     with pytest.raises(TFMQError, match="timesteps: found repeated values"):
         PassManager([partial(tfmq_fx.prepare, recipe=RECIPE, timesteps=torch.tensor([1, 1]))])(gm)
+
+
+def test_any_other_error_comes_through_with_the_name_of_its_pass():
+    gm, _ = exported()
+
+    def looks_up(_gm):
+        return {}["missing"]
+
+    with pytest.raises(KeyError, match="missing") as error:
+        PassManager([remove_noops, looks_up])(gm)
+    (note,) = error.value.__notes__
+    assert "running the 'looks_up' pass after the following passes: ['remove_noops']" in note
+
+
+def test_the_names_are_told_to_whoever_listens_when_each_pass_has_run():
+    gm, _ = exported()
+    heard = []
+    manager = PassManager([remove_noops, partial(root_batch_size, timestep="timestep")], done=heard.append)
+    assert manager.names == ["remove_noops", "root_batch_size"]
+    manager(gm)
+    assert heard == manager.names
