@@ -50,9 +50,9 @@ def low_rank(
         either that SVD or the SVD of the rounding error W - Q(W) (LoftQ, Li et al. 2023, one alternation),
         whichever leaves a residual that rounds to nearest with less error.
 
-    The graph's state says what was done to each layer (`low_bits`); a graph that has it stays as it is. Left as they are: grouped and
-    transposed convolutions, and layers whose branch would hold as many numbers as the weight. Raises TFMQError for a prepared graph
-    and a rank below 1.
+    The graph's state says what was done to each layer (`low_bits`); a graph that has it stays as it is.
+    Left as they are: grouped and transposed convolutions, and layers whose branch would hold as many
+    numbers as the weight. Raises TFMQError for a prepared graph and a rank below 1.
     """
     require_float_graph(gm, "low_rank")
     if rank < 1:

@@ -33,8 +33,8 @@ def rotate(gm: GraphModule, *, block: int = 16, temporal: TemporalBlock | None =
 
     block: b, a power of two. A layer is left as it is if b does not divide its input channels (of one group).
 
-    The graph's state says what was done to each layer (`low_bits`); a graph that has it stays as it is. Raises TFMQError for a prepared
-    graph and for another block size.
+    The graph's state says what was done to each layer (`low_bits`); a graph that has it stays as it is.
+    Raises TFMQError for a prepared graph and for another block size.
     """
     require_float_graph(gm, "rotate")
     h = hadamard(block)

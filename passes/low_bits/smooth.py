@@ -46,8 +46,9 @@ def smooth(
     maxima: layer's node name -> max|X_j| over the calibration data (C_in,), or what measures them on the graph;
         see `calibration.stage.input_maxima`.
 
-    The graph's state says what was done to each layer (`low_bits`); a graph that has it stays as it is. Raises TFMQError for a prepared
-    graph, for an alpha outside [0, 1], and for a layer whose maxima are missing, of another length or not finite.
+    The graph's state says what was done to each layer (`low_bits`); a graph that has it stays as it is.
+    Raises TFMQError for a prepared graph, for an alpha outside [0, 1], and for a layer whose maxima are
+    missing, of another length or not finite.
     """
     require_float_graph(gm, "smooth")
     if not 0.0 <= alpha <= 1.0:
