@@ -27,8 +27,8 @@ def images_from(
 ) -> Tensor:
     """Return the images (N, C, H, W), in [-1, 1], of a folder and its subfolders (such as one per class).
 
-    size: of the result in pixels, (H, W) or one number for both. Images are scaled to cover it (bilinear, with
-        antialiasing) and centre-cropped.
+    size: of the result in pixels, (H, W) or one number for both. Images are scaled to cover it (bilinear,
+        with antialiasing) and centre-cropped.
     channels: 1 (grey) or 3.
     num: the number of images, drawn by `seed`; None: all, in the order of their names.
 
