@@ -1,20 +1,23 @@
 """Do the papers' ideas for the temporal block hold on our models?
 
     python -m benchmarks.ablation --output out/ablation
-    python -m benchmarks.ablation --output out/ablation --observers      the estimators of finite set calibration instead
+    python -m benchmarks.ablation --output out/ablation --observers    compares the range estimators of FSC instead
 
     none        the block's weights rounded to nearest, one static scale for each of its activations
-    TIAR        the block's rounding chosen over all timesteps at once (TFMQ-DM, section 4.2), by the library's
-                second-order step, which ends below the papers' learned rounding (docs/measured/reconstruction.md)
+    TIAR        the block's rounding chosen over all timesteps at once (TFMQ-DM, section 4.2), by the
+                library's second-order step, whose error ends below that of the papers' learned rounding
+                (docs/measured/reconstruction.md)
     FSC         activation scales per timestep (TFMQ-DM, section 4.3)
     TIAR+FSC    both: the library's default
     cache       the block's features from a table (Temporal Feature Matters)
-    auto        for each feature the cheaper of TIAR+FSC and a table whose disturbance is in bounds (ditto)
+    auto        for each feature, the cheaper of TIAR+FSC and a table whose disturbance is within bounds
+                (same paper)
 
-The rest of the network is quantized alike in all of them, by `--rest`. Five seeds, each with calibration trajectories
-of its own; samples come from the same noise as their float twins. After ±: the 95% confidence interval of the mean, by
-Student's t; "gain" is the PSNR over "none" with the same seed, so what seeds have in common cancels. Runs are kept in
-benchmarks/ablation.jsonl as in benchmarks.reconstruction.
+All variants quantize the rest of the network in the same way, by `--rest`. There are five seeds, each with
+its own calibration trajectories. Quantized and float samples start from the same noise. The value after ± is
+the 95% confidence interval of the mean, by Student's t. "gain" is the PSNR minus that of "none" with the same
+seed, which cancels what the runs of a seed have in common. Runs are kept in benchmarks/ablation.jsonl, as in
+benchmarks.reconstruction.
 """
 
 from __future__ import annotations
@@ -50,12 +53,12 @@ from tfmq_fx.recipe import TEMPORAL_OBSERVERS, Recipe
 
 RESULTS = Path(__file__).with_suffix(".jsonl")
 SETTINGS = ("w8a8", "w4a8", "w4a4")
-TRAJECTORIES = 16  # of calibration: 800 rows
+TRAJECTORIES = 16  # calibration trajectories: 800 rows
 STUDENT = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306, 10: 2.262}
 
 
 class StaticObserver(TemporalMinMaxObserver):
-    """One range for all timesteps: what finite set calibration is compared with."""
+    """An observer with one range for all timesteps: the baseline of finite set calibration."""
 
     def ranges(self) -> tuple[Tensor, Tensor]:
         low_T, high_T = super().ranges()
@@ -73,7 +76,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 
 
 def recipe_of(run: Run) -> Recipe:
-    """`run.method` is "variant,rest"."""
+    """Return the recipe of a run whose `method` is "variant,rest"."""
     variant, rest = run.method.split(",")
     recipe, changes = Recipe.preset(run.setting), dict(VARIANTS[variant])
     settings = {"method": rest, "temporal_method": changes.pop("temporal_method")}
@@ -83,7 +86,7 @@ def recipe_of(run: Run) -> Recipe:
 
 
 def interval(values: Sequence[float], form: str) -> str:
-    """mean ± half of its 95% confidence interval."""
+    """Return the mean ± half of its 95% confidence interval, as text."""
     text = f"{statistics.mean(values):{form}}"
     if len(values) < 2:
         return text
@@ -116,7 +119,10 @@ def table(found: dict[Run, dict[str, float]]) -> Table:
 
 @torch.no_grad()
 def estimators(model: str, output: Path, *, bits: int, repeats: int = 5) -> Table:
-    """What each estimator costs for the whole block, and what its ranges alone, with float weights, do to the features."""
+    """Return a table of the estimators: CPU time for the whole block, and the features' distance to float.
+
+    Only activations are quantized, by the estimated ranges; the weights stay in float.
+    """
     data, _ = prepare(output, model, 0, 2, TRAJECTORIES)
     pipe, finite = MODELS[model].pipeline(), MODELS[model].finite
     found = tfmq_fx.CalibrationSet.from_tensors(load_file(data))

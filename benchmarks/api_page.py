@@ -1,4 +1,4 @@
-"""The API pages from the docstrings: python -m benchmarks.api_page out/api"""
+"""Write the API pages from the docstrings: python -m benchmarks.api_page out/api"""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ MODULES = (
 
 
 def write(output: Path) -> list[Path]:
-    """One page a module, HTML; returns the pages."""
-    for name in tfmq_fx.__all__:  # the face loads its names when they are touched
+    """Write one HTML page per module, and return the pages."""
+    for name in tfmq_fx.__all__:  # tfmq_fx imports a name on first access
         getattr(tfmq_fx, name)
     modules = [f"tfmq_fx.{name}" for name in MODULES]
     pdoc.pdoc("tfmq_fx", *modules, output_directory=output)

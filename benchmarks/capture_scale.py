@@ -1,4 +1,4 @@
-"""What capture, find and partition cost at size: seconds against nodes, and memory against the float model's.
+"""How do capture, find and partition scale? Seconds by nodes, and peak memory beside the float model's.
 
 python -m benchmarks.capture_scale
 """
@@ -32,7 +32,7 @@ REPEATS = 3
 
 
 class Chain(nn.Module):
-    """Residual blocks in a row, each with a temporal feature of its own: as many nodes as one asks for."""
+    """A chain of residual blocks, each with its own temporal feature, for a graph of any size."""
 
     def __init__(self, blocks: int) -> None:
         super().__init__()
@@ -51,7 +51,7 @@ class Chain(nn.Module):
 def synthetic() -> Table:
     table = Table("nodes", "features", "capture s", "find s", "partition s", "pass us per node")
     inputs = {"sample": torch.randn(2, 4, 4, 4), "timestep": torch.tensor([1, 2])}
-    tfmq_fx.capture(Chain(2).eval(), inputs)  # what the first export imports
+    tfmq_fx.capture(Chain(2).eval(), inputs)  # the first export imports modules, which is not timed
     for nodes in NODES:
         network = Chain(nodes // 12).eval()
         rows = []
@@ -77,7 +77,10 @@ def synthetic() -> Table:
 
 
 def real_size(name: str) -> dict[str, float]:
-    """In a process of its own, because the peak of a process never falls. Random weights, really in memory."""
+    """Measure capture and partition of a network of published size, with random weights in real memory.
+
+    Run this in its own process: the peak memory of a process never falls.
+    """
     entry = next(e for e in ZOO if e.name == name)
     with torch.device("meta"):
         network = entry.build(True)
@@ -86,7 +89,7 @@ def real_size(name: str) -> dict[str, float]:
         for tensor in [*network.parameters(), *network.buffers()]:
             if tensor.is_floating_point():
                 tensor.normal_(std=0.02)
-    # 16x16 latents: the graph is that of 64x64, the forward that shows equality takes seconds.
+    # 16x16 latents give the same graph as 64x64, and the forward that checks equality takes only seconds.
     inputs = pytree.tree_map(
         lambda x: x[..., :16, :16] if isinstance(x, Tensor) and x.dim() == 4 else x, entry.inputs(True)
     )

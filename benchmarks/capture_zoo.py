@@ -1,4 +1,6 @@
-"""Capture, find and partition every network of benchmarks/networks/zoo.py: reduced sizes with real weights, published sizes with fake.
+"""Capture every network of benchmarks/networks/zoo, then find and partition its temporal block.
+
+Reduced sizes have real weights, published sizes have fake weights.
 
 python -m benchmarks.capture_zoo [NAME ...]
 """

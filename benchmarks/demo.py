@@ -1,7 +1,7 @@
-"""`make demo`: the main job on the embedded model, from the float network to pictures, in a few minutes.
+"""Run `make demo`: from the embedded float network to quantized samples in a few minutes.
 
-Quantizes to W8A8 and W4A8, saves, loads, samples float and quantized from the same noise, prints the table of
-docs/measured/quality.md and where the time went, and writes out/demo.png.
+Quantizes to W8A8 and W4A8, saves, loads, and samples float and quantized from the same noise. Prints the
+table of docs/measured/quality.md and the time of each stage, and writes out/demo.png.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import warnings
 from pathlib import Path
 
 os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
-warnings.simplefilter("ignore")  # of libraries, about themselves
+warnings.simplefilter("ignore")  # libraries warn about themselves at import
 stdlib_logging.getLogger("torch.utils._pytree").setLevel(stdlib_logging.ERROR)
 
 import torch  # noqa: E402

@@ -1,6 +1,6 @@
-"""Scikit-learn's handwritten digits as 16x16 images, and a classifier that recognises them.
+"""Load scikit-learn's handwritten digits as 16x16 images, and train a classifier that recognises them.
 
-The classifier is the quality judge of the demo model: it sees real digits only, so what it says of
+The classifier judges the samples of the demo model. It is trained on real digits only, so its judgement of
 generated ones is independent of the diffusion model.
 """
 
@@ -16,7 +16,7 @@ NUM_CLASSES = 10
 
 
 def digits() -> tuple[torch.Tensor, torch.Tensor]:
-    """All 1,797 digits: images (N, 1, 16, 16) float32 in [-1, 1], labels (N,) int64."""
+    """Return all 1,797 digits: images (N, 1, 16, 16) float32 in [-1, 1], labels (N,) int64."""
     bunch = load_digits()
     x_N88 = torch.from_numpy(bunch.images).float() / 8.0 - 1.0  # pixel values are 0..16
     x_N1HW = F.interpolate(x_N88[:, None], size=(IMAGE_SIZE, IMAGE_SIZE), mode="bicubic", align_corners=False)
@@ -24,7 +24,7 @@ def digits() -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def split(seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
-    """Indices of the classifier's 80% training and 20% held-out images."""
+    """Return the indices of the classifier's 80% training and 20% held-out images."""
     order = torch.randperm(1797, generator=torch.Generator().manual_seed(seed))
     return order[360:], order[:360]
 
@@ -39,7 +39,7 @@ def classifier_network() -> nn.Sequential:
 
 
 def train_classifier(*, epochs: int = 30, seed: int = 0) -> nn.Module:
-    """A small convolutional network trained on the 80% split, in eval mode; about 15 CPU seconds."""
+    """Return a small convolutional network trained on the 80% split, in eval mode (about 15 CPU seconds)."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         x, y = digits()
@@ -50,7 +50,7 @@ def train_classifier(*, epochs: int = 30, seed: int = 0) -> nn.Module:
         schedule = torch.optim.lr_scheduler.OneCycleLR(opt, 2e-3, total_steps=steps)
         for _ in range(epochs):
             for batch in torch.randperm(len(x)).split(64)[: len(x) // 64]:
-                # One-pixel shifts: the generated digits are not centred to the pixel.
+                # Shift by a pixel at random, because generated digits are not centred to the pixel.
                 dy, dx = torch.randint(-1, 2, (2,)).tolist()
                 loss = F.cross_entropy(net(x[batch].roll((dy, dx), (2, 3))), y[batch])
                 opt.zero_grad(set_to_none=True)
@@ -62,6 +62,6 @@ def train_classifier(*, epochs: int = 30, seed: int = 0) -> nn.Module:
 
 @torch.no_grad()
 def recognise(classifier: nn.Module, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Class and confidence (softmax maximum), each (N,), for images (N, 1, 16, 16) in [-1, 1]."""
+    """Return class and confidence (softmax maximum), each (N,), for images (N, 1, 16, 16) in [-1, 1]."""
     confidence, label = classifier(images).softmax(-1).max(-1)
     return label, confidence

@@ -1,11 +1,12 @@
-"""Does every exported file compute the quantized network, elsewhere, and on int8 kernels?
+"""Does each exported file compute the same as the quantized network in its own runtime, with int8 kernels?
 
     python -m benchmarks.exports                      the embedded digits DDPM at W8A8 and W4A8, every format
     python -m benchmarks.exports --recipe w4a8 --format onnxruntime --format aot
 
-Each file is loaded in its own runtime, in a new process that never imports tfmq_fx (benchmarks/run_exported.py). It
-answers the inputs that the float pipeline met in 20 DDIM steps, and draws 8 pictures from the same noise; both are
-compared with what the quantized network itself does. Weights are rounded to nearest, which does not show in an export.
+Each file is loaded in its own runtime, in a new process that never imports tfmq_fx
+(benchmarks/run_exported.py). There the network runs on the inputs that the float pipeline met in 20 DDIM
+steps, and draws 8 samples from the same noise. Both are compared with the quantized network itself. Weights
+are rounded to nearest: the rounding method does not matter for an export.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ RUNNER = Path(__file__).with_name("run_exported.py")
 
 
 def inputs_of(pipe: Any, *, samples: int, steps: int) -> dict[str, Any]:
-    """What `run_exported` wants: the states of the float network's own trajectory, and noise to draw from."""
+    """Return the input of `run_exported`: states of the float network's own trajectory, and noise."""
     states: list[Tensor] = []
     noise = torch.randn(samples, 1, 16, 16, generator=torch.Generator().manual_seed(1))
 
@@ -63,7 +64,7 @@ def quantized(pipe: Any, recipe: str, *, steps: int) -> tfmq_fx.QuantizedModel:
 
 
 def errors(got: Tensor, expected: Tensor) -> tuple[str, str]:
-    """The largest difference, of the largest answer; and the norm of the difference, of that of the answers."""
+    """Return the largest difference / the largest output, and the relative norm of the difference."""
     difference = got - expected
     return (
         f"{difference.abs().amax() / expected.abs().amax():.1e}",
@@ -72,14 +73,14 @@ def errors(got: Tensor, expected: Tensor) -> tuple[str, str]:
 
 
 def int8_layers(model: tfmq_fx.QuantizedModel, exported: Any) -> str:
-    """int8 layers of all convolutions and linears, as the runtime or its file tells."""
+    """Return how many of all convolutions and linears run in int8, as told by the runtime or its file."""
     kernels = dict(exported.kernels)
     if exported.format == "openvino":
         found = model.lower("cpu", precision="float32").report["lowering"]["kernels"]
         layers = [k["int8"] for k in found if k["op"] != "scaled_dot_product_attention"]
         kernels = {"int8": sum(layers), "float": len(layers) - sum(layers)}
     if not kernels:
-        return f"0 of {len(model.report['layers'])}"  # pt2: pairs around float kernels
+        return f"0 of {len(model.report['layers'])}"  # pt2: quantize/dequantize pairs around float kernels
     return f"{kernels['int8']} of {sum(kernels.values())}"
 
 
@@ -101,7 +102,7 @@ def main() -> None:
 
     def show(*cells: str) -> None:
         table.add_row(*cells)
-        print(" | ".join(cells), flush=True)  # a row is minutes of work
+        print(" | ".join(cells), flush=True)  # each row takes minutes, so print it at once
 
     for recipe in given.recipe or ["w8a8", "w4a8"]:
         model = quantized(pipe, recipe, steps=given.steps)
@@ -111,7 +112,7 @@ def main() -> None:
             return result
 
         expected, pictures = answers(step, data), draw(step, data)
-        with swapped(pipe, model):  # the pipeline's own loop is the one of run_exported
+        with swapped(pipe, model):  # the pipeline's own loop does the same as that of run_exported
             drawn = pipe(
                 batch_size=given.samples, num_inference_steps=given.steps, output_type="np",
                 generator=torch.Generator().manual_seed(1),
@@ -119,7 +120,7 @@ def main() -> None:
         own = (pictures.clamp(-1, 1) / 2 + 0.5).permute(0, 2, 3, 1)
         assert (torch.from_numpy(drawn) - own).abs().max() < 1e-5
 
-        # Another order of adding floats flips activations at rounding ties: so does, in the network itself, another batch.
+        # Adding floats in another order flips activations at rounding ties, as another batch size does in q.
         def one_by_one(x: Tensor, t: Tensor, step: Any = step) -> Tensor:
             return torch.cat([step(*row) for row in zip(x.split(1), t.split(1), strict=True)])
 

@@ -1,10 +1,11 @@
-"""Where do the milliseconds of a denoising step go, and how far below this CPU's own limits is that?
+"""Where do the milliseconds of a denoising step go, and how far is that from this CPU's own limits?
 
     OMP_NUM_THREADS=1 python -m benchmarks.inference_profile
 
-The DDPM CIFAR-10 network at W8A8 on OpenVINO's kernels, by kind of kernel, from OpenVINO's own counters; beside them the
-rates of large matrix products in float32, bfloat16 and int8 on the same core in the same process. What int8 multiplies at this
-rate is the least that its layers can take; the rest of the step is the other kernels.
+Profiles the DDPM CIFAR-10 network at W8A8 with OpenVINO's kernels, by kind of kernel, from OpenVINO's own
+counters. For comparison it measures the rates of large matrix products in float32, bfloat16 and int8, on the
+same core in the same process. The int8 operations at that rate give the least time that the int8 layers can
+take; the other kernels take the rest of the step.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ SIZE = 2048
 
 
 def rate(product: Callable[[], Any], *, rounds: int = 7) -> float:
-    """Billions of multiplications and additions a second, median."""
+    """Return billions of multiplications and additions per second, as the median over the rounds."""
     product()
     seconds = []
     for _ in range(rounds):
@@ -65,7 +66,7 @@ def rates() -> dict[str, float]:
 def profile(
     q: tfmq_fx.QuantizedModel, low: tfmq_fx.LoweredModel, inputs: list[Tensor], *, rounds: int = 21
 ) -> dict[str, float]:
-    """Milliseconds of a call by kind of kernel, medians; "" is the whole call."""
+    """Return the median milliseconds of a call by kind of kernel; "" is the whole call."""
     network: Any = low.network
     again = Compiled(network.folder, model=q, settings={**network.settings, "PERF_COUNT": True})
     request = again.compile([inputs[i] for i in network.order]).create_infer_request()

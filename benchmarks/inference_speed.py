@@ -1,11 +1,12 @@
-"""How fast is one denoising step, against what else a user could do with the same CPU?
+"""How fast is one denoising step, compared with the alternatives on the same CPU?
 
-    python -m benchmarks.inference_speed                     DDPM CIFAR-10, SD-1.5 and DiT, published size, random weights
+    python -m benchmarks.inference_speed      DDPM CIFAR-10, SD-1.5 and DiT, published size, random weights
     python -m benchmarks.inference_speed --network ddpm-cifar10 --batch 2 --threads 1
     python -m benchmarks.inference_speed --reduced --without compile
 
-One process; every round calls all contenders once, in an order drawn anew, and the medians are compared. The first
-call, with whatever it compiles, is timed apart. A contender that cannot run is printed with its own words.
+All contenders run in one process. Each round calls every contender once, in a new random order; the medians
+are compared. The first call, including compilation, is timed separately. If a contender cannot run, its error
+is printed.
 """
 
 from __future__ import annotations
@@ -55,12 +56,15 @@ def compiled_bf16(network: nn.Module, inputs: Inputs) -> Step:
 
 
 def pt2e_x86(network: nn.Module, inputs: Inputs) -> Step:
-    """torchao's static quantization for x86 and Inductor: int8 weights and activations, no temporal scales."""
+    """Return a step by torchao's static quantization for x86 and Inductor.
+
+    Weights and activations are int8, without temporal scales.
+    """
     from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
     from torchao.quantization.pt2e.quantizer import x86_inductor_quantizer as x86
 
     quantizer = x86.X86InductorQuantizer().set_global(x86.get_default_x86_inductor_quantization_config())
-    # Its observers take no integers, and it puts one on the timestep.
+    # torchao puts an observer on the timestep, but its observers do not accept integers.
     inputs = {**inputs, "timestep": inputs["timestep"].float()}
     module = torch.export.export(network, (), dict(inputs), strict=False).module(check_guards=False)
     prepared = prepare_pt2e(module, quantizer)
@@ -69,11 +73,11 @@ def pt2e_x86(network: nn.Module, inputs: Inputs) -> Step:
 
 
 def openvino_model(network: nn.Module, inputs: Inputs) -> tuple[Any, list[Any]]:
-    """The float network, of fixed shapes, and its inputs."""
+    """Return the float network as an OpenVINO model of fixed shapes, and its inputs."""
     import openvino
 
     tensors = {n: x for n, x in inputs.items() if isinstance(x, Tensor)}
-    graph = tfmq_fx.capture(network, inputs)  # without the arguments that are no tensors
+    graph = tfmq_fx.capture(network, inputs)  # drops the arguments that are not tensors
     ordered = {str(n.target): tensors[str(n.target)] for n in graph.graph.find_nodes(op="placeholder")}
     model = openvino.convert_model(torch.export.export(graph, tuple(ordered.values()), strict=False))
     arrays = [x.numpy() for x in ordered.values()]
@@ -105,7 +109,7 @@ def nncf_static(network: nn.Module, inputs: Inputs) -> Step:
 
 
 def quantized(network: nn.Module, inputs: Inputs, recipe: str, **changes: Any) -> tfmq_fx.QuantizedModel:
-    """Rounded to nearest: the rounding does not show in the speed."""
+    """Return the network quantized by rounding to nearest: the rounding method does not change the speed."""
     tensors = {n: x for n, x in inputs.items() if isinstance(x, Tensor)}
     settings = dataclasses.replace(
         tfmq_fx.Recipe.preset(recipe),
@@ -148,9 +152,9 @@ CONTENDERS: dict[str, Make] = {
     "tfmq_fx w8a8, fp32 glue": ours("w8a8", "float32"),
     "tfmq_fx w8a8, bf16 glue": ours("w8a8", "bfloat16"),
     "tfmq_fx w8a8, bf16, all keyed": ours("w8a8", "bfloat16", keyed="all"),
-    # As NNCF does, which quantizes what attention reads.
+    # NNCF quantizes the inputs of attention, too.
     "tfmq_fx w8a8, bf16, attention too": ours("w8a8", "bfloat16", attention_bits=8),
-    # On CPUs without VNNI, where 8-bit weights run in float.
+    # For CPUs without VNNI, on which 8-bit weights run in float.
     "tfmq_fx w4a8, fp32 glue": ours("w4a8", "float32"),
     "tfmq_fx w4a8, fp32, all keyed": ours("w4a8", "float32", keyed="all"),
     "tfmq_fx w4a8, torch int8, fp32 glue": ours("w4a8", "float32", engine="torch"),
@@ -163,7 +167,7 @@ CONTENDERS: dict[str, Make] = {
 def measure(
     network: nn.Module, inputs: Inputs, names: list[str], rounds: int
 ) -> tuple[dict[str, list[float]], dict[str, float]]:
-    """By contender: the seconds of each call, and the seconds until the first call was done."""
+    """Return by contender the seconds of each call, and the seconds until the first call was done."""
     steps: dict[str, Step] = {}
     first = {}
     for name in names:
@@ -171,7 +175,7 @@ def measure(
         try:
             steps[name] = CONTENDERS[name](network, inputs)
             steps[name]()
-        except Exception as error:  # whatever another library raises is the row's result
+        except Exception as error:  # any error of another library is that row's result
             steps.pop(name, None)
             words = (str(error).strip().splitlines() or [""])[0][:200]
             print(f"  {name}: cannot run: {type(error).__name__}: {words}")
@@ -188,7 +192,7 @@ def measure(
 
 
 def batch_of(entry: Entry, *, published: bool, size: int) -> dict[str, Any]:
-    """The zoo's two rows, at two timesteps, repeated."""
+    """Return a batch of `size`: the zoo entry's two rows, at two timesteps, repeated."""
     rows = torch.arange(size) % 2
     given = entry.inputs(published)
     return {n: x[rows] if isinstance(x, Tensor) and x.dim() else x for n, x in given.items()}
@@ -222,7 +226,9 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", default=[""], help="contenders with this in their name, alone")
     given = parser.parse_args()
     warnings.filterwarnings("ignore")
-    torch._inductor.config.freezing = True  # weights are constants for torch.compile's contenders, too
+    torch._inductor.config.freezing = (
+        True  # so that weights are constants for the torch.compile contenders, too
+    )
     names = [
         n
         for n in CONTENDERS

@@ -1,9 +1,10 @@
-"""What helps at few bits, and where do pictures break? The table of docs/measured/low_bits.md.
+"""What helps at few bits, and where do samples break down? The table of docs/measured/low_bits.md.
 
     python -m benchmarks.low_bits --bits w4a4 w3a8 w2a8 --method gptq
 
-DDIM, 50 steps, eta 0, on the embedded digits model, every sample from the same noise as its float twin; one quantization seed.
-A variant is a word of passes joined by "+": smooth (alpha 0.5), smooth0.75, rotate16, rank8; "plain" has none of them.
+Samples the embedded digits model by DDIM (50 steps, eta 0), quantized and float from the same noise, with one
+quantization seed. A variant joins the names of passes by "+": smooth (alpha 0.5), smooth0.75, rotate16,
+rank8. "plain" has none of them.
 """
 
 from __future__ import annotations
@@ -38,7 +39,10 @@ VARIANTS = (
 
 
 def variant(bits: str, text: str, method: str) -> Recipe:
-    """The recipe of e.g. ("w3a8", "rotate16+rank8", "gptq"); for the text "preset" the preset, whatever the method."""
+    """Return the recipe of, say, ("w3a8", "rotate16+rank8", "gptq").
+
+    If `text` is "preset", return the preset of these bits and ignore `method`.
+    """
     if text == "preset":
         return Recipe.preset(bits)
     weight, activation = (int(b) for b in bits[1:].split("a"))

@@ -1,15 +1,19 @@
-"""Does the measured choice beat both pure ones, at every length of schedule?
+"""Does the measured choice of reconstructing or caching beat both pure choices, at every schedule length?
 
     python -m benchmarks.maintenance
 
-The embedded digits model at W4A8 (`--recipe`), its temporal block reconstructed, the rest rounded to nearest. For each number
-of timesteps T of the DDIM schedule: the block reconstructed, its features cached, and the measured choice, without a
-budget, with the bytes of either pure choice as its budget, and with their mean.
+Quantizes the embedded digits model at W4A8 (`--recipe`), with its temporal block reconstructed and the rest
+rounded to nearest. For each number of timesteps T of the DDIM schedule, compares the reconstructed block,
+cached features, and the measured choice: without a budget, with the bytes of either pure choice as its
+budget, and with their mean.
 
-bytes: of everything that gives the features. Cosine distance: of the features to float, mean over features and
-timesteps. Effect: sum |output - float|^2 / sum |float|^2 with these features in the otherwise float network, on digits of
-the data set with noise, at timesteps of the schedule; other rows than the choice was made on. ms: the block for one sample, eager,
-one thread, median of 21. Beaten by: the pure choices with fewer bytes and less error, or one of both the same, for either error.
+bytes             of everything that produces the features
+cosine distance   of the features to float, mean over features and timesteps
+effect            sum |output - float|^2 / sum |float|^2 with these features in the otherwise float network, on
+                  noisy digits of the data set at timesteps of the schedule; not the rows of the choice
+ms                of the block for one sample, eager, one thread, median of 21
+beaten by         the pure choices that are no worse in bytes and in either of the errors, and better in one
+                  of the two
 """
 
 from __future__ import annotations
@@ -45,7 +49,7 @@ ROWS = 64
 
 
 def noisy_digits(scheduler: Any, timesteps: Tensor, *, seed: int) -> tfmq_fx.CalibrationSet:
-    """ROWS digits as the network meets them at timesteps spread over the schedule."""
+    """Return ROWS noisy digits, as the network meets them, at timesteps spread over the schedule."""
     generator = torch.Generator().manual_seed(seed)
     images = digits()[0]
     x = images[torch.randint(len(images), (ROWS,), generator=generator)]
@@ -61,7 +65,10 @@ def reconstructed(gm: GraphModule, recipe: tfmq_fx.Recipe, timesteps: Tensor, da
 
 @torch.no_grad()
 def errors(gm: GraphModule, maintained: GraphModule, held_out: Any) -> dict[str, float]:
-    """Of a maintained copy of the reconstructed graph `gm`: cosine distance of its features, and their effect on the output."""
+    """Return the cosine distance to float of a maintained graph's features, and their effect on the output.
+
+    maintained: a maintained copy of the reconstructed graph `gm`.
+    """
     block = tfmq_fx.convert(maintained).get_submodule("temporal_block")
     assert isinstance(block, GraphModule)
     reference = list(feature_tables(gm).values())
@@ -79,7 +86,7 @@ def errors(gm: GraphModule, maintained: GraphModule, held_out: Any) -> dict[str,
 
 
 def measure(gm: GraphModule, data: Any, held_out: Any, **settings: Any) -> dict[str, dict[str, Any]]:
-    """The rows of a choice and of the reconstructed block, which the choice is measured beside. `gm` stays as it is."""
+    """Return the table rows of a choice and of the reconstructed block beside it. `gm` is not changed."""
     copy = fresh(gm)
     state = state_of(gm)
     set_state(copy, dataclasses.replace(state, recipe=dataclasses.replace(state.recipe, **settings)))
@@ -100,7 +107,7 @@ def measure(gm: GraphModule, data: Any, held_out: Any, **settings: Any) -> dict[
 
 
 def beaten(row: dict[str, Any], others: dict[str, dict[str, Any]]) -> str:
-    """The other rows that are no worse in bytes and one of the errors, and better in one of both."""
+    """Name the other rows that are no worse in bytes and in either error, and better in one of the two."""
     found = []
     for name, other in others.items():
         for error in ("distance", "effect"):
@@ -112,7 +119,7 @@ def beaten(row: dict[str, Any], others: dict[str, dict[str, Any]]) -> str:
 
 @torch.no_grad()
 def segment(gm: GraphModule) -> str:
-    """What a table for the worst tenth of the timesteps alone would do, beside the weights."""
+    """Describe the effect of a table for only the worst tenth of the timesteps, beside the weights."""
     reference = list(feature_tables(gm).values())
     block = tfmq_fx.convert(fresh(gm)).get_submodule("temporal_block")
     assert isinstance(block, GraphModule)

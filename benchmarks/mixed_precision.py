@@ -1,11 +1,12 @@
-"""Are bits given to the layers that need them worth more than bits given to others?
+"""Are extra bits worth more in the layers that measured sensitivity selects than in others?
 
     python -m benchmarks.mixed_precision
 
-The embedded digits model, all weights rounded to nearest, activations at 8 bits. From all layers at 4 bits to all at 8 in
-quarters of the bytes between: chosen by measured sensitivity, and, in the same bytes, drawn at random (three draws)
-or filled up in the order of the graph. PSNR to the float samples of the same noise (DDIM, 50 steps); epsilon relative MSE on
-calibration rows; "predicted": the sum of the layers' errors that the choice was made by.
+Quantizes the embedded digits model with all weights rounded to nearest and activations at 8 bits. The budget
+rises in quarters of the bytes between all layers at 4 bits and all at 8 bits. Within each budget, the layers
+at 8 bits are chosen by measured sensitivity, drawn at random (three draws), or filled up in the order of the
+graph. Reports PSNR to the float samples of the same noise (DDIM, 50 steps) and epsilon relative MSE on
+calibration rows. "predicted" is the sum of the layers' errors that the choice minimises.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)
 
 
 def filled(found: Sensitivity, budget: float, order: list[Any]) -> dict[str, int]:
-    """Eight bits for the layers of `order` while they fit, four for the rest."""
+    """Return bits by layer: 8 for the layers of `order` that still fit the budget, 4 for the rest."""
     bits = {layer.path: min(layer.weight_errors) for layer in found.layers}
     for layer in order:
         wider = {**bits, layer.path: 8}

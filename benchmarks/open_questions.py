@@ -1,14 +1,17 @@
-"""Where the papers stop: continuous time, and a network that is no diffusion model.
+"""Does quantization by timestep work beyond the papers: in continuous time, and without diffusion?
 
     python -m benchmarks.open_questions
 
-flow        the trained flow-matching UNet of benchmarks/zoo, whose time is a float; quantized on the times of 20 Euler steps, sampled with
-            those, with others between them, and at times drawn anew for every step
-generator   a conditional variational autoencoder's decoder: noise and a label to a digit in one call. Its finite input is the
-            label: `timestep="label"` finds the label's block, keys its scales on the ten labels and reconstructs it over them
+flow        the trained flow-matching UNet of benchmarks/zoo, whose time is a float. It is quantized on the times
+            of 20 Euler steps, and sampled with those, with others between them, and with a time drawn at random
+            in every step
+generator   the decoder of a conditional variational autoencoder: noise and a label to a digit in one call. Its
+            finite input is the label: `timestep="label"` finds the label's block, keys its scales on the ten
+            labels and reconstructs it over them
 
-The generator is trained here, seeded, in a few minutes. The rest of each network is rounded by GPTQ. PSNR to the float network's
-pictures of the same noise, mean over 256 of them (flow: 64); recognised: with confidence over 0.9 (generator: as the label asked for).
+The generator is trained here, seeded, in a few minutes. GPTQ rounds the rest of each network. PSNR is to the
+float network's samples of the same noise, as the mean of 256 samples (flow: 64). "recognised" is the share
+recognised with confidence over 0.9 (generator: as the label asked for).
 """
 
 from __future__ import annotations
@@ -35,7 +38,7 @@ SAMPLES, LATENT = 256, 16
 
 
 class Block(nn.Module):
-    """A residual block whose normalized features an embedding scales and shifts."""
+    """A residual block whose normalized features are scaled and shifted by an embedding."""
 
     def __init__(self, channels: int, emb: int) -> None:
         super().__init__()
@@ -50,7 +53,7 @@ class Block(nn.Module):
 
 
 class Generator(nn.Module):
-    """Noise (N, 16) and labels (N,) to images (N, 1, 16, 16) in [-1, 1]."""
+    """A decoder from noise (N, 16) and labels (N,) to images (N, 1, 16, 16) in [-1, 1]."""
 
     def __init__(self, channels: int = 32, emb: int = 128) -> None:
         super().__init__()
@@ -97,14 +100,14 @@ def train_generator(*, steps: int = 1000, batch: int = 64) -> Generator:
 
 
 def euler(count: int) -> Tensor:
-    """The scheduler's times, from 1 to 0."""
+    """Return the scheduler's times, from 1 to 0."""
     scheduler = FlowMatchEulerDiscreteScheduler()
     scheduler.set_timesteps(count)
     return torch.as_tensor(scheduler.sigmas)
 
 
 def jittered(count: int) -> Tensor:
-    """Times from 1 to 0, each step's drawn within its place."""
+    """Return times from 1 to 0, each drawn at random around its place in an even schedule."""
     generator = torch.Generator().manual_seed(0)
     inner = torch.linspace(1, 0, count + 1)[1:-1] + (torch.rand(count - 1, generator=generator) - 0.5) / count
     return torch.cat([torch.ones(1), inner, torch.zeros(1)])

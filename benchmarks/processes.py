@@ -1,9 +1,10 @@
-"""What do two threads, and two processes, make of one reconstruction? Seconds, and whether the integers are the same.
+"""Do two threads or two processes speed up one reconstruction, and are the integers the same?
 
     python -m benchmarks.processes
 
-w4a8 on the embedded model, 256 calibration rows, 100 iterations a block: one process on one thread, on two threads, and
-two processes (gloo) of one thread each. Repeated in turn, medians.
+Quantizes the embedded model at w4a8 with 256 calibration rows and 100 iterations per block: by one process on
+one thread, on two threads, and by two processes (gloo) of one thread each. The runs take turns; the medians
+are printed.
 """
 
 from __future__ import annotations
@@ -61,7 +62,7 @@ def work(threads: int) -> dict[str, Any]:
 
 
 def measure(processes: int, threads: int) -> list[dict[str, Any]]:
-    """What each process found, started as torchrun would."""
+    """Start the processes as torchrun would, and return the result of each."""
     command = [sys.executable, "-W", "ignore", "-m", "benchmarks.processes", "--work", str(threads)]
     started = []
     for rank in range(processes):

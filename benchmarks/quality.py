@@ -2,9 +2,9 @@
 
     python -m benchmarks.quality --samples 1024 --seeds 3
 
-DDIM, 50 steps, eta 0, every sample from the same noise as its float twin; three quantization seeds (each draws
-its own calibration trajectories). Round-to-nearest stands in the same table. Recognition: the share of samples
-that a classifier trained on real digits recognises with confidence over 0.9.
+Samples by DDIM (50 steps, eta 0), quantized and float from the same noise, with three quantization seeds
+(each draws its own calibration trajectories). The table includes round-to-nearest. Recognition is the share
+of samples that a classifier trained on real digits recognises with confidence over 0.9.
 """
 
 from __future__ import annotations
@@ -64,15 +64,15 @@ def measure(images: Tensor, reference: Tensor, classifier: nn.Module) -> dict[st
 
 @dataclasses.dataclass
 class Run:
-    figures: dict[str, list[dict[str, float]]]  # by setting ("float" among them), one row a seed
-    images: dict[str, Tensor]  # of the first seed
-    models: dict[str, tfmq_fx.QuantizedModel]  # of the first seed
+    figures: dict[str, list[dict[str, float]]]  # by setting, including "float": one row per seed
+    images: dict[str, Tensor]  # for the first seed
+    models: dict[str, tfmq_fx.QuantizedModel]  # for the first seed
 
 
 def run(
     names: list[str], *, samples: int, seeds: int, once: Sequence[str] = (), num_trajectories: int = 64
 ) -> Run:
-    """Every setting of `names` with each seed, those of `once` with the first only."""
+    """Run every setting of `names` with each seed, and those of `once` with the first seed only."""
     pipe = embedded_pipeline()
     pipe.set_progress_bar_config(disable=True)
     classifier = train_classifier()

@@ -1,11 +1,13 @@
 """Does w4a8 reconstruction fit, and how long would it take, at real size?
 
-    python -m benchmarks.real_size            an SD-1.5-size UNet (860 M random weights), a few rows of random latents
-    python -m benchmarks.real_size --spill    12,800 calibration rows with SD-1.5's text tokens for a narrow UNet, mapped from
-                                              files, streams past 1 GiB on disk
+    python -m benchmarks.real_size            an SD-1.5-size UNet (860 M random weights), a few rows of random
+                                              latents
+    python -m benchmarks.real_size --spill    12,800 calibration rows with SD-1.5's text tokens for a narrow
+                                              UNet, mapped from files; streams beyond 1 GiB go to disk
 
-The first runs every stage of the default recipe to its end on few rows and few iterations, and scales what it measured
-to the full calibration set: a block costs its forward passes (one row through a learning step counts three).
+The first command runs every stage of the default recipe on few rows and few iterations, and extrapolates the
+cost to the full calibration set: a block costs its forward passes, and a row in a learning step counts as
+three of them.
 """
 
 from __future__ import annotations
@@ -60,12 +62,12 @@ def real_size(rows: int, iterations: int, batch_size: int) -> None:
     print(f"ran to its end in {time.monotonic() - started:.0f} s, peak {peak_gib():.1f} GiB")
     print("CPU seconds: " + ", ".join(f"{stage} {s:.0f}" for stage, s in cpu.items()))
     blocks = report["reconstruction"]
-    # Blocks know their wall time alone; their share of it is their share of the CPU's.
+    # Blocks record only wall time. Assume that a block's share of it is its share of the CPU time.
     of_wall = cpu["reconstruct"] / report["seconds"]["reconstruct"]
     temporal = blocks[0]["seconds"] * of_wall
     learning = sum(b["seconds"] for b in blocks[1:]) * of_wall
     walking = cpu["reconstruct"] - temporal - learning
-    # A block's error is measured three times over all rows; a learning step is a forward and a backward pass.
+    # A block's error is measured three times over all rows. A learning step is a forward and a backward pass.
     row_forwards = 3 * rows + 3 * iterations * batch_size
     full = 3 * settings.num_samples + 3 * settings.iterations * settings.batch_size
     hours = (
@@ -93,7 +95,10 @@ def real_size(rows: int, iterations: int, batch_size: int) -> None:
 
 
 class Anonymous:
-    """The peak of a process's own memory in GiB: mapped files are counted in its resident size, and can be dropped."""
+    """The peak of a process's own memory in GiB.
+
+    Resident size would include mapped files, which the kernel can drop.
+    """
 
     def __init__(self) -> None:
         self.peak, self._stop = 0.0, threading.Event()
@@ -118,7 +123,7 @@ class Anonymous:
 
 
 def narrow() -> tuple[torch.nn.Module, dict[str, tuple[int, ...]]]:
-    """A UNet of SD-1.5's kinds of block and its text tokens, narrow; and the shapes of a row of its inputs."""
+    """Return a narrow UNet with SD-1.5's kinds of blocks and text tokens, and the shapes of its input rows."""
     from diffusers import UNet2DConditionModel
 
     network = UNet2DConditionModel(
@@ -140,7 +145,7 @@ def spilled(rows: int, iterations: int, tune_iterations: int, limit: float) -> N
     timesteps = torch.linspace(999, 1, STEPS).long()
     with tempfile.TemporaryDirectory() as folder:
         tensors = {"timestep": timesteps.repeat(-(-rows // STEPS))[:rows]}
-        for name, shape in shapes.items():  # as CalibrationSet.record leaves what exceeds memory
+        for name, shape in shapes.items():  # as CalibrationSet.record stores rows that exceed its memory
             file = f"{folder}/{name}"
             flat = torch.from_file(file, shared=True, size=rows * math.prod(shape), dtype=torch.float32)
             tensors[name] = flat.view(rows, *shape)

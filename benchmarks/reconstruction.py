@@ -1,14 +1,16 @@
-"""What does each way of choosing integers cost, and what is it worth?
+"""What does each rounding method cost, and what is it worth?
 
     python -m benchmarks.reconstruction --output out/reconstruction
 
-Every method at every bit width on the two trained models, three seeds (each draws its own calibration trajectories);
-then the iteration curve of AdaRound. Each run is a process of its own, so that its CPU seconds (all threads) and its
-peak memory are its own. Finished runs are kept in benchmarks/reconstruction.jsonl, with the revision they ran at, and not
-repeated; the table is printed from there. Remove from it what a change of the library made stale.
+Runs every method at every bit width on the two trained models with three seeds (each draws its own
+calibration trajectories), then the iteration curve of AdaRound. Each run has its own process, to measure its
+CPU seconds (over all threads) and its peak memory. Finished runs are kept in benchmarks/reconstruction.jsonl
+with the revision they ran at, and are not repeated; the table is printed from that file. Remove the runs that
+a change of the library made stale.
 
-Samples come from the same noise as their float twins (DDIM, 50 steps). Frechet distance: between 64 features of the
-digits classifier for quantized and for float samples; its floor is the distance between float samples of other noise.
+Quantized and float samples start from the same noise (DDIM, 50 steps). Frechet distance is between 64
+features of the digits classifier for quantized and for float samples. Its floor is the distance between float
+samples of different noise.
 """
 
 from __future__ import annotations
@@ -42,13 +44,17 @@ from tfmq_fx.recipe import Recipe
 NOISE_SEED, TRAJECTORIES = 1000, 64
 METHODS = ("nearest", "gptq", "gptq+adaround", "adaround")
 SETTINGS = ("w8a8", "w4a8", "w4a4", "w3a8")
-CURVE = (100, 1000, 4000, 20000)  # untuned; 400 is the methods' own
+CURVE = (100, 1000, 4000, 20000)  # without tuning; the default is 400
 RESULTS = Path(__file__).with_suffix(".jsonl")
 
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """method: one of recipe.METHODS, or "adaround,iterations=100,group_size=64" with fields of Reconstruction or Recipe."""
+    """One run of the benchmark.
+
+    method: one of recipe.METHODS, or with fields of Reconstruction or Recipe, such as
+    "adaround,iterations=100,group_size=64".
+    """
 
     model: str
     setting: str
@@ -73,7 +79,7 @@ class Run:
 def prepare(
     output: Path, model: str, seed: int, samples: int, trajectories: int = TRAJECTORIES
 ) -> tuple[Path, Path]:
-    """The calibration set and the float samples, on disk, so that no run pays for them."""
+    """Write the calibration set and the float samples to disk, so that no run pays for them."""
     entry = MODELS[model]
     rows = f"{model}-{seed}" if trajectories == TRAJECTORIES else f"{model}-{seed}-{trajectories}"
     data, reference = output / f"{rows}.safetensors", output / f"{model}-float-{samples}.safetensors"
@@ -102,7 +108,7 @@ def prepare(
 
 
 def measure(run: Run, recipe: Recipe, output: Path, trajectories: int = TRAJECTORIES) -> dict[str, float]:
-    """Quantize, sample, measure. Of `run`: model, seed and samples."""
+    """Quantize, sample and measure, with the model, seed and number of samples of `run`."""
     data, reference = prepare(output, run.model, run.seed, run.samples, trajectories)
     entry = MODELS[run.model]
     pipe = entry.pipeline()
@@ -151,7 +157,7 @@ def revision() -> str:
 
 
 def in_a_process(run: Run, *, output: Path) -> dict[str, float]:
-    """`measure` in a process of its own, whose CPU seconds and peak memory are the run's."""
+    """Run `measure` in its own process, so that CPU seconds and peak memory are the run's alone."""
     prepare(output, run.model, run.seed, run.samples)
     command = [sys.executable, "-m", "benchmarks.reconstruction", "--output", str(output)]
     command += ["--one", json.dumps(dataclasses.asdict(run))]
@@ -162,7 +168,7 @@ def in_a_process(run: Run, *, output: Path) -> dict[str, float]:
 
 
 def run_all(runs: Iterable[Run], *, results: Path, figures: Callable[[Run], dict[str, float]]) -> None:
-    """Each that `results` lacks."""
+    """Run those that `results` lacks, and append their figures to it."""
     for run in runs:
         if run in read(results):
             continue
@@ -209,7 +215,7 @@ def main() -> None:
     )
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--samples", type=int, default=256)
-    parser.add_argument("--one", help=argparse.SUPPRESS)  # a run as JSON: what a child process does
+    parser.add_argument("--one", help=argparse.SUPPRESS)  # the run, as JSON, of a child process
     args = parser.parse_args()
     args.output.mkdir(parents=True, exist_ok=True)
     if args.one:

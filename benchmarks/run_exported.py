@@ -2,9 +2,10 @@
 
     python benchmarks/run_exported.py FORMAT FILE DATA RESULT
 
-DATA, a file of torch.save: "sample" (K, N, C, H, W) and "timestep" (K,), calls to answer; "noise" (N, C, H, W) and
-"scheduler", the configuration of a DDIM scheduler, "steps", a picture to draw. RESULT gets the answers, the pictures
-and the CPU seconds of drawing. `benchmarks/exports.py` writes the one and reads the other.
+DATA is a file of torch.save. It holds the calls to run: "sample" (K, N, C, H, W) and "timestep" (K,); and
+what sampling needs: "noise" (N, C, H, W), "scheduler" (the configuration of a DDIM scheduler) and "steps".
+RESULT receives the outputs, the samples and the CPU seconds of sampling. `benchmarks/exports.py` writes DATA
+and reads RESULT.
 """
 
 from __future__ import annotations
@@ -60,7 +61,7 @@ LOADERS = {
 
 @torch.no_grad()
 def answers(step: Step, data: dict[str, Any]) -> Tensor:
-    """What the network makes of each of the K batches, (K, N, C, H, W)."""
+    """Return the network's outputs for the K batches, (K, N, C, H, W)."""
     return torch.stack(
         [
             step(x, t.expand(len(x)).contiguous())
@@ -71,7 +72,7 @@ def answers(step: Step, data: dict[str, Any]) -> Tensor:
 
 @torch.no_grad()
 def draw(step: Step, data: dict[str, Any]) -> Tensor:
-    """Pictures (N, C, H, W) from the noise, by DDIM without noise of its own."""
+    """Return images (N, C, H, W) from the given noise, by DDIM with eta 0."""
     from diffusers import DDIMScheduler
 
     scheduler = DDIMScheduler.from_config(data["scheduler"])

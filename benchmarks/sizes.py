@@ -1,12 +1,12 @@
 """How large is a network on disk, in memory and while it runs: float32, w8a8, w4a8, and w4a8 packed?
 
-    python -m benchmarks.sizes                          DDPM CIFAR-10, published size, random weights, engine "torch"
+    python -m benchmarks.sizes                 DDPM CIFAR-10, published size, random weights, engine "torch"
     python -m benchmarks.sizes --network dit --reduced
 
-Each row is a process of its own, which only loads the file and calls it. `tensors` is what its weights hold; `process` the
-memory resident after the first call, less what the same process held with torch and tfmq_fx imported and no network;
-`peak` the highest during three calls, less the same. The network is quantized first, by the nearest integer: sizes do
-not depend on how weights are rounded.
+Each row has its own process, which only loads the file and calls the network. `tensors` is the size of its
+weights. `process` is the memory resident after the first call, minus what the same process held after
+importing torch and tfmq_fx, before it had a network. `peak` is the highest during three calls, minus the
+same. Weights are rounded to nearest: sizes do not depend on the rounding method.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from benchmarks.inference_speed import batch_of
 from benchmarks.networks.zoo import ZOO, Entry
 from tfmq_fx.runtimes.torch_engine import weight_bytes
 
-# Row -> recipe, and how it is lowered; without, the network computes from quantize/dequantize pairs.
+# Row -> recipe and settings of lowering. If None, the network computes with quantize/dequantize pairs.
 ROWS: dict[str, tuple[str, dict[str, Any] | None]] = {
     "float32": ("", None),
     "w8a8, not lowered": ("w8a8", None),
@@ -49,18 +49,18 @@ ROWS: dict[str, tuple[str, dict[str, Any] | None]] = {
 
 
 def resident() -> int:
-    """Bytes of memory that this process holds now."""
+    """Return the bytes of memory that this process holds now."""
     pages = int(Path("/proc/self/statm").read_text().split()[1])
     return pages * os.sysconf("SC_PAGE_SIZE")
 
 
 def reset_peak() -> None:
-    """Let the kernel's record of the highest memory start from now."""
+    """Reset the kernel's record of this process's peak memory."""
     Path("/proc/self/clear_refs").write_text("5")
 
 
 def peak() -> int:
-    """The most bytes that this process held since."""
+    """Return the most bytes that this process held since `reset_peak`."""
     status = Path("/proc/self/status").read_text()
     return 1024 * int(status.partition("VmHWM:")[2].split()[0])
 
@@ -74,7 +74,7 @@ def entry_of(name: str) -> Entry:
 
 
 def child(given: argparse.Namespace) -> None:
-    """Load one row from its files, call it, and print what it took as a line of JSON."""
+    """Load one row's network from its files, call it, and print the measurements as a line of JSON."""
     torch.set_num_threads(1)
     published = not given.reduced
     inputs = batch_of(entry_of(given.network), published=published, size=given.batch)
@@ -83,7 +83,7 @@ def child(given: argparse.Namespace) -> None:
     before, found = resident(), {}
     step: Callable[[], Any]
     if not recipe:
-        # The zoo looks at what it draws for a reduced network.
+        # Building a reduced network reads its random values, which meta tensors do not have.
         with torch.device("meta" if published else "cpu"):
             network = entry_of(given.network).build(published)
         network.load_state_dict(load_file(folder / "float32.safetensors"), assign=True)
@@ -98,7 +98,7 @@ def child(given: argparse.Namespace) -> None:
             low = q.lower(
                 "cpu", engine="torch", batch=given.batch, compile=False, precision="float32", **lowering
             )
-            del q  # its integers are not needed any more
+            del q  # free its integers
             found["tensors"] = weight_bytes(low.network.gm)
             step = lambda: low(**inputs)  # noqa: E731
     with torch.no_grad():
@@ -115,7 +115,7 @@ def child(given: argparse.Namespace) -> None:
 
 
 def write(given: argparse.Namespace, folder: Path) -> dict[str, int]:
-    """The files of every row, and their bytes."""
+    """Write the files of every row, and return their sizes in bytes."""
     entry = entry_of(given.network)
     torch.manual_seed(0)
     network = entry.build(not given.reduced)

@@ -1,11 +1,12 @@
-"""The papers' table in small: every trained model, rounded to nearest and by the default method, at four settings.
+"""Print the papers' table for each trained model: round-to-nearest and the default method at four settings.
 
     make table
 
-Runs that benchmarks/reconstruction.jsonl lacks are made first (benchmarks/reconstruction.py, each in a process of its own).
-PSNR to the float network's pictures of the same noise; FD: Frechet distance to them, beside that of float pictures of other
-noise; good: percent recognised as a digit, or as the shape asked for. Mean and standard deviation over seeds, each of which
-draws its own calibration trajectories.
+First makes the runs that benchmarks/reconstruction.jsonl lacks (by benchmarks/reconstruction.py, each in its
+own process). PSNR is to the float network's samples of the same noise. FD is the Frechet distance to them;
+its floor is that of float samples of different noise. "good" is the percentage recognised as a digit, or as
+the shape asked for. Values are mean and standard deviation over seeds, each of which draws its own
+calibration trajectories.
 """
 
 from __future__ import annotations
@@ -49,7 +50,7 @@ def table(found: dict[Run, dict[str, float]], samples: int) -> Table:
                 for m in ("nearest", ours(setting), ours(setting) + UNTUNED)
             }
             method = ours(setting)
-            if not of[method]:  # measured before there was tuning, and not since
+            if not of[method]:  # measured before tuning existed, and not since
                 method += UNTUNED
             pair = of["nearest"], of[method]
             if all(pair):

@@ -2,8 +2,9 @@
 
     python benchmarks/train_digits.py --output tfmq_fx/ddpm-digits
 
-Writes a diffusers pipeline folder and prints the figures that docs/measured/quality.md quotes: training time, and how many
-of 1,024 DDIM-50 samples a classifier trained on real digits recognises with confidence over 0.9.
+Writes a diffusers pipeline folder. Prints the figures that docs/measured/quality.md quotes: training time,
+and how many of 1,024 DDIM-50 samples are recognised with confidence over 0.9 by a classifier trained on real
+digits.
 """
 
 from __future__ import annotations

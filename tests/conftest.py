@@ -22,13 +22,13 @@ exported, decomposed = (
 @pytest.fixture(autouse=True)
 def _same_numbers_every_time():
     torch.manual_seed(0)
-    # Networks this small gain nothing from a second thread, and lose much where another process wants the core.
+    # Networks this small gain nothing from a second thread, and lose much if another process wants the core.
     torch.set_num_threads(1)
 
 
 @pytest.fixture(autouse=True)
 def _one_export(monkeypatch):
-    """Half of the time of lowering and exporting: a network is traced once, whatever is made of it."""
+    """Trace each network only once, whatever it is lowered or exported to: tracing is half of that time."""
     for module in (aot_package, onnx_file, openvino_file, torch_engine):
         monkeypatch.setattr(module, "exported", exported)
     monkeypatch.setattr(openvino_file, "decomposed", decomposed)
@@ -54,7 +54,7 @@ def without_int8(monkeypatch):
 
 @pytest.fixture(scope="session")
 def tiny() -> tfmq_fx.QuantizedModel:
-    """The tiny network at W4A8, reconstructed briefly."""
+    """Return the tiny network at W4A8, reconstructed briefly."""
     recipe = dataclasses.replace(tfmq_fx.Recipe.preset("w4a8"), reconstruction=FAST)
     return tfmq_fx.quantize(make(TinyUNet), recipe, calibration=calibration(), seed=0)
 
@@ -68,7 +68,7 @@ def pipe():
 
 @pytest.fixture(scope="session")
 def digits(pipe) -> tfmq_fx.QuantizedModel:
-    """The embedded model at W4A8, ten timesteps, a few iterations of every stage."""
+    """Return the embedded model at W4A8 with ten timesteps and a few iterations of every stage."""
     data = tfmq_fx.CalibrationSet.record(pipe, num_samples=8, num_inference_steps=10, seed=0)
     quick = tfmq_fx.Reconstruction(iterations=10, temporal_iterations=300, num_samples=32, tune_iterations=2)
     return tfmq_fx.quantize(pipe, tfmq_fx.Recipe(reconstruction=quick), calibration=data, seed=0)

@@ -126,7 +126,7 @@ def test_quantize_hands_on_every_setting(monkeypatch, capsys, tmp_path):
 def test_a_seed_that_torch_cannot_take_is_one_line(monkeypatch, capsys, command):
     code, out, err = run(monkeypatch, capsys, *command, "--seed", 10**30)
     assert (code, out, len(err.splitlines())) == (2, "", 1)
-    assert "seed: 1000000000000000000000000000000 is no whole number from" in err
+    assert "seed: 1000000000000000000000000000000 is not a valid seed" in err
 
 
 def test_settings_are_kept_as_they_are_and_checked_once():
@@ -138,7 +138,7 @@ def test_settings_are_kept_as_they_are_and_checked_once():
         ({"timestep": ""}, "timestep: ''"),
         ({"timestep": None}, "timestep: None"),
         ({"component": "a b"}, "component: 'a b'"),
-        ({"finite": ["x"]}, "finite: list is no mapping"),
+        ({"finite": ["x"]}, "finite: list is not a mapping"),
         ({"seed": 1.5}, "seed: 1.5"),
         ({"seed": 2**43 + 1}, "seed: 8796093022209"),
     ):

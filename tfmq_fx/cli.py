@@ -42,15 +42,18 @@ app = typer.Typer(
 )
 out = Console(soft_wrap=True)
 
-_UsageError: Any = typer.BadParameter.__base__  # of click, or of the click that a newer typer has inside
+_UsageError: Any = typer.BadParameter.__base__  # from click, or from the copy of click inside a newer typer
 
-# Other noise than `quantize` calibrates with by default.
+# Seed 1: not the noise that `quantize` calibrates with by default.
 EVALUATED, REPORTED = Drawn(num_samples=256, seed=1), Drawn(num_samples=16, seed=1)
 ERRORS = ("output_relative_mse", "temporal_cosine_distance", "temporal_cosine_distance_worst")
 
 
 def load_pipeline(model: str | None, scheduler: str | None = None) -> Any:
-    """Return the pipeline of a local folder or hub id, in eval mode. Raises TFMQError for anything else."""
+    """Return the pipeline of a local folder or hub id, or the embedded one for None.
+
+    Raises TFMQError for anything else.
+    """
     import diffusers
     from diffusers.utils import is_transformers_available, logging
 
@@ -62,13 +65,13 @@ def load_pipeline(model: str | None, scheduler: str | None = None) -> Any:
             from transformers.utils import logging as of_transformers
 
             of_transformers.disable_progress_bar()
-            of_transformers.set_verbosity_error()  # or it says which image processors it lacks
+            of_transformers.set_verbosity_error()  # otherwise it prints which image processors are missing
     if model is None:
         pipe = embedded_pipeline()
     else:
         folder = Path(model)
         if folder.exists() and not (folder / "model_index.json").is_file():
-            raise TFMQError(f"{model}: not a diffusers pipeline folder (no model_index.json).")
+            raise TFMQError(f"{model}: not a diffusers pipeline folder (it has no model_index.json).")
         try:
             pipe = diffusers.DiffusionPipeline.from_pretrained(model)
         except Exception as error:  # diffusers, safetensors and the hub client raise many types
@@ -79,7 +82,9 @@ def load_pipeline(model: str | None, scheduler: str | None = None) -> Any:
         cls: Any = getattr(diffusers, scheduler, None)
         known = inspect_module.isclass(cls) and issubclass(cls, diffusers.SchedulerMixin)
         if not known:
-            raise TFMQError(f"--scheduler: diffusers has no scheduler {scheduler!r}.")
+            raise TFMQError(
+                f"--scheduler: diffusers has no scheduler {scheduler!r}; use a class name such as DDIMScheduler."
+            )
         pipe.scheduler = cls.from_config(pipe.scheduler.config)
     pipe.set_progress_bar_config(disable=not sys.stderr.isatty(), leave=False)
     return pipe
@@ -98,7 +103,7 @@ def inspect(
         str | None,
         typer.Option(
             "--model",
-            help="A pipeline folder or hub id, or the folder of a network. Default: the embedded digits DDPM.",
+            help="A pipeline's folder or hub id, or a network's folder. Default: the embedded digits DDPM.",
         ),
     ] = None,
     recipe: RecipeOption = "w4a8",
@@ -106,19 +111,23 @@ def inspect(
         list[str] | None,
         typer.Option(
             "--input",
-            help="For a network's folder: an input as NAME=SHAPE[:DTYPE], e.g. sample=2,4,64,64 or timestep=2:int64.",
+            help="For a network's folder: one input as NAME=SHAPE[:DTYPE], e.g. sample=2,4,64,64 or timestep=2:int64.",
         ),
     ] = None,
     weights: Annotated[
-        bool, typer.Option(help="--no-weights reads config.json alone: any size, in little memory.")
+        bool,
+        typer.Option(help="--no-weights reads only config.json, so a network of any size fits in memory."),
     ] = True,
     timestep: Annotated[
-        str | None, typer.Option(help="The timestep's name. Default: `timestep`, or the one that can be it.")
+        str | None,
+        typer.Option(
+            help="The name of the timestep input. Default: `timestep`, or the only input that can be it."
+        ),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
     argument: Arguments = None,
 ) -> None:
-    """Show the temporal block found by dataflow, and what a recipe would do to every layer."""
+    """Show the temporal block, found by dataflow, and what a recipe would do to every layer."""
 
     from tfmq_fx.calibration.data import CalibrationSet
     from tfmq_fx.calibration.pipelines import denoiser
@@ -130,7 +139,7 @@ def inspect(
         example = example_inputs(network, inputs or [])
     elif inputs or not weights:
         raise TFMQError(
-            f"--input, --no-weights: are for the folder of a network with a config.json, not {model}."
+            f"--input, --no-weights: these need --model to be a network's folder with a config.json, not {model}."
         )
     else:
         pipe = load_pipeline(model)
@@ -146,7 +155,7 @@ def inspect(
 
 
 def _print_description(found: Mapping[str, Any]) -> None:
-    """Print what `describe` found: the block, then layers that are quantized alike."""
+    """Print the result of `describe`: the block, then the layers grouped by how they are quantized."""
     block, seconds = found["temporal_block"], found["seconds"]
     out.print(
         f"{found['network']}: {found['parameters'] / 1e6:.2f} M parameters, {found['nodes']} nodes; "
@@ -186,7 +195,7 @@ def quantize(
 ) -> None:
     """Calibrate on the pipeline's own trajectories, reconstruct, convert, and write the artefact.
 
-    Under `torchrun --nproc-per-node=N -m tfmq_fx.cli quantize ..` the N processes share the work.
+    Run with `torchrun --nproc-per-node=N -m tfmq_fx.cli quantize ..` to share the work between N processes.
     """
     from tfmq_fx.artefact.saving import check_output_folder
     from tfmq_fx.base.parallel import joined
@@ -194,11 +203,12 @@ def quantize(
     from tfmq_fx.pipeline import quantize as run
 
     recipe, preset = _chosen_recipe(choices), _chosen_preset(rows)
-    # Beside the output, so that the same command finds it after an interruption; gone when the output is whole.
+    # Beside the output, where the same command finds it after an interruption. Removed once the output is
+    # complete.
     state = output.absolute().with_name(f".{output.name}.state")
     settings = dataclasses.replace(settings, state=state)
     with joined() as ranks:
-        check_output_folder(output)  # before minutes of work, not after
+        check_output_folder(output)  # fail now, not after minutes of work
         pipe = load_pipeline(source.model, source.scheduler)
         data = _recorded(pipe, preset, source, rows, seed=settings.seed, processes=ranks.size)
         if choices.max_megabytes is not None:
@@ -216,7 +226,7 @@ def quantize(
 
 
 def _chosen_recipe(choices: Choices) -> Any:
-    """Return the recipe that is named, with what the other options change in it."""
+    """Return the named recipe, changed by the other options."""
     recipe = _recipe(choices.recipe)
     settings = recipe.reconstruction
     if choices.iterations == 0:
@@ -232,7 +242,7 @@ def _chosen_recipe(choices: Choices) -> Any:
 
 
 def _chosen_preset(rows: Rows) -> Any:
-    """Return the calibration preset that is named, or the default one, with the numbers that are given."""
+    """Return the named calibration preset, or the default one, with the numbers given by options."""
     from tfmq_fx.calibration.presets import CalibrationPreset
 
     named = rows.calibration
@@ -245,7 +255,7 @@ def _chosen_preset(rows: Rows) -> Any:
 
 
 def _recorded(pipe: Any, preset: Any, source: Source, rows: Rows, *, seed: int, processes: int) -> Any:
-    """Return the calibration set that the preset records, a prompt of the captions for each trajectory."""
+    """Record the preset's calibration set, with one prompt of the captions for each trajectory."""
     from tfmq_fx.calibration.pipelines import coco_captions
 
     arguments = source.arguments()
@@ -256,7 +266,7 @@ def _recorded(pipe: Any, preset: Any, source: Source, rows: Rows, *, seed: int, 
 
 
 def _print_quantized(output: Path, recipe: str, report: Mapping[str, Any]) -> None:
-    """Print what the report says in a few lines: layers, bytes, what gives the features, notes, seconds."""
+    """Print a summary of the report: layers, bytes, maintenance of the features, notes, seconds."""
     sizes, block = report["sizes"], report["temporal_block"]
     distances = _values(report, "temporal_cosine_distance")
     distance = sum(distances) / max(1, len(distances))
@@ -265,13 +275,13 @@ def _print_quantized(output: Path, recipe: str, report: Mapping[str, Any]) -> No
         f"{block['timesteps']} timesteps (mean cosine distance {distance:.1e})"
     )
     out.print(
-        f"{sizes['float_bytes'] / 1e6:.2f} MB float -> {sizes['quantized_bytes'] / 1e6:.2f} MB ({sizes['ratio']:.3f}); report.json lists what stayed float and why"
+        f"{sizes['float_bytes'] / 1e6:.2f} MB float -> {sizes['quantized_bytes'] / 1e6:.2f} MB ({sizes['ratio']:.3f}); report.json lists what stayed in float, and why"
     )
     if (kept := report["maintenance"]).get("features"):
         cached = sum(f["chosen"] == "cache" for f in kept["features"])
         out.print(
-            f"maintenance: {cached} of {len(kept['features'])} temporal features cached; {kept['bytes']['chosen'] / 1e3:.1f} kB for "
-            f"them all, reconstructed {kept['bytes']['reconstruct'] / 1e3:.1f} kB"
+            f"maintenance: {cached} of {len(kept['features'])} temporal features cached; {kept['bytes']['chosen'] / 1e3:.1f} kB in "
+            f"total, {kept['bytes']['reconstruct'] / 1e3:.1f} kB if all were reconstructed"
         )
     notes: dict[str, int] = {}
     for note in report["notes"]:
@@ -282,7 +292,7 @@ def _print_quantized(output: Path, recipe: str, report: Mapping[str, Any]) -> No
 
 
 def _values(report: Mapping[str, Any], name: str) -> list[float]:
-    """Return one measure of the report's errors at every timestep that has it."""
+    """Return one of the report's error measures, at every timestep that has it."""
     return [errors[name] for errors in report["errors_by_timestep"] if name in errors]
 
 
@@ -292,9 +302,9 @@ def sample(
     folder: Folder,
     source: Source,
     drawn: Drawn,
-    output: Annotated[Path, typer.Option(help="PNG to write.")] = Path("samples.png"),
+    output: Annotated[Path, typer.Option(help="PNG file to write.")] = Path("samples.png"),
 ) -> None:
-    """Write a PNG: float beside quantized, from the same noise."""
+    """Write a PNG of float beside quantized samples, from the same noise."""
     from tfmq_fx.base.metrics import psnr
     from tfmq_fx.evaluation.sampling import save_grid
     from tfmq_fx.model import load
@@ -311,7 +321,7 @@ def sample(
 def evaluate(folder: Folder, source: Source, reference: Reference, drawn: Drawn = EVALUATED) -> None:
     """Compare with the float pipeline from the same noise: PSNR, and the report's errors by timestep.
 
-    With --real also how far the samples of both are from real pictures.
+    With --real, also compare the samples of both with real images.
     """
     from tfmq_fx.model import load
 
@@ -327,7 +337,7 @@ def evaluate(folder: Folder, source: Source, reference: Reference, drawn: Drawn 
 
 
 def _add_comparison(table: Table, images: tuple[Any, Any], drawn: Drawn) -> None:
-    """Add a row for each measure of the quantized samples (N, C, H, W) beside the float ones."""
+    """Add a row for each comparison of the quantized samples (N, C, H, W) with the float ones."""
     from tfmq_fx.base.metrics import psnr, psnr_by_image
 
     by_image = psnr_by_image(images[1], images[0])
@@ -340,7 +350,7 @@ def _add_comparison(table: Table, images: tuple[Any, Any], drawn: Drawn) -> None
 
 
 def _add_errors(table: Table, report: Mapping[str, Any]) -> None:
-    """Add a row for each measure that the artefact's report holds of its own calibration."""
+    """Add a row for each error measure that the report recorded at calibration."""
     for name in ERRORS:
         if values := _values(report, name):
             mean = sum(values) / len(values)
@@ -349,23 +359,26 @@ def _add_errors(table: Table, report: Mapping[str, Any]) -> None:
 
 
 class _RealPictures:
-    """Real pictures that samples are compared with, checked before anything is sampled."""
+    """Real images to compare samples with, checked before anything is sampled."""
 
     def __init__(self, folder: Path, reference: Reference, drawn: Drawn) -> None:
-        """Choose the pictures and load the extractor. Raises TFMQError for too few, unreadable ones, or no extractor."""
+        """Check the images and load the extractor.
+
+        Raises TFMQError for too few or unreadable images, or if the extractor is missing.
+        """
         from tfmq_fx.evaluation.extractors import NEIGHBOURS, extractor_named
         from tfmq_fx.evaluation.folders import check_images
 
         if drawn.num_samples <= NEIGHBOURS:
             raise TFMQError(
-                f"--num-samples {drawn.num_samples}: precision and recall to real images need more than {NEIGHBOURS}."
+                f"--num-samples {drawn.num_samples}: precision and recall need more than {NEIGHBOURS} samples."
             )
         self.folder, self.drawn = folder, drawn
         check_images(folder, num=drawn.num_samples, seed=drawn.seed)
         self.extract = extractor_named(reference.extractor or "inception", reference.extractor_weights)
 
     def print_distances(self, samples: Mapping[str, Any]) -> None:
-        """Print a table of distances of each set of samples (N, C, H, W), by its name, to the real pictures."""
+        """Print a table of distances to the real images, for each named set of samples (N, C, H, W)."""
         from tfmq_fx.evaluation.extractors import set_distances
         from tfmq_fx.evaluation.folders import images_from
 
@@ -379,7 +392,7 @@ class _RealPictures:
         out.print(table)
         if count <= (features := real.pooled_ND.shape[1]):
             out.print(
-                f"note: {count} samples in {features} features: Frechet distances are larger than those of more samples"
+                f"note: {count} samples of {features} features: so few samples overestimate the Frechet distance"
             )
 
 
@@ -390,15 +403,17 @@ def report(
     source: Source,
     drawn: Drawn = REPORTED,
     output: Annotated[
-        Path | None, typer.Option(help="Folder to write. Default: the artefact's name with -report.")
+        Path | None, typer.Option(help="Folder to write. Default: the artefact's name, followed by -report.")
     ] = None,
-    nearest: Annotated[bool, typer.Option(help="Also calibrate round-to-nearest, to compare with.")] = True,
+    nearest: Annotated[
+        bool, typer.Option(help="Also calibrate with round-to-nearest, for comparison.")
+    ] = True,
 ) -> None:
-    """Write one HTML page, which needs no network: drift by timestep, pictures along the way, kernels, numbers."""
+    """Write one HTML page that opens offline: drift by timestep, intermediate images, kernels, numbers."""
     from tfmq_fx.model import load
     from tfmq_fx.report import PAGE, measure, require_packages, write_report
 
-    require_packages("report")  # before minutes of work, not after
+    require_packages("report")  # fail now, not after minutes of work
     quantized = load(folder)
     target = output or folder.absolute().with_name(f"{folder.absolute().name}-report")
     pipe, arguments = load_pipeline(source.model, source.scheduler), source.arguments()
@@ -417,23 +432,25 @@ def export(
     folder: Folder,
     target: Annotated[
         Path,
-        typer.Argument(help="NAME.pt2, NAME.onnx, or a folder for OpenVINO; absent or whole afterwards."),
+        typer.Argument(
+            help="NAME.pt2, NAME.onnx, or a folder for OpenVINO. It is written completely or not at all."
+        ),
     ],
     format: Annotated[
         str | None,
         typer.Option(
-            help="pt2, aot (.pt2), onnx, onnxruntime (.onnx), openvino. Default: by the name; .onnx is onnxruntime's."
+            help="pt2, aot (.pt2), onnx, onnxruntime (.onnx) or openvino. Default: by the target's name; for .onnx, onnxruntime."
         ),
     ] = None,
     strict: Annotated[
-        bool, typer.Option(help="Refuse when a quantized layer would run in float (aot, onnx, onnxruntime).")
+        bool, typer.Option(help="Fail if a quantized layer would run in float (aot, onnx, onnxruntime).")
     ] = False,
 ) -> None:
-    """Write the network for another runtime, and say what of it runs in int8 there."""
+    """Write the network for another runtime, and print which layers run in int8 there."""
     from tfmq_fx.model import load
 
     quantized = load(folder)
-    with Console(stderr=True).status(f"export to {target}"):  # nothing where stderr is no terminal
+    with Console(stderr=True).status(f"export to {target}"):  # prints nothing unless stderr is a terminal
         written = quantized.export(target, format=format, strict=strict)
     kernels = ", ".join(f"{n} layers {kind}" for kind, n in written.kernels.items())
     weights = ", ".join(f"{n} weights {kind}" for kind, n in written.weights.items())
@@ -444,7 +461,7 @@ def export(
 
 
 def _both(quantized: Any, source: Source, drawn: Drawn) -> tuple[Any, Any]:
-    """Return the samples (N, C, H, W) of the float network and those of the quantized one, from the same noise."""
+    """Return samples (N, C, H, W) of the float network and of the quantized one, from the same noise."""
     from tfmq_fx.evaluation.sampling import sample as draw
 
     pipe, settings = load_pipeline(source.model, source.scheduler), drawn.arguments() | source.arguments()
@@ -452,19 +469,19 @@ def _both(quantized: Any, source: Source, drawn: Drawn) -> tuple[Any, Any]:
 
 
 def main() -> None:
-    """Run the command line: exit code 2 and one line on stderr for what the user did wrong."""
+    """Run the command line. A user error exits with code 2 and one line on stderr."""
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
-    # Libraries about themselves, at import; ours are errors or in the report.
+    # Libraries warn about themselves at import. Our own warnings are errors, or are in the report.
     warnings.simplefilter("ignore")
     stdlib_logging.getLogger("torch.utils._pytree").setLevel(stdlib_logging.ERROR)
-    # A capture that fails is tried in another way, or is our error: torch need not say so too.
+    # A failed capture is tried in another way or becomes our error, so torch need not log it as well.
     stdlib_logging.getLogger("torch._subclasses.fake_tensor").setLevel(stdlib_logging.CRITICAL)
     try:
         sys.exit(app(standalone_mode=False))
     except (TFMQError, _UsageError) as error:
         text = error.format_message() if isinstance(error, _UsageError) else str(error)
-        if not text:  # `tfmq` alone has shown the help
+        if not text:  # `tfmq` without arguments has printed the help
             sys.exit(2)
         words = text if isinstance(error, _UsageError) and "Usage:" in text else " ".join(text.splitlines())
         Console(stderr=True, soft_wrap=True).print(f"error: {words}", markup=False, highlight=False)

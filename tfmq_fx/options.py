@@ -1,7 +1,8 @@
-"""The commands' options in groups: frozen dataclasses, and a decorator that lets a command take groups for parameters.
+"""Groups of command-line options as frozen dataclasses, and a decorator for commands that take such groups.
 
-A field is an option: its annotation is typer's, or its metadata has the "help" to show. `from_groups` gives typer the
-fields of all groups side by side, so that `--help` shows plain options, and calls the command with the groups.
+Each field is an option: its annotation is typer's, or its metadata has the "help" text. `from_groups` passes
+the fields of all groups to typer as plain options, so `--help` shows them as such, and calls the command with
+the groups.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from tfmq_fx.settings import check_seed
 RecipeOption = Annotated[
     str,
     typer.Option(
-        "--recipe", help="w8a8, w4a8, w8a16, w4a16, w4a4, w3a8, w2a8, or a JSON file of Recipe's fields."
+        "--recipe", help="w8a8, w4a8, w8a16, w4a16, w4a4, w3a8, w2a8, or a JSON file with fields of Recipe."
     ),
 ]
 Arguments = Annotated[
@@ -35,7 +36,7 @@ Folder = Annotated[Path, typer.Argument(help="A folder written by `tfmq quantize
 
 @dataclass(frozen=True, kw_only=True)
 class Source:
-    """Which pipeline, and how it is called."""
+    """A pipeline and the arguments of its calls."""
 
     model: Annotated[
         str | None,
@@ -50,117 +51,123 @@ class Source:
     argument: Arguments = None
 
     def arguments(self) -> dict[str, Any]:
-        """Return the pipeline's arguments by name; see `pipeline_arguments`."""
+        """Return the pipeline's arguments by name, as `pipeline_arguments` does."""
         return pipeline_arguments(self.argument)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Rows:
-    """What is recorded to calibrate with."""
+    """The rows to record for calibration."""
 
     num_samples: Annotated[
-        int | None, typer.Option(min=1, help="Calibration trajectories. Default: 64, or the preset's.")
+        int | None,
+        typer.Option(min=1, help="Number of calibration trajectories. Default: 64, or the preset's."),
     ] = None
     steps: Annotated[
-        int | None, typer.Option(min=1, help="Denoising steps. Default: 50, or the preset's.")
+        int | None, typer.Option(min=1, help="Number of denoising steps. Default: 50, or the preset's.")
     ] = None
     calibration: Annotated[
         str | None,
         typer.Option(
-            help="The papers' settings: ddim-cifar10, ldm-bedrooms, ldm-churches, ldm-celebahq, ldm-ffhq, ldm-imagenet, sd14-coco, sdxl."
+            help="A preset with a paper's settings: ddim-cifar10, ldm-bedrooms, ldm-churches, ldm-celebahq, ldm-ffhq, ldm-imagenet, sd14-coco, sdxl."
         ),
     ] = None
     captions: Annotated[
-        Path | None, typer.Option(help="A COCO captions JSON: one prompt of it for each trajectory.")
+        Path | None,
+        typer.Option(help="A COCO captions file (JSON): each trajectory takes one prompt from it."),
     ] = None
-    cache: Annotated[Path | None, typer.Option(help="A folder that keeps recorded trajectories.")] = None
+    cache: Annotated[Path | None, typer.Option(help="A folder to keep recorded trajectories in.")] = None
 
 
 @dataclass(frozen=True, kw_only=True)
 class Choices:
-    """The recipe, and what the command line changes in it."""
+    """The recipe, and the changes to it from the command line."""
 
     recipe: RecipeOption = "w4a8"
     iterations: Annotated[
         int | None,
         typer.Option(
             min=0,
-            help="Learn the rounding (adaround), so many iterations per block; 0: round to nearest. Default: as the recipe says.",
+            help="Iterations of learned rounding (adaround) per block; 0: round to nearest. Default: the recipe's.",
         ),
     ] = None
     tune_iterations: Annotated[
         int | None,
         typer.Option(
             min=0,
-            help="Then tune all blocks together, so many iterations; 0: leave that out. Default: as the recipe says.",
+            help="Iterations of tuning all blocks together afterwards; 0: no tuning. Default: the recipe's.",
         ),
     ] = None
     maintain: Annotated[
         str | None,
         typer.Option(
-            help="What gives the temporal features: reconstruct (the quantized block), cache (tables), auto. Default: the recipe's."
+            help="How temporal features are computed: reconstruct (by the quantized block), cache (from tables), or auto. Default: the recipe's."
         ),
     ] = None
     unseen: Annotated[
         str | None,
         typer.Option(
-            help="What a timestep outside the table takes: nearest (its neighbour's scales), float (the float temporal block, kept "
-            "beside), error. Default: the recipe's."
+            help="What a timestep outside the table uses: nearest (its neighbour's scales), float (a copy of the float temporal "
+            "block) or error. Default: the recipe's."
         ),
     ] = None
     max_megabytes: Annotated[
         float | None,
         typer.Option(
             min=1e-6,
-            help="For the layers' weights: 4 or 8 bits for each, by its measured effect on the output. Default: the recipe's bits.",
+            help="Budget for the weights: each layer gets 4 or 8 bits, by its measured effect on the output. Default: the recipe's bits.",
         ),
     ] = None
 
 
 @dataclass(frozen=True, kw_only=True)
 class Drawn:
-    """Which samples are drawn."""
+    """The samples to draw."""
 
     num_samples: Annotated[int, typer.Option(min=1)] = 64
-    steps: Annotated[int, typer.Option(min=1, help="Denoising steps.")] = 50
-    seed: Annotated[int, typer.Option(help="Seed of noise and of calibration.")] = 0
+    steps: Annotated[int, typer.Option(min=1, help="Number of denoising steps.")] = 50
+    seed: Annotated[int, typer.Option(help="Seed of the noise and of calibration.")] = 0
 
     def __post_init__(self) -> None:
         check_seed(self.seed, "--seed")
 
     def arguments(self) -> dict[str, Any]:
-        """Return the fields by the names of `evaluation.sampling.sample`."""
+        """Return the fields as keyword arguments of `evaluation.sampling.sample`."""
         return {"num_samples": self.num_samples, "num_inference_steps": self.steps, "seed": self.seed}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Reference:
-    """Real pictures that samples are compared with."""
+    """Real images to compare samples with."""
 
     real: Annotated[
         Path | None,
         typer.Option(
-            help="A folder of real images, in folders of classes or not: Frechet distances to as many of them as samples."
+            help="A folder of real images, flat or with one folder per class: compare the samples with as many of them."
         ),
     ] = None
     extractor: Annotated[
         str | None,
         typer.Option(
-            help="For --real: inception (of published FIDs, by torch-fidelity) or torchvision-inception. Default: inception."
+            help="With --real: inception (the network of published FIDs; needs torch-fidelity) or torchvision-inception. Default: inception."
         ),
     ] = None
     extractor_weights: Annotated[
         Path | None,
-        typer.Option(help="Its file of weights. Default: in torch's cache. Nothing is downloaded."),
+        typer.Option(
+            help="The extractor's weights file. Default: the one in torch's cache. Nothing is downloaded."
+        ),
     ] = None
 
     def __post_init__(self) -> None:
         if self.real is None and (self.extractor or self.extractor_weights):
-            raise TFMQError("--extractor, --extractor-weights: are for --real, a folder of real images.")
+            raise TFMQError(
+                "--extractor, --extractor-weights: these need --real; give it a folder of real images."
+            )
 
 
 def named_json(option: str, values: list[str] | None) -> dict[str, Any]:
-    """Return NAME=JSON texts as a dict. Raises TFMQError, which names the option, for a text of another form."""
+    """Return NAME=JSON texts as a dict. Raises TFMQError, naming the option, for a text of another form."""
     found = {}
     for text in values or []:
         name, _, value = text.partition("=")
@@ -168,26 +175,27 @@ def named_json(option: str, values: list[str] | None) -> dict[str, Any]:
             found[name] = json.loads(value)
         except ValueError as error:
             raise TFMQError(
-                f"{option} {text!r}: use NAME=JSON; strings take quotes, e.g. prompt='\"a cat\"'."
+                f"{option} {text!r}: use NAME=JSON; a string needs quotes, e.g. prompt='\"a cat\"'."
             ) from error
     return found
 
 
 def pipeline_arguments(values: list[str] | None) -> dict[str, Any]:
-    """Return --argument as a dict; names that the commands have options for, or give themselves, are refused."""
+    """Return the values of --argument as a dict. Raises TFMQError for a name that the command sets itself."""
     from tfmq_fx.calibration.data import CalibrationSet
 
     found = named_json("--argument", values)
     ours = {*inspect.signature(CalibrationSet.record).parameters, "generator", "output_type"}
     if wrong := [name for name in found if name in ours]:
-        raise TFMQError(f"--argument {wrong[0]}: the command gives that itself; see its --help.")
+        raise TFMQError(f"--argument {wrong[0]}: the command sets this itself; see its --help.")
     return found
 
 
 def from_groups(command: Callable[..., None]) -> Callable[..., None]:
-    """Return the command for typer: each parameter that is a dataclass becomes the options that are its fields.
+    """Return the command for typer, with each dataclass parameter replaced by its fields as options.
 
-    A default of such a parameter, an instance, has the options' defaults; without one they are the dataclass's own.
+    If such a parameter has a default, which is an instance, that sets the options' defaults. Otherwise they
+    are the dataclass's own.
     """
     hints = get_type_hints(command, include_extras=True)
     parameters: list[inspect.Parameter] = []
@@ -200,7 +208,7 @@ def from_groups(command: Callable[..., None]) -> Callable[..., None]:
             groups[name] = (cls, [o for o in options if o is not None])
             parameters += groups[name][1]
         else:
-            kind = inspect.Parameter.KEYWORD_ONLY  # after a group with defaults another may have none
+            kind = inspect.Parameter.KEYWORD_ONLY  # a group without defaults may follow one with defaults
             parameters.append(parameter.replace(annotation=hints[name], kind=kind))
 
     def call(**given: Any) -> None:
@@ -224,7 +232,10 @@ def _as_it_is(value: Any) -> Any:
 def _option(
     cls: Any, field: dataclasses.Field[Any], defaults: Any, readers: dict[str, Callable[[Any], Any]]
 ) -> inspect.Parameter | None:
-    """The field as a command's parameter; None for a field that is no option. A mapping is read from NAME=JSON texts."""
+    """Return the field as a command's parameter, or None if it is not an option.
+
+    A mapping is read from NAME=JSON texts: its reader is added to `readers`.
+    """
     annotation = get_type_hints(cls, include_extras=True)[field.name]
     default = getattr(defaults, field.name) if isinstance(defaults, cls) else field.default
     if get_origin(annotation) is not Annotated:

@@ -1,1 +1,1 @@
-"""Networks and pipelines that tests and benchmarks share."""
+"""Networks and pipelines shared by tests and benchmarks."""

@@ -1,6 +1,7 @@
-"""The papers' pipelines, and those that users ask for, of tiny random components: real diffusers classes throughout.
+"""Build the papers' pipelines, and others that users ask for, from tiny random components.
 
-Text encoders and tokenizers included. Everything is made here, saved with `save_pretrained` and read back.
+All classes are the real ones of diffusers and transformers, including text encoders and tokenizers.
+Everything is made here, saved with `save_pretrained` and read back.
 """
 
 from __future__ import annotations
@@ -47,17 +48,17 @@ LENGTH = 8  # tokens of a prompt, padded
 
 @dataclass(frozen=True, kw_only=True)
 class Pipeline:
-    """One pipeline class, and how it is called."""
+    """One pipeline class and the arguments of its call."""
 
     name: str
-    make: Callable[[Path], Any]  # components need a folder: tokenizers are read from files
+    make: Callable[[Path], Any]  # takes a folder, because tokenizers are read from files
     arguments: dict[str, Any] = field(default_factory=dict)
     guided: bool = False  # whether each step sees conditional and unconditional rows
     finite: dict[str, Any] = field(default_factory=dict)
 
 
 def _random(network: nn.Module) -> Any:
-    """A layer that starts at zero would hide what lies behind it."""
+    """Randomize the parameters that start at zero, because they would hide the layers before them."""
     for parameter in network.parameters():
         if not parameter.any():
             nn.init.normal_(parameter, std=0.1)
@@ -146,7 +147,7 @@ def _ldm(_: Path) -> Any:
 def _dit(_: Path) -> Any:
     transformer = DiTTransformer2DModel(
         sample_size=8, in_channels=4, out_channels=8, num_layers=2, num_attention_heads=2, attention_head_dim=8,
-        num_embeds_ada_norm=1000,  # DiTPipeline's "no label" is class 1000
+        num_embeds_ada_norm=1000,  # DiTPipeline uses class 1000 for "no label"
     )  # fmt: skip
     return diffusers.DiTPipeline(_random(transformer), autoencoder(), DDIMScheduler())
 
@@ -248,7 +249,7 @@ PIPELINES = (
 
 
 def saved(entry: Pipeline, folder: Path) -> Any:
-    """Written with `save_pretrained` and read with `DiffusionPipeline.from_pretrained`, as a user's would be."""
+    """Return the pipeline after `save_pretrained` and `DiffusionPipeline.from_pretrained`, as users load it."""
     with torch.random.fork_rng(devices=()):
         torch.manual_seed(0)
         entry.make(folder / "files").save_pretrained(folder / "pipe")

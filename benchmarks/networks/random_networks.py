@@ -1,7 +1,8 @@
-"""Small denoisers drawn at random, in plain torch: U-shaped and token networks as a `Spec` says.
+"""Build small random denoisers in plain torch: U-shaped and token networks, each described by a `Spec`.
 
-The truth about the temporal block is in the modules' names: a layer called `project` is a temporal feature, other layers
-whose name starts with `time` or `vector` lie ahead of one, and no other layer belongs to the block.
+The modules' names tell which layers are in the temporal block. A layer called `project` returns a temporal
+feature. Other layers whose name starts with `time` or `vector` precede one. No other layer belongs to the
+block.
 """
 
 from __future__ import annotations
@@ -24,13 +25,13 @@ ACTIVATIONS: dict[str, Any] = {
     "mish": F.mish, "tanh": torch.tanh, "leaky": F.leaky_relu, "quick-gelu": lambda x: x * torch.sigmoid(1.702 * x),
 }  # fmt: skip
 SMOOTH = ("silu", "gelu", "tanh-gelu", "mish", "quick-gelu")
-SIZE, TOKENS, CONTEXT = 8, 6, 5  # pixels a side, tokens of a sequence, tokens of a context
+SIZE, TOKENS, CONTEXT = 8, 6, 5  # pixels per side, tokens per sequence, tokens per context
 LABELS = 7
 
 
 @dataclass(frozen=True, kw_only=True)
 class Spec:
-    """One network. Invariant: `channels` and `emb` are multiples of 4."""
+    """The description of one network. Invariant: `channels` and `emb` are multiples of 4."""
 
     body: str = "unet"  # "unet", or "tokens" for a transformer
     seed: int = 0  # of the parameters
@@ -41,10 +42,10 @@ class Spec:
     norm: str = "group"  # "group", "batch", "instance", "layer", "rms", "none"
     activation: str = "silu"  # of the body
     time_activation: str = "silu"
-    time_layers: int = 2  # linear layers ahead of the projections
+    time_layers: int = 2  # linear layers before the projections
     embedding: str = "sinusoidal"  # "sinusoidal", "fourier" (of a float timestep), "learned"
-    scalar: bool = False  # one timestep a call, of shape ()
-    inject: str = "add"  # "add", "scale-shift", "gate"; "shared": one projection for all blocks; "token": one more token
+    scalar: bool = False  # one timestep per call, of shape ()
+    inject: str = "add"  # "add", "scale-shift", "gate"; "shared": one projection for all blocks; "token": an extra token
     convolution: str = "plain"  # "plain", "grouped", "depthwise", "pointwise"
     down: str = "stride"  # "stride", "pool"
     up: str = "nearest"  # "nearest", "transpose"
@@ -72,7 +73,7 @@ def specs(draw: st.DrawFn) -> Spec:
         dims=draw(st.sampled_from([1, 2])),
         norm=draw(st.sampled_from(["group", "batch", "instance", "layer", "rms", "none"] if unet else ["layer", "rms"])),
         activation=draw(st.sampled_from(sorted(ACTIVATIONS))),
-        time_activation=draw(st.sampled_from(SMOOTH)),  # a dead relu would hide a dependence from the oracle
+        time_activation=draw(st.sampled_from(SMOOTH)),  # a dead relu would hide a dependence from the test's oracle
         time_layers=draw(st.integers(1, 3)),
         embedding=embedding,
         scalar=draw(st.booleans()),
@@ -89,7 +90,7 @@ def specs(draw: st.DrawFn) -> Spec:
 
 
 class Norm(nn.Module):
-    """Over the channels, which are dimension 1 of `dims` more, or the last of tokens (dims 0)."""
+    """A normalization over channels: dimension 1 of (N, C, ...) with `dims` more, or the last if dims is 0."""
 
     def __init__(self, kind: str, channels: int, dims: int) -> None:
         super().__init__()
@@ -130,13 +131,13 @@ class Attention(nn.Module):
 
 
 class Inject(nn.Module):
-    """Features of the embedding into (N, C, ...) or, last=True, (N, L, C)."""
+    """A layer that injects features of the embedding into (N, C, ...) or, with last=True, into (N, L, C)."""
 
     def __init__(self, kind: str, emb: int, channels: int, *, dims: int, last: bool = False) -> None:
         super().__init__()
         self.kind, self.last, self.dims = kind, last, dims
         self.parts = {"add": 1, "scale-shift": 2, "gate": 1, "shared": 1, "token": 0}[kind]
-        if kind == "shared":  # a table of the block's own is added to what all blocks share
+        if kind == "shared":  # the block adds its own table to the shared projection
             self.table = nn.Parameter(torch.randn(channels) / 2)
         elif self.parts:
             self.project = nn.Linear(emb, self.parts * channels)
@@ -153,7 +154,10 @@ class Inject(nn.Module):
 
 
 class Time(nn.Module):
-    """timestep (and conditioning) -> the embedding (N or 1, E), or what all blocks share (.., channels)."""
+    """A network from the timestep (and conditioning) to the embedding (N or 1, E).
+
+    With the injection "shared", it returns the projection (.., channels) for all blocks instead.
+    """
 
     frequency: Tensor
 
@@ -226,7 +230,7 @@ class Block(nn.Module):
 
 
 class Network(nn.Module):
-    """What every random network takes; `timestep` may come as (N,), or as () when the spec is scalar."""
+    """The base of every random network. `timestep` has shape (N,), or () if the spec is scalar."""
 
     def __init__(self, spec: Spec) -> None:
         super().__init__()
@@ -345,7 +349,7 @@ class Tokens(Network):
 
 
 def build(spec: Spec) -> Network:
-    """The network in eval mode; the running statistics of its batch norms are as after training."""
+    """Return the network in eval mode. Its batch norms have running statistics as after training."""
     with torch.random.fork_rng(devices=()):
         torch.manual_seed(spec.seed)
         network = (UNet if spec.body == "unet" else Tokens)(spec).eval()
@@ -364,7 +368,7 @@ def timesteps(spec: Spec) -> Tensor:
 
 
 def arguments(spec: Spec, rows: int, *, seed: int = 0) -> dict[str, Any]:
-    """forward's arguments, `rows` of each; the timesteps take turns."""
+    """Return arguments of forward with `rows` rows each; the timesteps take turns."""
     generator = torch.Generator().manual_seed(seed)
 
     def noise(*shape: int) -> Tensor:

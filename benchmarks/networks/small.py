@@ -1,4 +1,4 @@
-"""Small networks in plain torch, so that nothing in the tests leans on a diffusers class."""
+"""Small networks in plain torch, so that tests need no diffusers classes."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ class ScalarTime(nn.Module):
 
 
 class OneTimestep(ScalarTime):
-    """A timestep of shape () and nothing else: its waves are a vector, without a batch."""
+    """A module whose timestep always has shape (): its sinusoids are a vector without a batch dimension."""
 
     def forward(self, sample: Tensor, timestep: Tensor) -> Tensor:
         angle = timestep.float() * torch.exp(-2.0 * torch.arange(4.0))
@@ -102,7 +102,7 @@ class OneTimestep(ScalarTime):
 
 
 class Labelled(nn.Module):
-    """The label joins the time embedding before the non-linearity, as in class-conditional networks."""
+    """A class-conditional network: the label joins the time embedding before the non-linearity."""
 
     classes = 5
 
@@ -121,7 +121,7 @@ class Labelled(nn.Module):
 
 
 class Sized(nn.Module):
-    """Pooled text and size ids in a dict, beside a sequence of tokens, as in SD-XL."""
+    """A network with SD-XL's inputs: pooled text and size ids in a dict, and a sequence of tokens."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -149,7 +149,7 @@ class Sized(nn.Module):
 
 
 class Tokens(nn.Module):
-    """A small transformer on patches: convolutions at both ends, one of them transposed, linears between."""
+    """A transformer on patches: convolutions at both ends, one of them transposed, and linears between."""
 
     def __init__(self, width: int = 16) -> None:
         super().__init__()
@@ -184,7 +184,7 @@ TIMESTEPS = torch.arange(0, 1000, 100).flip(0)
 
 
 def calibration(rows: int = 40, seed: int = 0) -> tfmq_fx.CalibrationSet:
-    """Noise at every timestep of TIMESTEPS, a few rows each."""
+    """Return calibration noise with a few rows at every timestep of TIMESTEPS."""
     generator = torch.Generator().manual_seed(seed)
     return tfmq_fx.CalibrationSet.from_tensors(
         {
@@ -195,7 +195,7 @@ def calibration(rows: int = 40, seed: int = 0) -> tfmq_fx.CalibrationSet:
 
 
 def vectors() -> tfmq_fx.CalibrationSet:
-    """Of ScalarTime and OneTimestep."""
+    """Return calibration data for ScalarTime and OneTimestep."""
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(40, 4, generator=generator)
     return tfmq_fx.CalibrationSet.from_tensors({"sample": x, "timestep": TIMESTEPS.repeat(4)})
@@ -233,14 +233,14 @@ FAST = tfmq_fx.Reconstruction(
 
 
 def prepared(bits: str = "w4a8", **changes: object) -> torch.fx.GraphModule:
-    """A calibrated graph of the tiny network."""
+    """Return a calibrated graph of the tiny network."""
     recipe = dataclasses.replace(tfmq_fx.Recipe.preset(bits), reconstruction=FAST, **changes)  # type: ignore[arg-type]
     gm = captured()
     return tfmq_fx.calibrate(tfmq_fx.prepare(gm, recipe, timesteps=TIMESTEPS), calibration())
 
 
 def captured(cls: Any = TinyUNet) -> torch.fx.GraphModule:
-    """A graph of the caller's own."""
+    """Return a captured graph that the caller may change."""
     return copy.deepcopy(_captured(cls))
 
 

@@ -1,7 +1,7 @@
-"""The second trained model: a class-conditional diffusion transformer on handwritten digits, and its pipeline.
+"""The second trained model: a class-conditional diffusion transformer on digits, and its pipeline.
 
-Trained by benchmarks/zoo/train_dit_digits.py. diffusers' DiTPipeline decodes latents with a VAE; this model works
-on the pixels, so it has a pipeline of its own, with DiTPipeline's arguments.
+benchmarks/zoo/train_dit_digits.py trains it. diffusers' DiTPipeline decodes latents with a VAE. This model
+works on pixels, so it has its own pipeline, with DiTPipeline's arguments.
 """
 
 from __future__ import annotations
@@ -20,9 +20,10 @@ FOLDER = Path(__file__).parent / "dit-digits"
 
 
 class DiTDigitsPipeline(DiffusionPipeline):  # type: ignore[misc]
-    """Images from a `DiTTransformer2DModel` on pixels: `transformer` and `scheduler`, no VAE.
+    """A pipeline with a `DiTTransformer2DModel` on pixels: `transformer` and `scheduler`, no VAE.
 
-    Classes are 0 .. num_embeds_ada_norm - 1; the class after the last is "no label", that of guidance.
+    Classes are 0 .. num_embeds_ada_norm - 1. The class after the last means "no label" and is used for
+    guidance.
     """
 
     def __init__(self, transformer: Any, scheduler: Any) -> None:
@@ -40,10 +41,11 @@ class DiTDigitsPipeline(DiffusionPipeline):  # type: ignore[misc]
         return_dict: bool = True,
         batch_size: int | None = None,
     ) -> Any:
-        """
-        class_labels: repeated in turn until there are `batch_size` of them, so that a caller that draws in batches
-            (CalibrationSet.record) can name all classes once. None draws them from the generator, balanced.
-        batch_size: how many images; None is one for each label.
+        """Return images for class labels.
+
+        class_labels: repeated in turn up to `batch_size`, so that a caller that samples in batches
+            (CalibrationSet.record) can name all classes once. None draws balanced labels from the generator.
+        batch_size: the number of images; None: one per label.
         """
         config = self.transformer.config
         classes = config.num_embeds_ada_norm
@@ -53,7 +55,7 @@ class DiTDigitsPipeline(DiffusionPipeline):  # type: ignore[misc]
                 f"class_labels: {given.tolist()}; must be at least one, each from 0 to {classes}."
             )
         size = batch_size or (1 if given is None else len(given))
-        # The noise comes first: it is the same whatever the labels are.
+        # Draw the noise first, so that it does not depend on the labels.
         x = randn_tensor(
             (size, config.in_channels, config.sample_size, config.sample_size),
             generator=generator,
@@ -84,12 +86,12 @@ class DiTDigitsPipeline(DiffusionPipeline):  # type: ignore[misc]
 
 
 def _balanced(size: int, classes: int, generator: torch.Generator | None) -> Tensor:
-    """At least `size` labels in random order, in which no class leads another by more than one at any cut."""
+    """Return at least `size` random labels. In any prefix, class counts differ by at most one."""
     rounds = -(-size // classes)
     return torch.cat([torch.randperm(classes, generator=generator) for _ in range(rounds)])
 
 
 def dit_digits_pipeline() -> DiTDigitsPipeline:
-    """The committed model with its DDIM scheduler."""
+    """Return the committed model with its DDIM scheduler."""
     pipe: DiTDigitsPipeline = DiTDigitsPipeline.from_pretrained(FOLDER)
     return pipe

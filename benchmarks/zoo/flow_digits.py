@@ -1,6 +1,6 @@
-"""The fourth trained model: flow matching on handwritten digits, a UNet whose time is a float, and its pipeline.
+"""The fourth trained model: flow matching on digits by a UNet whose time is a float, and its pipeline.
 
-Trained by benchmarks/zoo/train_flow_digits.py.
+benchmarks/zoo/train_flow_digits.py trains it.
 """
 
 from __future__ import annotations
@@ -17,9 +17,10 @@ FOLDER = Path(__file__).parent / "flow-digits"
 
 
 class FlowDigitsPipeline(DiffusionPipeline):  # type: ignore[misc]
-    """Images from an unconditional `UNet2DModel` that predicts the velocity from data to noise.
+    """A pipeline with an unconditional `UNet2DModel` that predicts the velocity from data to noise.
 
-    `scheduler` is a FlowMatchEulerDiscreteScheduler: noise share s from 1 to 0, of which the network is given 1000 s.
+    `scheduler` is a FlowMatchEulerDiscreteScheduler. The share of noise, s, goes from 1 to 0; the network
+    gets 1000 s.
     """
 
     def __init__(self, unet: Any, scheduler: Any) -> None:
@@ -52,6 +53,6 @@ class FlowDigitsPipeline(DiffusionPipeline):  # type: ignore[misc]
 
 
 def flow_digits_pipeline() -> FlowDigitsPipeline:
-    """The committed model with its Euler scheduler."""
+    """Return the committed model with its Euler scheduler."""
     pipe: FlowDigitsPipeline = FlowDigitsPipeline.from_pretrained(FOLDER)
     return pipe

@@ -1,6 +1,6 @@
-"""The third trained model: latent diffusion with text by cross-attention, a diffusers `StableDiffusionPipeline`.
+"""The third trained model: latent diffusion with cross-attention to text, a `StableDiffusionPipeline`.
 
-Trained by benchmarks/zoo/train_ldm_shapes.py on the captioned pictures of benchmarks/zoo/shapes.py.
+benchmarks/zoo/train_ldm_shapes.py trains it on the captioned images of benchmarks/zoo/shapes.py.
 """
 
 from __future__ import annotations
@@ -13,5 +13,5 @@ FOLDER = Path(__file__).parent / "ldm-shapes"
 
 
 def ldm_shapes_pipeline() -> StableDiffusionPipeline:
-    """The committed model with its DDIM scheduler; prompts as in `benchmarks.zoo.shapes.PROMPTS`."""
+    """Return the committed model with its DDIM scheduler, for prompts as in `benchmarks.zoo.shapes.PROMPTS`."""
     return StableDiffusionPipeline.from_pretrained(FOLDER)

@@ -1,4 +1,4 @@
-"""The trained models, as benchmarks quantize and judge them."""
+"""The trained models, with the settings by which benchmarks quantize and judge them."""
 
 from __future__ import annotations
 
@@ -23,13 +23,16 @@ CLASSIFIER = "classifier.safetensors"
 
 @dataclass(frozen=True, kw_only=True)
 class Model:
-    """Samples are judged in a folder of their own, where the digits' classifier is kept once it is trained."""
+    """One trained model.
+
+    The `folder` of its methods keeps the digits' classifier, once it is trained.
+    """
 
     make: Callable[[], Any]
     steps: int = 50
-    arguments: dict[str, Any] = field(default_factory=dict)  # of the pipeline
+    arguments: dict[str, Any] = field(default_factory=dict)  # of the pipeline's call
     finite: dict[str, Any] = field(default_factory=dict)
-    digits: bool = True  # judged by the digits' classifier; otherwise shapes, by drawing them again
+    digits: bool = True  # judged by the digits' classifier; otherwise shapes, judged by redrawing them
 
     def pipeline(self) -> Any:
         pipe = self.make()
@@ -37,7 +40,7 @@ class Model:
         return pipe
 
     def features(self, images: Tensor, folder: Path) -> Tensor:
-        """(N, 64 or 192) to measure Frechet distances in: the classifier's last map, or the pictures at 8x8."""
+        """Return features (N, 64 or 192) for Frechet distances: the classifier's last map, or images at 8x8."""
         if not self.digits:
             return nn.functional.adaptive_avg_pool2d(images, 8).flatten(1)
         network = classifier(folder)
@@ -47,7 +50,10 @@ class Model:
         return mapped.mean((2, 3))
 
     def good(self, images: Tensor, folder: Path) -> float:
-        """Percent of the samples that are a digit, with confidence over 0.9, or the shape that was asked for."""
+        """Return the percentage of good samples.
+
+        These are digits recognised with confidence over 0.9, or the shape that was asked for.
+        """
         if not self.digits:
             captions = torch.arange(len(images)) % len(PROMPTS)
             return 100 * as_asked(images, captions).float().mean().item()

@@ -1,4 +1,4 @@
-"""What do the trained models draw? Samples of each beside real pictures, as PNG files.
+"""What do samples of the trained models look like? Writes PNG files of samples beside real images.
 
 python -m benchmarks.zoo.pictures --output docs/images
 """
@@ -27,7 +27,7 @@ def picture(model: str, file: Path) -> None:
     if model == "ldm-shapes":
         pipe = ldm_shapes_pipeline()
         pipe.set_progress_bar_config(disable=True)
-        # The prompts in turn: the first two rows of four are small, a colour is three in a row.
+        # One sample per prompt. The first half asks for small shapes; each colour has three in a row.
         images = sample(
             pipe,
             num_samples=len(PROMPTS),

@@ -2,8 +2,9 @@
 
     python -m benchmarks.zoo.quality_dit_digits --settings "w8a8 nearest" "w4a8 nearest" --samples 128
 
-DDIM, 50 steps, guidance 2, every sample from the same noise and label as its float twin. Recognition: the share
-of samples that a classifier trained on real digits recognises, with confidence over 0.9, as the label asked for.
+Samples by DDIM (50 steps, guidance 2), quantized and float from the same noise and label. Recognition is the
+share of samples that a classifier trained on real digits recognises, with confidence over 0.9, as the label
+asked for.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ LABELS = list(range(NUM_CLASSES))
 
 
 def as_asked(classifier: nn.Module, images: Tensor) -> float:
-    """Percent recognised with confidence over 0.9 as the label asked for, labels in turn."""
+    """Return the percentage recognised, with confidence over 0.9, as the label asked for. Labels take turns."""
     label, confidence = recognise(classifier, images)
     good = (confidence > 0.9) & (label == torch.arange(len(images)) % NUM_CLASSES)
     return good.float().mean().item() * 100
@@ -46,7 +47,7 @@ def main() -> None:
     pipe = dit_digits_pipeline()
     pipe.set_progress_bar_config(disable=True)
     classifier = train_classifier()
-    # A multiple of the classes: the labels, taken in turn within a batch, are then in turn over all samples.
+    # Labels take turns within a batch. With a multiple of the classes, they also take turns over all samples.
     drawn = {"num_samples": args.samples, "batch_size": 250, "num_inference_steps": STEPS, "seed": NOISE_SEED}
     started = time.monotonic()
     reference = sample(pipe, **drawn, class_labels=LABELS)
@@ -61,7 +62,7 @@ def main() -> None:
     data = tfmq_fx.CalibrationSet.record(
         pipe, num_samples=args.trajectories, num_inference_steps=STEPS, class_labels=LABELS
     )
-    # Guidance calls the network with the labels and with the class after the last.
+    # Guidance calls the network with the labels and with the "no label" class after the last.
     finite = None if args.no_labels else {"class_labels": range(NUM_CLASSES + 1)}
     for name, recipe in settings(args.settings).items():
         started = time.monotonic()

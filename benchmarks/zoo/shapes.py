@@ -1,7 +1,7 @@
-"""Captioned pictures of shapes, drawn by formula, and a judge that tells without training what a picture shows.
+"""Draw captioned images of shapes by formula, and judge without training what an image shows.
 
-A picture is one upright shape of one colour on a dark ground, 32x32; its caption names size, colour and shape, and
-its place and exact radius are random. The judge draws the picture again from what it measures.
+An image is one upright shape of one colour on a dark background, 32x32. Its caption names size, colour and
+shape; its position and exact radius are random. The judge redraws the image from its measurements.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 IMAGE_SIZE = 32
-SIZES = {"small": (3.5, 5.0), "large": (7.5, 9.0)}  # radius in pixels of the circle of the same area
+SIZES = {"small": (3.5, 5.0), "large": (7.5, 9.0)}  # radius, in pixels, of the circle with the same area
 COLOURS = {
     "red": (1.0, 0.1, 0.1),
     "green": (0.1, 1.0, 0.1),
@@ -23,22 +23,23 @@ COLOURS = {
 SHAPES = ("circle", "square", "triangle")
 PROMPTS = [f"a {size} {colour} {shape}" for size, colour, shape in itertools.product(SIZES, COLOURS, SHAPES)]
 BACKGROUND = 0.1  # of each channel, from 0 to 1
-CLOSE = 20.0  # dB: what the judge asks of a picture, against its own drawing of it
+CLOSE = 20.0  # the PSNR in dB to the judge's redrawing that an image needs
 
 # Half side of the square, and circumradius of the triangle, with the area of the circle of radius 1.
 SQUARE, TRIANGLE = math.sqrt(math.pi) / 2, math.sqrt(4 * math.pi / (3 * math.sqrt(3)))
-# How far each shape of radius 1 reaches from its centroid: left and right, up, down.
+# The extent of each shape of radius 1 from its centroid: left and right, up, down.
 REACH = torch.tensor(
     [[1, 1, 1], [SQUARE, SQUARE, SQUARE], [TRIANGLE * math.sqrt(3) / 2, TRIANGLE, TRIANGLE / 2]]
 )
 
 
 def paint(shape_N: Tensor, colour_N: Tensor, radius_N: Tensor, x_N: Tensor, y_N: Tensor) -> Tensor:
-    """Pictures (N, 3, 32, 32) in [-1, 1] of shapes with their centroids at (x, y), in pixels from the top left."""
+    """Return images (N, 3, 32, 32) in [-1, 1] of shapes with centroids (x, y), in pixels from the top left."""
     grid = torch.arange(IMAGE_SIZE) + 0.5
     dx, dy, r = (grid - x_N[:, None])[:, None, :], (grid - y_N[:, None])[:, :, None], radius_N[:, None, None]
     slope = dx.abs() * math.sqrt(3) / 2 - dy / 2  # of the triangle's two upper sides
-    # Distances to the outline in pixels, negative inside (outside a corner they are too short, which rounds it less).
+    # Distances to the outline in pixels, negative inside. Outside a corner they are too short, which rounds it
+    # less.
     distances = torch.stack([
         (dx**2 + dy**2).sqrt() - r,
         torch.maximum(dx.abs(), dy.abs()) - r * SQUARE,
@@ -50,7 +51,7 @@ def paint(shape_N: Tensor, colour_N: Tensor, radius_N: Tensor, x_N: Tensor, y_N:
 
 
 def draw(caption_N: Tensor, *, seed: int) -> Tensor:
-    """Pictures (N, 3, 32, 32) in [-1, 1] of these captions (indices into PROMPTS), wholly inside the frame."""
+    """Return images (N, 3, 32, 32) in [-1, 1] of captions (indices into PROMPTS), wholly inside the frame."""
     generator = torch.Generator().manual_seed(seed)
     size_N, rest = caption_N // 12, caption_N % 12
     low, high = torch.tensor(list(SIZES.values()))[size_N].unbind(1)
@@ -63,13 +64,13 @@ def draw(caption_N: Tensor, *, seed: int) -> Tensor:
 
 
 def judge(images_NCHW: Tensor) -> tuple[Tensor, Tensor]:
-    """What each picture shows, as an index into PROMPTS (N,), and how well (N,): the PSNR in dB to its redrawing.
+    """Return what each image shows, as an index into PROMPTS (N,), and the PSNR (N,) in dB to its redrawing.
 
-    The covered area gives the radius and the size, its centroid the place; shape and colour are those whose
-    drawing there comes closest. A blurred, doubled or broken shape comes close to none.
+    The covered area gives the radius and the size; its centroid gives the position. Shape and colour are
+    those whose drawing comes closest. A blurred, doubled or broken shape is not close to any drawing.
     """
     images = (images_NCHW + 1) / 2
-    # Twice the contrast: faint noise on the ground is no cover, and edges keep their place.
+    # Double the contrast, so that faint background noise does not count as covered, and edges stay in place.
     cover_NHW = ((images.amax(1) - BACKGROUND) / (1 - BACKGROUND) * 2 - 0.5).clamp(0, 1)
     area_N = cover_NHW.sum((1, 2)).clamp(min=1)
     grid = torch.arange(IMAGE_SIZE) + 0.5
@@ -86,6 +87,6 @@ def judge(images_NCHW: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def as_asked(images_NCHW: Tensor, caption_N: Tensor) -> Tensor:
-    """Which pictures (N,) show what their caption says, closely."""
+    """Return a mask (N,) of the images that closely match their caption."""
     label_N, psnr_N = judge(images_NCHW)
     return (label_N == caption_N) & (psnr_N > CLOSE)

@@ -2,8 +2,8 @@
 
     python -m benchmarks.zoo.train_dit_digits --output benchmarks/zoo/dit-digits
 
-Writes a diffusers pipeline folder and prints how good the model is: training time, and how many of 1,024 DDIM-50
-samples a classifier trained on real digits recognises, with confidence over 0.9, as the label asked for.
+Writes a diffusers pipeline folder. Prints the training time, and how many of 1,024 DDIM-50 samples a
+classifier trained on real digits recognises, with confidence over 0.9, as the label asked for.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ LABEL_DROPOUT = 0.1
 
 
 def make_transformer(*, layers: int = 4) -> DiTTransformer2DModel:
-    """DiT as published, in small: adaLN-zero starts as the identity, which diffusers' constructor leaves out."""
+    """Return a small DiT as published: adaLN-zero starts as the identity, unlike in diffusers' constructor."""
     net = DiTTransformer2DModel(
         sample_size=IMAGE_SIZE,
         patch_size=2,
@@ -53,19 +53,20 @@ def make_transformer(*, layers: int = 4) -> DiTTransformer2DModel:
 def train(*, steps: int, batch: int, lr: float, seed: int, layers: int) -> DiTDigitsPipeline:
     torch.manual_seed(seed)
     x0_N1HW, label_N = digits()
-    # clip_sample is for sampling: DDIM clips x0 but goes on with the unclipped noise, and in the first steps, where x0
-    # is the noise's error times a hundred, that takes the samples off course (at 50 steps 51.7% recognised instead of 99.7%).
+    # clip_sample affects only sampling: DDIM would clip x0 but continue with the unclipped noise. In the first
+    # steps, x0 is the noise's error times a hundred, and clipping it there takes the samples off course (at 50
+    # steps, 51.7% are recognised instead of 99.7%).
     scheduler = DDIMScheduler(num_train_timesteps=1000, beta_schedule="linear", clip_sample=False)
-    # In training mode every block (each has an embedding of its own) would drop labels by itself, and a sample
-    # would meet the null class in some blocks and its label in the others. There is no other dropout: the network
-    # stays in evaluation mode, and labels are dropped below, for the whole network at once.
+    # In training mode, each block would drop labels independently (each has its own embedding), so a sample
+    # would meet the null class in some blocks and its label in others. There is no other dropout, so the network
+    # stays in eval mode, and labels are dropped below, for the whole network at once.
     net = make_transformer(layers=layers).eval()
 
     def loss(_: int) -> Tensor:
         rows = torch.randint(len(x0_N1HW), (batch,))
         x0, label = x0_N1HW[rows], label_N[rows]
         label = torch.where(torch.rand(batch) < LABEL_DROPOUT, NUM_CLASSES, label)
-        # One timestep from each of `batch` equal intervals: the same distribution, less noise in the gradient.
+        # Draw one timestep from each of `batch` equal intervals: the same distribution, less gradient noise.
         t = ((torch.randperm(batch) + torch.rand(batch)) * (1000 / batch)).long().clamp(max=999)
         noise = torch.randn_like(x0)
         return F.mse_loss(net(scheduler.add_noise(x0, noise, t), t, label).sample, noise)
@@ -106,7 +107,7 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=1024, help="samples of the report")
     parser.add_argument("--guidance", type=float, nargs="+", default=[2.0], help="scales of the report")
     args = parser.parse_args()
-    # The order of the sums, and with it the weights, depends on the number of threads.
+    # The weights depend on the order of sums, and so on the number of threads.
     torch.set_num_threads(1)
     started = time.monotonic()
     pipe = train(steps=args.steps, batch=args.batch, lr=args.lr, seed=args.seed, layers=args.layers)

@@ -2,8 +2,8 @@
 
     python -m benchmarks.zoo.train_flow_digits --output benchmarks/zoo/flow-digits
 
-Writes a diffusers pipeline folder and prints how good the model is: training time, and how many of 1,024 samples of
-20 Euler steps a classifier trained on real digits recognises with confidence over 0.9.
+Writes a diffusers pipeline folder. Prints the training time, and how many of 1,024 samples of 20 Euler steps
+a classifier trained on real digits recognises with confidence over 0.9.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def train(*, steps: int, batch: int, lr: float, seed: int) -> FlowDigitsPipeline
 
     def loss(_: int) -> Tensor:
         x0 = x0_N1HW[torch.randint(len(x0_N1HW), (batch,))]
-        # One time from each of `batch` equal intervals: the same distribution, less noise in the gradient.
+        # Draw one time from each of `batch` equal intervals: the same distribution, but less gradient noise.
         s = (torch.randperm(batch) + torch.rand(batch)) / batch
         noise, mix = torch.randn_like(x0), s[:, None, None, None]
         return F.mse_loss(net((1 - mix) * x0 + mix * noise, 1000 * s).sample, noise - x0)
@@ -78,7 +78,7 @@ def main() -> None:
         "--euler", type=int, nargs="+", default=[20], help="numbers of Euler steps of the report"
     )
     args = parser.parse_args()
-    # The order of the sums, and with it the weights, depends on the number of threads.
+    # The weights depend on the order of sums, and so on the number of threads.
     torch.set_num_threads(1)
     started = time.process_time()
     pipe = train(steps=args.steps, batch=args.batch, lr=args.lr, seed=args.seed)

@@ -1,10 +1,10 @@
-"""Train the third demo model: text-to-image latent diffusion on drawn shapes, all of its parts from scratch, seeded.
+"""Train the third demo model: text-to-image latent diffusion on drawn shapes, entirely from scratch, seeded.
 
     python -m benchmarks.zoo.train_ldm_shapes --output benchmarks/zoo/ldm-shapes
 
-Tokenizer and autoencoder first, then text encoder and UNet together. Writes a StableDiffusionPipeline folder and
-prints how good the model is: the autoencoder's PSNR on pictures it has not seen, and how many of 512 DDIM-50
-samples show, closely, what their caption asks for.
+Trains tokenizer and autoencoder first, then text encoder and UNet together. Writes a StableDiffusionPipeline
+folder. Prints the autoencoder's PSNR on images it has not seen, and how many of 512 DDIM-50 samples closely
+match their caption.
 """
 
 from __future__ import annotations
@@ -26,16 +26,17 @@ from benchmarks.zoo.shapes import IMAGE_SIZE, PROMPTS, as_asked, draw, judge
 from benchmarks.zoo.training import fit
 from tfmq_fx.base.metrics import psnr
 
-PICTURES = 12_000  # drawn once for the UNet; the autoencoder sees new ones in every step
-TOKENS, WIDTH = 8, 64  # of a prompt
+PICTURES = 12_000  # drawn once for the UNet; the autoencoder sees new ones at every step
+TOKENS, WIDTH = 8, 64  # length of a prompt, width of its embedding
 CAPTION_DROPOUT = 0.1
 KL_WEIGHT = 1e-4
 
 
 def make_tokenizer() -> CLIPTokenizer:
-    """Byte-level BPE merged until each word of the captions is one token; other words are read as bytes.
+    """Return a byte-level BPE tokenizer in which each word of the captions is one token.
 
-    Merged here: tokenizers' own trainer numbers its tokens otherwise in every process.
+    Other words are read as bytes. The merges are made here, because the trainer of `tokenizers` numbers its
+    tokens differently in every process.
     """
     parts = [[*word[:-1], f"{word[-1]}</w>"] for prompt in PROMPTS for word in prompt.split()]
     merges: list[tuple[str, str]] = []
@@ -123,7 +124,7 @@ def train_autoencoder(*, steps: int, batch: int, lr: float, seed: int) -> Autoen
 
 @torch.no_grad()
 def encode(vae: AutoencoderKL, caption_N: Tensor, *, seed: int) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation of the latents of drawn pictures."""
+    """Return mean and standard deviation of the latents of drawn images."""
     found = [vae.encode(x).latent_dist for x in draw(caption_N, seed=seed).split(100)]
     return torch.cat([d.mean for d in found]), torch.cat([d.std for d in found])
 
@@ -132,7 +133,7 @@ def train(vae: AutoencoderKL, *, steps: int, batch: int, lr: float, seed: int) -
     torch.manual_seed(seed)
     tokenizer = make_tokenizer()
     caption_N = torch.arange(PICTURES) % len(PROMPTS)
-    # Seeds from 1 are the autoencoder's, one for each step.
+    # The autoencoder used the seeds from 1, one per step.
     mean_NCHW, std_NCHW = encode(vae, caption_N, seed=0)
     scale = 1 / (mean_NCHW + std_NCHW * torch.randn_like(std_NCHW)).std().item()
     vae.register_to_config(scaling_factor=scale)
@@ -146,7 +147,7 @@ def train(vae: AutoencoderKL, *, steps: int, batch: int, lr: float, seed: int) -
         steps_offset=1,
     )
     nets = nn.ModuleDict({"unet": make_unet(), "text": make_text_encoder(tokenizer)}).eval()  # no dropout
-    # There are few captions: each step reads all of them, the empty one last, and each picture takes its own.
+    # There are few captions: each step encodes all of them, the empty one last, and each image takes its own.
     ids = tokenizer(
         [*PROMPTS, ""], padding="max_length", max_length=TOKENS, truncation=True, return_tensors="pt"
     ).input_ids
@@ -155,7 +156,7 @@ def train(vae: AutoencoderKL, *, steps: int, batch: int, lr: float, seed: int) -
         rows = torch.randint(PICTURES, (batch,))
         x0 = scale * (mean_NCHW[rows] + std_NCHW[rows] * torch.randn_like(std_NCHW[rows]))
         caption = torch.where(torch.rand(batch) < CAPTION_DROPOUT, len(PROMPTS), caption_N[rows])
-        # One timestep from each of `batch` equal intervals: the same distribution, less noise in the gradient.
+        # Draw one timestep from each of `batch` equal intervals: the same distribution, less gradient noise.
         t = ((torch.randperm(batch) + torch.rand(batch)) * (1000 / batch)).long().clamp(max=999)
         noise = torch.randn_like(x0)
         text = nets["text"](ids).last_hidden_state[caption]
@@ -224,7 +225,7 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=512, help="samples of the report")
     parser.add_argument("--guidance", type=float, nargs="+", default=[3.0], help="scales of the report")
     args = parser.parse_args()
-    # The order of the sums, and with it the weights, depends on the number of threads.
+    # The weights depend on the order of sums, and so on the number of threads.
     torch.set_num_threads(1)
     started = time.process_time()
     if args.autoencoder:

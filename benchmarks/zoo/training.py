@@ -1,4 +1,4 @@
-"""The loop that trains every model of the zoo."""
+"""The training loop of all models of the zoo."""
 
 from __future__ import annotations
 
@@ -26,10 +26,11 @@ def fit(
     every: int = 100,
     name: str = "",
 ) -> Net:
-    """Minimize `loss(step)` by AdamW under one cycle of the learning rate; the running mean of the weights, in eval mode.
+    """Minimize `loss(step)` by AdamW with a one-cycle learning rate. Return the averaged network, in eval mode.
 
-    decay: of the running mean; None: the network itself. warmup: share of the steps in which the rate rises to `lr`.
-    every: steps between two lines of progress, which begin with `name`.
+    decay: of the running mean of the weights; None: return the network itself.
+    warmup: the share of the steps in which the rate rises to `lr`.
+    every: the number of steps between two lines of progress, which begin with `name`.
     """
     ema = net if decay is None else copy.deepcopy(net).eval().requires_grad_(False)
     opt = torch.optim.AdamW(net.parameters(), lr=lr, weight_decay=0.0, betas=betas, fused=fused)

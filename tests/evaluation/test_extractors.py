@@ -90,7 +90,7 @@ def test_features_of_a_network_are_its_layer_and_logits():
         torch.testing.assert_close(found.probabilities_NK, network(x).softmax(-1))
     with pytest.raises(TFMQError, match=r"no layer 'head'; found 0, 1"):
         network_extractor(network, "head")
-    with pytest.raises(TFMQError, match=r"layer '4' gives shape \(5, 4\)"):
+    with pytest.raises(TFMQError, match=r"layer '4' returns shape \(5, 4\)"):
         network_extractor(network, "4")(x)
 
 
@@ -125,7 +125,7 @@ def test_a_missing_package_is_named(monkeypatch, package, call, words):
 def test_missing_weights_are_named(monkeypatch, tmp_path):
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     pytest.importorskip("torchvision")
-    with pytest.raises(TFMQError, match=r"no weights of its backbone at .*squeezenet1_1"):
+    with pytest.raises(TFMQError, match=r"no backbone weights at .*squeezenet1_1"):
         lpips_distance(pictures(1), pictures(1), network="squeeze")
     pytest.importorskip("torch_fidelity")
     with pytest.raises(TFMQError, match=r"inception_extractor: no weights at .*inception"):
@@ -166,5 +166,5 @@ def test_clip_score_of_a_local_model(tmp_path):
     assert all(0 <= x <= 100 for x in found)
     with pytest.raises(TFMQError, match="1 images and 2 prompts"):
         clip_score(pictures(1), ["a", "b"], tmp_path / "clip")
-    with pytest.raises(TFMQError, match="nowhere is no folder"):
+    with pytest.raises(TFMQError, match="nowhere is not a folder"):
         clip_score(pictures(1), ["a"], tmp_path / "nowhere")

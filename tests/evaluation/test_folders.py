@@ -73,7 +73,7 @@ def test_what_is_wrong_is_named(tmp_path):
     with pytest.raises(TFMQError, match=r"has no images \(.*\.png"):
         images_from(tmp_path, size=2)
     save(tmp_path / "whole.png", noise(32, 32))
-    with pytest.raises(TFMQError, match="1 images, 2 were asked for"):
+    with pytest.raises(TFMQError, match="1 images, but 2 were asked for"):
         check_images(tmp_path, num=2)
     with pytest.raises(TFMQError, match="1 channel or 3, not 4"):
         images_from(tmp_path, size=2, channels=4)

@@ -1,4 +1,4 @@
-"""Artefacts altered on the disk."""
+"""Alter artefacts on disk."""
 
 import json
 
@@ -6,7 +6,7 @@ from tfmq_fx.artefact.saving import CONFIG
 
 
 def edit(file, change):
-    """Alter JSON as its author would: the config's own hash goes."""
+    """Alter a JSON file as its author would, which removes the config's own hash."""
     data = json.loads(file.read_text())
     change(data)
     if file.name == CONFIG and "quantization_config" in data:

@@ -1,4 +1,4 @@
-"""What lies in the blocks of a graph."""
+"""Look up what the blocks of a graph contain."""
 
 from tfmq_fx.graph.nodes import weight_argument
 

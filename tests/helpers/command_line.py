@@ -1,4 +1,4 @@
-"""The command line as a function, and folders that it cannot read."""
+"""Run the command line as a function, and make folders that it cannot read."""
 
 import sys
 
@@ -6,7 +6,7 @@ from tfmq_fx import cli
 
 
 def run(monkeypatch, capsys, *args):
-    """(exit code, stdout, stderr) of the command line."""
+    """Run the command line, and return (exit code, stdout, stderr)."""
     monkeypatch.setattr(sys, "argv", ["tfmq", *map(str, args)])
     code = 0
     try:

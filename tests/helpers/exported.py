@@ -1,4 +1,4 @@
-"""Networks to export, and the files in their own runtime."""
+"""Networks to export, and functions to run the files in their own runtimes."""
 
 import functools
 
@@ -17,7 +17,7 @@ def quantized(network_class=TinyUNet, bits="w4a8", **changes):
 
 @functools.cache
 def scalar():
-    """The quickest network to export: linears, and a timestep of shape ()."""
+    """Return the quickest network to export: linears, and a timestep of shape ()."""
     return one_timestep(ScalarTime)
 
 
@@ -30,6 +30,6 @@ def session(file):
 
 
 def rows(size):
-    """Noise, and timesteps that are mixed in the batch."""
+    """Return noise and a batch of mixed timesteps."""
     x = torch.randn(size, 1, 8, 8, generator=torch.Generator().manual_seed(size))
     return {"sample": x, "timestep": TIMESTEPS[torch.arange(size) * 3 % 10]}

@@ -1,4 +1,4 @@
-"""One small network as a graph of three makers."""
+"""One small network as the graphs of three frontends."""
 
 import dataclasses
 
@@ -25,7 +25,7 @@ def traced():
 
 
 def compiled():
-    """The graph that a torch.compile backend gets, parameters bound, with how to call it."""
+    """Return the graph that a torch.compile backend gets, with parameters bound, and how to call it."""
     kept = []
 
     def backend(gm, example_inputs):

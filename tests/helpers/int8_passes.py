@@ -1,4 +1,4 @@
-"""Graphs in front of a target with int8 kernels, and what a pass may do to them."""
+"""Graphs for targets with int8 kernels, and checks of what a pass may do to them."""
 
 from collections import Counter
 
@@ -31,7 +31,7 @@ T, BITS = 5, IntegerRange.activation(8)
 
 
 class Keyed(nn.Module):
-    """An activation with one row of qparams per step, in front of `layer`; `twice`: something else reads it, too."""
+    """An activation with one row of qparams per step before `layer`. With `twice`, sin reads it, too."""
 
     def __init__(self, layer, *, bits=8, scalar=False, twice=False, zero_points=(0, 17, 128, 200, 255)):
         super().__init__()
@@ -89,7 +89,10 @@ LINEAR = (nn.Linear(6, 4), (6,))
 
 @torch.no_grad()
 def assert_the_values_stay(gm, change, before, after):
-    """`change` is a pass: its operators before and after, and the same numbers but for flips; a second run changes nothing."""
+    """Assert that the pass `change` turns the operators `before` into `after`, and keeps the values.
+
+    Flips at rounding ties are allowed. A second run must change nothing.
+    """
     batches = [rows(n) for n in (2, 33)]
     expected = [gm(**batch) for batch in batches]
     found = targets(gm)

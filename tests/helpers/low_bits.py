@@ -1,4 +1,4 @@
-"""Networks for the low-bit passes: something between a first and a last layer, with a timestep added in."""
+"""Networks for the low-bit passes: a body between a first and a last layer, plus a timestep embedding."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tfmq_fx.passes import find_temporal
 
 
 class Between(nn.Module):
-    """sample -> first -> + embedding -> body -> last; tokens (N, S, C), or images (N, C, H, W)."""
+    """A network sample -> first -> + embedding -> body -> last of tokens (N, S, C) or images (N, C, H, W)."""
 
     def __init__(self, body: nn.Module, *, channels: int = 8, out: int = 8, image: bool = False) -> None:
         super().__init__()
@@ -37,26 +37,26 @@ def data(image: bool = False, rows: int = 20) -> tfmq_fx.CalibrationSet:
 
 
 def graph(body, image: bool = False, **sizes: int) -> torch.fx.GraphModule:
-    """A captured network around what `body()` makes."""
+    """Return a captured network around the module that `body()` makes."""
     network = make(lambda: Between(body(), image=image, **sizes))  # type: ignore[arg-type]
     return tfmq_fx.capture(network, {n: x[:2] for n, x in data(image).tensors.items()})
 
 
 def run(gm: torch.fx.GraphModule, image: bool = False, rows: int = 7) -> Tensor:
-    """The output at a batch size that the capture did not see."""
+    """Return the output for a batch size that the capture did not see."""
     with torch.no_grad():
         y: Tensor = gm(*data(image, rows).tensors.values())
     return y
 
 
 def operators(gm: torch.fx.GraphModule) -> list[str]:
-    """The data path from behind the embedding's add to the output."""
+    """Return the operators of the data path, from after the embedding's add to the output."""
     names = [op_name(n) for n in gm.graph.nodes if n.op == "call_function" and op_name(n) != "sym_size"]
     return names[names.index("add") + 1 :]
 
 
 def done(gm: torch.fx.GraphModule, name: str) -> dict[str, str]:
-    """What a pass did to the layers between the first and the last: weight's path -> how."""
+    """Return what a pass did to the layers between the first and the last: path of the weight -> change."""
     return {
         c.name.removeprefix("body."): c.how
         for c in captured_of(gm).low_bits[name]
@@ -65,7 +65,7 @@ def done(gm: torch.fx.GraphModule, name: str) -> dict[str, str]:
 
 
 class Attention(nn.Module):
-    """Self-attention with heads of 4 channels, q, k and v from one layer or from three."""
+    """Self-attention with heads of 4 channels, and q, k and v from one layer or from three."""
 
     def __init__(self, fused: bool = False) -> None:
         super().__init__()
@@ -99,7 +99,7 @@ class Gated(nn.Module):
 
 
 class Twice(nn.Module):
-    """What the second layer reads is wanted elsewhere, too."""
+    """A second layer whose input something else reads, too."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -112,7 +112,7 @@ class Twice(nn.Module):
 
 
 class Shared(nn.Module):
-    """One weight, used twice."""
+    """A weight that is used twice."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -124,7 +124,7 @@ class Shared(nn.Module):
 
 
 class Itself(nn.Module):
-    """Attention of a value to itself: query, key and value are one tensor."""
+    """Attention whose query, key and value are the same tensor."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -137,7 +137,7 @@ class Itself(nn.Module):
 
 
 class Squared(nn.Module):
-    """Not linear, though it is a product."""
+    """A product that is not linear."""
 
     def __init__(self) -> None:
         super().__init__()

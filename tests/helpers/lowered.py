@@ -1,6 +1,4 @@
-"""What the tests of every engine share: the quantized networks, their inputs, what this CPU has, and how far a lowered
-network may be off.
-"""
+"""Helpers of every engine's tests: quantized networks, inputs, features of this CPU, and error bounds."""
 
 import contextlib
 import functools
@@ -16,7 +14,7 @@ from tfmq_fx.base.arithmetic import NO_INT8, SATURATES
 from tfmq_fx.runtimes.cpu import adds_pairs, int8_instructions, torch_has_bfloat16
 
 SIZES = (1, 3, 16)
-# Every test of every engine: the graph of the low bits, and every layer keyed; 8 bits are the other tests' network.
+# For the tests of every engine: a graph of low bits, and one with every layer keyed. Others cover 8 bits.
 _slow = functools.partial(pytest.param, marks=pytest.mark.slow)
 SETTINGS = [
     ("w4a4", "block"),
@@ -25,21 +23,22 @@ SETTINGS = [
     _slow("w4a8", "block"),
     _slow("w4a16", "block"),
 ]
-# Eight bits of mantissa: each of some ten layers adds half of 2^-8 of its output, and flips activations by a step.
-# 2.2% (OpenVINO) and 1.4% (torch) of the largest output were measured on the tiny network.
+# bfloat16 has 8 bits of mantissa: each of about ten layers adds an error of half of 2^-8 of its output, and
+# flips activations by a step. On the tiny network, 2.2% (OpenVINO) and 1.4% (torch) of the largest output were
+# measured.
 BFLOAT16 = 0.05
-# Values are tested on every CPU; that int8 or bfloat16 kernels run, where there are such.
+# Values are tested on every CPU. Whether int8 or bfloat16 kernels run is tested only where the CPU has them.
 INT8 = bool(int8_instructions())
-BYTES = INT8 or adds_pairs()  # at least for weights of 4 bits
+BYTES = INT8 or adds_pairs()  # at least for 4-bit weights
 needs_kernels = pytest.mark.skipif(not INT8, reason=NO_INT8)
 needs_bytes = pytest.mark.skipif(not BYTES, reason="this CPU has neither int8 instructions nor AVX2")
-# x86 without VNNI: int8 kernels for what does not saturate. Any x86 can be taken for one.
+# x86 without VNNI has int8 kernels for weights that do not saturate. Tests can treat any x86 CPU as one.
 needs_avx2 = pytest.mark.skipif(not adds_pairs(), reason="this CPU has no AVX2")
 needs_bfloat16 = pytest.mark.skipif(not torch_has_bfloat16(), reason="this CPU does not compute in bfloat16")
 
 
 def lower(q, *args, **settings):
-    """q.lower, and its warning exactly where this CPU has no int8 instructions."""
+    """Return q.lower(..), and assert that it warns exactly if this CPU has no int8 instructions."""
     with (
         contextlib.nullcontext()
         if INT8
@@ -57,8 +56,11 @@ def mixed(size):
 
 
 def assert_same_but_for_ties(pairs):
-    """(got, expected): see tests/helpers/agreement.py. A kernel scales the exact sum of integers once, or adds in another
-    order, where the float layer rounds every product: an activation that near to a rounding tie becomes the next integer."""
+    """Assert that pairs (got, expected) agree but for rounding ties; see tests/helpers/agreement.py.
+
+    A kernel scales the exact sum of integers once, or adds in another order, while the float layer rounds
+    every product. An activation that is so close to a rounding tie becomes the next integer.
+    """
     masks, worst = zip(*(moved(got, expected) for got, expected in pairs), strict=True)
     assert torch.cat(masks).float().mean() <= FLIPPED_ROWS
     assert max(worst) <= FLIPPED_BY
@@ -70,11 +72,14 @@ def assert_every_batch_size_and_step_agrees(low, q):
     pairs += [(low(noise(3), t), q(noise(3), t)) for t in TIMESTEPS]
     assert_same_but_for_ties(pairs)
     for (one, _), (other, _) in zip(pairs[len(SIZES) :], pairs[len(SIZES) + 1 :], strict=False):
-        assert moved(one, other)[0].all()  # the control: the step shows
+        assert moved(one, other)[0].all()  # control: the output depends on the step
 
 
 def assert_int8_where_pairs_fit(q, low):
-    """On x86 without VNNI: 4-bit weights on int8 kernels, 8-bit ones in float, and said."""
+    """Assert that x86 without VNNI runs 4-bit weights on int8 kernels and 8-bit ones in float.
+
+    The report must say so.
+    """
     kernels = {k["path"]: k for k in low.report["lowering"]["kernels"]}
     assert low.report["lowering"]["instructions"] == ["avx2"]
     of_bytes = [layer for layer in q.report["layers"] if layer["activation_bits"] == 8]
@@ -88,7 +93,7 @@ def assert_int8_where_pairs_fit(q, low):
 
 @functools.cache
 def kept():
-    """A folder, so that each network is converted once."""
+    """Return a folder of converted networks, so that each is converted once."""
     return tempfile.mkdtemp(prefix="tfmq-tests-")
 
 

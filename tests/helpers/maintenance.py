@@ -1,4 +1,4 @@
-"""Networks whose temporal features are cached or reconstructed, prepared once each."""
+"""Networks whose temporal features are cached or reconstructed. Each is prepared once."""
 
 import dataclasses
 import functools
@@ -30,7 +30,10 @@ FINITE = {"class_labels": range(Labelled.classes)}
 
 
 class Nested(nn.Module):
-    """A feature that a further layer of the block reads, as where one embedding serves every block; and a layer in place."""
+    """A feature that another layer of the block reads, as with one embedding for every block.
+
+    It also has an in-place operator.
+    """
 
     def __init__(self):
         super().__init__()
@@ -46,7 +49,7 @@ class Nested(nn.Module):
 
 
 class Guided(nn.Module):
-    """Two features of the timestep alone, and one that a guidance scale without a table joins."""
+    """Two features of only the timestep, and one that also depends on a guidance scale without a table."""
 
     def __init__(self):
         super().__init__()
@@ -63,7 +66,7 @@ class Guided(nn.Module):
 
 
 class Scaled(nn.Module):
-    """The output is divided by the timestep itself, a feature of one number and no weight."""
+    """An output divided by a function of the timestep: a feature of one number, without weights."""
 
     def __init__(self):
         super().__init__()
@@ -101,7 +104,7 @@ def once(network, bits="w4a8", keyed="block"):
 
 
 def prepared(network=TinyUNet, bits="w4a8", keyed="block", **changes):
-    """A calibrated graph of one's own; its recipe changed."""
+    """Return a calibrated graph that the caller may change, with these changes to its recipe."""
     gm = fresh(once(network, bits, keyed))
     state = state_of(gm)
     set_state(gm, dataclasses.replace(state, recipe=dataclasses.replace(state.recipe, **changes)))

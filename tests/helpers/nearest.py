@@ -1,4 +1,4 @@
-"""Small networks quantized by rounding to nearest, once each."""
+"""Small networks quantized by rounding to nearest. Each is quantized once."""
 
 import dataclasses
 import functools
@@ -13,7 +13,7 @@ from tfmq_fx.model import QuantizedModel
 
 
 def recipe(bits, keyed="block"):
-    """Round-to-nearest: the graph is the same, whichever way the weights were rounded."""
+    """Return a round-to-nearest recipe: the graph does not depend on how the weights are rounded."""
     nearest = tfmq_fx.Reconstruction(method="nearest")
     return dataclasses.replace(tfmq_fx.Recipe.preset(bits), reconstruction=nearest, keyed=keyed)
 
@@ -30,7 +30,10 @@ def labelled(bits, keyed="block"):
 
 @functools.cache
 def one_timestep(network_class: type[nn.Module]):
-    """By the passes, with a timestep of shape () in the example, and the convention of the network around it."""
+    """Quantize a network by single passes, with a timestep of shape () in the example.
+
+    The result is called as the network is.
+    """
     network, settings = make(network_class), recipe("w8a8")
     example = {"sample": torch.randn(2, 4), "timestep": torch.tensor(7)}
     gm = tfmq_fx.capture(network, example)

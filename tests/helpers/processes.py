@@ -1,6 +1,7 @@
-"""Processes to kill, to race and to share work with, that have torch and the library imported when they begin.
+"""Start processes to kill, to race and to share work with, which have torch and the library imported already.
 
-One server imports them, does nothing else, and forks: as fresh as `python -c`, without seconds of imports each.
+A server that only imports them is forked. Each process is as fresh as `python -c`, without seconds of
+imports.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ FORKSERVER.set_forkserver_preload(["benchmarks.networks.small"])
 def start(
     work: Callable[..., None], *args: Any, environment: Mapping[str, str] | None = None
 ) -> tuple[ForkServerProcess, Connection]:
-    """Run `work(talk, *args)` on one thread; the process, and the end of `talk` to hear it from."""
+    """Run `work(talk, *args)` on one thread in a new process. Return the process and our end of `talk`."""
     here, there = FORKSERVER.Pipe()
     process = FORKSERVER.Process(target=_run, args=(work, there, args, dict(environment or {})), daemon=True)
     process.start()
@@ -31,7 +32,7 @@ def start(
 
 
 def finish(process: ForkServerProcess, talk: Connection, *, seconds: float = 300) -> Any:
-    """Wait for its end, which must be a good one; the last that it said."""
+    """Wait for the process to end, assert that it succeeded, and return the last object that it sent."""
     said = None
     try:
         while talk.poll(seconds):

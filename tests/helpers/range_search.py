@@ -1,4 +1,4 @@
-"""The search of a range, one candidate after the other."""
+"""Search ranges one candidate at a time, as a reference for `search_range`."""
 
 import torch
 
@@ -6,7 +6,7 @@ from tfmq_fx.base.arithmetic import choose_qparams
 
 
 def simple_search(x_RK, integers, p=2.4, steps=80, smallest=0.2):
-    """One candidate of all rows after the other, as the reference does it."""
+    """Return ranges as `search_range` does, but one candidate at a time, like the reference implementation."""
     min_R, max_R = x_RK.amin(1), x_RK.amax(1)
     best_error_R = torch.full_like(min_R, torch.inf)
     best_min_R, best_max_R = min_R.clone(), max_R.clone()

@@ -1,4 +1,4 @@
-"""A short reconstruction with tuning, and how two are compared."""
+"""Run a short reconstruction with tuning, and compare two of them."""
 
 import dataclasses
 
@@ -13,7 +13,7 @@ TUNED = dataclasses.replace(FAST, tune_iterations=10)
 
 
 def integers(gm):
-    """The integers of every weight, and their scales."""
+    """Return the integers and scales of every weight."""
     return {
         str(n.args[0].target) + kind: getattr(o, kind)
         for n, o in observers(gm)

@@ -92,4 +92,7 @@ def test_the_command_line_passes_it_on_and_says_what_was_cached(monkeypatch, cap
     code, out, _ = run(monkeypatch, capsys, "quantize", *options, "--maintain", "cache")
     assert code == 0
     assert taken == ["cache"]
-    assert "maintenance: 2 of 2 temporal features cached; 0.4 kB for them all, reconstructed 2.4 kB" in out
+    assert (
+        "maintenance: 2 of 2 temporal features cached; 0.4 kB in total, 2.4 kB if all were reconstructed"
+        in out
+    )

@@ -78,10 +78,10 @@ def test_weights_are_found_where_torchvision_keeps_them_and_never_downloaded(mon
     assert callable(extractor_named("torchvision-inception"))
     for name, value in (("other.pth", {"a": torch.zeros(1)}), ("list.pth", [1])):
         torch.save(value, tmp_path / name)
-        with pytest.raises(TFMQError, match=f"{name} holds no weights of inception_v3"):
+        with pytest.raises(TFMQError, match=f"{name} does not hold weights of inception_v3"):
             torchvision_inception_extractor(tmp_path / name)
     (tmp_path / "words.pth").write_text("words")
-    with pytest.raises(TFMQError, match=r"words.pth holds no weights") as error:
+    with pytest.raises(TFMQError, match=r"words.pth does not hold weights") as error:
         torchvision_inception_extractor(tmp_path / "words.pth")
     assert "\n" not in str(error.value)
     with pytest.raises(TFMQError, match="'vgg' is unknown; use one of inception, torchvision-inception"):
@@ -139,7 +139,7 @@ def test_evaluate_measures_both_sets_of_samples(monkeypatch, capsys, place):
     assert (code, err) == (0, "")
     assert "PSNR to float" in out
     assert "to 4 real images" in out
-    assert "note: 4 samples in 5 features" in out
+    assert "note: 4 samples of 5 features" in out
     rows = {
         line.split("│")[1].strip(): line.split("│")[2:4] for line in out.splitlines() if line.count("│") == 4
     }
@@ -157,13 +157,13 @@ def test_evaluate_measures_both_sets_of_samples(monkeypatch, capsys, place):
     ("options", "words"),
     [
         (("--real", "nowhere"), "nowhere: no such folder of images"),
-        (("--real", "empty"), "empty: has no images"),
+        (("--real", "empty"), "empty: the folder has no images"),
         (("--real", "damaged"), ".png: cannot be read as an image"),
-        (("--real", "real", "--num-samples", 7), "real: 6 images, 7 were asked for"),
-        (("--real", "real", "--num-samples", 3), "--num-samples 3: precision and recall to real images need more"),
+        (("--real", "real", "--num-samples", 7), "real: the folder has 6 images, but 7 were asked for"),
+        (("--real", "real", "--num-samples", 3), "--num-samples 3: precision and recall need more than 3"),
         (("--real", "real", "--extractor", "vgg"), "extractor: 'vgg' is unknown; use one of inception"),
         (("--real", "real", "--extractor", "torchvision-inception", "--extractor-weights", "none"), "no weights at none"),
-        (("--real", "real", "--extractor", "torchvision-inception", "--extractor-weights", "q/config.json"), "holds no weights"),
+        (("--real", "real", "--extractor", "torchvision-inception", "--extractor-weights", "q/config.json"), "does not hold weights"),
         (("--real", "real", "--extractor", "inception", "--extractor-weights", "none"), "inception_extractor: n"),
         (("--extractor", "tiny"), "--extractor"),
         (("--extractor-weights", "none"), "--extractor"),

@@ -1,4 +1,4 @@
-"""What a network sees in pictures: the features that distances between sets of pictures are measured in.
+"""Extract features of images by a network, and measure distances between sets of images in them.
 
 An extractor is any function from images (N, C, H, W) in [-1, 1] to `Features`.
 """
@@ -24,26 +24,28 @@ from tfmq_fx.base.metrics import (
     ssim_by_image,
 )
 
-NEIGHBOURS = 3  # of precision and recall: a set of pictures needs one more
-SPATIAL = 2023  # numbers of the spatial variant: 7 channels of 17 x 17 (the ADM evaluator's, Dhariwal & Nichol 2021)
+NEIGHBOURS = 3  # the k of precision and recall: a set needs more images than this
+# The spatial variant's features: 7 channels of 17 x 17, as in the ADM evaluator (Dhariwal & Nichol 2021).
+SPATIAL = 2023
 
 
 @dataclass(frozen=True, kw_only=True)
 class Features:
-    """Rows are images."""
+    """Features of N images, one row each."""
 
     pooled_ND: Tensor
-    spatial_NS: Tensor  # a few channels of a feature map with their positions, for sFID (Nash et al. 2021)
-    probabilities_NK: Tensor | None  # of classes; None where the network has none
+    spatial_NS: Tensor  # a few channels of a feature map at all positions, for sFID (Nash et al. 2021)
+    probabilities_NK: Tensor | None  # class probabilities; None if the network is not a classifier
 
 
 Extractor = Callable[[Tensor], Features]
 
 
 def network_extractor(network: nn.Module, layer: str, *, batch_size: int = 256) -> Extractor:
-    """Return features of any classifier: `layer`'s output (N, C, h, w), averaged over positions; its output are logits.
+    """Return an extractor from any classifier: the output (N, C, h, w) of `layer`, averaged over positions.
 
-    layer: a path in `network.named_modules()`. Raises TFMQError when there is no such layer or its output is no map.
+    The network's own output is taken as logits. layer: a name in `network.named_modules()`. Raises TFMQError
+    if there is no such layer or its output is not (N, C, h, w).
     """
     if layer not in dict(network.named_modules()):
         raise TFMQError(
@@ -60,7 +62,7 @@ def network_extractor(network: nn.Module, layer: str, *, batch_size: int = 256) 
             handle.remove()
         if maps[0].dim() != 4:
             raise TFMQError(
-                f"network_extractor: layer {layer!r} gives shape {tuple(maps[0].shape)}; needed is (N, C, h, w)."
+                f"network_extractor: layer {layer!r} returns shape {tuple(maps[0].shape)}; choose one that returns (N, C, h, w)."
             )
         return _features(torch.cat(maps), logits)
 
@@ -68,10 +70,11 @@ def network_extractor(network: nn.Module, layer: str, *, batch_size: int = 256) 
 
 
 def inception_extractor(weights: str | Path | None = None, *, batch_size: int = 64) -> Extractor:
-    """Return features of torch-fidelity's InceptionV3, the one of published FIDs; probabilities are of its unbiased logits.
+    """Return an extractor by torch-fidelity's InceptionV3, the network of published FIDs.
 
-    weights: its file; None: where torch-fidelity keeps it. Nothing is downloaded: raises TFMQError when the package or
-    the file is missing, and says where it is looked for.
+    The probabilities come from its logits without bias. weights: its file, or None for the file in
+    torch-fidelity's cache. Nothing is downloaded: raises TFMQError, naming the path, if the package or the
+    file is missing.
     """
     try:
         from torch_fidelity.feature_extractor_inceptionv3 import (
@@ -86,8 +89,8 @@ def inception_extractor(weights: str | Path | None = None, *, batch_size: int = 
     file = file if weights is None else Path(weights)
     if not file.is_file():
         raise TFMQError(
-            f"inception_extractor: no weights at {file}; download {URL_INCEPTION_V3} to there, or give "
-            "`network_extractor` a classifier of your own."
+            f"inception_extractor: no weights at {file}; download {URL_INCEPTION_V3} to that path, or use "
+            "`network_extractor` with a classifier of your own."
         )
     names = ["768", "2048", "logits_unbiased"]
     network = FeatureExtractorInceptionV3("inception", names, feature_extractor_weights_path=str(file)).eval()
@@ -102,12 +105,13 @@ def inception_extractor(weights: str | Path | None = None, *, batch_size: int = 
 
 
 def torchvision_inception_extractor(weights: str | Path | None = None, *, batch_size: int = 64) -> Extractor:
-    """Return features of torchvision's inception_v3: pooled (2,048), 7 channels of 17 x 17, of ImageNet's classes.
+    """Return an extractor by torchvision's inception_v3, whose images are scaled to 299 x 299.
 
-    Its features are not those of published FIDs: `inception_extractor` is for these. Pictures are scaled to 299 x 299.
+    It has 2,048 pooled features, 7 channels of 17 x 17, and the classes of ImageNet. The features are not
+    those of published FIDs; use `inception_extractor` for these.
 
-    weights: a file with its state dict; None: where torchvision keeps it. Nothing is downloaded: raises TFMQError when
-    the file is missing, and says where it is looked for, or when it holds something else.
+    weights: a file with its state dict, or None for the file in torchvision's cache. Nothing is downloaded:
+    raises TFMQError, naming the path, if the file is missing or holds something else.
     """
     from torchvision.models import Inception_V3_Weights, inception_v3
     from torchvision.models.feature_extraction import create_feature_extractor
@@ -118,14 +122,14 @@ def torchvision_inception_extractor(weights: str | Path | None = None, *, batch_
     file = file if weights is None else Path(weights)
     if not file.is_file():
         raise TFMQError(
-            f"torchvision_inception_extractor: no weights at {file}; download {url} to there, or give another file."
+            f"torchvision_inception_extractor: no weights at {file}; download {url} to that path, or name another file."
         )
-    network = inception_v3(init_weights=False)  # transform_input is off: pictures are in [-1, 1] already
+    network = inception_v3(init_weights=False)  # transform_input is off: the images are in [-1, 1] already
     try:
         network.load_state_dict(torch.load(file, map_location="cpu", weights_only=True))
     except Exception as error:  # torch.load and pickle raise many types
         raise TFMQError(
-            f"torchvision_inception_extractor: {file} holds no weights of inception_v3 ({first_line(error)})."
+            f"torchvision_inception_extractor: {file} does not hold weights of inception_v3 ({first_line(error)})."
         ) from error
     names = {"Mixed_6e": "spatial", "avgpool": "pooled", "fc": "logits"}
     network = create_feature_extractor(network.eval(), names, suppress_diff_warning=True).eval()
@@ -143,7 +147,7 @@ def torchvision_inception_extractor(weights: str | Path | None = None, *, batch_
     return extract
 
 
-# By the names of `tfmq evaluate --extractor`: from a file of weights, or None, to an extractor.
+# Names for `tfmq evaluate --extractor` -> a function from a weights file, or None, to an extractor.
 EXTRACTORS: dict[str, Callable[[str | Path | None], Extractor]] = {
     "inception": inception_extractor,
     "torchvision-inception": torchvision_inception_extractor,
@@ -151,9 +155,9 @@ EXTRACTORS: dict[str, Callable[[str | Path | None], Extractor]] = {
 
 
 def extractor_named(name: str, weights: str | Path | None = None) -> Extractor:
-    """Return one of EXTRACTORS, with the weights of a file or of where its package keeps them.
+    """Return an extractor by its name in EXTRACTORS. weights: its file, or None for the one in torch's cache.
 
-    Raises TFMQError for an unknown name, and when the package or the file is missing.
+    Raises TFMQError for an unknown name, or if the package or the file is missing.
     """
     if name not in EXTRACTORS:
         raise TFMQError(f"extractor: {name!r} is unknown; use one of {', '.join(EXTRACTORS)}.")
@@ -161,7 +165,7 @@ def extractor_named(name: str, weights: str | Path | None = None) -> Extractor:
 
 
 def _pixels(images: Tensor) -> Tensor:
-    """What a PNG of the pictures would hold: (N, 3, H, W) of whole numbers from 0 to 255."""
+    """Return the images as a PNG would store them: (N, 3, H, W), bytes."""
     return (images.expand(-1, 3, -1, -1).clamp(-1, 1) + 1).mul(127.5).round().to(torch.uint8)
 
 
@@ -175,10 +179,10 @@ def _features(map_NCHW: Tensor, logits: Tensor) -> Features:
 
 
 def compare(images: Tensor, reference: Tensor, *, extractor: Extractor | None = None) -> dict[str, float]:
-    """Compare pictures (N, C, H, W) in [-1, 1] with those of the float network from the same noise.
+    """Compare images (N, C, H, W) in [-1, 1] with those of the float network from the same noise.
 
-    Always: PSNR and SSIM, mean of images, and PSNR over all pixels. With an extractor: Frechet distance, its spatial
-    variant, precision and recall of the set, and an inception score of both sets.
+    Returns PSNR and SSIM as means over images, and PSNR over all pixels. With an extractor, also Frechet
+    distance, its spatial variant, precision and recall of the set, and the inception scores of both sets.
     """
     by_image = psnr_by_image(images, reference)
     found = {
@@ -197,9 +201,9 @@ def compare(images: Tensor, reference: Tensor, *, extractor: Extractor | None = 
 
 
 def set_distances(features: Features, reference: Features) -> dict[str, float]:
-    """Return how far a set of pictures is from another: Frechet distance, its spatial variant, precision and recall.
+    """Return Frechet distance, its spatial variant, precision and recall of a set of images to a reference.
 
-    Raises TFMQError when a set has no more than NEIGHBOURS pictures.
+    Raises TFMQError if a set has NEIGHBOURS images or fewer.
     """
     precision, recall = precision_recall(features.pooled_ND, reference.pooled_ND, neighbours=NEIGHBOURS)
     return {
@@ -211,9 +215,10 @@ def set_distances(features: Features, reference: Features) -> dict[str, float]:
 
 
 def lpips_distance(images: Tensor, reference: Tensor, *, network: str = "alex") -> Tensor:
-    """Return the LPIPS of each image (N,) (Zhang et al. 2018), by torchmetrics; its backbone's weights must be on this machine.
+    """Return the LPIPS (Zhang et al. 2018) of each image, (N,), by torchmetrics.
 
-    Raises TFMQError when torchmetrics or those weights are missing; nothing is downloaded.
+    The backbone's weights must be on this machine: nothing is downloaded. Raises TFMQError if they or
+    torchmetrics are missing.
     """
     files = {
         "alex": "alexnet-owt-7be5be79.pth",
@@ -228,7 +233,7 @@ def lpips_distance(images: Tensor, reference: Tensor, *, network: str = "alex") 
         raise TFMQError(f'LPIPS needs torchmetrics ({error}); pip install "tfmq_fx[eval]".') from error
     file = Path(torch.hub.get_dir()) / "checkpoints" / files[network]
     if not file.is_file():
-        raise TFMQError(f"LPIPS: no weights of its backbone at {file}; torchvision keeps them there.")
+        raise TFMQError(f"LPIPS: no backbone weights at {file}; download torchvision's weights to that path.")
     values = [
         learned_perceptual_image_patch_similarity(
             x[None].expand(-1, 3, -1, -1).clamp(-1, 1),
@@ -242,19 +247,23 @@ def lpips_distance(images: Tensor, reference: Tensor, *, network: str = "alex") 
 
 @torch.no_grad()
 def clip_score(images: Tensor, prompts: Sequence[str], folder: str | Path) -> float:
-    """Return 100 times the mean over images of max(cos(image, prompt), 0) (Hessel et al. 2021), by a local CLIP.
+    """Return 100 times the mean over images of max(cos(image, prompt), 0), by a local CLIP.
 
-    folder: a transformers CLIPModel with its processor, as `save_pretrained` writes them. Raises TFMQError when the
-    package or the folder is missing, or there is not one prompt per image.
+    This is the CLIP score of Hessel et al. 2021.
+
+    folder: a transformers CLIPModel with its processor, as `save_pretrained` writes them. Raises TFMQError
+    if the package or the folder is missing, or if there is not one prompt per image.
     """
     if len(images) != len(prompts):
-        raise TFMQError(f"clip_score: {len(images)} images and {len(prompts)} prompts; one each is needed.")
+        raise TFMQError(
+            f"clip_score: {len(images)} images and {len(prompts)} prompts; give one prompt per image."
+        )
     try:
         from transformers import CLIPModel, CLIPProcessor
     except ImportError as error:
         raise TFMQError(f"clip_score: needs transformers ({error}); pip install transformers.") from error
     if not Path(folder).is_dir():
-        raise TFMQError(f"clip_score: {folder} is no folder; give one with a CLIPModel and its processor.")
+        raise TFMQError(f"clip_score: {folder} is not a folder; give one with a CLIPModel and its processor.")
     model: Any = CLIPModel.from_pretrained(str(folder), local_files_only=True).eval()
     processor = CLIPProcessor.from_pretrained(str(folder), local_files_only=True)
     inputs = processor(

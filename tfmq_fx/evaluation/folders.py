@@ -1,4 +1,4 @@
-"""Read real pictures from a folder, as a pipeline draws them: its size, grey or in colour, in [-1, 1]."""
+"""Read real images from a folder in the format of a pipeline's samples: its size and channels, in [-1, 1]."""
 
 from __future__ import annotations
 
@@ -25,20 +25,20 @@ def images_from(
     num: int | None = None,
     seed: int = 0,
 ) -> Tensor:
-    """Return the folder's images (N, C, H, W) in [-1, 1]: those of the folders inside it (of classes) too.
+    """Return the images (N, C, H, W), in [-1, 1], of a folder and its subfolders (such as one per class).
 
-    size: of the result in pixels, (H, W) or one number for both; an image is scaled until it covers that (bilinear,
-        with antialiasing), and its centre is cut out.
+    size: of the result in pixels, (H, W) or one number for both. Images are scaled to cover it (bilinear,
+        with antialiasing) and centre-cropped.
     channels: 1 (grey) or 3.
-    num: how many of them, drawn by `seed`; None: all, in the order of their names.
+    num: the number of images, drawn by `seed`; None: all, in the order of their names.
 
-    Raises TFMQError for a folder that is missing or has fewer images, for a file that is no image, which it names, and
-    for other channels.
+    Raises TFMQError if the folder is missing or has fewer images, if a file is not an image (naming it), or
+    for any other number of channels.
     """
     from torchvision.transforms.v2 import functional
 
     if channels not in MODES:
-        raise TFMQError(f"{folder}: images have 1 channel or 3, not {channels}.")
+        raise TFMQError(f"{folder}: images can be read with 1 channel or 3, not {channels}.")
     height, width = (size, size) if isinstance(size, int) else size
     found = []
     for file in image_files(folder, num=num, seed=seed):
@@ -51,33 +51,33 @@ def images_from(
 
 
 def image_files(folder: str | Path, *, num: int | None = None, seed: int = 0) -> list[Path]:
-    """Return the files of `images_from` by their names' endings, unread, and with its errors for the folder."""
+    """Return the files that `images_from` reads, by suffix. Raises the same errors about the folder."""
     from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
 
     if not Path(folder).is_dir():
         raise TFMQError(f"{folder}: no such folder of images.")
     entries = make_dataset(
         str(folder), {"": 0}, IMG_EXTENSIONS, allow_empty=True
-    )  # one class: the folder itself
+    )  # a single class: the folder itself
     files = sorted(Path(file) for file, _ in entries)
     if not files:
-        raise TFMQError(f"{folder}: has no images ({', '.join(IMG_EXTENSIONS)}).")
+        raise TFMQError(f"{folder}: the folder has no images ({', '.join(IMG_EXTENSIONS)}).")
     if num is None:
         return files
     if num > len(files):
-        raise TFMQError(f"{folder}: {len(files)} images, {num} were asked for.")
+        raise TFMQError(f"{folder}: the folder has {len(files)} images, but {num} were asked for.")
     order = torch.randperm(len(files), generator=torch.Generator().manual_seed(seed))
     return [files[i] for i in order[:num].tolist()]
 
 
 def check_images(folder: str | Path, *, num: int | None = None, seed: int = 0) -> None:
-    """Read the images that `images_from` would give, and keep none: raises its errors before hours of other work."""
+    """Read the files of `images_from` and discard them, to raise its errors before hours of other work."""
     for file in image_files(folder, num=num, seed=seed):
         _read(file, "RGB")
 
 
 def _read(file: Path, mode: str) -> Image.Image:
-    """The decoded image, in one of PIL's modes."""
+    """Return the decoded image in one of PIL's modes. Raises TFMQError, naming the file, if that fails."""
     from PIL import Image
 
     try:

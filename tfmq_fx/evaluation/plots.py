@@ -1,4 +1,4 @@
-"""Draw the report's plots and strips of pictures."""
+"""Draw the report's plots and strips of images."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from torch import Tensor
 
 from tfmq_fx.evaluation.trajectories import Trajectory
 
-SHOWN_STEPS = 6  # of a trajectory
+SHOWN_STEPS = 6  # how many steps of a trajectory a strip shows
 
 
-INK = "#010203"  # a colour no plot has: in the page's drawings it becomes the page's own text colour
+INK = "#010203"  # a colour that no plot uses, so that `svg` can replace it by the page's text colour
 
 
 OURS, NEAREST, FLOOR = "quantized", "round to nearest", "float in bfloat16"
 
 
-# Plots: matplotlib, on a transparent ground; `ink` colours text and axes.
+# Plots: by matplotlib, on a transparent background. `ink` is the colour of text and axes.
 
 
 def _figure(ink: str, height: float) -> tuple[Any, Any]:
@@ -42,7 +42,7 @@ def _figure(ink: str, height: float) -> tuple[Any, Any]:
 
 
 def plot_drift(numbers: Mapping[str, Any], ink: str) -> Any:
-    """Draw a heat map: cosine distance of every temporal feature at every timestep, logarithmic."""
+    """Draw a heat map: cosine distance of every temporal feature at every timestep, in log scale."""
     drift = numbers["temporal_drift"]
     if drift is None:
         return None
@@ -63,7 +63,7 @@ def plot_drift(numbers: Mapping[str, Any], ink: str) -> Any:
 
 
 def plot_output_errors(numbers: Mapping[str, Any], ink: str) -> Any:
-    """Draw lines: relative MSE of the network's output by timestep, on the float trajectory."""
+    """Draw relative MSE of each network's output by timestep, on the float trajectory."""
     figure, axes = _figure(ink, 3.4)
     for name, errors in numbers["output_errors"].items():
         points = sorted((float(t), e) for t, e in errors.items())
@@ -72,7 +72,7 @@ def plot_output_errors(numbers: Mapping[str, Any], ink: str) -> Any:
 
 
 def plot_trajectory_errors(numbers: Mapping[str, Any], ink: str) -> Any:
-    """Draw a line: how far x_t of the quantized run is from that of the float run, from the same noise."""
+    """Draw relative MSE of the quantized run's x_t to the float run's, by timestep, from the same noise."""
     figure, axes = _figure(ink, 2.8)
     points = [
         (e["timestep"], e["relative_mse"]) for e in numbers["trajectory_errors"] if e["relative_mse"] > 0
@@ -84,7 +84,7 @@ def plot_trajectory_errors(numbers: Mapping[str, Any], ink: str) -> Any:
 
 def _finished(figure: Any, axes: Any, ink: str, label: str) -> Any:
     axes.set_yscale("log")
-    axes.invert_xaxis()  # time runs to the right, from noise to picture
+    axes.invert_xaxis()  # sampling goes from left to right, from noise to image
     axes.set_xlabel("timestep")
     axes.set_ylabel(label)
     axes.grid(alpha=0.25)
@@ -101,7 +101,7 @@ PLOTS: dict[str, Callable[[Mapping[str, Any], str], Any]] = {
 
 
 def svg(figure: Any) -> str:
-    """Return markup to stand inside a page: the page's text colour, no fixed size."""
+    """Return the figure as inline SVG for a page, in the page's text colour."""
     from matplotlib import rc_context
 
     text = io.StringIO()
@@ -111,17 +111,20 @@ def svg(figure: Any) -> str:
     return markup[markup.index("<svg") :].replace(INK, "currentColor")
 
 
-# Pictures: rows of small images.
+# Strips: rows of small images.
 
 
 def shown_steps(run: Trajectory) -> list[int]:
-    """Return which calls of a trajectory are shown, evenly from first to last."""
+    """Return the indices of the calls to show, evenly spaced from first to last."""
     count = min(SHOWN_STEPS, len(run.inputs))
     return sorted({round(i * (len(run.inputs) - 1) / max(1, count - 1)) for i in range(count)})
 
 
 def strip(a: Trajectory, b: Trajectory, *, rows: int = 4) -> dict[str, Tensor]:
-    """Return pictures (3, H, W) in [0, 1]: float, quantized, and ten times their difference, at the shown calls and the end."""
+    """Return strips (3, H, W) in [0, 1]: float, quantized, ten times their difference, and all three stacked.
+
+    Each shows the first `rows` samples at the calls of `shown_steps` and at the end.
+    """
     shown = [
         (_colour(x.inputs[i][:rows]), _colour(y.inputs[i][:rows]))
         for i in shown_steps(a)
@@ -140,14 +143,18 @@ def strip(a: Trajectory, b: Trajectory, *, rows: int = 4) -> dict[str, Tensor]:
 
 
 def _colour(x: Tensor) -> Tensor:
-    """(N, 3, H, W): three channels as they are, the first of any other number; tokens (N, L, C) as a grey map."""
+    """Return x as (N, 3, H, W) images.
+
+    Three channels stay as they are; of any other number, the first is shown in grey. Tokens (N, L, C) become
+    a grey map.
+    """
     if x.dim() == 3:
         x = x[:, None]
     return x[:, :3] if x.shape[1] == 3 else x[:, :1].expand(-1, 3, -1, -1)
 
 
 def _grid(pictures: Sequence[Tensor]) -> Tensor:
-    """(3, H, W) in [0, 1]: samples downwards, steps to the right, on grey."""
+    """Return a grid (3, H, W) in [0, 1] on grey: one row per sample, one column per step."""
     from torchvision.utils import make_grid
 
     cells = torch.stack(list(pictures), dim=1).add(1).div(2).clamp(0, 1)  # (samples, steps, 3, h, w)
@@ -156,7 +163,7 @@ def _grid(pictures: Sequence[Tensor]) -> Tensor:
 
 
 def data_uri(image_3HW: Tensor) -> str:
-    """Return a picture in [0, 1] as a PNG inside an address."""
+    """Return the data URI of an image in [0, 1], as a PNG."""
     from torchvision.utils import save_image
 
     data = io.BytesIO()

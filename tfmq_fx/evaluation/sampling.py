@@ -1,4 +1,4 @@
-"""Pictures from a pipeline with one denoiser or another, from the same noise."""
+"""Sample images from a pipeline with any denoiser, always from the same noise."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from torch import Tensor, nn
 from tfmq_fx.base.files import replace_files
 from tfmq_fx.calibration.pipelines import denoiser, run_pipeline
 
-# Of a picture's columns, in pixels: about how wide a grid is, the white beside it, the height of a title's letters.
+# The layout of `save_grid`, in pixels: approximate width of a grid, white space beside it, title font size.
 WIDTH, MARGIN, TITLE_SIZE = 384, 16, 14
 
 
 @contextmanager
 def swapped(pipe: Any, network: nn.Module) -> Iterator[Any]:
-    """Give the pipeline with its denoiser replaced for a while."""
+    """Yield the pipeline with `network` as its denoiser; restore the original afterwards."""
     name = next(n for n, m in pipe.components.items() if m is denoiser(pipe))
     original = getattr(pipe, name)
     setattr(pipe, name, network)
@@ -39,7 +39,10 @@ def sample(
     batch_size: int = 256,
     **pipe_kwargs: Any,
 ) -> Tensor:
-    """Return images (N, C, H, W) in [-1, 1]. The noise depends on seed, num_samples and batch_size, not on the network."""
+    """Return images (N, C, H, W) in [-1, 1] from the pipeline with `network`, or its own denoiser for None.
+
+    The noise depends on seed, num_samples and batch_size, not on the network.
+    """
     images = []
     generator = torch.Generator().manual_seed(seed)
     with swapped(pipe, network or denoiser(pipe)):
@@ -60,7 +63,7 @@ def sample(
 def save_grid(columns: Sequence[tuple[str, Tensor]], file: Path, *, per_row: int = 8) -> None:
     """Write a PNG with one titled grid of images (N, C, H, W) in [-1, 1] per column, side by side.
 
-    Small images are enlarged, pixel by pixel. Raises TFMQError when the file cannot be written.
+    Small images are enlarged by whole factors. Raises TFMQError if the file cannot be written.
     """
     from PIL import Image, ImageDraw, ImageFont
     from torchvision.transforms.v2.functional import to_pil_image
