@@ -52,7 +52,9 @@ def smooth(
     """
     require_float_graph(gm, "smooth")
     if not 0.0 <= alpha <= 1.0:
-        raise TFMQError(f"alpha={alpha}: is not between 0 (weights become even) and 1 (activations become even).")
+        raise TFMQError(
+            f"alpha={alpha}: is not between 0 (weights become even) and 1 (activations become even)."
+        )
     if "smooth" in captured_of(gm).low_bits:
         return PassResult(gm, False)
     temporal = temporal or find_temporal(gm)
