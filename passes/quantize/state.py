@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.fx import GraphModule
 
 from tfmq_fx.base.errors import TFMQError
-from tfmq_fx.graph.state import Captured, captured_of
+from tfmq_fx.graph.state import Captured, Change, captured_of  # noqa: F401 (of an inherited annotation)
 from tfmq_fx.passes.quantize.plan import Note, Plan, table_key
 from tfmq_fx.passes.quantize.results import BlockResult, CachedFeature, Maintenance
 from tfmq_fx.passes.temporal.find_temporal import TemporalBlock, find_temporal
