@@ -123,7 +123,7 @@ def test_one_that_is_killed_stops_the_others_and_what_was_finished_stays(tmp_pat
     first.join(60)
     assert time.monotonic() - died < 60
     assert first.exitcode == 2
-    assert "rank 0 of 2: another process of the group is gone" in said.recv()
+    assert "rank 0 of 2: another process of the group has exited" in said.recv()
     assert "0001.safetensors" in {p.name for p in (tmp_path / "state").iterdir()}
     run(tmp_path, 2, **settings)
     assert same(integers(tmp_path, 0, "adaround"), integers(two, 0, "adaround"))

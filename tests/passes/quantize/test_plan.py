@@ -36,7 +36,7 @@ def test_rules_change_bits_and_a_rule_without_a_match_shows_the_nearest():
     assert bits_by_layer(gm)["attention.qkv"] == (8, 8)
     assert bits_by_layer(gm)["down"] == (16, 16)
     assert "down.weight" in {f.name for f in state_of(gm).plan.floats}
-    with pytest.raises(TFMQError, match=r"'atention\.\*' matches no layer .*; nearest are attention"):
+    with pytest.raises(TFMQError, match=r"'atention\.\*' matches no layer.*; nearest are attention"):
         tfmq_fx.prepare(
             captured(), tfmq_fx.Recipe(rules=(tfmq_fx.Rule(pattern="atention.*"),)), timesteps=TIMESTEPS
         )
