@@ -345,6 +345,7 @@ def _add_comparison(table: Table, images: tuple[Any, Any], drawn: Drawn) -> None
         "PSNR to float, mean of images",
         f"{by_image.mean():.2f} dB (range 2, {drawn.num_samples} samples, {drawn.steps} steps)",
     )
+    table.add_row("PSNR to float, median of images", f"{by_image.median():.2f} dB")
     table.add_row("PSNR to float, all pixels pooled", f"{psnr(images[1], images[0]):.2f} dB")
     table.add_row("worst 1% of images below", f"{by_image.quantile(0.01):.2f} dB")
 

@@ -97,7 +97,7 @@ def test_features_of_a_network_are_its_layer_and_logits():
 def test_compare_without_and_with_an_extractor():
     x = pictures(64)
     y = x + 0.1 * torch.randn(x.shape, generator=torch.Generator().manual_seed(1))
-    assert set(compare(y, x)) == {"psnr", "psnr_pooled", "ssim"}
+    assert set(compare(y, x)) == {"psnr", "psnr_median", "psnr_pooled", "ssim"}
     extractor = network_extractor(classifier(), "1")
     found, same = compare(y, x, extractor=extractor), compare(x, x, extractor=extractor)
     assert found["frechet"] == pytest.approx(frechet_distance(extractor(y).pooled_ND, extractor(x).pooled_ND))

@@ -181,12 +181,14 @@ def _features(map_NCHW: Tensor, logits: Tensor) -> Features:
 def compare(images: Tensor, reference: Tensor, *, extractor: Extractor | None = None) -> dict[str, float]:
     """Compare images (N, C, H, W) in [-1, 1] with those of the float network from the same noise.
 
-    Returns PSNR and SSIM as means over images, and PSNR over all pixels. With an extractor, also Frechet
-    distance, its spatial variant, precision and recall of the set, and the inception scores of both sets.
+    Returns PSNR and SSIM as means over images, the median PSNR, and PSNR over all pixels. With an extractor,
+    also Frechet distance, its spatial variant, precision and recall of the set, and the inception scores of
+    both sets.
     """
     by_image = psnr_by_image(images, reference)
     found = {
         "psnr": by_image[by_image.isfinite()].mean().item() if by_image.isfinite().any() else math.inf,
+        "psnr_median": by_image.median().item(),
         "psnr_pooled": psnr(images, reference),
         "ssim": ssim_by_image(images, reference).mean().item(),
     }
