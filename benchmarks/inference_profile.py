@@ -69,7 +69,7 @@ def profile(
     """Return the median milliseconds of a call by kind of kernel; "" is the whole call."""
     network: Any = low.network
     again = Compiled(network.folder, model=q, settings={**network.settings, "PERF_COUNT": True})
-    request = again.compile([inputs[i] for i in network.order]).create_infer_request()
+    request = again.compiled_for([inputs[i] for i in network.order]).compiled.create_infer_request()
     found: dict[str, list[float]] = defaultdict(list)
     for _ in range(rounds):
         start = time.perf_counter()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import inspect
 import logging
+import threading
 from collections import Counter
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
@@ -112,6 +113,23 @@ def _is_json(value: Any) -> bool:
     return value is None or isinstance(value, (bool, int, float, str))
 
 
+class Tally(Counter[Any]):
+    """A counter that several threads add to at once."""
+
+    def __init__(self, *values: Any) -> None:
+        super().__init__(*values)
+        self._lock = threading.Lock()
+
+    def add(self, value: Any) -> None:
+        with self._lock:
+            self[value] += 1
+
+    def in_order(self) -> list[tuple[Any, int]]:
+        """Return the values and their counts, by value."""
+        with self._lock:
+            return sorted(self.items())
+
+
 class DropIn(nn.Module):
     """A module that computes the network behind the float network's calling convention.
 
@@ -153,7 +171,7 @@ class DropIn(nn.Module):
         self.recipe = recipe
         self._config = config
         self._report = report
-        self._unseen: dict[str, Counter[Any]] = {n: Counter() for n in (interface.timestep, *self.finite)}
+        self._unseen = {n: Tally() for n in (interface.timestep, *self.finite)}
         # The graph's inputs carry its device and dtype, which were fixed at capture.
         first = next(n for n in interface.inputs if n != interface.timestep)
         self._dtype: torch.dtype = getattr(torch, interface.inputs[first]["dtype"])
@@ -259,8 +277,7 @@ class DropIn(nn.Module):
         the timesteps and values outside the tables.
         """
         counts = {
-            name: {str(value): n for value, n in sorted(found.items())}
-            for name, found in self._unseen.items()
+            name: {str(value): n for value, n in found.in_order()} for name, found in self._unseen.items()
         }
         return {
             **self._report,
@@ -365,7 +382,7 @@ class DropIn(nn.Module):
             if not (table == value).reshape(len(table), -1).all(1).any():
                 if self.recipe.get("unseen") == "error":
                     raise TFMQError(self._unseen_words(name, value, table))
-                self._unseen[name][value.item() if value.dim() == 0 else tuple(value.tolist())] += 1
+                self._unseen[name].add(value.item() if value.dim() == 0 else tuple(value.tolist()))
 
     def _unseen_words(self, name: str, value: Tensor, table: Tensor) -> str:
         what = "calibrated timesteps" if name == self.interface.timestep else "values declared finite"

@@ -1,9 +1,11 @@
-"""Write files that are absent, unchanged or complete at any time; and digest their contents."""
+"""Write files that are absent, unchanged or complete at any time; digest and check their contents."""
 
 from __future__ import annotations
 
 import errno
 import hashlib
+import json
+import logging
 import math
 import os
 import shutil
@@ -18,6 +20,10 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from tfmq_fx.base.errors import TFMQError, first_line
+
+log = logging.getLogger(__name__)
+
+MANIFEST = "manifest.json"  # in a folder of `keep_folder`: name -> length and sha256 of every other file
 
 
 def raw_bytes(x: Tensor) -> memoryview:
@@ -49,8 +55,17 @@ def _beside(target: Path) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def replace_folder(folder: Path, write: Callable[[Path], None]) -> None:
+def _anything(_: Path) -> bool:
+    return True
+
+
+def replace_folder(
+    folder: Path, write: Callable[[Path], None], *, replaces: Callable[[Path], bool] = _anything
+) -> None:
     """Let `write` fill a temporary folder, then rename it, so that `folder` is absent, unchanged or complete.
+
+    replaces: is asked about a folder that is there when the new one is written. False keeps it and drops the
+        new one.
 
     If several processes write the same folder at once, the last one wins. Replacing a folder takes two
     renames, and between them it is absent for some microseconds: Python has no call to exchange two names.
@@ -60,7 +75,51 @@ def replace_folder(folder: Path, write: Callable[[Path], None]) -> None:
     with _beside(folder) as temporary:
         write(temporary)
         temporary.chmod(0o755)
-        _move(temporary, folder)
+        _move(temporary, folder, replaces)
+
+
+def keep_folder(folder: Path, write: Callable[[Path], None]) -> bool:
+    """Return True if `folder` is as it was written; otherwise let `write` fill it anew, and return False.
+
+    It gets a manifest with the length and sha256 of every file. A folder that differs from its manifest is
+    replaced, with one warning that names the files. Of several processes that write it at once, the first
+    wins. Raises TFMQError when the folder cannot be written.
+    """
+    if folder.is_dir():
+        if not (names := damaged(folder)):
+            return True
+        log.warning("%s: damaged or missing: %s; it is made anew", folder, ", ".join(names))
+
+    def write_with_manifest(new: Path) -> None:
+        write(new)
+        entries = {f.name: _entry(f) for f in sorted(new.iterdir())}
+        (new / MANIFEST).write_text(json.dumps(entries, indent=1) + "\n")
+
+    replace_folder(folder, write_with_manifest, replaces=lambda there: bool(damaged(there)))
+    return False
+
+
+def damaged(folder: Path) -> list[str]:
+    """Return the names of a folder's files that differ from its manifest; the manifest's own if it is damaged."""
+    try:
+        entries = json.loads((folder / MANIFEST).read_bytes())
+    except (OSError, ValueError):
+        return [MANIFEST]
+    if not isinstance(entries, dict) or not entries:
+        return [MANIFEST]
+    return [name for name, entry in entries.items() if _entry(folder / name, entry) != entry]
+
+
+def _entry(file: Path, expected: Any = None) -> dict[str, Any] | None:
+    """Return a file's entry in a manifest; None if the file cannot be read or has not the length expected."""
+    try:
+        length = file.stat().st_size
+        if isinstance(expected, dict) and expected.get("bytes") != length:
+            return None
+        with file.open("rb") as stream:
+            return {"bytes": length, "sha256": hashlib.file_digest(stream, "sha256").hexdigest()}
+    except (OSError, ValueError):  # ValueError: a name that no file can have
+        return None
 
 
 def replace_files(file: Path, write: Callable[[Path], object]) -> None:
@@ -78,8 +137,11 @@ def replace_files(file: Path, write: Callable[[Path], object]) -> None:
             os.replace(part, file.with_name(part.name))
 
 
-def _move(temporary: Path, folder: Path) -> None:
-    """Rename `temporary` to `folder`, replacing what is there, even while other processes write it too."""
+def _move(temporary: Path, folder: Path, replaces: Callable[[Path], bool]) -> None:
+    """Rename `temporary` to `folder`, replacing what is there, even while other processes write it too.
+
+    replaces: as in `replace_folder`.
+    """
     old: list[Path] = []
     try:
         while True:
@@ -89,6 +151,8 @@ def _move(temporary: Path, folder: Path) -> None:
             except OSError as error:
                 if error.errno not in (errno.ENOTEMPTY, errno.EEXIST) or len(old) > 100:
                     raise
+                if not replaces(folder):
+                    return
             try:
                 aside = temporary.with_name(f"{temporary.name}-old{len(old)}")
                 os.rename(folder, aside)

@@ -1,36 +1,99 @@
-"""Define what all engines share: settings, cache keys and results."""
+"""Define what all engines share: settings, cache keys, networks for each shape of inputs, and results."""
 
 from __future__ import annotations
 
 import dataclasses
 import hashlib
 import json
-from collections.abc import Callable, Iterable
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Generic, Protocol, TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from tfmq_fx.artefact.drop_in import QuantizedGraph
 from tfmq_fx.artefact.graph_json import graph_to_json, tensors_of
 from tfmq_fx.base.arithmetic import ByteSums
 from tfmq_fx.base.errors import TFMQError
-from tfmq_fx.base.files import replace_files, update_with_tensors
+from tfmq_fx.base.files import update_with_tensors
 from tfmq_fx.runtimes.layers import Kernel
 
-LAYOUT = 2  # the version of a cache folder's content; a new number invalidates old caches
+LAYOUT = 3  # the version of a cache folder's content; a new number invalidates old caches
 
 
 PRECISIONS = {"bfloat16": "bf16", "float32": "f32"}
 
 
 class Engine(Protocol):
-    """A compiled network. It takes the graph's inputs in order and nests its outputs as the graph does."""
+    """A compiled network. It takes the graph's inputs in order and nests its outputs as the graph does.
+
+    Threads may call it at once. Each call returns its own outputs, which no later call overwrites.
+    """
 
     seconds: dict[int, float]  # batch size -> seconds that compiling or loading for it took
+
+
+T = TypeVar("T")
+Shapes = tuple[tuple[int, ...], ...]
+
+
+class PerShape(Generic[T]):
+    """The last `KEPT` networks, each for one shape of inputs, made when it is first asked for.
+
+    Threads may ask at once. Each network is made by one of them, and nobody waits for the making of another
+    shape's.
+    """
+
+    KEPT = 4
+
+    def __init__(self, make: Callable[[Sequence[Tensor]], T]) -> None:
+        self.make = make
+        self.made: OrderedDict[Shapes, T] = OrderedDict()
+        self.seconds: dict[int, float] = {}  # batch size -> seconds that making the last one took
+        self._lock = threading.Lock()  # held while the three dicts are read or changed, never while making
+        self._making: dict[Shapes, threading.Lock] = {}
+
+    def of(self, inputs: Sequence[Tensor]) -> T:
+        """Return the network for inputs of these shapes."""
+        shapes = shapes_of(inputs)
+        with self._lock:
+            if shapes in self.made:
+                self.made.move_to_end(shapes)
+                return self.made[shapes]
+            making = self._making.setdefault(shapes, threading.Lock())
+        with making:
+            with self._lock:
+                if shapes in self.made:  # another thread made it while this one waited
+                    return self.made[shapes]
+            start = time.perf_counter()
+            network = self.make(inputs)
+            with self._lock:
+                self.made[shapes] = network
+                self.seconds[max(s[0] for s in shapes if s)] = time.perf_counter() - start
+                if len(self.made) > self.KEPT:
+                    self.made.popitem(last=False)
+                self._making.pop(shapes, None)
+        return network
+
+    def latest(self) -> T:
+        """Return the network that was asked for last."""
+        with self._lock:
+            return next(reversed(self.made.values()))
+
+
+def shapes_of(inputs: Sequence[Tensor]) -> Shapes:
+    return tuple(tuple(x.shape) for x in inputs)
+
+
+def folder_for(inputs: Sequence[Tensor]) -> str:
+    """Return the name of the folder, in a cache, of the network for inputs of these shapes."""
+    return hashlib.sha256(json.dumps(shapes_of(inputs)).encode()).hexdigest()[:16]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,17 +123,6 @@ def choose_precision(precision: str | None, *, has_bfloat16: bool) -> str:
     if precision == "bfloat16" and not has_bfloat16:
         raise TFMQError(f"precision={precision!r}: this CPU does not support it; use 'float32', or None.")
     return precision or ("bfloat16" if has_bfloat16 else "float32")
-
-
-def remembered(file: Path, look: Callable[[], Any]) -> Any:
-    """Return the result of `look`, kept as JSON in `file`, which later calls read instead.
-
-    A compiled network that comes from the cache no longer knows all of it.
-    """
-    if not file.is_file():
-        text = json.dumps(look())
-        replace_files(file, lambda path: path.write_text(text))
-    return json.loads(file.read_text())
 
 
 def kernels_to_json(kernels: Iterable[Kernel]) -> list[dict[str, Any]]:

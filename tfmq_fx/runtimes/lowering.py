@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from tfmq_fx.artefact.drop_in import DropIn, QuantizedGraph
+from tfmq_fx.base.arguments import leaves
 from tfmq_fx.base.arithmetic import NO_INT8, ByteSums
 from tfmq_fx.base.errors import TFMQError, nearest_names
 from tfmq_fx.passes.int8.to_int8 import TO_INT8
@@ -55,10 +56,22 @@ class LoweredModel(DropIn):
         parts = model.parts()
         super().__init__(compiled, **{**parts, "report": {**parts["report"], "lowering": lowering}})
 
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Compute the outputs. Raises TFMQError for an input that requires a gradient: there is none."""
+        if torch.is_grad_enabled():
+            given = {**{f"argument {i + 1}": value for i, value in enumerate(args)}, **kwargs}
+            for name, (_, value) in leaves(given).items():
+                if isinstance(value, torch.Tensor) and value.requires_grad:
+                    raise TFMQError(
+                        f"forward: {name} requires a gradient, but a lowered network has none; call the network it was lowered "
+                        "from, or, to compute outputs only, call this one under torch.no_grad()."
+                    )
+        return super().forward(*args, **kwargs)
+
     @property
     def report(self) -> dict[str, Any]:
         report = super().report
-        seconds = {str(size): round(value, 2) for size, value in self.network.seconds.items()}
+        seconds = {str(size): round(value, 2) for size, value in dict(self.network.seconds).items()}
         return {**report, "lowering": {**report["lowering"], "compiled_seconds": seconds}}
 
     @property

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import time
-from collections import OrderedDict
+from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,15 +19,16 @@ from torch.utils import _pytree as pytree
 from tfmq_fx.artefact.drop_in import QuantizedGraph
 from tfmq_fx.artefact.program import example_inputs
 from tfmq_fx.base.arithmetic import SATURATES, ByteSums
-from tfmq_fx.base.files import replace_folder
+from tfmq_fx.base.files import keep_folder
 from tfmq_fx.runtimes.engine import (
     PRECISIONS,
     Compilation,
     Lowered,
+    PerShape,
     cache_key,
     choose_precision,
-    kernels_to_json,
-    remembered,
+    folder_for,
+    shapes_of,
 )
 from tfmq_fx.runtimes.layers import EngineLayer, Kernel
 from tfmq_fx.runtimes.openvino_file import FLOAT, MODEL, WEIGHTS, read_layers, require_openvino, write
@@ -43,10 +45,9 @@ def lower_openvino(model: QuantizedGraph, wanted: Compilation) -> Lowered:
         write(model, new, float_share=float(pairs))
 
     start = time.perf_counter()
-    folder = wanted.root / cache_key(model, f"{openvino.__version__}{' pairs' * pairs}")
-    cached = folder.is_dir()
-    if not cached:
-        replace_folder(folder, convert)
+    home = wanted.root / cache_key(model, f"{openvino.__version__}{' pairs' * pairs}")
+    folder = home / "converted"
+    cached = keep_folder(folder, convert)
     converted = time.perf_counter() - start
     layers = read_layers(folder)
     all_float = pairs and all(layer.saturates or layer.float_because for layer in layers)
@@ -59,13 +60,9 @@ def lower_openvino(model: QuantizedGraph, wanted: Compilation) -> Lowered:
         "DYNAMIC_QUANTIZATION_GROUP_SIZE": 0,
         **(FLOAT if all_float or wanted.sums is ByteSums.NONE else {}),
     }
-    # OpenVINO's own cache distinguishes compiled networks by some of these settings, but not by all.
     conditions = json.dumps([settings, sorted(can), openvino.__version__])
-    kept = folder / hashlib.sha256(conditions.encode()).hexdigest()[:16]
-    if wanted.keep:
-        kept.mkdir(exist_ok=True)
-        settings["CACHE_DIR"] = str(kept)
-    compiled = Compiled(folder, model=model, settings=settings)
+    kept = home / hashlib.sha256(conditions.encode()).hexdigest()[:16] if wanted.keep else None
+    compiled = Compiled(folder, model=model, settings=settings, kept=kept)
     compiled(*example_inputs(model, batch=wanted.batch).values())
     first = time.perf_counter() - start - converted
     details = {
@@ -76,17 +73,14 @@ def lower_openvino(model: QuantizedGraph, wanted: Compilation) -> Lowered:
         "weight_bytes": (folder / WEIGHTS).stat().st_size,
         "seconds": {"convert": round(converted, 2), "first": round(first, 2)},
     }
-    kernels = kernels_of_executions(layers, compiled)
-    if wanted.keep:
-        found = remembered(kept / "kernels.json", lambda: kernels_to_json(kernels))
-        kernels = [Kernel(**k) for k in found]
+    kernels = kernels_of_executions(layers, compiled.executions())
     return Lowered(network=compiled, kernels=kernels, details=details)
 
 
-def kernels_of_executions(layers: Iterable[EngineLayer], compiled: Compiled) -> list[Kernel]:
-    """Return the kernel of each layer, from OpenVINO's execution graph."""
+def kernels_of_executions(layers: Iterable[EngineLayer], executions: Iterable[Execution]) -> list[Kernel]:
+    """Return the kernel of each layer, from the nodes that OpenVINO executes."""
     found: dict[str, list[Execution]] = {}
-    for execution in compiled.executions():
+    for execution in executions:
         for name in execution.layers:
             found.setdefault(name, []).append(execution)
     return [_kernel(layer, found.get(layer.node, []) + found.get(layer.weight, [])) for layer in layers]
@@ -144,54 +138,104 @@ class Compiled(nn.Module):
 
     For a known batch size, OpenVINO lays out memory in advance, which is 1.6 to 1.9 times as fast as a batch
     of any size (digits, one thread). So there is one compiled network for each shape of inputs, and the last
-    `KEPT` are kept. They share the file.
+    four are kept. They share the file's weights.
+
+    folder: the files of `openvino_file.write`. kept: the cache for compiled networks, or None. We export them
+    to it ourselves: OpenVINO's own cache does not notice damage, distinguishes compiled networks by not all
+    settings, and lets other processes see half-written files.
     """
 
-    KEPT = 4
-
-    def __init__(self, folder: Path, *, model: QuantizedGraph, settings: Mapping[str, Any]) -> None:
+    def __init__(
+        self, folder: Path, *, model: QuantizedGraph, settings: Mapping[str, Any], kept: Path | None = None
+    ) -> None:
         super().__init__()
-        self.folder, self.settings = folder, dict(settings)
+        self.folder, self.settings, self.kept = folder, dict(settings), kept
         self.core = require_openvino().Core()
-        file = self.core.read_model(folder / MODEL)
+        self.file = self.core.read_model(folder / MODEL)
         names = list(model.interface.inputs)
-        self.order = [names.index(i.get_node().get_friendly_name()) for i in file.inputs]
-        outputs = iter(range(len(file.outputs)))
+        self.order = [names.index(i.get_node().get_friendly_name()) for i in self.file.inputs]
+        outputs = iter(range(len(self.file.outputs)))
         self.nested = torch.fx.map_arg(model.network.graph.output_node().args[0], lambda _: next(outputs))
-        self.compiled: OrderedDict[tuple[tuple[int, ...], ...], Any] = OrderedDict()
-        self.seconds: dict[int, float] = {}  # batch size -> seconds that compiling for it took
+        self.networks = PerShape(self.make)
+
+    @property
+    def seconds(self) -> dict[int, float]:
+        """Return, by batch size, the seconds that compiling or loading for it took."""
+        return self.networks.seconds
 
     def forward(self, *inputs: Tensor) -> Any:
         given = [inputs[i].detach().contiguous() for i in self.order]
-        result = self.compile(given)([x.numpy() for x in given], share_inputs=True)
-        return pytree.tree_map(lambda i: torch.from_numpy(result[i]), self.nested)
+        outputs = self.networks.of(given)(given)
+        return pytree.tree_map(lambda i: outputs[i], self.nested)
 
-    def compile(self, inputs: Sequence[Tensor]) -> Any:  # type: ignore[override]
-        """Return OpenVINO's network for inputs of these shapes. The inputs are in OpenVINO's order."""
-        shapes = tuple(tuple(x.shape) for x in inputs)
-        if shapes in self.compiled:
-            self.compiled.move_to_end(shapes)
-        else:
-            start = time.perf_counter()
-            network = self.core.read_model(self.folder / MODEL)
-            network.reshape(dict(zip(network.inputs, map(list, shapes), strict=True)))
-            self.compiled[shapes] = self.core.compile_model(network, "CPU", self.settings)
-            self.seconds[max(s[0] for s in shapes if s)] = time.perf_counter() - start
-            if len(self.compiled) > self.KEPT:
-                self.compiled.popitem(last=False)
-        return self.compiled[shapes]
+    def make(self, inputs: Sequence[Tensor]) -> ForShapes:
+        """Return the network for inputs of these shapes, in OpenVINO's order, from the cache if it is there."""
+        if self.kept is None:
+            return self.compiled_for(inputs)
+        made: list[ForShapes] = []
 
-    def executions(self) -> Iterator[Execution]:
-        """Yield the executed nodes of the network that was called last."""
-        compiled = next(reversed(self.compiled.values()))
-        for node in compiled.get_runtime_model().get_ordered_ops():
-            names = [*_info(node, "originalLayersNames").split(","), *_constants(node)]
-            yield Execution(
-                kind=_info(node, "layerType"),
-                kernel=_info(node, "primitiveType"),
-                precision=_info(node, "runtimePrecision"),
-                layers=tuple(name.partition("/")[0] for name in names),
-            )
+        def write(new: Path) -> None:
+            made.append(self.compiled_for(inputs))
+            (new / BLOB).write_bytes(made[0].compiled.export_model().getbuffer())
+            (new / KERNELS).write_text(json.dumps([dataclasses.asdict(e) for e in made[0].executions]))
+
+        folder = self.kept / folder_for(inputs)
+        keep_folder(folder, write)
+        return made[0] if made else self.loaded(folder)
+
+    def compiled_for(self, inputs: Sequence[Tensor]) -> ForShapes:
+        """Compile for inputs of these shapes."""
+        network = self.file.clone()
+        network.reshape(dict(zip(network.inputs, map(list, shapes_of(inputs)), strict=True)))
+        compiled = self.core.compile_model(network, "CPU", self.settings)
+        return ForShapes(compiled, list(executions_of(compiled)))
+
+    def loaded(self, folder: Path) -> ForShapes:
+        """Return the network that `make` wrote into a folder. Its execution graph no longer has all names."""
+        compiled = self.core.import_model((folder / BLOB).read_bytes(), "CPU", self.settings)
+        executions = json.loads((folder / KERNELS).read_text())
+        return ForShapes(compiled, [Execution(**{**e, "layers": tuple(e["layers"])}) for e in executions])
+
+    def executions(self) -> list[Execution]:
+        """Return the executed nodes of the network that was called last."""
+        return self.networks.latest().executions
+
+
+BLOB, KERNELS = "network.blob", "kernels.json"
+
+
+class ForShapes:
+    """OpenVINO's network for inputs of fixed shapes. Threads may call it at once.
+
+    A request holds one call's inputs and outputs. There are as many as calls ran at once.
+    """
+
+    def __init__(self, compiled: Any, executions: list[Execution]) -> None:
+        self.compiled, self.executions = compiled, executions
+        self.idle: deque[Any] = deque()  # its append and pop are atomic
+
+    def __call__(self, inputs: Sequence[Tensor]) -> list[Tensor]:
+        """Return the outputs, in memory of their own."""
+        try:
+            request = self.idle.pop()
+        except IndexError:
+            request = self.compiled.create_infer_request()
+        result = request.infer([x.numpy() for x in inputs], share_inputs=True, share_outputs=False)
+        outputs = [torch.from_numpy(result[i]) for i in range(len(result))]
+        self.idle.append(request)
+        return outputs
+
+
+def executions_of(compiled: Any) -> Iterator[Execution]:
+    """Yield the executed nodes of a network that OpenVINO has just compiled."""
+    for node in compiled.get_runtime_model().get_ordered_ops():
+        names = [*_info(node, "originalLayersNames").split(","), *_constants(node)]
+        yield Execution(
+            kind=_info(node, "layerType"),
+            kernel=_info(node, "primitiveType"),
+            precision=_info(node, "runtimePrecision"),
+            layers=tuple(name.partition("/")[0] for name in names),
+        )
 
 
 def _info(node: Any, key: str) -> str:

@@ -9,7 +9,6 @@ Without a C++ compiler, the graph runs node by node, with the same kernels, on w
 from __future__ import annotations
 
 import functools
-import hashlib
 import itertools
 import json
 import logging
@@ -17,9 +16,9 @@ import os
 import re
 import shutil
 import tempfile
+import threading
 import time
 import zipfile
-from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +27,7 @@ from unittest import mock
 
 import torch
 from torch import Tensor, nn
+from torch._inductor.package.package import load_package
 from torch.fx import GraphModule, Interpreter, Node
 from torch.utils import _pytree as pytree
 
@@ -35,7 +35,7 @@ from tfmq_fx.artefact.drop_in import QuantizedGraph
 from tfmq_fx.artefact.program import example_inputs, exported, graph_of
 from tfmq_fx.base.arithmetic import NO_INT8, ByteSums
 from tfmq_fx.base.errors import TFMQError, first_line
-from tfmq_fx.base.files import replace_files
+from tfmq_fx.base.files import keep_folder
 from tfmq_fx.graph.inputs import placeholders
 from tfmq_fx.graph.nodes import aten, fresh, mutated_inputs
 from tfmq_fx.passes.int8.bfloat16_glue import bfloat16_glue
@@ -49,10 +49,12 @@ from tfmq_fx.runtimes.engine import (
     PRECISIONS,
     Compilation,
     Lowered,
+    PerShape,
     cache_key,
     choose_precision,
+    folder_for,
     kernels_to_json,
-    remembered,
+    shapes_of,
 )
 from tfmq_fx.runtimes.layers import EngineLayer, Kernel, layers_of
 
@@ -64,13 +66,17 @@ def lower_torch(model: QuantizedGraph, wanted: Compilation) -> Lowered:
     start = time.perf_counter()
     settings = [precision, wanted.pack, wanted.sums.value, torch.get_num_threads(), has, OPTIONS]
     folder = wanted.root / cache_key(model, json.dumps(settings, default=str))
-    cached = folder.is_dir()
-    folder.mkdir(parents=True, exist_ok=True)
     prepare = functools.cache(
         lambda: prepare_graph(model, precision=precision, pack=wanted.pack, sums=wanted.sums)
     )
-    kernels = remembered(folder / "kernels.json", lambda: kernels_to_json(prepare().kernels))
-    held = remembered(folder / "weight_bytes.json", lambda: weight_bytes(prepare().gm))
+
+    def write(new: Path) -> None:
+        known = {"kernels": kernels_to_json(prepare().kernels), "weight_bytes": weight_bytes(prepare().gm)}
+        (new / KNOWN).write_text(json.dumps(known))
+
+    # A library no longer knows what it was compiled from.
+    cached = keep_folder(folder / "prepared", write)
+    known = json.loads((folder / "prepared" / KNOWN).read_text())
     inputs = list(example_inputs(model, batch=wanted.batch).values())
     network, why_not = compiled_or_not(
         lambda: prepare().gm, inputs, model=model, folder=folder, compile=wanted.compile
@@ -81,14 +87,16 @@ def lower_torch(model: QuantizedGraph, wanted: Compilation) -> Lowered:
         "precision": precision,
         "cached": cached,
         "compiled": not why_not,
-        "weight_bytes": held,
+        "weight_bytes": known["weight_bytes"],
         **({"not_compiled_because": why_not} if why_not else {}),
         "seconds": {"first": round(first, 2)},
     }
-    return Lowered(network=network, kernels=[Kernel(**k) for k in kernels], details=details)
+    return Lowered(network=network, kernels=[Kernel(**k) for k in known["kernels"]], details=details)
 
 
 log = logging.getLogger(__name__)
+
+KNOWN, LIBRARY = "prepared.json", "network.pt2"
 
 
 PACKED = (torch.ops.tfmq.int4_conv.default, torch.ops.tfmq.int4_linear.default)
@@ -244,45 +252,50 @@ class TorchEager(nn.Module):
 class TorchCompiled(nn.Module):
     """The graph on oneDNN's kernels, compiled to one shared library for each shape of inputs.
 
-    The last `KEPT` libraries stay loaded. If `folder` already holds a library, it is used as it is, and
-    `make`, which prepares the graph, is not called.
+    The last four libraries stay loaded. If `folder` already holds a library, it is used as it is, and `make`,
+    which prepares the graph, is not called.
     """
-
-    KEPT = 4
 
     def __init__(self, make: Callable[[], GraphModule], *, folder: Path, nested: Any) -> None:
         super().__init__()
-        self.make, self.folder, self.nested = make, folder, nested
-        self.compiled: OrderedDict[tuple[tuple[int, ...], ...], Callable[..., Any]] = OrderedDict()
-        self.seconds: dict[int, float] = {}  # batch size -> seconds that compiling or loading for it took
+        self.graph, self.folder, self.nested = make, folder, nested
+        self.networks = PerShape(self.make)
+
+    @property
+    def seconds(self) -> dict[int, float]:
+        """Return, by batch size, the seconds that compiling or loading for it took."""
+        return self.networks.seconds
 
     def forward(self, *inputs: Tensor) -> Any:
         given = [x.detach().contiguous() for x in inputs]
         with torch.no_grad():
-            return _nest(self.compile(given)(*given), self.nested)
+            return _nest(self.networks.of(given)(*given), self.nested)
 
-    def compile(self, inputs: Sequence[Tensor]) -> Callable[..., Any]:  # type: ignore[override]
-        """Return the library for inputs of these shapes."""
-        shapes = tuple(tuple(x.shape) for x in inputs)
-        if shapes in self.compiled:
-            self.compiled.move_to_end(shapes)
-            return self.compiled[shapes]
-        start = time.perf_counter()
-        file = self.folder / f"{hashlib.sha256(json.dumps(shapes).encode()).hexdigest()[:16]}.pt2"
-        if not file.is_file():
+    def make(self, inputs: Sequence[Tensor]) -> Callable[..., Any]:
+        """Return the library for inputs of these shapes, from the folder if it is there.
+
+        Several threads may run in it at once: it has a runner for each, and all share the weights.
+        """
+
+        def write(new: Path) -> None:
             try:
-                compile_to(file, self.make(), inputs)
+                with COMPILING:
+                    compile_to(new / LIBRARY, self.graph(), inputs)
             except TFMQError:
                 raise
             except Exception as error:  # Inductor and the compiler raise many types
+                shapes = ", ".join(map(str, shapes_of(inputs)))
                 raise TFMQError(
-                    f"compiling for inputs of {', '.join(map(str, shapes))}: {type(error).__name__}: {first_line(error)}"
+                    f"compiling for inputs of {shapes}: {type(error).__name__}: {first_line(error)}"
                 ) from error
-        self.compiled[shapes] = torch._inductor.aoti_load_package(str(file), run_single_threaded=True)
-        self.seconds[max(s[0] for s in shapes if s)] = time.perf_counter() - start
-        if len(self.compiled) > self.KEPT:
-            self.compiled.popitem(last=False)
-        return self.compiled[shapes]
+
+        folder = self.folder / folder_for(inputs)
+        keep_folder(folder, write)
+        return load_package(str(folder / LIBRARY), num_runners=os.cpu_count() or 1)
+
+
+# Inductor's settings and TORCHINDUCTOR_CACHE_DIR, which `compile_to` sets, are those of the whole process.
+COMPILING = threading.Lock()
 
 
 def _nest(flat: Sequence[Any], nested: Any) -> Any:
@@ -324,7 +337,7 @@ def compiled_or_not(
 
 
 def compile_to(file: Path, gm: GraphModule, inputs: Sequence[Tensor]) -> None:
-    """Write the graph's library for inputs of these shapes, whole or not at all.
+    """Write the graph's library for inputs of these shapes.
 
     Inductor's own files, including the weights, go to a temporary folder.
     """
@@ -340,7 +353,7 @@ def compile_to(file: Path, gm: GraphModule, inputs: Sequence[Tensor]) -> None:
                 program, package_path=str(package), inductor_configs={**OPTIONS, "aot_inductor.metadata": {}}
             )
         check_calls(package, gm)
-        replace_files(file, lambda path: shutil.copyfile(package, path))
+        shutil.copyfile(package, file)
 
 
 def check_calls(package: Path, gm: GraphModule) -> None:
