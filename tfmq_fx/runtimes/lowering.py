@@ -168,7 +168,7 @@ def _warn(sums: ByteSums, *, strict: bool) -> None:
     words = f"{NO_INT8}: {which} in float, with the same integers."
     if strict and sums is ByteSums.NONE:
         raise TFMQError(f'target "cpu": {words}')
-    warnings.warn(words, stacklevel=3)
+    warnings.warn(words, stacklevel=4)  # at the caller of q.lower
 
 
 def _checked(kernels: Sequence[Kernel], *, strict: bool) -> tuple[int, int]:
