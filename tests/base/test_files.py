@@ -1,12 +1,23 @@
 """Files and folders that are absent, unchanged or complete."""
 
 import hashlib
+import logging
 
 import pytest
 import torch
 
+from tfmq_fx.base import files
 from tfmq_fx.base.errors import TFMQError
-from tfmq_fx.base.files import finite_json, raw_bytes, replace_files, replace_folder, update_with_tensors
+from tfmq_fx.base.files import (
+    MANIFEST,
+    damaged,
+    finite_json,
+    keep_folder,
+    raw_bytes,
+    replace_files,
+    replace_folder,
+    update_with_tensors,
+)
 
 
 def names(folder):
@@ -52,6 +63,55 @@ def test_a_place_that_cannot_be_written_is_named(tmp_path, replace):
     target = tmp_path / "file" / "below"
     with pytest.raises(TFMQError, match=f"{target}: cannot be written"):
         replace(target, lambda _: pytest.fail("called"))
+
+
+def two(folder):
+    (folder / "a").write_text("one")
+    (folder / "b").write_text("two")
+
+
+def test_a_kept_folder_is_written_once_until_it_is_damaged(tmp_path, caplog):
+    folder = tmp_path / "new" / "x"
+    assert not keep_folder(folder, two)
+    assert keep_folder(folder, lambda _: pytest.fail("called"))
+    (folder / "a").write_text("not")
+    (folder / "b").unlink()
+    (folder / "stranger").touch()
+    assert damaged(folder) == ["a", "b"]
+    with caplog.at_level(logging.WARNING, files.log.name):
+        assert not keep_folder(folder, two)
+    assert [r.message for r in caplog.records] == [f"{folder}: damaged or missing: a, b; it is made anew"]
+    assert names(folder) == ["a", "b", MANIFEST]
+    assert names(folder.parent) == ["x"]
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "{", "[]", "{}", "7", "\x00", '{"a": 1}', '{"a": {"bytes": 3}}', '{"\\u0000": null, "c": {}}'],
+)
+def test_a_manifest_that_is_no_manifest_is_damage(tmp_path, text):
+    keep_folder(tmp_path / "x", two)
+    (tmp_path / "x" / MANIFEST).write_text(text)
+    assert damaged(tmp_path / "x")
+    assert not keep_folder(tmp_path / "x", two)
+    assert not damaged(tmp_path / "x")
+
+
+@pytest.mark.parametrize("was_there", [False, True])
+def test_the_first_of_two_that_write_a_kept_folder_wins(tmp_path, was_there):
+    """Whoever has checked the files may be reading them."""
+    if was_there:
+        keep_folder(tmp_path / "x", two)
+        (tmp_path / "x" / "a").write_text("not")
+
+    def slower(new):
+        (new / "a").write_text("slower")
+        keep_folder(tmp_path / "x", two)
+
+    assert not keep_folder(tmp_path / "x", slower)
+    assert (tmp_path / "x" / "a").read_text() == "one"
+    assert not damaged(tmp_path / "x")
+    assert names(tmp_path) == ["x"]
 
 
 def test_another_error_comes_through_and_leaves_nothing(tmp_path):

@@ -1,11 +1,13 @@
 """What every engine keeps to: threads get their own outputs, a damaged cache is made anew, and no gradients."""
 
+import copy
 import functools
 import json
 import logging
 import shutil
 import sys
 import threading
+import time
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -17,6 +19,7 @@ from benchmarks.networks.small import TIMESTEPS
 from tests.helpers.lowered import kept, lower, mixed, noise
 from tests.helpers.nearest import quantized
 from tests.helpers.processes import finish, start
+from tfmq_fx.artefact.drop_in import Tally
 from tfmq_fx.base import files
 from tfmq_fx.base.errors import TFMQError
 from tfmq_fx.base.files import MANIFEST, damaged
@@ -154,6 +157,32 @@ def test_threads_count_unseen_timesteps_exactly(settings):
     counts = model.report["unseen_timesteps"]
     model.reset_unseen()
     assert counts == {str(t.item()): THREADS for t in unseen}
+
+
+class Slow(int):
+    """A timestep during whose look-up in a dict Python changes threads."""
+
+    def __hash__(self):
+        time.sleep(1e-4)
+        return int(self)
+
+
+def test_no_count_is_lost_between_reading_and_writing_it():
+    counts = Tally()
+    together(lambda _: [counts.add(Slow(451)) for _ in range(CALLS)])
+    assert counts.in_order() == [(451, THREADS * CALLS)]
+    assert copy.deepcopy(counts) == counts  # as a quantized network is copied, without the lock
+
+
+@pytest.mark.parametrize("settings", [OPENVINO, EAGER])
+@torch.no_grad()
+def test_calls_are_counted_while_another_thread_compiles(settings, monkeypatch):
+    low = network(settings)
+    low.reset_unseen()
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)  # as torch says in all threads
+    low(noise(2), 451)
+    assert low.report["unseen_timesteps"] == {"451": 1}
+    low.reset_unseen()
 
 
 def files_of(folder):

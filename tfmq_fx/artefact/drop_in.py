@@ -290,12 +290,16 @@ class DropIn(nn.Module):
         t = self.interface.timestep
         inputs = {n: self._input(n, given[n]) for n in self.interface.inputs if n != t}
         inputs[t] = self._timestep(given[t], inputs[self.first_input].shape[0])
-        if not torch.compiler.is_compiling():
+        if not self._traced():
             for name, table in {t: self.timesteps, **self.finite}.items():
                 self._look_up(name, inputs[name], table)
         output = self.network(*[inputs[n] for n in self.interface.inputs])
         wants_dict = given.get("return_dict")
         return self._output(*output) if wants_dict and self._output is not None else output
+
+    def _traced(self) -> bool:
+        """Return True if a compiler or export traces this call, so that its tensors have no values."""
+        return torch.compiler.is_compiling()
 
     def _bind(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
         face = self.interface
