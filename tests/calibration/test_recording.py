@@ -6,8 +6,8 @@ import torch
 
 from benchmarks.networks.pipelines import PIPELINES, PROMPTS, saved
 from tfmq_fx.base.errors import TFMQError
+from tfmq_fx.calibration.calls import recorded
 from tfmq_fx.calibration.data import CalibrationSet
-from tfmq_fx.calibration.recording import recorded
 from tfmq_fx.demo import embedded_pipeline
 
 ENTRIES = {e.name: e for e in PIPELINES}
