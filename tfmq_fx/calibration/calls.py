@@ -54,7 +54,8 @@ def _arguments(signature: inspect.Signature, args: tuple[Any, ...], kwargs: dict
     """Return the arguments of a call by name, those that only `**kwargs` takes among them."""
     given = dict(signature.bind(*args, **kwargs).arguments)
     extra = next((n for n, p in signature.parameters.items() if p.kind is p.VAR_KEYWORD), None)
-    return given if extra is None else {**given, **given.pop(extra, {})}
+    more = {} if extra is None else given.pop(extra, {})
+    return given | more
 
 
 class Copies:

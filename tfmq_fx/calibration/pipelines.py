@@ -92,6 +92,7 @@ def call_pipeline(
     Raises TFMQError for an empty list, for an argument that the pipeline does not take, and for arguments that it
     rejects.
     """
+    _lists(pipe_kwargs)
     takes = inspect.signature(pipe.__call__).parameters
     unknown = [n for n in pipe_kwargs if n not in takes] if not _takes_any(takes) else []
     if unknown:
@@ -115,7 +116,7 @@ def _for_samples(
 ) -> dict[str, Any]:
     """Return the arguments of a call that draws samples first .. first + size - 1."""
     given = dict(pipe_kwargs)
-    lists = {n: v for n, v in given.items() if isinstance(v, list) and n not in (*SCHEDULES, *whole)}
+    lists = {n: v for n, v in _lists(given).items() if n not in whole}
     for name, values in lists.items():
         given[name] = [values[(first + i) % len(values)] for i in range(size)]
     per_prompt = [n for n in takes if n.startswith("num_") and n.endswith("_per_prompt")]
@@ -128,6 +129,15 @@ def _for_samples(
     elif not lists and per_prompt:  # of videos or sounds
         given.setdefault(per_prompt[0], size)
     return given
+
+
+def _lists(pipe_kwargs: Mapping[str, Any]) -> dict[str, list[Any]]:
+    """Return the lists that may be one value per sample. Raises TFMQError for an empty one."""
+    found = {n: v for n, v in pipe_kwargs.items() if isinstance(v, list) and n not in SCHEDULES}
+    for name, values in found.items():
+        if not values:
+            raise TFMQError(f"{name}: the list is empty.")
+    return found
 
 
 def few_steps(steps: int) -> list[int]:
@@ -145,10 +155,7 @@ def whole_lists(pipe: Any, pipe_kwargs: Mapping[str, Any]) -> frozenset[str]:
     samples as it is asked for. With a list of one value per sample, it draws another number or raises an error.
     If no choice works, all lists are one value per sample.
     """
-    names = [n for n, v in pipe_kwargs.items() if isinstance(v, list) and n not in SCHEDULES]
-    for name in names:
-        if not pipe_kwargs[name]:
-            raise TFMQError(f"{name}: the list is empty.")
+    names = list(_lists(pipe_kwargs))
     trial = _Trial(pipe, dict(pipe_kwargs))
     choices = (set(c) for k in range(len(names) + 1) for c in combinations(names, k))
     whole = next((c for c in islice(choices, MOST_CHOICES) if names and trial.works(c)), None)
@@ -168,8 +175,7 @@ class _Trial:
     def __init__(self, pipe: Any, pipe_kwargs: dict[str, Any]) -> None:
         self.pipe, self.given = pipe, pipe_kwargs
         self.takes = inspect.signature(pipe.__call__).parameters
-        lists = {n: v for n, v in pipe_kwargs.items() if isinstance(v, list) and n not in SCHEDULES}
-        self.short = {n: v if len(v) <= LONGEST else v[:2] for n, v in lists.items()}
+        self.short = {n: v if len(v) <= LONGEST else v[:2] for n, v in _lists(pipe_kwargs).items()}
         # A list of one value per sample must not fit: neither by its length, nor cut or repeated.
         lengths = [len(v) for v in self.short.values()]
         enough = range(max([1, *lengths]) + 1, 2 * LONGEST)
