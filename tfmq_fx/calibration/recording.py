@@ -280,7 +280,7 @@ def _timesteps(name: str, t: Tensor, size: int) -> Tensor:
             f"calibration: the timestep {name!r} has shape {tuple(t.shape)} in a call of {size} rows; only one timestep for each "
             "row, or one for all, can be recorded."
         )
-    return t.expand(size) if t.dim() == 0 else t.repeat(size // len(t))
+    return t.reshape(-1).repeat(size // t.numel())
 
 
 def _near(a: Tensor, b: Tensor) -> bool:
