@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule
+from torch.utils import _pytree as pytree
 
 from tfmq_fx.artefact.drop_in import Interface
 from tfmq_fx.base.errors import TFMQError
@@ -211,5 +212,6 @@ def _output_type(network: nn.Module, example: dict[str, Any]) -> str | None:
     """Return the name of the diffusers class that the network returns by default; None for a plain tuple."""
     if "return_dict" not in example:
         return None
-    cls = type(network(**{k: v for k, v in example.items() if k != "return_dict"}))
+    given = pytree.tree_map(lambda x: x, example)  # the network may empty the lists that it is given
+    cls = type(network(**{k: v for k, v in given.items() if k != "return_dict"}))
     return f"{cls.__module__}.{cls.__qualname__}" if cls.__module__.startswith("diffusers.") else None

@@ -4,6 +4,7 @@ import dataclasses
 
 import pytest
 import torch
+from torch import nn
 
 import tfmq_fx
 from benchmarks.networks.small import FAST, TinyUNet, calibration, make
@@ -66,3 +67,84 @@ def test_casts_are_refused(tiny, cast):
         cast(tiny)
     assert tiny.to("cpu", torch.float32) is tiny
     assert tiny.device.type == "cpu"
+
+
+class Optional(nn.Module):
+    """A network with plain arguments: nested, without a default, with a list as default."""
+
+    def __init__(self):
+        super().__init__()
+        self.t, self.a, self.b = nn.Linear(1, 8), nn.Linear(4, 8), nn.Linear(8, 4)
+
+    def forward(self, sample, timestep, condition, options=None, scale=1.0, weights=(1.0, 2.0)):
+        scale = 3.0 if scale is None else scale
+        h = self.a(sample) * (options or {}).get("scale", 1.0) * scale + self.t(
+            timestep.float()[:, None] / 1000
+        )
+        return self.b(torch.relu(h) * sum(weights) * (1.0 if condition is None else condition))
+
+
+NEAREST = tfmq_fx.Recipe(reconstruction=tfmq_fx.Reconstruction(method="nearest"))
+ROWS, STEPS = torch.randn(16, 4), torch.arange(0, 800, 100).repeat(2)
+
+
+def with_constants(paths):
+    """Return a network that was captured with these arguments by path, and the float one."""
+    flat = {"_".join(map(str, path)): value for path, value in paths.items()}
+    data = tfmq_fx.CalibrationSet(
+        {"sample": ROWS, "timestep": STEPS}, flat, "timestep", {"_".join(map(str, p)): p for p in paths}
+    )
+    network = make(Optional)
+    return tfmq_fx.quantize(network, NEAREST, calibration=data), network
+
+
+@pytest.mark.parametrize(
+    ("captured", "given", "words"),
+    [
+        ({("options", "scale"): 0.25}, {}, "'options_scale' was 0.25 .* but is left out here"),
+        ({("options", "scale"): 0.25}, {"options": {}}, "'options_scale' was 0.25 .* but is left out here"),
+        ({("options", "scale"): 0.25}, {"options": {"scale": 0.5}}, "'options_scale' was 0.25 .* new value"),
+        ({("scale",): 2.0}, {}, "'scale' was 2.0 when"),
+        ({}, {"scale": None}, "'scale' was 1.0 .* but is left out here"),
+        ({("scale",): None}, {}, "'scale' was None when"),
+        ({("weights", 0): 3.0}, {}, "'weights_0' was 3.0 when"),
+        ({}, {"weights": [1.0]}, "'weights_1' was 2.0 .* but is left out here"),
+    ],
+)
+def test_an_argument_that_is_left_out_is_refused_as_a_changed_one(captured, given, words):
+    q, _ = with_constants({("condition",): None, **captured})
+    with pytest.raises(TFMQError, match=words):
+        q(ROWS, STEPS, None, **given)
+
+
+@pytest.mark.parametrize(
+    ("captured", "given"),
+    [
+        ({}, {"scale": 1.0, "weights": [1.0, 2.0], "options": None}),
+        ({("scale",): 1.0, ("weights", 0): 1.0, ("weights", 1): 2.0}, {}),
+        ({("scale",): None}, {"scale": None}),
+        ({("weights", 0): 3.0}, {"weights": [3.0]}),
+        ({("options", "scale"): 0.25}, {"options": {"scale": 0.25}}),
+    ],
+)
+def test_an_argument_may_be_left_out_where_that_is_its_value(captured, given, tmp_path):
+    q, network = with_constants({("condition",): None, **captured})
+    q.save_pretrained(tmp_path / "q")
+    with torch.no_grad():
+        expected = network(ROWS, STEPS, None, **given)
+        for form in (q, tfmq_fx.load(tmp_path / "q")):
+            found = form(ROWS, STEPS, None, **given)
+            assert (found - expected).norm() < 0.05 * expected.norm()
+
+
+def test_an_argument_without_a_default_must_be_given_even_if_none():
+    q, _ = with_constants({("condition",): None})
+    with pytest.raises(TFMQError, match="the argument 'condition' is missing"):
+        q(ROWS, STEPS)
+    with pytest.raises(TFMQError, match="'condition' was None when"):
+        q(ROWS, STEPS, 2.0)
+
+
+def test_cache_contexts_take_whatever_a_pipeline_says_of_its_step(tiny):
+    with tiny.cache_context("cond", step_index=0, sigma=1.0, num_inference_steps=2) as nothing:
+        assert nothing is None

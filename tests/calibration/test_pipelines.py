@@ -4,12 +4,14 @@ import json
 from types import SimpleNamespace
 
 import pytest
+import torch
+from torch import nn
 
 import tfmq_fx
 from benchmarks.networks.pipelines import PIPELINES, saved
 from tfmq_fx.base.errors import TFMQError
 from tfmq_fx.calibration.data import CalibrationSet
-from tfmq_fx.calibration.pipelines import denoiser, run_pipeline
+from tfmq_fx.calibration.pipelines import denoiser, few_steps, run_pipeline, whole_lists
 
 ENTRIES = {e.name: e for e in PIPELINES}
 # diffusers' own, on this torch and numpy.
@@ -61,3 +63,79 @@ def test_captions_of_a_coco_file(tmp_path):
         tfmq_fx.coco_captions(file)
     with pytest.raises(TFMQError, match="cannot be read"):
         tfmq_fx.coco_captions(tmp_path / "none.json")
+
+
+class Adapted:
+    """A pipeline with prompts, two adapters, layers to skip, and steps left out by `strength`; it returns `name`."""
+
+    def __init__(self, name="images"):
+        self.name, self.calls = name, []
+
+    def __call__(
+        self, prompt, negative_prompt=None, adapters=None, skip=None, strength=1.0, num_inference_steps=4,
+        num_images_per_prompt=1, output_type="pil",
+    ):  # fmt: skip
+        assert output_type == "np"
+        self.calls.append((prompt, adapters, skip))
+        prompts = [prompt] if isinstance(prompt, str) else prompt
+        if isinstance(negative_prompt, list) and len(negative_prompt) != len(prompts):
+            raise ValueError("as many negative prompts as prompts")
+        if adapters is not None and len(adapters) != 2:
+            raise ValueError("one value for each of two adapters")
+        if int(strength * num_inference_steps) == 0:
+            raise RuntimeError("no steps")
+        return {self.name: torch.zeros(len(prompts) * num_images_per_prompt, 8, 8, 3).numpy()}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "whole"),
+    [
+        ({"prompt": ["a", "b", "c"]}, set()),
+        ({"prompt": ["a"], "negative_prompt": ["d"]}, set()),
+        ({"prompt": ["a", "b"], "negative_prompt": ["d"]}, set()),
+        ({"prompt": ["a", "b"], "adapters": [1.0, 0.5]}, {"adapters"}),
+        ({"prompt": "a", "adapters": [1.0, 0.5], "skip": [7]}, {"adapters", "skip"}),
+        ({"prompt": list("abcdefgh"), "skip": [*range(9)]}, {"skip"}),
+        ({"prompt": ["a"], "adapters": [1.0, 0.5], "strength": 0.2, "num_inference_steps": 20}, {"adapters"}),
+        ({"prompt": ["a", "b"], "skip": (7, 8)}, set()),
+        ({"prompt": "a"}, set()),
+    ],
+)
+def test_the_pipeline_tells_which_lists_are_one_value_per_sample(arguments, whole):
+    assert whole_lists(Adapted(), arguments) == whole
+
+
+def test_whole_lists_and_tuples_reach_the_pipeline_as_they_are():
+    pipe = Adapted()
+    given = {"prompt": ["a", "b", "c"], "adapters": [1.0, 0.5], "skip": (7, 8, 9)}
+    run_pipeline(pipe, 2, first=2, **given)
+    assert pipe.calls[-1] == (["c", "a"], [1.0, 0.5], (7, 8, 9))
+
+
+def test_pictures_are_asked_of_a_pipeline_that_has_none():
+    with pytest.raises(
+        TFMQError, match="Adapted returns frames and no images; its calls can be recorded, but"
+    ):
+        run_pipeline(Adapted("frames"), 2, prompt="a")
+
+
+def test_short_runs_grow_up_to_the_steps_asked_for():
+    assert few_steps(1) == [1]
+    assert few_steps(2) == [2]
+    assert few_steps(20) == [2, 4, 8, 16, 20]
+
+
+def test_a_wrapped_network_is_named_with_the_way_out(sd):
+    class Wrapper(nn.Module):
+        def __init__(self, module):
+            super().__init__()
+            self.module = module
+
+        def forward(self, *args, **kwargs):
+            return self.module(*args, **kwargs)
+
+    two = SimpleNamespace(components={"vae": sd.vae, "unet": Wrapper(sd.unet)})
+    with pytest.raises(
+        TFMQError, match=r"'unet' is wrapped in a Wrapper.*; set pipe.unet = pipe.unet.module\."
+    ):
+        denoiser(two)

@@ -3,11 +3,12 @@
 import diffusers
 import pytest
 import torch
+from torch import nn
 
-from benchmarks.networks.pipelines import PIPELINES, PROMPTS, saved
+from benchmarks.networks.pipelines import PIPELINES, PROMPTS, saved, t5_encoder, t5_tokenizer, unet_2d
 from tfmq_fx.base.errors import TFMQError
+from tfmq_fx.calibration.calls import recorded
 from tfmq_fx.calibration.data import CalibrationSet
-from tfmq_fx.calibration.recording import recorded
 from tfmq_fx.demo import embedded_pipeline
 
 ENTRIES = {e.name: e for e in PIPELINES}
@@ -125,3 +126,139 @@ def test_rows_beyond_the_memory_limit_are_mapped_and_the_same(sd):
     mapped = CalibrationSet.record(sd, max_memory=1000, **settings)
     assert all(torch.equal(x, mapped.tensors[n]) for n, x in plain.tensors.items())
     assert torch.equal(mapped.spread(5, seed=1).tensors["sample"], plain.spread(5, seed=1).tensors["sample"])
+
+
+class Loop(diffusers.DiffusionPipeline):  # type: ignore[misc]
+    """A sampling loop that updates its sample in place, and returns latents only."""
+
+    def __init__(self, unet, scheduler):
+        super().__init__()
+        self.register_modules(unet=unet, scheduler=scheduler)
+
+    @torch.no_grad()
+    def __call__(
+        self, batch_size=1, num_inference_steps=10, generator=None, in_place=True, scaled_steps=0, tokens=0
+    ):
+        x = torch.randn(batch_size, 3, 8, 8, generator=generator)
+        self.scheduler.set_timesteps(num_inference_steps)
+        for i, t in enumerate(self.scheduler.timesteps):
+            more = {"class_labels": torch.zeros(batch_size)} if i < scaled_steps else {}
+            given = t.expand(batch_size, tokens) if tokens else t
+            new = self.scheduler.step(self.unet(x, given, **more).sample, t, x, return_dict=False)[0]
+            x = x.copy_(new) if in_place else new
+        return {"latents": x}
+
+
+class Unlabelled(nn.Module):
+    """A UNet that takes class labels, and does nothing with them."""
+
+    def __init__(self):
+        super().__init__()
+        self.unet = unet_2d()
+
+    def forward(self, sample, timestep, class_labels=None):  # noqa: ARG002
+        timestep = timestep.flatten()[0] if timestep.dim() else timestep
+        return self.unet(sample, timestep)
+
+
+def loop():
+    return Loop(Unlabelled().eval(), diffusers.DDIMScheduler())
+
+
+def test_a_loop_that_updates_in_place_is_recorded_step_by_step():
+    pipe = loop()
+    rows = [
+        CalibrationSet.record(pipe, num_samples=3, num_inference_steps=5, in_place=i).tensors["sample"]
+        for i in (True, False)
+    ]
+    assert torch.equal(*rows)
+    assert len({x.numpy().tobytes() for x in rows[0]}) == 3 * 5
+
+
+def test_an_argument_of_some_steps_only_is_refused():
+    # The probe's steps have it, the recording's last do not.
+    with pytest.raises(TFMQError, match=r"'class_labels' is given in calls 1 to 2 .* and not in call 3"):
+        CalibrationSet.record(loop(), num_samples=3, num_inference_steps=4, scaled_steps=2)
+
+
+def test_a_timestep_per_token_is_refused_in_words():
+    with pytest.raises(TFMQError, match=r"the timestep 'timestep' has shape \(3, 4\) in a call of 3 rows"):
+        CalibrationSet.record(loop(), num_samples=3, num_inference_steps=2, tokens=4)
+
+
+@pytest.mark.parametrize("strength", [0.6, 0.3, 0.06])
+def test_image_to_image_takes_the_steps_that_its_strength_leaves(sd, strength):
+    parts = {
+        **sd.components,
+        "scheduler": diffusers.DDIMScheduler.from_config(sd.scheduler.config, clip_sample=False),
+    }
+    pipe = diffusers.StableDiffusionImg2ImgPipeline(**parts, requires_safety_checker=False)
+    pipe.set_progress_bar_config(disable=True)
+    pictures = [torch.rand(1, 3, 16, 16), torch.rand(1, 3, 16, 16)]
+    data = CalibrationSet.record(
+        pipe, num_samples=3, num_inference_steps=20, prompt=["a red cat"], image=pictures, strength=strength
+    )
+    assert len(data) == 3 * int(20 * strength) * 2
+    assert data.conditional.float().mean() == 0.5
+
+
+def test_controlnets_take_one_picture_each_and_leave_the_condition_visible(sd):
+    nets = [
+        diffusers.ControlNetModel.from_unet(sd.unet, conditioning_embedding_out_channels=(8, 16))
+        for _ in range(2)
+    ]
+    for parameter in (p for net in nets for p in net.eval().parameters() if not p.any()):
+        nn.init.normal_(parameter, std=0.1)
+    parts = {
+        **sd.components,
+        "scheduler": diffusers.DDIMScheduler.from_config(sd.scheduler.config, clip_sample=False),
+    }
+    pipe = diffusers.StableDiffusionControlNetPipeline(
+        **parts, controlnet=nets, requires_safety_checker=False
+    )
+    pipe.set_progress_bar_config(disable=True)
+    data = CalibrationSet.record(
+        pipe, num_samples=3, num_inference_steps=2, component="unet", prompt=PROMPTS,
+        image=[torch.rand(1, 3, 16, 16), torch.rand(1, 3, 16, 16)], controlnet_conditioning_scale=[1.0, 0.5],
+    )  # fmt: skip
+    assert len(data) == 3 * 2 * 2
+    assert data.conditional.float().mean() == 0.5
+    assert data.tensors["mid_block_additional_residual"].std() > 0
+
+
+def test_a_video_pipeline_is_recorded():
+    tokenizer = t5_tokenizer()
+    vae = diffusers.AutoencoderKLWan(
+        base_dim=3, z_dim=16, dim_mult=[1, 1, 1, 1], num_res_blocks=1, temperal_downsample=[False, True, True]
+    )
+    transformer = diffusers.WanTransformer3DModel(
+        patch_size=(1, 2, 2), num_attention_heads=2, attention_head_dim=12, text_dim=32, ffn_dim=32, num_layers=1,
+        rope_max_seq_len=32,
+    )  # fmt: skip
+    pipe = diffusers.WanPipeline(
+        tokenizer=tokenizer, text_encoder=t5_encoder(len(tokenizer), 32), transformer=transformer.eval(), vae=vae.eval(),
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=7.0),
+    )  # fmt: skip
+    pipe.set_progress_bar_config(disable=True)
+    data = CalibrationSet.record(
+        pipe, num_samples=3, num_inference_steps=2, prompt=["a red cat", "a dog"], negative_prompt=["a dog"], height=16,
+        width=16, num_frames=5, max_sequence_length=16,
+    )  # fmt: skip
+    assert data.tensors["hidden_states"].shape == (3 * 2 * 2, 16, 2, 2, 2)
+    assert data.conditional.float().mean() == 0.5
+
+
+def test_the_cache_knows_arrays_within_lists_by_their_values(sd, tmp_path):
+    settings = {"num_samples": 1, "num_inference_steps": 1, "prompt": "a cat", "guidance_scale": 1.0, **TEXT}
+    large = torch.zeros(3000)
+    other = large.clone()
+    other[1500] = 1  # printed alike
+    for x in (large, other, large.clone()):
+        CalibrationSet.record(
+            sd,
+            cache=tmp_path,
+            callback_on_step_end_tensor_inputs=["latents"],
+            cross_attention_kwargs={"x": x},
+            **settings,
+        )
+    assert len(list(tmp_path.iterdir())) == 2

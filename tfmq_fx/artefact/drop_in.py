@@ -53,6 +53,7 @@ class Interface:
         """
         parameters = inspect.signature(network.forward).parameters.values()
         named = [p for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
+        names = {p.name for p in named}  # the example has others if forward takes **kwargs
         inputs = {}
         found = leaves(example)
         for name, node in placeholders(gm).items():
@@ -62,11 +63,15 @@ class Interface:
                 "shape": [fixed_size(d) for d in value.shape],
                 "path": list(found[name][0]),
             }
+        arguments = {p.name: _plain(p.default) for p in named} | {n: None for n in example if n not in names}
+        # The network's defaults that the example replaces: by None, or by a dict or list without them.
+        replaced = {n for n, (path, _) in leaves(arguments).items() if path[0] in example and n not in found}
         return Interface(
-            arguments={p.name: p.default if _is_json(p.default) else None for p in named},
+            arguments=arguments,
             required=tuple(p.name for p in named if p.default is p.empty),
             inputs=inputs,
-            constants={k: v for k, (_, v) in found.items() if k not in inputs and _is_json(v)},
+            constants={k: v for k, (_, v) in found.items() if k not in inputs and _is_json(v)}
+            | dict.fromkeys(sorted(replaced)),
             output_type=output_type,
             timestep=str(timestep_input(gm, None).target),
             attributes={
@@ -111,6 +116,11 @@ def _item(value: Any, step: str | int) -> Any:
 
 def _is_json(value: Any) -> bool:
     return value is None or isinstance(value, (bool, int, float, str))
+
+
+def _plain(value: Any) -> Any:
+    """Return an argument's default if JSON can hold it, and None otherwise."""
+    return value if all(_is_json(leaf) for _, leaf in leaves({"": value}).values()) else None
 
 
 class Tally(Counter[Any]):
@@ -203,10 +213,11 @@ class DropIn(nn.Module):
         for found in self._unseen.values():
             found.clear()
 
-    def cache_context(self, _name: str) -> AbstractContextManager[None]:
+    def cache_context(self, *_: Any, **__: Any) -> AbstractContextManager[None]:
         """Return a context that does nothing.
 
-        Pipelines enter it by name, for caches of a network's inner values. This network has no such caches.
+        Pipelines enter it by name, and some with the step and sigma, for caches of a network's inner values. This
+        network has no such caches.
         """
         return nullcontext()
 
@@ -320,24 +331,26 @@ class DropIn(nn.Module):
                 raise TFMQError(f"forward: {name!r} must be a tensor, found {type(value).__name__}.")
             tensors[name] = value
         missing = [n for n, value in tensors.items() if value is None]
-        missing += [n for n in face.required if given.get(n) is None]
+        missing += [n for n in face.required if n not in names[: len(args)] and n not in kwargs]
         if missing:
             raise TFMQError(f"forward: the argument {missing[0]!r} is missing.")
         self._require_fixed(given)
         return {**given, **tensors}
 
     def _require_fixed(self, given: Mapping[str, Any]) -> None:
-        """Raise TFMQError for an argument that is constant in the graph but has another value here."""
+        """Raise TFMQError for an argument that is constant in the graph but has another value here, or is left out."""
         face = self.interface
-        defaults = {n: v for n, (_, v) in leaves(face.arguments).items()}
-        for name, (_, value) in leaves(given).items():
+        captured = {n: v for n, (_, v) in leaves(face.arguments).items()} | face.constants
+        found = {n: v for n, (_, v) in leaves(given).items()}
+        for name in [*captured, *(n for n in found if n not in captured)]:
+            fixed, value = captured.get(name), found.get(name)
             if name in face.inputs or name == "return_dict":
                 continue
-            fixed = face.constants.get(name, defaults.get(name))
             if isinstance(value, Tensor) or value != fixed:
+                remedy = "that has the new value" if value is not None else "without it, or give it"
                 raise TFMQError(
-                    f"forward: {name!r} was {fixed!r} when the network was captured and is fixed in the graph; "
-                    "quantize again with calibration data that has the new value."
+                    f"forward: {name!r} was {fixed!r} when the network was captured and is fixed in the graph"
+                    f"{', but is left out here' if value is None else ''}; quantize again with calibration data {remedy}."
                 )
 
     def _timestep(self, value: Any, batch: int) -> Tensor:

@@ -121,7 +121,8 @@ class CalibrationSet:
             versions is read instead of made again.
         max_memory: bytes; larger recordings are memory-mapped files, in `cache` or the system's temporary folder.
         pipe_kwargs: passed to the pipeline (prompt, class_labels, guidance_scale, eta, ...). A list has one value
-            per sample, and is repeated if it is shorter.
+            per sample, and is repeated if it is shorter, unless short runs show that the pipeline takes it as a
+            whole (one value per adapter, ControlNet or layer). A tuple is always passed as it is.
         """
         if num_samples < 1 or num_inference_steps < 1 or batch_size < 1:
             raise TFMQError(

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import inspect
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
+from itertools import combinations, islice
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,9 @@ from torch import nn
 from tfmq_fx.artefact.drop_in import DropIn
 from tfmq_fx.base.errors import TFMQError
 
-SCHEDULES = ("timesteps", "sigmas")  # lists of a pipeline's arguments that are not one value per sample
+SCHEDULES = ("timesteps", "sigmas")  # lists that no short run is asked about: they are its length
+LONGEST = 4  # values of a list that a short run is given; the first two of a longer list
+MOST_CHOICES = 64  # of lists to try
 
 
 def takes_timestep(module: nn.Module, timestep: str) -> bool:
@@ -38,6 +41,8 @@ def denoiser(pipe: Any, *, timestep: str = "timestep", component: str | None = N
                 f"component: {component!r} takes no {timestep!r}; components that do: {', '.join(found) or 'none'}."
             )
         return found[component]
+    if not found:
+        _refuse_wrapped(modules)
     if len(found) != 1:
         raise TFMQError(
             f"pipeline: {len(found) or 'no'} components take a {timestep!r} ({', '.join(found) or ', '.join(pipe.components)}); "
@@ -47,41 +52,158 @@ def denoiser(pipe: Any, *, timestep: str = "timestep", component: str | None = N
     return next(iter(found.values()))
 
 
+def _refuse_wrapped(modules: Mapping[str, nn.Module]) -> None:
+    """Raise TFMQError for a component that hides its arguments behind *args and **kwargs, as wrappers do."""
+    for name, module in modules.items():
+        kinds = {p.kind for p in inspect.signature(module.forward).parameters.values()}
+        if kinds and kinds <= {inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD}:
+            inner = next((n for n, _ in module.named_children()), None)
+            remedy = f"set pipe.{name} = pipe.{name}.{inner}" if inner else "unwrap it"
+            raise TFMQError(
+                f"pipeline: {name!r} is wrapped in a {type(module).__name__}, which hides its arguments; {remedy}."
+            )
+
+
 def run_pipeline(pipe: Any, num_samples: int, *, first: int = 0, **pipe_kwargs: Any) -> Any:
     """Run the pipeline and return its output, `num_samples` numpy images: samples first, first + 1, ...
 
-    pipe_kwargs: passed to the pipeline. A list has one value per sample (prompts, labels), and is repeated if it
-        is shorter. A tuple is passed unchanged, and so are lists of timesteps and sigmas.
+    pipe_kwargs: passed to the pipeline; see `call_pipeline`.
 
-    Raises TFMQError for an empty list, for an argument that the pipeline does not take, for arguments that it
-    rejects, and for a pipeline that returns no images.
+    Raises TFMQError where `call_pipeline` does, and for a pipeline that returns no images.
     """
+    found = call_pipeline(pipe, num_samples, first=first, **pipe_kwargs)
+    if not isinstance(found, Mapping) or "images" not in found:
+        shown = ", ".join(found) if isinstance(found, Mapping) else f"a {type(found).__name__}"
+        raise TFMQError(
+            f"{type(pipe).__name__} returns {shown} and no images; its calls can be recorded, but no pictures drawn from it."
+        )
+    return found["images"]
+
+
+def call_pipeline(
+    pipe: Any, num_samples: int, *, first: int = 0, whole: Collection[str] | None = None, **pipe_kwargs: Any
+) -> Any:
+    """Run the pipeline for samples first, first + 1, ..., and return whatever it returns.
+
+    whole: the names of the lists that are not one value per sample. None asks the pipeline, by `whole_lists`.
+    pipe_kwargs: passed to the pipeline. A list has one value per sample (prompts, labels), and is repeated if it
+        is shorter, unless it is in `whole`. A tuple is passed unchanged, and so are lists of timesteps and sigmas.
+
+    Raises TFMQError for an empty list, for an argument that the pipeline does not take, and for arguments that it
+    rejects.
+    """
+    _lists(pipe_kwargs)
     takes = inspect.signature(pipe.__call__).parameters
-    lists = {n: v for n, v in pipe_kwargs.items() if isinstance(v, list) and n not in SCHEDULES}
-    for name, values in lists.items():
-        if not values:
-            raise TFMQError(f"{name}: the list is empty.")
-        pipe_kwargs[name] = [values[(first + i) % len(values)] for i in range(num_samples)]
-    if "batch_size" in takes:
-        pipe_kwargs.setdefault("batch_size", num_samples)
-    elif not lists and "num_images_per_prompt" in takes:
-        pipe_kwargs.setdefault("num_images_per_prompt", num_samples)
-    elif not lists and isinstance(pipe_kwargs.get("prompt"), str):
-        pipe_kwargs["prompt"] = [pipe_kwargs["prompt"]] * num_samples
     unknown = [n for n in pipe_kwargs if n not in takes] if not _takes_any(takes) else []
     if unknown:
         raise TFMQError(f"{type(pipe).__name__} takes no {unknown[0]!r}; it takes {', '.join(takes)}.")
+    whole = whole_lists(pipe, pipe_kwargs) if whole is None else whole
+    given = _for_samples(takes, num_samples, first, whole, pipe_kwargs)
+    if "output_type" in takes or _takes_any(takes):
+        given.setdefault("output_type", "np")
     try:
-        found = pipe(output_type="np", **pipe_kwargs)
+        return pipe(**given)
     except (
         AttributeError,
         TypeError,
         ValueError,
     ) as error:  # raised by the pipeline's checks of its arguments
         raise TFMQError(f"{type(pipe).__name__}: {error}") from error
-    if "images" not in found:
-        raise TFMQError(f"{type(pipe).__name__} returns {', '.join(found)}, but no images.")
-    return found.images
+
+
+def _for_samples(
+    takes: Collection[str], size: int, first: int, whole: Collection[str], pipe_kwargs: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Return the arguments of a call that draws samples first .. first + size - 1."""
+    given = dict(pipe_kwargs)
+    lists = {n: v for n, v in _lists(given).items() if n not in whole}
+    for name, values in lists.items():
+        given[name] = [values[(first + i) % len(values)] for i in range(size)]
+    per_prompt = [n for n in takes if n.startswith("num_") and n.endswith("_per_prompt")]
+    if "batch_size" in takes:
+        given.setdefault("batch_size", size)
+    elif not lists and "num_images_per_prompt" in takes:
+        given.setdefault("num_images_per_prompt", size)
+    elif not lists and isinstance(given.get("prompt"), str):
+        given["prompt"] = [given["prompt"]] * size
+    elif not lists and per_prompt:  # of videos or sounds
+        given.setdefault(per_prompt[0], size)
+    return given
+
+
+def _lists(pipe_kwargs: Mapping[str, Any]) -> dict[str, list[Any]]:
+    """Return the lists that may be one value per sample. Raises TFMQError for an empty one."""
+    found = {n: v for n, v in pipe_kwargs.items() if isinstance(v, list) and n not in SCHEDULES}
+    for name, values in found.items():
+        if not values:
+            raise TFMQError(f"{name}: the list is empty.")
+    return found
+
+
+def few_steps(steps: int) -> list[int]:
+    """Return the numbers of steps of short runs, each to be tried if the one before is too small: 2, 4, 8, .., `steps`.
+
+    A pipeline may skip steps by its own arguments: img2img with strength 0.3 takes none of two.
+    """
+    return [*(2**i for i in range(1, steps.bit_length()) if 2**i < steps), steps]
+
+
+def whole_lists(pipe: Any, pipe_kwargs: Mapping[str, Any]) -> frozenset[str]:
+    """Return the names of the list arguments that are not one value per sample, but one per adapter, layer, ...
+
+    The pipeline decides, in short runs. Such a list can be given as it is, and the pipeline still draws as many
+    samples as it is asked for. With a list of one value per sample, it draws another number or raises an error.
+    If no choice works, all lists are one value per sample.
+    """
+    names = list(_lists(pipe_kwargs))
+    trial = _Trial(pipe, dict(pipe_kwargs))
+    choices = (set(c) for k in range(len(names) + 1) for c in combinations(names, k))
+    whole = next((c for c in islice(choices, MOST_CHOICES) if names and trial.works(c)), None)
+    if whole is None:
+        return frozenset()
+    for name in names:
+        # The last list that is left is what makes the number of samples.
+        last = len(names) == len(whole) + 1 and "batch_size" not in trial.takes
+        if name not in whole and not last and trial.works(whole | {name}):
+            whole.add(name)
+    return frozenset(whole)
+
+
+class _Trial:
+    """Short runs of a pipeline that tell which lists it takes as they are."""
+
+    def __init__(self, pipe: Any, pipe_kwargs: dict[str, Any]) -> None:
+        self.pipe, self.given = pipe, pipe_kwargs
+        self.takes = inspect.signature(pipe.__call__).parameters
+        self.short = {n: v if len(v) <= LONGEST else v[:2] for n, v in _lists(pipe_kwargs).items()}
+        # A list of one value per sample must not fit: neither by its length, nor cut or repeated.
+        lengths = [len(v) for v in self.short.values()]
+        enough = range(max([1, *lengths]) + 1, 2 * LONGEST)
+        self.size = next(s for s in enough if all(n == 1 or s % n for n in lengths))
+
+    def works(self, whole: Collection[str]) -> bool:
+        """Return True if the pipeline takes these lists as they are, and draws as many samples as it is asked for."""
+        given = {**self.given, **{n: self.short[n] for n in whole}}
+        steps = given.pop("num_inference_steps", None)
+        for tried in [None] if steps is None else few_steps(steps):
+            if tried is not None:
+                given["num_inference_steps"] = tried
+            if "generator" in self.takes:
+                given["generator"] = torch.Generator().manual_seed(0)
+            try:
+                with torch.no_grad(), torch.random.fork_rng(devices=()):
+                    found = call_pipeline(self.pipe, self.size, whole=whole, **given)
+            except Exception:  # a pipeline may raise anything for a list of the wrong length
+                continue
+            return _count(found) == self.size
+        return False
+
+
+def _count(found: Any) -> int | None:
+    """Return the number of samples in a pipeline's output; None if it cannot be told."""
+    values = list(found.values()) if isinstance(found, Mapping) else found
+    first = values[0] if isinstance(values, (list, tuple)) and values else values
+    return len(first) if hasattr(first, "__len__") else None
 
 
 def _takes_any(parameters: Mapping[str, inspect.Parameter]) -> bool:

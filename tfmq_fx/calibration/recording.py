@@ -7,57 +7,36 @@ import inspect
 import json
 import logging
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
-from tfmq_fx.artefact.drop_in import DropIn
 from tfmq_fx.base.arguments import Path as ArgumentPath
-from tfmq_fx.base.arguments import leaves
 from tfmq_fx.base.errors import TFMQError
 from tfmq_fx.base.files import replace_folder, update_with_tensors
 from tfmq_fx.base.parallel import Ranks, workers
 from tfmq_fx.base.progress import track
-from tfmq_fx.calibration.pipelines import run_pipeline
+from tfmq_fx.calibration.calls import Call, Constants, Flat, Leaves, call_leaves, defaults_of, recorded
+from tfmq_fx.calibration.pipelines import call_pipeline, few_steps, whole_lists
 from tfmq_fx.calibration.rows import INDEX, Recording, Sink, read_recording
 
 log = logging.getLogger(__name__)
 
 
+FORMAT = 2  # of recordings in a cache; increased when the same arguments give other rows
 MAX_MEMORY = 4 * 2**30  # bytes; larger recordings go to memory-mapped files
 
 
 # A pipeline uses guidance if one of these is above 1 (Ho & Salimans 2022; for distilled networks, the second).
 GUIDANCE = ("guidance_scale", "true_cfg_scale")
-
-
-Call = dict[str, Any]  # a denoiser's arguments by flat name, tensors and plain values
-
-
-@contextmanager
-def recorded(network: nn.Module) -> Iterator[list[Call]]:
-    """Record the calls of `network`, in order, while the context is open."""
-    if isinstance(network, DropIn):
-        raise TFMQError(
-            "calibration: the pipeline's denoiser is already quantized; record with the float network."
-        )
-    calls: list[Call] = []
-    signature = inspect.signature(network.forward)
-
-    def keep(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        calls.append(dict(signature.bind(*args, **kwargs).arguments))
-
-    handle = network.register_forward_pre_hook(keep, with_kwargs=True)
-    try:
-        yield calls
-    finally:
-        handle.remove()
 
 
 @dataclass(frozen=True)
@@ -76,27 +55,61 @@ class Session:
     batch_size: int
     pipe_kwargs: dict[str, Any] = field(default_factory=dict)
 
-    def calls(self, first: int, size: int, steps: int, **changes: Any) -> list[Call]:
-        """Return the calls that draw samples first .. first + size - 1.
+    @cached_property
+    def whole(self) -> frozenset[str]:
+        """Return the names of the pipeline's list arguments that are not one value per sample."""
+        return whole_lists(self.pipe, {**self.pipe_kwargs, "num_inference_steps": self.num_inference_steps})
+
+    @cached_property
+    def defaults(self) -> dict[str, Any]:
+        """Return the defaults of the denoiser's arguments."""
+        return defaults_of(self.network)
+
+    def run(self, first: int, size: int, steps: int, **changes: Any) -> tuple[list[Call], Exception | None]:
+        """Run the pipeline for samples first .. first + size - 1. Return its calls, and the error that ended it.
 
         changes: override `pipe_kwargs`.
         """
+        whole = self.whole  # may run the pipeline, which must not be recorded
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + first)
         with recorded(self.network) as found:
-            run_pipeline(
-                self.pipe, size, first=first, num_inference_steps=steps, generator=generator,
-                **{**self.pipe_kwargs, **changes},
-            )  # fmt: skip
-        if not found:
-            raise TFMQError(f"calibration: the pipeline never called {type(self.network).__name__}.")
-        return found
+            try:
+                call_pipeline(
+                    self.pipe, size, first=first, whole=whole, num_inference_steps=steps, generator=generator,
+                    **{**self.pipe_kwargs, **changes},
+                )  # fmt: skip
+            except Exception as error:  # a pipeline may raise anything
+                return found, error
+        return found, None
 
-    def batch(self, first: int) -> list[dict[str, tuple[ArgumentPath, Any]]]:
+    def batch(self, first: int) -> list[Leaves]:
         """Return the calls that draw the batch which starts at sample `first`, as leaves by flat name."""
         size = min(self.batch_size, self.num_samples - first)
-        return [leaves(call) for call in self.calls(first, size, self.num_inference_steps)]
+        found, error = self.run(first, size, self.num_inference_steps)
+        if error is not None:
+            raise error
+        return self._leaves(found)
 
-    def size_of(self, call: Call) -> int:
+    def short(self, size: int, **changes: Any) -> list[Leaves]:
+        """Return the calls that draw samples 0 .. size - 1 in as few steps as the pipeline's arguments allow.
+
+        changes: override `pipe_kwargs`.
+        """
+        for steps in few_steps(self.num_inference_steps):
+            found, error = self.run(0, size, steps, **changes)
+            # With too few steps, the pipeline may have none to take. Then it makes no call, and may fail.
+            if error is not None and (found or steps == self.num_inference_steps):
+                raise error
+            if found:
+                break
+        return self._leaves(found)
+
+    def _leaves(self, calls: list[Call]) -> list[Leaves]:
+        if not calls:
+            raise TFMQError(f"calibration: the pipeline never called {type(self.network).__name__}.")
+        return [call_leaves(call, self.defaults) for call in calls]
+
+    def size_of(self, call: Flat) -> int:
         """Return the number of rows of a call: that of its first tensor other than the timestep, the noisy sample."""
         for name, value in call.items():
             if isinstance(value, Tensor) and name != self.timestep and value.dim():
@@ -112,43 +125,44 @@ class Session:
         part of its batch, True if it has the condition. The pattern is [[False, True]] if every call has the
         unconditional rows first, and [[True], [False]] if calls alternate.
 
-        The first run takes two steps, for a number of samples other than the recording's batch size: tensors that
-        do not scale with it have no rows. The second run takes two steps without guidance: rows that do not
-        occur in it are unconditional.
+        The first run takes few steps, for a number of samples other than the recording's batch size: tensors that
+        do not scale with it have no rows. The second run is the same without guidance: rows that do not occur in
+        it are unconditional.
         """
         size = 2 if min(self.batch_size, self.num_samples) == 1 else 1
-
-        def run(**changes: Any) -> list[Call]:
-            calls = self.calls(0, size, 2, **changes)
-            return [{n: leaf for n, (_, leaf) in leaves(call).items()} for call in calls]
-
-        calls = run()
+        found = self.short(size)
+        calls = [_flat(call) for call in found]
         rows = self.size_of(calls[0])
         shared = frozenset(
             n for n, x in calls[0].items()
             if n != self.timestep and isinstance(x, Tensor) and (not x.dim() or x.shape[0] != rows)
         )  # fmt: skip
+        constants = Constants(self.defaults)
+        for call in found:
+            constants.take(call, self.row_names(call, shared))
         takes = inspect.signature(self.pipe.__call__).parameters
         total = sum(self.size_of(c) for c in calls)
         for name in GUIDANCE:
-            plain = run(**{name: 1.0}) if name in takes else calls
+            plain = [_flat(c) for c in self.short(size, **{name: 1.0})] if name in takes else calls
             if sum(self.size_of(c) for c in plain) < total:
                 return shared, self._pattern(calls, plain[0], size, shared)
         return shared, [[True]]
 
-    def _pattern(self, calls: list[Call], plain: Call, size: int, shared: frozenset[str]) -> list[list[bool]]:
+    def row_names(self, call: Leaves, shared: frozenset[str]) -> frozenset[str]:
+        """Return the names of a call's arguments that have rows. shared: the tensors that have none."""
+        tensors = {n for n, (_, x) in call.items() if isinstance(x, Tensor) and n not in shared}
+        return frozenset(tensors | ({self.timestep} & call.keys()))
+
+    def _pattern(self, calls: list[Flat], plain: Flat, size: int, shared: frozenset[str]) -> list[list[bool]]:
         first = next(n for n, x in plain.items() if isinstance(x, Tensor) and n != self.timestep)
         names = [
             n for n, x in plain.items() if isinstance(x, Tensor) and n not in (first, self.timestep, *shared)
         ]
         period = calls if self.size_of(calls[0]) == size else calls[:1]
 
-        def part(call: Call, i: int) -> bool:
+        def part(call: Flat, i: int) -> bool:
             rows = slice(i * size, (i + 1) * size)
-            return all(
-                call[n][rows].shape == plain[n].shape and torch.allclose(call[n][rows], plain[n])
-                for n in names
-            )
+            return all(n in call and _near(call[n][rows], plain[n]) for n in names)
 
         found = [[part(call, i) for i in range(self.size_of(call) // size)] for call in period[:2]]
         flat = [mark for marks in found for mark in marks]
@@ -167,10 +181,12 @@ class Session:
         import diffusers
 
         pipe = self.pipe
-        plain: list[Any] = [type(pipe).__name__, torch.__version__, diffusers.__version__, more]
+        plain: list[Any] = [FORMAT, type(pipe).__name__, torch.__version__, diffusers.__version__, more]
         plain += [self.timestep, self.num_samples, self.num_inference_steps, self.seed, self.batch_size]
-        tensors = {n: x for n, x in self.pipe_kwargs.items() if isinstance(x, Tensor)}
-        plain.append({n: v for n, v in self.pipe_kwargs.items() if n not in tensors})
+        values, structure = pytree.tree_flatten(self.pipe_kwargs)
+        # Words would leave out most of an array's values, and have the address of a picture.
+        tensors = {f"argument {i}": _values(x) for i, x in enumerate(values) if _is_array(x)}
+        plain += [str(structure), [None if _is_array(x) else x for x in values]]
         for name, module in pipe.components.items():
             if isinstance(module, nn.Module):
                 tensors |= {f"{name}.{n}": x for n, x in module.state_dict().items()}
@@ -205,15 +221,15 @@ def _record(session: Session, folder: Path, *, deterministic: bool, limit: float
     ranks = Ranks()
     starts = ranks.share(range(0, session.num_samples, session.batch_size))
     sink, marks = Sink(folder, limit), list[bool]()
-    paths: dict[str, ArgumentPath] = {}
-    constants: dict[str, Any] = {}
+    paths, constants = dict[str, ArgumentPath](), Constants(session.defaults)
 
-    def take(batch: list[dict[str, tuple[ArgumentPath, Any]]]) -> None:
-        calls = [{n: leaf for n, (_, leaf) in call.items()} for call in batch]
-        paths.update({n: path for n, (path, _) in batch[0].items()})
-        for call in calls:
-            _append(session, sink, call, shared, constants)
-        marks.extend(_marks(session, calls, pattern))
+    def take(batch: list[Leaves]) -> None:
+        for call in batch:
+            paths.update({n: path for n, (path, _) in call.items()})
+            names = session.row_names(call, shared)
+            constants.take(call, names)
+            sink.append(_rows(session, _flat(call), names))
+        marks.extend(_marks(session, [_flat(call) for call in batch], pattern))
 
     with workers(1) if deterministic else nullcontext():
         shared, pattern = session.probe()
@@ -229,42 +245,61 @@ def _record(session: Session, folder: Path, *, deterministic: bool, limit: float
             for batch in batches:
                 if batch is not None:
                     take(batch)
-    return Recording(rows=sink.finish(), constants=constants, paths=paths, conditional=torch.tensor(marks))
+    return Recording(
+        rows=sink.finish(), constants=constants.values, paths=paths, conditional=torch.tensor(marks)
+    )
 
 
-def _append(
-    session: Session, sink: Sink, call: Call, shared: frozenset[str], constants: dict[str, Any]
-) -> None:
+def _flat(call: Leaves) -> Flat:
+    return {n: value for n, (_, value) in call.items()}
+
+
+def _rows(session: Session, call: Flat, names: frozenset[str]) -> dict[str, Tensor]:
+    """Return the rows of a call. names: its arguments that have rows."""
     size, rows = session.size_of(call), {}
-    for name, value in call.items():
+    for name in (n for n in call if n in names):
+        value = torch.as_tensor(call[name])
         if name == session.timestep:
-            t = torch.as_tensor(value)
-            rows[name] = t.expand(size) if t.dim() == 0 else t.repeat(size // len(t))
-        elif isinstance(value, Tensor) and name not in shared:
-            if value.dim() and value.shape[0] == 1:
-                value = value.expand(size, *value.shape[1:])
-            if not value.dim() or value.shape[0] != size:
-                raise TFMQError(
-                    f"calibration: {name!r} has shape {tuple(value.shape)} in a call of {size} rows; its first dimension must be "
-                    "the number of rows."
-                )
-            rows[name] = value
-        elif name not in constants:
-            constants[name] = value
-        elif not _same(constants[name], value):
+            rows[name] = _timesteps(name, value, size)
+            continue
+        if value.dim() and value.shape[0] == 1:
+            value = value.expand(size, *value.shape[1:])
+        if not value.dim() or value.shape[0] != size:
             raise TFMQError(
-                f"calibration: {name!r} has no rows, but changes between calls ({constants[name]!r}, {value!r})."
+                f"calibration: {name!r} has shape {tuple(value.shape)} in a call of {size} rows; its first dimension must be "
+                "the number of rows."
             )
-    sink.append(rows)
+        rows[name] = value
+    return rows
 
 
-def _same(a: Any, b: Any) -> bool:
-    if isinstance(a, Tensor) or isinstance(b, Tensor):
-        return isinstance(a, Tensor) and isinstance(b, Tensor) and torch.equal(a, b)
-    return bool(a == b)
+def _timesteps(name: str, t: Tensor, size: int) -> Tensor:
+    """Return a call's timestep as one value per row, (size,)."""
+    if t.dim() > 1 or (t.dim() and size % max(len(t), 1)):
+        raise TFMQError(
+            f"calibration: the timestep {name!r} has shape {tuple(t.shape)} in a call of {size} rows; only one timestep for each "
+            "row, or one for all, can be recorded."
+        )
+    return t.reshape(-1).repeat(size // t.numel())
 
 
-def _marks(session: Session, calls: list[Call], pattern: list[list[bool]]) -> list[bool]:
+def _near(a: Tensor, b: Tensor) -> bool:
+    """Return True if two tensors differ by no more than another order of sums, at another batch size, makes of them."""
+    if a.shape != b.shape or not b.is_floating_point() or not b.numel():
+        return torch.equal(a, b)
+    return bool((a - b).abs().max() <= 1e-4 * b.abs().max())
+
+
+def _is_array(value: Any) -> bool:
+    """Return True for tensors, and for numpy arrays and PIL pictures."""
+    return isinstance(value, Tensor) or hasattr(value, "__array_interface__")
+
+
+def _values(array: Any) -> Tensor:
+    return array if isinstance(array, Tensor) else torch.from_numpy(np.array(array))
+
+
+def _marks(session: Session, calls: list[Flat], pattern: list[list[bool]]) -> list[bool]:
     found = []
     for i, call in enumerate(calls):
         parts = pattern[i % len(pattern)]

@@ -74,7 +74,8 @@ class Sink:
     def finish(self) -> dict[str, Tensor]:
         """Return all rows by name, (N, ...) each, memory-mapped if they are in files."""
         if not self.on_disk:
-            return {n: torch.cat([rows[n] for rows in self.kept]) for n in self.shapes}
+            # One tensor at a time is let go of, so that memory never holds all rows twice.
+            return {n: torch.cat([rows.pop(n) for rows in self.kept]) for n in self.shapes}
         return {
             name: _mapped(self.folder / f"{i}.bin", dtype, (self.rows, *shape))
             for i, (name, (dtype, shape)) in enumerate(self.shapes.items())

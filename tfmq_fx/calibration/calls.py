@@ -1,0 +1,177 @@
+"""Record the calls of a network: copies of their arguments, and what all calls have in common."""
+
+from __future__ import annotations
+
+import inspect
+from collections import deque
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from tfmq_fx.artefact.drop_in import DropIn
+from tfmq_fx.base.arguments import Path, leaves
+from tfmq_fx.base.errors import TFMQError
+
+Call = dict[str, Any]  # a network's arguments by name, as it was given them
+Leaves = dict[str, tuple[Path, Any]]  # flat name -> path and value
+Flat = dict[str, Any]  # flat name -> value
+
+# How many copies of an argument a new value is compared with. Guided pipelines call their network in turn with
+# and without the condition, some with a third and a fourth.
+RECENT = 4
+ROWS = object()  # stands for a tensor with rows, which may differ from call to call
+
+
+@contextmanager
+def recorded(network: nn.Module) -> Iterator[list[Call]]:
+    """Record the calls of `network`, in order, while the context is open.
+
+    Each call is copied before the network runs, so that neither the network nor the sampling loop can change it
+    afterwards. Calls share the copy of a tensor that they have in common (prompt embeddings).
+    """
+    if isinstance(network, DropIn):
+        raise TFMQError(
+            "calibration: the pipeline's denoiser is already quantized; record with the float network."
+        )
+    calls: list[Call] = []
+    signature, copies = inspect.signature(network.forward), Copies()
+
+    def keep(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        calls.append({n: copies.of(x, (n,)) for n, x in _arguments(signature, args, kwargs).items()})
+
+    handle = network.register_forward_pre_hook(keep, with_kwargs=True)
+    try:
+        yield calls
+    finally:
+        handle.remove()
+
+
+def _arguments(signature: inspect.Signature, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
+    """Return the arguments of a call by name, those that only `**kwargs` takes among them."""
+    given = dict(signature.bind(*args, **kwargs).arguments)
+    extra = next((n for n, p in signature.parameters.items() if p.kind is p.VAR_KEYWORD), None)
+    more = {} if extra is None else given.pop(extra, {})
+    return given | more
+
+
+class Copies:
+    """A maker of copies. A tensor that equals a recent copy of the same argument is not copied again."""
+
+    def __init__(self) -> None:
+        self.recent: dict[Path, deque[Tensor]] = {}
+
+    def of(self, value: Any, path: Path) -> Any:
+        """Return a copy of an argument: of its tensors and arrays, and of the dicts and lists that hold them."""
+        if isinstance(value, Mapping):
+            return {key: self.of(item, (*path, key)) for key, item in value.items()}
+        if isinstance(value, (list, tuple)):
+            items = [self.of(item, (*path, i)) for i, item in enumerate(value)]
+            return items if isinstance(value, list) else tuple(items)
+        if isinstance(value, np.generic):
+            return value.item()
+        if isinstance(value, np.ndarray):
+            return value.copy()
+        return self._tensor(value.detach(), path) if isinstance(value, Tensor) else value
+
+    def _tensor(self, x: Tensor, path: Path) -> Tensor:
+        known = self.recent.setdefault(path, deque(maxlen=RECENT))
+        for copy in known:
+            if same(copy, x):
+                return copy
+        known.append(x.clone())
+        return known[-1]
+
+
+def same(a: Any, b: Any) -> bool:
+    """Return True if two arguments have the same value; for tensors, also the same type, shape and device."""
+    if isinstance(a, Tensor) and isinstance(b, Tensor):
+        alike = (a.shape, a.dtype, a.device) == (b.shape, b.dtype, b.device)
+        return alike and torch.equal(a, b)
+    if isinstance(a, np.ndarray) and isinstance(b, np.ndarray):
+        return np.array_equal(a, b)
+    arrays = (Tensor, np.ndarray)
+    return not isinstance(a, arrays) and not isinstance(b, arrays) and bool(a == b)
+
+
+def defaults_of(network: nn.Module) -> dict[str, Any]:
+    """Return the defaults of the network's arguments by name."""
+    parameters = inspect.signature(network.forward).parameters.values()
+    return {p.name: p.default for p in parameters if p.default is not p.empty}
+
+
+def call_leaves(call: Call, defaults: Mapping[str, Any]) -> Leaves:
+    """Return the leaves of a call by flat name.
+
+    A None is a leaf unless it is the argument's default: without it, the network would compute something else.
+    """
+    nones = [p for p in _nones(call, ()) if len(p) > 1 or defaults.get(str(p[0]), ROWS) is not None]
+    return leaves(call) | {"_".join(map(str, path)): (path, None) for path in nones}
+
+
+def _nones(value: Any, path: Path) -> Iterator[Path]:
+    if isinstance(value, Mapping):
+        for key, item in value.items():
+            yield from _nones(item, (*path, key))
+    elif isinstance(value, (list, tuple)):
+        for i, item in enumerate(value):
+            yield from _nones(item, (*path, i))
+    elif value is None:
+        yield path
+
+
+class Constants:
+    """The arguments that are the same in every call of a recording.
+
+    values: the given ones by flat name. An argument that a call leaves out has its default there.
+    """
+
+    def __init__(self, defaults: Mapping[str, Any]) -> None:
+        self.values: Flat = {}
+        self._defaults = leaves(defaults)
+        self._known: Flat | None = None  # all leaves of the first call, defaults included
+        self._calls = 0
+
+    def take(self, call: Leaves, rows: Collection[str]) -> None:
+        """Add the constants of a call. rows: the names of its tensors that have rows.
+
+        Raises TFMQError, with the argument's name and the numbers of the calls, if an argument is given in some
+        calls only, or if one without rows changes.
+        """
+        self._calls += 1
+        given = {path[0] for path, _ in call.values()}
+        left_out = {n: value for n, (path, value) in self._defaults.items() if path[0] not in given}
+        found = left_out | {n: ROWS if n in rows else value for n, (_, value) in call.items()}
+        known = found if self._known is None else self._known
+        for name in [*known, *(n for n in found if n not in known)]:
+            if name != "return_dict":
+                self._require_same(name, known.get(name), found.get(name))
+        self._known = known
+        self.values = {n: x for n, (_, x) in call.items() if n not in rows} | self.values
+
+    def _require_same(self, name: str, before: Any, now: Any) -> None:
+        if before is now or (before is not ROWS and now is not ROWS and same(before, now)):
+            return
+        here = f"call {self._calls}"
+        earlier = "call 1" if self._calls == 2 else f"calls 1 to {self._calls - 1}"
+        if before is None or now is None:
+            with_it, without = (earlier, here) if now is None else (here, earlier)
+            raise TFMQError(
+                f"calibration: {name!r} is given in {with_it} of the network and not in {without}; change the pipeline's "
+                "arguments so that it is in every call or in none."
+            )
+        raise TFMQError(
+            f"calibration: {name!r} has no rows, but is {_shown(now)} in {here} of the network after {_shown(before)} in "
+            f"{earlier}; change the pipeline's arguments so that it stays the same."
+        )
+
+
+def _shown(value: Any) -> str:
+    if value is ROWS:
+        return "a tensor with rows"
+    if isinstance(value, (Tensor, np.ndarray)):
+        return f"a {type(value).__name__} of shape {tuple(value.shape)}"
+    return repr(value)
