@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
+from tfmq_fx.base.ambient import neutral
 from tfmq_fx.base.arithmetic import FLOAT_BITS, check_bits
 from tfmq_fx.base.errors import TFMQError
 from tfmq_fx.base.files import replace_files, update_with_tensors
@@ -141,6 +142,7 @@ class Sensitivity:
             bits[layer.path] = wider
 
 
+@neutral()
 @torch.no_grad()
 def sensitivity(
     gm: GraphModule,
@@ -254,6 +256,7 @@ class _Alone:
         return self.gm
 
 
+@neutral()
 def mixed_precision(
     model: Any,
     recipe: str | Recipe = "w4a8",

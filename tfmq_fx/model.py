@@ -8,6 +8,7 @@ import torch
 
 from tfmq_fx.artefact.drop_in import QuantizedGraph
 from tfmq_fx.artefact.saving import read, save
+from tfmq_fx.base.ambient import neutral
 from tfmq_fx.base.errors import TFMQError
 from tfmq_fx.passes.clean.move_to_device import move_to_device
 from tfmq_fx.runtimes.exported import Exported
@@ -41,11 +42,13 @@ class QuantizedModel(QuantizedGraph):
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write the artefact; see `tfmq_fx.artefact.saving.save`."""
-        save(self, Path(folder))
+        with neutral():
+            save(self, Path(folder))
 
     def export(self, file: str | Path, *, format: str | None = None, strict: bool = False) -> Exported:
         """Write the network for another runtime; see `tfmq_fx.runtimes.exporting.export`."""
-        return export(self, file, format=format, strict=strict)
+        with neutral():
+            return export(self, file, format=format, strict=strict)
 
     def lower(
         self,
@@ -60,19 +63,21 @@ class QuantizedModel(QuantizedGraph):
         pack: str | None = None,
     ) -> LoweredModel:
         """Return the same network on int8 kernels; see `tfmq_fx.runtimes.lowering.lower`."""
-        return lower(
-            self,
-            target,
-            engine=engine,
-            precision=precision,
-            batch=batch,
-            strict=strict,
-            cache=cache,
-            compile=compile,
-            pack=pack,
-        )
+        with neutral():
+            return lower(
+                self,
+                target,
+                engine=engine,
+                precision=precision,
+                batch=batch,
+                strict=strict,
+                cache=cache,
+                compile=compile,
+                pack=pack,
+            )
 
 
+@neutral()
 def load(folder: str | Path) -> QuantizedModel:
     """Read an artefact written by `save_pretrained`. Integers and outputs are the same, bit for bit.
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 
 from tfmq_fx.artefact.drop_in import Interface
+from tfmq_fx.base.ambient import neutral
 from tfmq_fx.base.errors import TFMQError
 from tfmq_fx.base.progress import Clock
 from tfmq_fx.calibration.data import CalibrationSet
@@ -79,10 +80,22 @@ def quantize(
         model if isinstance(model, nn.Module) else denoiser(model, timestep=timestep, component=component)
     )
     _refuse_adapters(network)
+    # The pipeline runs under the caller's torch settings, everything else without them.
     calibration = _recorded(model, settings) if calibration is None else calibration
+    with neutral():
+        return _quantized(network, recipe, calibration, timesteps, settings)
+
+
+def _quantized(
+    network: nn.Module,
+    recipe: Recipe,
+    calibration: CalibrationSet,
+    timesteps: Iterable[float] | Tensor | None,
+    settings: Settings,
+) -> QuantizedModel:
     clock = Clock()
-    gm, example = captured(network, calibration, timestep)
-    temporal = find_temporal(gm, timestep=timestep, finite=finite or ())
+    gm, example = captured(network, calibration, settings.timestep)
+    temporal = find_temporal(gm, timestep=settings.timestep, finite=settings.finite or ())
     block = extract_temporal(fresh(gm), temporal)
     clock.lap("capture")
     passes = stages(
@@ -95,7 +108,7 @@ def quantize(
     )
     converted = PassManager(passes, done=clock.lap)(fresh(gm)).graph_module
     assert isinstance(converted, GraphModule)
-    errors = measure_errors(gm, converted, calibration, block=block, seed=seed)
+    errors = measure_errors(gm, converted, calibration, block=block, seed=settings.seed)
     clock.lap("measure")
     return QuantizedModel(
         converted,
@@ -104,7 +117,7 @@ def quantize(
         finite=state_of(converted).finite,
         config=dict(getattr(network, "config", {})),  # a diffusers network has one
         recipe=recipe.to_json(),
-        report=summary(converted, network, seed=seed, clock=clock, errors=errors),
+        report=summary(converted, network, seed=settings.seed, clock=clock, errors=errors),
     )
 
 

@@ -8,6 +8,7 @@ import warnings
 from torch.fx import GraphModule
 
 from tfmq_fx.base._torchao import convert_pt2e
+from tfmq_fx.base.ambient import neutral
 from tfmq_fx.graph.nodes import fresh
 from tfmq_fx.graph.state import set_state
 from tfmq_fx.passes.pass_manager import declare
@@ -17,6 +18,7 @@ from tfmq_fx.passes.temporal.partition_temporal import partition_temporal
 
 
 @declare(needs=("calibrate",), after=("reconstruct", "cache_temporal", "maintain", "float_at_unseen"))
+@neutral()
 def convert(gm: GraphModule) -> GraphModule:
     """Return a new GraphModule that computes what the calibrated graph computed, from integers.
 

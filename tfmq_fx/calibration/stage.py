@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.fx import GraphModule, Interpreter, Node
 
 from tfmq_fx.base._torchao import FakeQuantizeBase, ObserverBase
+from tfmq_fx.base.ambient import neutral
 from tfmq_fx.base.errors import TFMQError, nearest_names
 from tfmq_fx.base.parallel import Ranks, Workers, workers
 from tfmq_fx.base.progress import track
@@ -38,6 +39,7 @@ from tfmq_fx.passes.temporal.partition_temporal import extract_temporal
 
 
 @declare(needs=("prepare",))
+@neutral()
 @torch.no_grad()
 def calibrate(gm: GraphModule, calibration: CalibrationSet, *, batch_size: int = 64) -> GraphModule:
     """Observe the calibration data with a prepared graph, in place. Afterwards the graph fake-quantizes.

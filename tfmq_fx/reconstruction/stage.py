@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 from torch.fx import GraphModule
 
+from tfmq_fx.base.ambient import neutral
 from tfmq_fx.base.parallel import Ranks, workers
 from tfmq_fx.calibration.data import CalibrationSet, inputs_of
 from tfmq_fx.calibration.temporal_rows import is_scalar, require_keys_only, run_temporal, temporal_rows
@@ -35,6 +36,7 @@ from tfmq_fx.reconstruction.walk import Walk, fixed_batch
 
 
 @declare(needs=("calibrate",))
+@neutral()
 def reconstruct(
     gm: GraphModule,
     calibration: CalibrationSet,
