@@ -26,6 +26,7 @@ from tfmq_fx.calibration.data import CalibrationSet
 from tfmq_fx.graph.inputs import choose_timestep, placeholders, require_input, timestep_input
 from tfmq_fx.graph.nodes import fixed_size
 from tfmq_fx.graph.state import Captured, set_state
+from tfmq_fx.passes.clean.inline_regions import inline_regions
 from tfmq_fx.passes.clean.literal_dtypes import literal_dtypes
 from tfmq_fx.passes.clean.remove_noops import remove_noops
 from tfmq_fx.passes.clean.root_batch_size import root_batch_size
@@ -111,7 +112,7 @@ def cleaning(timestep: str) -> list[Callable[[GraphModule], PassResult]]:
 
     The graph's results stay bitwise equal.
     """
-    return [remove_noops, literal_dtypes, partial(root_batch_size, timestep=timestep)]
+    return [inline_regions, remove_noops, literal_dtypes, partial(root_batch_size, timestep=timestep)]
 
 
 class _SymbolicRepeats(TorchFunctionMode):

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
+from tfmq_fx.base.ambient import neutral
 from tfmq_fx.base.arguments import leaves
 from tfmq_fx.base.errors import TFMQError, nearest_names
 from tfmq_fx.graph.inputs import placeholders, timestep_input
@@ -276,9 +277,14 @@ class DropIn(nn.Module):
         if not torch.compiler.is_compiling():
             for name, table in {t: self.timesteps, **self.finite}.items():
                 self._look_up(name, inputs[name], table)
-        output = self.network(*[inputs[n] for n in self.interface.inputs])
+        output = self._compute([inputs[n] for n in self.interface.inputs])
         wants_dict = given.get("return_dict")
         return self._output(*output) if wants_dict and self._output is not None else output
+
+    def _compute(self, inputs: list[Tensor]) -> Any:
+        """Run the network. A compiled one keeps the precision that it has, whatever torch is set to here."""
+        with neutral():
+            return self.network(*inputs)
 
     def _bind(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
         face = self.interface
@@ -388,6 +394,10 @@ class QuantizedGraph(DropIn):
     def temporal_block(self) -> GraphModule:
         """Return the temporal block: timestep (N,), and the conditioning that joins it -> features."""
         return temporal_block_of(self.network)
+
+    def _compute(self, inputs: list[Tensor]) -> Any:
+        """Run the graph. In the caller's autocast, its float operators use that precision, as the float network's do."""
+        return self.network(*inputs)
 
 
 def _output_class(name: str) -> Any:
