@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib
 import inspect
+import json
 import logging
 from collections import Counter
 from collections.abc import Mapping
@@ -15,6 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
+from tfmq_fx.artefact.gradients import wants_gradient, with_gradients
+from tfmq_fx.artefact.graph_json import graph_to_json
 from tfmq_fx.base.ambient import neutral
 from tfmq_fx.base.arguments import leaves
 from tfmq_fx.base.errors import TFMQError, nearest_names
@@ -221,6 +225,17 @@ class DropIn(nn.Module):
 
         return FrozenDict(self._config)
 
+    def get_extra_state(self) -> Tensor:
+        """Return an entry of the state dict that `set_extra_state` gets when it is loaded."""
+        return torch.zeros(0, dtype=torch.uint8)
+
+    def set_extra_state(self, state: Any) -> None:  # noqa: ARG002
+        """Raise TFMQError: a state dict does not hold what is compiled."""
+        raise TFMQError(
+            "load_state_dict: a compiled network is not in a state dict; save the network that it was lowered from, and "
+            "lower that again."
+        )
+
     @property
     def dtype(self) -> torch.dtype:
         return self._dtype
@@ -282,7 +297,15 @@ class DropIn(nn.Module):
         return self._output(*output) if wants_dict and self._output is not None else output
 
     def _compute(self, inputs: list[Tensor]) -> Any:
-        """Run the network. A compiled one keeps the precision that it has, whatever torch is set to here."""
+        """Run the network, a compiled one. It keeps its precision, whatever torch is set to here.
+
+        Raises TFMQError if an input needs a gradient: it would be wrong without a word, or missing.
+        """
+        if wants_gradient(inputs):
+            raise TFMQError(
+                "forward: a compiled network has no gradients; call it in torch.no_grad(), or differentiate the network "
+                "that it was lowered from."
+            )
         with neutral():
             return self.network(*inputs)
 
@@ -390,14 +413,54 @@ class QuantizedGraph(DropIn):
 
     network: GraphModule
 
+    def __init__(self, network: GraphModule, **parts: Any) -> None:
+        super().__init__(network, **parts)
+        _freeze(network)
+
     @property
     def temporal_block(self) -> GraphModule:
         """Return the temporal block: timestep (N,), and the conditioning that joins it -> features."""
         return temporal_block_of(self.network)
 
     def _compute(self, inputs: list[Tensor]) -> Any:
-        """Run the graph. In the caller's autocast, its float operators use that precision, as the float network's do."""
-        return self.network(*inputs)
+        """Run the graph, with straight-through gradients if an input needs one.
+
+        In the caller's autocast, its float operators use that precision, as the float network's do.
+        """
+        return with_gradients(self.network, inputs) if wants_gradient(inputs) else self.network(*inputs)
+
+    @neutral()
+    def get_extra_state(self) -> Tensor:
+        """Return a digest of what a state dict lacks: the graph, with the scales that are constants in it."""
+        tables = {name: values.tolist() for name, values in {"": self.timesteps, **self.finite}.items()}
+        digest = hashlib.sha256(json.dumps([_written(self.network), tables]).encode()).digest()
+        return torch.tensor(list(digest), dtype=torch.uint8)
+
+    @neutral()
+    def set_extra_state(self, state: Any) -> None:
+        """Check that a state dict fits. Raises TFMQError, before anything is loaded, if its network had other constants."""
+        if not torch.equal(torch.as_tensor(state).cpu(), self.get_extra_state()):
+            raise TFMQError(
+                "load_state_dict: the state dict is of a network with another graph or other scales, which a state dict does "
+                "not hold; use save_pretrained(folder) and tfmq_fx.load(folder)."
+            )
+
+
+def _written(network: GraphModule) -> Any:
+    """Return all nodes of a graph, constants included, as JSON; as text if JSON cannot hold one of them."""
+    try:
+        return graph_to_json(network)
+    except TFMQError:
+        return [str(m.graph) for m in network.modules() if isinstance(m, GraphModule)]
+
+
+def _freeze(network: nn.Module) -> None:
+    """Replace the parameters by some on the same memory that need no gradient. The float network keeps its own."""
+    own: dict[nn.Parameter, nn.Parameter] = {}
+    for module in network.modules():
+        for name, p in module._parameters.items():
+            if p is not None and p.requires_grad:
+                module._parameters[name] = own.setdefault(p, nn.Parameter(p.detach(), requires_grad=False))
 
 
 def _output_class(name: str) -> Any:
