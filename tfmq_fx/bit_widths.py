@@ -33,6 +33,7 @@ from tfmq_fx.calibration.temporal_rows import is_scalar
 from tfmq_fx.capturing import captured
 from tfmq_fx.evaluation.errors import first_tensor
 from tfmq_fx.graph.nodes import attribute, output_channel_axis
+from tfmq_fx.graph.written import keeps_buffers
 from tfmq_fx.observers.weight import PerChannelWeightFakeQuantize
 from tfmq_fx.passes.quantize.observed import observers, set_mode, without_observers
 from tfmq_fx.passes.quantize.prepare import prepare
@@ -143,6 +144,7 @@ class Sensitivity:
 
 
 @neutral()
+@keeps_buffers
 @torch.no_grad()
 def sensitivity(
     gm: GraphModule,

@@ -26,6 +26,7 @@ from tfmq_fx.calibration.data import CalibrationSet
 from tfmq_fx.graph.inputs import choose_timestep, placeholders, require_input, timestep_input
 from tfmq_fx.graph.nodes import fixed_size
 from tfmq_fx.graph.state import Captured, set_state
+from tfmq_fx.graph.written import own_written_buffers
 from tfmq_fx.passes.clean.inline_regions import inline_regions
 from tfmq_fx.passes.clean.literal_dtypes import literal_dtypes
 from tfmq_fx.passes.clean.remove_noops import remove_noops
@@ -103,6 +104,7 @@ def capture(
     _track_constants(gm)
     PassManager(cleaning(timestep))(gm)
     gm.graph.eliminate_dead_code()
+    own_written_buffers(gm)
     gm.recompile()
     return gm
 

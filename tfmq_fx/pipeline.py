@@ -23,6 +23,7 @@ from tfmq_fx.capturing import captured
 from tfmq_fx.evaluation.errors import measure_errors
 from tfmq_fx.evaluation.summary import summary
 from tfmq_fx.graph.nodes import fresh
+from tfmq_fx.graph.written import keeps_buffers, kept, written_buffers
 from tfmq_fx.maintenance.stage import maintain
 from tfmq_fx.model import QuantizedModel
 from tfmq_fx.passes.low_bits.low_rank import low_rank
@@ -108,7 +109,8 @@ def _quantized(
     )
     converted = PassManager(passes, done=clock.lap)(fresh(gm)).graph_module
     assert isinstance(converted, GraphModule)
-    errors = measure_errors(gm, converted, calibration, block=block, seed=settings.seed)
+    with kept({**written_buffers(gm), **written_buffers(converted)}):
+        errors = measure_errors(gm, converted, calibration, block=block, seed=settings.seed)
     clock.lap("measure")
     return QuantizedModel(
         converted,
@@ -219,6 +221,7 @@ def _refuse_adapters(network: nn.Module) -> None:
         )
 
 
+@keeps_buffers
 @torch.no_grad()
 def _output_type(network: nn.Module, example: dict[str, Any]) -> str | None:
     """Return the name of the diffusers class that the network returns by default; None for a plain tuple."""
