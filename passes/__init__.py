@@ -3,6 +3,7 @@
 from tfmq_fx.graph.state import captured_of
 from tfmq_fx.passes.clean.bind_parameters import bind_parameters
 from tfmq_fx.passes.clean.inline_modules import inline_modules
+from tfmq_fx.passes.clean.inline_regions import inline_regions
 from tfmq_fx.passes.clean.literal_dtypes import literal_dtypes
 from tfmq_fx.passes.clean.move_to_device import move_to_device
 from tfmq_fx.passes.clean.remove_noops import remove_noops
@@ -50,6 +51,7 @@ __all__ = [
     "flatten_linears",
     "float_at_unseen",
     "inline_modules",
+    "inline_regions",
     "insert_step_index",
     "integer_weights",
     "literal_dtypes",

@@ -18,7 +18,9 @@ from tfmq_fx.graph.state import captured_of
 
 log = logging.getLogger(__name__)
 # What tidies a captured graph, in no order but before anything else.
-CLEANING = ("bind_parameters", "inline_modules", "remove_noops", "literal_dtypes", "root_batch_size")
+CLEANING = (
+    "bind_parameters", "inline_modules", "inline_regions", "remove_noops", "literal_dtypes", "root_batch_size",
+)  # fmt: skip
 # What makes the float graph easier to quantize at few bits.
 LOW_BITS = ("smooth", "rotate", "low_rank")
 F = TypeVar("F", bound=Callable[..., Any])

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
+from tfmq_fx.base.ambient import neutral
 from tfmq_fx.base.arithmetic import FLOAT_BITS, check_bits
 from tfmq_fx.base.errors import TFMQError
 from tfmq_fx.base.files import replace_files, update_with_tensors
@@ -32,6 +33,7 @@ from tfmq_fx.calibration.temporal_rows import is_scalar
 from tfmq_fx.capturing import captured
 from tfmq_fx.evaluation.errors import first_tensor
 from tfmq_fx.graph.nodes import attribute, output_channel_axis
+from tfmq_fx.graph.written import keeps_buffers
 from tfmq_fx.observers.weight import PerChannelWeightFakeQuantize
 from tfmq_fx.passes.quantize.observed import observers, set_mode, without_observers
 from tfmq_fx.passes.quantize.prepare import prepare
@@ -141,6 +143,8 @@ class Sensitivity:
             bits[layer.path] = wider
 
 
+@neutral()
+@keeps_buffers
 @torch.no_grad()
 def sensitivity(
     gm: GraphModule,
@@ -254,6 +258,7 @@ class _Alone:
         return self.gm
 
 
+@neutral()
 def mixed_precision(
     model: Any,
     recipe: str | Recipe = "w4a8",

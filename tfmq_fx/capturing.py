@@ -19,18 +19,22 @@ from torch.fx.passes.infra.pass_base import PassResult
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
+from tfmq_fx.base.ambient import neutral, tracked
 from tfmq_fx.base.arguments import leaves
 from tfmq_fx.base.errors import TFMQError, nearest_names
 from tfmq_fx.calibration.data import CalibrationSet
 from tfmq_fx.graph.inputs import choose_timestep, placeholders, require_input, timestep_input
 from tfmq_fx.graph.nodes import fixed_size
 from tfmq_fx.graph.state import Captured, set_state
+from tfmq_fx.graph.written import own_written_buffers
+from tfmq_fx.passes.clean.inline_regions import inline_regions
 from tfmq_fx.passes.clean.literal_dtypes import literal_dtypes
 from tfmq_fx.passes.clean.remove_noops import remove_noops
 from tfmq_fx.passes.clean.root_batch_size import root_batch_size
 from tfmq_fx.passes.pass_manager import PassManager
 
 
+@neutral()
 def capture(
     network: nn.Module, example_inputs: Mapping[str, Any], timestep: str | None = None
 ) -> GraphModule:
@@ -68,6 +72,7 @@ def capture(
             f"timestep={timestep!r}: a Python {type(found[timestep]).__name__} ({found[timestep]!r}) would be baked "
             "into the graph as a constant; give a tensor."
         )
+    _refuse_inference_parameters(network)
     check_finite(network)
     order = list(inspect.signature(network.forward).parameters)
     unknown = [n for n in example_inputs if n not in order]
@@ -75,7 +80,7 @@ def capture(
         raise TFMQError(
             f"example input {unknown[0]!r}: {type(network).__name__} takes {nearest_names(unknown[0], order)}."
         )
-    inputs = {n: pytree.tree_map(_at_least_two, example_inputs[n]) for n in order if n in example_inputs}
+    inputs = {n: pytree.tree_map(_example, example_inputs[n]) for n in order if n in example_inputs}
     dynamic = pytree.tree_map(_dynamic_batch, inputs)
     try:
         # Without no_grad, activation-checkpoint code hides operators inside submodules.
@@ -96,8 +101,10 @@ def capture(
     for name in tensors:
         require_input(gm, name, argument="example_inputs")
     _require_dynamic_batch(gm, network, {n: x for n, (_, x) in leaves(inputs).items()})
+    _track_constants(gm)
     PassManager(cleaning(timestep))(gm)
     gm.graph.eliminate_dead_code()
+    own_written_buffers(gm)
     gm.recompile()
     return gm
 
@@ -107,7 +114,7 @@ def cleaning(timestep: str) -> list[Callable[[GraphModule], PassResult]]:
 
     The graph's results stay bitwise equal.
     """
-    return [remove_noops, literal_dtypes, partial(root_batch_size, timestep=timestep)]
+    return [inline_regions, remove_noops, literal_dtypes, partial(root_batch_size, timestep=timestep)]
 
 
 class _SymbolicRepeats(TorchFunctionMode):
@@ -149,6 +156,16 @@ def _require_dynamic_batch(gm: GraphModule, network: nn.Module, example: Mapping
             )
 
 
+def _refuse_inference_parameters(network: nn.Module) -> None:
+    """Raise TFMQError naming the first parameter or buffer that was made in inference_mode: export cannot take it."""
+    for name, p in [*network.named_parameters(), *network.named_buffers()]:
+        if p.is_inference():
+            raise TFMQError(
+                f"weight {name}: was made inside torch.inference_mode, and torch.export cannot capture such weights; "
+                "build or load the network outside of it."
+            )
+
+
 def check_finite(network: nn.Module) -> None:
     """Raise TFMQError naming the first parameter or buffer that holds NaN or infinity."""
     for name, p in [*network.named_parameters(), *network.named_buffers()]:
@@ -184,8 +201,20 @@ def _is_library(file: str) -> bool:
     return f"{os.sep}torch{os.sep}" in file or file.startswith("<") or os.path.dirname(__file__) in file
 
 
-def _at_least_two(x: Any) -> Any:
-    return torch.cat([x, x]) if isinstance(x, Tensor) and x.dim() > 0 and x.shape[0] == 1 else x
+def _example(x: Any) -> Any:
+    """Return a leaf of the example as capture needs it: tensors for autograd, with a batch of at least two."""
+    if not isinstance(x, Tensor):
+        return x
+    x = tracked(x)
+    return torch.cat([x, x]) if x.dim() > 0 and x.shape[0] == 1 else x
+
+
+def _track_constants(gm: GraphModule) -> None:
+    """Replace tensors that the network made in inference_mode, such as cached tables, by some on the same memory."""
+    for module in gm.modules():
+        for name, value in module._buffers.items():
+            if value is not None:
+                module._buffers[name] = tracked(value)
 
 
 def _plain_signature(gm: GraphModule, tensors: set[str], out_spec: pytree.TreeSpec) -> GraphModule:

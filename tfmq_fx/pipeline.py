@@ -14,6 +14,7 @@ from torch.fx import GraphModule
 from torch.utils import _pytree as pytree
 
 from tfmq_fx.artefact.drop_in import Interface
+from tfmq_fx.base.ambient import neutral
 from tfmq_fx.base.errors import TFMQError
 from tfmq_fx.base.progress import Clock
 from tfmq_fx.calibration.data import CalibrationSet
@@ -23,6 +24,7 @@ from tfmq_fx.capturing import captured
 from tfmq_fx.evaluation.errors import measure_errors
 from tfmq_fx.evaluation.summary import summary
 from tfmq_fx.graph.nodes import fresh
+from tfmq_fx.graph.written import keeps_buffers, kept, written_buffers
 from tfmq_fx.maintenance.stage import maintain
 from tfmq_fx.model import QuantizedModel
 from tfmq_fx.passes.low_bits.low_rank import low_rank
@@ -80,10 +82,22 @@ def quantize(
         model if isinstance(model, nn.Module) else denoiser(model, timestep=timestep, component=component)
     )
     _refuse_adapters(network)
+    # The pipeline runs under the caller's torch settings, everything else without them.
     calibration = _recorded(model, settings) if calibration is None else calibration
+    with neutral():
+        return _quantized(network, recipe, calibration, timesteps, settings)
+
+
+def _quantized(
+    network: nn.Module,
+    recipe: Recipe,
+    calibration: CalibrationSet,
+    timesteps: Iterable[float] | Tensor | None,
+    settings: Settings,
+) -> QuantizedModel:
     clock = Clock()
-    gm, example = captured(network, calibration, timestep)
-    temporal = find_temporal(gm, timestep=timestep, finite=finite or ())
+    gm, example = captured(network, calibration, settings.timestep)
+    temporal = find_temporal(gm, timestep=settings.timestep, finite=settings.finite or ())
     block = extract_temporal(fresh(gm), temporal)
     clock.lap("capture")
     passes = stages(
@@ -96,7 +110,8 @@ def quantize(
     )
     converted = PassManager(passes, done=clock.lap)(fresh(gm)).graph_module
     assert isinstance(converted, GraphModule)
-    errors = measure_errors(gm, converted, calibration, block=block, seed=seed)
+    with kept({**written_buffers(gm), **written_buffers(converted)}):
+        errors = measure_errors(gm, converted, calibration, block=block, seed=settings.seed)
     clock.lap("measure")
     return QuantizedModel(
         converted,
@@ -105,7 +120,7 @@ def quantize(
         finite=state_of(converted).finite,
         config=dict(getattr(network, "config", {})),  # a diffusers network has one
         recipe=recipe.to_json(),
-        report=summary(converted, network, seed=seed, clock=clock, errors=errors),
+        report=summary(converted, network, seed=settings.seed, clock=clock, errors=errors),
     )
 
 
@@ -207,6 +222,7 @@ def _refuse_adapters(network: nn.Module) -> None:
         )
 
 
+@keeps_buffers
 @torch.no_grad()
 def _output_type(network: nn.Module, example: dict[str, Any]) -> str | None:
     """Return the name of the diffusers class that the network returns by default; None for a plain tuple."""

@@ -8,8 +8,10 @@ import warnings
 from torch.fx import GraphModule
 
 from tfmq_fx.base._torchao import convert_pt2e
+from tfmq_fx.base.ambient import neutral
 from tfmq_fx.graph.nodes import fresh
 from tfmq_fx.graph.state import set_state
+from tfmq_fx.graph.written import keeps_buffers
 from tfmq_fx.passes.pass_manager import declare
 from tfmq_fx.passes.quantize.batch_norms import hide_batch_norms, show_batch_norms
 from tfmq_fx.passes.quantize.state import require_stage, temporal_of
@@ -17,6 +19,8 @@ from tfmq_fx.passes.temporal.partition_temporal import partition_temporal
 
 
 @declare(needs=("calibrate",), after=("reconstruct", "cache_temporal", "maintain", "float_at_unseen"))
+@neutral()
+@keeps_buffers  # torchao folds constants by running what reads nothing else
 def convert(gm: GraphModule) -> GraphModule:
     """Return a new GraphModule that computes what the calibrated graph computed, from integers.
 

@@ -23,6 +23,7 @@ from tfmq_fx.graph.nodes import (
     output_channel_axis,
     weight_argument,
 )
+from tfmq_fx.passes.clean.inline_regions import graph_in
 from tfmq_fx.passes.low_bits.low_rank import branch_weight
 from tfmq_fx.passes.temporal.find_temporal import TemporalBlock
 from tfmq_fx.recipe import Recipe, Rule
@@ -89,6 +90,7 @@ def plan(gm: GraphModule, *, recipe: Recipe, temporal: TemporalBlock) -> Plan:
     notes: list[Note] = []
     used: set[Rule | None] = set()
     for node in gm.graph.nodes:
+        _refuse_hidden(gm, node)
         path = _weight_path(node)
         if weight_argument(node) is None:
             floats += _unweighted(node, recipe)
@@ -107,6 +109,15 @@ def plan(gm: GraphModule, *, recipe: Recipe, temporal: TemporalBlock) -> Plan:
             "the graph has no convolution or linear with a parameter weight: nothing to quantize."
         )
     return Plan(layers=tuple(layers), floats=tuple(floats), notes=tuple(notes))
+
+
+def _refuse_hidden(gm: GraphModule, node: Node) -> None:
+    """Raise TFMQError for an operator that runs a graph of its own: its layers would silently stay in float."""
+    if graph_in(gm, node) is not None:
+        raise TFMQError(
+            f"node {node.name}: {node.target} runs a graph of its own, in which no layer would be quantized; "
+            "run passes.inline_regions on the graph first."
+        )
 
 
 def _weight_path(node: Node) -> str | None:

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from tfmq_fx.base._torchao import Quantizer, prepare_pt2e
+from tfmq_fx.base.ambient import neutral
 from tfmq_fx.base.errors import TFMQError
 from tfmq_fx.base.parallel import workers
 from tfmq_fx.graph.inputs import placeholders, require_input, timestep_input
@@ -30,6 +31,7 @@ from tfmq_fx.recipe import Recipe
 
 
 @declare(after=(*CLEANING, *LOW_BITS))
+@neutral()
 def prepare(
     gm: GraphModule,
     recipe: Recipe,

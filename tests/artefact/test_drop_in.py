@@ -1,5 +1,6 @@
 """Called as the float network is: timesteps of any shape, unseen ones, wrong calls, casts."""
 
+import copy
 import dataclasses
 
 import pytest
@@ -8,6 +9,7 @@ from torch import nn
 
 import tfmq_fx
 from benchmarks.networks.small import FAST, TinyUNet, calibration, make
+from tests.helpers.lowered import lower
 from tfmq_fx.base.errors import TFMQError
 
 X = torch.randn(4, 1, 8, 8)
@@ -148,3 +150,46 @@ def test_an_argument_without_a_default_must_be_given_even_if_none():
 def test_cache_contexts_take_whatever_a_pipeline_says_of_its_step(tiny):
     with tiny.cache_context("cond", step_index=0, sigma=1.0, num_inference_steps=2) as nothing:
         assert nothing is None
+
+
+def other_scales():
+    recipe = dataclasses.replace(tfmq_fx.Recipe(), reconstruction=dataclasses.replace(FAST, method="nearest"))
+    data = calibration()
+    small = tfmq_fx.CalibrationSet.from_tensors(
+        {"sample": data.tensors["sample"] / 5, "timestep": data.tensors["timestep"]}
+    )
+    return tfmq_fx.quantize(make(TinyUNet), recipe, calibration=small)
+
+
+def test_a_state_dict_of_other_scales_is_refused_before_anything_is_loaded(tiny):
+    q = other_scales()
+    before = {n: x.clone() for n, x in q.state_dict().items()}
+    with pytest.raises(
+        TFMQError, match=r"other scales, which a state dict does not hold; use save_pretrained"
+    ):
+        q.load_state_dict(tiny.state_dict())
+    assert all(torch.equal(x, before[n]) for n, x in q.state_dict().items())
+    without = {n: x for n, x in tiny.state_dict().items() if n != "_extra_state"}
+    with pytest.raises(RuntimeError, match=r'Missing key\(s\) in state_dict: "_extra_state"'):
+        q.load_state_dict(without)
+
+
+def test_a_state_dict_goes_back_into_its_network(tiny, tmp_path):
+    copied = copy.deepcopy(tiny)
+    for buffer in copied.network.buffers():
+        buffer.zero_()
+    torch.save(tiny.state_dict(), tmp_path / "q.pt")
+    state = torch.load(tmp_path / "q.pt", weights_only=True)
+    assert all(
+        isinstance(x, torch.Tensor) for x in state.values()
+    )  # the digest, too: safetensors holds no more
+    with torch.device("meta"):
+        assert str(copied.load_state_dict(state)) == "<All keys matched successfully>"
+    with torch.no_grad():
+        assert torch.equal(copied(X, 300), tiny(X, 300))
+
+
+def test_a_compiled_network_takes_no_state_dict(tiny):
+    low = lower(tiny, engine="torch", compile=False, batch=4)
+    with pytest.raises(TFMQError, match="a compiled network is not in a state dict"):
+        low.load_state_dict(low.state_dict())

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib
 import inspect
+import json
 import logging
 import threading
 from collections import Counter
@@ -16,6 +18,9 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
+from tfmq_fx.artefact.gradients import wants_gradient, with_gradients
+from tfmq_fx.artefact.graph_json import graph_to_json
+from tfmq_fx.base.ambient import neutral
 from tfmq_fx.base.arguments import leaves
 from tfmq_fx.base.errors import TFMQError, nearest_names
 from tfmq_fx.graph.inputs import placeholders, timestep_input
@@ -249,6 +254,17 @@ class DropIn(nn.Module):
 
         return FrozenDict(self._config)
 
+    def get_extra_state(self) -> Tensor:
+        """Return an entry of the state dict that `set_extra_state` gets when it is loaded."""
+        return torch.zeros(0, dtype=torch.uint8)
+
+    def set_extra_state(self, state: Any) -> None:  # noqa: ARG002
+        """Raise TFMQError: a state dict does not hold what is compiled."""
+        raise TFMQError(
+            "load_state_dict: a compiled network is not in a state dict; save the network that it was lowered from, and "
+            "lower that again."
+        )
+
     @property
     def dtype(self) -> torch.dtype:
         return self._dtype
@@ -304,13 +320,18 @@ class DropIn(nn.Module):
         if not self._traced():
             for name, table in {t: self.timesteps, **self.finite}.items():
                 self._look_up(name, inputs[name], table)
-        output = self.network(*[inputs[n] for n in self.interface.inputs])
+        output = self._compute([inputs[n] for n in self.interface.inputs])
         wants_dict = given.get("return_dict")
         return self._output(*output) if wants_dict and self._output is not None else output
 
     def _traced(self) -> bool:
         """Return True if a compiler or export traces this call, so that its tensors have no values."""
         return torch.compiler.is_compiling()
+
+    def _compute(self, inputs: list[Tensor]) -> Any:
+        """Run the network, a compiled one, which keeps its precision, whatever torch is set to here."""
+        with neutral():
+            return self.network(*inputs)
 
     def _bind(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
         face = self.interface
@@ -418,10 +439,54 @@ class QuantizedGraph(DropIn):
 
     network: GraphModule
 
+    def __init__(self, network: GraphModule, **parts: Any) -> None:
+        super().__init__(network, **parts)
+        _freeze(network)
+
     @property
     def temporal_block(self) -> GraphModule:
         """Return the temporal block: timestep (N,), and the conditioning that joins it -> features."""
         return temporal_block_of(self.network)
+
+    def _compute(self, inputs: list[Tensor]) -> Any:
+        """Run the graph, with straight-through gradients if an input needs one.
+
+        In the caller's autocast, its float operators use that precision, as the float network's do.
+        """
+        return with_gradients(self.network, inputs) if wants_gradient(inputs) else self.network(*inputs)
+
+    @neutral()
+    def get_extra_state(self) -> Tensor:
+        """Return a digest of what a state dict lacks: the graph, with the scales that are constants in it."""
+        tables = {name: values.tolist() for name, values in {"": self.timesteps, **self.finite}.items()}
+        digest = hashlib.sha256(json.dumps([_written(self.network), tables]).encode()).digest()
+        return torch.tensor(list(digest), dtype=torch.uint8)
+
+    @neutral()
+    def set_extra_state(self, state: Any) -> None:
+        """Check that a state dict fits. Raises TFMQError, before anything is loaded, if its network had other constants."""
+        if not torch.equal(torch.as_tensor(state).cpu(), self.get_extra_state()):
+            raise TFMQError(
+                "load_state_dict: the state dict is of a network with another graph or other scales, which a state dict does "
+                "not hold; use save_pretrained(folder) and tfmq_fx.load(folder)."
+            )
+
+
+def _written(network: GraphModule) -> Any:
+    """Return all nodes of a graph, constants included, as JSON; as text if JSON cannot hold one of them."""
+    try:
+        return graph_to_json(network)
+    except TFMQError:
+        return [str(m.graph) for m in network.modules() if isinstance(m, GraphModule)]
+
+
+def _freeze(network: nn.Module) -> None:
+    """Replace the parameters by some on the same memory that need no gradient. The float network keeps its own."""
+    own: dict[nn.Parameter, nn.Parameter] = {}
+    for module in network.modules():
+        for name, p in module._parameters.items():
+            if p is not None and p.requires_grad:
+                module._parameters[name] = own.setdefault(p, nn.Parameter(p.detach(), requires_grad=False))
 
 
 def _output_class(name: str) -> Any:

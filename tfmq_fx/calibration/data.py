@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule
 
+from tfmq_fx.base.ambient import tracked
 from tfmq_fx.base.arguments import Path as ArgumentPath
 from tfmq_fx.base.arguments import leaves, nested
 from tfmq_fx.base.errors import TFMQError, nearest_names
@@ -39,8 +40,9 @@ class CalibrationSet:
         *,
         conditional: Tensor | None = None,
     ) -> None:
-        self.tensors = dict(tensors)
-        self.constants = dict(constants)
+        # Rows recorded under inference_mode could not be learned from.
+        self.tensors = {n: tracked(x) for n, x in tensors.items()}
+        self.constants = {n: tracked(x) if isinstance(x, Tensor) else x for n, x in constants.items()}
         self.timestep = timestep
         self.paths: dict[str, ArgumentPath] = {n: (n,) for n in (*tensors, *constants)} | dict(paths or {})
         if timestep not in self.tensors:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.fx import GraphModule, Interpreter, Node
 
 from tfmq_fx.base._torchao import FakeQuantizeBase, ObserverBase
+from tfmq_fx.base.ambient import neutral
 from tfmq_fx.base.errors import TFMQError, nearest_names
 from tfmq_fx.base.parallel import Ranks, Workers, workers
 from tfmq_fx.base.progress import track
@@ -27,6 +28,7 @@ from tfmq_fx.graph.channels import choose_layers
 from tfmq_fx.graph.inputs import timestep_input
 from tfmq_fx.graph.nodes import fresh
 from tfmq_fx.graph.state import set_state
+from tfmq_fx.graph.written import keeps_buffers
 from tfmq_fx.observers.static import StaticFakeQuantize
 from tfmq_fx.observers.temporal import TemporalObserver
 from tfmq_fx.observers.token import TokenFakeQuantize
@@ -38,6 +40,8 @@ from tfmq_fx.passes.temporal.partition_temporal import extract_temporal
 
 
 @declare(needs=("prepare",))
+@neutral()
+@keeps_buffers
 @torch.no_grad()
 def calibrate(gm: GraphModule, calibration: CalibrationSet, *, batch_size: int = 64) -> GraphModule:
     """Observe the calibration data with a prepared graph, in place. Afterwards the graph fake-quantizes.
@@ -122,6 +126,7 @@ def _mergeable(module: nn.Module) -> bool:
     return isinstance(module, StaticFakeQuantize)
 
 
+@keeps_buffers
 @torch.no_grad()
 def input_maxima(
     gm: GraphModule,

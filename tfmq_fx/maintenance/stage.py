@@ -13,8 +13,10 @@ from collections.abc import Mapping
 import torch
 from torch.fx import GraphModule
 
+from tfmq_fx.base.ambient import neutral
 from tfmq_fx.calibration.data import CalibrationSet
 from tfmq_fx.graph.state import set_state
+from tfmq_fx.graph.written import keeps_buffers
 from tfmq_fx.maintenance.choice import CACHE, RECONSTRUCT, Option, choose, total_bytes
 from tfmq_fx.maintenance.measuring import (
     cached_bytes,
@@ -32,6 +34,8 @@ from tfmq_fx.passes.quantize.state import require_stage, state_of
 
 
 @declare(needs=("calibrate",), after=("reconstruct",))
+@neutral()
+@keeps_buffers
 @torch.no_grad()
 def maintain(gm: GraphModule, calibration: CalibrationSet, *, seed: int = 0) -> GraphModule:
     """Set the maintenance of each temporal feature of a calibrated graph, in place, by `recipe.maintain`.

@@ -15,10 +15,13 @@ from pathlib import Path
 import torch
 from torch.fx import GraphModule
 
+from tfmq_fx.base.ambient import neutral
+from tfmq_fx.base.errors import TFMQError
 from tfmq_fx.base.parallel import Ranks, workers
 from tfmq_fx.calibration.data import CalibrationSet, inputs_of
 from tfmq_fx.calibration.temporal_rows import is_scalar, require_keys_only, run_temporal, temporal_rows
 from tfmq_fx.graph.state import set_state
+from tfmq_fx.graph.written import keeps_buffers, written_buffers
 from tfmq_fx.observers.weight import PerChannelWeightFakeQuantize
 from tfmq_fx.passes.pass_manager import declare
 from tfmq_fx.passes.quantize.observed import observers, set_mode
@@ -35,6 +38,8 @@ from tfmq_fx.reconstruction.walk import Walk, fixed_batch
 
 
 @declare(needs=("calibrate",))
+@neutral()
+@keeps_buffers
 def reconstruct(
     gm: GraphModule,
     calibration: CalibrationSet,
@@ -65,6 +70,7 @@ def reconstruct(
     recipe = require_stage(gm, "calibrated").recipe
     settings = settings or recipe.reconstruction
     iterations = tune_iterations(settings)
+    _refuse_written(gm, iterations)
     if settings.method == temporal_method(settings) == "nearest" and not iterations:
         return gm
     ranks = Ranks()
@@ -98,6 +104,15 @@ def reconstruct(
             p.requires_grad_(True)
     set_state(gm, dataclasses.replace(state_of(gm), stage="reconstructed", reconstruction=tuple(results)))
     return gm
+
+
+def _refuse_written(gm: GraphModule, iterations: int) -> None:
+    """Raise TFMQError if all blocks shall be tuned together, but the network updates a buffer at each call."""
+    if iterations and (names := list(written_buffers(gm))):
+        raise TFMQError(
+            f"reconstruct: the network updates {names[0]} at each call, so its blocks cannot be tuned together; "
+            "use Reconstruction(tune_iterations=0)."
+        )
 
 
 @contextmanager

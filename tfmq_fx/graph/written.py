@@ -1,0 +1,77 @@
+"""Find the buffers that a network updates when it runs, and keep them as they are while it is measured."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.fx import GraphModule, Node
+
+from tfmq_fx.graph.nodes import attribute, meta_value, mutated_inputs, set_buffer, viewed_inputs
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def written_buffers(gm: GraphModule) -> dict[str, Tensor]:
+    """Return the tensors that running the graph or a graph in it changes, by path: running means, caches of steps."""
+    found: dict[str, Tensor] = {}
+    for path, module in gm.named_modules():
+        if isinstance(module, GraphModule):
+            for node in module.graph.nodes:
+                for target in _constants_under(mutated_inputs(node)):
+                    found[f"{path}.{target}" if path else target] = attribute(module, target)
+    return found
+
+
+def own_written_buffers(gm: GraphModule) -> None:
+    """Give the graph copies of the buffers that it changes, so that the float network's stay as they are."""
+    for path, value in written_buffers(gm).items():
+        set_buffer(gm, path, value.detach().clone())
+
+
+@contextmanager
+def kept(tensors: Mapping[str, Tensor]) -> Iterator[None]:
+    """Give these tensors the values back that they have now, on exit."""
+    before = {name: value.detach().clone() for name, value in tensors.items()}
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for name, value in tensors.items():
+                if not torch.equal(value, before[name]):
+                    value.copy_(before[name])
+
+
+def keeps_buffers(function: F) -> F:
+    """Let a function that runs its first argument, a graph or a network, leave its buffers as they are.
+
+    Of a graph only those that it writes; of a network, all.
+    """
+
+    @functools.wraps(function)
+    def wrapped(network: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        graph = isinstance(network, GraphModule)
+        with kept(written_buffers(network) if graph else dict(network.named_buffers())):  # type: ignore[arg-type]
+            return function(network, *args, **kwargs)
+
+    return wrapped  # type: ignore[return-value]
+
+
+def _constants_under(nodes: list[Node]) -> Iterator[str]:
+    """Yield the targets of the constants that these nodes are, or are views of."""
+    pending = list(nodes)
+    while pending:
+        node = pending.pop()
+        if node.op == "get_attr":
+            yield str(node.target)
+        pending.extend(x for x in viewed_inputs(node) if not _casts(x, node))
+
+
+def _casts(x: Node, y: Node) -> bool:
+    """Return True if y has another dtype than x: `to` is a view only where it changes nothing."""
+    before, after = meta_value(x), meta_value(y)
+    return isinstance(before, Tensor) and isinstance(after, Tensor) and before.dtype != after.dtype
