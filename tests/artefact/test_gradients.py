@@ -150,7 +150,7 @@ def test_a_lowered_network_says_that_it_has_none():
     _, q = quantized()
     low = lower(q, engine="torch", compile=False, precision="float32", batch=2)
     x = torch.randn(2, 6, 4, requires_grad=True)
-    with pytest.raises(TFMQError, match="a compiled network has no gradients"):
+    with pytest.raises(TFMQError, match="a lowered network has none"):
         low(x, T)
     with torch.no_grad():
         assert low(x, T).shape == x.shape

@@ -1,0 +1,5 @@
+"""The name under which scripts outside the repository know the small pipelines."""
+
+from benchmarks.networks.pipelines import PIPELINES, saved
+
+__all__ = ["PIPELINES", "saved"]
