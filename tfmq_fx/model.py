@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -11,7 +10,6 @@ from tfmq_fx.artefact.drop_in import QuantizedGraph
 from tfmq_fx.artefact.saving import read, save
 from tfmq_fx.base.ambient import neutral
 from tfmq_fx.base.errors import TFMQError
-from tfmq_fx.graph.written import written_buffers
 from tfmq_fx.passes.clean.move_to_device import move_to_device
 from tfmq_fx.runtimes.exported import Exported
 from tfmq_fx.runtimes.exporting import export
@@ -48,15 +46,8 @@ class QuantizedModel(QuantizedGraph):
             save(self, Path(folder))
 
     def export(self, file: str | Path, *, format: str | None = None, strict: bool = False) -> Exported:
-        """Write the network for another runtime; see `tfmq_fx.runtimes.exporting.export`.
-
-        Buffers that the network updates at each call keep their present values in every format but "pt2". The
-        notes say so; with `strict`, TFMQError is raised.
-        """
-        frozen = self._frozen(strict=strict)
-        with neutral():
-            found = export(self, file, format=format, strict=strict)
-        return found if found.format == "pt2" else replace(found, notes=(*found.notes, *frozen))
+        """Write the network for another runtime; see `tfmq_fx.runtimes.exporting.export`."""
+        return export(self, file, format=format, strict=strict)
 
     def lower(
         self,
@@ -70,39 +61,18 @@ class QuantizedModel(QuantizedGraph):
         compile: bool | None = None,
         pack: str | None = None,
     ) -> LoweredModel:
-        """Return the same network on int8 kernels; see `tfmq_fx.runtimes.lowering.lower`.
-
-        Buffers that the network updates at each call keep their present values if it is compiled.
-        `report["lowering"]["notes"]` says so; with `strict`, TFMQError is raised.
-        """
-        frozen = self._frozen(strict=strict and compile is not False)
-        with neutral():
-            low = lower(
-                self,
-                target,
-                engine=engine,
-                precision=precision,
-                batch=batch,
-                strict=strict,
-                cache=cache,
-                compile=compile,
-                pack=pack,
-            )
-        if frozen and low.report["lowering"]["compiled"]:
-            low._report["lowering"]["notes"] = list(frozen)
-        return low
-
-    def _frozen(self, *, strict: bool) -> tuple[str, ...]:
-        """Return a note on the buffers that compiled forms no longer update. Raises it as TFMQError if `strict`."""
-        names = list(written_buffers(self.network))
-        if not names:
-            return ()
-        words = (
-            f"{', '.join(names)}: the network updates it at each call, a compiled one keeps its present value"
+        """Return the same network on int8 kernels; see `tfmq_fx.runtimes.lowering.lower`."""
+        return lower(
+            self,
+            target,
+            engine=engine,
+            precision=precision,
+            batch=batch,
+            strict=strict,
+            cache=cache,
+            compile=compile,
+            pack=pack,
         )
-        if strict:
-            raise TFMQError(f'strict: {words}; use engine="torch" with compile=False, or format="pt2".')
-        return (words,)
 
 
 @neutral()

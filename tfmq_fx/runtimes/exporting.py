@@ -10,8 +10,10 @@ from typing import Any
 
 from tfmq_fx.artefact.drop_in import QuantizedGraph
 from tfmq_fx.artefact.program import exported, save_program
+from tfmq_fx.base.ambient import neutral
 from tfmq_fx.base.errors import TFMQError
 from tfmq_fx.base.files import replace_files
+from tfmq_fx.graph.written import frozen_buffers
 from tfmq_fx.runtimes.aot_package import export_aot
 from tfmq_fx.runtimes.exported import Exported
 from tfmq_fx.runtimes.onnx_file import export_onnx
@@ -24,6 +26,7 @@ log = logging.getLogger(__name__)
 SUFFIXES = {"pt2": ".pt2", "aot": ".pt2", "onnx": ".onnx", "onnxruntime": ".onnx", "openvino": ""}
 
 
+@neutral()
 def export(
     model: QuantizedGraph, file: str | Path, *, format: str | None = None, strict: bool = False
 ) -> Exported:
@@ -34,7 +37,8 @@ def export(
         int8; "openvino" for a folder with OpenVINO's files. None chooses by the file's name: .pt2 ("pt2"),
         .onnx ("onnxruntime") or a folder without suffix ("openvino").
     strict: raise TFMQError when a quantized layer would not run on an int8 kernel. Only "aot", "onnx" and
-        "onnxruntime" can tell.
+        "onnxruntime" can tell. Raise it, too, when the network updates buffers that the format would freeze: all
+        but "pt2" keep their present values. Without `strict`, the notes say so.
 
     Raises TFMQError for an unknown format or suffix, for a missing package or compiler, and for a node that
     the format cannot express, naming it.
@@ -54,6 +58,7 @@ def export(
     there = next(p for p in file.absolute().parents if p.exists())
     if not there.is_dir():  # fail before minutes of tracing
         raise TFMQError(f"{file}: cannot be written ({there} is not a folder).")
+    frozen = () if chosen == "pt2" else frozen_buffers(model.network, strict=strict)
     start = time.perf_counter()
     found = _WRITERS[chosen](model, file, strict)
     exported = Exported(
@@ -61,7 +66,7 @@ def export(
         file=file,
         bytes=sum(f.stat().st_size for f in _files(file)),
         seconds=time.perf_counter() - start,
-        **found,
+        **{**found, "notes": (*found.get("notes", ()), *frozen)},
     )
     log.info("export: %s", exported)
     return exported

@@ -16,9 +16,11 @@ import torch
 from torch import nn
 
 from tfmq_fx.artefact.drop_in import DropIn, QuantizedGraph
+from tfmq_fx.base.ambient import neutral
 from tfmq_fx.base.arguments import leaves
 from tfmq_fx.base.arithmetic import NO_INT8, ByteSums
 from tfmq_fx.base.errors import TFMQError, nearest_names
+from tfmq_fx.graph.written import frozen_buffers
 from tfmq_fx.passes.int8.to_int8 import TO_INT8
 from tfmq_fx.passes.pass_manager import PassManager
 from tfmq_fx.runtimes.cpu import byte_sums, int8_instructions
@@ -83,6 +85,7 @@ class LoweredModel(DropIn):
         return torch.device("cpu")
 
 
+@neutral()
 def lower(
     model: QuantizedGraph,
     target: str = "cpu",
@@ -107,7 +110,8 @@ def lower(
         about 1% of the largest output.
     batch: the batch size to compile for now. Any other size is compiled when it is first used. The last four
         are kept. All steps of a schedule use the same one.
-    strict: raise TFMQError when a quantized layer gets no int8 kernel.
+    strict: raise TFMQError when a quantized layer gets no int8 kernel, and when the network updates buffers that
+        compiling would freeze. Without `strict`, `report["lowering"]["notes"]` says so.
     cache: a folder that keeps the converted and the compiled network. The next process then starts in a
         fraction of the time.
     compile: for engine "torch". True needs a C++ compiler, False runs the int8 kernels node by node, None
@@ -131,6 +135,7 @@ def lower(
     engine, compile = _engine(engine, compile=compile, pack=pack, model=model, sums=sums)
     if precision not in (None, *PRECISIONS):
         raise TFMQError(f"precision={precision!r}: unknown; use {nearest_names(str(precision), PRECISIONS)}.")
+    frozen = () if compile is False else frozen_buffers(model.network, strict=strict)
     if sums is not ByteSums.EXACT:
         _warn(sums, strict=strict)
     with ExitStack() as stack:
@@ -158,6 +163,8 @@ def lower(
         "flops": {"total": total, "int8": int8},
         "kernels": kernels_to_json(lowered.kernels),
     }
+    if frozen and lowering["compiled"]:
+        lowering["notes"] = list(frozen)
     return LoweredModel(model, lowered.network, lowering=lowering)
 
 
@@ -172,7 +179,7 @@ def _warn(sums: ByteSums, *, strict: bool) -> None:
     words = f"{NO_INT8}: {which} in float, with the same integers."
     if strict and sums is ByteSums.NONE:
         raise TFMQError(f'target "cpu": {words}')
-    warnings.warn(words, stacklevel=4)  # at the caller of q.lower
+    warnings.warn(words, stacklevel=5)  # at the caller of q.lower: past `lower`, `neutral` and `q.lower`
 
 
 def _checked(kernels: Sequence[Kernel], *, strict: bool) -> tuple[int, int]:
