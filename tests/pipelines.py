@@ -1,5 +1,3 @@
 """The name under which scripts outside the repository know the small pipelines."""
 
-from benchmarks.networks.pipelines import PIPELINES, saved
-
-__all__ = ["PIPELINES", "saved"]
+from benchmarks.networks.pipelines import *  # noqa: F403
