@@ -1,7 +1,8 @@
 """Settings of torch that a caller's program may have on."""
 
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
+import pytest
 import torch
 
 
@@ -33,3 +34,19 @@ SETTINGS = {
     "no_grad": torch.no_grad,
     "deterministic algorithms": deterministic,
 }
+
+
+@contextmanager
+def together():
+    """Turn on all of `SETTINGS`. Of the two default dtypes, the last one holds."""
+    with ExitStack() as stack:
+        for setting in SETTINGS.values():
+            stack.enter_context(setting())
+        yield
+
+
+# What CI runs is all of them together; which one it is, if that fails, the slow ones tell.
+EACH = [
+    pytest.param(together, id="together"),
+    *(pytest.param(s, id=n, marks=pytest.mark.slow) for n, s in SETTINGS.items()),
+]

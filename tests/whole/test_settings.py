@@ -8,7 +8,7 @@ import torch
 import tfmq_fx
 from benchmarks.networks.small import FAST, TIMESTEPS, TinyUNet, calibration, make
 from tests.helpers.lowered import lower
-from tests.helpers.settings import SETTINGS
+from tests.helpers.settings import EACH, SETTINGS
 from tfmq_fx.artefact.graph_json import tensors_of
 from tfmq_fx.base.errors import TFMQError
 
@@ -38,28 +38,28 @@ def assert_equal(found, expected):
         assert torch.equal(value, expected[name]), name
 
 
-@pytest.mark.parametrize("name", SETTINGS)
-def test_quantize_gives_the_same_network(name, tiny):
+@pytest.mark.parametrize("setting", EACH)
+def test_quantize_gives_the_same_network(setting, tiny):
     network, data = make(TinyUNet), calibration()
-    with SETTINGS[name]():
+    with setting():
         q = tfmq_fx.quantize(network, RECIPE, calibration=data, seed=0)
     assert_equal(tensors_of(q.network), tensors_of(tiny.network))
     assert str(q.network.graph) == str(tiny.network.graph)
     assert q.report["errors_by_timestep"] == tiny.report["errors_by_timestep"]
 
 
-@pytest.mark.parametrize("name", SETTINGS)
-def test_the_stages_give_the_same_network(name, plain):
+@pytest.mark.parametrize("setting", EACH)
+def test_the_stages_give_the_same_network(setting, plain):
     network, data = make(TinyUNet), calibration()
-    with SETTINGS[name]():
+    with setting():
         gm, layers = by_hand(network, data)
     assert_equal(tensors_of(gm), tensors_of(plain[0]))
     assert layers == plain[1]
 
 
-@pytest.mark.parametrize("name", SETTINGS)
-def test_saving_and_loading_give_the_same_network(name, tiny, tmp_path):
-    with SETTINGS[name]():
+@pytest.mark.parametrize("setting", EACH)
+def test_saving_and_loading_give_the_same_network(setting, tiny, tmp_path):
+    with setting():
         tiny.save_pretrained(tmp_path / "q")
         loaded = tfmq_fx.load(tmp_path / "q")
     assert_equal(tensors_of(loaded.network), tensors_of(tiny.network))
@@ -67,22 +67,22 @@ def test_saving_and_loading_give_the_same_network(name, tiny, tmp_path):
         assert torch.equal(loaded(X, T), tiny(X, T))
 
 
-@pytest.mark.parametrize("name", SETTINGS)
-def test_export_writes_the_same_program(name, tiny, tmp_path):
-    with SETTINGS[name]():
+@pytest.mark.parametrize("setting", EACH)
+def test_export_writes_the_same_program(setting, tiny, tmp_path):
+    with setting():
         tiny.export(tmp_path / "q.pt2")
     with torch.no_grad():
         assert torch.equal(torch.export.load(tmp_path / "q.pt2").module()(sample=X, timestep=T), tiny(X, T))
 
 
-@pytest.mark.parametrize("name", SETTINGS)
+@pytest.mark.parametrize("setting", EACH)
 @pytest.mark.parametrize(
     "how", [{"engine": "openvino"}, {"engine": "torch", "compile": False}], ids=["openvino", "torch"]
 )
-def test_a_lowered_network_computes_the_same_inside_and_outside(name, how, tiny):
+def test_a_lowered_network_computes_the_same_inside_and_outside(setting, how, tiny):
     with torch.no_grad():
         expected = lower(tiny, "cpu", precision="float32", batch=4, **how)(X, T)
-    with SETTINGS[name]():
+    with setting():
         low = lower(tiny, "cpu", precision="float32", batch=4, **how)
         inside = low(X, T).detach()
     assert torch.equal(inside.clone(), expected)

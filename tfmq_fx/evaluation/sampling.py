@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from tfmq_fx.base.files import replace_files
-from tfmq_fx.calibration.pipelines import denoiser, run_pipeline
+from tfmq_fx.calibration.pipelines import denoiser, run_pipeline, whole_lists
 
 # The layout of `save_grid`, in pixels: approximate width of a grid, white space beside it, title font size.
 WIDTH, MARGIN, TITLE_SIZE = 384, 16, 14
@@ -44,6 +44,8 @@ def sample(
     The noise depends on seed, num_samples and batch_size, not on the network.
     """
     images = []
+    # Asked of the pipeline as it is: short runs would count in the network's unseen timesteps.
+    whole = whole_lists(pipe, {**pipe_kwargs, "num_inference_steps": num_inference_steps})
     generator = torch.Generator().manual_seed(seed)
     with swapped(pipe, network or denoiser(pipe)):
         for start in range(0, num_samples, batch_size):
@@ -52,6 +54,7 @@ def sample(
                 pipe,
                 size,
                 first=start,
+                whole=whole,
                 num_inference_steps=num_inference_steps,
                 generator=generator,
                 **pipe_kwargs,

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from tfmq_fx.artefact.drop_in import DropIn
 from tfmq_fx.base.metrics import relative_mse_by_timestep
 from tfmq_fx.calibration.data import CalibrationSet
-from tfmq_fx.calibration.pipelines import run_pipeline
+from tfmq_fx.calibration.pipelines import run_pipeline, whole_lists
 from tfmq_fx.evaluation.sampling import swapped
 
 log = logging.getLogger(__name__)
@@ -54,6 +54,8 @@ def trajectory(
     """
     names = list(model.interface.arguments)
     kept: list[tuple[float, Tensor]] = []
+    # Asked before anything is kept: it takes short runs.
+    whole = whole_lists(pipe, {**pipe_kwargs, "num_inference_steps": num_inference_steps})
 
     def keep(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         given = dict(zip(names, args, strict=False)) | kwargs
@@ -66,6 +68,7 @@ def trajectory(
             drawn = run_pipeline(
                 pipe,
                 num_samples,
+                whole=whole,
                 num_inference_steps=num_inference_steps,
                 generator=torch.Generator().manual_seed(seed),
                 **pipe_kwargs,
