@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 from torch.fx.passes.infra.pass_base import PassResult
 
-from tfmq_fx.graph.nodes import aten, attribute, op_name, set_buffer, value_inputs
+from tfmq_fx.graph.nodes import aten, attribute, is_decomposed, op_name, set_buffer, value_inputs
 from tfmq_fx.passes.int8.onednn_kernels import KERNELS, LAY_OUT, output_dtype, set_output
 from tfmq_fx.passes.int8.rescale_temporal import PRECISE
 from tfmq_fx.passes.int8.share_quantized import QUANTIZE
@@ -100,10 +100,7 @@ def _makes_float32(node: Node) -> bool:
 
 def _of_a_float_layer(node: Node) -> bool:
     """Return True for the pairs around layers without a kernel: they round in float32 and return float32."""
-    is_pair = (
-        isinstance(node.target, torch._ops.OpOverload) and node.target.namespace == "quantized_decomposed"
-    )
-    return is_pair and node.target is not QUANTIZE
+    return is_decomposed(node) and node.target is not QUANTIZE
 
 
 def _holds_float32(node: Node, dtypes: dict[Node, torch.dtype]) -> bool:

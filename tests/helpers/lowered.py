@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import tfmq_fx
-from benchmarks.networks.small import TIMESTEPS, ScalarTime, make, vectors
+from benchmarks.networks.small import TIMESTEPS, Labelled, ScalarTime, make, vectors
 from tests.helpers.agreement import FLIPPED_BY, FLIPPED_ROWS, moved
 from tfmq_fx.base.arithmetic import NO_INT8, SATURATES
 from tfmq_fx.runtimes.cpu import adds_pairs, int8_instructions, torch_has_bfloat16
@@ -75,12 +75,25 @@ def assert_every_batch_size_and_step_agrees(low, q):
         assert moved(one, other)[0].all()  # control: the output depends on the step
 
 
+@torch.no_grad()
+def assert_guided_batches_agree(low, q):
+    """Assert that a guided batch of `Labelled` gives what q gives, and what its two halves give alone."""
+    x, y = torch.randn(3, 1, 6, 6), torch.tensor([0, 1, 2])
+    null, pairs = torch.full((3,), Labelled.classes - 1), []
+    for t in TIMESTEPS[:4]:
+        guided = low(torch.cat([x, x]), t, torch.cat([y, null]))
+        pairs += [(guided, q(torch.cat([x, x]), t, torch.cat([y, null])))]
+        pairs += [(guided, torch.cat([low(x, t, y), low(x, t, null)]))]
+        assert moved(guided[:3], guided[3:])[0].all()
+    assert_same_but_for_ties(pairs)
+
+
 def assert_int8_where_pairs_fit(q, low):
     """Assert that x86 without VNNI runs 4-bit weights on int8 kernels and 8-bit ones in float.
 
     The report must say so.
     """
-    kernels = {k["path"]: k for k in low.report["lowering"]["kernels"]}
+    kernels = kernels_of(low)
     assert low.report["lowering"]["instructions"] == ["avx2"]
     of_bytes = [layer for layer in q.report["layers"] if layer["activation_bits"] == 8]
     assert {layer["weight_bits"] for layer in of_bytes} == {4, 8}

@@ -12,7 +12,6 @@ from benchmarks.networks.pipelines import ddpm
 from benchmarks.networks.small import (
     TIMESTEPS,
     Attention,
-    Labelled,
     OneTimestep,
     ScalarTime,
     TinyUNet,
@@ -26,6 +25,7 @@ from tests.helpers.lowered import (
     SETTINGS,
     SIZES,
     assert_every_batch_size_and_step_agrees,
+    assert_guided_batches_agree,
     assert_int8_where_pairs_fit,
     assert_same_but_for_ties,
     kept,
@@ -139,17 +139,9 @@ def test_one_compiled_network_serves_all_steps_of_a_batch_size():
     assert {id(c) for c in made.values()} == {id(c) for c in compiled}
 
 
-@torch.no_grad()
 def test_guided_batches_and_labels():
     q = labelled("w8a8")
-    low, x, y = lower(q, "cpu", precision="float32"), torch.randn(3, 1, 6, 6), torch.tensor([0, 1, 2])
-    null, pairs = torch.full((3,), Labelled.classes - 1), []
-    for t in TIMESTEPS[:4]:
-        guided = low(torch.cat([x, x]), t, torch.cat([y, null]))
-        pairs += [(guided, q(torch.cat([x, x]), t, torch.cat([y, null])))]
-        pairs += [(guided, torch.cat([low(x, t, y), low(x, t, null)]))]
-        assert moved(guided[:3], guided[3:])[0].all()
-    assert_same_but_for_ties(pairs)
+    assert_guided_batches_agree(lower(q, "cpu", precision="float32"), q)
 
 
 @torch.no_grad()

@@ -9,7 +9,7 @@ from torch import nn
 from torch._dynamo.utils import counters
 
 import tfmq_fx
-from benchmarks.networks.small import TIMESTEPS, Labelled, ScalarTime, TinyUNet, make
+from benchmarks.networks.small import TIMESTEPS, ScalarTime, TinyUNet, make
 from tests.helpers.agreement import FLIPPED_BY, moved
 from tests.helpers.lowered import (
     BFLOAT16,
@@ -17,6 +17,7 @@ from tests.helpers.lowered import (
     SETTINGS,
     SIZES,
     assert_every_batch_size_and_step_agrees,
+    assert_guided_batches_agree,
     assert_int8_where_pairs_fit,
     assert_same_but_for_ties,
     kernels_of,
@@ -116,18 +117,10 @@ def test_it_is_the_same_to_call():
         low(x, torch.tensor([1, 2]))
 
 
-@torch.no_grad()
 def test_guided_batches_and_labels():
     q = labelled("w8a8")
     low = lower(q, engine="torch", precision="float32", compile=False, strict=INT8)
-    x, y = torch.randn(3, 1, 6, 6), torch.tensor([0, 1, 2])
-    null, pairs = torch.full((3,), Labelled.classes - 1), []
-    for t in TIMESTEPS[:4]:
-        guided = low(torch.cat([x, x]), t, torch.cat([y, null]))
-        pairs += [(guided, q(torch.cat([x, x]), t, torch.cat([y, null])))]
-        pairs += [(guided, torch.cat([low(x, t, y), low(x, t, null)]))]
-        assert moved(guided[:3], guided[3:])[0].all()
-    assert_same_but_for_ties(pairs)
+    assert_guided_batches_agree(low, q)
 
 
 @torch.no_grad()

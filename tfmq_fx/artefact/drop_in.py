@@ -379,7 +379,7 @@ class DropIn(nn.Module):
         dtype: torch.dtype = getattr(torch, spec["dtype"])
         t: Tensor = torch.as_tensor(value, device=self.device)
         fractional = t.is_floating_point() and not dtype.is_floating_point
-        if fractional and not torch.compiler.is_compiling() and not torch.equal(t, t.round()):
+        if fractional and not self._traced() and not torch.equal(t, t.round()):
             raise TFMQError(
                 f"timestep={t[t != t.round()].flatten()[0].item()}: the network was captured with integer timesteps; "
                 "calibrate with the float schedule."

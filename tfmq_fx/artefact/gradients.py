@@ -16,6 +16,7 @@ from torch.autograd import forward_ad
 from torch.fx import GraphModule, Interpreter, Node
 
 from tfmq_fx.base.errors import TFMQError
+from tfmq_fx.graph.nodes import is_decomposed, op_name
 
 _BEYOND = 2**24  # integers that a float32 holds exactly, and more than any range of ours
 
@@ -93,12 +94,7 @@ class _StraightThrough(torch.autograd.Function):
 
 def _is(node: Any, what: str) -> bool:
     """Return True for a call of one of the operators `quantize_*` or `dequantize_*`."""
-    target = node.target if isinstance(node, Node) else None
-    if not isinstance(target, torch._ops.OpOverload):
-        return False
-    return target.namespace == "quantized_decomposed" and target._schema.name.split("::")[1].startswith(
-        f"{what}_per_"
-    )
+    return isinstance(node, Node) and is_decomposed(node) and op_name(node).startswith(f"{what}_per_")
 
 
 def _dequantize_of(quantize: Node) -> Callable[..., Tensor]:

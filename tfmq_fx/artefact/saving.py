@@ -50,7 +50,7 @@ from tfmq_fx.artefact.graph_json import (
 )
 from tfmq_fx.base.arithmetic import IntegerRange, pack_bits, unpack_bits
 from tfmq_fx.base.errors import TFMQError, first_line
-from tfmq_fx.base.files import finite_json, replace_folder
+from tfmq_fx.base.files import finite_json, replace_folder, sha256_of
 from tfmq_fx.graph.inputs import placeholders
 
 M = TypeVar("M", bound=QuantizedGraph)
@@ -126,7 +126,7 @@ def _write(model: QuantizedGraph, folder: Path) -> None:
         "finite": {n: {"values": v.tolist(), "dtype": _dtype_name(v.dtype)} for n, v in model.finite.items()},
         "interface": dataclasses.asdict(model.interface),
         "tensors": manifest,
-        "sha256": {name: _sha256(folder / name) for name in (WEIGHTS, GRAPH)},
+        "sha256": {name: sha256_of(folder / name) for name in (WEIGHTS, GRAPH)},
     }
     # The digest is of the config as it will be read: all keys of JSON are strings.
     config = json.loads(json.dumps({**model.parts()["config"], "quantization_config": quantization}))
@@ -213,7 +213,7 @@ def _check_digests(folder: Path, config: Mapping[str, Any]) -> None:
             raise TFMQError(f"{folder / CONFIG}: lists the unknown file {name[:80]!r}.")
         if not (folder / name).is_file():
             raise TFMQError(f"{folder / name}: missing.")
-        if (_config_digest(config) if name == CONFIG else _sha256(folder / name)) != digest:
+        if (_config_digest(config) if name == CONFIG else sha256_of(folder / name)) != digest:
             raise TFMQError(
                 f"{folder / name}: corrupt or truncated; its content does not match the hash in {CONFIG}."
             )
@@ -307,8 +307,3 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _no_constant(name: str) -> Any:
     raise ValueError(f"{name} is not valid JSON")
-
-
-def _sha256(file: Path) -> str:
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()

@@ -6,7 +6,7 @@ The flat name of a leaf joins its path with "_", as torch.export names its input
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from tfmq_fx.base.errors import TFMQError
@@ -20,25 +20,33 @@ def leaves(arguments: Mapping[str, Any]) -> dict[str, tuple[Path, Any]]:
     Raises TFMQError when two leaves share a flat name.
     """
     found: dict[str, tuple[Path, Any]] = {}
-
-    def walk(path: Path, value: Any) -> None:
-        if isinstance(value, Mapping):
-            for key, item in value.items():
-                walk((*path, key), item)
-        elif isinstance(value, (list, tuple)):
-            for i, item in enumerate(value):
-                walk((*path, i), item)
-        elif value is not None:
-            name = "_".join(map(str, path))
-            if name in found:
-                raise TFMQError(
-                    f"arguments: {'.'.join(map(str, path))} and {found[name][0]} share the flat name {name!r}; rename one of them."
-                )
-            found[name] = (path, value)
-
-    for name, value in arguments.items():
-        walk((name,), value)
+    for path, value in walk(arguments):
+        if value is None:
+            continue
+        name = flat_name(path)
+        if name in found:
+            raise TFMQError(
+                f"arguments: {'.'.join(map(str, path))} and {found[name][0]} share the flat name {name!r}; rename one of them."
+            )
+        found[name] = (path, value)
     return found
+
+
+def walk(value: Any, path: Path = ()) -> Iterator[tuple[Path, Any]]:
+    """Yield the path and value of every leaf of dicts, lists and tuples, None included."""
+    if isinstance(value, Mapping):
+        for key, item in value.items():
+            yield from walk(item, (*path, key))
+    elif isinstance(value, (list, tuple)):
+        for i, item in enumerate(value):
+            yield from walk(item, (*path, i))
+    else:
+        yield path, value
+
+
+def flat_name(path: Path) -> str:
+    """Return the name of the leaf at `path`, as torch.export names its inputs."""
+    return "_".join(map(str, path))
 
 
 def nested(flat: Mapping[Path, Any]) -> dict[str, Any]:

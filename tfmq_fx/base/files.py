@@ -39,6 +39,12 @@ def update_with_tensors(digest: hashlib._Hash, tensors: Iterable[tuple[str, Tens
         digest.update(raw_bytes(x))
 
 
+def sha256_of(file: Path) -> str:
+    """Return the sha256 of a file's content, in hexadecimal."""
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
 @contextmanager
 def _beside(target: Path) -> Iterator[Path]:
     """Make a temporary folder beside `target`. Raises TFMQError, naming `target`, for every error of the disk."""
@@ -116,8 +122,7 @@ def _entry(file: Path, expected: Any = None) -> dict[str, Any] | None:
         length = file.stat().st_size
         if isinstance(expected, dict) and expected.get("bytes") != length:
             return None
-        with file.open("rb") as stream:
-            return {"bytes": length, "sha256": hashlib.file_digest(stream, "sha256").hexdigest()}
+        return {"bytes": length, "sha256": sha256_of(file)}
     except (OSError, ValueError):  # ValueError: a name that no file can have
         return None
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from tfmq_fx.artefact.drop_in import DropIn
-from tfmq_fx.base.arguments import Path, leaves
+from tfmq_fx.base.arguments import Path, flat_name, leaves, walk
 from tfmq_fx.base.errors import TFMQError
 
 Call = dict[str, Any]  # a network's arguments by name, as it was given them
@@ -108,19 +108,9 @@ def call_leaves(call: Call, defaults: Mapping[str, Any]) -> Leaves:
 
     A None is a leaf unless it is the argument's default: without it, the network would compute something else.
     """
-    nones = [p for p in _nones(call, ()) if len(p) > 1 or defaults.get(str(p[0]), ROWS) is not None]
-    return leaves(call) | {"_".join(map(str, path)): (path, None) for path in nones}
-
-
-def _nones(value: Any, path: Path) -> Iterator[Path]:
-    if isinstance(value, Mapping):
-        for key, item in value.items():
-            yield from _nones(item, (*path, key))
-    elif isinstance(value, (list, tuple)):
-        for i, item in enumerate(value):
-            yield from _nones(item, (*path, i))
-    elif value is None:
-        yield path
+    nones = [path for path, value in walk(call) if value is None]
+    kept = [p for p in nones if len(p) > 1 or defaults.get(str(p[0]), ROWS) is not None]
+    return leaves(call) | {flat_name(path): (path, None) for path in kept}
 
 
 class Constants:

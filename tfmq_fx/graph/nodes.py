@@ -100,6 +100,11 @@ def op_name(node: Node) -> str:
     return name if name.startswith("_") else name.removesuffix("_")
 
 
+def is_decomposed(node: Node) -> bool:
+    """Return True for torch.ao's operators on integers: quantize_per_tensor, dequantize_per_channel, ..."""
+    return isinstance(node.target, torch._ops.OpOverload) and node.target.namespace == "quantized_decomposed"
+
+
 def called_module(node: Node) -> nn.Module:
     """Return the module that a call_module node calls."""
     owner = node.graph.owning_module

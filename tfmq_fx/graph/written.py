@@ -62,6 +62,20 @@ def keeps_buffers(function: F) -> F:
     return wrapped  # type: ignore[return-value]
 
 
+def frozen_buffers(gm: GraphModule, *, strict: bool) -> tuple[str, ...]:
+    """Return a note on the buffers that a compiled form of the graph no longer updates, if there are any.
+
+    Raises it as TFMQError if `strict`.
+    """
+    names = list(written_buffers(gm))
+    if not names:
+        return ()
+    note = f"{', '.join(names)}: the network updates it at each call, a compiled one keeps its present value"
+    if strict:
+        raise TFMQError(f'strict: {note}; use engine="torch" with compile=False, or format="pt2".')
+    return (note,)
+
+
 def _constants_under(nodes: list[Node]) -> Iterator[str]:
     """Yield the targets of the constants that these nodes are, or are views of."""
     pending = list(nodes)
@@ -76,17 +90,3 @@ def _casts(x: Node, y: Node) -> bool:
     """Return True if y has another dtype than x: `to` is a view only where it changes nothing."""
     before, after = meta_value(x), meta_value(y)
     return isinstance(before, Tensor) and isinstance(after, Tensor) and before.dtype != after.dtype
-
-
-def frozen_buffers(gm: GraphModule, *, strict: bool) -> tuple[str, ...]:
-    """Return a note on the buffers that a compiled form of the graph no longer updates, if there are any.
-
-    Raises it as TFMQError if `strict`.
-    """
-    names = list(written_buffers(gm))
-    if not names:
-        return ()
-    note = f"{', '.join(names)}: the network updates it at each call, a compiled one keeps its present value"
-    if strict:
-        raise TFMQError(f'strict: {note}; use engine="torch" with compile=False, or format="pt2".')
-    return (note,)

@@ -10,7 +10,14 @@ import torch
 from torch.fx import GraphModule, Node
 
 from tfmq_fx.base.arithmetic import PAIRS_FIT, centred, saturates
-from tfmq_fx.graph.nodes import attribute, hinted_shape, matmul_inputs, op_name, weight_argument
+from tfmq_fx.graph.nodes import (
+    attribute,
+    hinted_shape,
+    is_decomposed,
+    matmul_inputs,
+    op_name,
+    weight_argument,
+)
 from tfmq_fx.passes.int8.integer_weights import SUFFIX
 from tfmq_fx.passes.int8.rescale_temporal import DEQUANTIZED
 from tfmq_fx.passes.temporal.partition_temporal import BLOCK_NAME
@@ -111,8 +118,7 @@ def _is_quantized_weight(weight: Node) -> bool:
 
 
 def _is_quantized(x: Node) -> bool:
-    is_pair = isinstance(x.target, torch._ops.OpOverload) and x.target.namespace == "quantized_decomposed"
-    return (is_pair and op_name(x).startswith("dequantize")) or bool(x.meta.get(DEQUANTIZED))
+    return (is_decomposed(x) and op_name(x).startswith("dequantize")) or bool(x.meta.get(DEQUANTIZED))
 
 
 def _flops(node: Node) -> int:
