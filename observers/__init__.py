@@ -1,6 +1,7 @@
 """Observers, on torchao's base classes. Subclass `TemporalObserver` to add an estimator keyed on timestep."""
 
 from tfmq_fx.observers.minmax import TemporalMinMaxObserver
+from tfmq_fx.observers.residual import ResidualFakeQuantize
 from tfmq_fx.observers.samples import TemporalKLObserver, TemporalMSEObserver, TemporalPercentileObserver
 from tfmq_fx.observers.static import StaticFakeQuantize
 from tfmq_fx.observers.temporal import TemporalObserver
@@ -9,6 +10,7 @@ from tfmq_fx.observers.weight import PerChannelWeightFakeQuantize
 
 __all__ = [
     "PerChannelWeightFakeQuantize",
+    "ResidualFakeQuantize",
     "StaticFakeQuantize",
     "TemporalKLObserver",
     "TemporalMSEObserver",

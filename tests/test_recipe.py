@@ -36,7 +36,8 @@ def test_fields_left_out_have_their_defaults():
     ("values", "message"),
     [
         ({"wieght_bits": 4}, "Recipe: unknown field 'wieght_bits'; known are weight_bits"),
-        ({"smooth": "x"}, "Recipe.smooth: 'x' is not of type float | None"),
+        ({"smooth": "x"}, "Recipe.smooth: 'x' is unknown; use 'auto', or a number from 0 to 1"),
+        ({"low_rank": "x"}, "Recipe.low_rank: 'x' is not of type int | None"),
         ({"group_size": True}, "Recipe.group_size: True is not of type int | None"),
         ({"max_table_entries": "7"}, "Recipe.max_table_entries: '7' is not of type int"),
         ({"temporal_observer": "mine.Observer"}, "Recipe.temporal_observer: 'mine.Observer' is unknown"),

@@ -21,6 +21,7 @@ from tfmq_fx.calibration.data import CalibrationSet
 from tfmq_fx.calibration.pipelines import denoiser
 from tfmq_fx.calibration.stage import calibrate, input_maxima
 from tfmq_fx.capturing import captured
+from tfmq_fx.choices import choose, is_open
 from tfmq_fx.evaluation.errors import measure_errors
 from tfmq_fx.evaluation.summary import summary
 from tfmq_fx.graph.nodes import fresh
@@ -33,11 +34,12 @@ from tfmq_fx.passes.low_bits.smooth import smooth
 from tfmq_fx.passes.pass_manager import PassManager
 from tfmq_fx.passes.quantize.convert import convert
 from tfmq_fx.passes.quantize.float_at_unseen import float_at_unseen
+from tfmq_fx.passes.quantize.plan import smoothing_of
 from tfmq_fx.passes.quantize.prepare import prepare
 from tfmq_fx.passes.quantize.state import state_of
 from tfmq_fx.passes.temporal.find_temporal import TemporalBlock, find_temporal
 from tfmq_fx.passes.temporal.partition_temporal import extract_temporal
-from tfmq_fx.recipe import Recipe
+from tfmq_fx.recipe import OFF, Recipe
 from tfmq_fx.reconstruction.stage import reconstruct
 from tfmq_fx.settings import Settings
 
@@ -100,12 +102,16 @@ def _quantized(
     temporal = find_temporal(gm, timestep=settings.timestep, finite=settings.finite or ())
     block = extract_temporal(fresh(gm), temporal)
     clock.lap("capture")
+    choices = choose(gm, recipe, calibration, temporal=temporal, seed=settings.seed)
+    recipe = choices.recipe
+    clock.lap("choose")
     passes = stages(
         recipe,
         calibration=calibration,
         temporal=temporal,
         block=block,
         timesteps=timesteps,
+        maxima=choices.maxima,
         settings=settings,
     )
     converted = PassManager(passes, done=clock.lap)(fresh(gm)).graph_module
@@ -120,7 +126,10 @@ def _quantized(
         finite=state_of(converted).finite,
         config=dict(getattr(network, "config", {})),  # a diffusers network has one
         recipe=recipe.to_json(),
-        report=summary(converted, network, seed=settings.seed, clock=clock, errors=errors),
+        report={
+            **summary(converted, network, seed=settings.seed, clock=clock, errors=errors),
+            "choices": choices.report,
+        },
     )
 
 
@@ -131,6 +140,7 @@ def stages(
     temporal: TemporalBlock,
     block: GraphModule | None = None,
     timesteps: Iterable[float] | Tensor | None = None,
+    maxima: Mapping[str, Tensor] | None = None,
     settings: Settings | None = None,
 ) -> list[Stage]:
     """Return the passes from a captured float graph to a converted one, in order, for `PassManager` to run.
@@ -141,11 +151,18 @@ def stages(
     block: the temporal block alone, as `extract_temporal` returns it. Only a recipe with unseen="float" needs
         it.
     timesteps: the schedule (T,). None takes the timesteps of the calibration set.
+    maxima: of the layers' inputs, if `choose` measured them.
     settings: the finite inputs, the seed, `strict` and the folder of reconstruction's state. None takes the
         defaults.
 
-    Raises TFMQError for a recipe with unseen="float" without a block.
+    Raises TFMQError for a recipe that leaves something to `choose`, and for one with unseen="float" without a
+    block.
     """
+    if is_open(recipe):
+        raise TFMQError(
+            'stages: the recipe leaves settings open ("auto", float_flops, float_bytes); give the one that '
+            "choices.choose(gm, recipe, calibration, temporal=temporal) returns."
+        )
     settings = settings or Settings()
     seed, finite = settings.seed, settings.finite
     schedule = calibration.timesteps if timesteps is None else timesteps
@@ -158,7 +175,7 @@ def stages(
             )
         unseen = [partial(float_at_unseen, block=block)]
     return [
-        *low_bits(recipe, calibration=calibration, temporal=temporal, seed=seed),
+        *low_bits(recipe, calibration=calibration, temporal=temporal, maxima=maxima, seed=seed),
         partial(prepare, recipe=recipe, timesteps=schedule, temporal=temporal, finite=finite),
         *strictly,
         partial(calibrate, calibration=calibration),
@@ -171,13 +188,24 @@ def stages(
 
 
 def low_bits(
-    recipe: Recipe, *, calibration: CalibrationSet, temporal: TemporalBlock, seed: int = 0
+    recipe: Recipe,
+    *,
+    calibration: CalibrationSet,
+    temporal: TemporalBlock,
+    maxima: Mapping[str, Tensor] | None = None,
+    seed: int = 0,
 ) -> list[Stage]:
-    """Return the recipe's passes that make the float graph easier to quantize. They keep its function."""
+    """Return the recipe's passes that make the float graph easier to quantize. They keep its function.
+
+    maxima: of the layers' inputs, for `smooth`; None measures them.
+    """
     found: list[Stage] = []
-    if recipe.smooth is not None:
-        maxima = partial(input_maxima, calibration=calibration, seed=seed)
-        found.append(partial(smooth, maxima=maxima, alpha=recipe.smooth, temporal=temporal))
+    if any(
+        s not in (None, OFF) for s in (recipe.smooth, *(r.smooth for r in (*recipe.rules, *recipe.chosen)))
+    ):
+        measured = maxima or partial(input_maxima, calibration=calibration, seed=seed)
+        alpha = partial(smoothing_of, recipe=recipe)
+        found.append(partial(smooth, maxima=measured, alpha=alpha, temporal=temporal))
     if recipe.rotate is not None:
         found.append(partial(rotate, block=recipe.rotate, temporal=temporal))
     if recipe.low_rank is not None:

@@ -25,6 +25,10 @@ ACTIVATION_OBSERVERS = ("minmax", "mse")
 GRANULARITIES = ("tensor", "token")
 UNSEEN = ("nearest", "error", "float")
 KEYED = ("block", "all")
+RULES = ("rules", "chosen")  # the fields that are tuples of rules
+SHARES = ("float_flops", "double_flops", "float_bytes")
+AUTO = "auto"  # chosen by `tfmq_fx.choices.choose`, from what it does to the network's output
+OFF = "off"
 MAINTENANCES = ("reconstruct", "cache", "auto")
 CACHE_TYPES = ("float16", "bfloat16", "int8")
 METHODS = ("nearest", "adaround", "gptq", "gptq+adaround")
@@ -33,6 +37,13 @@ METHODS = ("nearest", "adaround", "gptq", "gptq+adaround")
 def _check_known(value: str, known: tuple[str, ...], argument: str) -> None:
     if value not in known:
         raise TFMQError(f"{argument}: {value!r} is unknown; use one of {', '.join(known)}.")
+
+
+def _check_smooth(value: float | str | None, argument: str, *, words: tuple[str, ...]) -> None:
+    if isinstance(value, str) and value not in words:
+        raise TFMQError(f"{argument}: {value!r} is unknown; use {words[0]!r}, or a number from 0 to 1.")
+    if not isinstance(value, str) and value is not None and not 0.0 <= value <= 1.0:
+        raise TFMQError(f"{argument}: {value} is not between 0 and 1.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,6 +57,11 @@ class Rule:
     # None: as the recipe says. A size at least as long as the row gives one scale per output channel.
     group_size: int | None = None
     activation_granularity: str | None = None  # None: as the recipe says
+    # 2: the input is a sum of two integer tensors, the second of what the rounding of the first leaves. That has
+    # the precision of twice the bits, for a second product.
+    activation_terms: int | None = None  # None: 1
+    smooth: float | str | None = None  # SmoothQuant's alpha, or "off"; None: as the recipe says
+    keyed: str | None = None  # "all" or "block", as in the recipe; None: as the recipe says
 
     def __post_init__(self) -> None:
         for name in ("weight_bits", "activation_bits"):
@@ -57,6 +73,13 @@ class Rule:
             _check_known(
                 self.activation_granularity, GRANULARITIES, f"Rule({self.pattern!r}).activation_granularity"
             )
+        if self.activation_terms not in (None, 1, 2):
+            raise TFMQError(
+                f"Rule({self.pattern!r}).activation_terms: {self.activation_terms!r} is not 1 or 2."
+            )
+        _check_smooth(self.smooth, f"Rule({self.pattern!r}).smooth", words=(OFF,))
+        if self.keyed is not None:
+            _check_known(self.keyed, KEYED, f"Rule({self.pattern!r}).keyed")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -140,8 +163,10 @@ class Recipe:
     # Of q, k and v at attention matmuls, symmetric; 16: float. OpenVINO multiplies quantized q and k in int8.
     attention_bits: int = FLOAT_BITS
     temporal_observer: str | type[TemporalObserver] = "minmax"  # estimator inside the temporal block
-    keyed: str = "block"  # the activations with qparams per timestep: "block" (the temporal block's) or "all"
-    # With keyed="all", outside the temporal block: all keys of an activation share one zero point. The scale
+    # The activations with qparams per timestep: "block" (the temporal block's) or "all". "auto": those where
+    # it pays.
+    keyed: str = "block"
+    # Outside the temporal block, where activations are keyed: all keys of an activation share one zero point. The scale
     # then costs an int8 kernel one multiplication; with separate zero points, it would also have to subtract
     # a float32 map.
     shared_zero_point: bool = True
@@ -166,11 +191,22 @@ class Recipe:
     maintain_bytes: int | None = None
     # For few bits. These change the float graph before anything is quantized, except the temporal block and
     # the first and last layers.
-    smooth: float | None = None  # SmoothQuant's alpha: 0 makes the weights even, 1 the activations; None: off
+    # SmoothQuant's alpha: 0 makes the weights even, 1 the activations; None: off. "auto": for each layer the
+    # one with the least effect on the output.
+    smooth: float | str | None = None
     # Block size of a Hadamard rotation of the input channels, a power of two; None: off.
     rotate: int | None = None
     low_rank: int | None = None  # rank of a 16-bit branch beside each layer (SVDQuant); None: off
+    # Where the error would otherwise be largest: the share of all multiplications that may stay in float; the share
+    # that may be done twice, on inputs in two terms (Rule.activation_terms); and the share by which the weights may
+    # grow, from more bits for some.
+    float_flops: float = 0.0
+    double_flops: float = 0.0
+    float_bytes: float = 0.0
     rules: tuple[Rule, ...] = ()  # exceptions by module path; a rule that matches nothing is an error
+    # Settings of single layers, by the whole path, that `choose` found for "auto" and these shares. A rule
+    # that matches the layer goes before them, field by field.
+    chosen: tuple[Rule, ...] = ()
     reconstruction: Reconstruction = field(default_factory=Reconstruction)
 
     def __post_init__(self) -> None:
@@ -186,8 +222,10 @@ class Recipe:
             check_group_size(self.group_size, "Recipe.group_size")
         if self.max_table_entries < 1:
             raise TFMQError(f"Recipe.max_table_entries: {self.max_table_entries} is not positive.")
-        if self.smooth is not None and not 0.0 <= self.smooth <= 1.0:
-            raise TFMQError(f"Recipe.smooth: {self.smooth} is not between 0 and 1.")
+        _check_smooth(self.smooth, "Recipe.smooth", words=(AUTO,))
+        for name in SHARES:
+            if not 0.0 <= getattr(self, name) <= 1.0:
+                raise TFMQError(f"Recipe.{name}: {getattr(self, name)} is not a share, between 0 and 1.")
         if self.rotate is not None and (self.rotate < 2 or self.rotate & (self.rotate - 1)):
             raise TFMQError(
                 f"Recipe.rotate: {self.rotate} is not a power of two; use 2, 4, 8, 16, ..., or None for no rotation."
@@ -209,7 +247,7 @@ class Recipe:
         for name, known in (
             ("activation_observer", ACTIVATION_OBSERVERS),
             ("unseen", UNSEEN),
-            ("keyed", KEYED),
+            ("keyed", (*KEYED, AUTO)),
             ("activation_granularity", GRANULARITIES),
             ("maintain", MAINTENANCES),
             ("cache_type", CACHE_TYPES),
@@ -240,21 +278,14 @@ class Recipe:
 
         Raises TFMQError for an unknown field, a value of another type, and a user-defined observer class.
         """
-        plain = {n: x for n, x in values.items() if n not in ("reconstruction", "rules")}
-        settings, rules = values.get("reconstruction", {}), values.get("rules", ())
+        plain = {n: x for n, x in values.items() if n not in ("reconstruction", *RULES)}
+        settings = values.get("reconstruction", {})
         _check_fields(Recipe, plain, "Recipe")
         _check_fields(Reconstruction, settings, "Recipe.reconstruction")
-        if not isinstance(rules, (list, tuple)):
-            raise TFMQError(f"Recipe.rules: {rules!r} is not a list.")
-        for i, rule in enumerate(rules):
-            _check_fields(Rule, rule, f"Recipe.rules[{i}]")
-            if "pattern" not in rule:
-                raise TFMQError(f"Recipe.rules[{i}]: no pattern; name the modules that it applies to.")
         if "beta" in settings:
             settings = {**settings, "beta": tuple(settings["beta"])}
-        return Recipe(
-            **plain, reconstruction=Reconstruction(**settings), rules=tuple(Rule(**rule) for rule in rules)
-        )
+        rules, chosen = (_rules(values.get(name, ()), f"Recipe.{name}") for name in RULES)
+        return Recipe(**plain, reconstruction=Reconstruction(**settings), rules=rules, chosen=chosen)
 
     @staticmethod
     def read(file: Path) -> Recipe:
@@ -280,6 +311,17 @@ class Recipe:
                 f"{self.temporal_observer.__module__}.{self.temporal_observer.__qualname__}"
             )
         return values
+
+
+def _rules(values: object, where: str) -> tuple[Rule, ...]:
+    """Return the rules with these fields. where: the name of the list, for messages."""
+    if not isinstance(values, (list, tuple)):
+        raise TFMQError(f"{where}: {values!r} is not a list.")
+    for i, rule in enumerate(values):
+        _check_fields(Rule, rule, f"{where}[{i}]")
+        if "pattern" not in rule:
+            raise TFMQError(f"{where}[{i}]: no pattern; name the modules that it applies to.")
+    return tuple(Rule(**rule) for rule in values)
 
 
 def _check_fields(cls: type, values: object, where: str) -> None:

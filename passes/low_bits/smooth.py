@@ -18,10 +18,12 @@ from tfmq_fx.graph.channels import (
     set_tensor,
 )
 from tfmq_fx.graph.nodes import aten, set_buffer
-from tfmq_fx.graph.origins import Explicit, find_origins
+from tfmq_fx.graph.origins import Explicit, Origin, find_origins
 from tfmq_fx.graph.state import Change, captured_of
 from tfmq_fx.passes.pass_manager import CLEANING, declare
 from tfmq_fx.passes.temporal.find_temporal import TemporalBlock, find_temporal
+
+LEFT = "its smoothing is off"
 
 
 @declare(after=CLEANING)
@@ -29,7 +31,7 @@ def smooth(
     gm: GraphModule,
     *,
     maxima: Mapping[str, Tensor] | Callable[[GraphModule], Mapping[str, Tensor]],
-    alpha: float = 0.5,
+    alpha: float | Mapping[str, float] | Callable[[GraphModule], Mapping[str, float]] = 0.5,
     temporal: TemporalBlock | None = None,
 ) -> PassResult:
     """Smooth every layer outside the temporal block but the first and last.
@@ -43,6 +45,8 @@ def smooth(
     channels. Elsewhere one `mul` is inserted before the layers that read x. Layers that share an input, or a
     producer, share s. Reassociation only.
 
+    alpha: of all layers, or of each by its weight's path, or what finds these on the graph. A layer that is missing there
+        is not smoothed. Layers that share s take the alpha of the first of them.
     maxima: layer's node name -> max|X_j| over the calibration data (C_in,), or what measures them on the graph;
         see `calibration.stage.input_maxima`.
 
@@ -51,10 +55,12 @@ def smooth(
     missing, of another length or not finite.
     """
     require_float_graph(gm, "smooth")
-    if not 0.0 <= alpha <= 1.0:
-        raise TFMQError(
-            f"alpha={alpha}: is not between 0 (weights become even) and 1 (activations become even)."
-        )
+    alpha = alpha(gm) if callable(alpha) else alpha
+    for value in alpha.values() if isinstance(alpha, Mapping) else [alpha]:
+        if not 0.0 <= value <= 1.0:
+            raise TFMQError(
+                f"alpha={value}: is not between 0 (weights become even) and 1 (activations become even)."
+            )
     if "smooth" in captured_of(gm).low_bits:
         return PassResult(gm, False)
     temporal = temporal or find_temporal(gm)
@@ -64,8 +70,12 @@ def smooth(
     _check(layers, maxima)
     origins, explicit = find_origins(gm, layers, temporal=inside)
     for origin in origins:
-        readers = [(layer, origin.read[layer.node]) for layer in layers if layer.node in origin.read]
-        s_C = _scale(readers, maxima, sum(p.channels for p in origin.producers), alpha)
+        readers = readers_of(origin, layers)
+        own = alpha_of(readers[0][0], alpha)
+        if own is None:
+            changes += [Change(name=layer.path, how="left", reason=LEFT) for layer, _ in readers]
+            continue
+        s_C = smoothing_scale(readers, maxima, sum(p.channels for p in origin.producers), own)
         for p in origin.producers:
             part_C = s_C[p.start : p.start + p.channels]
             p.rewrite(gm, lambda rows, part_C=part_C: rows / part_C.to(rows.device)[:, None])  # type: ignore[misc]
@@ -73,8 +83,11 @@ def smooth(
             _multiply(layer, s_C[numbers])
             changes.append(Change(name=layer.path, how="folded", reason=origin.words))
     for group in explicit:
-        channels = torch.arange(len(group.layers[0].by_input()))
-        s_C = _scale([(layer, channels) for layer in group.layers], maxima, len(channels), alpha)
+        own = alpha_of(group.layers[0], alpha)
+        if own is None:
+            changes += [Change(name=layer.path, how="left", reason=LEFT) for layer in group.layers]
+            continue
+        s_C = smoothing_scale(readers_of(group, layers), maxima, len(group.layers[0].by_input()), own)
         path = _insert(group, 1 / s_C)
         for layer in group.layers:
             _multiply(layer, s_C)
@@ -85,7 +98,20 @@ def smooth(
     return PassResult(gm, bool(layers))
 
 
-def _scale(
+def readers_of(
+    group: Origin | Explicit, layers: Iterable[ParameterLayer]
+) -> list[tuple[ParameterLayer, Tensor]]:
+    """Return the layers that share s, each with the numbers (C_in,) of its input channels in s."""
+    if isinstance(group, Origin):
+        return [(layer, group.read[layer.node]) for layer in layers if layer.node in group.read]
+    return [(layer, torch.arange(len(layer.by_input()))) for layer in group.layers]
+
+
+def alpha_of(layer: ParameterLayer, alpha: float | Mapping[str, float]) -> float | None:
+    return alpha.get(layer.path) if isinstance(alpha, Mapping) else alpha
+
+
+def smoothing_scale(
     readers: Iterable[tuple[ParameterLayer, Tensor]], maxima: Mapping[str, Tensor], count: int, alpha: float
 ) -> Tensor:
     """Return s (count,) in float64, from the largest |X_j| and |W_j| over the layers that read channel j.

@@ -25,7 +25,16 @@ from tfmq_fx.graph.nodes import matmul_inputs, meta_value, op_name, output_chann
 from tfmq_fx.observers.static import StaticFakeQuantize
 from tfmq_fx.observers.token import TokenFakeQuantize
 from tfmq_fx.observers.weight import PerChannelWeightFakeQuantize
-from tfmq_fx.passes.quantize.plan import Float, LayerPlan, Note, Plan, plan, rows_are_samples, table_key
+from tfmq_fx.passes.quantize.plan import (
+    Float,
+    LayerPlan,
+    Note,
+    Plan,
+    plan,
+    rows_are_samples,
+    settings_of,
+    table_key,
+)
 from tfmq_fx.passes.temporal.find_temporal import TemporalBlock, taint
 from tfmq_fx.recipe import Recipe
 
@@ -82,9 +91,9 @@ class RecipeQuantizer(Quantizer):  # type: ignore[misc]
 
     def _keyed(self, layer: LayerPlan, x: Node, mark: frozenset[str]) -> tuple[LayerPlan, str]:
         """Return the layer with the key of its input's qparams, and why the key is coarser than needed, or ""."""
-        if layer.activation_granularity == "token":
+        if layer.activation_granularity == "token" or layer.activation_terms == 2:
             return layer, ""
-        key, reason = self._key(x, mark, temporal=layer.temporal)
+        key, reason = self._key(layer, x, mark)
         if key:
             self.keys[x.name] = key
         return dataclasses.replace(layer, key=key), reason
@@ -92,23 +101,28 @@ class RecipeQuantizer(Quantizer):  # type: ignore[misc]
     def _activation(self, layer: LayerPlan) -> QuantizationSpec:
         if layer.activation_granularity == "token":
             return self._token(layer.activation_bits)
+        if layer.activation_terms == 2:  # the second term relies on the first covering the whole range
+            return self._per_tensor(IntegerRange.activation(layer.activation_bits), MinMaxObserver)
         if not layer.key:
             return self._static(layer.activation_bits)
         num_keys = math.prod(self.sizes[n] for n in layer.key)
         return self._temporal(layer.activation_bits, num_keys, temporal=layer.temporal)
 
-    def _key(self, x: Node, mark: frozenset[str], *, temporal: bool) -> tuple[tuple[str, ...], str]:
-        """Return the key of an activation's qparams, and why the key is coarser than needed, or "".
+    def _key(self, layer: LayerPlan, x: Node, mark: frozenset[str]) -> tuple[tuple[str, ...], str]:
+        """Return the key of the qparams of a layer's input, and why the key is coarser than needed, or "".
 
         The key is () for one set of qparams per tensor.
         """
         timestep = self.temporal.timestep
         batch = meta_value(require_input(x.graph.owning_module, timestep))  # type: ignore[arg-type]
-        if not temporal and self.recipe.keyed != "all":
+        if (
+            not layer.temporal
+            and (settings_of(self.recipe, layer.path, layer.op).keyed or self.recipe.keyed) != "all"
+        ):
             return (), ""
         if not rows_are_samples(x, batch):
             return (), "one scale per tensor: its rows are not the samples of the batch"
-        if not temporal:
+        if not layer.temporal:
             return (timestep,), ""
         key = table_key(mark, timestep=timestep, sizes=self.sizes, max_entries=self.recipe.max_table_entries)
         if key is not None:
@@ -152,8 +166,9 @@ class RecipeQuantizer(Quantizer):  # type: ignore[misc]
         bits, positive = self.recipe.attention_bits, op_name(x) in ("softmax", "_softmax")
         return self._per_tensor(IntegerRange.activation(bits) if positive else IntegerRange.operand(bits))
 
-    def _per_tensor(self, integers: IntegerRange) -> QuantizationSpec:
-        observer = MinMaxObserver if self.recipe.activation_observer == "minmax" else HistogramObserver
+    def _per_tensor(self, integers: IntegerRange, observer: Any = None) -> QuantizationSpec:
+        if observer is None:
+            observer = MinMaxObserver if self.recipe.activation_observer == "minmax" else HistogramObserver
         return QuantizationSpec(
             dtype=integers.dtype,
             observer_or_fake_quant_ctr=StaticFakeQuantize.with_args(observer=observer),

@@ -10,6 +10,7 @@ from torch.fx import GraphModule, Node
 from tfmq_fx.graph.nodes import op_name, value_inputs, weight_argument
 from tfmq_fx.passes.low_bits.low_rank import is_branch_sum
 from tfmq_fx.passes.quantize.state import temporal_of
+from tfmq_fx.passes.quantize.two_terms import is_sum_of_terms
 from tfmq_fx.passes.temporal.find_temporal import TemporalBlock, constants_of, taint
 
 _JOINS = ("add", "sub")
@@ -84,6 +85,7 @@ def _residual_regions(gm: GraphModule, data: set[Node]) -> Iterable[set[Node]]:
         if (
             op_name(node) in _JOINS
             and not is_branch_sum(node)
+            and not is_sum_of_terms(node)
             and len(set(sources)) == 2
             and nearest is not None
         ):

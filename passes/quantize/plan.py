@@ -40,6 +40,7 @@ class LayerPlan:
     activation_bits: int  # 16: float
     group_size: int | None = None  # how many weights of an output channel share qparams; None: all
     activation_granularity: str = "tensor"  # "token": qparams per token, at run time; "tensor": by `key`
+    activation_terms: int = 1  # how many integer tensors its input is the sum of
     temporal: bool  # True: inside the temporal block
     # The inputs whose values select the activation's qparams; (): one set for the tensor.
     key: tuple[str, ...] = ()
@@ -99,11 +100,16 @@ def plan(gm: GraphModule, *, recipe: Recipe, temporal: TemporalBlock) -> Plan:
         else:
             rule = _rule_for(recipe, path, op_name(node))
             used.add(rule)
-            layer = _layer(node, path, recipe, rule, edge=node in edges, temporal=node.name in inside)
+            layer = _layer(node, path, recipe, edge=node in edges, temporal=node.name in inside)
             layer, found = _as_possible(layer, attribute(gm, path), output_channel_axis(node))
             layers.append(layer)
             notes += found
     _require_used(recipe, used, [layer.path for layer in layers])
+    if strange := {c.pattern for c in recipe.chosen} - {layer.path for layer in layers}:
+        raise TFMQError(
+            f"Recipe.chosen: {min(strange)!r} is no layer of this network, so the settings were chosen for another; use "
+            'dataclasses.replace(recipe, chosen=()), with smooth="auto" and keyed="auto" to choose anew.'
+        )
     if not layers:
         raise TFMQError(
             "the graph has no convolution or linear with a parameter weight: nothing to quantize."
@@ -157,6 +163,17 @@ def _rule_for(recipe: Recipe, path: str, op: str) -> Rule | None:
     return next((r for r in recipe.rules if fnmatchcase(path, r.pattern) and r.op in (None, op)), None)
 
 
+def settings_of(recipe: Recipe, path: str, op: str) -> Rule:
+    """Return the recipe's exceptions for one layer: those of the first rule that matches it, then those chosen for it.
+
+    The pattern is that of the rule, "" if none matches.
+    """
+    rule = _rule_for(recipe, path, op) or Rule(pattern="")
+    chosen = next((c for c in recipe.chosen if c.pattern == path), Rule(pattern=""))
+    fields = {f.name for f in dataclasses.fields(Rule)} - {"pattern", "op"}
+    return dataclasses.replace(rule, **{n: getattr(chosen, n) for n in fields if getattr(rule, n) is None})
+
+
 def _require_used(recipe: Recipe, used: set[Rule | None], paths: list[str]) -> None:
     for rule in recipe.rules:
         if rule not in used:
@@ -166,9 +183,19 @@ def _require_used(recipe: Recipe, used: set[Rule | None], paths: list[str]) -> N
             )
 
 
-def _layer(
-    node: Node, path: str, recipe: Recipe, rule: Rule | None, *, edge: bool, temporal: bool
-) -> LayerPlan:
+def smoothing_of(gm: GraphModule, recipe: Recipe) -> dict[str, float]:
+    """Return SmoothQuant's alpha of every layer that is to be smoothed, by its weight's path."""
+    found = {}
+    for node in gm.graph.nodes:
+        if (path := _weight_path(node)) is not None:
+            own = settings_of(recipe, path, op_name(node)).smooth
+            alpha = recipe.smooth if own is None else own
+            if isinstance(alpha, float | int):
+                found[path] = float(alpha)
+    return found
+
+
+def _layer(node: Node, path: str, recipe: Recipe, *, edge: bool, temporal: bool) -> LayerPlan:
     """Return what the recipe asks for.
 
     edge: True for a first or last layer.
@@ -178,7 +205,11 @@ def _layer(
         weight_bits, reason = recipe.edge_weight_bits, "first or last layer of an input or the output"
     if edge and not temporal:
         activation_bits = max(activation_bits, recipe.edge_activation_bits)
-    rule = rule or Rule(pattern="")
+    rule = settings_of(recipe, path, op_name(node))
+    if rule.pattern:
+        reason = f"rule {rule.pattern!r}"
+    elif rule.weight_bits or rule.activation_bits or rule.activation_terms:
+        reason = "chosen: else it would be much of the output's error"
     return LayerPlan(
         path=path,
         node=node.name,
@@ -187,8 +218,9 @@ def _layer(
         activation_bits=rule.activation_bits or activation_bits,
         group_size=rule.group_size or recipe.group_size,
         activation_granularity=rule.activation_granularity or recipe.activation_granularity,
+        activation_terms=rule.activation_terms or 1,
         temporal=temporal,
-        reason=f"rule {rule.pattern!r}" if rule.pattern else reason,
+        reason=reason,
     )
 
 

@@ -25,6 +25,7 @@ from tfmq_fx.passes.quantize.batch_norms import hide_batch_norms, show_batch_nor
 from tfmq_fx.passes.quantize.observed import observers, set_mode
 from tfmq_fx.passes.quantize.plan import Note, Plan
 from tfmq_fx.passes.quantize.state import State
+from tfmq_fx.passes.quantize.two_terms import add_second_terms
 from tfmq_fx.passes.temporal.find_temporal import TemporalBlock, find_temporal
 from tfmq_fx.passes.temporal.insert_step_index import insert_step_index, key_index, step_index
 from tfmq_fx.recipe import Recipe
@@ -98,6 +99,9 @@ def prepare(
         if x.op == "placeholder":  # torchao put the observer between the placeholders
             index.append(node)
         set_mode(observer, observe=True, quantize=False)
+    assert quantizer.plan is not None
+    for node in add_second_terms(gm, quantizer.plan.layers):
+        set_mode(gm.get_submodule(str(node.target)), observe=True, quantize=False)
     with workers(len(initialise)) as threads:
         threads.map(lambda pair: pair[0].initialise(pair[1]), initialise)
     gm.graph.lint()

@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any, Self
 
 import torch
@@ -271,7 +272,8 @@ class DropIn(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        return next(self.network.buffers()).device
+        # A network without quantized weights may have no buffers.
+        return next(chain(self.network.buffers(), self.network.parameters())).device
 
     def _apply(self, fn: Any, recurse: bool = True) -> Self:
         """Apply `fn` to all tensors: nn.Module's implementation of .to(), .half() and .cuda().

@@ -29,6 +29,7 @@ from tfmq_fx.graph.inputs import timestep_input
 from tfmq_fx.graph.nodes import fresh
 from tfmq_fx.graph.state import set_state
 from tfmq_fx.graph.written import keeps_buffers
+from tfmq_fx.observers.residual import ResidualFakeQuantize
 from tfmq_fx.observers.static import StaticFakeQuantize
 from tfmq_fx.observers.temporal import TemporalObserver
 from tfmq_fx.observers.token import TokenFakeQuantize
@@ -123,7 +124,7 @@ def with_own(gm: GraphModule, modules: list[nn.Module]) -> tuple[GraphModule, li
 def _mergeable(module: nn.Module) -> bool:
     if isinstance(module, TemporalObserver):
         return type(module).merge is not TemporalObserver.merge
-    return isinstance(module, StaticFakeQuantize)
+    return isinstance(module, (StaticFakeQuantize, ResidualFakeQuantize))
 
 
 @keeps_buffers

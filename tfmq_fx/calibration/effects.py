@@ -1,0 +1,315 @@
+"""Estimate what rounding one tensor inside a network does to the network's output, for all tensors at once.
+
+A small error d of an inner tensor changes the output by J d, J the Jacobian there. If d comes from rounding, its elements
+have the variance step^2 / 12 and are uncorrelated (Widrow & Kollar 2008), so E |J d|^2 = step^2 / 12 * sum of J's squared
+elements. These are E (v^T J)^2, with v of independent standard normal numbers (Hutchinson 1989): what one backward pass
+of v^T output brings back to every tensor. Where values are small against the step, errors are correlated: the mean of
+(v^T J d)^2 over rows, d the true error, says by how much the variance alone falls short. Errors of different tensors are
+assumed to add up, and the network to be linear in them.
+
+Legend: P rows of calibration data, C input channels, T timesteps among the rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule, Interpreter, Node
+from torch.utils import _pytree as pytree
+
+from tfmq_fx.base.arithmetic import FLOAT_BITS, IntegerRange, choose_qparams
+from tfmq_fx.base.errors import TFMQError
+from tfmq_fx.base.parallel import workers
+from tfmq_fx.calibration.data import CalibrationSet, inputs_of
+from tfmq_fx.calibration.temporal_rows import is_scalar
+from tfmq_fx.graph.channels import ParameterLayer
+from tfmq_fx.graph.nodes import hinted_shape, op_name, output_channel_axis, weight_argument
+from tfmq_fx.graph.written import keeps_buffers
+from tfmq_fx.passes.quantize.plan import LayerPlan
+
+ROWS = 16
+POWER, VARIANCE = "power", "variance"
+BATCH = 64  # rows in one run of the graph when ranges are measured
+RANGE_ROWS = 1024
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reader:
+    """A layer to be quantized, with candidates for the smoothing of its input."""
+
+    plan: LayerPlan
+    node: Node
+    layer: ParameterLayer | None  # as the low-bit passes see it; None if they leave it
+    group: int  # layers with the same number share their smoothing
+    # Candidate -> s (C,), by which the weight's input channels are multiplied; None: 1. All readers of a group
+    # have the same candidates.
+    smoothing: Mapping[Any, Tensor | None]
+    weight_bits: tuple[int, ...]  # the candidates
+
+    @property
+    def source(self) -> Node:
+        x = self.node.args[0]
+        assert isinstance(x, Node)
+        return x
+
+    @property
+    def weight(self) -> Node:
+        w = self.node.args[weight_argument(self.node)]  # type: ignore[index]
+        assert isinstance(w, Node)
+        return w
+
+    @property
+    def input(self) -> tuple[str, int]:
+        """Return what names the quantized input: readers of one node in one group share it."""
+        return self.source.name, self.group
+
+    @property
+    def axis(self) -> int:
+        """Return the channel dimension of its input, counted from the end."""
+        return channel_axis(self.node)
+
+    def by_input(self, s_C: Tensor) -> Tensor:
+        """Return s in the shape of the weight, which it multiplies."""
+        assert self.layer is not None
+        return self.layer.from_input(s_C[:, None].expand_as(self.layer.by_input()))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Effects:
+    """Expected squared errors of the output, summed over its elements, by row (P,)."""
+
+    timesteps: Tensor  # (P,)
+    # Reader's `input` -> (P, C): of an error of variance 1 in every element of a channel of the input.
+    inputs: dict[tuple[str, int], Tensor]
+    # Reader's `input` -> smoothing -> how many times as large the true error's effect is as that of its variance.
+    correlated: dict[tuple[str, int], dict[Any, float]]
+    weights: dict[
+        str, dict[tuple[Any, int], Tensor]
+    ]  # path -> (smoothing, bits) -> (P,), of rounding to nearest
+    power: Tensor  # (P,) of the output itself
+
+
+@keeps_buffers
+@torch.no_grad()
+def input_ranges(
+    gm: GraphModule,
+    calibration: CalibrationSet,
+    axes: Mapping[str, int],
+    timesteps: Tensor,
+    *,
+    batch_size: int | None = None,
+    seed: int = 0,
+) -> dict[str, tuple[Tensor, Tensor]]:
+    """Return node name -> (minimum, maximum), each (T + 1, C), of every channel of a layer's input.
+
+    Index T has the rows of all other timesteps, +-inf if there are none. Where dim 0 is not the batch, all rows
+    count for every timestep.
+
+    gm: a float graph. axes: layer's node name -> the channel dimension of its input, from the end. timesteps (T,).
+    batch_size: the only one that the graph takes; None if it takes any.
+    """
+
+    class Watch(Interpreter):
+        found: dict[str, tuple[Tensor, Tensor]]
+
+        def run_node(self, n: Node) -> Any:
+            if n.name in axes:
+                x_NCK = by_channel(self.env[n.args[0]], axes[n.name])  # type: ignore[index]
+                self.found[n.name] = (x_NCK.amin(2).float(), x_NCK.amax(2).float())
+            return super().run_node(n)
+
+    def observe(batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, tuple[Tensor, Tensor]]]:
+        watch = Watch(gm)
+        watch.found = {}
+        watch.run(*inputs_of(gm, batch))
+        same = batch[calibration.timestep][:, None] == timesteps.to(batch[calibration.timestep])
+        return torch.where(same.any(1), same.int().argmax(1), len(timesteps)), watch.found
+
+    data = calibration.spread(RANGE_ROWS, seed=seed)
+    batches = data.batches(batch_size or BATCH, one_timestep=is_scalar(gm))
+    whole = [b for b in batches if batch_size in (None, len(b[calibration.timestep]))]
+    with workers(8) as threads:
+        found = threads.map(observe, whole)
+    return {
+        name: _merged([(index, *watched[name]) for index, watched in found], len(timesteps)) for name in axes
+    }
+
+
+def channel_axis(layer: Node) -> int:
+    """Return the channel dimension of a layer's input, counted from the end."""
+    return -1 if op_name(layer) == "linear" else 1 - len(hinted_shape(layer.args[weight_argument(layer)]))  # type: ignore[index]
+
+
+def by_channel(x: Tensor, axis: int) -> Tensor:
+    """Return x as (N, C, K), its channels at dim `axis`, counted from the end; N is 1 for a single sample."""
+    x = x if x.dim() > -axis else x[None]
+    return x.movedim(axis, 1).reshape(len(x), x.shape[axis], -1)
+
+
+def _merged(batches: Sequence[tuple[Tensor, Tensor, Tensor]], count: int) -> tuple[Tensor, Tensor]:
+    """Return (minimum, maximum), each (T + 1, C), from batches of (index (N,), minimum (N, C), maximum (N, C))."""
+    low_TC = batches[0][1].new_full((count + 1, batches[0][1].shape[1]), torch.inf)
+    high_TC = -low_TC
+    for index_N, low_NC, high_NC in batches:
+        if len(low_NC) == len(index_N):
+            where = index_N.to(low_NC.device)[:, None].expand_as(low_NC)
+            low_TC.scatter_reduce_(0, where, low_NC, "amin")
+            high_TC.scatter_reduce_(0, where, high_NC, "amax")
+        else:
+            low_TC = torch.minimum(low_TC, low_NC.amin(0))
+            high_TC = torch.maximum(high_TC, high_NC.amax(0))
+    return low_TC, high_TC
+
+
+@keeps_buffers
+@torch.no_grad()
+def output_effects(
+    gm: GraphModule,
+    calibration: CalibrationSet,
+    readers: Sequence[Reader],
+    qparams: Mapping[tuple[str, int], Mapping[Any, tuple[Tensor, Tensor]]],
+    rows: Sequence[Tensor],
+    *,
+    shards: int = 2,
+    seed: int = 0,
+) -> Effects:
+    """Return what errors in every reader's input and weight do to the output of a float graph.
+
+    qparams: reader's `input` -> smoothing -> (scale (P,), zero_point (P,)) of the smoothed input in each run.
+    rows: the indices of each run's rows, of one timestep. A run counts as one of the P rows.
+    shards: the number of runs at once. seed: of the vectors v.
+
+    Raises TFMQError if no gradient goes back from the output to any of the readers.
+    """
+
+    def run(i: int) -> dict[Any, Tensor]:
+        own = {
+            key: {c: (float(scale[i]), int(zero[i])) for c, (scale, zero) in of.items()}
+            for key, of in qparams.items()
+        }
+        probe = _Probe(gm, readers, own)
+        probe.measure(inputs_of(gm, calibration.batch(rows[i])), seed=seed + i)
+        return probe.found
+
+    with workers(shards) as threads:
+        done = threads.map(run, range(len(rows)))
+    if all(found.keys() == {POWER} for found in done):
+        raise TFMQError("no gradient goes back from the network's output to its layers.")
+
+    def column(key: Any) -> Tensor:
+        none = torch.zeros_like(next((found[key] for found in done if key in found), torch.zeros(())))
+        return torch.stack([found.get(key, none) for found in done]).double()
+
+    def ratio(key: Any, candidate: Any) -> float:
+        found_P, variance_P = column((key, candidate)), column((key, candidate, VARIANCE))
+        return float((found_P / variance_P.clamp_min(1e-30)).mean().clamp_min(1.0))
+
+    return Effects(
+        timesteps=torch.stack([calibration.tensors[calibration.timestep][r[0]] for r in rows]),
+        inputs={r.input: column(r.input) for r in readers if r.plan.activation_bits != FLOAT_BITS},
+        correlated={
+            r.input: {c: ratio(r.input, c) for c in r.smoothing}
+            for r in readers
+            if r.plan.activation_bits != FLOAT_BITS
+        },
+        weights={
+            r.plan.path: {
+                (c, bits): column((r.plan.path, c, bits)) for c in r.smoothing for bits in r.weight_bits
+            }
+            for r in readers
+        },
+        power=column(POWER),
+    )
+
+
+class _Probe(Interpreter):
+    """A run of the float graph that hears the gradient of each quantized input and weight as it comes back."""
+
+    def __init__(
+        self,
+        gm: GraphModule,
+        readers: Sequence[Reader],
+        qparams: Mapping[tuple[str, int], Mapping[Any, tuple[float, int]]],
+    ) -> None:
+        super().__init__(gm)
+        self.readers, self.qparams = {r.node: r for r in readers}, qparams
+        self.found: dict[Any, Tensor] = {}
+        self._heard: dict[Any, Tensor] = {}
+        # Added to what is heard, so that gradients are asked for it alone: the network's parameters get none.
+        self._zero = torch.zeros(()).requires_grad_()
+
+    def measure(self, inputs: Sequence[Any], *, seed: int) -> None:
+        with torch.enable_grad():
+            leaves = pytree.tree_leaves(self.run(*inputs))
+            output = next(x for x in leaves if isinstance(x, Tensor) and x.is_floating_point())
+            self._heard.clear()
+            if output.requires_grad:
+                v = torch.randn(output.shape, generator=torch.Generator().manual_seed(seed)).to(output)
+                torch.autograd.grad(output, [self._zero], v, allow_unused=True)
+        self.found[POWER] = output.detach().float().square().sum().cpu()
+
+    def get_attr(self, target: Any, args: Any, kwargs: Any) -> Any:
+        """Return a parameter without its gradient, so that only what is heard has one."""
+        value = super().get_attr(target, args, kwargs)
+        return value.detach() if isinstance(value, Tensor) else value
+
+    def run_node(self, n: Node) -> Any:
+        reader = self.readers.get(n)
+        if reader is None:
+            return super().run_node(n)
+        kept = {reader.source: self.env[reader.source], reader.weight: self.env[reader.weight]}
+        if reader.plan.activation_bits != FLOAT_BITS:
+            self.env[reader.source] = self._hear(reader.input, kept[reader.source], reader)
+        if reader.weight_bits:
+            self.env[reader.weight] = self._hear(reader.plan.path, kept[reader.weight].detach(), reader)
+        try:
+            return super().run_node(n)
+        finally:
+            self.env.update(kept)
+
+    def _hear(self, key: Any, x: Tensor, reader: Reader) -> Tensor:
+        if key not in self._heard:
+            # A view has a gradient of its own: that of the layers alone, without x's other readers.
+            self._heard[key] = y = x.view_as(x) if x.requires_grad else x + self._zero.to(x)
+            judge = self._judge_input if key == reader.input else self._judge_weight
+            y.register_hook(partial(judge, reader, x.detach()))  # type: ignore[no-untyped-call]
+        return self._heard[key]
+
+    def _judge_input(self, reader: Reader, x: Tensor, g: Tensor) -> None:
+        x_NCK, g_NCK = by_channel(x.float(), reader.axis), by_channel(g.float(), reader.axis)
+        self.found[reader.input] = energy_C = g_NCK.square().sum((0, 2)).cpu()
+        limits = IntegerRange.activation(reader.plan.activation_bits)
+        for candidate, s_C in reader.smoothing.items():
+            scale, zero_point = self.qparams[reader.input][candidate]
+            s_C1 = torch.ones(1, 1) if s_C is None else s_C[:, None].to(x_NCK)
+            y_NCK = torch.fake_quantize_per_tensor_affine(
+                x_NCK / s_C1, scale, zero_point, limits.quant_min, limits.quant_max
+            )
+            error_NCK = y_NCK.mul_(s_C1).sub_(x_NCK)
+            self.found[reader.input, candidate] = (
+                torch.vdot(error_NCK.flatten(), g_NCK.flatten()).square().cpu()
+            )
+            variance = (energy_C * s_C1[:, 0].cpu().square()).sum() * scale**2 / 12
+            self.found[reader.input, candidate, VARIANCE] = variance
+
+    def _judge_weight(self, reader: Reader, w: Tensor, g: Tensor) -> None:
+        energy, w = g.float().square(), w.float()
+        for candidate, s_C in reader.smoothing.items():
+            scale = 1.0 if s_C is None else reader.by_input(s_C).to(w)
+            for bits in reader.weight_bits:
+                step = _steps(w * scale, reader, bits) / scale
+                self.found[reader.plan.path, candidate, bits] = (step.square() * energy).sum().cpu() / 12
+
+
+def _steps(w: Tensor, reader: Reader, bits: int) -> Tensor:
+    """Return the rounding step of every weight, in the weight's shape, if each row of weights covers its range."""
+    moved, integers = w.movedim(output_channel_axis(reader.node), 0), IntegerRange.weight(bits)
+    rows = moved.reshape(-1, reader.plan.group_size or moved[0].numel())
+    scale_R, _ = choose_qparams(rows.amin(1), rows.amax(1), integers)
+    steps = scale_R[:, None].expand_as(rows).reshape(moved.shape)
+    return steps.movedim(0, output_channel_axis(reader.node))

@@ -1,0 +1,464 @@
+"""Choose the settings that a recipe leaves open, layer by layer, by what they do to the network's output."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule
+
+from tfmq_fx.base.ambient import neutral
+from tfmq_fx.base.arithmetic import FLOAT_BITS, IntegerRange, choose_qparams, choose_shared_qparams
+from tfmq_fx.calibration.data import CalibrationSet
+from tfmq_fx.calibration.effects import (
+    ROWS,
+    Effects,
+    Reader,
+    channel_axis,
+    input_ranges,
+    output_effects,
+)
+from tfmq_fx.graph.channels import choose_layers
+from tfmq_fx.graph.inputs import placeholders
+from tfmq_fx.graph.nodes import attribute, fixed_size, meta_value
+from tfmq_fx.graph.origins import Explicit, Origin, find_origins
+from tfmq_fx.passes.low_bits.smooth import readers_of, smoothing_scale
+from tfmq_fx.passes.quantize.plan import LayerPlan, plan, settings_of
+from tfmq_fx.passes.quantize.two_terms import can_have_two
+from tfmq_fx.passes.temporal.find_temporal import TemporalBlock
+from tfmq_fx.recipe import AUTO, OFF, SHARES, Recipe, Rule
+from tfmq_fx.reconstruction.stage import temporal_method
+from tfmq_fx.runtimes.layers import layers_of
+
+ALPHAS = (0.35, 0.5, 0.65, 0.8, 0.95)
+# What costs something at run time (a multiplication, a table, bytes) must save this share of the output's error.
+WORTH = 1e-3
+# What each method leaves of the squared error of rounding a weight to nearest, about
+# (docs/measured/reconstruction.md).
+LEFT = {"nearest": 1.0, "gptq": 0.25, "adaround": 0.15, "gptq+adaround": 0.15}
+FLOAT_BYTES = 4  # of a weight left in float
+ROUNDS = 3  # the weights of the timesteps depend on the choice, and the choice on them
+
+Smoothing = Mapping[Any, Tensor | None]
+# Reader's input -> smoothing -> (scale (P,), zero_point (P,))
+QParams = dict[tuple[str, int], dict[Any, tuple[Tensor, Tensor]]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Choices:
+    """A recipe with nothing left open, and how it was found."""
+
+    recipe: Recipe
+    report: dict[str, Any]  # plain JSON values; {} if nothing was open
+    maxima: Mapping[str, Tensor] | None = None  # for `smooth`, measured on the way
+
+
+def is_open(recipe: Recipe) -> bool:
+    """Return True if `choose` has something to choose."""
+    shares = any(getattr(recipe, name) for name in SHARES)
+    return AUTO in (recipe.smooth, recipe.keyed) or (shares and not recipe.chosen)
+
+
+@neutral()
+def choose(
+    gm: GraphModule, recipe: Recipe, calibration: CalibrationSet, *, temporal: TemporalBlock, seed: int = 0
+) -> Choices:
+    """Choose what the recipe leaves open, so that the error of the network's output is least.
+
+    For each layer: the exponent of smoothing (Recipe.smooth "auto"), and whether its input has qparams per timestep
+    (Recipe.keyed "auto"). Within Recipe.float_flops and Recipe.float_bytes: the inputs that stay in float, and the weights
+    that get 8 or 16 bits. Errors are estimated by `output_effects` on a few rows of the calibration set, relative to the
+    whole error at their timestep, so that no timestep counts for more than another.
+
+    gm: a captured float graph, which is left unchanged. seed: of the choice of rows and of the estimates.
+    """
+    if not is_open(recipe):
+        return Choices(recipe=recipe, report={})
+    planned = plan(gm, recipe=recipe, temporal=temporal).layers
+    nodes = {n.name: n for n in gm.graph.nodes}
+    rows, only_size = _rows(gm, calibration, seed)
+    timesteps = calibration.tensors[calibration.timestep][torch.stack([r[0] for r in rows])].unique()
+    axes = {layer.node: channel_axis(nodes[layer.node]) for layer in planned}
+    ranges = input_ranges(gm, calibration, axes, timesteps, batch_size=only_size, seed=seed)
+    maxima = {name: torch.maximum(-low, high).amax(0) for name, (low, high) in ranges.items()}
+    readers = _readers(gm, recipe, planned, maxima, temporal)
+    where = [
+        int((timesteps == t).nonzero()[0])
+        for t in calibration.tensors[calibration.timestep][torch.stack([r[0] for r in rows])]
+    ]
+    by_timestep, static = _qparams(recipe, readers, ranges, where)
+    effects = output_effects(
+        gm,
+        calibration,
+        readers,
+        by_timestep,
+        rows,
+        shards=recipe.reconstruction.shards,
+        seed=seed,
+    )
+    flops = {layer.path: layer.flops for layer in layers_of(gm)}
+    search = _Search(recipe, readers, effects, by_timestep, static, flops=flops)
+    before = search.error_P()
+    search.run()
+    chosen = dataclasses.replace(
+        recipe,
+        smooth=None if recipe.smooth == AUTO else recipe.smooth,
+        keyed="block" if recipe.keyed == AUTO else recipe.keyed,
+        chosen=tuple(search.rules()),
+    )
+    return Choices(recipe=chosen, report=search.report(before), maxima=maxima)
+
+
+def _rows(gm: GraphModule, calibration: CalibrationSet, seed: int) -> tuple[list[Tensor], int | None]:
+    """Return the indices of the rows of each run, of one timestep, and the only batch size that the graph takes.
+
+    That is None if it takes any. Then a run has one row.
+    """
+    t = calibration.tensors[calibration.timestep]
+    values = [meta_value(n) for name, n in placeholders(gm).items() if name in calibration.tensors]
+    sizes = [fixed_size(x.shape[0]) for x in values if isinstance(x, Tensor) and x.dim()]
+    only_size = max((s for s in sizes if s is not None), default=None)
+    found = []
+    for row in calibration.draw(ROWS, seed=seed):
+        same = (t == t[row]).nonzero().flatten()
+        found.append(torch.cat([row[None], same[same != row]]).repeat(only_size or 1)[: only_size or 1])
+    return found, only_size
+
+
+def _readers(
+    gm: GraphModule,
+    recipe: Recipe,
+    planned: Sequence[LayerPlan],
+    maxima: Mapping[str, Tensor],
+    temporal: TemporalBlock,
+) -> list[Reader]:
+    """Return every layer to be quantized, with its candidates."""
+    nodes = {n.name: n for n in gm.graph.nodes}
+    layers, _ = choose_layers(gm, temporal.nodes, timestep=temporal.timestep)
+    by_node = {layer.node.name: layer for layer in layers}
+    smoothing = _smoothing(gm, recipe, planned, maxima, temporal)
+    found = []
+    for i, p in enumerate(planned):
+        if min(p.weight_bits, p.activation_bits) == FLOAT_BITS:
+            continue
+        group, candidates = smoothing.get(p.node, (-1 - i, {OFF: None}))
+        wider = recipe.float_bytes > 0 and p.weight_bits < 8 and not _given(recipe, p).weight_bits
+        found.append(
+            Reader(
+                plan=p,
+                node=nodes[p.node],
+                layer=by_node.get(p.node),
+                group=group,
+                smoothing=candidates,
+                weight_bits=() if p.weight_bits == FLOAT_BITS else (p.weight_bits, *([8] if wider else [])),
+            )
+        )
+    return found
+
+
+def _given(recipe: Recipe, layer: LayerPlan) -> Rule:
+    return settings_of(recipe, layer.path, layer.op)
+
+
+def _smoothing(
+    gm: GraphModule,
+    recipe: Recipe,
+    planned: Sequence[LayerPlan],
+    maxima: Mapping[str, Tensor],
+    temporal: TemporalBlock,
+) -> dict[str, tuple[int, Smoothing]]:
+    """Return layer's node name -> (the number of its group, its candidates), for the layers that `smooth` works on."""
+    layers, _ = choose_layers(gm, temporal.nodes, timestep=temporal.timestep)
+    by_path = {p.path: p for p in planned}
+    found: dict[str, tuple[int, Smoothing]] = {}
+    origins, explicit = find_origins(gm, layers, temporal=temporal.nodes)
+    groups: list[Origin | Explicit] = [*origins, *explicit]
+    for number, group in enumerate(groups):
+        readers = readers_of(group, layers)
+        # `smooth` takes the setting of a group's first layer too.
+        given = _given(recipe, by_path[readers[0][0].path]).smooth
+        given = recipe.smooth if given is None else given
+        alphas = ALPHAS if given == AUTO else [a for a in (given,) if isinstance(a, float)]
+        count = 1 + max(int(numbers.max()) for _, numbers in readers)
+        scales = {a: smoothing_scale(readers, maxima, count, a).float() for a in alphas}
+        off: Smoothing = {OFF: None} if given in (AUTO, OFF, None) else {}
+        for layer, numbers in readers:
+            found[layer.node.name] = number, {**off, **{a: s_C[numbers] for a, s_C in scales.items()}}
+    return found
+
+
+@dataclass(frozen=True)
+class _Step:
+    """More precision for one tensor."""
+
+    saved_P: Tensor  # error of the output
+    costs: Mapping[str, float]  # the recipe's field -> the share of it that is spent
+    take: Callable[[], None]
+
+
+def _qparams(
+    recipe: Recipe,
+    readers: Sequence[Reader],
+    ranges: Mapping[str, tuple[Tensor, Tensor]],
+    where: Sequence[int],
+) -> tuple[QParams, QParams]:
+    """Return the qparams of every smoothed input for each of the P rows: those of its timestep, and one set for all.
+
+    where: the index of each row's timestep in `ranges`.
+    """
+    by_timestep: QParams = {}
+    static: QParams = {}
+    for r in readers:
+        if r.plan.activation_bits == FLOAT_BITS or r.input in by_timestep:
+            continue
+        integers = IntegerRange.activation(r.plan.activation_bits)
+        shared = recipe.shared_zero_point and not r.plan.temporal
+        choose_own = choose_shared_qparams if shared else choose_qparams
+        by_timestep[r.input], static[r.input] = {}, {}
+        for candidate, s_C in r.smoothing.items():
+            low_TC, high_TC = (x if s_C is None else x / s_C.to(x) for x in ranges[r.node.name])
+            low_T, high_T = low_TC.amin(1), high_TC.amax(1)
+            seen_T = low_T <= high_T  # False: all rows have one of these timesteps
+            low_T, high_T = low_T.where(seen_T, 0), high_T.where(seen_T, 0)
+            scale_T, zero_T = choose_own(low_T, high_T, integers)
+            one = choose_qparams(low_T.amin()[None], high_T.amax()[None], integers)
+            by_timestep[r.input][candidate] = scale_T[list(where)], zero_T[list(where)]
+            static[r.input][candidate] = one[0].expand(len(where)), one[1].expand(len(where))
+    return by_timestep, static
+
+
+class _Search:
+    """A choice for every layer, and what it leaves of the output's error by row (P,)."""
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        readers: Sequence[Reader],
+        effects: Effects,
+        by_timestep: QParams,
+        static: QParams,
+        *,
+        flops: Mapping[str, int],
+    ) -> None:
+        self.recipe, self.readers, self.effects, self.flops = recipe, readers, effects, flops
+        self.rule = {r.plan.path: _given(recipe, r.plan) for r in readers}
+        self.alpha = {r.group: next(iter(r.smoothing)) for r in readers}
+        self.bits = {r.plan.path: r.plan.weight_bits for r in readers}
+        self.of_input: dict[tuple[str, int], list[Reader]] = {}
+        # Input -> smoothing -> the error with qparams of the row's timestep, and with one set for all.
+        self.rounding: dict[tuple[str, int], dict[Any, tuple[Tensor, Tensor]]] = {}
+        for r in readers:
+            if r.input in effects.inputs:
+                self.of_input.setdefault(r.input, []).append(r)
+                self.rounding[r.input] = {
+                    c: self._rounding(r, c, by_timestep[r.input][c][0], static[r.input][c][0])
+                    for c in r.smoothing
+                }
+        self.wide: set[tuple[str, int]] = set()  # inputs that stay in float
+        self.double: set[tuple[str, int]] = set()  # inputs in two terms
+        self.bytes = sum(self._bytes(r, r.plan.weight_bits) for r in readers)
+        self.keyed = {key for key, of in self.of_input.items() if self._may_key(of) is not False}
+        if recipe.keyed == AUTO:
+            self.keyed = {key for key, of in self.of_input.items() if self._may_key(of)}
+
+    def _may_key(self, readers: Sequence[Reader]) -> bool | None:
+        """Return whether an input has qparams per timestep, by rule or by the recipe; None if that is open."""
+        given = self.rule[readers[0].plan.path].keyed or self.recipe.keyed
+        if readers[0].plan.temporal or readers[0].plan.activation_granularity == "token":
+            return True
+        return None if given == AUTO else given == "all"
+
+    def run(self) -> None:
+        for _ in range(ROUNDS):
+            weights_P = 1 / self.error_P().clamp_min(1e-30)
+            self._smooth(weights_P)
+            self._key(weights_P)
+        while self._widen(1 / self.error_P().clamp_min(1e-30)):
+            pass
+        # What is in float now no longer asks for even activations.
+        self._smooth(1 / self.error_P().clamp_min(1e-30))
+
+    # ---- errors
+
+    def error_P(self) -> Tensor:
+        errors = [self._input_error(key) for key in self.of_input]
+        errors += [self._weight_error(r) for r in self.readers]
+        return torch.stack(errors).sum(0)
+
+    def _input_error(self, key: tuple[str, int], alpha: Any = None, *, keyed: bool | None = None) -> Tensor:
+        alpha = self.alpha[key[1]] if alpha is None else alpha
+        if key in self.wide | self.double:  # two terms leave next to nothing
+            return torch.zeros_like(self.effects.power)
+        by_timestep_P, static_P = self.rounding[key][alpha]
+        return by_timestep_P if (key in self.keyed if keyed is None else keyed) else static_P
+
+    def _rounding(
+        self, reader: Reader, alpha: Any, step_P: Tensor, static_P: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Return the error (P,) of rounding a smoothed input with qparams of the row's timestep, and with one set."""
+        energy_PC, s_C = self.effects.inputs[reader.input], reader.smoothing[alpha]
+        error_P = (energy_PC if s_C is None else energy_PC * s_C.double().square()).sum(1) / 12
+        error_P = error_P * self.effects.correlated[reader.input][alpha]
+        return error_P * step_P.double().square(), error_P * static_P.double().square()
+
+    def _weight_error(self, reader: Reader, alpha: Any = None, bits: int | None = None) -> Tensor:
+        alpha = self.alpha[reader.group] if alpha is None else alpha
+        bits = bits or self.bits[reader.plan.path]
+        if bits == FLOAT_BITS:
+            return torch.zeros_like(self.effects.power)
+        settings = self.recipe.reconstruction
+        method = temporal_method(settings) if reader.plan.temporal else settings.method
+        return self.effects.weights[reader.plan.path][alpha, bits] * LEFT[method]
+
+    def _share(self, error_P: Tensor, weights_P: Tensor) -> float:
+        """Return the share of an error in the whole, the mean over the rows."""
+        return float((error_P * weights_P).mean())
+
+    # ---- choices
+
+    def _smooth(self, weights_P: Tensor) -> None:
+        groups: dict[int, list[Reader]] = {}
+        for r in self.readers:
+            groups.setdefault(r.group, []).append(r)
+        for group, readers in groups.items():
+            keys = {r.input for r in readers} & self.of_input.keys()
+            shares = {}
+            for alpha in readers[0].smoothing:
+                errors = [self._input_error(k, alpha) for k in keys]
+                errors += [self._weight_error(r, alpha) for r in readers]
+                shares[alpha] = self._share(torch.stack(errors).sum(0), weights_P)
+            best = min(shares, key=lambda a: shares[a])
+            needless = OFF in shares and shares[OFF] - shares[best] < WORTH / len(groups)
+            self.alpha[group] = OFF if needless else best
+
+    def _key(self, weights_P: Tensor) -> None:
+        for key, readers in self.of_input.items():
+            if self._may_key(readers) is None:
+                static, keyed = (self._input_error(key, keyed=k) for k in (False, True))
+                worth = self._share(static - keyed, weights_P) > WORTH
+                (self.keyed.add if worth else self.keyed.discard)(key)
+
+    def _widen(self, weights_P: Tensor) -> bool:
+        """Take the step that saves most error for its share of the budgets; return False if none is worth it."""
+        room = self.room()
+        best: tuple[float, _Step] | None = None
+        for step in self._steps():
+            gain = self._share(step.saved_P, weights_P)
+            if gain >= WORTH and all(cost <= room[name] for name, cost in step.costs.items()):
+                cost = sum(cost / getattr(self.recipe, name) for name, cost in step.costs.items() if cost)
+                worth = gain / cost if cost else math.inf
+                if best is None or worth > best[0]:
+                    best = worth, step
+        if best is not None:
+            best[1].take()
+        return best is not None
+
+    def _steps(self) -> Iterator[_Step]:
+        for key, readers in self.of_input.items():
+            rules = [self.rule[r.plan.path] for r in readers]
+            if key not in self.wide | self.double and not any(
+                r.activation_bits or r.activation_terms for r in rules
+            ):
+                saved_P = self._input_error(key)
+                yield _Step(
+                    saved_P,
+                    {"float_flops": self._flops(r for r in readers if not self._is_float(r))},
+                    partial(self.wide.add, key),
+                )
+                if not readers[0].plan.temporal and all(can_have_two(r.node) for r in readers):
+                    yield _Step(
+                        saved_P, {"double_flops": self._flops(readers)}, partial(self.double.add, key)
+                    )
+        for r in self.readers:
+            now = self.bits[r.plan.path]
+            for bits in (8, FLOAT_BITS) if not self.rule[r.plan.path].weight_bits else ():
+                if bits > now and (bits == FLOAT_BITS or bits in r.weight_bits):
+                    costs = {"float_bytes": (self._bytes(r, bits) - self._bytes(r, now)) / self.bytes}
+                    if bits == FLOAT_BITS:
+                        costs["float_flops"] = 0.0 if self._is_float(r) else self._flops([r])
+                    saved_P = self._weight_error(r) - self._weight_error(r, bits=bits)
+                    yield _Step(saved_P, costs, partial(self.bits.__setitem__, r.plan.path, bits))
+
+    def room(self) -> dict[str, float]:
+        """Return what is left of each budget."""
+        spent = {
+            "float_flops": self.float_flops(),
+            "double_flops": self._flops(r for key in self.double for r in self.of_input[key]),
+            "float_bytes": sum(self._bytes(r, self.bits[r.plan.path]) for r in self.readers) / self.bytes - 1,
+        }
+        return {name: getattr(self.recipe, name) - share for name, share in spent.items()}
+
+    def _flops(self, readers: Iterable[Reader]) -> float:
+        """Return these layers' share of all multiplications."""
+        return sum(self.flops[r.plan.path] for r in readers) / sum(self.flops.values())
+
+    def _is_float(self, r: Reader) -> bool:
+        """Return True if the layer's multiplications are in float."""
+        return (
+            r.input in self.wide
+            or r.plan.activation_bits == FLOAT_BITS
+            or self.bits[r.plan.path] == FLOAT_BITS
+        )
+
+    def _bytes(self, r: Reader, bits: int) -> int:
+        assert isinstance(r.node.graph.owning_module, GraphModule)
+        weights: int = attribute(r.node.graph.owning_module, r.plan.path).numel()
+        return weights * FLOAT_BYTES if bits == FLOAT_BITS else weights * bits // 8
+
+    def float_flops(self) -> float:
+        """Return the share of all multiplications that are in float."""
+        return self._flops(r for r in self.readers if self._is_float(r))
+
+    # ---- results
+
+    def rules(self) -> Iterator[Rule]:
+        """Yield a rule for every layer whose settings differ from the recipe's."""
+        keyed = self.keyed - self.wide - self.double
+        for r in self.readers:
+            path, given = r.plan.path, self.rule[r.plan.path]
+            alpha = self.alpha[r.group]
+            rule = Rule(
+                pattern=path,
+                smooth=alpha if len(r.smoothing) > 1 and alpha != OFF else given.smooth,
+                keyed="all" if r.input in keyed and self._may_key([r]) is None else given.keyed,
+                activation_terms=2 if r.input in self.double else given.activation_terms,
+                activation_bits=FLOAT_BITS if r.input in self.wide else given.activation_bits,
+                weight_bits=self.bits[path] if self.bits[path] != r.plan.weight_bits else given.weight_bits,
+            )
+            if rule != Rule(pattern=path):
+                yield rule
+
+    def report(self, before_P: Tensor) -> dict[str, Any]:
+        """Return the choice as plain JSON values: by timestep, and layer by layer."""
+        after_P, weights_P = self.error_P(), 1 / before_P.clamp_min(1e-30)
+        first = {key: of[0] for key, of in self.of_input.items()}
+        layers = []
+        for rule in self.rules():
+            (r,) = (r for r in self.readers if r.plan.path == rule.pattern)
+            left = self._weight_error(r)
+            if first.get(r.input) is r:  # the error of an input is listed with the first layer that reads it
+                left = left + self._input_error(r.input)
+            settings = {n: v for n, v in dataclasses.asdict(rule).items() if v is not None and n != "pattern"}
+            layers.append({"name": rule.pattern, **settings, "error": self._share(left, weights_P)})
+        by_row = zip(
+            self.effects.timesteps.tolist(),
+            before_P / self.effects.power,
+            after_P / self.effects.power,
+            strict=True,
+        )
+        return {
+            "rows": len(before_P),
+            "gain_db": float((10 * (before_P / after_P).log10()).mean()),
+            "float_flops": self.float_flops(),
+            "double_flops": self._flops(r for key in self.double for r in self.of_input[key]),
+            "output_relative_mse": [
+                {"timestep": t, "before": float(b), "after": float(a)} for t, b, a in by_row
+            ],
+            "layers": layers,
+        }
