@@ -82,7 +82,7 @@ class Interface:
             | dict.fromkeys(sorted(replaced)),
             output_type=output_type,
             timestep=str(timestep_input(gm, None).target),
-            attributes=facts_of(network, {n for n, _ in [*gm.named_parameters(), *gm.named_buffers()]}),
+            attributes=facts_of(network, {str(n.target) for n in gm.graph.find_nodes(op="get_attr")}),
         )
 
     @cached_property
@@ -185,11 +185,8 @@ class DropIn(nn.Module):
         return own if face is None else stand_in(own, face.facts.class_of(""))
 
     def __reduce__(self) -> Any:
-        return (
-            _blank,
-            (type(self),),
-            dict(vars(self)),
-        )  # pickle's own way would compare type(self) with __class__
+        # pickle's own way would compare type(self) with __class__.
+        return _blank, (type(self),), dict(vars(self))
 
     @property
     def _float(self) -> FloatModule:

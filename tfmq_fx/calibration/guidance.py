@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -39,32 +40,41 @@ def without_guidance(takes: Collection[str], given: Mapping[str, Any]) -> Iterat
             yield changes
 
 
-def conditions(calls: Sequence[Flat], names: Collection[str]) -> dict[str, Tensor]:
-    """Return the tensors of these names that are the same in all calls, from a run without guidance.
+@dataclass(frozen=True, kw_only=True)
+class Unguided:
+    """How a pipeline is run without guidance, and which of its network's arguments tell the condition."""
 
-    Tensors that change from call to call, such as a ControlNet's residuals, depend on the sample. Another run, whose
-    samples differ, says nothing about them.
+    changes: dict[str, float]  # of the pipeline's arguments
+    conditions: tuple[str, ...]  # flat names
+
+
+def conditions(calls: Sequence[Flat], names: Collection[str]) -> tuple[str, ...]:
+    """Return the names of tensors that are the same in all calls, which are from runs without guidance, of two seeds.
+
+    Others depend on the sample, as a ControlNet's residuals do, or on chance. Another run says nothing about them.
     """
     first, *others = calls
-    return {
-        n: first[n]
-        for n in names
+    return tuple(
+        n for n in names
         if all(n in c and c[n].shape == first[n].shape and bool(near(c[n], first[n]).all()) for c in others)
-    }
+    )  # fmt: skip
 
 
-def conditional_rows(call: Flat, expected: Mapping[str, Tensor], size: int) -> Tensor:
-    """Return which rows of a call have the condition, (size,) bool.
+def conditional_rows(calls: Sequence[Flat], sizes: Sequence[int], expected: Mapping[str, Tensor]) -> Tensor:
+    """Return which rows of all calls have the condition, (rows,) bool.
 
-    expected: the tensors of a run without guidance, (R, ...) each; the rows of both belong to the same samples in turn.
+    sizes: the number of rows of each call. expected: the conditions in a run without guidance, (R, ...) each.
     """
-    found = torch.ones(size, dtype=torch.bool)
+    found = torch.ones(sum(sizes), dtype=torch.bool)
     for name, x in expected.items():
-        y = call.get(name)
-        if not isinstance(y, Tensor) or not y.dim() or len(y) not in (1, size):
-            return torch.zeros(size, dtype=torch.bool)
-        found &= near(y.expand(size, *y.shape[1:]), x)
+        found &= torch.cat([_rows_near(c.get(name), x, size) for c, size in zip(calls, sizes, strict=True)])
     return found
+
+
+def _rows_near(value: Any, expected: Tensor, size: int) -> Tensor:
+    if not isinstance(value, Tensor) or not value.dim() or len(value) not in (1, size):
+        return torch.zeros(size, dtype=torch.bool)
+    return near(value.expand(size, *value.shape[1:]), expected)
 
 
 def near(a: Tensor, b: Tensor) -> Tensor:
@@ -81,4 +91,5 @@ def near(a: Tensor, b: Tensor) -> Tensor:
         equal = (x.float() - y.float()).norm(dim=-1) <= NOISE * y.float().norm(dim=-1)
     else:
         equal = (x == y).all(-1)
-    return equal.all(-1).any(-1).repeat_interleave(samples)
+    found: Tensor = equal.all(-1).any(-1).repeat_interleave(samples)
+    return found

@@ -26,7 +26,7 @@ from tfmq_fx.base.files import replace_folder, update_with_tensors
 from tfmq_fx.base.parallel import Ranks, workers
 from tfmq_fx.base.progress import track
 from tfmq_fx.calibration.calls import Call, Constants, Flat, Leaves, call_leaves, defaults_of, recorded
-from tfmq_fx.calibration.guidance import conditional_rows, conditions, without_guidance
+from tfmq_fx.calibration.guidance import Unguided, conditional_rows, conditions, without_guidance
 from tfmq_fx.calibration.pipelines import call_pipeline, few_steps, whole_lists
 from tfmq_fx.calibration.rows import INDEX, Recording, Sink, read_recording
 
@@ -63,46 +63,52 @@ class Session:
         """Return the defaults of the denoiser's arguments."""
         return defaults_of(self.network)
 
-    def run(self, first: int, size: int, steps: int, **changes: Any) -> tuple[list[Call], Exception | None]:
+    def run(
+        self, first: int, size: int, steps: int, *, changes: Mapping[str, float] | None = None, seed: int = 0
+    ) -> tuple[list[Call], Exception | None]:
         """Run the pipeline for samples first .. first + size - 1. Return its calls, and the error that ended it.
 
-        changes: override `pipe_kwargs`.
+        changes: override `pipe_kwargs`. seed: added to the session's.
         """
         whole = self.whole  # may run the pipeline, which must not be recorded
-        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + first)
-        with recorded(self.network) as found:
+        generator = torch.Generator().manual_seed((self.seed + seed) * 1_000_003 + first)
+        with recorded(self.network) as found, torch.random.fork_rng(devices=()):
+            torch.manual_seed(generator.initial_seed())  # some pipelines draw from this one, too
             try:
                 call_pipeline(
                     self.pipe, size, first=first, whole=whole, num_inference_steps=steps, generator=generator,
-                    **{**self.pipe_kwargs, **changes},
+                    **{**self.pipe_kwargs, **(changes or {})},
                 )  # fmt: skip
             except Exception as error:  # a pipeline may raise anything
                 return found, error
         return found, None
 
-    def batch(
-        self, first: int, shared: frozenset[str], unguided: Mapping[str, float] | None
-    ) -> tuple[list[Leaves], list[bool]]:
+    def batch(self, first: int, unguided: Unguided | None) -> tuple[list[Leaves], list[bool]]:
         """Return the calls that draw the batch which starts at sample `first`, and which of their rows have the condition.
 
-        shared, unguided: the results of `probe`.
+        unguided: as `probe` returns it.
         """
         size = min(self.batch_size, self.num_samples - first)
-        plain = [] if unguided is None else self.short(size, first=first, changes=unguided)
+        plain = None if unguided is None else self.short(size, first=first, changes=unguided.changes)
         found, error = self.run(first, size, self.num_inference_steps)
         if error is not None:
             raise error
         calls = self._leaves(found)
-        return calls, self._marks([_flat(c) for c in calls], [_flat(c) for c in plain], shared)
+        if unguided is None or not plain:
+            return calls, [True] * sum(self.size_of(_flat(c)) for c in calls)
+        expected = {n: x for n, x in _flat(plain[0]).items() if n in unguided.conditions}
+        return calls, self._marks([_flat(c) for c in calls], expected)
 
-    def short(self, size: int, *, first: int = 0, changes: Mapping[str, float] | None = None) -> list[Leaves]:
+    def short(
+        self, size: int, *, first: int = 0, changes: Mapping[str, float] | None = None, seed: int = 0
+    ) -> list[Leaves]:
         """Return the calls that draw samples first .. first + size - 1 in as few steps as the arguments allow.
 
-        changes: override `pipe_kwargs`. An error after a call is raised only without them: what a user's callback
+        changes, seed: see `run`. An error after a call is raised only without them: what a user's callback
         does need not fit other arguments.
         """
         for steps in few_steps(self.num_inference_steps):
-            found, error = self.run(first, size, steps, **(changes or {}))
+            found, error = self.run(first, size, steps, changes=changes, seed=seed)
             # With too few steps, the pipeline may have none to take. Then it makes no call, and may fail.
             if error is not None and not changes and (found or steps == self.num_inference_steps):
                 raise error
@@ -124,11 +130,10 @@ class Session:
             f"calibration: a call of {type(self.network).__name__} has no tensor but {self.timestep!r}."
         )
 
-    def probe(self) -> tuple[frozenset[str], dict[str, float] | None]:
-        """Find the tensors without rows, and how guidance is switched off.
+    def probe(self) -> tuple[dict[str, torch.Size], Unguided | None]:
+        """Find the tensors without rows, and how to run without guidance.
 
-        Returns the names of tensors that have no rows, such as position ids, and the pipeline's arguments without
-        guidance; None if it uses none.
+        Returns the shapes of tensors that have no rows, such as position ids; and None if there is no guidance.
 
         The first run takes few steps, for a number of samples other than the recording's batch size: tensors that
         do not scale with it have no rows. Other runs are the same without guidance, and have fewer rows if it was on.
@@ -137,40 +142,48 @@ class Session:
         found = self.short(size)
         calls = [_flat(call) for call in found]
         rows = self.size_of(calls[0])
-        shared = frozenset(
-            n for n, x in calls[0].items()
+        shared = {
+            n: x.shape for n, x in calls[0].items()
             if n != self.timestep and isinstance(x, Tensor) and (not x.dim() or x.shape[0] != rows)
-        )  # fmt: skip
+        }  # fmt: skip
         constants = Constants(self.defaults)
         for call in found:
             constants.take(call, self.row_names(call, shared))
         total = sum(self.size_of(c) for c in calls)
         for changes in without_guidance(inspect.signature(self.pipe.__call__).parameters, self.pipe_kwargs):
-            plain = self.short(size, changes=changes)
-            if plain and sum(self.size_of(_flat(c)) for c in plain) < total:
-                return shared, changes
+            plain = [_flat(c) for c in self.short(size, changes=changes)]
+            if plain and sum(self.size_of(c) for c in plain) < total:
+                plain += [_flat(c) for c in self.short(size, changes=changes, seed=1)]
+                _, *names = (n for n, x in plain[0].items() if isinstance(x, Tensor) and n != self.timestep)
+                found_in = conditions(plain, [n for n in names if n not in shared])
+                return shared, Unguided(changes=changes, conditions=found_in)
         return shared, None
 
-    def row_names(self, call: Leaves, shared: frozenset[str]) -> frozenset[str]:
-        """Return the names of a call's arguments that have rows. shared: the tensors that have none."""
-        tensors = {n for n, (_, x) in call.items() if isinstance(x, Tensor) and n not in shared}
-        return frozenset(tensors | ({self.timestep} & call.keys()))
+    def row_names(self, call: Leaves, shared: Mapping[str, torch.Size]) -> frozenset[str]:
+        """Return the names of a call's arguments that have rows. shared: the tensors that have none.
 
-    def _marks(self, calls: list[Flat], plain: list[Flat], shared: frozenset[str]) -> list[bool]:
-        """Return for each row of the calls whether it has the condition. plain: calls of the same samples without guidance."""
+        Raises TFMQError for a tensor without rows whose shape depends on the number of samples.
+        """
+        tensors = {n: x for n, (_, x) in call.items() if isinstance(x, Tensor)}
+        for name, shape in shared.items():
+            if name in tensors and tensors[name].shape != shape:
+                raise TFMQError(
+                    f"calibration: {name!r} has shape {tuple(tensors[name].shape)} in one call of the network, and {tuple(shape)} in "
+                    "one for another number of samples; only tensors with one row for each sample, or the same for all samples, "
+                    "can be recorded."
+                )
+        return frozenset((tensors.keys() - shared.keys()) | ({self.timestep} & call.keys()))
+
+    def _marks(self, calls: list[Flat], expected: Mapping[str, Tensor]) -> list[bool]:
+        """Return for each row of the calls whether it has the condition. expected: see `conditional_rows`."""
         sizes = [self.size_of(call) for call in calls]
-        if not plain:
-            return [True] * sum(sizes)
-        _, *others = (n for n, x in plain[0].items() if isinstance(x, Tensor) and n != self.timestep)
-        expected = conditions(plain, [n for n in others if n not in shared])
-        found = [conditional_rows(call, expected, size) for call, size in zip(calls, sizes, strict=True)]
-        marks: list[bool] = torch.cat(found).tolist()
-        if all(marks) or not any(marks):
-            log.warning(
-                "calibration: cannot tell conditional from unconditional rows; all are treated as conditional"
-            )
-            return [True] * len(marks)
-        return marks
+        marks: list[bool] = conditional_rows(calls, sizes, expected).tolist()
+        if any(marks) and not all(marks):
+            return marks
+        log.warning(
+            "calibration: cannot tell conditional from unconditional rows; all are treated as conditional"
+        )
+        return [True] * len(marks)
 
     def key(self, **more: Any) -> str:
         """Return a hash of everything that the rows depend on: weights, scheduler, arguments, seeds, versions.
@@ -235,9 +248,9 @@ def _record(session: Session, folder: Path, *, deterministic: bool, limit: float
         found = []
         for start in track(starts, "recording trajectories"):
             if ranks.size > 1:
-                found.append(session.batch(start, shared, unguided))
+                found.append(session.batch(start, unguided))
             else:
-                take(*session.batch(start, shared, unguided))
+                take(*session.batch(start, unguided))
     if ranks.size > 1:
         # The batches are dealt to the ranks in turn, so the first ranks may have one more.
         for batches in zip_longest(*ranks.gather(found)):
