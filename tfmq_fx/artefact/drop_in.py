@@ -9,8 +9,9 @@ import json
 import logging
 import threading
 from collections import Counter
-from collections.abc import Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -31,6 +32,18 @@ from tfmq_fx.graph.nodes import fixed_size
 from tfmq_fx.passes.temporal.partition_temporal import temporal_block_of
 
 log = logging.getLogger(__name__)
+
+_COUNTED = ContextVar("counted", default=True)
+
+
+@contextmanager
+def uncounted() -> Iterator[None]:
+    """Neither count nor refuse unseen timesteps and values, in this thread, until exit: for short runs that only probe."""
+    token = _COUNTED.set(False)
+    try:
+        yield
+    finally:
+        _COUNTED.reset(token)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -349,7 +362,7 @@ class DropIn(nn.Module):
         t = self.interface.timestep
         inputs = {n: self._input(n, given[n]) for n in self.interface.inputs if n != t}
         inputs[t] = self._timestep(given[t], inputs[self.first_input].shape[0])
-        if not traced(inputs.values()):
+        if not traced(inputs.values()) and _COUNTED.get():
             for name, table in {t: self.timesteps, **self.finite}.items():
                 self._look_up(name, inputs[name], table)
         output = self._compute([inputs[n] for n in self.interface.inputs])

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from tfmq_fx.artefact.drop_in import uncounted
 from tfmq_fx.base.arguments import Path as ArgumentPath
 from tfmq_fx.base.errors import TFMQError
 from tfmq_fx.base.files import replace_folder, update_with_tensors
@@ -108,7 +109,8 @@ class Session:
         does need not fit other arguments.
         """
         for steps in few_steps(self.num_inference_steps):
-            found, error = self.run(first, size, steps, changes=changes, seed=seed)
+            with uncounted():
+                found, error = self.run(first, size, steps, changes=changes, seed=seed)
             # With too few steps, the pipeline may have none to take. Then it makes no call, and may fail.
             if error is not None and not changes and (found or steps == self.num_inference_steps):
                 raise error
