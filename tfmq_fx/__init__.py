@@ -111,7 +111,9 @@ def _register_quantizer(_: ModuleType) -> None:
 
 def _register_model(loading: ModuleType) -> None:
     """Let a pipeline's model_index.json name our model: ["tfmq_fx", "QuantizedModel"]."""
-    classes = {"QuantizedModel": ["save_pretrained", "from_pretrained"]}
+    # A lowered network has a save_pretrained that refuses, so that diffusers does not leave it out in silence.
+    names = ("QuantizedModel", "LoweredModel")
+    classes = {name: ["save_pretrained", "from_pretrained"] for name in names}
     loading.LOADABLE_CLASSES["tfmq_fx"] = classes
     loading.ALL_IMPORTABLE_CLASSES.update(classes)
 

@@ -9,19 +9,23 @@ import json
 import logging
 import threading
 from collections import Counter
-from collections.abc import Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextvars import ContextVar
 from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import chain
+from pathlib import Path
 from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
+from tfmq_fx.artefact.float_network import Facts, FloatModule, facts_of, stand_in
 from tfmq_fx.artefact.gradients import wants_gradient, with_gradients
 from tfmq_fx.artefact.graph_json import graph_to_json
-from tfmq_fx.base.ambient import neutral
+from tfmq_fx.base.ambient import neutral, traced
 from tfmq_fx.base.arguments import leaves
 from tfmq_fx.base.errors import TFMQError, nearest_names
 from tfmq_fx.graph.inputs import placeholders, timestep_input
@@ -29,6 +33,18 @@ from tfmq_fx.graph.nodes import fixed_size
 from tfmq_fx.passes.temporal.partition_temporal import temporal_block_of
 
 log = logging.getLogger(__name__)
+
+_COUNTED = ContextVar("counted", default=True)
+
+
+@contextmanager
+def uncounted() -> Iterator[None]:
+    """Neither count nor refuse unseen timesteps and values, in this thread, until exit: for short runs that only probe."""
+    token = _COUNTED.set(False)
+    try:
+        yield
+    finally:
+        _COUNTED.reset(token)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,8 +59,8 @@ class Interface:
     constants: dict[str, Any] = field(default_factory=dict)  # arguments fixed at capture, by flat name
     output_type: str | None = None  # qualified name of a diffusers output class; None: a plain tuple
     timestep: str = "timestep"
-    # Module path -> plain attributes of that module of the float network. Pipelines read some of them, such
-    # as a layer's in_features.
+    # Module path -> class and plain attributes of that module of the float network. Pipelines read some of
+    # them, such as a layer's in_features.
     attributes: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     @staticmethod
@@ -80,35 +96,13 @@ class Interface:
             | dict.fromkeys(sorted(replaced)),
             output_type=output_type,
             timestep=str(timestep_input(gm, None).target),
-            attributes={
-                path: {
-                    n: v
-                    for n, v in vars(m).items()
-                    if not n.startswith("_") and n != "training" and _is_json(v)
-                }
-                for path, m in network.named_modules()
-            },
+            attributes=facts_of(network, {str(n.target) for n in gm.graph.find_nodes(op="get_attr")}),
         )
 
-
-class Attributes:
-    """A read-only view of the plain attributes of one of the float network's modules, and of its children."""
-
-    def __init__(self, values: Mapping[str, Mapping[str, Any]], path: str) -> None:
-        self._values, self._path = values, path
-
-    def __getattr__(self, name: str) -> Any:
-        path = f"{self._path}.{name}" if self._path else name
-        if name in self._values.get(self._path, {}):
-            return self._values[self._path][name]
-        if path in self._values:
-            return Attributes(self._values, path)
-        raise AttributeError(
-            f"a quantized network keeps only the plain attributes of the float network's modules; {path!r} is not one of them"
-        )
-
-    def __getitem__(self, index: int) -> Any:
-        return getattr(self, str(index))
+    @cached_property
+    def facts(self) -> Facts:
+        """Return what is kept of the float network's modules."""
+        return Facts(self.attributes)
 
 
 def _item(value: Any, step: str | int) -> Any:
@@ -181,11 +175,12 @@ class DropIn(nn.Module):
         # The weights are buffers, but accelerate's hooks take a module's device from its first parameter.
         device = next((b.device for b in network.buffers()), None)
         self.where = nn.Parameter(torch.empty(0, device=device), requires_grad=False)
-        self.interface = interface
         self.timesteps = timesteps.cpu()
         self.finite = {name: values.cpu() for name, values in (finite or {}).items()}
         self.recipe = recipe
-        self._config = config
+        self._internal_dict = dict(
+            config
+        )  # pipelines replace it by this name, which it has in diffusers' networks
         self._report = report
         self._unseen = {n: Tally() for n in (interface.timestep, *self.finite)}
         # The graph's inputs carry its device and dtype, which were fixed at capture.
@@ -194,14 +189,44 @@ class DropIn(nn.Module):
         self.first_input = first  # the tensor that the network denoises
         # Import the class here, not in forward, because torch.compile traces forward.
         self._output: Any = None if interface.output_type is None else _output_class(interface.output_type)
+        self.interface = interface  # last: from here on, the attributes of the float network are fixed
+
+    @property  # type: ignore[misc]
+    def __class__(self) -> Any:
+        """Return a class for which, and for the float network's own class, `isinstance` is True: pipelines ask for it."""
+        face = vars(self).get("interface")
+        own: Any = type(self)
+        return own if face is None else stand_in(own, face.facts.class_of(""))
+
+    def __reduce__(self) -> Any:
+        # pickle's own way would compare type(self) with __class__.
+        return _blank, (type(self),), dict(vars(self))
+
+    @property
+    def _float(self) -> FloatModule:
+        return FloatModule(self.interface.facts, self)
 
     def __getattr__(self, name: str) -> Any:
         try:
             return super().__getattr__(name)
         except AttributeError:
-            if "interface" not in vars(self):  # __init__ has not set it yet
+            if name.startswith("__") or "interface" not in vars(self):  # __init__ has not set it yet
                 raise
-            return getattr(Attributes(self.interface.attributes, ""), name)
+            if name in self._internal_dict and not hasattr(self._float, name):
+                return self._internal_dict[name]  # as in diffusers, where this is deprecated
+            return getattr(self._float, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        own = (
+            name in self._modules
+            or name in self._parameters
+            or name in vars(self)
+            or hasattr(type(self), name)
+        )
+        if own or "interface" not in vars(self) or not self.interface.facts.has(name):
+            super().__setattr__(name, value)
+        else:
+            setattr(self._float, name, value)
 
     def parts(self) -> dict[str, Any]:
         """Return the constructor's arguments except `network`, to build another form of the same network."""
@@ -209,7 +234,7 @@ class DropIn(nn.Module):
             "interface": self.interface,
             "timesteps": self.timesteps,
             "finite": self.finite,
-            "config": dict(self._config),
+            "config": dict(self._internal_dict),
             "recipe": self.recipe,
             "report": dict(self._report),
         }
@@ -238,6 +263,19 @@ class DropIn(nn.Module):
                 slice_size,
             )
 
+    def enable_group_offload(self, *args: Any, **kwargs: Any) -> None:
+        """Move groups of tensors to a device when they are needed, as diffusers does for its networks."""
+        from diffusers.hooks import apply_group_offloading
+
+        apply_group_offloading(self, *args, **kwargs)
+
+    def add_adapter(self, *_: Any, **__: Any) -> None:
+        """Raise TFMQError: a quantized network's weights are integers, so it takes no adapters."""
+        self.load_lora_adapter()
+
+    def unload_lora(self) -> None:
+        """Do nothing: there are no adapters."""
+
     def load_lora_adapter(self, *_: Any, **__: Any) -> None:
         """Raise TFMQError: a quantized network's weights are integers, so it takes no adapters."""
         raise TFMQError(
@@ -247,13 +285,20 @@ class DropIn(nn.Module):
 
     def register_to_config(self, **values: Any) -> None:
         """Add values to `.config`, as diffusers does. Values that JSON cannot hold are left out."""
-        self._config |= {name: value for name, value in values.items() if _is_json(value)}
+        plain = {name: value for name, value in values.items() if _is_json(value)}
+        self._internal_dict = {**self._internal_dict, **plain}
 
     @property
     def config(self) -> Any:
         from diffusers.configuration_utils import FrozenDict
 
-        return FrozenDict(self._config)
+        return FrozenDict(self._internal_dict)
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Raise TFMQError: only the network that this one was made from can be saved."""
+        raise TFMQError(
+            f"{folder}: a compiled network cannot be saved; save the network that it was lowered from."
+        )
 
     def get_extra_state(self) -> Tensor:
         """Return an entry of the state dict that `set_extra_state` gets when it is loaded."""
@@ -319,16 +364,12 @@ class DropIn(nn.Module):
         t = self.interface.timestep
         inputs = {n: self._input(n, given[n]) for n in self.interface.inputs if n != t}
         inputs[t] = self._timestep(given[t], inputs[self.first_input].shape[0])
-        if not self._traced():
+        if not traced(inputs.values()) and _COUNTED.get():
             for name, table in {t: self.timesteps, **self.finite}.items():
                 self._look_up(name, inputs[name], table)
         output = self._compute([inputs[n] for n in self.interface.inputs])
         wants_dict = given.get("return_dict")
         return self._output(*output) if wants_dict and self._output is not None else output
-
-    def _traced(self) -> bool:
-        """Return True if a compiler or export traces this call, so that its tensors have no values."""
-        return torch.compiler.is_compiling()
 
     def _compute(self, inputs: list[Tensor]) -> Any:
         """Run the network, a compiled one, which keeps its precision, whatever torch is set to here."""
@@ -381,7 +422,7 @@ class DropIn(nn.Module):
         dtype: torch.dtype = getattr(torch, spec["dtype"])
         t: Tensor = torch.as_tensor(value, device=self.device)
         fractional = t.is_floating_point() and not dtype.is_floating_point
-        if fractional and not self._traced() and not torch.equal(t, t.round()):
+        if fractional and not traced([t]) and not torch.equal(t, t.round()):
             raise TFMQError(
                 f"timestep={t[t != t.round()].flatten()[0].item()}: the network was captured with integer timesteps; "
                 "calibrate with the float schedule."
@@ -436,6 +477,11 @@ class DropIn(nn.Module):
         )
 
 
+def _blank(cls: Any) -> Any:
+    """Return an object of a class as pickle makes it, before it has its state."""
+    return cls.__new__(cls)
+
+
 class QuantizedGraph(DropIn):
     """A converted graph behind the float network's calling convention. All runtimes start from it."""
 
@@ -444,6 +490,7 @@ class QuantizedGraph(DropIn):
     def __init__(self, network: GraphModule, **parts: Any) -> None:
         super().__init__(network, **parts)
         _freeze(network)
+        network.register_load_state_dict_pre_hook(_refuse_graph_alone)  # type: ignore[no-untyped-call]
 
     @property
     def temporal_block(self) -> GraphModule:
@@ -472,6 +519,15 @@ class QuantizedGraph(DropIn):
                 "load_state_dict: the state dict is of a network with another graph or other scales, which a state dict does "
                 "not hold; use save_pretrained(folder) and tfmq_fx.load(folder)."
             )
+
+
+def _refuse_graph_alone(_network: nn.Module, _state: Any, prefix: str, *_: Any) -> None:
+    """Raise TFMQError if a state dict is loaded into a graph by itself, which has no entry that tells if it fits."""
+    if not prefix:
+        raise TFMQError(
+            "load_state_dict: the state dict of q.network lacks the scales, which are constants of the graph; use "
+            "q.load_state_dict(q.state_dict()), or save_pretrained(folder) and tfmq_fx.load(folder)."
+        )
 
 
 def _written(network: GraphModule) -> Any:

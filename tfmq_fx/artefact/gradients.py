@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.fx import GraphModule, Interpreter, Node
 
+from tfmq_fx.base.ambient import traced
 from tfmq_fx.base.errors import TFMQError
 from tfmq_fx.graph.nodes import is_decomposed, op_name
 
@@ -23,7 +24,9 @@ _BEYOND = 2**24  # integers that a float32 holds exactly, and more than any rang
 
 def wants_gradient(inputs: Sequence[Tensor]) -> bool:
     """Return True if autograd, in reverse or forward mode, follows one of the inputs here."""
-    if not torch.is_grad_enabled() or torch.compiler.is_exporting():
+    # torch.compile leaves the graph for `with_gradients`, which an export cannot do.
+    compiled = torch.compiler.is_dynamo_compiling()
+    if not torch.is_grad_enabled() or (torch.compiler.is_exporting() if compiled else traced(inputs)):
         return False
     forward = forward_ad._current_level >= 0
     return any(x.requires_grad or (forward and forward_ad.unpack_dual(x).tangent is not None) for x in inputs)

@@ -13,11 +13,12 @@ operators used here compute the same values. New threads start without the setti
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 
 import torch
 from torch import Tensor
+from torch._subclasses import FakeTensor
 
 _AUTOCAST = ("cpu", "cuda", "xpu", "mps", "hpu", "xla")  # the device types that torch.autocast takes
 
@@ -55,6 +56,14 @@ def tracked(x: Tensor) -> Tensor:
     with torch.inference_mode(False):
         like = torch.empty(0, dtype=x.dtype, device=x.device)
         return like.set_(x.untyped_storage(), x.storage_offset(), x.size(), x.stride())  # type: ignore[call-overload, no-any-return]
+
+
+def traced(tensors: Iterable[Tensor]) -> bool:
+    """Return True if a compiler or export traces the call with these tensors, so that they have no values.
+
+    torch.compiler.is_compiling() would be True in all threads while one of them compiles.
+    """
+    return torch.compiler.is_dynamo_compiling() or any(isinstance(x, FakeTensor) for x in tensors)
 
 
 class _Float32:

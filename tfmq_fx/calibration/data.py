@@ -28,7 +28,9 @@ class CalibrationSet:
     Invariants: at least one row; all tensors have the same first dimension; every value is finite. A tensor
     inside a dict or list argument has a flat name ("added_cond_kwargs_time_ids") and its path in `paths`.
     `constants` has what is the same in every call: plain values, and tensors without rows (position ids).
-    `conditional` (N,) is False for the unconditional rows, which guidance adds.
+    `conditional` (N,) bool is False for the unconditional rows, which guidance adds.
+
+    Raises TFMQError for what breaks them, naming the tensor and the row.
     """
 
     def __init__(
@@ -67,6 +69,14 @@ class CalibrationSet:
                         f"calibration: tensor {name!r} holds NaN or infinite values, first in row {row}."
                     )
         self.conditional = torch.ones(len(self), dtype=torch.bool) if conditional is None else conditional
+        marks = self.conditional
+        if not isinstance(marks, Tensor) or marks.dtype != torch.bool or marks.shape != (len(self),):
+            found = (
+                f"{marks.dtype} {tuple(marks.shape)}" if isinstance(marks, Tensor) else type(marks).__name__
+            )
+            raise TFMQError(
+                f"calibration: conditional is {found}, but must be one torch.bool for each of the {len(self)} rows, ({len(self)},)."
+            )
 
     def __len__(self) -> int:
         return len(self.tensors[self.timestep])

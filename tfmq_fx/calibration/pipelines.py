@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from tfmq_fx.artefact.drop_in import DropIn
+from tfmq_fx.artefact.drop_in import DropIn, uncounted
 from tfmq_fx.base.errors import TFMQError
 
 SCHEDULES = ("timesteps", "sigmas")  # lists that no short run is asked about: they are its length
@@ -191,7 +191,7 @@ class _Trial:
             if "generator" in self.takes:
                 given["generator"] = torch.Generator().manual_seed(0)
             try:
-                with torch.no_grad(), torch.random.fork_rng(devices=()):
+                with torch.no_grad(), torch.random.fork_rng(devices=()), uncounted():
                     found = call_pipeline(self.pipe, self.size, whole=whole, **given)
             except Exception:  # a pipeline may raise anything for a list of the wrong length
                 continue

@@ -7,6 +7,7 @@ import inspect
 import json
 import logging
 import tempfile
+from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -19,24 +20,22 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from tfmq_fx.artefact.drop_in import uncounted
 from tfmq_fx.base.arguments import Path as ArgumentPath
 from tfmq_fx.base.errors import TFMQError
 from tfmq_fx.base.files import replace_folder, update_with_tensors
 from tfmq_fx.base.parallel import Ranks, workers
 from tfmq_fx.base.progress import track
 from tfmq_fx.calibration.calls import Call, Constants, Flat, Leaves, call_leaves, defaults_of, recorded
+from tfmq_fx.calibration.guidance import Unguided, conditional_rows, conditions, without_guidance
 from tfmq_fx.calibration.pipelines import call_pipeline, few_steps, whole_lists
 from tfmq_fx.calibration.rows import INDEX, Recording, Sink, read_recording
 
 log = logging.getLogger(__name__)
 
 
-FORMAT = 2  # of recordings in a cache; increased when the same arguments give other rows
+FORMAT = 3  # of recordings in a cache; increased when the same arguments give other rows
 MAX_MEMORY = 4 * 2**30  # bytes; larger recordings go to memory-mapped files
-
-
-# A pipeline uses guidance if one of these is above 1 (Ho & Salimans 2022; for distilled networks, the second).
-GUIDANCE = ("guidance_scale", "true_cfg_scale")
 
 
 @dataclass(frozen=True)
@@ -65,44 +64,59 @@ class Session:
         """Return the defaults of the denoiser's arguments."""
         return defaults_of(self.network)
 
-    def run(self, first: int, size: int, steps: int, **changes: Any) -> tuple[list[Call], Exception | None]:
+    def run(
+        self, first: int, size: int, steps: int, *, changes: Mapping[str, float] | None = None, seed: int = 0
+    ) -> tuple[list[Call], Exception | None]:
         """Run the pipeline for samples first .. first + size - 1. Return its calls, and the error that ended it.
 
-        changes: override `pipe_kwargs`.
+        changes: override `pipe_kwargs`. seed: added to the session's.
         """
         whole = self.whole  # may run the pipeline, which must not be recorded
-        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + first)
-        with recorded(self.network) as found:
+        generator = torch.Generator().manual_seed((self.seed + seed) * 1_000_003 + first)
+        with recorded(self.network) as found, torch.random.fork_rng(devices=()):
+            torch.manual_seed(generator.initial_seed())  # some pipelines draw from this one, too
             try:
                 call_pipeline(
                     self.pipe, size, first=first, whole=whole, num_inference_steps=steps, generator=generator,
-                    **{**self.pipe_kwargs, **changes},
+                    **{**self.pipe_kwargs, **(changes or {})},
                 )  # fmt: skip
             except Exception as error:  # a pipeline may raise anything
                 return found, error
         return found, None
 
-    def batch(self, first: int) -> list[Leaves]:
-        """Return the calls that draw the batch which starts at sample `first`, as leaves by flat name."""
+    def batch(self, first: int, unguided: Unguided | None) -> tuple[list[Leaves], list[bool]]:
+        """Return the calls that draw the batch which starts at sample `first`, and which of their rows have the condition.
+
+        unguided: as `probe` returns it.
+        """
         size = min(self.batch_size, self.num_samples - first)
+        plain = None if unguided is None else self.short(size, first=first, changes=unguided.changes)
         found, error = self.run(first, size, self.num_inference_steps)
         if error is not None:
             raise error
-        return self._leaves(found)
+        calls = self._leaves(found)
+        if unguided is None or not plain:
+            return calls, [True] * sum(self.size_of(_flat(c)) for c in calls)
+        expected = {n: x for n, x in _flat(plain[0]).items() if n in unguided.conditions}
+        return calls, self._marks([_flat(c) for c in calls], expected)
 
-    def short(self, size: int, **changes: Any) -> list[Leaves]:
-        """Return the calls that draw samples 0 .. size - 1 in as few steps as the pipeline's arguments allow.
+    def short(
+        self, size: int, *, first: int = 0, changes: Mapping[str, float] | None = None, seed: int = 0
+    ) -> list[Leaves]:
+        """Return the calls that draw samples first .. first + size - 1 in as few steps as the arguments allow.
 
-        changes: override `pipe_kwargs`.
+        changes, seed: see `run`. An error after a call is raised only without them: what a user's callback
+        does need not fit other arguments.
         """
         for steps in few_steps(self.num_inference_steps):
-            found, error = self.run(0, size, steps, **changes)
+            with uncounted():
+                found, error = self.run(first, size, steps, changes=changes, seed=seed)
             # With too few steps, the pipeline may have none to take. Then it makes no call, and may fail.
-            if error is not None and (found or steps == self.num_inference_steps):
+            if error is not None and not changes and (found or steps == self.num_inference_steps):
                 raise error
             if found:
                 break
-        return self._leaves(found)
+        return self._leaves(found) if found or not changes else []
 
     def _leaves(self, calls: list[Call]) -> list[Leaves]:
         if not calls:
@@ -118,60 +132,60 @@ class Session:
             f"calibration: a call of {type(self.network).__name__} has no tensor but {self.timestep!r}."
         )
 
-    def probe(self) -> tuple[frozenset[str], list[list[bool]]]:
-        """Find the tensors without rows, and which rows are conditional.
+    def probe(self) -> tuple[dict[str, torch.Size], Unguided | None]:
+        """Find the tensors without rows, and how to run without guidance.
 
-        Returns the names of tensors that have no rows, such as position ids, and a pattern: for each call, and each
-        part of its batch, True if it has the condition. The pattern is [[False, True]] if every call has the
-        unconditional rows first, and [[True], [False]] if calls alternate.
+        Returns the shapes of tensors that have no rows, such as position ids; and None if there is no guidance.
 
         The first run takes few steps, for a number of samples other than the recording's batch size: tensors that
-        do not scale with it have no rows. The second run is the same without guidance: rows that do not occur in
-        it are unconditional.
+        do not scale with it have no rows. Other runs are the same without guidance, and have fewer rows if it was on.
         """
         size = 2 if min(self.batch_size, self.num_samples) == 1 else 1
         found = self.short(size)
         calls = [_flat(call) for call in found]
         rows = self.size_of(calls[0])
-        shared = frozenset(
-            n for n, x in calls[0].items()
+        shared = {
+            n: x.shape for n, x in calls[0].items()
             if n != self.timestep and isinstance(x, Tensor) and (not x.dim() or x.shape[0] != rows)
-        )  # fmt: skip
+        }  # fmt: skip
         constants = Constants(self.defaults)
         for call in found:
             constants.take(call, self.row_names(call, shared))
-        takes = inspect.signature(self.pipe.__call__).parameters
         total = sum(self.size_of(c) for c in calls)
-        for name in GUIDANCE:
-            plain = [_flat(c) for c in self.short(size, **{name: 1.0})] if name in takes else calls
-            if sum(self.size_of(c) for c in plain) < total:
-                return shared, self._pattern(calls, plain[0], size, shared)
-        return shared, [[True]]
+        for changes in without_guidance(inspect.signature(self.pipe.__call__).parameters, self.pipe_kwargs):
+            plain = [_flat(c) for c in self.short(size, changes=changes)]
+            if plain and sum(self.size_of(c) for c in plain) < total:
+                plain += [_flat(c) for c in self.short(size, changes=changes, seed=1)]
+                _, *names = (n for n, x in plain[0].items() if isinstance(x, Tensor) and n != self.timestep)
+                found_in = conditions(plain, [n for n in names if n not in shared])
+                return shared, Unguided(changes=changes, conditions=found_in)
+        return shared, None
 
-    def row_names(self, call: Leaves, shared: frozenset[str]) -> frozenset[str]:
-        """Return the names of a call's arguments that have rows. shared: the tensors that have none."""
-        tensors = {n for n, (_, x) in call.items() if isinstance(x, Tensor) and n not in shared}
-        return frozenset(tensors | ({self.timestep} & call.keys()))
+    def row_names(self, call: Leaves, shared: Mapping[str, torch.Size]) -> frozenset[str]:
+        """Return the names of a call's arguments that have rows. shared: the tensors that have none.
 
-    def _pattern(self, calls: list[Flat], plain: Flat, size: int, shared: frozenset[str]) -> list[list[bool]]:
-        first = next(n for n, x in plain.items() if isinstance(x, Tensor) and n != self.timestep)
-        names = [
-            n for n, x in plain.items() if isinstance(x, Tensor) and n not in (first, self.timestep, *shared)
-        ]
-        period = calls if self.size_of(calls[0]) == size else calls[:1]
+        Raises TFMQError for a tensor without rows whose shape depends on the number of samples.
+        """
+        tensors = {n: x for n, (_, x) in call.items() if isinstance(x, Tensor)}
+        for name, shape in shared.items():
+            if name in tensors and tensors[name].shape != shape:
+                raise TFMQError(
+                    f"calibration: {name!r} has shape {tuple(tensors[name].shape)} in one call of the network, and {tuple(shape)} in "
+                    "one for another number of samples; only tensors with one row for each sample, or the same for all samples, "
+                    "can be recorded."
+                )
+        return frozenset((tensors.keys() - shared.keys()) | ({self.timestep} & call.keys()))
 
-        def part(call: Flat, i: int) -> bool:
-            rows = slice(i * size, (i + 1) * size)
-            return all(n in call and _near(call[n][rows], plain[n]) for n in names)
-
-        found = [[part(call, i) for i in range(self.size_of(call) // size)] for call in period[:2]]
-        flat = [mark for marks in found for mark in marks]
-        if all(flat) or not any(flat):
-            log.warning(
-                "calibration: cannot tell conditional from unconditional rows; all are treated as conditional"
-            )
-            return [[True]]
-        return found
+    def _marks(self, calls: list[Flat], expected: Mapping[str, Tensor]) -> list[bool]:
+        """Return for each row of the calls whether it has the condition. expected: see `conditional_rows`."""
+        sizes = [self.size_of(call) for call in calls]
+        marks: list[bool] = conditional_rows(calls, sizes, expected).tolist()
+        if any(marks) and not all(marks):
+            return marks
+        log.warning(
+            "calibration: cannot tell conditional from unconditional rows; all are treated as conditional"
+        )
+        return [True] * len(marks)
 
     def key(self, **more: Any) -> str:
         """Return a hash of everything that the rows depend on: weights, scheduler, arguments, seeds, versions.
@@ -223,28 +237,28 @@ def _record(session: Session, folder: Path, *, deterministic: bool, limit: float
     sink, marks = Sink(folder, limit), list[bool]()
     paths, constants = dict[str, ArgumentPath](), Constants(session.defaults)
 
-    def take(batch: list[Leaves]) -> None:
-        for call in batch:
+    def take(calls: list[Leaves], conditional: list[bool]) -> None:
+        for call in calls:
             paths.update({n: path for n, (path, _) in call.items()})
             names = session.row_names(call, shared)
             constants.take(call, names)
             sink.append(_rows(session, _flat(call), names))
-        marks.extend(_marks(session, [_flat(call) for call in batch], pattern))
+        marks.extend(conditional)
 
     with workers(1) if deterministic else nullcontext():
-        shared, pattern = session.probe()
+        shared, unguided = session.probe()
         found = []
         for start in track(starts, "recording trajectories"):
             if ranks.size > 1:
-                found.append(session.batch(start))
+                found.append(session.batch(start, unguided))
             else:
-                take(session.batch(start))
+                take(*session.batch(start, unguided))
     if ranks.size > 1:
         # The batches are dealt to the ranks in turn, so the first ranks may have one more.
         for batches in zip_longest(*ranks.gather(found)):
             for batch in batches:
                 if batch is not None:
-                    take(batch)
+                    take(*batch)
     return Recording(
         rows=sink.finish(), constants=constants.values, paths=paths, conditional=torch.tensor(marks)
     )
@@ -283,13 +297,6 @@ def _timesteps(name: str, t: Tensor, size: int) -> Tensor:
     return t.reshape(-1).repeat(size // t.numel())
 
 
-def _near(a: Tensor, b: Tensor) -> bool:
-    """Return True if two tensors differ by no more than another order of sums, at another batch size, makes of them."""
-    if a.shape != b.shape or not b.is_floating_point() or not b.numel():
-        return torch.equal(a, b)
-    return bool((a - b).abs().max() <= 1e-4 * b.abs().max())
-
-
 def _is_array(value: Any) -> bool:
     """Return True for tensors, and for numpy arrays and PIL pictures."""
     return isinstance(value, Tensor) or hasattr(value, "__array_interface__")
@@ -297,15 +304,6 @@ def _is_array(value: Any) -> bool:
 
 def _values(array: Any) -> Tensor:
     return array if isinstance(array, Tensor) else torch.from_numpy(np.array(array))
-
-
-def _marks(session: Session, calls: list[Flat], pattern: list[list[bool]]) -> list[bool]:
-    found = []
-    for i, call in enumerate(calls):
-        parts = pattern[i % len(pattern)]
-        size = session.size_of(call)
-        found += [mark for mark in parts for _ in range(size // len(parts))]
-    return found
 
 
 def _write(session: Session, folder: Path, *, deterministic: bool) -> None:

@@ -44,7 +44,7 @@ def sample(
     The noise depends on seed, num_samples and batch_size, not on the network.
     """
     images = []
-    # Asked of the pipeline as it is: short runs would count in the network's unseen timesteps.
+    # Asked of the pipeline as it is: it shows how the float network is called.
     whole = whole_lists(pipe, {**pipe_kwargs, "num_inference_steps": num_inference_steps})
     generator = torch.Generator().manual_seed(seed)
     with swapped(pipe, network or denoiser(pipe)):

@@ -70,10 +70,6 @@ class LoweredModel(DropIn):
                     )
         return super().forward(*args, **kwargs)
 
-    def _traced(self) -> bool:
-        """Return False: torch says True in every thread while one of them compiles for another batch size."""
-        return False
-
     @property
     def report(self) -> dict[str, Any]:
         report = super().report
