@@ -287,7 +287,8 @@ def _near(a: Tensor, b: Tensor) -> bool:
     """Return True if two tensors differ by no more than another order of sums, at another batch size, makes of them."""
     if a.shape != b.shape or not b.is_floating_point() or not b.numel():
         return torch.equal(a, b)
-    return bool((a - b).abs().max() <= 1e-4 * b.abs().max())
+    few = max(1e-4, 8 * torch.finfo(b.dtype).eps)  # in half precision, a few of its last bits
+    return bool((a - b).abs().max() <= few * b.abs().max())
 
 
 def _is_array(value: Any) -> bool:

@@ -152,7 +152,7 @@ def input_maxima(
         def run_node(self, n: Node) -> Any:
             if n.name in axes:
                 x = self.env[n.args[0]]  # type: ignore[index]
-                self.largest[n.name] = x.abs().movedim(axes[n.name], 0).flatten(1).amax(1)
+                self.largest[n.name] = x.abs().movedim(axes[n.name], 0).flatten(1).amax(1).float()
             return super().run_node(n)
 
     def observe(batch: dict[str, Tensor]) -> dict[str, Tensor]:

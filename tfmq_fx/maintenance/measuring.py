@@ -155,7 +155,7 @@ def measured_options(
 
 def _rounded(x_N: Tensor, cache_type: str) -> Tensor:
     """Return rows of a feature as a table would return them."""
-    return decode(*encode(x_N.float().reshape(len(x_N), -1), cache_type)).reshape(x_N.shape)
+    return decode(*encode(x_N.float().reshape(len(x_N), -1), cache_type)).reshape(x_N.shape).to(x_N.dtype)
 
 
 class _Changed(nn.Module):

@@ -58,7 +58,7 @@ class Moments:
         """
 
         def products(pair: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-            x, s = (parted(rows(layer, y, weight), pieces) for y in pair)
+            x, s = (parted(rows(layer, y.float(), weight), pieces) for y in pair)
             return _products(x, s)
 
         found = Moments(groups_of(layer) * pieces, weight[0].numel() // pieces, pieces=pieces)
