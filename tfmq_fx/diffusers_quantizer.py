@@ -98,14 +98,15 @@ class TFMQQuantizer(DiffusersQuantizer):  # type: ignore[misc]
         self.folder: Path | None = None
         self.dtype: torch.dtype | None = None
 
-    def validate_environment(
-        self, *_: Any, torch_dtype: torch.dtype | None = None, device_map: Any = None, **__: Any
-    ) -> None:
+    def validate_environment(self, *_: Any, device_map: Any = None, **__: Any) -> None:
         if device_map not in (None, "cpu", {"": "cpu"}, {"": torch.device("cpu")}):
             raise TFMQError(
                 f"device_map={device_map}: a quantized network loads on the CPU; move it afterwards with .to(device)."
             )
+
+    def update_torch_dtype(self, torch_dtype: torch.dtype | None) -> torch.dtype | None:
         self.dtype = torch_dtype
+        return torch_dtype
 
     def maybe_update_loaded_keys(self, _keys: list[str], checkpoint_files: list[str]) -> list[str]:
         self.folder = Path(checkpoint_files[0]).parent

@@ -49,7 +49,7 @@ def cast_glue(
     for module in _graphs(gm):
         for node in module.graph.nodes:
             if node.op == "get_attr" and _is_glue(module, node, before, temporal=module is not gm):
-                _set(module, str(node.target), attribute(module, str(node.target)).to(after))
+                _set(module, str(node.target), attribute(module, str(node.target)).detach().to(after))
             elif is_decomposed(node) and op_name(node).startswith("dequantize"):
                 _dequantize_to(node, before, after)
             elif before != torch.float32:

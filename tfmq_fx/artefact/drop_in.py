@@ -75,11 +75,13 @@ class Interface:
         names = {p.name for p in named}  # the example has others if forward takes **kwargs
         inputs = {}
         found = leaves(example)
+        timestep = str(timestep_input(gm, None).target)
+        batch = next(n.meta["val"].shape[0] for name, n in placeholders(gm).items() if name != timestep)
         for name, node in placeholders(gm).items():
             value = node.meta["val"]
             inputs[name] = {
                 "dtype": str(value.dtype).removeprefix("torch."),
-                "shape": [fixed_size(d) for d in value.shape],
+                "shape": [_size(d, batch) for d in value.shape],
                 "path": list(found[name][0]),
             }
         arguments = {p.name: _plain(p.default) for p in named} | {n: None for n in example if n not in names}
@@ -92,7 +94,7 @@ class Interface:
             constants={k: v for k, (_, v) in found.items() if k not in inputs and _is_json(v)}
             | dict.fromkeys(sorted(replaced)),
             output_type=output_type,
-            timestep=str(timestep_input(gm, None).target),
+            timestep=timestep,
             attributes={
                 path: {
                     n: v
@@ -131,6 +133,15 @@ def _item(value: Any, step: str | int) -> Any:
     if isinstance(value, (list, tuple)) and isinstance(step, int) and step < len(value):
         return value[step]
     return None
+
+
+def _size(size: int | torch.SymInt, batch: int | torch.SymInt) -> int | None:
+    """Return a dimension's size, or None if it varies with the batch. That of position ids is their number."""
+    if (fixed := fixed_size(size)) is not None or not isinstance(batch, torch.SymInt):
+        return fixed
+    own, of_batch = size.node, batch.node  # type: ignore[union-attr]
+    apart = own.hint != of_batch.hint and not own.expr.free_symbols & of_batch.expr.free_symbols
+    return int(own.hint) if apart else None
 
 
 def _is_json(value: Any) -> bool:
