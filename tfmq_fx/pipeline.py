@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from pathlib import Path
@@ -19,6 +18,7 @@ from tfmq_fx.base.errors import TFMQError
 from tfmq_fx.base.progress import Clock
 from tfmq_fx.calibration.data import CalibrationSet
 from tfmq_fx.calibration.pipelines import denoiser
+from tfmq_fx.calibration.ready import require_ready
 from tfmq_fx.calibration.stage import calibrate, input_maxima
 from tfmq_fx.capturing import captured
 from tfmq_fx.evaluation.errors import measure_errors
@@ -81,7 +81,7 @@ def quantize(
     network = (
         model if isinstance(model, nn.Module) else denoiser(model, timestep=timestep, component=component)
     )
-    _refuse_adapters(network)
+    require_ready(network)
     # The pipeline runs under the caller's torch settings, everything else without them.
     calibration = _recorded(model, settings) if calibration is None else calibration
     with neutral():
@@ -211,15 +211,6 @@ def _recorded(model: Any, settings: Settings) -> CalibrationSet:
         timestep=settings.timestep,
         component=settings.component,
     )
-
-
-def _refuse_adapters(network: nn.Module) -> None:
-    """Raise TFMQError if peft has put its own layers into the network: they would be rounded one by one."""
-    tuners = sys.modules.get("peft.tuners.tuners_utils")
-    if tuners is not None and any(isinstance(m, tuners.BaseTunerLayer) for m in network.modules()):
-        raise TFMQError(
-            "quantize: the network has adapters (LoRA) beside its weights; call pipe.fuse_lora(), then pipe.unload_lora_weights()."
-        )
 
 
 @keeps_buffers

@@ -12,7 +12,6 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from tfmq_fx.artefact.drop_in import DropIn
 from tfmq_fx.base.arguments import Path, flat_name, leaves, walk
 from tfmq_fx.base.errors import TFMQError
 
@@ -33,10 +32,6 @@ def recorded(network: nn.Module) -> Iterator[list[Call]]:
     Each call is copied before the network runs, so that neither the network nor the sampling loop can change it
     afterwards. Calls share the copy of a tensor that they have in common (prompt embeddings).
     """
-    if isinstance(network, DropIn):
-        raise TFMQError(
-            "calibration: the pipeline's denoiser is already quantized; record with the float network."
-        )
     calls: list[Call] = []
     signature, copies = inspect.signature(network.forward), Copies()
 

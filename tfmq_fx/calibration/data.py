@@ -15,6 +15,7 @@ from tfmq_fx.base.arguments import Path as ArgumentPath
 from tfmq_fx.base.arguments import leaves, nested
 from tfmq_fx.base.errors import TFMQError, nearest_names
 from tfmq_fx.calibration.pipelines import denoiser
+from tfmq_fx.calibration.ready import require_ready
 from tfmq_fx.calibration.recording import MAX_MEMORY, Session, record
 from tfmq_fx.calibration.temporal_rows import is_scalar
 from tfmq_fx.graph.inputs import placeholders
@@ -132,6 +133,7 @@ class CalibrationSet:
                 f"batch_size={batch_size} must be positive."
             )
         network = denoiser(pipe, timestep=timestep, component=component)
+        require_ready(network)
         session = Session(
             pipe, network, timestep, num_samples, num_inference_steps, seed, batch_size, pipe_kwargs
         )
