@@ -24,6 +24,7 @@ from tfmq_fx.capturing import captured
 from tfmq_fx.evaluation.errors import measure_errors
 from tfmq_fx.evaluation.summary import summary
 from tfmq_fx.graph.nodes import fresh
+from tfmq_fx.graph.state import set_state
 from tfmq_fx.graph.written import keeps_buffers, kept, written_buffers
 from tfmq_fx.maintenance.stage import maintain
 from tfmq_fx.model import QuantizedModel
@@ -33,6 +34,7 @@ from tfmq_fx.passes.low_bits.smooth import smooth
 from tfmq_fx.passes.pass_manager import PassManager
 from tfmq_fx.passes.quantize.convert import convert
 from tfmq_fx.passes.quantize.float_at_unseen import float_at_unseen
+from tfmq_fx.passes.quantize.plan import Note
 from tfmq_fx.passes.quantize.prepare import prepare
 from tfmq_fx.passes.quantize.state import state_of
 from tfmq_fx.passes.temporal.find_temporal import TemporalBlock, find_temporal
@@ -62,7 +64,7 @@ def quantize(
     model: a diffusers pipeline, whose denoiser is quantized, or a network. It is left unchanged.
     recipe: a recipe, or the name of a preset.
     calibration: the calibration set. None records 64 trajectories of 50 steps with the pipeline's own
-        scheduler.
+        scheduler, and 64 prompts of this library's own if the pipeline needs one.
     timesteps: the schedule (T,); None takes the timesteps of the calibration set.
     timestep: the name of the network's argument for the timestep.
     finite: other inputs with finitely many values, {"class_labels": range(10)}; see `prepare`.
@@ -110,6 +112,9 @@ def _quantized(
     )
     converted = PassManager(passes, done=clock.lap)(fresh(gm)).graph_module
     assert isinstance(converted, GraphModule)
+    if calibration.note:
+        note = Note(name="calibration", reason=calibration.note, coarser=False)
+        set_state(converted, state_of(converted).with_notes(note))
     with kept({**written_buffers(gm), **written_buffers(converted)}):
         errors = measure_errors(gm, converted, calibration, block=block, seed=settings.seed)
     clock.lap("measure")
