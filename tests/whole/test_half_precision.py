@@ -8,9 +8,10 @@ import torch
 from torch import nn
 
 import tfmq_fx
-from benchmarks.networks.pipelines import PIPELINES
+from benchmarks.networks.pipelines import PIPELINES, ddpm
 from benchmarks.networks.small import FAST, Labelled, Sized, TinyUNet, Tokens, calibration, labelled_data, make, sized_data
 from tests.helpers.lowered import lower
+from tfmq_fx.base.errors import TFMQError
 from tfmq_fx.evaluation.sampling import sample
 
 NEAREST = dataclasses.replace(
@@ -115,3 +116,25 @@ def test_a_pipeline_in_half_precision_runs_unchanged(name, tmp_path):
     assert q.report["unseen_timesteps"] == {}
     assert found.isfinite().all()
     assert (found - exact).square().mean() < 0.02  # of values in [-1, 1]: random weights at 4 bit
+
+
+def overflowing(net, layer):
+    with torch.no_grad():
+        net.get_submodule(layer).bias.fill_(6e4)
+        net.get_submodule(layer).weight.abs_().mul_(1e4)
+    return net
+
+
+@pytest.mark.parametrize("smooth", [None, 0.5])
+def test_an_overflow_in_float16_names_the_layer_and_bfloat16(smooth):
+    recipe = dataclasses.replace(NEAREST, smooth=smooth)
+    net = overflowing(network(TinyUNet, torch.float16), "down_block.conv1")
+    with pytest.raises(TFMQError, match=r"values of .* overflow float16 in a batch .* load the network in bfloat16"):
+        tfmq_fx.quantize(net, recipe, calibration=data(TinyUNet, torch.float16))
+
+
+def test_an_overflow_while_sampling_names_the_layer(tmp_path):
+    pipe = ddpm().to(torch.float16)
+    overflowing(pipe.unet, "mid_block.resnets.0.conv1")
+    with pytest.raises(TFMQError, match=r"values of mid_block\.resnets\.0\.conv1 overflow float16 in call 1 of"):
+        tfmq_fx.CalibrationSet.record(pipe, num_samples=2, num_inference_steps=3)

@@ -45,6 +45,38 @@ def recorded(network: nn.Module) -> Iterator[list[Call]]:
         handle.remove()
 
 
+def first_overflow(network: nn.Module, call: Call) -> str | None:
+    """Return the path of the first module that makes NaN or infinite values of finite ones in a call, if one does."""
+    found: list[str] = []
+
+    def look(module: nn.Module, given: Any, made: Any) -> None:
+        if not found and finite(given) and not finite(made):
+            found.append(names[module])
+
+    names = {m: n for n, m in network.named_modules()}
+    handles = [m.register_forward_hook(look) for m in names if not next(m.children(), None)]
+    try:
+        network(**call)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return found[0] if found else None
+
+
+def overflow_words(layer: str, dtype: torch.dtype, when: str) -> str:
+    """Return the sentence of an error: which layer's values overflow, and what to do."""
+    remedy = "load the network in bfloat16, whose range is that of float32" if dtype == torch.float16 else "check the inputs"
+    return (
+        f"calibration: the values of {layer} overflow {str(dtype).removeprefix('torch.')} in {when} of the network; {remedy}."
+    )
+
+
+def finite(values: Any) -> bool:
+    """Return True if all floating-point tensors in an argument, however nested, are finite."""
+    tensors = (x for _, x in walk(values) if isinstance(x, Tensor) and x.is_floating_point())
+    return all(bool(x.isfinite().all()) for x in tensors)
+
+
 def _arguments(signature: inspect.Signature, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
     """Return the arguments of a call by name, those that only `**kwargs` takes among them."""
     given = dict(signature.bind(*args, **kwargs).arguments)

@@ -19,7 +19,7 @@ from tfmq_fx.calibration.ready import require_ready
 from tfmq_fx.calibration.recording import MAX_MEMORY, Session, record
 from tfmq_fx.calibration.temporal_rows import is_scalar
 from tfmq_fx.graph.inputs import placeholders
-from tfmq_fx.graph.nodes import fixed_size, meta_value
+from tfmq_fx.graph.nodes import fixed_size, meta_value, on_device_of
 from tfmq_fx.graph.state import captured_of
 
 
@@ -233,5 +233,6 @@ def inputs_of(gm: GraphModule, batch: Mapping[str, Tensor]) -> list[Tensor]:
 
 
 def as_taken(gm: GraphModule, name: str, x: Tensor) -> Tensor:
-    """Return an input as the graph takes it: the timestep as a scalar if the graph was captured with one."""
+    """Return an input as the graph takes it: on its device, and the timestep as a scalar if it was captured with one."""
+    x = on_device_of(placeholders(gm)[name], x)
     return x.reshape(-1)[0] if name == captured_of(gm).timestep and is_scalar(gm) else x

@@ -24,7 +24,18 @@ from tfmq_fx.base.errors import TFMQError
 from tfmq_fx.base.files import replace_folder, update_with_tensors
 from tfmq_fx.base.parallel import Ranks, workers
 from tfmq_fx.base.progress import track
-from tfmq_fx.calibration.calls import Call, Constants, Flat, Leaves, call_leaves, defaults_of, recorded
+from tfmq_fx.calibration.calls import (
+    Call,
+    Constants,
+    Flat,
+    Leaves,
+    call_leaves,
+    defaults_of,
+    finite,
+    first_overflow,
+    overflow_words,
+    recorded,
+)
 from tfmq_fx.calibration.pipelines import call_pipeline, few_steps, whole_lists
 from tfmq_fx.calibration.rows import INDEX, Recording, Sink, read_recording
 
@@ -86,9 +97,21 @@ class Session:
         """Return the calls that draw the batch which starts at sample `first`, as leaves by flat name."""
         size = min(self.batch_size, self.num_samples - first)
         found, error = self.run(first, size, self.num_inference_steps)
+        self._require_finite(found)
         if error is not None:
             raise error
         return self._leaves(found)
+
+    def _require_finite(self, calls: list[Call]) -> None:
+        """Raise TFMQError if the network's values overflow in a call: then the samples are NaN in the next one."""
+        wrong = next((i for i, call in enumerate(calls) if not finite(call)), 0)
+        if not wrong:
+            return
+        with torch.no_grad():
+            layer = first_overflow(self.network, calls[wrong - 1])
+        if layer is not None:
+            dtype = next((p.dtype for p in self.network.parameters()), torch.float32)
+            raise TFMQError(overflow_words(layer, dtype, f"call {wrong}"))
 
     def short(self, size: int, **changes: Any) -> list[Leaves]:
         """Return the calls that draw samples 0 .. size - 1 in as few steps as the pipeline's arguments allow.

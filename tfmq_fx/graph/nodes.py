@@ -123,6 +123,12 @@ def dtype_of(node: Node) -> torch.dtype:
     return value.dtype if isinstance(value, Tensor) else torch.float32
 
 
+def on_device_of(node: Node, x: Tensor) -> Tensor:
+    """Return x on the device of a node's tensor. A graph without fake values takes it as it is."""
+    value = meta_value(node)
+    return x.to(value.device) if isinstance(value, Tensor) else x
+
+
 def out_dtype(dtype: torch.dtype) -> dict[str, torch.dtype]:
     """Return the keyword arguments of a dequantization to this dtype. The operators' own default is float32."""
     return {} if dtype == torch.float32 else {"out_dtype": dtype}
