@@ -11,6 +11,7 @@ from torch.fx import GraphModule, Node
 from tfmq_fx.base._torchao import FakeQuantizeBase
 from tfmq_fx.base.arithmetic import IntegerRange, choose_qparams
 from tfmq_fx.base.errors import TFMQError
+from tfmq_fx.graph.nodes import dtype_of, out_dtype
 
 
 class ResidualFakeQuantize(FakeQuantizeBase):  # type: ignore[misc]
@@ -61,18 +62,22 @@ class ResidualFakeQuantize(FakeQuantizeBase):  # type: ignore[misc]
             self.max_val = torch.maximum(self.max_val, x.detach().amax().float())
         if self.fake_quant_enabled[0]:
             limits = (self.integers.quant_min, self.integers.quant_max)
-            r = torch.fake_quantize_per_tensor_affine(r, self.scale, self.zero_point, *limits)
+            y = torch.fake_quantize_per_tensor_affine(r.float(), self.scale, self.zero_point, *limits)
+            r = y.to(r.dtype)
         return r
 
     def convert(self, model: GraphModule, node: Node) -> None:
         """Replace the observer by a standard quantize/dequantize pair (torchao's hook)."""
         r, _ = node.args
+        assert isinstance(r, Node)
         ops, integers = torch.ops.quantized_decomposed, self.integers
         limits = (integers.quant_min, integers.quant_max, integers.dtype)
         arguments = (float(self.scale), int(self.zero_point), *limits)
         with model.graph.inserting_before(node):
             q = model.graph.call_function(ops.quantize_per_tensor.default, (r, *arguments))
-            y = model.graph.call_function(ops.dequantize_per_tensor.default, (q, *arguments))
+            y = model.graph.call_function(
+                ops.dequantize_per_tensor.default, (q, *arguments), out_dtype(dtype_of(r))
+            )
             y.meta = dict(node.meta)
         node.replace_all_uses_with(y)
         model.graph.erase_node(node)

@@ -40,8 +40,7 @@ class TemporalSampleObserver(TemporalObserver):
                 self._add(x_F, step)
 
     def ranges(self) -> tuple[Tensor, Tensor]:
-        min_T = torch.zeros(self.num_keys)
-        max_T = torch.zeros(self.num_keys)
+        min_T, max_T = torch.zeros_like(self.scale), torch.zeros_like(self.scale)
         by_count: dict[int, list[int]] = {}
         for step, rows in enumerate(self.rows):
             by_count.setdefault(len(rows), []).append(step)
@@ -49,7 +48,8 @@ class TemporalSampleObserver(TemporalObserver):
             if count:
                 x_RK = torch.stack([torch.cat(sorted(self.rows[s], key=lambda r: r.tolist())) for s in steps])
                 low_R, high_R = self.range_of(x_RK)
-                min_T[steps], max_T[steps] = low_R.cpu(), high_R.cpu()
+                at = torch.tensor(steps)
+                min_T[at], max_T[at] = low_R, high_R
         return min_T, max_T
 
     @abstractmethod
@@ -94,8 +94,9 @@ class TemporalKLObserver(TemporalSampleObserver):
         low_R1, high_R1 = x_RK.amin(1, keepdim=True), x_RK.amax(1, keepdim=True)
         width_R1 = (high_R1 - low_R1).clamp_min(1e-12)
         bin_RK = ((x_RK - low_R1) / width_R1 * bins).long().clamp_max(bins - 1)
-        counts_RB = torch.zeros(len(x_RK), bins).scatter_add(1, bin_RK, torch.ones_like(x_RK))
-        centre_RB = low_R1 + (torch.arange(bins) + 0.5) / bins * width_R1
+        counts_RB = x_RK.new_zeros(len(x_RK), bins).scatter_add(1, bin_RK, torch.ones_like(x_RK))
+        number_B = torch.arange(bins, device=x_RK.device)
+        centre_RB = low_R1 + (number_B + 0.5) / bins * width_R1
         best_R1, shrink_R1 = torch.full_like(low_R1, torch.inf), torch.ones_like(low_R1)
         for shrink in torch.linspace(1.0, 0.2, self.CANDIDATES).tolist():
             level_RB = ((centre_RB - shrink * low_R1) / (shrink * width_R1) * levels).floor()
@@ -105,11 +106,11 @@ class TemporalKLObserver(TemporalSampleObserver):
             # values are equal, there may be none inside.
             first_R1 = inside_RB.int().argmax(1, keepdim=True)
             last_R1 = first_R1 + (inside_RB.sum(1, keepdim=True) - 1).clamp_min(0)
-            nearest_RB = torch.arange(bins).clamp(first_R1, last_R1)
+            nearest_RB = number_B.clamp(first_R1, last_R1)
             p_RB = torch.zeros_like(counts_RB).scatter_add(1, nearest_RB, counts_RB)
             kept_RB = counts_RB * inside_RB
             sums_RL, filled_RL = (
-                torch.zeros(len(x_RK), levels).scatter_add(1, level_RB, n)
+                x_RK.new_zeros(len(x_RK), levels).scatter_add(1, level_RB, n)
                 for n in (kept_RB, (kept_RB > 0).float())
             )
             q_RB = (kept_RB > 0) * (sums_RL / filled_RL.clamp_min(1)).gather(1, level_RB)

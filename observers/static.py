@@ -45,16 +45,18 @@ class StaticFakeQuantize(FakeQuantize):  # type: ignore[misc]
 
     def forward(self, x: Tensor) -> Tensor:
         if self.observer_enabled[0]:
-            self.activation_post_process(x.detach())
+            self.activation_post_process(x.detach().float())
         if self.soft is not None:
             # Gradients to x and to the scale (LSQ, Esser et al. 2020, eq. 2 and 3).
-            return torch._fake_quantize_learnable_per_tensor_affine(
-                x, self.soft, self.zero_point.to(x.dtype), self.quant_min, self.quant_max, 1.0
+            y = torch._fake_quantize_learnable_per_tensor_affine(
+                x.float(), self.soft, self.zero_point.float(), self.quant_min, self.quant_max, 1.0
             )
+            return y.to(x.dtype)
         if self.fake_quant_enabled[0]:
-            x = torch.fake_quantize_per_tensor_affine(
-                x, self.scale, self.zero_point, self.quant_min, self.quant_max
+            y = torch.fake_quantize_per_tensor_affine(
+                x.float(), self.scale, self.zero_point, self.quant_min, self.quant_max
             )
+            return y.to(x.dtype)
         return x
 
     def calculate_qparams(self) -> tuple[Tensor, Tensor]:

@@ -12,7 +12,7 @@ from torch.fx import GraphModule, Node
 from tfmq_fx.base._torchao import FakeQuantizeBase
 from tfmq_fx.base.arithmetic import IntegerRange, choose_qparams, choose_shared_qparams, fake_quantize_rows
 from tfmq_fx.base.errors import TFMQError
-from tfmq_fx.graph.nodes import set_buffer
+from tfmq_fx.graph.nodes import dtype_of, out_dtype, set_buffer
 
 
 class TemporalObserver(FakeQuantizeBase):  # type: ignore[misc]
@@ -116,7 +116,7 @@ class TemporalObserver(FakeQuantizeBase):  # type: ignore[misc]
                 arguments = (*qparams, *limits)
                 quantize, dequantize = ops.quantize_per_tensor.tensor, ops.dequantize_per_tensor.tensor
             q = graph.call_function(quantize, (x, *arguments))
-            y = graph.call_function(dequantize, (q, *arguments))
+            y = graph.call_function(dequantize, (q, *arguments), out_dtype(dtype_of(x)))
             y.meta = dict(node.meta)
         node.replace_all_uses_with(y)
         graph.erase_node(node)

@@ -9,7 +9,7 @@ from torch.fx import GraphModule, Node
 
 from tfmq_fx.base._torchao import FakeQuantizeBase
 from tfmq_fx.base.arithmetic import IntegerRange, fake_quantize_tokens, quantize_tokens
-from tfmq_fx.graph.nodes import inline
+from tfmq_fx.graph.nodes import dtype_of, inline
 
 
 class TokenFakeQuantize(FakeQuantizeBase):  # type: ignore[misc]
@@ -41,7 +41,8 @@ class TokenFakeQuantize(FakeQuantizeBase):  # type: ignore[misc]
         x = node.args[0]
         assert isinstance(x, Node)
         with model.graph.inserting_before(node):
-            y = inline(model.graph, lambda x: quantize_tokens(x, self.integers), x)
+            dtype = dtype_of(x)
+            y = inline(model.graph, lambda x: quantize_tokens(x, self.integers, dtype), x)
             y.meta = dict(node.meta)
         node.replace_all_uses_with(y)
         model.graph.erase_node(node)

@@ -5,6 +5,7 @@ Legend: R rows of K weights that share a scale and zero point: the output channe
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from torch.fx import GraphModule, Node
 
 from tfmq_fx.base._torchao import FakeQuantizeBase
 from tfmq_fx.base.arithmetic import IntegerRange, choose_qparams, quantize_rows, search_range
-from tfmq_fx.graph.nodes import inline, set_buffer
+from tfmq_fx.graph.nodes import attribute, inline, out_dtype, set_buffer
 
 GAMMA, ZETA = -0.1, 1.1  # stretch of the hard sigmoid (AdaRound, eq. 23)
 # In steps: tuning starts a weight at most this far from its integer; at 0.5 its rounding would be a coin
@@ -75,12 +76,12 @@ class PerChannelWeightFakeQuantize(FakeQuantizeBase):  # type: ignore[misc]
         """Return the integers as the artefact holds them: in rows for groups, else in the weight's shape."""
         return self.q if self.group_size is None else self._rows(self.q)
 
-    def _dequantize(self, q: Tensor, scale_R: Tensor, zero_point_R: Tensor) -> Tensor:
+    def _dequantize(self, q: Tensor, scale_R: Tensor, zero_point_R: Tensor, **out_dtype: Any) -> Tensor:
         """Dequantize what is stored. This is called here, and also traced into the converted graph."""
         axis = self.ch_axis if self.group_size is None else 0
         limits = (self.integers.quant_min, self.integers.quant_max, self.dtype)
         w = torch.ops.quantized_decomposed.dequantize_per_channel.default(
-            q, scale_R, zero_point_R, axis, *limits
+            q, scale_R, zero_point_R, axis, *limits, **out_dtype
         )
         return w if self.group_size is None else self._unrows(w, self.q.shape)  # type: ignore[no-any-return]
 
@@ -171,7 +172,7 @@ class PerChannelWeightFakeQuantize(FakeQuantizeBase):  # type: ignore[misc]
     def forward(self, weight: Tensor) -> Tensor:
         if not self.fake_quant_enabled[0]:
             return weight
-        return self.soft if self.soft is not None else self.dequantized().to(weight.dtype)
+        return (self.soft if self.soft is not None else self.dequantized()).to(weight.dtype)
 
     def calculate_qparams(self, **_: Any) -> tuple[Tensor, Tensor]:
         return self.scale, self.zero_point
@@ -200,7 +201,8 @@ class PerChannelWeightFakeQuantize(FakeQuantizeBase):  # type: ignore[misc]
                 # names.
                 set_buffer(model, f"{path}_{name}", value.clone())
                 parts.append(graph.get_attr(f"{path}_{name}"))
-            y = inline(graph, self._dequantize, *parts)
+            kept = out_dtype(attribute(model, path).dtype)
+            y = inline(graph, partial(self._dequantize, **kept), *parts)
             y.meta = dict(node.meta)
         node.replace_all_uses_with(y)
         graph.erase_node(node)

@@ -24,6 +24,7 @@ from tfmq_fx.passes.low_bits.rotate import rotate
 from tfmq_fx.passes.low_bits.smooth import smooth
 from tfmq_fx.passes.pass_manager import PassManager
 from tfmq_fx.passes.quantize.cache_temporal import cache_temporal
+from tfmq_fx.passes.quantize.cast_glue import cast_glue
 from tfmq_fx.passes.quantize.convert import convert
 from tfmq_fx.passes.quantize.find_blocks import Block, find_blocks
 from tfmq_fx.passes.quantize.float_at_unseen import float_at_unseen
@@ -44,6 +45,7 @@ __all__ = [
     "byte_activations",
     "cache_temporal",
     "captured_of",
+    "cast_glue",
     "convert",
     "extract_temporal",
     "find_blocks",

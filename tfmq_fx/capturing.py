@@ -23,6 +23,7 @@ from tfmq_fx.base.ambient import neutral, tracked
 from tfmq_fx.base.arguments import leaves
 from tfmq_fx.base.errors import TFMQError, nearest_names
 from tfmq_fx.calibration.data import CalibrationSet
+from tfmq_fx.calibration.ready import require_ready
 from tfmq_fx.graph.inputs import choose_timestep, placeholders, require_input, timestep_input
 from tfmq_fx.graph.nodes import fixed_size
 from tfmq_fx.graph.state import Captured, set_state
@@ -52,14 +53,10 @@ def capture(
     The graph shares the network's parameters, copies none, and returns what the network returned, with
     dataclass outputs as dicts. dtype, device, height and width are fixed by the example.
 
-    Raises TFMQError for a network in train mode, a timestep that is missing or not a tensor, a network whose
+    Raises TFMQError for a network that is not plain (`require_ready`), a timestep that is missing or not a tensor, a network whose
     control flow depends on data (with export's own message), and NaN or infinite parameters.
     """
-    training = [name or "the network" for name, module in network.named_modules() if module.training]
-    if training:
-        raise TFMQError(
-            f"{training[0]} is in train mode; call .eval() on the network first (dropout would be baked into the graph)."
-        )
+    require_ready(network)
     found = {name: value for name, (_, value) in leaves(example_inputs).items()}
     tensors = {n for n, x in found.items() if isinstance(x, Tensor)}
     timestep = timestep or choose_timestep(found)
@@ -244,7 +241,8 @@ def captured(
     network: nn.Module, calibration: CalibrationSet, timestep: str
 ) -> tuple[GraphModule, dict[str, Any]]:
     """Capture on the first rows of the calibration set. Return the graph and the arguments of the capture."""
-    example = calibration.arguments(slice(0, 2))
+    device = next((x.device for x in (*network.parameters(), *network.buffers())), torch.device("cpu"))
+    example = pytree.tree_map_only(Tensor, lambda x: x.to(device), calibration.arguments(slice(0, 2)))
     if "return_dict" in inspect.signature(network.forward).parameters:
         example["return_dict"] = False
     return capture_rows(network, example, timestep)

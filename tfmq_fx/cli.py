@@ -49,16 +49,29 @@ EVALUATED, REPORTED = Drawn(num_samples=256, seed=1), Drawn(num_samples=16, seed
 ERRORS = ("output_relative_mse", "temporal_cosine_distance", "temporal_cosine_distance_worst")
 
 
-def load_pipeline(model: str | None, scheduler: str | None = None) -> Any:
+def load_pipeline(
+    model: str | None,
+    scheduler: str | None = None,
+    dtype: str | None = None,
+    variant: str | None = None,
+    device: str | None = None,
+) -> Any:
     """Return the pipeline of a local folder or hub id, or the embedded one for None.
 
-    Raises TFMQError for anything else.
+    dtype, variant, device: as `Source` has them.
+
+    Raises TFMQError for anything else, and for a dtype or device that does not exist.
     """
     import diffusers
     from diffusers.utils import is_transformers_available, logging
 
+    from tfmq_fx.base.arithmetic import NETWORK_DTYPES
     from tfmq_fx.demo import embedded_pipeline
 
+    dtypes = {str(d).removeprefix("torch."): d for d in NETWORK_DTYPES}
+    if dtype not in (None, *dtypes):
+        raise TFMQError(f"--dtype {dtype}: is unknown; use {', '.join(dtypes)}.")
+    place = None if device is None else _device(device)
     if not sys.stderr.isatty():
         logging.disable_progress_bar()
         if is_transformers_available():
@@ -68,12 +81,16 @@ def load_pipeline(model: str | None, scheduler: str | None = None) -> Any:
             of_transformers.set_verbosity_error()  # otherwise it prints which image processors are missing
     if model is None:
         pipe = embedded_pipeline()
+        pipe = pipe if dtype is None else pipe.to(dtypes[dtype])
     else:
         folder = Path(model)
         if folder.exists() and not (folder / "model_index.json").is_file():
             raise TFMQError(f"{model}: not a diffusers pipeline folder (it has no model_index.json).")
         try:
-            pipe = diffusers.DiffusionPipeline.from_pretrained(model)
+            torch_dtype = None if dtype is None else dtypes[dtype]
+            pipe = diffusers.DiffusionPipeline.from_pretrained(
+                model, torch_dtype=torch_dtype, variant=variant
+            )
         except Exception as error:  # diffusers, safetensors and the hub client raise many types
             raise TFMQError(
                 f"{model}: diffusers cannot load it ({type(error).__name__}: {first_line(error)})"
@@ -87,7 +104,22 @@ def load_pipeline(model: str | None, scheduler: str | None = None) -> Any:
             )
         pipe.scheduler = cls.from_config(pipe.scheduler.config)
     pipe.set_progress_bar_config(disable=not sys.stderr.isatty(), leave=False)
-    return pipe
+    return pipe if place is None else pipe.to(place)
+
+
+def _device(name: str) -> Any:
+    """Return the device, after a trial. Raises TFMQError if there is none of this name."""
+    import torch
+
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device).cpu()
+    except (AssertionError, RuntimeError, NotImplementedError) as error:  # torch raises any of them
+        there = ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
+        raise TFMQError(
+            f"--device {name}: cannot be used here ({first_line(error)}); use one of {', '.join(there)}."
+        ) from error
+    return device
 
 
 def _recipe(text: str) -> Any:
@@ -209,7 +241,7 @@ def quantize(
     settings = dataclasses.replace(settings, state=state)
     with joined() as ranks:
         check_output_folder(output)  # fail now, not after minutes of work
-        pipe = load_pipeline(source.model, source.scheduler)
+        pipe = load_pipeline(*source.pipeline())
         data = _recorded(pipe, preset, source, rows, seed=settings.seed, processes=ranks.size)
         if choices.max_megabytes is not None:
             most = choices.max_megabytes * 1e6
@@ -417,7 +449,8 @@ def report(
     require_packages("report")  # fail now, not after minutes of work
     quantized = load(folder)
     target = output or folder.absolute().with_name(f"{folder.absolute().name}-report")
-    pipe, arguments = load_pipeline(source.model, source.scheduler), source.arguments()
+    pipe, arguments = load_pipeline(*source.pipeline()), source.arguments()
+    quantized = _beside(pipe, quantized)
     command = shlex.join(["tfmq", *sys.argv[1:]])
     numbers, runs = measure(
         pipe, quantized, **drawn.arguments(), nearest=nearest, command=command, **arguments
@@ -465,8 +498,16 @@ def _both(quantized: Any, source: Source, drawn: Drawn) -> tuple[Any, Any]:
     """Return samples (N, C, H, W) of the float network and of the quantized one, from the same noise."""
     from tfmq_fx.evaluation.sampling import sample as draw
 
-    pipe, settings = load_pipeline(source.model, source.scheduler), drawn.arguments() | source.arguments()
-    return draw(pipe, None, **settings), draw(pipe, quantized, **settings)
+    pipe, settings = load_pipeline(*source.pipeline()), drawn.arguments() | source.arguments()
+    return draw(pipe, None, **settings), draw(pipe, _beside(pipe, quantized), **settings)
+
+
+def _beside(pipe: Any, quantized: Any) -> Any:
+    """Return the quantized network on the device and in the precision of the pipeline's own."""
+    from tfmq_fx.calibration.pipelines import denoiser
+
+    own: Any = denoiser(pipe)
+    return quantized.to(own.device, own.dtype)
 
 
 def main() -> None:

@@ -96,18 +96,17 @@ class TFMQQuantizer(DiffusersQuantizer):  # type: ignore[misc]
             )
         super().__init__(quantization_config, pre_quantized=pre_quantized)
         self.folder: Path | None = None
+        self.dtype: torch.dtype | None = None
 
-    def validate_environment(
-        self, *_: Any, torch_dtype: torch.dtype | None = None, device_map: Any = None, **__: Any
-    ) -> None:
+    def validate_environment(self, *_: Any, device_map: Any = None, **__: Any) -> None:
         if device_map not in (None, "cpu", {"": "cpu"}, {"": torch.device("cpu")}):
             raise TFMQError(
                 f"device_map={device_map}: a quantized network loads on the CPU; move it afterwards with .to(device)."
             )
-        if torch_dtype not in (None, torch.float32):
-            raise TFMQError(
-                f"torch_dtype={torch_dtype}: a quantized network computes in the type it was captured in; load without torch_dtype."
-            )
+
+    def update_torch_dtype(self, torch_dtype: torch.dtype | None) -> torch.dtype | None:
+        self.dtype = torch_dtype
+        return torch_dtype
 
     def maybe_update_loaded_keys(self, _keys: list[str], checkpoint_files: list[str]) -> list[str]:
         self.folder = Path(checkpoint_files[0]).parent
@@ -123,13 +122,13 @@ class TFMQQuantizer(DiffusersQuantizer):  # type: ignore[misc]
         model._buffers.clear()
 
     def _process_model_after_weight_loading(self, model: Any, **_: Any) -> None:
-        from tfmq_fx.model import load
+        from tfmq_fx.model import QuantizedModel
 
         if self.folder is None:
             raise TFMQError(
                 "from_pretrained: this version of diffusers does not say where it loads from; use tfmq_fx.load(folder)."
             )
-        quantized = load(self.folder)
+        quantized = QuantizedModel.from_pretrained(self.folder, torch_dtype=self.dtype)
         # diffusers continues with the object that it made, so that object becomes the quantized model.
         model.__class__ = type(quantized)
         model.__dict__ = quantized.__dict__

@@ -9,7 +9,6 @@ import torch
 from tfmq_fx.artefact.drop_in import QuantizedGraph
 from tfmq_fx.artefact.saving import read, save
 from tfmq_fx.base.ambient import neutral
-from tfmq_fx.base.errors import TFMQError
 from tfmq_fx.passes.clean.move_to_device import move_to_device
 from tfmq_fx.runtimes.exported import Exported
 from tfmq_fx.runtimes.exporting import export
@@ -23,14 +22,10 @@ class QuantizedModel(QuantizedGraph):
     def from_pretrained(cls, folder: str | Path, *, torch_dtype: torch.dtype | None = None) -> QuantizedModel:
         """Load an artefact by `tfmq_fx.load`, for `DiffusionPipeline.from_pretrained`.
 
-        Raises TFMQError if `torch_dtype` is neither None nor the dtype of capture.
+        torch_dtype: of everything but the integers and scales; None takes the dtype it was saved in.
         """
         model = load(folder)
-        if torch_dtype not in (None, model.dtype):
-            raise TFMQError(
-                f"{folder}: torch_dtype={torch_dtype}, but the network was captured in {model.dtype}; load without torch_dtype."
-            )
-        return model
+        return model if torch_dtype is None else model.to(torch_dtype)
 
     def _move_code(self, device: torch.device) -> None:
         """Move the graph's code to a device. Only a compiled network cannot be moved."""

@@ -49,6 +49,22 @@ class Source:
         typer.Option(help="A diffusers scheduler class, e.g. DDIMScheduler. Default: the pipeline's own."),
     ] = None
     argument: Arguments = None
+    dtype: Annotated[
+        str | None,
+        typer.Option(
+            help="Precision of the pipeline: float32, float16 or bfloat16. Default: diffusers' own, float32."
+        ),
+    ] = None
+    variant: Annotated[
+        str | None, typer.Option(help="Of the weights' files, e.g. fp16 for *.fp16.safetensors.")
+    ] = None
+    device: Annotated[
+        str | None, typer.Option(help="Where the pipeline and every stage run, e.g. cuda:0. Default: cpu.")
+    ] = None
+
+    def pipeline(self) -> tuple[str | None, ...]:
+        """Return the arguments of `load_pipeline`."""
+        return self.model, self.scheduler, self.dtype, self.variant, self.device
 
     def arguments(self) -> dict[str, Any]:
         """Return the pipeline's arguments by name, as `pipeline_arguments` does."""

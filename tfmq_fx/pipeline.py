@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from pathlib import Path
@@ -19,12 +18,14 @@ from tfmq_fx.base.errors import TFMQError
 from tfmq_fx.base.progress import Clock
 from tfmq_fx.calibration.data import CalibrationSet
 from tfmq_fx.calibration.pipelines import denoiser
+from tfmq_fx.calibration.ready import require_ready
 from tfmq_fx.calibration.stage import calibrate, input_maxima
 from tfmq_fx.capturing import captured
 from tfmq_fx.choices import choose, is_open
 from tfmq_fx.evaluation.errors import measure_errors
 from tfmq_fx.evaluation.summary import summary
 from tfmq_fx.graph.nodes import fresh
+from tfmq_fx.graph.state import set_state
 from tfmq_fx.graph.written import keeps_buffers, kept, written_buffers
 from tfmq_fx.maintenance.stage import maintain
 from tfmq_fx.model import QuantizedModel
@@ -34,7 +35,7 @@ from tfmq_fx.passes.low_bits.smooth import smooth
 from tfmq_fx.passes.pass_manager import PassManager
 from tfmq_fx.passes.quantize.convert import convert
 from tfmq_fx.passes.quantize.float_at_unseen import float_at_unseen
-from tfmq_fx.passes.quantize.plan import smoothing_of
+from tfmq_fx.passes.quantize.plan import Note, smoothing_of
 from tfmq_fx.passes.quantize.prepare import prepare
 from tfmq_fx.passes.quantize.state import state_of
 from tfmq_fx.passes.temporal.find_temporal import TemporalBlock, find_temporal
@@ -64,7 +65,7 @@ def quantize(
     model: a diffusers pipeline, whose denoiser is quantized, or a network. It is left unchanged.
     recipe: a recipe, or the name of a preset.
     calibration: the calibration set. None records 64 trajectories of 50 steps with the pipeline's own
-        scheduler.
+        scheduler, and 64 prompts of this library's own if the pipeline needs one.
     timesteps: the schedule (T,); None takes the timesteps of the calibration set.
     timestep: the name of the network's argument for the timestep.
     finite: other inputs with finitely many values, {"class_labels": range(10)}; see `prepare`.
@@ -83,7 +84,7 @@ def quantize(
     network = (
         model if isinstance(model, nn.Module) else denoiser(model, timestep=timestep, component=component)
     )
-    _refuse_adapters(network)
+    require_ready(network)
     # The pipeline runs under the caller's torch settings, everything else without them.
     calibration = _recorded(model, settings) if calibration is None else calibration
     with neutral():
@@ -116,6 +117,9 @@ def _quantized(
     )
     converted = PassManager(passes, done=clock.lap)(fresh(gm)).graph_module
     assert isinstance(converted, GraphModule)
+    if calibration.note:
+        note = Note(name="calibration", reason=calibration.note, coarser=False)
+        set_state(converted, state_of(converted).with_notes(note))
     with kept({**written_buffers(gm), **written_buffers(converted)}):
         errors = measure_errors(gm, converted, calibration, block=block, seed=settings.seed)
     clock.lap("measure")
@@ -239,15 +243,6 @@ def _recorded(model: Any, settings: Settings) -> CalibrationSet:
         timestep=settings.timestep,
         component=settings.component,
     )
-
-
-def _refuse_adapters(network: nn.Module) -> None:
-    """Raise TFMQError if peft has put its own layers into the network: they would be rounded one by one."""
-    tuners = sys.modules.get("peft.tuners.tuners_utils")
-    if tuners is not None and any(isinstance(m, tuners.BaseTunerLayer) for m in network.modules()):
-        raise TFMQError(
-            "quantize: the network has adapters (LoRA) beside its weights; call pipe.fuse_lora(), then pipe.unload_lora_weights()."
-        )
 
 
 @keeps_buffers

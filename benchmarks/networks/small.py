@@ -16,7 +16,8 @@ import tfmq_fx
 
 
 def sinusoid(t: Tensor, dim: int) -> Tensor:
-    frequency = torch.exp(torch.arange(dim // 2, dtype=torch.float32) * (-math.log(10000.0) / (dim // 2)))
+    number = torch.arange(dim // 2, dtype=torch.float32, device=t.device)
+    frequency = torch.exp(number * (-math.log(10000.0) / (dim // 2)))
     angle = t.float().reshape(-1, 1) * frequency
     return torch.cat([angle.sin(), angle.cos()], dim=1)
 

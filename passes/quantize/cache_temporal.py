@@ -13,7 +13,7 @@ from torch.fx.passes.infra.pass_base import PassResult
 
 from tfmq_fx.base.errors import TFMQError, nearest_names
 from tfmq_fx.graph.inputs import placeholders
-from tfmq_fx.graph.nodes import aten, meta_value, set_buffer
+from tfmq_fx.graph.nodes import aten, dtype_of, meta_value, set_buffer
 from tfmq_fx.graph.state import set_state
 from tfmq_fx.passes.pass_manager import declare
 from tfmq_fx.passes.quantize.plan import rows_are_samples
@@ -176,13 +176,15 @@ def _look_up(
     stored = {name: encode(table, cache_type) for name, table in flat.items()}
     path = _unused(gm, f"{ROOT}.{'_and_'.join(key)}")
     scales = [scale for _, scale in stored.values() if scale is not None]
+    dtypes = {name: dtype_of(nodes[name]) for name in tables}
+    common = torch.float32 if scales or len({*dtypes.values()}) > 1 else next(iter(dtypes.values()))
     set_buffer(gm, f"{path}.values", torch.cat([values for values, _ in stored.values()], dim=1))
     with gm.graph.inserting_after(index):
         table = gm.graph.get_attr(f"{path}.values")
     with gm.graph.inserting_after(table):
         rows = call(aten.index_select.default, (table, 0, index))
     with gm.graph.inserting_after(rows):
-        values = last = call(aten._to_copy.default, (rows,), {"dtype": torch.float32})
+        values = last = call(aten._to_copy.default, (rows,), {"dtype": common})
     if scales:
         set_buffer(gm, f"{path}.scale", torch.cat(scales, dim=1))
         with gm.graph.inserting_after(last):
@@ -197,6 +199,8 @@ def _look_up(
             new = call(aten.slice.Tensor, (values, 1, start, end))
             if scales:
                 new = call(aten.mul.Tensor, (new, call(aten.slice.Tensor, (factors, 1, i, i + 1))))
+            if dtypes[name] != common:
+                new = call(aten._to_copy.default, (new,), {"dtype": dtypes[name]})
             shape = list(tables[name].shape[1:])
             if not is_per_row(gm, key):
                 new = call(aten.reshape.default, (new, shape))

@@ -12,6 +12,7 @@ from torch.fx import GraphModule, Node
 
 from tfmq_fx.base._torchao import Quantizer, prepare_pt2e
 from tfmq_fx.base.ambient import neutral
+from tfmq_fx.base.arithmetic import NETWORK_DTYPES
 from tfmq_fx.base.errors import TFMQError
 from tfmq_fx.base.parallel import workers
 from tfmq_fx.graph.inputs import placeholders, require_input, timestep_input
@@ -91,9 +92,9 @@ def prepare(
             node.args = (x, index)
         elif isinstance(observer, PerChannelWeightFakeQuantize):
             weight = attribute(gm, str(x.target))
-            if weight.dtype != torch.float32:
+            if weight.dtype not in NETWORK_DTYPES:
                 raise TFMQError(
-                    f"weight {x.target}: is {weight.dtype}, but must be float32; call network.float() first."
+                    f"weight {x.target}: is {weight.dtype}, but must be float32, float16 or bfloat16; call network.float() first."
                 )
             initialise.append((observer, weight))
         if x.op == "placeholder":  # torchao put the observer between the placeholders

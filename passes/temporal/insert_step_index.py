@@ -10,7 +10,7 @@ from torch.fx import GraphModule, Node
 from torch.fx.passes.infra.pass_base import PassResult
 
 from tfmq_fx.graph.inputs import placeholders, require_input, timestep_input
-from tfmq_fx.graph.nodes import aten, set_buffer
+from tfmq_fx.graph.nodes import aten, on_device_of, set_buffer
 
 TIMESTEPS = "timestep_table"
 STEP = "step_index"
@@ -45,9 +45,8 @@ def insert_step_index(
 
 
 def _index(gm: GraphModule, source: Node, values: Tensor, buffer: str, name: str) -> None:
-    set_buffer(
-        gm, buffer, values.to(torch.float64).flatten(1) if values.dim() > 1 else values.to(torch.float64)
-    )
+    known = on_device_of(source, values.to(torch.float64))
+    set_buffer(gm, buffer, known.flatten(1) if values.dim() > 1 else known)
     call = gm.graph.call_function
     table = gm.graph.get_attr(buffer)
     row = call(aten.to.dtype, (source, torch.float64))

@@ -61,14 +61,54 @@ def test_wrong_calls_get_one_clear_error(tiny, call, words):
         call(tiny)
 
 
-@pytest.mark.parametrize(
-    "cast", [lambda q: q.half(), lambda q: q.to(torch.bfloat16), lambda q: q.to("meta", torch.half)]
-)
-def test_casts_are_refused(tiny, cast):
-    with pytest.raises(TFMQError, match=r"a quantized network computes in torch\.float32, as captured"):
-        cast(tiny)
+CASTS = {
+    "half": (lambda q: q.half(), torch.float16),
+    "bfloat16": (lambda q: q.bfloat16(), torch.bfloat16),
+    "to": (lambda q: q.to(torch.float16), torch.float16),
+    "back": (lambda q: q.half().float(), torch.float32),
+    "and device": (lambda q: q.to("meta", torch.bfloat16).dtype and q, torch.bfloat16),
+}
+
+
+@pytest.mark.parametrize("name", CASTS)
+def test_a_cast_changes_the_glue_and_neither_integers_nor_scales(tiny, name):
+    cast, dtype = CASTS[name]
+    before, q = tiny.state_dict(), cast(copy.deepcopy(tiny))
+    assert q.dtype == dtype == getattr(torch, q.interface.inputs["sample"]["dtype"])
+    for key, x in q.state_dict().items():
+        if key.endswith(("_q", "scale", "zero_point", "_table")):
+            assert x.dtype == before[key].dtype
+            assert x.is_meta or torch.equal(x, before[key]), key
+        elif key.endswith(".bias"):
+            assert x.dtype == dtype, key
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_cast_network_takes_and_returns_its_dtype(tiny, dtype, tmp_path):
+    q = copy.deepcopy(tiny).to(dtype)
+    with torch.no_grad():
+        exact, y = tiny(X, 300), q(X.to(dtype), 300)
+        assert y.dtype == dtype
+        assert torch.equal(q(X.to(dtype).float(), 300), y)  # pipelines give some inputs in float32
+        q.save_pretrained(tmp_path / "q")
+        assert torch.equal(tfmq_fx.load(tmp_path / "q")(X.to(dtype), 300), y)
+        # An activation near a tie takes the next of 256 integers, in each of ten layers.
+        assert (y.float() - exact).norm() < 0.03 * exact.norm()
+    assert q.report["unseen_timesteps"] == {}
+
+
+def test_a_cast_to_another_dtype_is_refused(tiny):
+    with pytest.raises(TFMQError, match=r"to\(torch\.float64\): use float32, float16 or bfloat16"):
+        copy.deepcopy(tiny).double()
     assert tiny.to("cpu", torch.float32) is tiny
-    assert tiny.device.type == "cpu"
+
+
+def test_a_timestep_in_half_precision_is_its_schedules_value(tiny):
+    with torch.no_grad():
+        copy.deepcopy(tiny).bfloat16()(X.bfloat16(), torch.tensor(900.0, dtype=torch.bfloat16))
+        tiny(X, torch.tensor(900.0, dtype=torch.bfloat16))  # 900 is between two numbers of bfloat16
+    assert tiny.report["unseen_timesteps"] in ({}, {"900.0": 1})
+    tiny.reset_unseen()
 
 
 class Optional(nn.Module):

@@ -11,7 +11,8 @@ import tfmq_fx
 from benchmarks.networks.pipelines import PIPELINES, saved
 from tfmq_fx.base.errors import TFMQError
 from tfmq_fx.calibration.data import CalibrationSet
-from tfmq_fx.calibration.pipelines import denoiser, few_steps, run_pipeline, whole_lists
+from tfmq_fx.calibration.pipelines import denoiser, few_steps, prompts_for, run_pipeline, whole_lists
+from tfmq_fx.calibration.prompts import PROMPTS
 
 ENTRIES = {e.name: e for e in PIPELINES}
 # diffusers' own, on this torch and numpy.
@@ -139,3 +140,24 @@ def test_a_wrapped_network_is_named_with_the_way_out(sd):
         TFMQError, match=r"'unet' is wrapped in a Wrapper.*; set pipe.unet = pipe.unet.module\."
     ):
         denoiser(two)
+
+
+def test_without_a_prompt_ours_are_used_and_said(sd, caplog):
+    assert len(set(PROMPTS)) == 64
+    settings = {"num_samples": 3, "num_inference_steps": 1, "height": 16, "width": 16}
+    own = CalibrationSet.record(sd, **settings)
+    assert "no prompt is given, so 64 of tfmq_fx's own are used" in caplog.text
+    caplog.clear()
+    given = CalibrationSet.record(sd, **settings, prompt=list(PROMPTS[:3]))
+    assert "no prompt is given" not in caplog.text
+    name = "encoder_hidden_states"
+    assert torch.equal(own.tensors[name], given.tensors[name])
+    assert not given.note
+    recipe = tfmq_fx.Recipe(reconstruction=tfmq_fx.Reconstruction(method="nearest"))
+    notes = tfmq_fx.quantize(sd, recipe, calibration=own, strict=True).report["notes"]
+    assert {"name": "calibration", "reason": own.note, "coarser": False} in notes
+
+
+def test_a_pipeline_without_prompts_gets_none(pipe):
+    assert prompts_for(pipe, {}) == {}
+    assert prompts_for(pipe, {"prompt_embeds": torch.zeros(1)}) == {}

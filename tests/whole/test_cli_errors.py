@@ -32,6 +32,11 @@ def template(tiny, tmp_path_factory):
     (folder / "no-json" / "model_index.json").write_text("{")
     (folder / "no-json" / "config.json").write_text("{")
     ddpm().save_pretrained(folder / "pipe")
+    ddpm().save_pretrained(folder / "lost", max_shard_size="30KB")
+    shutil.copytree(folder / "lost", folder / "cut")
+    shard = "unet/diffusion_pytorch_model-00002-of-00002.safetensors"
+    (folder / "lost" / shard).unlink()
+    (folder / "cut" / shard).write_bytes((folder / "cut" / shard).read_bytes()[:-100])
     return folder
 
 
@@ -80,6 +85,12 @@ def place(template, tmp_path, monkeypatch):
         (("quantize", "q", "--model", "nowhere"), "diffusers cannot load it"),
         (("quantize", "q", "--model", "full"), "not a diffusers pipeline folder"),
         (("quantize", "q", "--model", "broken"), "diffusers cannot load it"),
+        (("quantize", "q", "--model", "lost"), "diffusion_pytorch_model-00002-of-00002.safetensors"),
+        (("quantize", "q", "--model", "cut"), "diffusion_pytorch_model-00002-of-00002.safetensors"),
+        (("quantize", "q", "--dtype", "float8"), "--dtype float8: is unknown; use float32, float16, bfloat16"),
+        (("quantize", "q", "--device", "abacus"), "--device abacus: cannot be used here"),
+        (("sample", "small", "--device", "xla:3"), "use one of cpu"),
+        (("quantize", "q", "--model", "pipe", "--variant", "fp16"), "diffusers cannot load it"),
         (("quantize", "q", "--model", "no-json"), "diffusers cannot load it"),
         (("quantize", "q", "--argument", "x=["), "use NAME=JSON"),
         (("quantize", "q", "--argument", "x=1", *QUICK), "DDPMPipeline takes no 'x'; it takes"),

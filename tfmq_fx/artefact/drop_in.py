@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import importlib
 import inspect
@@ -9,7 +10,7 @@ import json
 import logging
 import threading
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -27,9 +28,11 @@ from tfmq_fx.artefact.gradients import wants_gradient, with_gradients
 from tfmq_fx.artefact.graph_json import graph_to_json
 from tfmq_fx.base.ambient import neutral, traced
 from tfmq_fx.base.arguments import leaves
+from tfmq_fx.base.arithmetic import NETWORK_DTYPES
 from tfmq_fx.base.errors import TFMQError, nearest_names
 from tfmq_fx.graph.inputs import placeholders, timestep_input
 from tfmq_fx.graph.nodes import fixed_size
+from tfmq_fx.passes.quantize.cast_glue import cast_glue
 from tfmq_fx.passes.temporal.partition_temporal import temporal_block_of
 
 log = logging.getLogger(__name__)
@@ -63,6 +66,17 @@ class Interface:
     # them, such as a layer's in_features.
     attributes: dict[str, dict[str, Any]] = field(default_factory=dict)
 
+    def cast(self, now: str, new: str, *, precise: Collection[str]) -> Interface:
+        """Return the interface of the network in another precision: its inputs of dtype `now` are of dtype `new`.
+
+        precise: inputs that become or stay float32.
+        """
+        inputs = {
+            n: {**spec, "dtype": "float32" if n in precise else new} if spec["dtype"] == now else spec
+            for n, spec in self.inputs.items()
+        }
+        return dataclasses.replace(self, inputs=inputs)
+
     @staticmethod
     def of(
         network: nn.Module, gm: GraphModule, example: dict[str, Any], output_type: str | None
@@ -78,11 +92,13 @@ class Interface:
         names = {p.name for p in named}  # the example has others if forward takes **kwargs
         inputs = {}
         found = leaves(example)
+        timestep = str(timestep_input(gm, None).target)
+        batch = next(n.meta["val"].shape[0] for name, n in placeholders(gm).items() if name != timestep)
         for name, node in placeholders(gm).items():
             value = node.meta["val"]
             inputs[name] = {
                 "dtype": str(value.dtype).removeprefix("torch."),
-                "shape": [fixed_size(d) for d in value.shape],
+                "shape": [_size(d, batch) for d in value.shape],
                 "path": list(found[name][0]),
             }
         arguments = {p.name: _plain(p.default) for p in named} | {n: None for n in example if n not in names}
@@ -95,7 +111,7 @@ class Interface:
             constants={k: v for k, (_, v) in found.items() if k not in inputs and _is_json(v)}
             | dict.fromkeys(sorted(replaced)),
             output_type=output_type,
-            timestep=str(timestep_input(gm, None).target),
+            timestep=timestep,
             attributes=facts_of(network, {str(n.target) for n in gm.graph.find_nodes(op="get_attr")}),
         )
 
@@ -112,6 +128,15 @@ def _item(value: Any, step: str | int) -> Any:
     if isinstance(value, (list, tuple)) and isinstance(step, int) and step < len(value):
         return value[step]
     return None
+
+
+def _size(size: int | torch.SymInt, batch: int | torch.SymInt) -> int | None:
+    """Return a dimension's size, or None if it varies with the batch. That of position ids is their number."""
+    if (fixed := fixed_size(size)) is not None or not isinstance(batch, torch.SymInt):
+        return fixed
+    own, of_batch = size.node, batch.node  # type: ignore[union-attr]
+    apart = own.hint != of_batch.hint and not own.expr.free_symbols & of_batch.expr.free_symbols
+    return int(own.hint) if apart else None  # type: ignore[arg-type]
 
 
 def _is_json(value: Any) -> bool:
@@ -323,20 +348,34 @@ class DropIn(nn.Module):
     def _apply(self, fn: Any, recurse: bool = True) -> Self:
         """Apply `fn` to all tensors: nn.Module's implementation of .to(), .half() and .cuda().
 
-        Raises TFMQError for another dtype, because capture fixed it, and for another device if `_move_code`
-        cannot move the network there.
+        Another dtype is that of the inputs, the outputs and what is computed between the integers, which stay as they
+        are, as do the scales. Raises TFMQError for a dtype other than float32, float16 and bfloat16, and for another
+        device if `_move_code` cannot move the network there.
         """
-        dtype = fn(torch.empty(0, dtype=self.dtype, device=self.device)).dtype
-        if dtype != self.dtype:
-            raise TFMQError(
-                f"to({dtype}): a quantized network computes in {self.dtype}, as captured; cast the float network first and "
-                "quantize that."
-            )
-        device = fn(torch.empty(0, device=self.device)).device
-        if device != self.device:
-            self._move_code(device)
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        like = fn(torch.empty(0, dtype=self.dtype, device=self.device))
+        if like.dtype not in NETWORK_DTYPES:
+            raise TFMQError(f"to({like.dtype}): use float32, float16 or bfloat16.")
+        if like.dtype != self.dtype:
+            self._cast_code(like.dtype)
+        if like.device != self.device:
+            self._move_code(like.device)
+
+        def moved(x: Tensor) -> Tensor:
+            y = fn(x)
+            return y if y.dtype == x.dtype else x.to(y.device)
+
+        super()._apply(moved, recurse)  # type: ignore[no-untyped-call]
         return self
+
+    def _cast_code(self, dtype: torch.dtype) -> None:
+        """Let the network take and return another dtype."""
+        now, new = (str(d).removeprefix("torch.") for d in (self.dtype, dtype))
+        self.interface = self.interface.cast(now, new, precise=self._precise())
+        self._dtype = dtype
+
+    def _precise(self) -> Collection[str]:
+        """Return the inputs that are never cast to half precision: eight bits are not enough for timesteps up to 1000."""
+        return {self.interface.timestep, *self.finite}
 
     def _move_code(self, device: torch.device) -> None:
         raise TFMQError(
@@ -442,14 +481,18 @@ class DropIn(nn.Module):
 
     def _input(self, name: str, value: Tensor) -> Tensor:
         spec = self.interface.inputs[name]
-        expected = spec["shape"]
-        if value.dim() != len(expected) or any(
-            e not in (None, s) for e, s in zip(expected, value.shape, strict=True)
+        shape = spec["shape"]
+        if value.dim() != len(shape) or any(
+            e not in (None, s) for e, s in zip(shape, value.shape, strict=True)
         ):
-            shown = "(" + ", ".join("N" if e is None else str(e) for e in expected) + ")"
+            shown = "(" + ", ".join("N" if e is None else str(e) for e in shape) + ")"
             raise TFMQError(f"forward: {name!r} has shape {tuple(value.shape)}, captured with {shown}.")
-        if value.dtype != getattr(torch, spec["dtype"]):
-            raise TFMQError(f"forward: {name!r} is {value.dtype}, captured as torch.{spec['dtype']}.")
+        expected = getattr(torch, spec["dtype"])
+        # Around a network in half precision, a pipeline has some inputs in float32.
+        if {value.dtype, expected} <= {*NETWORK_DTYPES} and self.dtype != torch.float32:
+            return value.to(expected)
+        if value.dtype != expected:
+            raise TFMQError(f"forward: {name!r} is {value.dtype}, captured as {expected}.")
         return value
 
     def _look_up(self, name: str, given: Tensor, table: Tensor) -> None:
@@ -457,8 +500,14 @@ class DropIn(nn.Module):
 
         The graph itself always takes the nearest entry.
         """
-        same = given.is_floating_point() == table.is_floating_point()
-        given = given.detach().cpu().to(table.dtype if same else torch.float64)
+        given = given.detach().cpu()
+        if given.is_floating_point() and table.is_floating_point():
+            # In half precision, a schedule's value is that value rounded.
+            coarser = max(given.dtype, table.dtype, key=lambda d: torch.finfo(d).eps)
+            given, table = given.to(coarser), table.to(coarser)
+        else:
+            same = given.is_floating_point() == table.is_floating_point()
+            given = given.to(table.dtype if same else torch.float64)
         for value in given.reshape(-1, *table.shape[1:]).unique(dim=0):
             if not (table == value).reshape(len(table), -1).all(1).any():
                 if self.recipe.get("unseen") == "error":
@@ -497,6 +546,19 @@ class QuantizedGraph(DropIn):
         """Return the temporal block: timestep (N,), and the conditioning that joins it -> features."""
         return temporal_block_of(self.network)
 
+    def in_float32(self) -> QuantizedGraph:
+        """Return the same network in float32, with the same integers; itself if it is."""
+        return self if self.dtype == torch.float32 else type(self)(self.network, **self.parts()).float()
+
+    def _precise(self) -> Collection[str]:
+        return {self.interface.timestep, *placeholders(self.temporal_block)}
+
+    def _cast_code(self, dtype: torch.dtype) -> None:
+        before = self.dtype
+        super()._cast_code(dtype)
+        inputs = example_inputs(self, batch=2)
+        self.network = cast_glue(self.network, list(inputs.values()), before=before, after=dtype)
+
     def _compute(self, inputs: list[Tensor]) -> Any:
         """Run the graph, with straight-through gradients if an input needs one.
 
@@ -528,6 +590,18 @@ def _refuse_graph_alone(_network: nn.Module, _state: Any, prefix: str, *_: Any) 
             "load_state_dict: the state dict of q.network lacks the scales, which are constants of the graph; use "
             "q.load_state_dict(q.state_dict()), or save_pretrained(folder) and tfmq_fx.load(folder)."
         )
+
+
+def example_inputs(model: QuantizedGraph, *, batch: int) -> dict[str, Tensor]:
+    """Return zeros in the shapes and dtypes of the graph's inputs; dimensions of any size become `batch`."""
+    return {
+        name: torch.zeros(
+            [batch if s is None else s for s in spec["shape"]],
+            dtype=getattr(torch, spec["dtype"]),
+            device=model.device,
+        )
+        for name, spec in model.interface.inputs.items()
+    }
 
 
 def _written(network: GraphModule) -> Any:

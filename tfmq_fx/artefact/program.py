@@ -7,11 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 from torch.fx import GraphModule
 
-from tfmq_fx.artefact.drop_in import QuantizedGraph
-from tfmq_fx.artefact.saving import _dtype
+from tfmq_fx.artefact.drop_in import QuantizedGraph, example_inputs
 
 
 def exported(model: QuantizedGraph) -> torch.export.ExportedProgram:
@@ -34,18 +32,6 @@ def dynamic_shapes(model: QuantizedGraph) -> dict[str, dict[int, Any]]:
     return {
         n: {i: torch.export.Dim.AUTO for i, s in enumerate(spec["shape"]) if s is None}
         for n, spec in model.interface.inputs.items()
-    }
-
-
-def example_inputs(model: QuantizedGraph, *, batch: int) -> dict[str, Tensor]:
-    """Return zeros in the shapes and dtypes of the graph's inputs; dimensions of any size become `batch`."""
-    return {
-        name: torch.zeros(
-            [batch if s is None else s for s in spec["shape"]],
-            dtype=_dtype(spec["dtype"]),
-            device=model.device,
-        )
-        for name, spec in model.interface.inputs.items()
     }
 
 

@@ -21,6 +21,7 @@ SUPPORTED_BITS = (2, 3, 4, 5, 6, 7, 8)
 
 
 FLOAT_BITS = 16  # 16 bits means: left in the network's own floating-point type
+NETWORK_DTYPES = (torch.float32, torch.float16, torch.bfloat16)  # what is left in float; scales are float32
 
 
 # The number of values that `search_range` processes at once. With a few temporaries each, they fit in a
@@ -277,8 +278,10 @@ def fake_quantize_rows(x: Tensor, scale_R: Tensor, zero_point_R: Tensor, integer
     return _FakeQuantizeRows.apply(x, scale_R, zero_point_R, integers)  # type: ignore[no-any-return, no-untyped-call]
 
 
-def quantize_tokens(x: Tensor, integers: IntegerRange) -> Tensor:
-    """Return x, rounded per token, in float32: scale = max |x| / quant_max over the last dim, zero point 0.
+def quantize_tokens(x: Tensor, integers: IntegerRange, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Return x, rounded per token: scale = max |x| / quant_max over the last dim, in float32, zero point 0.
+
+    dtype: of x and of the result.
 
     The converted graph is a trace of this function, so it calls only torch's own operators, each with its
     overload. quantized_decomposed.choose_qparams_per_token could replace the first four, but it supports 8
@@ -287,11 +290,13 @@ def quantize_tokens(x: Tensor, integers: IntegerRange) -> Tensor:
     aten, decomposed = torch.ops.aten, torch.ops.quantized_decomposed
     limits = (integers.quant_min, integers.quant_max, integers.dtype)
     largest = aten.amax.default(aten.abs.default(x), [-1], True)
+    if dtype != torch.float32:
+        largest = aten._to_copy.default(largest, dtype=torch.float32)
     # A token of zeros, usually padding, gets a finite scale too.
     scale = aten.clamp.default(aten.div.Tensor(largest, integers.quant_max), torch.finfo(torch.float32).eps)
     zero_point = aten.zeros_like.default(scale, dtype=torch.int32)
     q = decomposed.quantize_per_token.default(x, scale, zero_point, *limits)
-    return decomposed.dequantize_per_token.default(q, scale, zero_point, *limits, torch.float32)  # type: ignore[no-any-return]
+    return decomposed.dequantize_per_token.default(q, scale, zero_point, *limits, dtype)  # type: ignore[no-any-return]
 
 
 class _FakeQuantizeTokens(torch.autograd.Function):
@@ -299,7 +304,7 @@ class _FakeQuantizeTokens(torch.autograd.Function):
     def forward(  # type: ignore[override]
         _ctx: torch.autograd.function.FunctionCtx, x: Tensor, integers: IntegerRange
     ) -> Tensor:
-        return quantize_tokens(x, integers)
+        return quantize_tokens(x, integers, x.dtype)
 
     @staticmethod
     def backward(_ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]

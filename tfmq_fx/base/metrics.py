@@ -28,7 +28,8 @@ def cosine_distance(features: Sequence[Tensor], reference: Sequence[Tensor]) -> 
 
 def relative_mse_by_timestep(output: Tensor, reference: Tensor, timestep: Tensor) -> dict[float, float]:
     """Return MSE / mean square of the reference, over the rows (N, ...) of each timestep (N,)."""
-    error = (output - reference).square().flatten(1).mean(1)
+    reference = reference.float()
+    error = (output.float() - reference).square().flatten(1).mean(1)
     power = reference.square().flatten(1).mean(1)
     return {
         t: (error[timestep == t].mean() / power[timestep == t].mean()).item()

@@ -12,7 +12,6 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from tfmq_fx.artefact.drop_in import DropIn
 from tfmq_fx.base.arguments import Path, flat_name, leaves, walk
 from tfmq_fx.base.errors import TFMQError
 
@@ -33,10 +32,6 @@ def recorded(network: nn.Module) -> Iterator[list[Call]]:
     Each call is copied before the network runs, so that neither the network nor the sampling loop can change it
     afterwards. Calls share the copy of a tensor that they have in common (prompt embeddings).
     """
-    if isinstance(network, DropIn):
-        raise TFMQError(
-            "calibration: the pipeline's denoiser is already quantized; record with the float network."
-        )
     calls: list[Call] = []
     signature, copies = inspect.signature(network.forward), Copies()
 
@@ -48,6 +43,40 @@ def recorded(network: nn.Module) -> Iterator[list[Call]]:
         yield calls
     finally:
         handle.remove()
+
+
+def first_overflow(network: nn.Module, call: Call) -> str | None:
+    """Return the path of the first module that makes NaN or infinite values of finite ones in a call, if one does."""
+    found: list[str] = []
+
+    def look(module: nn.Module, given: Any, made: Any) -> None:
+        if not found and finite(given) and not finite(made):
+            found.append(names[module])
+
+    names = {m: n for n, m in network.named_modules()}
+    handles = [m.register_forward_hook(look) for m in names if not next(m.children(), None)]
+    try:
+        network(**call)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return found[0] if found else None
+
+
+def overflow_words(layer: str, dtype: torch.dtype, when: str) -> str:
+    """Return the sentence of an error: which layer's values overflow, and what to do."""
+    remedy = (
+        "load the network in bfloat16, whose range is that of float32"
+        if dtype == torch.float16
+        else "check the inputs"
+    )
+    return f"calibration: the values of {layer} overflow {str(dtype).removeprefix('torch.')} in {when} of the network; {remedy}."
+
+
+def finite(values: Any) -> bool:
+    """Return True if all floating-point tensors in an argument, however nested, are finite."""
+    tensors = (x for _, x in walk(values) if isinstance(x, Tensor) and x.is_floating_point())
+    return all(bool(x.isfinite().all()) for x in tensors)
 
 
 def _arguments(signature: inspect.Signature, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:

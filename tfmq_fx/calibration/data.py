@@ -14,11 +14,12 @@ from tfmq_fx.base.ambient import tracked
 from tfmq_fx.base.arguments import Path as ArgumentPath
 from tfmq_fx.base.arguments import leaves, nested
 from tfmq_fx.base.errors import TFMQError, nearest_names
-from tfmq_fx.calibration.pipelines import denoiser
+from tfmq_fx.calibration.pipelines import OWN_PROMPTS, denoiser, prompts_for
+from tfmq_fx.calibration.ready import require_ready
 from tfmq_fx.calibration.recording import MAX_MEMORY, Session, record
 from tfmq_fx.calibration.temporal_rows import is_scalar
 from tfmq_fx.graph.inputs import placeholders
-from tfmq_fx.graph.nodes import fixed_size, meta_value
+from tfmq_fx.graph.nodes import fixed_size, meta_value, on_device_of
 from tfmq_fx.graph.state import captured_of
 
 
@@ -28,7 +29,8 @@ class CalibrationSet:
     Invariants: at least one row; all tensors have the same first dimension; every value is finite. A tensor
     inside a dict or list argument has a flat name ("added_cond_kwargs_time_ids") and its path in `paths`.
     `constants` has what is the same in every call: plain values, and tensors without rows (position ids).
-    `conditional` (N,) bool is False for the unconditional rows, which guidance adds.
+    `conditional` (N,) bool is False for the unconditional rows, which guidance adds. `note`: what was chosen for
+    the user when the set was recorded, as the report says it.
 
     Raises TFMQError for what breaks them, naming the tensor and the row.
     """
@@ -41,11 +43,12 @@ class CalibrationSet:
         paths: Mapping[str, ArgumentPath] | None = None,
         *,
         conditional: Tensor | None = None,
+        note: str = "",
     ) -> None:
         # Rows recorded under inference_mode could not be learned from.
         self.tensors = {n: tracked(x) for n, x in tensors.items()}
         self.constants = {n: tracked(x) if isinstance(x, Tensor) else x for n, x in constants.items()}
-        self.timestep = timestep
+        self.timestep, self.note = timestep, note
         self.paths: dict[str, ArgumentPath] = {n: (n,) for n in (*tensors, *constants)} | dict(paths or {})
         if timestep not in self.tensors:
             raise TFMQError(
@@ -134,7 +137,8 @@ class CalibrationSet:
         max_memory: bytes; larger recordings are memory-mapped files, in `cache` or the system's temporary folder.
         pipe_kwargs: passed to the pipeline (prompt, class_labels, guidance_scale, eta, ...). A list has one value
             per sample, and is repeated if it is shorter, unless short runs show that the pipeline takes it as a
-            whole (one value per adapter, ControlNet or layer). A tuple is always passed as it is.
+            whole (one value per adapter, ControlNet or layer). A tuple is always passed as it is. Without a prompt, a
+            pipeline that needs one gets 64 of this library's own, and the log and the report say so.
         """
         if num_samples < 1 or num_inference_steps < 1 or batch_size < 1:
             raise TFMQError(
@@ -142,14 +146,18 @@ class CalibrationSet:
                 f"batch_size={batch_size} must be positive."
             )
         network = denoiser(pipe, timestep=timestep, component=component)
+        require_ready(network)
+        own = prompts_for(pipe, pipe_kwargs)
+        pipe_kwargs |= own
         session = Session(
             pipe, network, timestep, num_samples, num_inference_steps, seed, batch_size, pipe_kwargs
         )
         folder = None if cache is None else Path(cache)
         found = record(session, deterministic=deterministic, cache=folder, max_memory=max_memory)
         return CalibrationSet(
-            found.rows, found.constants, timestep, found.paths, conditional=found.conditional
-        )
+            found.rows, found.constants, timestep, found.paths, conditional=found.conditional,
+            note=OWN_PROMPTS if own else "",
+        )  # fmt: skip
 
     @property
     def timesteps(self) -> Tensor:
@@ -235,5 +243,6 @@ def inputs_of(gm: GraphModule, batch: Mapping[str, Tensor]) -> list[Tensor]:
 
 
 def as_taken(gm: GraphModule, name: str, x: Tensor) -> Tensor:
-    """Return an input as the graph takes it: the timestep as a scalar if the graph was captured with one."""
+    """Return an input as the graph takes it: on its device, and the timestep as a scalar if it was captured with one."""
+    x = on_device_of(placeholders(gm)[name], x)
     return x.reshape(-1)[0] if name == captured_of(gm).timestep and is_scalar(gm) else x

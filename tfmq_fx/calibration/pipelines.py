@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import logging
 from collections.abc import Collection, Mapping
 from itertools import combinations, islice
 from pathlib import Path
@@ -14,7 +15,11 @@ from torch import nn
 
 from tfmq_fx.artefact.drop_in import DropIn, uncounted
 from tfmq_fx.base.errors import TFMQError
+from tfmq_fx.calibration.prompts import PROMPTS
 
+log = logging.getLogger(__name__)
+
+OWN_PROMPTS = f"no prompt is given, so {len(PROMPTS)} of tfmq_fx's own are used; for yours, calibrate with CalibrationSet.record(pipe, prompt=[..], ..)"
 SCHEDULES = ("timesteps", "sigmas")  # lists that no short run is asked about: they are its length
 LONGEST = 4  # values of a list that a short run is given; the first two of a longer list
 MOST_CHOICES = 64  # of lists to try
@@ -109,6 +114,16 @@ def call_pipeline(
         ValueError,
     ) as error:  # raised by the pipeline's checks of its arguments
         raise TFMQError(f"{type(pipe).__name__}: {error}") from error
+
+
+def prompts_for(pipe: Any, pipe_kwargs: Collection[str]) -> dict[str, Any]:
+    """Return `PROMPTS` as the pipeline's argument if it needs a prompt and these arguments give none, else {}."""
+    taken = inspect.signature(pipe.__call__).parameters.get("prompt")
+    given = any(name.startswith("prompt") for name in pipe_kwargs)
+    if taken is None or given or taken.default not in (None, taken.empty):
+        return {}
+    log.warning("calibration: %s", OWN_PROMPTS)
+    return {"prompt": list(PROMPTS)}
 
 
 def _for_samples(

@@ -26,7 +26,18 @@ from tfmq_fx.base.errors import TFMQError
 from tfmq_fx.base.files import replace_folder, update_with_tensors
 from tfmq_fx.base.parallel import Ranks, workers
 from tfmq_fx.base.progress import track
-from tfmq_fx.calibration.calls import Call, Constants, Flat, Leaves, call_leaves, defaults_of, recorded
+from tfmq_fx.calibration.calls import (
+    Call,
+    Constants,
+    Flat,
+    Leaves,
+    call_leaves,
+    defaults_of,
+    finite,
+    first_overflow,
+    overflow_words,
+    recorded,
+)
 from tfmq_fx.calibration.guidance import Unguided, conditional_rows, conditions, without_guidance
 from tfmq_fx.calibration.pipelines import call_pipeline, few_steps, whole_lists
 from tfmq_fx.calibration.rows import INDEX, Recording, Sink, read_recording
@@ -92,6 +103,7 @@ class Session:
         size = min(self.batch_size, self.num_samples - first)
         plain = None if unguided is None else self.short(size, first=first, changes=unguided.changes)
         found, error = self.run(first, size, self.num_inference_steps)
+        self._require_finite(found)
         if error is not None:
             raise error
         calls = self._leaves(found)
@@ -99,6 +111,17 @@ class Session:
             return calls, [True] * sum(self.size_of(_flat(c)) for c in calls)
         expected = {n: x for n, x in _flat(plain[0]).items() if n in unguided.conditions}
         return calls, self._marks([_flat(c) for c in calls], expected)
+
+    def _require_finite(self, calls: list[Call]) -> None:
+        """Raise TFMQError if the network's values overflow in a call: then the samples are NaN in the next one."""
+        wrong = next((i for i, call in enumerate(calls) if not finite(call)), 0)
+        if not wrong:
+            return
+        with torch.no_grad():
+            layer = first_overflow(self.network, calls[wrong - 1])
+        if layer is not None:
+            dtype = next((p.dtype for p in self.network.parameters()), torch.float32)
+            raise TFMQError(overflow_words(layer, dtype, f"call {wrong}"))
 
     def short(
         self, size: int, *, first: int = 0, changes: Mapping[str, float] | None = None, seed: int = 0

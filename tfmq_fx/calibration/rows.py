@@ -50,6 +50,7 @@ class Sink:
                     "pictures of different sizes, or prompts of different lengths, separately."
                 )
             self.shapes.setdefault(name, found)
+        rows = {name: x.cpu() for name, x in rows.items()}  # a GPU has other things to hold
         self.rows += len(next(iter(rows.values())))
         self.bytes += sum(x.nbytes for x in rows.values())
         self.kept.append(rows)

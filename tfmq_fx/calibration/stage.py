@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from copy import deepcopy
 from functools import partial
 from typing import Any
@@ -16,6 +18,7 @@ from tfmq_fx.base.ambient import neutral
 from tfmq_fx.base.errors import TFMQError, nearest_names
 from tfmq_fx.base.parallel import Ranks, Workers, workers
 from tfmq_fx.base.progress import track
+from tfmq_fx.calibration.calls import overflow_words
 from tfmq_fx.calibration.data import CalibrationSet, inputs_of
 from tfmq_fx.calibration.temporal_rows import (
     chunks_of,
@@ -26,7 +29,7 @@ from tfmq_fx.calibration.temporal_rows import (
 )
 from tfmq_fx.graph.channels import choose_layers
 from tfmq_fx.graph.inputs import timestep_input
-from tfmq_fx.graph.nodes import fresh
+from tfmq_fx.graph.nodes import dtype_of, fresh
 from tfmq_fx.graph.state import set_state
 from tfmq_fx.graph.written import keeps_buffers
 from tfmq_fx.observers.residual import ResidualFakeQuantize
@@ -58,7 +61,7 @@ def calibrate(gm: GraphModule, calibration: CalibrationSet, *, batch_size: int =
     _check_values(gm, calibration)
     found, shards = list(observers(gm)), state.recipe.reconstruction.shards
     block = extract_temporal(gm, temporal_of(gm))
-    with workers(shards) as threads:
+    with workers(shards) as threads, _refusing_overflow(found):
         if inputs_are_keys(gm, block):
             for rows in chunks_of(temporal_rows(gm, calibration.tensors)):
                 run_temporal(block, rows, scalar=is_scalar(gm))
@@ -101,6 +104,28 @@ def _observe(
         for of_rank in found:
             for observer, other in zip(learning, of_rank[i] if i < len(of_rank) else [], strict=False):
                 observer.merge(other)
+
+
+@contextmanager
+def _refusing_overflow(found: Sequence[tuple[Node, nn.Module]]) -> Iterator[None]:
+    """Raise TFMQError, naming the value and who reads it, when an activation in half precision is NaN or infinite."""
+    handles = []
+    for node, observer in found:
+        (x, *_), dtype = node.args, dtype_of(node.all_input_nodes[0])
+        if dtype != torch.float32 and not isinstance(observer, PerChannelWeightFakeQuantize):
+            readers = ", ".join(u.name for u in node.users)
+            words = overflow_words(f"node {x}, which {readers} reads,", dtype, "a batch")
+            handles.append(observer.register_forward_pre_hook(partial(_require_finite, words)))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _require_finite(words: str, _observer: nn.Module, given: tuple[Any, ...]) -> None:
+    if not given[0].isfinite().all():
+        raise TFMQError(words)
 
 
 def _learning(gm: GraphModule) -> list[Any]:
@@ -153,7 +178,7 @@ def input_maxima(
         def run_node(self, n: Node) -> Any:
             if n.name in axes:
                 x = self.env[n.args[0]]  # type: ignore[index]
-                self.largest[n.name] = x.abs().movedim(axes[n.name], 0).flatten(1).amax(1)
+                self.largest[n.name] = x.abs().movedim(axes[n.name], 0).flatten(1).amax(1).float()
             return super().run_node(n)
 
     def observe(batch: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -164,7 +189,12 @@ def input_maxima(
     data = calibration.spread(num_samples, seed=seed)
     with workers(8) as threads:
         found = threads.map(observe, data.batches(batch_size, one_timestep=is_scalar(gm)))
-    return {name: torch.stack([of_batch[name] for of_batch in found]).amax(0) for name in axes}
+    largest = {name: torch.stack([of_batch[name] for of_batch in found]).amax(0) for name in axes}
+    nodes = {n.name: n for n in gm.graph.nodes}
+    for name, x in largest.items():
+        if not x.isfinite().all():
+            raise TFMQError(overflow_words(f"the input of {name}", dtype_of(nodes[name]), "a batch"))
+    return largest
 
 
 def _observing(module: nn.Module) -> bool:

@@ -10,7 +10,7 @@ from torch.fx import GraphModule
 
 from tfmq_fx.base.errors import TFMQError, nearest_names
 from tfmq_fx.graph.inputs import placeholders, timestep_input
-from tfmq_fx.graph.nodes import meta_value
+from tfmq_fx.graph.nodes import meta_value, on_device_of
 from tfmq_fx.passes.quantize.state import state_of
 
 
@@ -42,7 +42,7 @@ def temporal_rows(gm: GraphModule, data: Mapping[str, Tensor]) -> dict[str, Tens
     calibration set. If some feature has no table, because an input is not finite or the product is too large,
     every distinct row of the set follows.
 
-    data: the calibration set's tensors by name, (N, ...) each. Raises TFMQError for one that is missing.
+    data: the calibration set's tensors by name, (N, ...) each. The rows are on the CPU, as the tables are. Raises TFMQError for one that is missing.
     """
     state = state_of(gm)
     timestep, values, sizes = state.timestep, state.tables, state.sizes
@@ -92,7 +92,7 @@ def run_temporal(
 
     scalar: True if the block was captured with a timestep of shape (). It then runs once per row.
     """
-    inputs = [rows[n] for n in placeholders(block)]
+    inputs = [on_device_of(node, rows[n]) for n, node in placeholders(block).items()]
     if not scalar:
         return tuple(f for f in block(*inputs) if f.is_floating_point())
     values = [meta_value(n) for n in placeholders(block).values()]

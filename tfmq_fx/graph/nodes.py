@@ -117,6 +117,23 @@ def meta_value(node: Node) -> Any:
     return node.meta.get("val", node.meta.get("example_value"))
 
 
+def dtype_of(node: Node) -> torch.dtype:
+    """Return the dtype of a node's tensor, as its capture or an example left it; float32 if neither did."""
+    value = meta_value(node)
+    return value.dtype if isinstance(value, Tensor) else torch.float32
+
+
+def on_device_of(node: Node, x: Tensor) -> Tensor:
+    """Return x on the device of a node's tensor. A graph without fake values takes it as it is."""
+    value = meta_value(node)
+    return x.to(value.device) if isinstance(value, Tensor) else x
+
+
+def out_dtype(dtype: torch.dtype) -> dict[str, Any]:
+    """Return the keyword arguments of a dequantization to this dtype. The operators' own default is float32."""
+    return {} if dtype == torch.float32 else {"out_dtype": dtype}
+
+
 def hinted_shape(node: Any) -> list[int]:
     """Return the sizes of a node's tensor at capture, where a batch that may vary was two."""
     value = meta_value(node)

@@ -23,7 +23,7 @@ from tfmq_fx.calibration.temporal_rows import (
     temporal_rows,
 )
 from tfmq_fx.graph.inputs import placeholders
-from tfmq_fx.graph.nodes import ancestors, meta_value
+from tfmq_fx.graph.nodes import ancestors, meta_value, on_device_of
 from tfmq_fx.maintenance.choice import CACHE, RECONSTRUCT, Option
 from tfmq_fx.maintenance.tables import feature_tables, float_block, key_rows
 from tfmq_fx.passes.quantize.cache_temporal import decode, encode, feature_key, is_per_row
@@ -155,7 +155,7 @@ def measured_options(
 
 def _rounded(x_N: Tensor, cache_type: str) -> Tensor:
     """Return rows of a feature as a table would return them."""
-    return decode(*encode(x_N.float().reshape(len(x_N), -1), cache_type)).reshape(x_N.shape)
+    return decode(*encode(x_N.float().reshape(len(x_N), -1), cache_type)).reshape(x_N.shape).to(x_N.dtype)
 
 
 class _Changed(nn.Module):
@@ -229,7 +229,7 @@ def seconds_per_call(gm: GraphModule, block: GraphModule, *, runs: int = 21) -> 
     """
     key = (state_of(gm).timestep,)
     rows = {n: x[:1] for n, x in key_rows(gm, key).items()}
-    inputs = [rows[n] for n in placeholders(block)]
+    inputs = [on_device_of(node, rows[n]) for n, node in placeholders(block).items()]
     if is_scalar(gm):
         inputs = [
             x[0] if meta_value(placeholders(gm)[n]).dim() == 0 else x

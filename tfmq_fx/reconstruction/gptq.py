@@ -34,10 +34,13 @@ class Moments:
         treated as a separate group, so errors are compensated only within a piece.
     """
 
-    def __init__(self, groups: int, columns: int, *, pieces: int = 1) -> None:
+    def __init__(
+        self, groups: int, columns: int, *, pieces: int = 1, device: torch.device | None = None
+    ) -> None:
         self.pieces = pieces
-        self.h_GKK = torch.zeros(groups, columns, columns, dtype=torch.float64)
-        self.d_GKK = torch.zeros(groups, columns, columns, dtype=torch.float64)
+        self.h_GKK, self.d_GKK = (
+            torch.zeros(groups, columns, columns, dtype=torch.float64, device=device) for _ in range(2)
+        )
         self._factors: dict[float, tuple[Tensor, Tensor]] = {}
 
     @staticmethod
@@ -58,10 +61,11 @@ class Moments:
         """
 
         def products(pair: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-            x, s = (parted(rows(layer, y, weight), pieces) for y in pair)
+            x, s = (parted(rows(layer, y.float(), weight), pieces) for y in pair)
             return _products(x, s)
 
-        found = Moments(groups_of(layer) * pieces, weight[0].numel() // pieces, pieces=pieces)
+        groups, columns = groups_of(layer) * pieces, weight[0].numel() // pieces
+        found = Moments(groups, columns, pieces=pieces, device=weight.device)
         # Limit how many pairs' float32 products are in memory at once: those of a wide layer are large.
         at_once = max(1, min(8, PRODUCTS // (2 * found.h_GKK.numel())))
         pairs = list(zip(given, seen, strict=True))
@@ -81,8 +85,8 @@ class Moments:
 
     def _accumulate(self, h_GKK: Tensor, d_GKK: Tensor) -> None:
         # Products in float32 are precise enough, because one batch has few rows. Sums over batches are float64.
-        self.h_GKK += h_GKK.double().cpu()
-        self.d_GKK += d_GKK.double().cpu()
+        self.h_GKK += h_GKK.double()
+        self.d_GKK += d_GKK.double()
         self._factors.clear()
 
     def factors(self, damping: float) -> tuple[Tensor, Tensor]:
@@ -197,7 +201,7 @@ def gptq(
     q = torch.empty_like(w)
     for start in range(0, columns, COLUMNS):
         end = min(start + COLUMNS, columns)
-        errors = torch.empty(groups, channels, end - start, dtype=torch.float64)
+        errors = w.new_empty(groups, channels, end - start)
         blocks = block_GCK[:, :, start:end]
         scales, zero_points = scale_GCB.gather(2, blocks), zero_point_GCB.gather(2, blocks)
         for k in range(start, end):

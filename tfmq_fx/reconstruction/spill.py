@@ -27,6 +27,7 @@ class _Spilled:
     shape: torch.Size
     dtype: torch.dtype  # of the tensor
     stored: torch.dtype  # of the numbers in the file
+    device: torch.device  # of the tensor
 
 
 @dataclass(frozen=True)
@@ -102,7 +103,7 @@ class Budget:
                 f"reconstruction: the streams exceed max_memory and cannot be spilled to {tempfile.gettempdir()} "
                 f"({error.strerror or error}); raise Reconstruction.max_memory, lower num_samples, or set TMPDIR to a larger disk."
             ) from error
-        return _Spilled(file, x.shape, x.dtype, stored)
+        return _Spilled(file, x.shape, x.dtype, stored, x.device)
 
 
 class Values(MutableMapping[Node, Any]):
@@ -123,7 +124,7 @@ class Values(MutableMapping[Node, Any]):
             value = value.read()
         elif isinstance(value, _Spilled):
             flat = torch.from_file(str(value.file), size=value.shape.numel(), dtype=value.stored)
-            value = flat.reshape(value.shape).to(value.dtype)
+            value = flat.reshape(value.shape).to(value.device, value.dtype)
         else:
             return value
         self.budget.passed(value.nbytes)

@@ -91,6 +91,8 @@ def reconstruct(
             # If the features will be looked up, the temporal block need not be learned, and the other blocks must
             # see the features that they will look up.
             cached = recipe.maintain == "cache"
+            if _learnable(gm, temporal=False) and settings.method != "nearest":
+                Walk(gm, calibration, run).require_disk()
             if temporal_method(settings) != "nearest" and _learnable(gm, temporal=True) and not cached:
                 results.append(_reconstruct_temporal(gm, calibration, run))
             if _learnable(gm, temporal=False):

@@ -81,7 +81,7 @@ class Streams:
         It is summed over dim 1 (channels or features), averaged over the other dims, and summed over the outputs.
         """
         pairs = zip(self.outputs(part), self.target(part), strict=True)
-        errors = [(y - x).square().sum(1).mean() for y, x in pairs if x.is_floating_point()]
+        errors = [difference(y, x).square().sum(1).mean() for y, x in pairs if x.is_floating_point()]
         return torch.stack(errors).sum() * part.share
 
     @torch.no_grad()
@@ -122,13 +122,18 @@ class Streams:
             for y, x in zip(self.outputs(part), self.target(part), strict=True):
                 if x.is_floating_point():
                     total += torch.stack(
-                        [(y - x).square().sum().double().cpu(), torch.tensor(float(x.numel()))]
+                        [difference(y, x).square().sum().double().cpu(), torch.tensor(float(x.numel()))]
                     )
             return total
 
         found = self.workers.map(of_part, self.parts)
         (sums,) = self.ranks.sum([_sum(found) if found else torch.zeros(2, dtype=torch.float64)])
         return float(sums[0] / sums[1])
+
+
+def difference(y: Tensor, x: Tensor) -> Tensor:
+    """Return y - x in float32: the error of an output in half precision may be below its last bit."""
+    return y.float() - x.float()
 
 
 def _sum(tensors: Sequence[Tensor]) -> Tensor:

@@ -28,7 +28,7 @@ from tfmq_fx.passes.quantize.results import BlockResult
 from tfmq_fx.passes.quantize.state import temporal_of
 from tfmq_fx.recipe import Reconstruction
 from tfmq_fx.reconstruction.rounding import weights_of
-from tfmq_fx.reconstruction.streams import Outputs, Part, Streams
+from tfmq_fx.reconstruction.streams import Outputs, Part, Streams, difference
 
 NAME = "whole network"
 RISE = 10  # warm-up steps of the learning rate, which then falls to zero
@@ -124,7 +124,7 @@ class NetworkStreams(Streams):
         """Return the mean squared error of each row of a part, over all outputs."""
         total, numbers = torch.zeros(part.count), 0
         for y, x in zip(self.outputs(part), self.target(part), strict=True):
-            square = (y - x).square()
+            square = difference(y, x).square()
             # The error of an output without rows counts for every row.
             by_row = square.reshape(part.count, -1) if len(x) % part.count == 0 else square.reshape(1, -1)
             total = total.to(x.device) + by_row.sum(1)

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import copy
 import heapq
+import math
+import shutil
+import tempfile
 from collections.abc import Collection
 from dataclasses import dataclass
 from functools import partial
@@ -19,7 +22,7 @@ from tfmq_fx.base.progress import track
 from tfmq_fx.calibration.data import CalibrationSet, as_taken, inputs_of
 from tfmq_fx.calibration.temporal_rows import is_scalar
 from tfmq_fx.graph.inputs import placeholders
-from tfmq_fx.graph.nodes import fixed_size, fresh, meta_value, weight_argument
+from tfmq_fx.graph.nodes import fixed_size, fresh, hinted_shape, meta_value, weight_argument
 from tfmq_fx.observers.weight import PerChannelWeightFakeQuantize
 from tfmq_fx.passes.quantize.find_blocks import find_blocks
 from tfmq_fx.passes.quantize.observed import observers, without_observers
@@ -75,16 +78,47 @@ class Walk:
         self.interpreter = Interpreter(self.gm)
         self.passed = {n for n in self.gm.graph.nodes if n.op == "call_module" and _is_observer(self.gm, n)}
 
+        self.units, member_of = self._units()
+        self.order = self._order(self.units, member_of)
+        self.last_use: dict[Node, int] = {}
+        for i, node in enumerate(self.order):
+            for source in self.units[node].inputs if node in self.units else node.all_input_nodes:
+                self.last_use[source] = i
+
+    def require_disk(self) -> None:
+        """Raise TFMQError if the streams outgrow both max_memory and the free disk, as far as the capture's shapes tell."""
+        beyond = self._largest() - self.config.settings.max_memory * 2**30
+        folder = tempfile.gettempdir()
+        free = shutil.disk_usage(folder).free
+        if beyond / 2 > free:  # float32 is spilled in half precision
+            raise TFMQError(
+                f"reconstruction: the streams need about {beyond / 2**31:.1f} GiB of disk beyond max_memory, but {folder} has "
+                f"{free / 2**30:.1f}; raise Reconstruction.max_memory, lower num_samples, or set TMPDIR to a larger disk."
+            )
+
+    def _largest(self) -> int:
+        """Return the most bytes that the two streams hold at once."""
+        inputs = [n for n in placeholders(self.gm).values() if isinstance(meta_value(n), Tensor)]
+        batch = next((s[0] for n in inputs if (s := hinted_shape(n))), 1)
+        constant, held, now, most = _constant(self.gm), dict[Node, int](), 0, 0
+        for i, node in enumerate(self.order):
+            for made in self.units[node].outputs if node in self.units else (node,):
+                if (
+                    isinstance(x := meta_value(made), Tensor)
+                    and made.op != "placeholder"
+                    and made not in constant
+                ):
+                    held[made] = math.prod(hinted_shape(made)) * x.element_size()
+                    now += held[made]
+            most = max(most, now)
+            for used in [n for n in held if self.last_use.get(n, -1) <= i]:
+                now -= held.pop(used)
+        return 2 * most * sum(map(len, self.rows)) // batch
+
     def run(self) -> list[BlockResult]:
         """Walk the graph and return the result of each block, in order."""
         held = self.config.settings.max_memory * 2**30 / max(1, 2 * len(self.rows))
-        units, member_of = self._units()
-        order = self._order(units, member_of)
-        last_use: dict[Node, int] = {}
-        for i, node in enumerate(order):
-            for source in units[node].inputs if node in units else node.all_input_nodes:
-                last_use[source] = i
-        constant = _constant(self.gm)
+        units, order, last_use, constant = self.units, self.order, self.last_use, _constant(self.gm)
         results: list[BlockResult] = []
         with Budget(held) as budget:
             envs = self._environments(budget)

@@ -8,6 +8,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from tfmq_fx.artefact.drop_in import QuantizedGraph
 from tfmq_fx.artefact.program import exported, save_program
 from tfmq_fx.base.ambient import neutral
@@ -60,7 +62,9 @@ def export(
         raise TFMQError(f"{file}: cannot be written ({there} is not a folder).")
     frozen = () if chosen == "pt2" else frozen_buffers(model.network, strict=strict)
     start = time.perf_counter()
-    found = _WRITERS[chosen](model, file, strict)
+    found = _WRITERS[chosen](model if chosen == "pt2" else model.in_float32(), file, strict)
+    if chosen != "pt2" and model.dtype != torch.float32:
+        frozen = (*frozen, f"takes and returns float32 instead of {str(model.dtype).removeprefix('torch.')}")
     exported = Exported(
         format=chosen,
         file=file,

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils import _pytree as pytree
 
 from tfmq_fx.artefact.drop_in import DropIn, QuantizedGraph
 from tfmq_fx.base.ambient import neutral
@@ -50,13 +51,27 @@ class LoweredModel(DropIn):
     One compiled network serves all timesteps of a batch size: the scales are looked up inside. A lowered
     network cannot be saved; save the network it was made from. `report["lowering"]` says which kernel runs
     every layer. Its `compiled_seconds` gives, by batch size, the seconds of every compilation so far.
+
+    taken: the dtypes in which the engine takes its inputs. An engine chooses its own precision inside.
     """
 
     network: Any  # an Engine
 
-    def __init__(self, model: QuantizedGraph, compiled: nn.Module, *, lowering: dict[str, Any]) -> None:
+    def __init__(
+        self,
+        model: QuantizedGraph,
+        compiled: nn.Module,
+        *,
+        taken: Sequence[torch.dtype],
+        lowering: dict[str, Any],
+    ) -> None:
         parts = model.parts()
         super().__init__(compiled, **{**parts, "report": {**parts["report"], "lowering": lowering}})
+        self.taken = taken
+
+    def _compute(self, inputs: list[torch.Tensor]) -> Any:
+        outputs = super()._compute([x.to(dtype) for x, dtype in zip(inputs, self.taken, strict=True)])
+        return pytree.tree_map(lambda x: x.to(self.dtype) if x.is_floating_point() else x, outputs)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Compute the outputs. Raises TFMQError for an input that requires a gradient: there is none."""
@@ -128,7 +143,8 @@ def lower(
             f'target "cpu": the network is on {model.device}; quantize it on the CPU, or load it from disk.'
         )
     sums = byte_sums()
-    engine, compile = _engine(engine, compile=compile, pack=pack, model=model, sums=sums)
+    in_float32 = model.in_float32()
+    engine, compile = _engine(engine, compile=compile, pack=pack, model=in_float32, sums=sums)
     if precision not in (None, *PRECISIONS):
         raise TFMQError(f"precision={precision!r}: unknown; use {nearest_names(str(precision), PRECISIONS)}.")
     frozen = () if compile is False else frozen_buffers(model.network, strict=strict)
@@ -146,7 +162,7 @@ def lower(
             compile=compile,
             pack=pack,
         )
-        lowered = ENGINES[engine](model, wanted)
+        lowered = ENGINES[engine](in_float32, wanted)
         weakref.finalize(lowered.network, stack.pop_all().close)
     total, int8 = _checked(lowered.kernels, strict=strict)
     lowering = {
@@ -161,7 +177,8 @@ def lower(
     }
     if frozen and lowering["compiled"]:
         lowering["notes"] = list(frozen)
-    return LoweredModel(model, lowered.network, lowering=lowering)
+    taken = [getattr(torch, spec["dtype"]) for spec in in_float32.interface.inputs.values()]
+    return LoweredModel(model, lowered.network, taken=taken, lowering=lowering)
 
 
 def _warn(sums: ByteSums, *, strict: bool) -> None:

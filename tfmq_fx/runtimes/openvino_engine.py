@@ -16,8 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from tfmq_fx.artefact.drop_in import QuantizedGraph
-from tfmq_fx.artefact.program import example_inputs
+from tfmq_fx.artefact.drop_in import QuantizedGraph, example_inputs
 from tfmq_fx.base.arithmetic import SATURATES, ByteSums
 from tfmq_fx.base.files import keep_folder
 from tfmq_fx.runtimes.engine import (

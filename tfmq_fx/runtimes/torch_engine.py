@@ -31,8 +31,8 @@ from torch._inductor.package.package import load_package
 from torch.fx import GraphModule, Interpreter, Node
 from torch.utils import _pytree as pytree
 
-from tfmq_fx.artefact.drop_in import QuantizedGraph
-from tfmq_fx.artefact.program import example_inputs, exported, graph_of
+from tfmq_fx.artefact.drop_in import QuantizedGraph, example_inputs
+from tfmq_fx.artefact.program import exported, graph_of
 from tfmq_fx.base.arithmetic import NO_INT8, ByteSums
 from tfmq_fx.base.errors import TFMQError, first_line
 from tfmq_fx.base.files import keep_folder
