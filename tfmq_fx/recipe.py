@@ -353,9 +353,18 @@ def _check_fields(cls: type, values: object, where: str) -> None:
 # Methods that learn are tuned by default. At 8 bits the gain is hardly visible (docs/measured/reconstruction.md).
 _GPTQ, _UNTUNED = Reconstruction(method="gptq"), Reconstruction(method="gptq", tune_iterations=0)
 PRESETS = {
-    # At 8 bits learned rounding is no better than the second-order step and costs more
-    # (docs/measured/reconstruction.md).
-    "w8a8": Recipe(weight_bits=8, activation_bits=8, reconstruction=_UNTUNED),
+    # At 8 bits the activations are the problem, not the rounding of the weights (docs/measured/choices.md).
+    "w8a8": Recipe(
+        weight_bits=8,
+        activation_bits=8,
+        smooth=AUTO,
+        keyed=AUTO,
+        float_flops=0.03,
+        double_flops=0.05,
+        float_bytes=0.02,
+        activation_observer="minmax",
+        reconstruction=Reconstruction(method="nearest"),
+    ),
     "w4a8": Recipe(weight_bits=4, activation_bits=8),
     "w8a16": Recipe(weight_bits=8, activation_bits=FLOAT_BITS, reconstruction=_UNTUNED),
     "w4a16": Recipe(weight_bits=4, activation_bits=FLOAT_BITS),
