@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import threading
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from torch import nn
 import tfmq_fx
 from benchmarks.networks.small import FAST, TinyUNet, calibration, make
 from tests.helpers.lowered import lower
+from tfmq_fx.artefact.drop_in import uncounted
 from tfmq_fx.base.errors import TFMQError
 
 X = torch.randn(4, 1, 8, 8)
@@ -214,6 +216,51 @@ def test_a_state_dict_of_other_scales_is_refused_before_anything_is_loaded(tiny)
         q.load_state_dict(without)
 
 
+def test_a_graph_alone_takes_no_state_dict(tiny):
+    with pytest.raises(TFMQError, match=r"state dict of q\.network lacks the scales"):
+        tiny.network.load_state_dict(tiny.network.state_dict())
+    for copied in (copy.deepcopy(tiny), nn.ModuleDict({"unet": copy.deepcopy(tiny)})):
+        copied.load_state_dict(copied.state_dict())
+        inner = copied if copied is not tiny and hasattr(copied, "network") else copied["unet"]
+        with pytest.raises(TFMQError, match=r"state dict of q\.network lacks the scales"):
+            inner.network.load_state_dict(inner.network.state_dict())
+
+
+def test_calls_are_counted_while_another_thread_compiles(tiny):
+    q = copy.deepcopy(tiny)
+    compiling, done = threading.Event(), threading.Event()
+
+    def backend(gm, _):
+        compiling.set()
+        assert done.wait(60)
+        return gm
+
+    compiled = torch.compile(lambda x: x + 1, backend=backend)
+    thread = threading.Thread(target=compiled, args=(X,))
+    thread.start()
+    try:
+        assert compiling.wait(60)
+        with torch.no_grad():
+            q(X, 451)
+        given = X.clone().requires_grad_()
+        q(given, 300).sum().backward()
+    finally:
+        done.set()
+        thread.join()
+    assert q.report["unseen_timesteps"] == {"451": 1}
+    assert given.grad.abs().sum() > 0
+
+
+def test_short_runs_that_probe_count_and_refuse_nothing(tiny):
+    q = copy.deepcopy(tiny)
+    q.recipe = {**q.recipe, "unseen": "error"}
+    with torch.no_grad(), uncounted():
+        q(X, 451)
+    assert q.report["unseen_timesteps"] == {}
+    with pytest.raises(TFMQError, match="timestep=451"):
+        q(X, 451)
+
+
 def test_a_state_dict_goes_back_into_its_network(tiny, tmp_path):
     copied = copy.deepcopy(tiny)
     for buffer in copied.network.buffers():
@@ -233,3 +280,5 @@ def test_a_compiled_network_takes_no_state_dict(tiny):
     low = lower(tiny, engine="torch", compile=False, batch=4)
     with pytest.raises(TFMQError, match="a compiled network is not in a state dict"):
         low.load_state_dict(low.state_dict())
+    with pytest.raises(TFMQError, match=r"somewhere: a compiled network cannot be saved; save the network"):
+        low.save_pretrained("somewhere")

@@ -6,6 +6,7 @@ The same samples are drawn once more without guidance. A row has the condition i
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from tfmq_fx.calibration.calls import Flat
 
-SCALES = ("guidance_scale", "cfg_scale")  # the names of guidance's scales contain one of these
+SCALES = re.compile(r".*(guidance|cfg)_scale.*|guidance|cfg")  # the names of guidance's scales
 OFF = (
     1.0,
     0.0,
@@ -30,7 +31,7 @@ def without_guidance(takes: Collection[str], given: Mapping[str, Any]) -> Iterat
 
     takes: the names of its arguments. given: those that the caller gives.
     """
-    names = [n for n in takes if any(s in n for s in SCALES)]
+    names = [n for n in takes if SCALES.fullmatch(n)]
     one_by_one = [{n: OFF[0]} for n in names]
     together = [dict.fromkeys(names, scale) for scale in OFF]
     tried: list[dict[str, float]] = []
