@@ -76,7 +76,12 @@ def run(gm, cls, recipe):
     block = extract_temporal(fresh(gm), temporal)
     chosen = choose(gm, recipe, data, temporal=temporal)
     passes = stages(
-        chosen.recipe, calibration=data, temporal=temporal, block=block, maxima=chosen.maxima, settings=settings
+        chosen.recipe,
+        calibration=data,
+        temporal=temporal,
+        block=block,
+        maxima=chosen.maxima,
+        settings=settings,
     )
     converted = PassManager(passes)(fresh(gm)).graph_module
     assert isinstance(converted, GraphModule)
