@@ -241,8 +241,7 @@ def captured(
     network: nn.Module, calibration: CalibrationSet, timestep: str
 ) -> tuple[GraphModule, dict[str, Any]]:
     """Capture on the first rows of the calibration set. Return the graph and the arguments of the capture."""
-    device = next((x.device for x in (*network.parameters(), *network.buffers())), torch.device("cpu"))
-    example = pytree.tree_map_only(Tensor, lambda x: x.to(device), calibration.arguments(slice(0, 2)))
+    example = calibration.arguments(slice(0, 2), beside=network)
     if "return_dict" in inspect.signature(network.forward).parameters:
         example["return_dict"] = False
     return capture_rows(network, example, timestep)

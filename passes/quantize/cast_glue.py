@@ -11,6 +11,8 @@ from torch._subclasses import FakeTensorMode
 from torch.fx import GraphModule, Interpreter, Node
 from torch.fx.node import map_aggregate
 
+from tfmq_fx.base.arithmetic import NETWORK_DTYPES
+from tfmq_fx.base.errors import TFMQError
 from tfmq_fx.graph.nodes import (
     aten,
     attribute,
@@ -43,8 +45,10 @@ def cast_glue(
         temporal block up to its first layer stay in float32: eight bits are not enough for timesteps up to 1000.
 
     Numerics: float tensors are rounded to `after`, and so is each result. From half precision to float32, the
-    tensors keep their values.
+    tensors keep their values. Raises TFMQError for other dtypes.
     """
+    if not {before, after} <= {*NETWORK_DTYPES}:
+        raise TFMQError(f"cast_glue: from {before} to {after}; both must be float32, float16 or bfloat16.")
     gm = _copied(gm)
     for module in _graphs(gm):
         for node in module.graph.nodes:

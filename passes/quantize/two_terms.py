@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from tfmq_fx.base.errors import TFMQError
-from tfmq_fx.graph.nodes import aten, weight_argument
+from tfmq_fx.graph.nodes import aten, meta_value, weight_argument
 from tfmq_fx.observers.residual import ResidualFakeQuantize
 from tfmq_fx.passes.quantize.plan import LayerPlan
 
@@ -51,7 +52,8 @@ def is_sum_of_terms(node: Node) -> bool:
 def _second(gm: GraphModule, first: Node, *, bits: int) -> Node:
     x, path = first.args[0], f"{first.name}_second_term"
     assert isinstance(x, Node)
-    gm.add_submodule(path, ResidualFakeQuantize(bits=bits))
+    observer, like = ResidualFakeQuantize(bits=bits), meta_value(x)
+    gm.add_submodule(path, observer.to(like.device) if isinstance(like, Tensor) else observer)
     left = gm.graph.call_function(aten.sub.Tensor, (x, first))
     with gm.graph.inserting_after(left):
         second = gm.graph.call_module(path, (left, x))

@@ -99,6 +99,13 @@ def test_a_cast_network_takes_and_returns_its_dtype(tiny, dtype, tmp_path):
     assert q.report["unseen_timesteps"] == {}
 
 
+def test_a_cast_network_still_refuses_a_state_dict_of_its_graph_alone(tiny):
+    half = copy.deepcopy(tiny).half()
+    half.load_state_dict(half.state_dict())
+    with pytest.raises(TFMQError, match=r"q\.network lacks the scales"):
+        half.network.load_state_dict(half.network.state_dict())
+
+
 def test_a_cast_to_another_dtype_is_refused(tiny):
     with pytest.raises(TFMQError, match=r"to\(torch\.float64\): use float32, float16 or bfloat16"):
         copy.deepcopy(tiny).double()

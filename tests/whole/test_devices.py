@@ -1,6 +1,8 @@
 """Every stage on a device that refuses tensors of another: the same integers as on the CPU."""
 
 import dataclasses
+import tempfile
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -19,14 +21,17 @@ from benchmarks.networks.small import (
     sized_data,
 )
 from tests.helpers.elsewhere import DEVICE, Elsewhere, MixedDevices, device, moved
+from tfmq_fx.artefact.drop_in import Interface
 from tfmq_fx.artefact.graph_json import tensors_of
 from tfmq_fx.capturing import captured
+from tfmq_fx.choices import choose
 from tfmq_fx.evaluation.errors import measure_errors
 from tfmq_fx.graph.nodes import attribute, fresh
 from tfmq_fx.passes.pass_manager import PassManager
 from tfmq_fx.passes.temporal.find_temporal import find_temporal
 from tfmq_fx.passes.temporal.partition_temporal import extract_temporal
 from tfmq_fx.pipeline import stages
+from tfmq_fx.reconstruction.spill import Budget, Values
 
 LEARNED = dataclasses.replace(FAST, iterations=3, temporal_iterations=3, tune_iterations=3, shards=1)
 NEAREST = dataclasses.replace(LEARNED, method="nearest", tune_iterations=0)
@@ -38,13 +43,18 @@ RECIPES = {
     "keyed": {"keyed": "all", "shared_zero_point": True, "unseen": "float", "group_size": 8},
     "cached": {"maintain": "cache", "cache_type": "int8", "activation_granularity": "token"},
     "chosen": {"maintain": "auto", "attention_bits": 8},
+    "two terms": {"rules": (tfmq_fx.Rule(pattern="mid*", activation_terms=2),)},
     **{name: {"temporal_observer": name} for name in ("mse", "kl", "percentile")},
 }
 CASES = [
-    *((cls, "default", LEARNED) for cls in NETWORKS),
-    *((TinyUNet, name, NEAREST) for name in RECIPES if name != "default"),
-    (Tokens, "w4a4", NEAREST),
+    (Labelled, "default", LEARNED),
+    (Labelled, "keyed", NEAREST),
+    (Labelled, "two terms", NEAREST),
     (Labelled, "cached", LEARNED),
+    (Labelled, "chosen", NEAREST),
+    (Sized, "default", NEAREST),
+    (Tokens, "w4a4", NEAREST),
+    *((Labelled, name, NEAREST) for name in ("mse", "kl", "percentile")),
 ]
 
 
@@ -64,7 +74,15 @@ def run(gm, cls, recipe):
     settings = tfmq_fx.settings.Settings(finite=FINITE.get(cls))
     temporal = find_temporal(gm, timestep="timestep", finite=settings.finite or ())
     block = extract_temporal(fresh(gm), temporal)
-    passes = stages(recipe, calibration=data, temporal=temporal, block=block, settings=settings)
+    chosen = choose(gm, recipe, data, temporal=temporal)
+    passes = stages(
+        chosen.recipe,
+        calibration=data,
+        temporal=temporal,
+        block=block,
+        maxima=chosen.maxima,
+        settings=settings,
+    )
     converted = PassManager(passes)(fresh(gm)).graph_module
     assert isinstance(converted, GraphModule)
     return converted, measure_errors(gm, converted, data, block=block)
@@ -85,11 +103,45 @@ def test_all_stages_give_the_same_integers(cls, name, reconstruction):
     for path, x in tensors_of(expected).items():
         y = tensors[path].cpu()
         # Attention has another kernel there: scales that depend on it differ in their last bits.
-        assert torch.equal(x, y) or (x.is_floating_point() and torch.allclose(x, y, rtol=1e-4, atol=1e-7)), (
+        assert torch.equal(x, y) or (x.is_floating_point() and torch.allclose(x, y, rtol=1e-4, atol=1e-6)), (
             path
         )
     for a, b in zip(found_errors.by_timestep, errors.by_timestep, strict=True):
         assert a == pytest.approx(b, rel=1e-2, abs=1e-9)
+
+
+def test_a_quantized_network_is_called_and_saved_there(tmp_path):
+    recipe = tfmq_fx.Recipe(reconstruction=NEAREST, unseen="error")
+    parts, data = {}, NETWORKS[TinyUNet]()
+    for place, gm in zip(("here", "there"), graphs(TinyUNet), strict=True):
+        with device() if place == "there" else nullcontext():
+            converted, _ = run(gm, TinyUNet, recipe)
+            face = Interface.of(make(TinyUNet), gm, data.arguments(slice(0, 2)), None)
+            q = tfmq_fx.QuantizedModel(
+                converted,
+                interface=face,
+                timesteps=data.timesteps,
+                config={},
+                recipe=recipe.to_json(),
+                report={},
+            )
+            x = data.tensors["sample"][:4]
+            x = x.to(DEVICE) if place == "there" else x
+            parts[place] = q(x, 300).cpu()
+            assert q.device == x.device
+            q.save_pretrained(tmp_path / place)
+    assert torch.equal(parts["here"], parts["there"])
+    assert torch.equal(tfmq_fx.load(tmp_path / "there")(data.tensors["sample"][:4], 300), parts["here"])
+
+
+def test_streams_on_disk_come_back_to_the_device(tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    node = torch.fx.Graph().placeholder("x")
+    with device(), Budget(0) as budget:
+        values = Values(budget)
+        values[node] = torch.ones(3, device=DEVICE)
+        assert budget.spilled
+        assert values[node].device == DEVICE
 
 
 def test_the_device_refuses_others():

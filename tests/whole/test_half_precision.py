@@ -72,8 +72,10 @@ def test_the_integers_are_those_of_the_same_weights_in_float32(cls):
     assert {x.dtype for n, x in found.items() if "scale" in n} == {torch.float32}
 
 
+TWO_TERMS = dataclasses.replace(NEAREST, rules=(tfmq_fx.Rule(pattern="*.conv2*", activation_terms=2),))
 CASES = [(cls, torch.bfloat16, NEAREST, 1.0) for cls in NETWORKS] + [
     (TinyUNet, torch.float16, NEAREST, 1.0),
+    (TinyUNet, torch.bfloat16, TWO_TERMS, 1.0),
     (Tokens, torch.bfloat16, LEARNED, 1.5),  # learned roundings end elsewhere, as with another seed
 ]
 

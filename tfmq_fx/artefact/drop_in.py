@@ -538,8 +538,7 @@ class QuantizedGraph(DropIn):
 
     def __init__(self, network: GraphModule, **parts: Any) -> None:
         super().__init__(network, **parts)
-        _freeze(network)
-        network.register_load_state_dict_pre_hook(_refuse_graph_alone)  # type: ignore[no-untyped-call]
+        _own(network)
 
     @property
     def temporal_block(self) -> GraphModule:
@@ -558,6 +557,7 @@ class QuantizedGraph(DropIn):
         super()._cast_code(dtype)
         inputs = example_inputs(self, batch=2)
         self.network = cast_glue(self.network, list(inputs.values()), before=before, after=dtype)
+        _own(self.network)
 
     def _compute(self, inputs: list[Tensor]) -> Any:
         """Run the graph, with straight-through gradients if an input needs one.
@@ -581,6 +581,12 @@ class QuantizedGraph(DropIn):
                 "load_state_dict: the state dict is of a network with another graph or other scales, which a state dict does "
                 "not hold; use save_pretrained(folder) and tfmq_fx.load(folder)."
             )
+
+
+def _own(network: GraphModule) -> None:
+    """Let a graph be a quantized network's: without gradients, and loaded only as a part of it."""
+    _freeze(network)
+    network.register_load_state_dict_pre_hook(_refuse_graph_alone)  # type: ignore[no-untyped-call]
 
 
 def _refuse_graph_alone(_network: nn.Module, _state: Any, prefix: str, *_: Any) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.fx import GraphModule
 
 from tfmq_fx.base.ambient import tracked
@@ -100,10 +100,19 @@ class CalibrationSet:
         paths = {n: path for n, (path, _) in found.items()}
         return CalibrationSet({n: x for n, (_, x) in found.items()}, {}, timestep, paths)
 
-    def arguments(self, rows: slice) -> dict[str, Any]:
-        """Return the network's keyword arguments for these rows, nested as it takes them, including constants."""
+    def arguments(self, rows: slice, *, beside: nn.Module | None = None) -> dict[str, Any]:
+        """Return the network's keyword arguments for these rows, nested as it takes them, including constants.
+
+        beside: the network on whose device they will be; None leaves them where they are.
+        """
         values = {n: x[rows] for n, x in self.tensors.items()} | self.constants
-        return nested({self.paths[n]: value for n, value in values.items()})
+        own = None if beside is None else next(iter((*beside.parameters(), *beside.buffers())), None)
+        return nested(
+            {
+                self.paths[n]: x.to(own.device) if own is not None and isinstance(x, Tensor) else x
+                for n, x in values.items()
+            }
+        )
 
     @staticmethod
     @torch.no_grad()

@@ -85,16 +85,18 @@ def output_errors(
 ) -> dict[str, dict[float, float]]:
     """Return the relative MSE of each network's output to the reference's, by timestep, on the same rows."""
     starts = range(0, len(data), ROWS)
-    expected = torch.cat([_output(reference, data, i) for i in starts])
+    expected = torch.cat([_output(reference, data, i, reference) for i in starts])
     t = data.tensors[data.timestep]
     return {
-        name: relative_mse_by_timestep(torch.cat([_output(f, data, i) for i in starts]), expected, t)
+        name: relative_mse_by_timestep(
+            torch.cat([_output(f, data, i, reference) for i in starts]), expected, t
+        )
         for name, f in networks.items()
     }
 
 
-def _output(network: Callable[..., Any], data: CalibrationSet, start: int) -> Tensor:
-    found = network(**data.arguments(slice(start, start + ROWS)) | {"return_dict": False})
+def _output(network: Callable[..., Any], data: CalibrationSet, start: int, beside: nn.Module) -> Tensor:
+    found = network(**data.arguments(slice(start, start + ROWS), beside=beside) | {"return_dict": False})
     first: Tensor = found[0]
     return first.float()
 
@@ -103,7 +105,7 @@ def in_bfloat16(network: nn.Module) -> Callable[..., Any]:
     """Return the float network under autocast: its error is a floor that people accept without asking."""
 
     def call(*args: Any, **kwargs: Any) -> Any:
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast(next(network.parameters()).device.type, torch.bfloat16):
             return network(*args, **kwargs)
 
     return call
@@ -117,7 +119,8 @@ def milliseconds(
 
     The networks take turns for `rounds` rounds. A first call of each warms up and is not counted.
     """
-    arguments = data.arguments(slice(0, batch)) | {"return_dict": False}
+    beside = next((n for n in networks.values() if isinstance(n, nn.Module)), None)
+    arguments = data.arguments(slice(0, batch), beside=beside) | {"return_dict": False}
     found: dict[str, list[float]] = {name: [] for name in networks}
     for i in range(rounds + 1):
         for name, network in networks.items():

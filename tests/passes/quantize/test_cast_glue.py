@@ -6,6 +6,7 @@ import torch
 import tfmq_fx
 from benchmarks.networks.small import calibration, prepared
 from tfmq_fx.artefact.graph_json import quantized_weights, tensors_of
+from tfmq_fx.base.errors import TFMQError
 from tfmq_fx.graph.nodes import is_decomposed, op_name
 from tfmq_fx.passes import cast_glue
 
@@ -66,6 +67,11 @@ def test_back_in_float32_only_the_float_tensors_are_rounded(converted, dtype):
     )
     again = cast_glue(half, [X.to(dtype), T], before=dtype, after=dtype)
     assert torch.equal(run(again, X.to(dtype)), run(half, X.to(dtype)))
+
+
+def test_other_dtypes_are_refused(converted):
+    with pytest.raises(TFMQError, match=r"from torch\.float32 to torch\.float64"):
+        cast_glue(converted, [X, T], before=torch.float32, after=torch.float64)
 
 
 def test_timesteps_are_embedded_in_float32(converted):

@@ -78,8 +78,8 @@ def test_a_zero_channel_quantizes_to_zero():
         assert ((o.zero_point >= 0) & (o.zero_point <= 15)).all()
 
 
-def test_a_half_precision_network_is_refused():
+def test_a_network_in_float64_is_refused():
     gm = captured()
-    gm.get_submodule("down").half()
-    with pytest.raises(TFMQError, match=r"weight down\.weight: is torch\.float16"):
+    gm.get_submodule("down").double()
+    with pytest.raises(TFMQError, match=r"weight down\.weight: is torch\.float64"):
         tfmq_fx.prepare(gm, tfmq_fx.Recipe(), timesteps=TIMESTEPS)
