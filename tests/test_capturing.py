@@ -87,6 +87,36 @@ def test_nan_in_the_weights_is_refused():
         tfmq_fx.capture(network, {"sample": X, "timestep": T})
 
 
+class Causal(nn.Module):
+    """Its mask is a buffer of 0 and -inf."""
+
+    def __init__(self):
+        super().__init__()
+        self.time, self.i, self.o = nn.Linear(1, 8), nn.Linear(4, 24), nn.Linear(8, 4)
+        self.register_buffer("mask", torch.full((6, 6), -torch.inf).triu(1))
+
+    def forward(self, sample, timestep):
+        q, k, v = self.i(sample).chunk(3, -1)
+        y = nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=self.mask)
+        return self.o(y + self.time(timestep.reshape(-1, 1).float() / 1000)[:, None])
+
+
+def test_an_infinite_mask_is_no_weight():
+    network, x = make(Causal), torch.randn(16, 6, 4)
+    data = tfmq_fx.CalibrationSet.from_tensors({"sample": x, "timestep": torch.arange(0, 800, 100).repeat(2)})
+    recipe = tfmq_fx.Recipe(weight_bits=8, reconstruction=tfmq_fx.Reconstruction(method="nearest"))
+    q = tfmq_fx.quantize(network, recipe, calibration=data)
+    with torch.no_grad():
+        expected = network(x, data.tensors["timestep"])
+        found = q(x, data.tensors["timestep"])
+    # three layers of 8 bits
+    assert (found - expected).abs().max() < 3 / 64 * expected.abs().max()
+    with torch.no_grad():
+        network.o.weight[0, 0] = -torch.inf
+    with pytest.raises(TFMQError, match=r"weight o\.weight: holds NaN or infinite"):
+        tfmq_fx.capture(network, {"sample": x[:2], "timestep": T})
+
+
 def test_data_dependent_control_flow_is_refused_with_exports_words():
     class Branches(nn.Module):
         def forward(self, sample, timestep):
@@ -142,7 +172,8 @@ def test_the_remedy_fits_the_cause_and_torchs_long_text_is_logged(caplog, capsys
     for error in (numpy.value, branches.value):
         assert "data-dependent" not in str(error) or error is branches.value
         assert len(str(error).splitlines()) == 1
-        assert error.__cause__ is None and error.__suppress_context__
+        assert error.__cause__ is None
+        assert error.__suppress_context__
     assert "def forward" in caplog.text  # the graph, which torch prints
     assert "def forward" not in capsys.readouterr().err
 

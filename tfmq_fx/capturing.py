@@ -24,10 +24,12 @@ from tfmq_fx.base.tracing import capture_error, graphs_to_log, tracing
 from tfmq_fx.calibration.data import CalibrationSet
 from tfmq_fx.calibration.ready import require_ready
 from tfmq_fx.graph.inputs import choose_timestep, placeholders, require_input, timestep_input
-from tfmq_fx.graph.nodes import fixed_size
+from tfmq_fx.graph.nodes import attribute, fixed_size, schema_arguments
 from tfmq_fx.graph.state import Captured, set_state
 from tfmq_fx.graph.written import keeps_buffers, own_written_buffers
+from tfmq_fx.passes.clean.fold_parameters import fold_parameters
 from tfmq_fx.passes.clean.inline_regions import inline_regions
+from tfmq_fx.passes.clean.linear_matmuls import linear_matmuls
 from tfmq_fx.passes.clean.literal_dtypes import literal_dtypes
 from tfmq_fx.passes.clean.remove_noops import remove_noops
 from tfmq_fx.passes.clean.root_batch_size import root_batch_size
@@ -60,7 +62,7 @@ def capture(
     tensors = {n for n, x in found.items() if isinstance(x, Tensor)}
     timestep = _require_timestep(timestep or choose_timestep(found), found)
     _refuse_inference_parameters(network)
-    check_finite(network)
+    check_numbers(network)
     network = unwrapped(network, example_inputs)
     order = list(parameters_of(network))
     unknown = [n for n in example_inputs if n not in order]
@@ -84,6 +86,7 @@ def capture(
     _track_constants(gm)
     PassManager(cleaning(timestep))(gm)
     gm.graph.eliminate_dead_code()
+    _check_weights(gm)
     own_written_buffers(gm)
     gm.recompile()
     return gm
@@ -185,7 +188,14 @@ def cleaning(timestep: str) -> list[Callable[[GraphModule], PassResult]]:
 
     The graph's results stay bitwise equal.
     """
-    return [inline_regions, remove_noops, literal_dtypes, partial(root_batch_size, timestep=timestep)]
+    return [
+        inline_regions,
+        remove_noops,
+        literal_dtypes,
+        partial(root_batch_size, timestep=timestep),
+        linear_matmuls,
+        fold_parameters,
+    ]
 
 
 class _SymbolicRepeats(TorchFunctionMode):
@@ -237,18 +247,36 @@ def _refuse_inference_parameters(network: nn.Module) -> None:
             )
 
 
-def check_finite(network: nn.Module) -> None:
-    """Raise TFMQError naming the first parameter or buffer that holds NaN or infinity."""
+def check_numbers(network: nn.Module) -> None:
+    """Raise TFMQError naming the first parameter or buffer that holds NaN.
+
+    Infinity has its uses outside weights: in masks.
+    """
     for name, p in [*network.named_parameters(), *network.named_buffers()]:
-        if (
-            p.is_floating_point()
-            and not p.is_meta
-            and not isinstance(p, FakeTensor)
-            and not torch.isfinite(p).all()
-        ):
-            raise TFMQError(
-                f"weight {name}: holds NaN or infinite values; quantizing it would give wrong pictures."
-            )
+        if _is_real(p) and torch.isnan(p).any():
+            raise _not_finite(name)
+
+
+def _check_weights(gm: GraphModule) -> None:
+    """Raise TFMQError naming the first weight, bias or running statistic of an operator that is not finite."""
+    for node in gm.graph.nodes:
+        for name, value in schema_arguments(node):
+            if name in _WEIGHTS and isinstance(value, Node) and value.op == "get_attr":
+                tensor = attribute(gm, str(value.target))
+                if _is_real(tensor) and not torch.isfinite(tensor).all():
+                    raise _not_finite(str(value.target))
+
+
+_WEIGHTS = ("weight", "bias", "running_mean", "running_var")  # what aten's schemas call them
+
+
+def _is_real(x: Tensor) -> bool:
+    """Return True for floating-point numbers that are in memory."""
+    return x.is_floating_point() and not x.is_meta and not isinstance(x, FakeTensor)
+
+
+def _not_finite(name: str) -> TFMQError:
+    return TFMQError(f"weight {name}: holds NaN or infinite values; quantizing it would give wrong pictures.")
 
 
 def _example(x: Any) -> Any:

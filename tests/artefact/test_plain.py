@@ -16,7 +16,9 @@ from tfmq_fx.artefact.plain import is_json, plain_config
 class Settings:
     channels: int = 8
     kind: torch.dtype = torch.float32
-    inner: object = dataclasses.field(default_factory=lambda: SimpleNamespace(depth=2, device=torch.device("cpu")))
+    inner: object = dataclasses.field(
+        default_factory=lambda: SimpleNamespace(depth=2, device=torch.device("cpu"))
+    )
 
 
 @pytest.mark.parametrize(

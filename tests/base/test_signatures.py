@@ -27,11 +27,16 @@ class OnlyPositions(Hidden):
 
 class Strict(nn.Module):
     def forward(self, x, t, /, *rest, y, **more):
-        return x
+        return x, t, rest, y, more
 
 
 def test_a_wrapper_has_the_signature_of_what_is_in_it():
-    for wrapper in (Hidden(Named()), Hidden(Hidden(Named())), nn.DataParallel(Named()), torch.compile(Named(), backend="eager")):
+    for wrapper in (
+        Hidden(Named()),
+        Hidden(Hidden(Named())),
+        nn.DataParallel(Named()),
+        torch.compile(Named(), backend="eager"),
+    ):
         assert hides_arguments(wrapper)
         assert list(signature_of(wrapper).parameters) == ["x", "t", "y"]
         assert not takes_any(wrapper)
@@ -56,4 +61,7 @@ def test_arguments_go_by_name_where_the_network_takes_names():
     assert call_of(Named(), {"x": 1, "t": 2}) == ((), {"x": 1, "t": 2})
     assert call_of(Hidden(Named()), {"x": 1, "t": 2}) == ((), {"x": 1, "t": 2})
     assert call_of(OnlyPositions(Named()), {"x": 1, "t": 2}) == ((1, 2), {})
-    assert call_of(Strict(), {"x": 1, "t": 2, "rest": [5, 6], "y": 3, "z": 4}) == ((1, 2, 5, 6), {"y": 3, "z": 4})
+    assert call_of(Strict(), {"x": 1, "t": 2, "rest": [5, 6], "y": 3, "z": 4}) == (
+        (1, 2, 5, 6),
+        {"y": 3, "z": 4},
+    )

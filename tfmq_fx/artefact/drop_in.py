@@ -33,6 +33,7 @@ from tfmq_fx.base.errors import TFMQError, nearest_names
 from tfmq_fx.base.signatures import parameters_of
 from tfmq_fx.graph.inputs import placeholders, timestep_input
 from tfmq_fx.graph.nodes import fixed_size
+from tfmq_fx.graph.state import captured_of
 from tfmq_fx.passes.quantize.cast_glue import cast_glue
 from tfmq_fx.passes.temporal.partition_temporal import temporal_block_of
 
@@ -82,9 +83,7 @@ class Interface:
         return dataclasses.replace(self, inputs=inputs)
 
     @staticmethod
-    def of(
-        network: nn.Module, gm: GraphModule, example: dict[str, Any], output: Any = None
-    ) -> Interface:
+    def of(network: nn.Module, gm: GraphModule, example: dict[str, Any], output: Any = None) -> Interface:
         """Return the interface of `network`, which was captured as `gm`.
 
         example: the arguments of the capture. They show which arguments were constant and where each input
@@ -105,6 +104,8 @@ class Interface:
                 "shape": [_size(d, batch) for d in value.shape],
                 "path": list(found[name][0]),
             }
+        weights = {str(n.target) for n in gm.graph.find_nodes(op="get_attr")}
+        weights |= {path for paths in captured_of(gm).folded.values() for path in paths}
         # The example has more than forward names if forward takes **kwargs.
         arguments = {n: _plain(p.default) for n, p in parameters.items()}
         arguments |= {n: None for n in example if n not in parameters}
@@ -120,7 +121,7 @@ class Interface:
             output_fields=output_fields,
             rest=rest,
             timestep=timestep,
-            attributes=facts_of(network, {str(n.target) for n in gm.graph.find_nodes(op="get_attr")}),
+            attributes=facts_of(network, weights),
         )
 
     @cached_property

@@ -16,7 +16,9 @@ log = logging.getLogger(__name__)
 
 def is_json(value: Any) -> bool:
     """Return True for a value that JSON holds: None, a word, a finite number."""
-    return math.isfinite(value) if isinstance(value, float) else value is None or isinstance(value, (int, str))
+    return (
+        math.isfinite(value) if isinstance(value, float) else value is None or isinstance(value, (int, str))
+    )
 
 
 def plain_config(network: nn.Module) -> dict[str, Any]:

@@ -126,7 +126,7 @@ class Nesting:
     """The nesting of a graph's outputs, for engines that return a flat list of tensors. It keeps no graph."""
 
     def __init__(self, gm: GraphModule) -> None:
-        self._nested = torch.fx.map_arg(gm.graph.output_node().args[0], lambda _: _TENSOR)
+        self._nested: Any = torch.fx.map_arg(gm.graph.output_node().args[0], lambda _: _TENSOR)  # type: ignore[arg-type, return-value]
 
     def of(self, flat: Sequence[Any]) -> Any:
         """Return these tensors nested as the graph's outputs are, with the constants among them."""
