@@ -2,8 +2,10 @@
 
 from tfmq_fx.graph.state import captured_of
 from tfmq_fx.passes.clean.bind_parameters import bind_parameters
+from tfmq_fx.passes.clean.fold_parameters import fold_parameters
 from tfmq_fx.passes.clean.inline_modules import inline_modules
 from tfmq_fx.passes.clean.inline_regions import inline_regions
+from tfmq_fx.passes.clean.linear_matmuls import linear_matmuls
 from tfmq_fx.passes.clean.literal_dtypes import literal_dtypes
 from tfmq_fx.passes.clean.move_to_device import move_to_device
 from tfmq_fx.passes.clean.remove_noops import remove_noops
@@ -52,10 +54,12 @@ __all__ = [
     "find_temporal",
     "flatten_linears",
     "float_at_unseen",
+    "fold_parameters",
     "inline_modules",
     "inline_regions",
     "insert_step_index",
     "integer_weights",
+    "linear_matmuls",
     "literal_dtypes",
     "low_rank",
     "move_to_device",

@@ -1,3 +1,7 @@
+import logging
+import threading
+
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -83,6 +87,36 @@ def test_nan_in_the_weights_is_refused():
         tfmq_fx.capture(network, {"sample": X, "timestep": T})
 
 
+class Causal(nn.Module):
+    """Its mask is a buffer of 0 and -inf."""
+
+    def __init__(self):
+        super().__init__()
+        self.time, self.i, self.o = nn.Linear(1, 8), nn.Linear(4, 24), nn.Linear(8, 4)
+        self.register_buffer("mask", torch.full((6, 6), -torch.inf).triu(1))
+
+    def forward(self, sample, timestep):
+        q, k, v = self.i(sample).chunk(3, -1)
+        y = nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=self.mask)
+        return self.o(y + self.time(timestep.reshape(-1, 1).float() / 1000)[:, None])
+
+
+def test_an_infinite_mask_is_no_weight():
+    network, x = make(Causal), torch.randn(16, 6, 4)
+    data = tfmq_fx.CalibrationSet.from_tensors({"sample": x, "timestep": torch.arange(0, 800, 100).repeat(2)})
+    recipe = tfmq_fx.Recipe(weight_bits=8, reconstruction=tfmq_fx.Reconstruction(method="nearest"))
+    q = tfmq_fx.quantize(network, recipe, calibration=data)
+    with torch.no_grad():
+        expected = network(x, data.tensors["timestep"])
+        found = q(x, data.tensors["timestep"])
+    # three layers of 8 bits
+    assert (found - expected).abs().max() < 3 / 64 * expected.abs().max()
+    with torch.no_grad():
+        network.o.weight[0, 0] = -torch.inf
+    with pytest.raises(TFMQError, match=r"weight o\.weight: holds NaN or infinite"):
+        tfmq_fx.capture(network, {"sample": x[:2], "timestep": T})
+
+
 def test_data_dependent_control_flow_is_refused_with_exports_words():
     class Branches(nn.Module):
         def forward(self, sample, timestep):
@@ -112,3 +146,130 @@ def test_the_line_of_the_control_flow_is_shown():
 
     with pytest.raises(TFMQError, match=r"test_capturing\.py:\d+ in forward: if sample\.sum\(\) > 0:"):
         tfmq_fx.capture(Branches().eval(), {"sample": torch.randn(2), "timestep": T}, "timestep")
+
+
+def test_the_remedy_fits_the_cause_and_torchs_long_text_is_logged(caplog, capsys):
+    class ThroughNumpy(nn.Module):
+        def forward(self, sample, timestep):
+            return sample + torch.from_numpy(np.sin(timestep.numpy()))[:, None]
+
+    class Reads(nn.Module):
+        def forward(self, sample, timestep, needed):
+            return sample + timestep[:, None] + needed
+
+    class Branches(nn.Module):
+        def forward(self, sample, timestep):
+            return sample * 2 if sample.sum() > 0 else sample + timestep[:, None]
+
+    example = {"sample": torch.randn(2, 3), "timestep": T}
+    with caplog.at_level(logging.INFO, "tfmq_fx"):
+        with pytest.raises(TFMQError, match=r"numpy\(\).*Change that part of the network, or hand") as numpy:
+            tfmq_fx.capture(ThroughNumpy().eval(), example)
+        with pytest.raises(TFMQError, match=r"^Reads cannot run on the example inputs: .*'needed'.*Give it"):
+            tfmq_fx.capture(Reads().eval(), example)
+        with pytest.raises(TFMQError, match="Remove the data-dependent control flow") as branches:
+            tfmq_fx.capture(Branches().eval(), example)
+    for error in (numpy.value, branches.value):
+        assert "data-dependent" not in str(error) or error is branches.value
+        assert len(str(error).splitlines()) == 1
+        assert error.__cause__ is None
+        assert error.__suppress_context__
+    assert "def forward" in caplog.text  # the graph, which torch prints
+    assert "def forward" not in capsys.readouterr().err
+
+
+def test_threads_capture_in_turn():
+    found: dict[int, float] = {}
+
+    def run(i):
+        network = make(ScalarTime)
+        gm = tfmq_fx.capture(network, {"sample": torch.randn(2, 4), "timestep": torch.tensor(7)})
+        x = torch.randn(3, 4)
+        with torch.no_grad():
+            found[i] = float((gm(x, torch.tensor(i)) - network(x, torch.tensor(i))).abs().max())
+
+    threads = [threading.Thread(target=run, args=(i,)) for i in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert found == dict.fromkeys(range(4), 0.0)
+
+
+class Labels(nn.Module):
+    """It reads what only **kwargs takes."""
+
+    def __init__(self):
+        super().__init__()
+        self.time, self.label, self.out = nn.Linear(1, 4), nn.Embedding(10, 4), nn.Linear(4, 4)
+
+    def forward(self, sample, timestep, **kwargs):
+        emb = self.time(timestep[:, None].float() / 1000) + self.label(kwargs["y"])
+        return self.out((sample + emb).relu())
+
+
+class Passes(nn.Module):
+    def __init__(self, module):
+        super().__init__()
+        self.module = module
+
+    def forward(self, *args, **kwargs):
+        return self.module(*args, **kwargs)
+
+
+class Guides(Passes):
+    """It looks like a wrapper, but computes."""
+
+    def forward(self, *args, **kwargs):
+        return 2 * self.module(*args, **kwargs)
+
+
+class Unnamed(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.inner = Labels()
+
+    def forward(self, sample, /, timestep, *rest):
+        return self.inner(sample, timestep, y=rest[0])
+
+
+@pytest.mark.parametrize(
+    ("wrap", "prefix"),
+    [
+        (lambda m: m, ""),
+        (Passes, ""),
+        (nn.DataParallel, ""),
+        (torch.optim.swa_utils.AveragedModel, ""),
+        (Guides, "module."),
+    ],
+)
+def test_any_signature_and_wrapper_is_captured(wrap, prefix):
+    network = wrap(make(Labels)).eval()
+    y = torch.tensor([3, 9])
+    gm = tfmq_fx.capture(network, {"sample": torch.randn(2, 4), "timestep": T, "y": y})
+    x, t, y = torch.randn(5, 4), torch.arange(5), torch.arange(5)
+    with torch.no_grad():
+        assert torch.equal(gm(sample=x, timestep=t, y=y), network(x, timestep=t, y=y))
+    assert f"{prefix}out.weight" in dict(gm.named_parameters())
+
+
+def test_arguments_without_a_name_are_inputs_by_number():
+    network = make(Unnamed)
+    example = {"sample": torch.randn(2, 4), "timestep": T, "rest": [torch.tensor([3, 9])]}
+    gm = tfmq_fx.capture(network, example)
+    x, t, y = torch.randn(5, 4), torch.arange(5), torch.arange(5)
+    with torch.no_grad():
+        assert torch.equal(gm(sample=x, timestep=t, rest_0=y), network(x, t, y))
+
+
+def test_a_quantized_network_is_called_like_the_one_with_unnamed_arguments():
+    network, x = make(Unnamed), torch.randn(8, 4)
+    t, y = torch.arange(0, 800, 100), torch.arange(8)
+    data = tfmq_fx.CalibrationSet.from_tensors({"sample": x, "timestep": t, "rest": [y]})
+    nearest = tfmq_fx.Recipe(reconstruction=tfmq_fx.Reconstruction(method="nearest"))
+    q = tfmq_fx.quantize(network, nearest, calibration=data)
+    with torch.no_grad():
+        float_output = network(x, t, y)
+        assert torch.equal(q(x, t, y), q(sample=x, timestep=t, rest=[y]))
+        # 4-bit weights, first and last layer 8: 5% of the largest output is far above their rounding
+        assert (q(x, t, y) - float_output).abs().max() < 0.05 * float_output.abs().max()

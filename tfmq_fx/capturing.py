@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import inspect
-import os
-import re
-import traceback
+import dataclasses
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
@@ -20,15 +17,19 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from tfmq_fx.base.ambient import neutral, tracked
-from tfmq_fx.base.arguments import leaves
+from tfmq_fx.base.arguments import flat_name, leaves, walk
 from tfmq_fx.base.errors import TFMQError, nearest_names
+from tfmq_fx.base.signatures import call_of, hides_arguments, parameters_of, takes_any
+from tfmq_fx.base.tracing import capture_error, graphs_to_log, tracing
 from tfmq_fx.calibration.data import CalibrationSet
 from tfmq_fx.calibration.ready import require_ready
 from tfmq_fx.graph.inputs import choose_timestep, placeholders, require_input, timestep_input
-from tfmq_fx.graph.nodes import fixed_size
+from tfmq_fx.graph.nodes import attribute, fixed_size, schema_arguments
 from tfmq_fx.graph.state import Captured, set_state
-from tfmq_fx.graph.written import own_written_buffers
+from tfmq_fx.graph.written import keeps_buffers, own_written_buffers
+from tfmq_fx.passes.clean.fold_parameters import fold_parameters
 from tfmq_fx.passes.clean.inline_regions import inline_regions
+from tfmq_fx.passes.clean.linear_matmuls import linear_matmuls
 from tfmq_fx.passes.clean.literal_dtypes import literal_dtypes
 from tfmq_fx.passes.clean.remove_noops import remove_noops
 from tfmq_fx.passes.clean.root_batch_size import root_batch_size
@@ -59,41 +60,25 @@ def capture(
     require_ready(network)
     found = {name: value for name, (_, value) in leaves(example_inputs).items()}
     tensors = {n for n, x in found.items() if isinstance(x, Tensor)}
-    timestep = timestep or choose_timestep(found)
-    if timestep not in found:
-        raise TFMQError(
-            f"timestep={timestep!r}: not among the example inputs {nearest_names(timestep, found)}."
-        )
-    if timestep not in tensors:
-        raise TFMQError(
-            f"timestep={timestep!r}: a Python {type(found[timestep]).__name__} ({found[timestep]!r}) would be baked "
-            "into the graph as a constant; give a tensor."
-        )
+    timestep = _require_timestep(timestep or choose_timestep(found), found)
     _refuse_inference_parameters(network)
-    check_finite(network)
-    order = list(inspect.signature(network.forward).parameters)
+    check_numbers(network)
+    network = unwrapped(network, example_inputs)
+    order = list(parameters_of(network))
     unknown = [n for n in example_inputs if n not in order]
-    if unknown:
+    if unknown and not takes_any(network):
         raise TFMQError(
             f"example input {unknown[0]!r}: {type(network).__name__} takes {nearest_names(unknown[0], order)}."
         )
-    inputs = {n: pytree.tree_map(_example, example_inputs[n]) for n in order if n in example_inputs}
-    dynamic = pytree.tree_map(_dynamic_batch, inputs)
-    try:
-        # Without no_grad, activation-checkpoint code hides operators inside submodules.
-        with torch.no_grad(), _SymbolicRepeats():
-            program = torch.export.export(network, (), inputs, dynamic_shapes=dynamic, strict=False)
-            gm = program.module(check_guards=False)
-    except Exception as error:  # torch.export raises many types; the user needs its message and a remedy
-        raise TFMQError(
-            f"torch.export cannot capture {type(network).__name__}: {type(error).__name__}: {_words(error)} "
-            "Remove the data-dependent control flow it names (torch.where, or a constant), or hand the passes a "
-            "torch.fx.GraphModule you captured yourself."
-        ) from error
+    inputs = {
+        n: pytree.tree_map(_example, example_inputs[n]) for n in (*order, *unknown) if n in example_inputs
+    }
+    program = _exported(network, inputs)
+    gm = program.module(check_guards=False)
     assert isinstance(gm, GraphModule)
     out_spec = program.call_spec.out_spec
     assert out_spec is not None
-    gm = _plain_signature(gm, tensors, out_spec)
+    gm = _plain_signature(gm, inputs, out_spec)
     set_state(gm, Captured(timestep=timestep))
     for name in tensors:
         require_input(gm, name, argument="example_inputs")
@@ -101,9 +86,101 @@ def capture(
     _track_constants(gm)
     PassManager(cleaning(timestep))(gm)
     gm.graph.eliminate_dead_code()
+    _check_weights(gm)
     own_written_buffers(gm)
     gm.recompile()
     return gm
+
+
+def _require_timestep(timestep: str, found: Mapping[str, Any]) -> str:
+    """Return the name `timestep`. Raises TFMQError unless the example input of that name is a tensor."""
+    if timestep not in found:
+        raise TFMQError(
+            f"timestep={timestep!r}: not among the example inputs {nearest_names(timestep, found)}."
+        )
+    if not isinstance(found[timestep], Tensor):
+        raise TFMQError(
+            f"timestep={timestep!r}: a Python {type(found[timestep]).__name__} ({found[timestep]!r}) would be baked "
+            "into the graph as a constant; give a tensor."
+        )
+    return timestep
+
+
+@keeps_buffers
+def unwrapped(network: nn.Module, example_inputs: Mapping[str, Any]) -> nn.Module:
+    """Return the network in wrappers that pass all arguments on and return what they get, or the network itself.
+
+    Whether a wrapper computes anything itself is seen by calling it once: DataParallel and averages of weights do not.
+    """
+    while hides_arguments(network) and (inner := _only_callee(network, example_inputs)) is not None:
+        network = inner
+    return network
+
+
+@torch.no_grad()
+def _only_callee(wrapper: nn.Module, example_inputs: Mapping[str, Any]) -> nn.Module | None:
+    """Return the child that gets all the wrapper's arguments and makes all its outputs; None if there is none."""
+    seen: list[tuple[nn.Module, Any, Any]] = []
+
+    def keep(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        seen.append((module, (args, kwargs), output))
+
+    given = call_of(wrapper, pytree.tree_map(lambda x: x, dict(example_inputs)))
+    handles = [m.register_forward_hook(keep, with_kwargs=True) for m in wrapper.children()]
+    try:
+        output = wrapper(*given[0], **given[1])
+    except Exception:  # capture runs into it as well, and says why
+        return None
+    finally:
+        for handle in handles:
+            handle.remove()
+    if len(seen) == 1 and _same_tensors(seen[0][1], given) and _same_tensors(seen[0][2], output):
+        return seen[0][0]
+    return None
+
+
+def _same_tensors(a: Any, b: Any) -> bool:
+    a, b = pytree.tree_leaves(a), pytree.tree_leaves(b)
+    return len(a) == len(b) and all(x is y for x, y in zip(a, b, strict=True))
+
+
+def _exported(network: nn.Module, inputs: dict[str, Any]) -> torch.export.ExportedProgram:
+    """Export the network with a dynamic batch. inputs: its arguments by name."""
+    args, kwargs = call_of(network, inputs)
+    shapes = torch.export.ShapesCollection()
+    for x in pytree.tree_leaves(inputs):
+        if isinstance(x, Tensor) and x.dim() > 0:
+            shapes[x] = {0: torch.export.Dim.AUTO}
+    plain = network.register_forward_hook(_as_dict)
+    try:
+        # Without no_grad, activation-checkpoint code hides operators inside submodules.
+        with tracing(), graphs_to_log(), torch.no_grad(), _SymbolicRepeats():
+            return torch.export.export(network, args, kwargs, dynamic_shapes=shapes, strict=False)
+    except Exception as error:  # torch.export raises many types
+        # Not the cause: torch's own text may have a thousand lines.
+        raise capture_error(type(network).__name__, error, runs=_runs(network, args, kwargs)) from None
+    finally:
+        plain.remove()
+
+
+def _as_dict(_module: nn.Module, _args: Any, output: Any) -> Any:
+    """Return an output as a dict if it is a dataclass that torch.export does not know."""
+    known = isinstance(output, (Mapping, tuple, list))
+    if known or not dataclasses.is_dataclass(output) or isinstance(output, type):
+        return output
+    return {f.name: getattr(output, f.name) for f in dataclasses.fields(output)}
+
+
+@keeps_buffers
+@torch.no_grad()
+def _runs(network: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Return True if the network computes something from these inputs."""
+    args, kwargs = pytree.tree_map(lambda x: x, (args, kwargs))
+    try:
+        network(*args, **kwargs)
+    except Exception:
+        return False
+    return True
 
 
 def cleaning(timestep: str) -> list[Callable[[GraphModule], PassResult]]:
@@ -111,7 +188,14 @@ def cleaning(timestep: str) -> list[Callable[[GraphModule], PassResult]]:
 
     The graph's results stay bitwise equal.
     """
-    return [inline_regions, remove_noops, literal_dtypes, partial(root_batch_size, timestep=timestep)]
+    return [
+        inline_regions,
+        remove_noops,
+        literal_dtypes,
+        partial(root_batch_size, timestep=timestep),
+        linear_matmuls,
+        fold_parameters,
+    ]
 
 
 class _SymbolicRepeats(TorchFunctionMode):
@@ -163,39 +247,36 @@ def _refuse_inference_parameters(network: nn.Module) -> None:
             )
 
 
-def check_finite(network: nn.Module) -> None:
-    """Raise TFMQError naming the first parameter or buffer that holds NaN or infinity."""
+def check_numbers(network: nn.Module) -> None:
+    """Raise TFMQError naming the first parameter or buffer that holds NaN.
+
+    Infinity has its uses outside weights: in masks.
+    """
     for name, p in [*network.named_parameters(), *network.named_buffers()]:
-        if (
-            p.is_floating_point()
-            and not p.is_meta
-            and not isinstance(p, FakeTensor)
-            and not torch.isfinite(p).all()
-        ):
-            raise TFMQError(
-                f"weight {name}: holds NaN or infinite values; quantizing it would give wrong pictures."
-            )
+        if _is_real(p) and torch.isnan(p).any():
+            raise _not_finite(name)
 
 
-def _dynamic_batch(x: Any) -> Any:
-    return {0: torch.export.Dim.AUTO} if isinstance(x, Tensor) and x.dim() > 0 else None
+def _check_weights(gm: GraphModule) -> None:
+    """Raise TFMQError naming the first weight, bias or running statistic of an operator that is not finite."""
+    for node in gm.graph.nodes:
+        for name, value in schema_arguments(node):
+            if name in _WEIGHTS and isinstance(value, Node) and value.op == "get_attr":
+                tensor = attribute(gm, str(value.target))
+                if _is_real(tensor) and not torch.isfinite(tensor).all():
+                    raise _not_finite(str(value.target))
 
 
-def _words(error: Exception) -> str:
-    """Return the first line of export's message, and the line of the network where it failed."""
-    text = str(error).strip()
-    first = text.splitlines()[0] if text else ""
-    frames = [f for f in traceback.extract_tb(error.__traceback__) if not _is_library(f.filename)]
-    named = re.findall(r'File "([^"]+)", line (\d+), in (\S+)\n\s*(.+)', text)
-    where = [
-        f"{f}:{line} in {function}: {code.strip()}" for f, line, function, code in named if not _is_library(f)
-    ]
-    where = where or [f"{f.filename}:{f.lineno} in {f.name}: {f.line}" for f in frames]
-    return f"{first} At {where[-1]}." if where else first
+_WEIGHTS = ("weight", "bias", "running_mean", "running_var")  # what aten's schemas call them
 
 
-def _is_library(file: str) -> bool:
-    return f"{os.sep}torch{os.sep}" in file or file.startswith("<") or os.path.dirname(__file__) in file
+def _is_real(x: Tensor) -> bool:
+    """Return True for floating-point numbers that are in memory."""
+    return x.is_floating_point() and not x.is_meta and not isinstance(x, FakeTensor)
+
+
+def _not_finite(name: str) -> TFMQError:
+    return TFMQError(f"weight {name}: holds NaN or infinite values; quantizing it would give wrong pictures.")
 
 
 def _example(x: Any) -> Any:
@@ -214,11 +295,17 @@ def _track_constants(gm: GraphModule) -> None:
                 module._buffers[name] = tracked(value)
 
 
-def _plain_signature(gm: GraphModule, tensors: set[str], out_spec: pytree.TreeSpec) -> GraphModule:
-    """Replace export's pytree calling convention by plain named inputs and a plain nested output."""
+def _plain_signature(gm: GraphModule, inputs: Mapping[str, Any], out_spec: pytree.TreeSpec) -> GraphModule:
+    """Replace export's pytree calling convention by plain named inputs and a plain nested output.
+
+    inputs: the arguments of the capture by name, in the order in which the network was given them.
+    """
     graph: Graph = gm.graph
-    for node in graph.find_nodes(op="placeholder"):
-        if str(node.target) not in tensors:
+    given = list(walk(inputs))
+    for node, (path, value) in zip(graph.find_nodes(op="placeholder"), given, strict=True):
+        if isinstance(value, Tensor):
+            _name_input(node, flat_name(path))
+        else:
             graph.erase_node(node)
     output = graph.output_node()
     flat = pytree.tree_leaves(output.args[0], is_leaf=lambda x: isinstance(x, Node))
@@ -229,11 +316,23 @@ def _plain_signature(gm: GraphModule, tensors: set[str], out_spec: pytree.TreeSp
     return gm
 
 
+def _name_input(node: Node, name: str) -> None:
+    """Give a placeholder the name of its argument. torch.export numbers those that only *args take."""
+    if node.target == name:
+        return
+    with node.graph.inserting_before(node):
+        named = node.graph.placeholder(name)
+    named.meta = dict(node.meta)
+    node.replace_all_uses_with(named)
+    node.graph.erase_node(node)
+
+
 def _plain(value: Any) -> Any:
+    """Return an output of dicts, lists and tuples alone: fields by name are dicts, named tuples are tuples."""
     if isinstance(value, Mapping):
         return {k: _plain(v) for k, v in value.items()}
     if isinstance(value, (list, tuple)):
-        return type(value)(_plain(v) for v in value)
+        return (list if isinstance(value, list) else tuple)(_plain(v) for v in value)
     return value
 
 
@@ -242,7 +341,7 @@ def captured(
 ) -> tuple[GraphModule, dict[str, Any]]:
     """Capture on the first rows of the calibration set. Return the graph and the arguments of the capture."""
     example = calibration.arguments(slice(0, 2), beside=network)
-    if "return_dict" in inspect.signature(network.forward).parameters:
+    if "return_dict" in parameters_of(network):
         example["return_dict"] = False
     return capture_rows(network, example, timestep)
 

@@ -16,6 +16,7 @@ from torch._subclasses import FakeTensorMode
 
 from tfmq_fx.base.arguments import leaves, nested
 from tfmq_fx.base.errors import TFMQError, first_line, nearest_names
+from tfmq_fx.base.signatures import parameters_of
 from tfmq_fx.capturing import capture_rows
 from tfmq_fx.graph.inputs import choose_timestep
 from tfmq_fx.passes.quantize.plan import plan
@@ -40,7 +41,7 @@ def describe(
     timestep: the name of the timestep's argument, as for `capture`.
     conditioning: as for `find_temporal`.
     """
-    if "return_dict" in inspect.signature(network.forward).parameters:
+    if "return_dict" in parameters_of(network):
         example = {**example, "return_dict": False}
     started = time.monotonic()
     gm, _ = capture_rows(
@@ -109,7 +110,7 @@ def example_inputs(network: nn.Module, specs: Iterable[str]) -> dict[str, Any]:
     Floats are normal noise, integers count up from 0. For a network with fake weights, the tensors are fake
     too. Raises TFMQError for a malformed text, and for an argument that forward lacks.
     """
-    known = list(inspect.signature(network.forward).parameters)
+    known = list(parameters_of(network))
     fake = next((p.fake_mode for p in network.parameters() if hasattr(p, "fake_mode")), None)
     found: dict[tuple[str | int, ...], Tensor] = {}
     with fake or nullcontext():

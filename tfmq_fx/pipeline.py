@@ -13,14 +13,16 @@ from torch.fx import GraphModule
 from torch.utils import _pytree as pytree
 
 from tfmq_fx.artefact.drop_in import Interface
+from tfmq_fx.artefact.plain import plain_config
 from tfmq_fx.base.ambient import neutral
 from tfmq_fx.base.errors import TFMQError
 from tfmq_fx.base.progress import Clock
+from tfmq_fx.base.signatures import call_of
 from tfmq_fx.calibration.data import CalibrationSet
 from tfmq_fx.calibration.pipelines import denoiser
 from tfmq_fx.calibration.ready import require_ready
 from tfmq_fx.calibration.stage import calibrate, input_maxima
-from tfmq_fx.capturing import captured
+from tfmq_fx.capturing import captured, unwrapped
 from tfmq_fx.choices import choose, is_open
 from tfmq_fx.evaluation.errors import measure_errors
 from tfmq_fx.evaluation.summary import summary
@@ -99,7 +101,10 @@ def _quantized(
     settings: Settings,
 ) -> QuantizedModel:
     clock = Clock()
+    network = unwrapped(network, calibration.arguments(slice(0, 2), beside=network))
+    config = plain_config(network)
     gm, example = captured(network, calibration, settings.timestep)
+    interface = Interface.of(network, gm, example, _output(network, example))
     temporal = find_temporal(gm, timestep=settings.timestep, finite=settings.finite or ())
     block = extract_temporal(fresh(gm), temporal)
     clock.lap("capture")
@@ -125,10 +130,10 @@ def _quantized(
     clock.lap("measure")
     return QuantizedModel(
         converted,
-        interface=Interface.of(network, gm, example, _output_type(network, example)),
+        interface=interface,
         timesteps=state_of(converted).timesteps,
         finite=state_of(converted).finite,
-        config=dict(getattr(network, "config", {})),  # a diffusers network has one
+        config=config,
         recipe=recipe.to_json(),
         report={
             **summary(converted, network, seed=settings.seed, clock=clock, errors=errors),
@@ -247,10 +252,8 @@ def _recorded(model: Any, settings: Settings) -> CalibrationSet:
 
 @keeps_buffers
 @torch.no_grad()
-def _output_type(network: nn.Module, example: dict[str, Any]) -> str | None:
-    """Return the name of the diffusers class that the network returns by default; None for a plain tuple."""
-    if "return_dict" not in example:
-        return None
+def _output(network: nn.Module, example: dict[str, Any]) -> Any:
+    """Return what the network returns by default for the arguments of the capture."""
     given = pytree.tree_map(lambda x: x, example)  # the network may empty the lists that it is given
-    cls = type(network(**{k: v for k, v in given.items() if k != "return_dict"}))
-    return f"{cls.__module__}.{cls.__qualname__}" if cls.__module__.startswith("diffusers.") else None
+    args, kwargs = call_of(network, {k: v for k, v in given.items() if k != "return_dict"})
+    return network(*args, **kwargs)

@@ -23,6 +23,7 @@ from tfmq_fx.graph.nodes import (
     output_channel_axis,
     weight_argument,
 )
+from tfmq_fx.graph.state import captured_of
 from tfmq_fx.passes.clean.inline_regions import graph_in
 from tfmq_fx.passes.low_bits.low_rank import branch_weight
 from tfmq_fx.passes.temporal.find_temporal import TemporalBlock
@@ -110,11 +111,15 @@ def plan(gm: GraphModule, *, recipe: Recipe, temporal: TemporalBlock) -> Plan:
             f"Recipe.chosen: {min(strange)!r} is no layer of this network, so the settings were chosen for another; use "
             'dataclasses.replace(recipe, chosen=()), with smooth="auto" and keyed="auto" to choose anew.'
         )
+    notes += [Note(name=path, reason=_FOLDED, coarser=False) for path in captured_of(gm).folded]
     if not layers:
         raise TFMQError(
             "the graph has no convolution or linear with a parameter weight: nothing to quantize."
         )
     return Plan(layers=tuple(layers), floats=tuple(floats), notes=tuple(notes))
+
+
+_FOLDED = "a function of parameters alone: computed once, and its value is the weight or bias"
 
 
 def _refuse_hidden(gm: GraphModule, node: Node) -> None:

@@ -125,6 +125,7 @@ def _state(
     return State(
         stage="prepared",
         inputs=found.inputs,
+        folded=found.folded,
         low_bits=found.low_bits,
         timestep=temporal.timestep,
         recipe=recipe,

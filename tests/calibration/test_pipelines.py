@@ -126,16 +126,26 @@ def test_short_runs_grow_up_to_the_steps_asked_for():
     assert few_steps(20) == [2, 4, 8, 16, 20]
 
 
-def test_a_wrapped_network_is_named_with_the_way_out(sd):
-    class Wrapper(nn.Module):
-        def __init__(self, module):
-            super().__init__()
-            self.module = module
+class Wrapper(nn.Module):
+    """It passes everything on, and may hold more than it calls."""
 
-        def forward(self, *args, **kwargs):
-            return self.module(*args, **kwargs)
+    def __init__(self, module, **more):
+        super().__init__()
+        self.module = module
+        for name, other in more.items():
+            self.add_module(name, other)
 
-    two = SimpleNamespace(components={"vae": sd.vae, "unet": Wrapper(sd.unet)})
+    def forward(self, *args, **kwargs):
+        return self.module(*args, **kwargs)
+
+
+def test_a_wrapped_network_has_the_arguments_of_what_is_in_it(sd):
+    wrapped = Wrapper(sd.unet)
+    assert denoiser(SimpleNamespace(components={"vae": sd.vae, "unet": wrapped})) is wrapped
+
+
+def test_a_wrapper_with_unknown_arguments_is_named_with_the_way_out(sd):
+    two = SimpleNamespace(components={"vae": sd.vae, "unet": Wrapper(sd.unet, scale=nn.Linear(1, 1))})
     with pytest.raises(
         TFMQError, match=r"'unet' is wrapped in a Wrapper.*; set pipe.unet = pipe.unet.module\."
     ):

@@ -39,7 +39,7 @@ def one_timestep(network_class: type[nn.Module]):
     gm = tfmq_fx.capture(network, example)
     prepared = tfmq_fx.prepare(gm, settings, timesteps=TIMESTEPS)
     tfmq_fx.calibrate(prepared, vectors())
-    face = Interface.of(network, gm, example, None)
+    face = Interface.of(network, gm, example)
     return QuantizedModel(
         tfmq_fx.convert(prepared),
         interface=face,

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import importlib
-import inspect
 import json
 import logging
 import threading
@@ -26,12 +24,16 @@ from torch.fx import GraphModule
 from tfmq_fx.artefact.float_network import Facts, FloatModule, facts_of, stand_in
 from tfmq_fx.artefact.gradients import wants_gradient, with_gradients
 from tfmq_fx.artefact.graph_json import graph_to_json
+from tfmq_fx.artefact.outputs import describe_output, output_class
+from tfmq_fx.artefact.plain import is_json
 from tfmq_fx.base.ambient import neutral, traced
 from tfmq_fx.base.arguments import leaves
 from tfmq_fx.base.arithmetic import NETWORK_DTYPES
 from tfmq_fx.base.errors import TFMQError, nearest_names
+from tfmq_fx.base.signatures import parameters_of
 from tfmq_fx.graph.inputs import placeholders, timestep_input
 from tfmq_fx.graph.nodes import fixed_size
+from tfmq_fx.graph.state import captured_of
 from tfmq_fx.passes.quantize.cast_glue import cast_glue
 from tfmq_fx.passes.temporal.partition_temporal import temporal_block_of
 
@@ -60,8 +62,11 @@ class Interface:
         str, dict[str, Any]
     ]  # graph inputs -> {"dtype": .., "shape": [None or int, ..], "path": [..]}; None: any size
     constants: dict[str, Any] = field(default_factory=dict)  # arguments fixed at capture, by flat name
-    output_type: str | None = None  # qualified name of a diffusers output class; None: a plain tuple
+    # The class of the outputs, as `describe_output` gives it; None: a tensor, tuple, list or dict.
+    output_type: str | None = None
+    output_fields: tuple[str, ...] = ()
     timestep: str = "timestep"
+    rest: str | None = None  # the name of forward's *args
     # Module path -> class and plain attributes of that module of the float network. Pipelines read some of
     # them, such as a layer's in_features.
     attributes: dict[str, dict[str, Any]] = field(default_factory=dict)
@@ -78,18 +83,16 @@ class Interface:
         return dataclasses.replace(self, inputs=inputs)
 
     @staticmethod
-    def of(
-        network: nn.Module, gm: GraphModule, example: dict[str, Any], output_type: str | None
-    ) -> Interface:
+    def of(network: nn.Module, gm: GraphModule, example: dict[str, Any], output: Any = None) -> Interface:
         """Return the interface of `network`, which was captured as `gm`.
 
         example: the arguments of the capture. They show which arguments were constant and where each input
             belongs.
-        output_type: the qualified name of the network's diffusers output class; None for a plain tuple.
+        output: what the network returns by default. Its class is remembered.
         """
-        parameters = inspect.signature(network.forward).parameters.values()
-        named = [p for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
-        names = {p.name for p in named}  # the example has others if forward takes **kwargs
+        output_type, output_fields = describe_output(output)
+        parameters = parameters_of(network)
+        rest = next((n for n, p in parameters.items() if p.kind is p.VAR_POSITIONAL), None)
         inputs = {}
         found = leaves(example)
         timestep = str(timestep_input(gm, None).target)
@@ -101,18 +104,24 @@ class Interface:
                 "shape": [_size(d, batch) for d in value.shape],
                 "path": list(found[name][0]),
             }
-        arguments = {p.name: _plain(p.default) for p in named} | {n: None for n in example if n not in names}
+        weights = {str(n.target) for n in gm.graph.find_nodes(op="get_attr")}
+        weights |= {path for paths in captured_of(gm).folded.values() for path in paths}
+        # The example has more than forward names if forward takes **kwargs.
+        arguments = {n: _plain(p.default) for n, p in parameters.items()}
+        arguments |= {n: None for n in example if n not in parameters}
         # The network's defaults that the example replaces: by None, or by a dict or list without them.
         replaced = {n for n, (path, _) in leaves(arguments).items() if path[0] in example and n not in found}
         return Interface(
             arguments=arguments,
-            required=tuple(p.name for p in named if p.default is p.empty),
+            required=tuple(n for n, p in parameters.items() if p.default is p.empty and n != rest),
             inputs=inputs,
-            constants={k: v for k, (_, v) in found.items() if k not in inputs and _is_json(v)}
+            constants={k: v for k, (_, v) in found.items() if k not in inputs and is_json(v)}
             | dict.fromkeys(sorted(replaced)),
             output_type=output_type,
+            output_fields=output_fields,
+            rest=rest,
             timestep=timestep,
-            attributes=facts_of(network, {str(n.target) for n in gm.graph.find_nodes(op="get_attr")}),
+            attributes=facts_of(network, weights),
         )
 
     @cached_property
@@ -139,13 +148,9 @@ def _size(size: int | torch.SymInt, batch: int | torch.SymInt) -> int | None:
     return int(own.hint) if apart else None  # type: ignore[arg-type]
 
 
-def _is_json(value: Any) -> bool:
-    return value is None or isinstance(value, (bool, int, float, str))
-
-
 def _plain(value: Any) -> Any:
     """Return an argument's default if JSON can hold it, and None otherwise."""
-    return value if all(_is_json(leaf) for _, leaf in leaves({"": value}).values()) else None
+    return value if all(is_json(leaf) for _, leaf in leaves({"": value}).values()) else None
 
 
 class Tally(Counter[Any]):
@@ -212,8 +217,9 @@ class DropIn(nn.Module):
         first = next(n for n in interface.inputs if n != interface.timestep)
         self._dtype: torch.dtype = getattr(torch, interface.inputs[first]["dtype"])
         self.first_input = first  # the tensor that the network denoises
-        # Import the class here, not in forward, because torch.compile traces forward.
-        self._output: Any = None if interface.output_type is None else _output_class(interface.output_type)
+        # Make the class here, not in forward, because torch.compile traces forward.
+        kind = interface.output_type
+        self._output: Any = None if kind is None else output_class(kind, tuple(interface.output_fields))
         self.interface = interface  # last: from here on, the attributes of the float network are fixed
 
     @property  # type: ignore[misc]
@@ -310,7 +316,7 @@ class DropIn(nn.Module):
 
     def register_to_config(self, **values: Any) -> None:
         """Add values to `.config`, as diffusers does. Values that JSON cannot hold are left out."""
-        plain = {name: value for name, value in values.items() if _is_json(value)}
+        plain = {name: value for name, value in values.items() if is_json(value)}
         self._internal_dict = {**self._internal_dict, **plain}
 
     @property
@@ -407,8 +413,10 @@ class DropIn(nn.Module):
             for name, table in {t: self.timesteps, **self.finite}.items():
                 self._look_up(name, inputs[name], table)
         output = self._compute([inputs[n] for n in self.interface.inputs])
-        wants_dict = given.get("return_dict")
-        return self._output(*output) if wants_dict and self._output is not None else output
+        wants = given.get("return_dict")
+        if self._output is None or (wants is not None and not wants):
+            return output
+        return self._output(**output) if isinstance(output, Mapping) else self._output(*output)
 
     def _compute(self, inputs: list[Tensor]) -> Any:
         """Run the network, a compiled one, which keeps its precision, whatever torch is set to here."""
@@ -418,6 +426,8 @@ class DropIn(nn.Module):
     def _bind(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
         face = self.interface
         names = list(face.arguments)
+        if face.rest is not None and len(args) > (first := names.index(face.rest)):
+            args = (*args[:first], args[first:])
         unknown = [k for k in kwargs if k not in face.arguments]
         if unknown or len(args) > len(names):
             what = unknown[0] if unknown else f"argument {len(names) + 1}"
@@ -625,19 +635,3 @@ def _freeze(network: nn.Module) -> None:
         for name, p in module._parameters.items():
             if p is not None and p.requires_grad:
                 module._parameters[name] = own.setdefault(p, nn.Parameter(p.detach(), requires_grad=False))
-
-
-def _output_class(name: str) -> Any:
-    """Return a diffusers output class by name.
-
-    Raises TFMQError for any other name: an artefact must not decide what is imported.
-    """
-    from diffusers.utils import BaseOutput
-
-    module, _, attr = name.rpartition(".")
-    if not module.startswith("diffusers."):
-        raise TFMQError(f"config.json: output type {name!r} is not a diffusers class.")
-    cls = getattr(importlib.import_module(module), attr, None)
-    if not (isinstance(cls, type) and issubclass(cls, BaseOutput)):
-        raise TFMQError(f"config.json: output type {name!r} is not a diffusers output.")
-    return cls

@@ -9,13 +9,13 @@ from __future__ import annotations
 import functools
 import importlib
 import inspect
-import math
 from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from tfmq_fx.artefact.plain import is_json
 from tfmq_fx.base.errors import TFMQError
 
 CLASS = "__class__"  # the attribute that holds the qualified name of a class
@@ -103,11 +103,7 @@ def _is_plain(value: Any) -> bool:
         return all(isinstance(n, str) and _is_plain(x) for n, x in value.items())
     if isinstance(value, (list, tuple)):
         return all(_is_plain(x) for x in value)
-    return (
-        value is None
-        or isinstance(value, (bool, int, str))
-        or (isinstance(value, float) and math.isfinite(value))
-    )
+    return is_json(value)
 
 
 def _class_name(value: Any) -> str | None:

@@ -7,11 +7,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.fx import GraphModule
+from torch.fx import GraphModule, Node
+from torch.fx.graph import CodeGen
+from torch.utils import _pytree as pytree
 
 from tfmq_fx.artefact.drop_in import QuantizedGraph, example_inputs
+from tfmq_fx.base.tracing import tracing
 
 
+@tracing()
 def exported(model: QuantizedGraph) -> torch.export.ExportedProgram:
     """Return the quantized graph as a flat, functional program with named inputs and any batch size."""
     inputs, dynamic = example_inputs(model, batch=2), dynamic_shapes(model)
@@ -20,10 +24,15 @@ def exported(model: QuantizedGraph) -> torch.export.ExportedProgram:
 
 
 def graph_of(program: torch.export.ExportedProgram) -> GraphModule:
-    """Return the graph module of a program: flat, without guards, and without export's metadata."""
+    """Return the graph module of a program: flat, without guards and export's metadata. It returns tensors alone."""
     gm = program.module(check_guards=False)
     assert isinstance(gm, GraphModule)
     gm.meta = {}
+    output = gm.graph.output_node()
+    tensors = tuple(x for x in pytree.tree_leaves(output.args[0]) if isinstance(x, Node))
+    output.args = (tensors,)
+    gm.graph.set_codegen(CodeGen())
+    gm.recompile()
     return gm
 
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from tfmq_fx.base.arguments import Path, flat_name, leaves, walk
 from tfmq_fx.base.errors import TFMQError
+from tfmq_fx.base.signatures import parameters_of, signature_of
 
 Call = dict[str, Any]  # a network's arguments by name, as it was given them
 Leaves = dict[str, tuple[Path, Any]]  # flat name -> path and value
@@ -33,7 +34,7 @@ def recorded(network: nn.Module) -> Iterator[list[Call]]:
     afterwards. Calls share the copy of a tensor that they have in common (prompt embeddings).
     """
     calls: list[Call] = []
-    signature, copies = inspect.signature(network.forward), Copies()
+    signature, copies = signature_of(network), Copies()
 
     def keep(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         calls.append({n: copies.of(x, (n,)) for n, x in _arguments(signature, args, kwargs).items()})
@@ -128,8 +129,7 @@ def same(a: Any, b: Any) -> bool:
 
 def defaults_of(network: nn.Module) -> dict[str, Any]:
     """Return the defaults of the network's arguments by name."""
-    parameters = inspect.signature(network.forward).parameters.values()
-    return {p.name: p.default for p in parameters if p.default is not p.empty}
+    return {n: p.default for n, p in parameters_of(network).items() if p.default is not p.empty}
 
 
 def call_leaves(call: Call, defaults: Mapping[str, Any]) -> Leaves:

@@ -15,6 +15,7 @@ from torch import nn
 
 from tfmq_fx.artefact.drop_in import DropIn, uncounted
 from tfmq_fx.base.errors import TFMQError
+from tfmq_fx.base.signatures import hides_arguments, signature_of
 from tfmq_fx.calibration.prompts import PROMPTS
 
 log = logging.getLogger(__name__)
@@ -29,7 +30,7 @@ def takes_timestep(module: nn.Module, timestep: str) -> bool:
     """Return True if the module has an argument of the name `timestep`."""
     if isinstance(module, DropIn):
         return module.interface.timestep == timestep
-    return timestep in inspect.signature(module.forward).parameters
+    return timestep in signature_of(module).parameters
 
 
 def denoiser(pipe: Any, *, timestep: str = "timestep", component: str | None = None) -> nn.Module:
@@ -58,10 +59,9 @@ def denoiser(pipe: Any, *, timestep: str = "timestep", component: str | None = N
 
 
 def _refuse_wrapped(modules: Mapping[str, nn.Module]) -> None:
-    """Raise TFMQError for a component that hides its arguments behind *args and **kwargs, as wrappers do."""
+    """Raise TFMQError for a wrapper whose arguments are unknown, because the networks in it have different ones."""
     for name, module in modules.items():
-        kinds = {p.kind for p in inspect.signature(module.forward).parameters.values()}
-        if kinds and kinds <= {inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD}:
+        if hides_arguments(module) and signature_of(module) == inspect.signature(module.forward):
             inner = next((n for n, _ in module.named_children()), None)
             remedy = f"set pipe.{name} = pipe.{name}.{inner}" if inner else "unwrap it"
             raise TFMQError(

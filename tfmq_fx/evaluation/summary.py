@@ -27,7 +27,9 @@ def summary(
     state = state_of(gm)
     quantized, tensors = quantized_weights(gm), tensors_of(gm)
     layers = {layer.path for layer in state.plan.layers if f"{layer.path}_q" in quantized}
-    left = {n: p for n, p in network.named_parameters() if n not in state.removed}
+    folded = {path for paths in state.folded.values() for path in paths} - state.folded.keys()
+    gone = {*state.removed, *(folded - tensors.keys())}
+    left = {n: p for n, p in network.named_parameters() if n not in gone}
     return {
         "recipe": state.recipe.to_json(),
         "seed": seed,

@@ -207,7 +207,7 @@ def mutated_inputs(node: Node) -> list[Node]:
         return []
     return [
         value
-        for spec, value in _schema_arguments(node)
+        for spec, value in _with_specs(node)
         if spec.alias_info is not None and spec.alias_info.is_write and isinstance(value, Node)
     ]
 
@@ -237,10 +237,16 @@ def viewed_inputs(node: Node) -> list[Node]:
             node
         )
         return [n for n in node.args[:1] if isinstance(n, Node)] if shares else []
-    return [v for spec, v in _schema_arguments(node) if spec.alias_info is not None and isinstance(v, Node)]
+    return [v for spec, v in _with_specs(node) if spec.alias_info is not None and isinstance(v, Node)]
 
 
-def _schema_arguments(node: Node) -> Iterator[tuple[Any, Any]]:
+def schema_arguments(node: Node) -> Iterator[tuple[str, Any]]:
+    """Yield the arguments of a call of torch's operators with the names that their schema gives them."""
+    if isinstance(node.target, torch._ops.OpOverload):
+        yield from ((spec.name, value) for spec, value in _with_specs(node))
+
+
+def _with_specs(node: Node) -> Iterator[tuple[Any, Any]]:
     assert isinstance(node.target, torch._ops.OpOverload)
     for spec, value in zip(node.target._schema.arguments, node.args, strict=False):
         yield spec, value
@@ -282,16 +288,31 @@ def attribute(gm: nn.Module, target: str) -> Any:
 
 def set_buffer(gm: nn.Module, target: str, value: Tensor) -> None:
     """Register `value` as a buffer at a dotted path, creating plain modules where the path has none."""
+    module, name = _owner(gm, target)
+    if name in module._buffers:
+        module._buffers[name] = value
+    else:
+        module.register_buffer(name, value)
+
+
+def set_parameter(gm: nn.Module, target: str, value: Tensor) -> None:
+    """Register `value` as a parameter at a dotted path, in place of a tensor there, as `set_buffer` does."""
+    module, name = _owner(gm, target)
+    if hasattr(module, name):
+        delattr(module, name)
+    # torch multiplies in another order by a matrix that requires a gradient, even where none is computed.
+    module.register_parameter(name, nn.Parameter(value.detach(), requires_grad=value.requires_grad))
+
+
+def _owner(gm: nn.Module, target: str) -> tuple[nn.Module, str]:
+    """Return the module and the name of a tensor at a dotted path, creating plain modules where the path has none."""
     *path, name = target.split(".")
     module = gm
     for part in path:
         if part not in module._modules:
             module.add_module(part, nn.Module())
         module = module.get_submodule(part)
-    if name in module._buffers:
-        module._buffers[name] = value
-    else:
-        module.register_buffer(name, value)
+    return module, name
 
 
 def inline(graph: Graph, function: Callable[..., Any], *arguments: Node) -> Node:

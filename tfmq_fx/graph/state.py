@@ -32,6 +32,8 @@ class Captured:
     inputs: tuple[int, ...] | None = (
         None  # what `bind_parameters` left of the inputs: their old positions; None: all
     )
+    # What `fold_parameters` computed: the new parameter's path -> those of the parameters it is a function of.
+    folded: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     low_bits: Mapping[str, tuple[Change, ...]] = field(
         default_factory=dict
     )  # pass -> what it did, layer by layer

@@ -20,6 +20,7 @@ from tfmq_fx.observers.static import StaticFakeQuantize
 from tfmq_fx.observers.weight import PerChannelWeightFakeQuantize
 from tfmq_fx.passes.quantize.observed import observers, without_observers
 from tfmq_fx.passes.quantize.results import BlockResult
+from tfmq_fx.passes.quantize.two_terms import is_sum_of_terms
 from tfmq_fx.recipe import Reconstruction
 from tfmq_fx.reconstruction.gptq import Moments, column_pieces, corrected, gptq, joined, parted, supported
 from tfmq_fx.reconstruction.streams import Streams
@@ -176,6 +177,8 @@ def _second_order(
         source = layer.args[index] if index is not None else None
         if not isinstance(source, Node) or source not in observer_of or not supported(layer):
             continue
+        if observer_of[source] in targets:  # the second product of an input in two terms
+            continue
         observer, probe = observer_of[source], _input_of(streams.block, layer)
         weight = _float_weight(streams.block, source)
         given = streams.firsts(without_observers(probe), parts, quantized=False)
@@ -217,10 +220,16 @@ def _same(a: list[Tensor], b: list[Tensor]) -> bool:
 
 
 def _input_of(block: GraphModule, layer: Node) -> GraphModule:
-    """Return the block up to `layer`, with the layer's input as its only output."""
+    """Return the block up to `layer`, with the layer's input as its only output.
+
+    An input in two terms is their sum: next to what the first of them rounds.
+    """
     probe = fresh(block)
     node = next(n for n in probe.graph.nodes if n.name == layer.name)
-    probe.graph.output_node().args = ((node.args[0],),)
+    x = node.args[0]
+    if isinstance(x, Node) and any(is_sum_of_terms(user) for user in node.users):
+        x = x.args[0]
+    probe.graph.output_node().args = ((x,),)
     probe.graph.eliminate_dead_code()
     probe.recompile()
     return probe

@@ -33,6 +33,7 @@ from tfmq_fx.artefact.program import dynamic_shapes, exported, graph_of, save_pr
 from tfmq_fx.base.arithmetic import NO_INT8, ByteSums
 from tfmq_fx.base.errors import TFMQError
 from tfmq_fx.base.files import replace_files
+from tfmq_fx.base.tracing import tracing
 from tfmq_fx.passes.int8.flatten_linears import flatten_linears
 from tfmq_fx.passes.int8.fold_weights import fold_weights
 from tfmq_fx.passes.int8.signed_weights import signed_weights
@@ -85,7 +86,7 @@ def export_aot(model: QuantizedGraph, file: Path, *, strict: bool) -> dict[str, 
     elif saturating:
         elsewhere = f"{len(saturating)} of {wanted} quantized layers saturate on a CPU without VNNI or AMX; to run there, compile on such a CPU"
     inputs = example_inputs(model, batch=2)
-    with torch.no_grad():
+    with tracing(), torch.no_grad():
         program = torch.export.export(gm, (), inputs, dynamic_shapes=dynamic_shapes(model), strict=False)
     found: dict[str, Any] = {"weights": {"int8": stored}}
 

@@ -8,7 +8,7 @@ import json
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -16,6 +16,7 @@ from typing import Any, Generic, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.fx import GraphModule
 
 from tfmq_fx.artefact.drop_in import QuantizedGraph
 from tfmq_fx.artefact.graph_json import graph_to_json, tensors_of
@@ -116,6 +117,27 @@ class Lowered:
     network: nn.Module  # an Engine
     kernels: list[Kernel]
     details: dict[str, Any]  # the engine's own entries of the report, as plain JSON values
+
+
+_TENSOR = object()  # stands for a tensor in the nesting of a graph's outputs
+
+
+class Nesting:
+    """The nesting of a graph's outputs, for engines that return a flat list of tensors. It keeps no graph."""
+
+    def __init__(self, gm: GraphModule) -> None:
+        self._nested: Any = torch.fx.map_arg(gm.graph.output_node().args[0], lambda _: _TENSOR)  # type: ignore[arg-type, return-value]
+
+    def of(self, flat: Sequence[Any]) -> Any:
+        """Return these tensors nested as the graph's outputs are, with the constants among them."""
+        return self._filled(self._nested, iter(flat))
+
+    def _filled(self, value: Any, tensors: Iterator[Any]) -> Any:
+        if isinstance(value, Mapping):
+            return {k: self._filled(v, tensors) for k, v in value.items()}
+        if isinstance(value, (list, tuple)):
+            return (list if isinstance(value, list) else tuple)(self._filled(v, tensors) for v in value)
+        return next(tensors) if value is _TENSOR else value
 
 
 def choose_precision(precision: str | None, *, has_bfloat16: bool) -> str:

@@ -39,6 +39,7 @@ from tfmq_fx.artefact.drop_in import QuantizedGraph, example_inputs
 from tfmq_fx.artefact.program import dynamic_shapes, exported, graph_of
 from tfmq_fx.base.errors import TFMQError
 from tfmq_fx.base.files import replace_files
+from tfmq_fx.base.tracing import tracing
 from tfmq_fx.graph.nodes import aten, meta_value
 from tfmq_fx.passes.int8.to_int8 import TO_INT8
 from tfmq_fx.passes.int8.unfold_convolutions import unfold_convolutions
@@ -96,7 +97,7 @@ def export_onnx(model: QuantizedGraph, file: Path, *, for_onnxruntime: bool, str
     _four_dimensional_attention(gm)
     wanted = len(quantized_layers(gm))
     inputs = example_inputs(model, batch=2)
-    with torch.no_grad():
+    with tracing(), torch.no_grad():
         program = torch.export.export(gm, (), inputs, dynamic_shapes=dynamic_shapes(model), strict=False)
     ir = _translated(program, for_onnxruntime=for_onnxruntime)
     found: dict[str, Any] = {"weights": store_weights(ir, for_onnxruntime=for_onnxruntime)}
@@ -173,6 +174,7 @@ def _four_dimensional_attention(gm: GraphModule) -> None:
     gm.recompile()
 
 
+@tracing()
 def _translated(program: torch.export.ExportedProgram, *, for_onnxruntime: bool) -> Any:
     """Return the ONNX model in memory, without the exporter's notes on where in our code a node came from.
 

@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
 from tfmq_fx.artefact.drop_in import QuantizedGraph, example_inputs
 from tfmq_fx.base.arithmetic import SATURATES, ByteSums
@@ -23,6 +22,7 @@ from tfmq_fx.runtimes.engine import (
     PRECISIONS,
     Compilation,
     Lowered,
+    Nesting,
     PerShape,
     cache_key,
     choose_precision,
@@ -153,8 +153,7 @@ class Compiled(nn.Module):
         self.file = self.core.read_model(folder / MODEL)
         names = list(model.interface.inputs)
         self.order = [names.index(i.get_node().get_friendly_name()) for i in self.file.inputs]
-        outputs = iter(range(len(self.file.outputs)))
-        self.nested = torch.fx.map_arg(model.network.graph.output_node().args[0], lambda _: next(outputs))
+        self.nesting = Nesting(model.network)
         self.networks = PerShape(self.make)
 
     @property
@@ -164,8 +163,7 @@ class Compiled(nn.Module):
 
     def forward(self, *inputs: Tensor) -> Any:
         given = [inputs[i].detach().contiguous() for i in self.order]
-        outputs = self.networks.of(given)(given)
-        return pytree.tree_map(lambda i: outputs[i], self.nested)
+        return self.nesting.of(self.networks.of(given)(given))
 
     def make(self, inputs: Sequence[Tensor]) -> ForShapes:
         """Return the network for inputs of these shapes, in OpenVINO's order, from the cache if it is there."""

@@ -26,6 +26,7 @@ from tfmq_fx.artefact.drop_in import QuantizedGraph
 from tfmq_fx.artefact.program import exported, graph_of
 from tfmq_fx.base.errors import TFMQError
 from tfmq_fx.base.files import replace_folder
+from tfmq_fx.base.tracing import tracing
 from tfmq_fx.graph.inputs import placeholders
 from tfmq_fx.passes.int8.fold_weights import fold_weights
 from tfmq_fx.passes.int8.integer_weights import integer_weights
@@ -123,6 +124,7 @@ def write(model: QuantizedGraph, folder: Path, *, float_share: float = 0.0) -> l
     return [f"{words}, unless OpenVINO compiles them there with {FLOAT}"]
 
 
+@tracing()
 def decomposed(model: QuantizedGraph) -> torch.export.ExportedProgram:
     """Return the flat graph in the operators that OpenVINO's converter expects."""
     from openvino.frontend.pytorch.torchdynamo.export_decompositions import ops_to_not_decompose

@@ -9,14 +9,12 @@ Without a C++ compiler, the graph runs node by node, with the same kernels, on w
 from __future__ import annotations
 
 import functools
-import itertools
 import json
 import logging
 import os
 import re
 import shutil
 import tempfile
-import threading
 import time
 import zipfile
 from collections.abc import Callable, Mapping, Sequence
@@ -29,13 +27,13 @@ import torch
 from torch import Tensor, nn
 from torch._inductor.package.package import load_package
 from torch.fx import GraphModule, Interpreter, Node
-from torch.utils import _pytree as pytree
 
 from tfmq_fx.artefact.drop_in import QuantizedGraph, example_inputs
 from tfmq_fx.artefact.program import exported, graph_of
 from tfmq_fx.base.arithmetic import NO_INT8, ByteSums
 from tfmq_fx.base.errors import TFMQError, first_line
 from tfmq_fx.base.files import keep_folder
+from tfmq_fx.base.tracing import tracing
 from tfmq_fx.graph.inputs import placeholders
 from tfmq_fx.graph.nodes import aten, fresh, mutated_inputs
 from tfmq_fx.passes.int8.bfloat16_glue import bfloat16_glue
@@ -49,6 +47,7 @@ from tfmq_fx.runtimes.engine import (
     PRECISIONS,
     Compilation,
     Lowered,
+    Nesting,
     PerShape,
     cache_key,
     choose_precision,
@@ -141,6 +140,7 @@ def prepare_graph(
     return Prepared(gm=gm, kernels=kernels)
 
 
+@tracing()
 def flat_graph(model: QuantizedGraph) -> GraphModule:
     """Return the graph without submodules, in-place writes and checks, in torch's composite operators."""
     program = exported(model)
@@ -239,14 +239,14 @@ def compiler_missing() -> str:
 class TorchEager(nn.Module):
     """The graph on oneDNN's kernels, run node by node. It takes any batch size and needs no compiler."""
 
-    def __init__(self, gm: GraphModule, *, nested: Any) -> None:
+    def __init__(self, gm: GraphModule, *, nesting: Nesting) -> None:
         super().__init__()
-        self.gm, self.nested = lay_out(gm), nested
+        self.gm, self.nesting = lay_out(gm), nesting
         self.seconds: dict[int, float] = {}
 
     def forward(self, *inputs: Tensor) -> Any:
         with torch.no_grad():
-            return _nest(self.gm(*[x.detach() for x in inputs]), self.nested)
+            return self.nesting.of(self.gm(*[x.detach() for x in inputs]))
 
 
 class TorchCompiled(nn.Module):
@@ -256,9 +256,9 @@ class TorchCompiled(nn.Module):
     which prepares the graph, is not called.
     """
 
-    def __init__(self, make: Callable[[], GraphModule], *, folder: Path, nested: Any) -> None:
+    def __init__(self, make: Callable[[], GraphModule], *, folder: Path, nesting: Nesting) -> None:
         super().__init__()
-        self.graph, self.folder, self.nested = make, folder, nested
+        self.graph, self.folder, self.nesting = make, folder, nesting
         self.networks = PerShape(self.make)
 
     @property
@@ -269,7 +269,7 @@ class TorchCompiled(nn.Module):
     def forward(self, *inputs: Tensor) -> Any:
         given = [x.detach().contiguous() for x in inputs]
         with torch.no_grad():
-            return _nest(self.networks.of(given)(*given), self.nested)
+            return self.nesting.of(self.networks.of(given)(*given))
 
     def make(self, inputs: Sequence[Tensor]) -> Callable[..., Any]:
         """Return the library for inputs of these shapes, from the folder if it is there.
@@ -279,8 +279,7 @@ class TorchCompiled(nn.Module):
 
         def write(new: Path) -> None:
             try:
-                with COMPILING:
-                    compile_to(new / LIBRARY, self.graph(), inputs)
+                compile_to(new / LIBRARY, self.graph(), inputs)
             except TFMQError:
                 raise
             except Exception as error:  # Inductor and the compiler raise many types
@@ -292,14 +291,6 @@ class TorchCompiled(nn.Module):
         folder = self.folder / folder_for(inputs)
         keep_folder(folder, write)
         return load_package(str(folder / LIBRARY), num_runners=os.cpu_count() or 1)
-
-
-# Inductor's settings and TORCHINDUCTOR_CACHE_DIR, which `compile_to` sets, are those of the whole process.
-COMPILING = threading.Lock()
-
-
-def _nest(flat: Sequence[Any], nested: Any) -> Any:
-    return pytree.tree_map(lambda i: flat[i], nested)
 
 
 def compiled_or_not(
@@ -315,11 +306,10 @@ def compiled_or_not(
     make: prepares the graph. compile: as in `lower`. Raises TFMQError for compile=True if it cannot be
         compiled.
     """
-    count = itertools.count()
-    nested = torch.fx.map_arg(model.network.graph.output_node().args[0], lambda _: next(count))
+    nesting = Nesting(model.network)
     why_not = "compile=False" if compile is False else ""
     if not why_not:
-        network = TorchCompiled(make, folder=folder, nested=nested)
+        network = TorchCompiled(make, folder=folder, nesting=nesting)
         try:
             network(*inputs)
         except TFMQError as error:
@@ -331,11 +321,12 @@ def compiled_or_not(
             log.warning("lower: not compiled, runs node by node: %s", why_not)
         else:
             return network, ""
-    eager = TorchEager(make(), nested=nested)
+    eager = TorchEager(make(), nesting=nesting)
     eager(*inputs)
     return eager, why_not
 
 
+@tracing()  # TORCHINDUCTOR_CACHE_DIR too is the whole process's
 def compile_to(file: Path, gm: GraphModule, inputs: Sequence[Tensor]) -> None:
     """Write the graph's library for inputs of these shapes.
 

@@ -96,6 +96,26 @@ def test_an_operator_that_chooses_between_graphs_is_refused():
         tfmq_fx.capture(Chooses().eval(), {"sample": X, "timestep": T})
 
 
+def test_a_branch_that_is_always_taken_stays():
+    class Always(Regions):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("deep", torch.tensor(1))
+
+        def forward(self, sample, timestep):
+            h = sample + self.time(timestep.float()[:, None])
+            h = torch.cond(self.deep > 0, lambda h: self.a(h), lambda h: self.b(h), (h,))
+            return self.out(torch.cond(self.deep > 1, lambda h: self.a(h), lambda h: self.b(h), (h,)))
+
+    network = Always().eval()
+    gm = tfmq_fx.capture(network, {"sample": X, "timestep": T})
+    assert operators(gm).count("linear") == 4
+    linears = gm.graph.find_nodes(op="call_function", target=torch.ops.aten.linear.default)
+    assert [str(n.args[1].target) for n in linears] == ["time.weight", "a.weight", "b.weight", "out.weight"]
+    with torch.no_grad():
+        assert torch.equal(gm(X, T), network(X, T))
+
+
 def test_a_graph_with_regions_is_not_prepared():
     """Else their layers would stay in float, and no list would say so."""
     gm = graph(Regions())

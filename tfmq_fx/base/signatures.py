@@ -1,0 +1,65 @@
+"""Read how a network is called: its arguments, also where a wrapper takes whatever it passes on.
+
+    Wrapper.forward(*args, **kwargs)  around  Network.forward(sample, timestep, y=None)  ==>  (sample, timestep, y=None)
+
+Such wrappers are torch's compiled modules, DataParallel, and averages of weights.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from inspect import BoundArguments, Parameter, Signature
+from typing import Any
+
+from torch import nn
+
+_VARIADIC = (Parameter.VAR_POSITIONAL, Parameter.VAR_KEYWORD)
+
+
+def hides_arguments(network: nn.Module) -> bool:
+    """Return True for a network whose forward names no argument, as wrappers do."""
+    kinds = [p.kind for p in inspect.signature(network.forward).parameters.values()]
+    return bool(kinds) and all(kind in _VARIADIC for kind in kinds)
+
+
+def signature_of(network: nn.Module) -> Signature:
+    """Return the signature of a network's forward; for a wrapper, that of the network in it.
+
+    A wrapper's own signature is returned if the networks in it are called in different ways.
+    """
+    own = inspect.signature(network.forward)
+    if not hides_arguments(network):
+        return own
+    found = [signature_of(m) for m in network.children()]
+    return found[0] if found and all(list(s.parameters) == list(found[0].parameters) for s in found) else own
+
+
+def parameters_of(network: nn.Module) -> dict[str, Parameter]:
+    """Return the arguments that a network's forward names, in order; of `*args`, the name."""
+    found = signature_of(network).parameters.values()
+    return {p.name: p for p in found if p.kind is not Parameter.VAR_KEYWORD}
+
+
+def takes_any(network: nn.Module) -> bool:
+    """Return True if a network's forward has `**kwargs`."""
+    return any(p.kind is Parameter.VAR_KEYWORD for p in signature_of(network).parameters.values())
+
+
+def call_of(network: nn.Module, given: Mapping[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Return `given` as the positional and the keyword arguments of a call of the network.
+
+    given: the arguments by name, in the order of the signature; `*args` as a list. They are keyword arguments
+        where the network takes them as such.
+    """
+    own = inspect.signature(network.forward).parameters
+    named = {n for n, p in own.items() if p.kind in (Parameter.POSITIONAL_OR_KEYWORD, Parameter.KEYWORD_ONLY)}
+    anything = any(p.kind is Parameter.VAR_KEYWORD for p in own.values())
+    taken = signature_of(network)
+    listed = [n for n, p in taken.parameters.items() if p.kind is Parameter.VAR_POSITIONAL and given.get(n)]
+    if not listed and (anything or given.keys() <= named):
+        return (), dict(given)
+    known = {n: x for n, x in given.items() if n in taken.parameters}
+    extra = {n: x for n, x in given.items() if n not in known}
+    bound = BoundArguments(taken, known)  # type: ignore[arg-type]
+    return bound.args, {**bound.kwargs, **extra}

@@ -1,0 +1,105 @@
+"""Trace networks with torch.export: one thread at a time, and with errors that say in one sentence what failed."""
+
+from __future__ import annotations
+
+import io
+import logging
+import os
+import re
+import sys
+import threading
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stderr
+from pathlib import Path
+from typing import TextIO
+
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    UnsupportedOperatorException,
+)
+from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
+
+from tfmq_fx.base.errors import TFMQError, first_line
+
+log = logging.getLogger(__name__)
+
+_LOCK = threading.RLock()  # what is traced may trace again
+_HERE = str(Path(__file__).parents[1]) + os.sep
+_DATA_DEPENDENT = (GuardOnDataDependentSymNode, DynamicOutputShapeException, DataDependentOutputException)
+
+
+@contextmanager
+def tracing() -> Iterator[None]:
+    """Let no other thread trace or compile until exit: torch.export and Inductor change the whole process.
+
+    For use as a context or as a decorator.
+    """
+    with _LOCK:
+        yield
+
+
+@contextmanager
+def graphs_to_log() -> Iterator[None]:
+    """Log what this thread writes to stderr if an exception ends the context; else let it through.
+
+    torch.export prints the whole graph of a network that it cannot capture.
+    """
+    with redirect_stderr(_OfThisThread(sys.stderr)) as written:
+        try:
+            yield
+        except Exception:
+            log.info("%s", written.getvalue())
+            raise
+    sys.stderr.write(written.getvalue())
+
+
+class _OfThisThread(io.StringIO):
+    """A buffer for one thread's text; what other threads write goes to `stream`."""
+
+    def __init__(self, stream: TextIO) -> None:
+        super().__init__()
+        self._stream, self._owner = stream, threading.get_ident()
+
+    def write(self, text: str) -> int:
+        return super().write(text) if threading.get_ident() == self._owner else self._stream.write(text)
+
+
+def capture_error(name: str, error: Exception, *, runs: bool) -> TFMQError:
+    """Return the error, in one sentence, for a network that torch.export cannot capture. torch's own text is logged.
+
+    name: of the network's class. runs: True if the network computes something from the same inputs.
+    """
+    log.info("torch.export cannot capture %s", name, exc_info=error)
+    what = f"{type(error).__name__}: {_words(error)}"
+    if not runs:
+        return TFMQError(f"{name} cannot run on the example inputs: {what} Give it what its forward takes.")
+    return TFMQError(f"torch.export cannot capture {name}: {what} {_remedy(error)}")
+
+
+def _remedy(error: Exception) -> str:
+    remedy = "Change that part of the network"
+    if isinstance(error, _DATA_DEPENDENT):
+        remedy = "Remove the data-dependent control flow it names (torch.where, or a constant)"
+    elif isinstance(error, UnsupportedOperatorException):
+        remedy = "Register what that operator returns with torch.library.register_fake"
+    return f"{remedy}, or hand the passes a torch.fx.GraphModule you captured yourself."
+
+
+def _words(error: Exception) -> str:
+    """Return the first line of an error's message, and the line of the network where it was raised."""
+    text, first = str(error), first_line(error).rstrip(".")
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if not _is_library(f.filename)]
+    named = re.findall(r'File "([^"]+)", line (\d+), in (\S+)\n\s*(.+)', text)
+    where = [
+        f"{f}:{line} in {function}: {code.strip()}" for f, line, function, code in named if not _is_library(f)
+    ]
+    where = where or [f"{f.filename}:{f.lineno} in {f.name}: {f.line}" for f in frames]
+    return f"{first}. At {where[-1]}." if where else f"{first}."
+
+
+def _is_library(file: str) -> bool:
+    standard = os.path.dirname(os.__file__) + os.sep  # inspect's own frames say nothing of the network
+    inside = file.startswith(standard) and f"{os.sep}site-packages{os.sep}" not in file
+    return inside or f"{os.sep}torch{os.sep}" in file or file.startswith(("<", _HERE))
