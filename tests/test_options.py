@@ -16,7 +16,7 @@ from tfmq_fx.settings import Settings
 
 GROUP: Any = typer.main.get_command(cli.app)
 COMMANDS = GROUP.commands
-PIPELINE = {"--model", "--scheduler", "--argument"}
+PIPELINE = {"--model", "--scheduler", "--dtype", "--variant", "--device", "--argument"}
 DRAWN = {"--num-samples", "--steps", "--seed"}
 OPTIONS = {
     "inspect": {
