@@ -38,8 +38,9 @@ import tfmq_fx
 from benchmarks.zoo.models import MODELS
 from tfmq_fx.base.metrics import frechet_distance, psnr, psnr_by_image
 from tfmq_fx.calibration.pipelines import denoiser
+from tfmq_fx.choices import is_open
 from tfmq_fx.evaluation.sampling import sample
-from tfmq_fx.recipe import Recipe
+from tfmq_fx.recipe import SHARES, Recipe
 
 NOISE_SEED, TRAJECTORIES = 1000, 64
 METHODS = ("nearest", "gptq", "gptq+adaround", "adaround")
@@ -53,7 +54,8 @@ class Run:
     """One run of the benchmark.
 
     method: one of recipe.METHODS, or with fields of Reconstruction or Recipe, such as
-    "adaround,iterations=100,group_size=64".
+    "adaround,iterations=100,group_size=64". With the word "chosen", what the preset leaves open is chosen; without
+    it, it is as in all runs before presets did that.
     """
 
     model: str
@@ -66,6 +68,12 @@ class Run:
     def recipe(self) -> Recipe:
         name, *changes = self.method.split(",")
         recipe = Recipe.preset(self.setting)
+        if "chosen" in changes:
+            changes.remove("chosen")
+        elif is_open(recipe):
+            recipe = dataclasses.replace(
+                recipe, smooth=None, keyed="block", activation_observer="mse", **dict.fromkeys(SHARES, 0.0)
+            )
         settings: dict[str, Any] = {"method": name}
         others: dict[str, Any] = {}
         for change in changes:

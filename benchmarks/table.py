@@ -22,6 +22,7 @@ from rich.table import Table
 
 from benchmarks.reconstruction import RESULTS, TRAJECTORIES, Run, in_a_process, read, run_all, spread
 from benchmarks.zoo.models import MODELS
+from tfmq_fx.choices import is_open
 from tfmq_fx.recipe import Recipe
 
 SETTINGS = ("w8a8", "w4a8", "w4a16", "w4a4")
@@ -31,7 +32,8 @@ UNTUNED = ",tune_iterations=0"
 
 
 def ours(setting: str) -> str:
-    return Recipe.preset(setting).reconstruction.method
+    recipe = Recipe.preset(setting)
+    return recipe.reconstruction.method + (",chosen" if is_open(recipe) else "")
 
 
 def table(found: dict[Run, dict[str, float]], samples: int) -> Table:

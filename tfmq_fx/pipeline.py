@@ -110,7 +110,8 @@ def _quantized(
     clock.lap("capture")
     choices = choose(gm, recipe, calibration, temporal=temporal, seed=settings.seed)
     recipe = choices.recipe
-    clock.lap("choose")
+    if choices.report:
+        clock.lap("choose")
     passes = stages(
         recipe,
         calibration=calibration,

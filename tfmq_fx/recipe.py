@@ -353,7 +353,7 @@ def _check_fields(cls: type, values: object, where: str) -> None:
 # Methods that learn are tuned by default. At 8 bits the gain is hardly visible (docs/measured/reconstruction.md).
 _GPTQ, _UNTUNED = Reconstruction(method="gptq"), Reconstruction(method="gptq", tune_iterations=0)
 PRESETS = {
-    # At 8 bits the activations are the problem, not the rounding of the weights (docs/measured/choices.md).
+    # At 8 bits the activations are the problem, not the rounding of the weights (docs/choosing_a_recipe.md).
     "w8a8": Recipe(
         weight_bits=8,
         activation_bits=8,

@@ -89,3 +89,29 @@ def test_an_input_that_stays_in_float_has_no_terms():
         tfmq_fx.prepare(captured(), dataclasses.replace(ALONE, rules=(rule,)), timesteps=TIMESTEPS)
     with pytest.raises(TFMQError, match="activation_terms: 3 is not 1 or 2"):
         Rule(pattern="*", activation_terms=3)
+
+
+def test_gptq_sees_the_whole_input():
+    """Its integers are those of the same layer with a float input, but for the coarse first term alone they were not."""
+    settings = tfmq_fx.Reconstruction(method="gptq", tune_iterations=0, gptq_samples=40)
+    integers = []
+    for terms, bits in ((2, 8), (None, 16)):
+        rule = Rule(pattern=LAYER, weight_bits=4, activation_bits=bits, activation_terms=terms)
+        q = tfmq_fx.quantize(
+            make(TinyUNet),
+            dataclasses.replace(ALONE, rules=(rule,), reconstruction=settings),
+            calibration=DATA,
+        )
+        integers.append(next(v for n, v in q.network.state_dict().items() if n.endswith(f"{LAYER}_q")))
+    assert (integers[0] == integers[1]).float().mean() > 0.99
+
+
+@torch.no_grad()
+def test_torchs_int8_kernels_run_both_products():
+    rule = Rule(pattern=LAYER, activation_terms=2)
+    w4a8 = tfmq_fx.Recipe(edge_weight_bits=4, rules=(rule,), reconstruction=NEAREST)  # AVX2 takes these too
+    q = tfmq_fx.quantize(make(TinyUNet), w4a8, calibration=DATA)
+    low = q.lower("cpu", engine="torch", compile=False)
+    kernels = [k for k in low.report["lowering"]["kernels"] if k["path"] == LAYER]
+    assert [k["int8"] for k in kernels] == [True, True]
+    torch.testing.assert_close(low(*INPUTS), q(*INPUTS), rtol=1e-4, atol=1e-5)
