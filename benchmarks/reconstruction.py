@@ -40,7 +40,7 @@ from tfmq_fx.base.metrics import frechet_distance, psnr, psnr_by_image
 from tfmq_fx.calibration.pipelines import denoiser
 from tfmq_fx.choices import is_open
 from tfmq_fx.evaluation.sampling import sample
-from tfmq_fx.recipe import SHARES, Recipe
+from tfmq_fx.recipe import Recipe
 
 NOISE_SEED, TRAJECTORIES = 1000, 64
 METHODS = ("nearest", "gptq", "gptq+adaround", "adaround")
@@ -72,7 +72,13 @@ class Run:
             changes.remove("chosen")
         elif is_open(recipe):
             recipe = dataclasses.replace(
-                recipe, smooth=None, keyed="block", activation_observer="mse", **dict.fromkeys(SHARES, 0.0)
+                recipe,
+                smooth=None,
+                keyed="block",
+                activation_observer="mse",
+                float_flops=0.0,
+                double_flops=0.0,
+                float_bytes=0.0,
             )
         settings: dict[str, Any] = {"method": name}
         others: dict[str, Any] = {}

@@ -106,6 +106,7 @@ def test_gptq_sees_the_whole_input():
     assert (integers[0] == integers[1]).float().mean() > 0.99
 
 
+@pytest.mark.filterwarnings("ignore:this CPU has no int8 instructions:UserWarning")
 @torch.no_grad()
 def test_torchs_int8_kernels_run_both_products():
     rule = Rule(pattern=LAYER, activation_terms=2)
