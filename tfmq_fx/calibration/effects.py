@@ -12,7 +12,7 @@ Legend: P rows of calibration data, C input channels, T timesteps among the rows
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -227,6 +227,22 @@ def output_effects(
     )
 
 
+class _Listening(torch.autograd.Function):
+    """A view of x that tells the gradient of its own readers, without those of x's others, and copies nothing."""
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any, zero: Tensor, x: Tensor, hear: Callable[[Tensor], None]
+    ) -> Tensor:
+        ctx.hear, ctx.zero = hear, torch.zeros_like(zero)
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        ctx.hear(g)
+        return ctx.zero, g, None
+
+
 class _Probe(Interpreter):
     """A run of the float graph that hears the gradient of each quantized input and weight as it comes back."""
 
@@ -240,7 +256,7 @@ class _Probe(Interpreter):
         self.readers, self.qparams = {r.node: r for r in readers}, qparams
         self.found: dict[Any, Tensor] = {}
         self._heard: dict[Any, Tensor] = {}
-        # Added to what is heard, so that gradients are asked for it alone: the network's parameters get none.
+        # What is heard depends on it, so that gradients are asked for it alone: the network's parameters get none.
         self._zero = torch.zeros(()).requires_grad_()
 
     def measure(self, inputs: Sequence[Any], *, seed: int) -> None:
@@ -274,10 +290,9 @@ class _Probe(Interpreter):
 
     def _hear(self, key: Any, x: Tensor, reader: Reader) -> Tensor:
         if key not in self._heard:
-            # A view has a gradient of its own: that of the layers alone, without x's other readers.
-            self._heard[key] = y = x.view_as(x) if x.requires_grad else x + self._zero.to(x)
             judge = self._judge_input if key == reader.input else self._judge_weight
-            y.register_hook(partial(judge, reader, x.detach()))  # type: ignore[no-untyped-call]
+            hear = partial(judge, reader, x.detach())
+            self._heard[key] = _Listening.apply(self._zero, x, hear)  # type: ignore[no-untyped-call]
         return self._heard[key]
 
     def _judge_input(self, reader: Reader, x: Tensor, g: Tensor) -> None:
