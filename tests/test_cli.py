@@ -3,10 +3,13 @@ import shutil
 
 import pytest
 import torch
+from diffusers import DDIMPipeline, DDIMScheduler, UNet2DModel
 from PIL import Image
 
+from benchmarks.networks.pipelines import ddpm
 from benchmarks.networks.zoo import ZOO
 from tests.helpers.command_line import corrupt, run
+from tfmq_fx import cli
 from tfmq_fx.base.arguments import leaves
 from tfmq_fx.demo import FOLDER
 
@@ -179,3 +182,31 @@ def test_a_corrupt_artefact_is_one_line(monkeypatch, capsys, artefact):
     code, _, err = run(monkeypatch, capsys, "sample", artefact)
     assert code == 2
     assert "graph.json: corrupt or truncated" in err
+
+
+class Renamed(UNet2DModel):
+    """Its timestep has another name."""
+
+    def forward(self, sample, t, class_labels=None, return_dict=True):
+        return super().forward(sample, t, class_labels, return_dict)
+
+
+def test_the_timestep_and_the_component_have_names(monkeypatch, capsys, tmp_path):
+    """`sample` takes the timestep's name from the artefact, of which component it must be told."""
+    pipe = DDIMPipeline(Renamed.from_config(ddpm().unet.config).eval(), DDIMScheduler())
+    pipe.register_modules(other=Renamed.from_config(pipe.unet.config).eval())
+    pipe.set_progress_bar_config(disable=True)
+    monkeypatch.setattr(cli, "load_pipeline", lambda *_: pipe)
+    monkeypatch.setattr(type(pipe), "components", property(lambda p: {"other": p.other, "unet": p.unet}))
+    quick, q = ("--steps", 2, "--num-samples", 1), tmp_path / "q"
+    named = ("--timestep", "t", "--component", "unet")
+    code, _, err = run(monkeypatch, capsys, "quantize", q, "--iterations", 0, *quick, "--timestep", "t")
+    assert code == 2
+    assert "2 components take a 't' (other, unet)" in err
+    code, _, err = run(monkeypatch, capsys, "quantize", q, "--iterations", 0, *quick, *named)
+    assert code == 0, err
+    for command in ("sample", "evaluate", "report"):
+        more = () if command == "evaluate" else ("--output", tmp_path / command)
+        code, out, err = run(monkeypatch, capsys, command, q, *more, *quick, "--component", "unet")
+        assert code == 0, err
+        assert "PSNR" in out

@@ -269,6 +269,7 @@ def mixed_precision(
     widths: Sequence[int] = (4, 8),
     finite: Mapping[str, Iterable[Any] | Tensor] | None = None,
     timestep: str = "timestep",
+    component: str | None = None,
     rows: int = 64,
     seed: int = 0,
     cache: str | Path | None = None,
@@ -281,7 +282,9 @@ def mixed_precision(
         `sensitivity` and `Sensitivity.choose`. Raises TFMQError as those functions do.
     """
     recipe = Recipe.preset(recipe) if isinstance(recipe, str) else recipe
-    network = model if isinstance(model, nn.Module) else denoiser(model, timestep=timestep)
+    network = (
+        model if isinstance(model, nn.Module) else denoiser(model, timestep=timestep, component=component)
+    )
     plain = dataclasses.replace(recipe, smooth=None, rotate=None, low_rank=None)
     gm, _ = captured(network, calibration, timestep)
     prepared = prepare(gm, plain, timesteps=calibration.timesteps, finite=finite)

@@ -67,6 +67,7 @@ def load_pipeline(
 
     from tfmq_fx.base.arithmetic import NETWORK_DTYPES
     from tfmq_fx.demo import embedded_pipeline
+    from tfmq_fx.inspection import require_plain_files
 
     dtypes = {str(d).removeprefix("torch."): d for d in NETWORK_DTYPES}
     if dtype not in (None, *dtypes):
@@ -83,9 +84,10 @@ def load_pipeline(
         pipe = embedded_pipeline()
         pipe = pipe if dtype is None else pipe.to(dtypes[dtype])
     else:
-        folder = Path(model)
-        if folder.exists() and not (folder / "model_index.json").is_file():
+        if os.path.exists(model) and not (Path(model) / "model_index.json").is_file():
             raise TFMQError(f"{model}: not a diffusers pipeline folder (it has no model_index.json).")
+        if variant is None and os.path.exists(model):
+            require_plain_files(Path(model))
         try:
             torch_dtype = None if dtype is None else dtypes[dtype]
             pipe = diffusers.DiffusionPipeline.from_pretrained(
@@ -156,6 +158,10 @@ def inspect(
             help="The name of the timestep input. Default: `timestep`, or the only input that can be it."
         ),
     ] = None,
+    component: Annotated[
+        str | None,
+        typer.Option(help="The pipeline's component to inspect, if several take a timestep."),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
     argument: Arguments = None,
 ) -> None:
@@ -166,7 +172,7 @@ def inspect(
     from tfmq_fx.inspection import describe, example_inputs, load_network
 
     chosen = _recipe(recipe)
-    if model is not None and (Path(model) / "config.json").is_file():
+    if model is not None and os.path.isfile(Path(model) / "config.json"):
         network = load_network(Path(model), weights=weights)
         example = example_inputs(network, inputs or [])
     elif inputs or not weights:
@@ -175,9 +181,10 @@ def inspect(
         )
     else:
         pipe = load_pipeline(model)
-        network = denoiser(pipe, timestep=timestep or "timestep")
+        which = {"timestep": timestep or "timestep", "component": component}
+        network = denoiser(pipe, **which)
         arguments = pipeline_arguments(argument)
-        data = CalibrationSet.record(pipe, num_samples=2, num_inference_steps=2, **arguments)
+        data = CalibrationSet.record(pipe, num_samples=2, num_inference_steps=2, **which, **arguments)
         example = data.arguments(slice(0, 2))
     found = describe(network, example, chosen, timestep=timestep)
     if as_json:
@@ -230,6 +237,7 @@ def quantize(
     Run with `torchrun --nproc-per-node=N -m tfmq_fx.cli quantize ..` to share the work between N processes.
     """
     from tfmq_fx.artefact.saving import check_output_folder
+    from tfmq_fx.base.files import require_writable
     from tfmq_fx.base.parallel import joined
     from tfmq_fx.bit_widths import mixed_precision
     from tfmq_fx.pipeline import quantize as run
@@ -237,16 +245,24 @@ def quantize(
     recipe, preset = _chosen_recipe(choices), _chosen_preset(rows)
     # Beside the output, where the same command finds it after an interruption. Removed once the output is
     # complete.
-    state = output.absolute().with_name(f".{output.name}.state")
-    settings = dataclasses.replace(settings, state=state)
+    real = Path(os.path.realpath(output))
+    state = real.with_name(f".{real.name}.state")
+    settings = dataclasses.replace(settings, state=state, **source.denoiser())
     with joined() as ranks:
         check_output_folder(output)  # fail now, not after minutes of work
+        require_writable(state)
         pipe = load_pipeline(*source.pipeline())
         data = _recorded(pipe, preset, source, rows, seed=settings.seed, processes=ranks.size)
         if choices.max_megabytes is not None:
             most = choices.max_megabytes * 1e6
             recipe = mixed_precision(
-                pipe, recipe, calibration=data, max_bytes=most, finite=settings.finite, seed=settings.seed
+                pipe,
+                recipe,
+                calibration=data,
+                max_bytes=most,
+                finite=settings.finite,
+                seed=settings.seed,
+                **source.denoiser(),
             )
         quantized = run(pipe, recipe, calibration=data, **settings.arguments())
         if ranks.rank != 0:
@@ -290,7 +306,7 @@ def _recorded(pipe: Any, preset: Any, source: Source, rows: Rows, *, seed: int, 
     """Record the preset's calibration set, with one prompt of the captions for each trajectory."""
     from tfmq_fx.calibration.pipelines import coco_captions
 
-    arguments = source.arguments()
+    arguments = source.arguments() | source.denoiser()
     if rows.captions is not None:
         arguments["prompt"] = coco_captions(rows.captions, num=preset.num_samples, seed=seed)
     size = max(1, min(64, -(-preset.num_samples // processes)))
@@ -337,10 +353,12 @@ def sample(
     output: Annotated[Path, typer.Option(help="PNG file to write.")] = Path("samples.png"),
 ) -> None:
     """Write a PNG of float beside quantized samples, from the same noise."""
+    from tfmq_fx.base.files import require_writable
     from tfmq_fx.base.metrics import psnr
     from tfmq_fx.evaluation.sampling import save_grid
     from tfmq_fx.model import load
 
+    require_writable(output)  # fail now, not after minutes of work
     images = _both(load(folder), source, drawn)
     save_grid([("float", images[0]), (folder.name, images[1])], output)
     out.print(
@@ -444,16 +462,23 @@ def report(
 ) -> None:
     """Write one HTML page that opens offline: drift by timestep, intermediate images, kernels, numbers."""
     from tfmq_fx.model import load
-    from tfmq_fx.report import PAGE, measure, require_packages, write_report
+    from tfmq_fx.report import PAGE, check_report_folder, measure, require_packages, write_report
 
     require_packages("report")  # fail now, not after minutes of work
-    quantized = load(folder)
     target = output or folder.absolute().with_name(f"{folder.absolute().name}-report")
+    check_report_folder(target)
+    quantized = load(folder)
     pipe, arguments = load_pipeline(*source.pipeline()), source.arguments()
-    quantized = _beside(pipe, quantized)
+    quantized = _beside(pipe, quantized, source)
     command = shlex.join(["tfmq", *sys.argv[1:]])
     numbers, runs = measure(
-        pipe, quantized, **drawn.arguments(), nearest=nearest, command=command, **arguments
+        pipe,
+        quantized,
+        **drawn.arguments(),
+        nearest=nearest,
+        command=command,
+        component=source.component,
+        **arguments,
     )
     write_report(numbers, runs, target, title=f"tfmq_fx: {folder.absolute().name}")
     out.print(
@@ -498,15 +523,17 @@ def _both(quantized: Any, source: Source, drawn: Drawn) -> tuple[Any, Any]:
     """Return samples (N, C, H, W) of the float network and of the quantized one, from the same noise."""
     from tfmq_fx.evaluation.sampling import sample as draw
 
-    pipe, settings = load_pipeline(*source.pipeline()), drawn.arguments() | source.arguments()
-    return draw(pipe, None, **settings), draw(pipe, _beside(pipe, quantized), **settings)
+    which = source.denoiser(quantized.interface.timestep)
+    settings = drawn.arguments() | source.arguments() | which
+    pipe = load_pipeline(*source.pipeline())
+    return draw(pipe, None, **settings), draw(pipe, _beside(pipe, quantized, source), **settings)
 
 
-def _beside(pipe: Any, quantized: Any) -> Any:
+def _beside(pipe: Any, quantized: Any, source: Source) -> Any:
     """Return the quantized network on the device and in the precision of the pipeline's own."""
     from tfmq_fx.calibration.pipelines import denoiser
 
-    own: Any = denoiser(pipe)
+    own: Any = denoiser(pipe, **source.denoiser(quantized.interface.timestep))
     return quantized.to(own.device, own.dtype)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import re
 import time
 from collections.abc import Iterable
 from contextlib import nullcontext
@@ -69,6 +70,26 @@ def describe(
         "float": [dataclasses.asdict(f) for f in layers.floats],
         "notes": [dataclasses.asdict(n) for n in layers.notes],
     }
+
+
+def require_plain_files(folder: Path) -> None:
+    """Raise TFMQError if a folder of diffusers, or one in it, has only weights of a variant (*.fp16.safetensors).
+
+    diffusers would say that it finds no weights.
+    """
+    for place in (folder, *(f for f in sorted(folder.iterdir()) if f.is_dir())):
+        found = [_WEIGHTS.fullmatch(f.name) for f in place.iterdir()]
+        variants = [m["variant"] for m in found if m is not None]
+        if variants and None not in variants:
+            raise TFMQError(
+                f"{place}: has only {variants[0]} weights; choose them with --variant {variants[0]}."
+            )
+
+
+# model.safetensors, diffusion_pytorch_model.fp16.safetensors, model.fp16-00001-of-00002.safetensors, ..
+_WEIGHTS = re.compile(
+    r"(diffusion_pytorch_|pytorch_)?model(\.(?P<variant>[a-z]\w*))?(-\d+-of-\d+)?\.(safetensors|bin)"
+)
 
 
 def load_network(folder: Path, *, weights: bool = True) -> nn.Module:

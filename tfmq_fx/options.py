@@ -58,6 +58,18 @@ class Source:
     variant: Annotated[
         str | None, typer.Option(help="Of the weights' files, e.g. fp16 for *.fp16.safetensors.")
     ] = None
+    timestep: Annotated[
+        str | None,
+        typer.Option(
+            help="The denoiser's argument for the timestep. Default: timestep, or the artefact's own."
+        ),
+    ] = None
+    component: Annotated[
+        str | None,
+        typer.Option(
+            help="The pipeline's component to quantize, e.g. transformer_2, if several take a timestep."
+        ),
+    ] = None
     device: Annotated[
         str | None, typer.Option(help="Where the pipeline and every stage run, e.g. cuda:0. Default: cpu.")
     ] = None
@@ -65,6 +77,10 @@ class Source:
     def pipeline(self) -> tuple[str | None, ...]:
         """Return the arguments of `load_pipeline`."""
         return self.model, self.scheduler, self.dtype, self.variant, self.device
+
+    def denoiser(self, timestep: str = "timestep") -> dict[str, Any]:
+        """Return the arguments of `calibration.pipelines.denoiser`. timestep: the name if none is given."""
+        return {"timestep": self.timestep or timestep, "component": self.component}
 
     def arguments(self) -> dict[str, Any]:
         """Return the pipeline's arguments by name, as `pipeline_arguments` does."""

@@ -14,11 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from tfmq_fx.artefact.drop_in import DropIn
 from tfmq_fx.base.arithmetic import NO_INT8
 from tfmq_fx.base.errors import TFMQError
-from tfmq_fx.base.files import finite_json, replace_folder
+from tfmq_fx.base.files import finite_json, replace_folder, require_writable
 from tfmq_fx.calibration.data import CalibrationSet
 from tfmq_fx.calibration.pipelines import denoiser
 from tfmq_fx.evaluation.extractors import Extractor, compare
@@ -36,7 +37,7 @@ from tfmq_fx.pipeline import quantize
 from tfmq_fx.recipe import Recipe
 
 
-def nearest_of(pipe: Any, model: QuantizedModel, data: CalibrationSet) -> QuantizedModel:
+def nearest_of(network: nn.Module, model: QuantizedModel, data: CalibrationSet) -> QuantizedModel:
     """Quantize with the same recipe by round-to-nearest alone, calibrated on the given data.
 
     Reconstruction is measured against the result.
@@ -44,7 +45,7 @@ def nearest_of(pipe: Any, model: QuantizedModel, data: CalibrationSet) -> Quanti
     recipe = Recipe.from_json(model.recipe)
     plain = replace(recipe.reconstruction, method="nearest", temporal_method="nearest")
     return quantize(
-        denoiser(pipe, timestep=model.interface.timestep),
+        network,
         replace(recipe, reconstruction=plain),
         calibration=data,
         timestep=model.interface.timestep,
@@ -94,6 +95,7 @@ def measure(
     nearest: bool = True,
     extractor: Extractor | None = None,
     command: str = "",
+    component: str | None = None,
     **pipe_kwargs: Any,
 ) -> tuple[dict[str, Any], dict[str, Trajectory]]:
     """Return the report's numbers (plain JSON) and the trajectories of the float and the quantized network.
@@ -101,24 +103,26 @@ def measure(
     nearest: also calibrate the recipe with round-to-nearest, for comparison.
     extractor: gives features of pictures, for the distances in `compare`.
     command: the command that makes the report, to be shown in it.
+    component: the name of the pipeline's denoiser, if several components take a timestep.
     pipe_kwargs: passed to the pipeline's call.
 
     Raises TFMQError for a pipeline whose denoiser does not fit the model.
     """
-    network = denoiser(pipe, timestep=model.interface.timestep)
+    timestep = model.interface.timestep
+    network = denoiser(pipe, timestep=timestep, component=component)
     settings: dict[str, Any] = {
         "num_samples": num_samples,
         "num_inference_steps": num_inference_steps,
         "seed": seed,
     }
-    data = CalibrationSet.record(pipe, timestep=model.interface.timestep, **settings, **pipe_kwargs)
+    data = CalibrationSet.record(pipe, timestep=timestep, component=component, **settings, **pipe_kwargs)
     runs = {  # first, so that a pipeline that does not fit fails before minutes of calibration
-        name: trajectory(pipe, model, module, **settings, **pipe_kwargs)
+        name: trajectory(pipe, model, module, component=component, **settings, **pipe_kwargs)
         for name, module in (("float", network), (OURS, model))
     }
     networks: dict[str, Callable[..., Any]] = {OURS: model, FLOOR: in_bfloat16(network)}
     if nearest:
-        networks[NEAREST] = nearest_of(pipe, model, data)
+        networks[NEAREST] = nearest_of(network, model, data)
     batch = min(2, num_samples)
     low, no_kernels = lowered(model, batch=batch)
     timed: dict[str, Callable[..., Any]] = {"float": network, OURS: model}
@@ -157,6 +161,14 @@ def _along(a: Trajectory, b: Trajectory) -> list[dict[str, float]]:
     ]
 
 
+def check_report_folder(folder: Path) -> None:
+    """Raise TFMQError when `folder` cannot be written, or exists and holds anything but a report."""
+    require_writable(folder)
+    names = {PAGE, NUMBERS, *(f"{name}.png" for name in (*PLOTS, "trajectory"))}
+    if folder.exists() and not (folder.is_dir() and {f.name for f in folder.iterdir()} <= names):
+        raise TFMQError(f"{folder}: holds something else; choose another folder or remove it yourself.")
+
+
 def write_report(
     numbers: Mapping[str, Any], runs: Mapping[str, Trajectory], folder: Path, *, title: str
 ) -> None:
@@ -169,9 +181,7 @@ def write_report(
     from torchvision.utils import save_image
 
     require_packages("report")
-    names = {PAGE, NUMBERS, *(f"{name}.png" for name in (*PLOTS, "trajectory"))}
-    if folder.exists() and not (folder.is_dir() and {f.name for f in folder.iterdir()} <= names):
-        raise TFMQError(f"{folder}: holds something else; choose another folder or remove it yourself.")
+    check_report_folder(folder)
 
     def write(temporary: Path) -> None:
         (temporary / NUMBERS).write_text(json.dumps(finite_json(numbers), indent=1) + "\n")

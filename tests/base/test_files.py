@@ -2,6 +2,7 @@
 
 import hashlib
 import logging
+import os
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from tfmq_fx.base.files import (
     raw_bytes,
     replace_files,
     replace_folder,
+    require_writable,
     update_with_tensors,
 )
 
@@ -142,3 +144,58 @@ def test_json_has_no_infinity():
         "a": [1.0, None, [None, "x"]],
         "2": None,
     }
+
+
+@pytest.mark.parametrize("replace", [replace_files, replace_folder])
+@pytest.mark.parametrize("there", [True, False])
+def test_a_link_stays_and_its_target_is_written(tmp_path, replace, there):
+    write = (
+        (lambda path: path.write_text("new"))
+        if replace is replace_files
+        else (lambda path: (path / "f").write_text("new"))
+    )
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if there:
+        replace(disk / "target", write)
+    (tmp_path / "link").symlink_to("disk/target")
+    replace(tmp_path / "link", write)
+    assert (tmp_path / "link").is_symlink()
+    written = disk / "target" if replace is replace_files else disk / "target" / "f"
+    assert written.read_text() == "new"
+    assert names(tmp_path) == ["disk", "link"]
+    assert names(disk) == ["target"]
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o077])
+def test_what_is_written_has_the_users_permissions(tmp_path, umask):
+    def private(path):
+        path.touch()
+        path.chmod(0o600)
+
+    before = os.umask(umask)
+    try:
+        replace_files(tmp_path / "file", private)
+        replace_folder(tmp_path / "folder", lambda new: private(new / "f"))
+    finally:
+        os.umask(before)
+    modes = [(tmp_path / n).stat().st_mode & 0o777 for n in ("file", "folder", "folder/f")]
+    assert modes == [0o666 & ~umask, 0o777 & ~umask, 0o666 & ~umask]
+    assert names(tmp_path / "folder") == ["f"]
+
+
+def test_names_are_as_long_as_the_disk_allows(tmp_path):
+    """The temporary folder's name must not be longer than the name itself."""
+    longest = "ü" * 127
+    replace_folder(tmp_path / longest, lambda new: (new / "f").touch())
+    replace_files(tmp_path / f"{longest}x", lambda path: path.touch())
+    assert names(tmp_path) == sorted([longest, f"{longest}x"])
+
+
+@pytest.mark.parametrize("name", ["x" * 300, "new/" + "ü" * 128, "new/" + "x" * 300 + "/below", "file/below"])
+def test_what_cannot_be_written_is_known_before_the_work(tmp_path, name):
+    (tmp_path / "file").touch()
+    with pytest.raises(TFMQError, match=r"cannot be written \((File name too long|Not a directory)\)"):
+        require_writable(tmp_path / name)
+    require_writable(tmp_path / "new" / "folder")
+    assert names(tmp_path) == ["file"]

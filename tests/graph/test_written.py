@@ -97,6 +97,14 @@ def test_compiled_forms_say_that_they_keep_the_buffer(tmp_path):
     assert not (tmp_path / "s.onnx").exists()
 
 
+def test_lowering_is_no_call_of_the_network():
+    q = quantized(make(Running))
+    before = written_buffers(q.network)["mean"].clone()
+    low = lower(q, engine="torch", compile=False, precision="float32", batch=2)
+    for gm in (q.network, low.network.gm):
+        assert [torch.equal(x, before) for x in written_buffers(gm).values()] == [True]
+
+
 def test_the_pt2_file_and_a_loaded_network_go_on_updating(tmp_path):
     q = quantized(make(Running))
     q.export(tmp_path / "q.pt2")

@@ -41,6 +41,31 @@ class Strange(nn.Module):
         return torch.special.bessel_j0(self.net(sample, timestep))
 
 
+class Rotary(nn.Module):
+    """It multiplies complex numbers, as rotary embeddings do; OpenVINO has real ones."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = ScalarTime()
+        self.register_buffer("turn", torch.polar(torch.ones(2), torch.rand(2)))
+
+    def forward(self, sample, timestep):
+        pairs = torch.view_as_complex(self.net(sample, timestep).unflatten(-1, (2, 2)))
+        return torch.view_as_real(pairs * self.turn).flatten(-2)
+
+
+def test_what_openvino_lacks_names_the_engine_that_has_it():
+    q = one_timestep(Rotary)
+    with pytest.raises(
+        TFMQError, match=r"aten\.mul\.Tensor of complex numbers; q\.lower\(.*engine=\"torch\"\)"
+    ):
+        lower(q, engine="openvino")
+    low = lower(q, engine="torch", compile=False, precision="float32")
+    x = torch.randn(2, 4)
+    with torch.no_grad():
+        assert low(x, 300).shape == q(x, 300).shape == (2, 4)
+
+
 def test_an_operator_that_openvino_lacks_names_its_node():
     with pytest.raises(
         TFMQError, match=r"node special_bessel_j0: OpenVINO cannot express aten\.special_bessel_j0"

@@ -11,6 +11,7 @@ from tests.helpers.command_line import corrupt, run
 from tfmq_fx import cli
 from tfmq_fx.demo import FOLDER
 
+LONG = "x" * 300
 QUICK = ("--steps", 2, "--num-samples", 1)
 
 
@@ -32,6 +33,7 @@ def template(tiny, tmp_path_factory):
     (folder / "no-json" / "model_index.json").write_text("{")
     (folder / "no-json" / "config.json").write_text("{")
     ddpm().save_pretrained(folder / "pipe")
+    ddpm().save_pretrained(folder / "half", variant="fp16")
     ddpm().save_pretrained(folder / "lost", max_shard_size="30KB")
     shutil.copytree(folder / "lost", folder / "cut")
     shard = "unet/diffusion_pytorch_model-00002-of-00002.safetensors"
@@ -92,6 +94,11 @@ def place(template, tmp_path, monkeypatch):
         (("sample", "small", "--device", "xla:3"), "use one of cpu"),
         (("quantize", "q", "--model", "pipe", "--variant", "fp16"), "diffusers cannot load it"),
         (("quantize", "q", "--model", "no-json"), "diffusers cannot load it"),
+        (("quantize", "q", "--model", "half"), "half/unet: has only fp16 weights; choose them with --variant fp16"),
+        (("quantize", "q", "--model", "pipe", "--timestep", "sigma"), "take a 'sigma'"),
+        (("quantize", "q", "--component", "prior"), "component: 'prior' takes no 'timestep'; components that do: unet"),
+        (("quantize", LONG), "cannot be written (File name too long)"),
+        (("quantize", "q", "--model", LONG), "diffusers cannot load it"),
         (("quantize", "q", "--argument", "x=["), "use NAME=JSON"),
         (("quantize", "q", "--argument", "x=1", *QUICK), "DDPMPipeline takes no 'x'; it takes"),
         (("quantize", "q", "--argument", "num_inference_steps=3"), "--argument num_inference_steps"),
@@ -112,7 +119,11 @@ def place(template, tmp_path, monkeypatch):
         *(((command, "small", "--model", "full"), "not a diffusers") for command in ("sample", "evaluate", "report")),
         *(((command, "small", "--scheduler", "X"), "no scheduler") for command in ("sample", "evaluate", "report")),
         *(((command, "small", "--argument", "x=1"), "takes") for command in ("sample", "evaluate", "report")),
+        *(((command, LONG), "no such folder") for command in ("sample", "evaluate", "report")),
+        *(((command, "small", "--component", "prior"), "'prior' takes no") for command in ("sample", "evaluate", "report")),
+        *(((command, "small", "--output", LONG), "File name too long") for command in ("sample", "report")),
         # export
+        (("export", "small", LONG), "cannot be written (File name too long)"),
         (("export", "nowhere", "net.onnx"), "no such folder"),
         (("export", "damaged", "net.onnx"), "graph.json: corrupt"),
         (("export", "small", "net.exe"), "'.exe' is not supported"),

@@ -24,6 +24,7 @@ from torch.fx import GraphModule
 from tfmq_fx.artefact.float_network import Facts, FloatModule, facts_of, stand_in
 from tfmq_fx.artefact.gradients import wants_gradient, with_gradients
 from tfmq_fx.artefact.graph_json import graph_to_json
+from tfmq_fx.artefact.nan_rows import with_nan_rows
 from tfmq_fx.artefact.outputs import describe_output, output_class
 from tfmq_fx.artefact.plain import is_json
 from tfmq_fx.base.ambient import neutral, traced
@@ -412,7 +413,8 @@ class DropIn(nn.Module):
         if not traced(inputs.values()) and _COUNTED.get():
             for name, table in {t: self.timesteps, **self.finite}.items():
                 self._look_up(name, inputs[name], table)
-        output = self._compute([inputs[n] for n in self.interface.inputs])
+        taken = [inputs[n] for n in self.interface.inputs]
+        output = with_nan_rows(self._compute(taken), taken, batch=inputs[self.first_input].shape[0])
         wants = given.get("return_dict")
         if self._output is None or (wants is not None and not wants):
             return output

@@ -29,6 +29,7 @@ import dataclasses
 import hashlib
 import json
 import math
+import os
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -50,7 +51,7 @@ from tfmq_fx.artefact.graph_json import (
 )
 from tfmq_fx.base.arithmetic import IntegerRange, pack_bits, unpack_bits
 from tfmq_fx.base.errors import TFMQError, first_line
-from tfmq_fx.base.files import finite_json, replace_folder, sha256_of
+from tfmq_fx.base.files import finite_json, replace_folder, require_writable, sha256_of
 from tfmq_fx.graph.inputs import placeholders
 
 M = TypeVar("M", bound=QuantizedGraph)
@@ -78,7 +79,8 @@ def save(model: QuantizedGraph, folder: Path) -> None:
 
 
 def check_output_folder(folder: Path) -> None:
-    """Raise TFMQError when `folder` exists and is neither empty nor a tfmq artefact."""
+    """Raise TFMQError when `folder` cannot be written, or exists and is neither empty nor a tfmq artefact."""
+    require_writable(folder)
     for _ in range(5):
         if not folder.exists() or is_artefact(folder):
             return
@@ -137,7 +139,7 @@ def _write(model: QuantizedGraph, folder: Path) -> None:
 def read(folder: str | Path, model: type[M]) -> M:
     """Read an artefact and return it as an instance of the class `model`; see `tfmq_fx.load`."""
     folder = Path(folder)
-    if not folder.is_dir():
+    if not os.path.isdir(folder):  # Path.is_dir raises for names that are too long
         raise TFMQError(f"{folder}: no such folder.")
     before = _identity(folder)
     config = _read_json(folder / CONFIG)

@@ -8,8 +8,9 @@ import json
 import logging
 import math
 import os
+import secrets
 import shutil
-import tempfile
+import stat
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -45,20 +46,62 @@ def sha256_of(file: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
+def require_writable(target: Path) -> None:
+    """Raise TFMQError, naming `target`, if no file or folder of that name could be written now. Nothing is left there.
+
+    For the start of long work.
+    """
+    with _naming(target):
+        real = _real(target)
+        there = next(p for p in real.parents if p.exists())
+        longest = os.pathconf(there, "PC_NAME_MAX")
+        if any(len(os.fsencode(part)) > longest for part in real.parts):
+            raise OSError(errno.ENAMETOOLONG, os.strerror(errno.ENAMETOOLONG))
+        os.rmdir(_temporary(there))
+
+
+def _real(target: Path) -> Path:
+    """Return the absolute path without links: what a link points to is written, and the link stays."""
+    return Path(os.path.realpath(target))
+
+
+def _temporary(parent: Path) -> Path:
+    """Make a folder with a new name in `parent`, with the permissions that new folders get here."""
+    folder = parent / f".tfmq-{secrets.token_hex(8)}"
+    folder.mkdir()
+    return folder
+
+
+@contextmanager
+def _naming(target: Path) -> Iterator[None]:
+    """Convert every error of the disk, and of names that no file can have, to a TFMQError that names `target`."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:  # safetensors raises its own type for a full disk
+        raise TFMQError(f"{target}: cannot be written ({first_line(error)}).") from error
+
+
 @contextmanager
 def _beside(target: Path) -> Iterator[Path]:
     """Make a temporary folder beside `target`. Raises TFMQError, naming `target`, for every error of the disk."""
-    try:
+    with _naming(target):
         target.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.tmp-", dir=target.parent))
-    except OSError as error:
-        raise TFMQError(f"{target}: cannot be written ({first_line(error)}).") from error
-    try:
-        yield temporary
-    except (OSError, SafetensorError) as error:  # safetensors raises its own type for a full disk
-        raise TFMQError(f"{target}: cannot be written ({first_line(error)}).") from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        temporary = _temporary(target.parent)
+        try:
+            yield temporary
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _usual_permissions(folder: Path) -> None:
+    """Give the files in a folder the permissions that new files get here. Some libraries write them for the owner alone."""
+    probe = folder / ".permissions"
+    probe.touch()
+    mode = stat.S_IMODE(probe.stat().st_mode)
+    probe.unlink()
+    for file in folder.iterdir():
+        if file.is_file():
+            file.chmod(mode)
 
 
 def _anything(_: Path) -> bool:
@@ -75,12 +118,12 @@ def replace_folder(
 
     If several processes write the same folder at once, the last one wins. Replacing a folder takes two
     renames, and between them it is absent for some microseconds: Python has no call to exchange two names.
-    Raises TFMQError when the folder cannot be written.
+    A link stays, and the folder that it points to is written. Raises TFMQError when the folder cannot be written.
     """
-    folder = folder.absolute()
+    folder = _real(folder)
     with _beside(folder) as temporary:
         write(temporary)
-        temporary.chmod(0o755)
+        _usual_permissions(temporary)
         _move(temporary, folder, replaces)
 
 
@@ -130,11 +173,13 @@ def _entry(file: Path, expected: Any = None) -> dict[str, Any] | None:
 def replace_files(file: Path, write: Callable[[Path], object]) -> None:
     """Let `write` create `file` and any files beside it in a temporary folder, then move them into place.
 
-    `file` moves last, so that it is absent, unchanged or complete at any time. Raises TFMQError when it
-    cannot be written.
+    `file` moves last, so that it is absent, unchanged or complete at any time. If it is a link, it stays, and
+    what it points to is written. Raises TFMQError when it cannot be written.
     """
+    file = _real(file)
     with _beside(file) as temporary:
         write(temporary / file.name)
+        _usual_permissions(temporary)
         written = sorted(temporary.iterdir(), key=lambda f: f.name == file.name)
         if len(written) > 1:
             file.unlink(missing_ok=True)  # an old file must never lie beside new data

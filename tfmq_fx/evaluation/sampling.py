@@ -18,9 +18,15 @@ WIDTH, MARGIN, TITLE_SIZE = 384, 16, 14
 
 
 @contextmanager
-def swapped(pipe: Any, network: nn.Module) -> Iterator[Any]:
-    """Yield the pipeline with `network` as its denoiser; restore the original afterwards."""
-    name = next(n for n, m in pipe.components.items() if m is denoiser(pipe))
+def swapped(
+    pipe: Any, network: nn.Module, *, timestep: str = "timestep", component: str | None = None
+) -> Iterator[Any]:
+    """Yield the pipeline with `network` as its denoiser; restore the original afterwards.
+
+    timestep, component: as for `denoiser`.
+    """
+    own = denoiser(pipe, timestep=timestep, component=component)
+    name = next(n for n, m in pipe.components.items() if m is own)
     original = getattr(pipe, name)
     setattr(pipe, name, network)
     try:
@@ -37,17 +43,20 @@ def sample(
     num_inference_steps: int,
     seed: int,
     batch_size: int = 256,
+    timestep: str = "timestep",
+    component: str | None = None,
     **pipe_kwargs: Any,
 ) -> Tensor:
     """Return images (N, C, H, W) in [-1, 1] from the pipeline with `network`, or its own denoiser for None.
 
-    The noise depends on seed, num_samples and batch_size, not on the network.
+    timestep, component: as for `denoiser`. The noise depends on seed, num_samples and batch_size, not on the network.
     """
     images = []
     # Asked of the pipeline as it is: it shows how the float network is called.
     whole = whole_lists(pipe, {**pipe_kwargs, "num_inference_steps": num_inference_steps})
     generator = torch.Generator().manual_seed(seed)
-    with swapped(pipe, network or denoiser(pipe)):
+    network = network or denoiser(pipe, timestep=timestep, component=component)
+    with swapped(pipe, network, timestep=timestep, component=component):
         for start in range(0, num_samples, batch_size):
             size = min(batch_size, num_samples - start)
             drawn = run_pipeline(

@@ -14,8 +14,10 @@ from torch import Tensor, nn
 
 from tfmq_fx.artefact.drop_in import DropIn
 from tfmq_fx.base.metrics import relative_mse_by_timestep
+from tfmq_fx.base.signatures import parameters_of
 from tfmq_fx.calibration.data import CalibrationSet
 from tfmq_fx.calibration.pipelines import run_pipeline, whole_lists
+from tfmq_fx.evaluation.errors import first_tensor
 from tfmq_fx.evaluation.sampling import swapped
 
 log = logging.getLogger(__name__)
@@ -42,12 +44,13 @@ def trajectory(
     num_samples: int,
     num_inference_steps: int,
     seed: int,
+    component: str | None = None,
     **pipe_kwargs: Any,
 ) -> Trajectory:
     """Sample with `network`, and keep every x_t that it is given.
 
     model: tells the names of the network's arguments. network: the float network or `model` itself.
-    seed: of the noise. pipe_kwargs: passed to the pipeline's call.
+    seed: of the noise. component: as for `denoiser`. pipe_kwargs: passed to the pipeline's call.
 
     A guided batch holds the rows of each picture more than once. Only the last `num_samples` rows are kept,
     which are the conditional ones.
@@ -64,7 +67,7 @@ def trajectory(
 
     handle = network.register_forward_pre_hook(keep, with_kwargs=True)
     try:
-        with swapped(pipe, network):
+        with swapped(pipe, network, timestep=model.interface.timestep, component=component):
             drawn = run_pipeline(
                 pipe,
                 num_samples,
@@ -96,9 +99,13 @@ def output_errors(
 
 
 def _output(network: Callable[..., Any], data: CalibrationSet, start: int, beside: nn.Module) -> Tensor:
-    found = network(**data.arguments(slice(start, start + ROWS), beside=beside) | {"return_dict": False})
-    first: Tensor = found[0]
-    return first.float()
+    return first_tensor(network(**_arguments(data, slice(start, start + ROWS), beside))).float()
+
+
+def _arguments(data: CalibrationSet, rows: slice, network: nn.Module | None) -> dict[str, Any]:
+    """Return a network's arguments of these rows, for a call that returns plain tuples."""
+    takes = network is not None and "return_dict" in parameters_of(network)
+    return data.arguments(rows, beside=network) | ({"return_dict": False} if takes else {})
 
 
 def in_bfloat16(network: nn.Module) -> Callable[..., Any]:
@@ -120,7 +127,7 @@ def milliseconds(
     The networks take turns for `rounds` rounds. A first call of each warms up and is not counted.
     """
     beside = next((n for n in networks.values() if isinstance(n, nn.Module)), None)
-    arguments = data.arguments(slice(0, batch), beside=beside) | {"return_dict": False}
+    arguments = _arguments(data, slice(0, batch), beside)
     found: dict[str, list[float]] = {name: [] for name in networks}
     for i in range(rounds + 1):
         for name, network in networks.items():

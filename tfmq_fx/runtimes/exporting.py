@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +15,7 @@ from tfmq_fx.artefact.drop_in import QuantizedGraph
 from tfmq_fx.artefact.program import exported, save_program
 from tfmq_fx.base.ambient import neutral
 from tfmq_fx.base.errors import TFMQError
-from tfmq_fx.base.files import replace_files
+from tfmq_fx.base.files import replace_files, require_writable
 from tfmq_fx.graph.written import frozen_buffers
 from tfmq_fx.runtimes.aot_package import export_aot
 from tfmq_fx.runtimes.exported import Exported
@@ -57,9 +58,7 @@ def export(
             f"export: strict: which kernels run is not known for format {chosen!r} before it is loaded; "
             'for OpenVINO, q.lower("cpu", strict=True) tells.'
         )
-    there = next(p for p in file.absolute().parents if p.exists())
-    if not there.is_dir():  # fail before minutes of tracing
-        raise TFMQError(f"{file}: cannot be written ({there} is not a folder).")
+    require_writable(file)  # fail before minutes of tracing
     frozen = () if chosen == "pt2" else frozen_buffers(model.network, strict=strict)
     start = time.perf_counter()
     found = _WRITERS[chosen](model if chosen == "pt2" else model.in_float32(), file, strict)
@@ -88,7 +87,7 @@ def _by_suffix(file: Path) -> str:
 def _files(file: Path) -> list[Path]:
     """Return the exported file and any weights beside it, or the files in the exported folder."""
     beside = file.with_name(f"{file.name}.data")
-    return list(file.iterdir()) if file.is_dir() else [file, *([beside] if beside.is_file() else [])]
+    return list(file.iterdir()) if file.is_dir() else [file, *([beside] if os.path.isfile(beside) else [])]
 
 
 def _pt2(model: QuantizedGraph, file: Path, _strict: bool) -> dict[str, Any]:

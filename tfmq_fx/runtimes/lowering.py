@@ -71,7 +71,9 @@ class LoweredModel(DropIn):
 
     def _compute(self, inputs: list[torch.Tensor]) -> Any:
         outputs = super()._compute([x.to(dtype) for x, dtype in zip(inputs, self.taken, strict=True)])
-        return pytree.tree_map(lambda x: x.to(self.dtype) if x.is_floating_point() else x, outputs)
+        return pytree.tree_map_only(
+            torch.Tensor, lambda x: x.to(self.dtype) if x.is_floating_point() else x, outputs
+        )
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Compute the outputs. Raises TFMQError for an input that requires a gradient: there is none."""
@@ -94,6 +96,14 @@ class LoweredModel(DropIn):
     @property
     def device(self) -> torch.device:
         return torch.device("cpu")
+
+    def export(self, *_: Any, **__: Any) -> None:
+        """Raise TFMQError: what is compiled cannot be written for another runtime."""
+        raise TFMQError("export: this network is compiled; export the one that it was lowered from.")
+
+    def lower(self, *_: Any, **__: Any) -> None:
+        """Raise TFMQError: the network is lowered already."""
+        raise TFMQError("lower: this network is lowered already; lower the one that it was lowered from.")
 
 
 @neutral()

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from tfmq_fx.artefact.drop_in import QuantizedGraph, example_inputs
 from tfmq_fx.base.arithmetic import SATURATES, ByteSums
+from tfmq_fx.base.errors import TFMQError
 from tfmq_fx.base.files import keep_folder
 from tfmq_fx.runtimes.engine import (
     PRECISIONS,
@@ -30,7 +31,15 @@ from tfmq_fx.runtimes.engine import (
     shapes_of,
 )
 from tfmq_fx.runtimes.layers import EngineLayer, Kernel
-from tfmq_fx.runtimes.openvino_file import FLOAT, MODEL, WEIGHTS, read_layers, require_openvino, write
+from tfmq_fx.runtimes.openvino_file import (
+    FLOAT,
+    MODEL,
+    NOT_LOWERED,
+    WEIGHTS,
+    read_layers,
+    require_openvino,
+    write,
+)
 
 
 def lower_openvino(model: QuantizedGraph, wanted: Compilation) -> Lowered:
@@ -183,8 +192,12 @@ class Compiled(nn.Module):
     def compiled_for(self, inputs: Sequence[Tensor]) -> ForShapes:
         """Compile for inputs of these shapes."""
         network = self.file.clone()
-        network.reshape(dict(zip(network.inputs, map(list, shapes_of(inputs)), strict=True)))
-        compiled = self.core.compile_model(network, "CPU", self.settings)
+        try:
+            network.reshape(dict(zip(network.inputs, map(list, shapes_of(inputs)), strict=True)))
+            compiled = self.core.compile_model(network, "CPU", self.settings)
+        except RuntimeError as error:  # what it could convert, but not run
+            words = str(error).strip().splitlines()[-1]
+            raise TFMQError(f"OpenVINO cannot compile the graph: {words}; {NOT_LOWERED}") from error
         return ForShapes(compiled, list(executions_of(compiled)))
 
     def loaded(self, folder: Path) -> ForShapes:

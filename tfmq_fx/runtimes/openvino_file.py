@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.fx import GraphModule
+from torch.fx import GraphModule, Node
 
 from tfmq_fx.artefact.drop_in import QuantizedGraph
 from tfmq_fx.artefact.program import exported, graph_of
@@ -28,6 +28,7 @@ from tfmq_fx.base.errors import TFMQError
 from tfmq_fx.base.files import replace_folder
 from tfmq_fx.base.tracing import tracing
 from tfmq_fx.graph.inputs import placeholders
+from tfmq_fx.graph.nodes import meta_value, op_name
 from tfmq_fx.passes.int8.fold_weights import fold_weights
 from tfmq_fx.passes.int8.integer_weights import integer_weights
 from tfmq_fx.passes.int8.multiply_in_float import multiply_in_float
@@ -100,6 +101,7 @@ def write(model: QuantizedGraph, folder: Path, *, float_share: float = 0.0) -> l
         fold_weights(gm, weighted)
         multiply_in_float(gm, products)
     PassManager([integer_weights])(gm)
+    _require_real(gm)
     ir = _convert(gm)
     _name_weights(ir)
     try:
@@ -179,11 +181,30 @@ def _cannot_express(gm: GraphModule, words: str) -> str:
     failed = re.findall(r"during conversion of operation ([^/\s]+)/", words)
     nodes = [n for n in gm.graph.nodes if str(n.target) in operators or n.name in failed]
     if nodes:
-        return f"node {nodes[0].name}: OpenVINO cannot express {nodes[0].target}; {_NOT_LOWERED}"
-    return f"OpenVINO cannot convert the graph: {words.strip().splitlines()[-1]}; {_NOT_LOWERED}"
+        return f"node {nodes[0].name}: OpenVINO cannot express {nodes[0].target}; {NOT_LOWERED}"
+    return f"OpenVINO cannot convert the graph: {words.strip().splitlines()[-1]}; {NOT_LOWERED}"
 
 
-_NOT_LOWERED = "use the quantized network as it is, or export it as .pt2."
+NOT_LOWERED = 'q.lower("cpu", engine="torch") runs it on int8 kernels here, and format "pt2" elsewhere.'
+
+
+# What OpenVINO computes of complex numbers. Other operators it applies to their real and imaginary parts, one by one.
+_OF_COMPLEX = ("view_as_complex", "view_as_real", "real", "imag", "abs", "fft_", "_fft_")
+
+
+def _require_real(gm: GraphModule) -> None:
+    """Raise TFMQError naming the first node whose result would be wrong, because it multiplies complex numbers."""
+    for node in gm.graph.nodes:
+        if node.op == "call_function" and _is_complex(node) and not op_name(node).startswith(_OF_COMPLEX):
+            raise TFMQError(
+                f"node {node.name}: OpenVINO cannot express {node.target} of complex numbers; {NOT_LOWERED}"
+            )
+
+
+def _is_complex(node: Node) -> bool:
+    """Return True if an operand or the result is complex."""
+    values = [meta_value(n) for n in (node, *node.all_input_nodes)]
+    return any(isinstance(x, torch.Tensor) and x.is_complex() for x in values)
 
 
 def mark_precise(file: Path, *, inputs: Iterable[str], nodes: Iterable[str]) -> None:

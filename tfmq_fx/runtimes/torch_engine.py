@@ -36,6 +36,7 @@ from tfmq_fx.base.files import keep_folder
 from tfmq_fx.base.tracing import tracing
 from tfmq_fx.graph.inputs import placeholders
 from tfmq_fx.graph.nodes import aten, fresh, mutated_inputs
+from tfmq_fx.graph.written import keeps_buffers, kept, written_buffers
 from tfmq_fx.passes.int8.bfloat16_glue import bfloat16_glue
 from tfmq_fx.passes.int8.fold_weights import fold, fold_weights, keep_what_is_read
 from tfmq_fx.passes.int8.onednn_kernels import FALLBACK, KERNELS, LAY_OUT, LAYER, onednn_kernels
@@ -170,6 +171,7 @@ class _Dtypes(Interpreter):
         return value
 
 
+@keeps_buffers
 def dtypes_of(gm: GraphModule, inputs: Mapping[str, Tensor]) -> dict[Node, torch.dtype]:
     """Run the graph and return the dtype of each tensor's node. Raises TFMQError naming a node that fails."""
     run = _Dtypes(gm)
@@ -322,7 +324,8 @@ def compiled_or_not(
         else:
             return network, ""
     eager = TorchEager(make(), nesting=nesting)
-    eager(*inputs)
+    with kept(written_buffers(eager.gm)):  # the example is no call of the user's
+        eager(*inputs)
     return eager, why_not
 
 

@@ -65,8 +65,8 @@ class Decoder(nn.Module):
         self.time, self.i, self.d, self.o = nn.Linear(1, 16), nn.Linear(6, 16), layer, nn.Linear(16, 6)
 
     def forward(self, sample, timestep):
-        memory = self.time(timestep.reshape(-1, 1, 1).float() / 1000).expand(-1, 3, -1)
-        return self.o(self.d(self.i(sample), memory))
+        h = self.i(sample)
+        return self.o(self.d(h, h[:, :3] + self.time(timestep.reshape(-1, 1, 1).float() / 1000)))
 
 
 def built(cls, *args):

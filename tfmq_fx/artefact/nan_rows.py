@@ -1,0 +1,40 @@
+"""Keep the NaN of an input in the output: integers have none, so quantizing it would give a picture that looks valid."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from tfmq_fx.base.ambient import traced
+
+
+def with_nan_rows(output: Any, inputs: Collection[Tensor], *, batch: int) -> Any:
+    """Return the outputs, with NaN in every row for which an input holds NaN.
+
+    An input without rows, or a timestep for all, counts for every row; an output without rows becomes NaN as a whole.
+    """
+    found = [_rows(x, batch) for x in inputs if x.is_floating_point()]
+    if not found:
+        return output
+    nan_N = torch.stack(found).any(0)
+    if not traced(inputs) and not nan_N.any():
+        return output
+
+    def marked(y: Tensor) -> Tensor:
+        if not y.is_floating_point():
+            return y
+        rows = y.dim() > 0 and y.shape[0] == batch
+        mask = nan_N.view(-1, *[1] * (y.dim() - 1)) if rows else nan_N.any()
+        return y.masked_fill(mask, torch.nan)
+
+    return pytree.tree_map_only(Tensor, marked, output)
+
+
+def _rows(x: Tensor, batch: int) -> Tensor:
+    """Return for each row (N,) whether the input holds NaN there."""
+    nan = x.isnan()
+    return nan.reshape(batch, -1).any(1) if x.dim() and x.shape[0] == batch else nan.any().expand(batch)
