@@ -184,7 +184,7 @@ def test_a_corrupt_artefact_is_one_line(monkeypatch, capsys, artefact):
     assert "graph.json: corrupt or truncated" in err
 
 
-class Renamed(UNet2DModel):
+class Renamed(UNet2DModel):  # type: ignore[misc]
     """Its timestep has another name."""
 
     def forward(self, sample, t, class_labels=None, return_dict=True):

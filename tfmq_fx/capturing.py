@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+import inspect
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
+from types import MethodType
 from typing import Any
 
 import torch
@@ -17,7 +19,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from tfmq_fx.base.ambient import neutral, tracked
-from tfmq_fx.base.arguments import flat_name, leaves, walk
+from tfmq_fx.base.arguments import leaves
 from tfmq_fx.base.errors import TFMQError, nearest_names
 from tfmq_fx.base.signatures import call_of, hides_arguments, parameters_of, takes_any
 from tfmq_fx.base.tracing import capture_error, graphs_to_log, tracing
@@ -44,7 +46,8 @@ def capture(
 
     The graph is called with its tensor inputs by name, or in the order of the network's forward.
 
-    example_inputs: forward's keyword arguments. Tensors, including those inside dicts and lists, become
+    example_inputs: forward's arguments by name, those that only `**kwargs` takes among them, and what `*args`
+        takes as a list. Tensors, including those inside dicts and lists, become
         inputs of the graph with a dynamic first dimension (batch). Everything else (`return_dict=False`) is
         constant in the graph. The input of a nested tensor joins its path with "_":
         added_cond_kwargs_time_ids. A batch of one is doubled for the capture, because export would treat a
@@ -54,8 +57,12 @@ def capture(
     The graph shares the network's parameters, copies none, and returns what the network returned, with
     dataclass outputs as dicts. dtype, device, height and width are fixed by the example.
 
-    Raises TFMQError for a network that is not plain (`require_ready`), a timestep that is missing or not a tensor, a network whose
-    control flow depends on data (with export's own message), and NaN or infinite parameters.
+    A wrapper that only passes its arguments on is left out: the names of the parameters are those of the network
+    in it. Weights that are functions of parameters alone are computed once (`fold_parameters`).
+
+    Raises TFMQError for a network that is not plain (`require_ready`), a timestep that is missing or not a
+    tensor, NaN in parameters or buffers, infinite weights, and a network that torch.export cannot capture, with
+    the first line of its message, the line of the network, and a remedy.
     """
     require_ready(network)
     found = {name: value for name, (_, value) in leaves(example_inputs).items()}
@@ -78,7 +85,7 @@ def capture(
     assert isinstance(gm, GraphModule)
     out_spec = program.call_spec.out_spec
     assert out_spec is not None
-    gm = _plain_signature(gm, inputs, out_spec)
+    gm = _plain_signature(gm, tensors, out_spec)
     set_state(gm, Captured(timestep=timestep))
     for name in tensors:
         require_input(gm, name, argument="example_inputs")
@@ -146,29 +153,48 @@ def _same_tensors(a: Any, b: Any) -> bool:
 
 def _exported(network: nn.Module, inputs: dict[str, Any]) -> torch.export.ExportedProgram:
     """Export the network with a dynamic batch. inputs: its arguments by name."""
-    args, kwargs = call_of(network, inputs)
-    shapes = torch.export.ShapesCollection()
-    for x in pytree.tree_leaves(inputs):
-        if isinstance(x, Tensor) and x.dim() > 0:
-            shapes[x] = {0: torch.export.Dim.AUTO}
-    plain = network.register_forward_hook(_as_dict)
+    dynamic = pytree.tree_map(_dynamic_batch, inputs)
     try:
         # Without no_grad, activation-checkpoint code hides operators inside submodules.
         with tracing(), graphs_to_log(), torch.no_grad(), _SymbolicRepeats():
-            return torch.export.export(network, args, kwargs, dynamic_shapes=shapes, strict=False)
+            return torch.export.export(
+                _by_name(network, inputs), (), inputs, dynamic_shapes=dynamic, strict=False
+            )
     except Exception as error:  # torch.export raises many types
+        runs = _runs(network, *call_of(network, inputs))
         # Not the cause: torch's own text may have a thousand lines.
-        raise capture_error(type(network).__name__, error, runs=_runs(network, args, kwargs)) from None
-    finally:
-        plain.remove()
+        raise capture_error(type(network).__name__, error, runs=runs) from None
 
 
-def _as_dict(_module: nn.Module, _args: Any, output: Any) -> Any:
+def _by_name(network: nn.Module, names: Iterable[str]) -> nn.Module:
+    """Return the same network, on the same tensors and modules, whose forward takes these arguments by name.
+
+    torch.export numbers what only *args take, and torch 2.11 gives what only **kwargs take no dynamic batch.
+    """
+    view: nn.Module = object.__new__(type(network))
+    vars(view).update(vars(network))
+    own = vars(network).get("forward") or MethodType(type(network).forward, view)
+
+    def forward(**given: Any) -> Any:
+        args, kwargs = call_of(network, given)
+        return _as_dict(own(*args, **kwargs))
+
+    named = [inspect.Parameter(n, inspect.Parameter.POSITIONAL_OR_KEYWORD) for n in names]
+    forward.__signature__ = inspect.Signature(named)  # type: ignore[attr-defined]
+    view.forward = forward
+    return view
+
+
+def _as_dict(output: Any) -> Any:
     """Return an output as a dict if it is a dataclass that torch.export does not know."""
     known = isinstance(output, (Mapping, tuple, list))
     if known or not dataclasses.is_dataclass(output) or isinstance(output, type):
         return output
     return {f.name: getattr(output, f.name) for f in dataclasses.fields(output)}
+
+
+def _dynamic_batch(x: Any) -> Any:
+    return {0: torch.export.Dim.AUTO} if isinstance(x, Tensor) and x.dim() > 0 else None
 
 
 @keeps_buffers
@@ -295,17 +321,11 @@ def _track_constants(gm: GraphModule) -> None:
                 module._buffers[name] = tracked(value)
 
 
-def _plain_signature(gm: GraphModule, inputs: Mapping[str, Any], out_spec: pytree.TreeSpec) -> GraphModule:
-    """Replace export's pytree calling convention by plain named inputs and a plain nested output.
-
-    inputs: the arguments of the capture by name, in the order in which the network was given them.
-    """
+def _plain_signature(gm: GraphModule, tensors: set[str], out_spec: pytree.TreeSpec) -> GraphModule:
+    """Replace export's pytree calling convention by plain named inputs and a plain nested output."""
     graph: Graph = gm.graph
-    given = list(walk(inputs))
-    for node, (path, value) in zip(graph.find_nodes(op="placeholder"), given, strict=True):
-        if isinstance(value, Tensor):
-            _name_input(node, flat_name(path))
-        else:
+    for node in graph.find_nodes(op="placeholder"):
+        if str(node.target) not in tensors:
             graph.erase_node(node)
     output = graph.output_node()
     flat = pytree.tree_leaves(output.args[0], is_leaf=lambda x: isinstance(x, Node))
@@ -314,17 +334,6 @@ def _plain_signature(gm: GraphModule, inputs: Mapping[str, Any], out_spec: pytre
     gm = GraphModule(gm, graph)  # also sheds exported modules' refusal of train() and eval()
     gm.meta = {}
     return gm
-
-
-def _name_input(node: Node, name: str) -> None:
-    """Give a placeholder the name of its argument. torch.export numbers those that only *args take."""
-    if node.target == name:
-        return
-    with node.graph.inserting_before(node):
-        named = node.graph.placeholder(name)
-    named.meta = dict(node.meta)
-    node.replace_all_uses_with(named)
-    node.graph.erase_node(node)
 
 
 def _plain(value: Any) -> Any:

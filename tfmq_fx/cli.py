@@ -181,7 +181,7 @@ def inspect(
         )
     else:
         pipe = load_pipeline(model)
-        which = {"timestep": timestep or "timestep", "component": component}
+        which: dict[str, Any] = {"timestep": timestep or "timestep", "component": component}
         network = denoiser(pipe, **which)
         arguments = pipeline_arguments(argument)
         data = CalibrationSet.record(pipe, num_samples=2, num_inference_steps=2, **which, **arguments)
@@ -465,9 +465,9 @@ def report(
     from tfmq_fx.report import PAGE, check_report_folder, measure, require_packages, write_report
 
     require_packages("report")  # fail now, not after minutes of work
+    quantized = load(folder)
     target = output or folder.absolute().with_name(f"{folder.absolute().name}-report")
     check_report_folder(target)
-    quantized = load(folder)
     pipe, arguments = load_pipeline(*source.pipeline()), source.arguments()
     quantized = _beside(pipe, quantized, source)
     command = shlex.join(["tfmq", *sys.argv[1:]])

@@ -133,7 +133,7 @@ def place(template, tmp_path, monkeypatch):
         (("export", "small", "file/net.pt2"), "cannot be written"),
         (("export", "small", "full"), "holds something else"),
     ],
-    ids=lambda x: " ".join(map(str, x)) if isinstance(x, tuple) else None,
+    ids=lambda x: " ".join(map(str, x)).replace(LONG, "LONG") if isinstance(x, tuple) else None,
 )  # fmt: skip
 def test_every_error_is_one_line(monkeypatch, capsys, place, args, words):
     before = sorted(place.rglob("*"))
