@@ -16,11 +16,14 @@ from tfmq_fx.settings import Settings
 
 GROUP: Any = typer.main.get_command(cli.app)
 COMMANDS = GROUP.commands
-PIPELINE = {"--model", "--scheduler", "--dtype", "--variant", "--device", "--argument"}
+PIPELINE = {
+    "--model", "--scheduler", "--dtype", "--variant", "--device", "--argument", "--timestep", "--component",
+}  # fmt: skip
 DRAWN = {"--num-samples", "--steps", "--seed"}
 OPTIONS = {
     "inspect": {
-        "--model", "--recipe", "--input", "--weights", "--no-weights", "--timestep", "--json", "--argument",
+        "--model", "--recipe", "--input", "--weights", "--no-weights", "--timestep", "--component", "--json",
+        "--argument",
     },
     "quantize": PIPELINE | DRAWN | {
         "output", "--recipe", "--iterations", "--tune-iterations", "--maintain", "--unseen", "--max-megabytes",

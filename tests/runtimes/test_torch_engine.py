@@ -36,6 +36,7 @@ from tfmq_fx.base.errors import TFMQError
 from tfmq_fx.passes.int8.onednn_kernels import KERNELS
 from tfmq_fx.passes.int8.share_quantized import QUANTIZE
 from tfmq_fx.runtimes import cpu, torch_engine
+from tfmq_fx.runtimes.engine import Nesting
 
 needs_compiler = pytest.mark.skipif(bool(torch_engine.compiler_missing()), reason="there is no C++ compiler")
 
@@ -311,7 +312,7 @@ def test_a_batch_size_that_does_not_compile_names_its_shapes(monkeypatch, tmp_pa
         raise RuntimeError("cc1plus: out of memory\nand more")
 
     monkeypatch.setattr(torch_engine, "compile_to", fails)
-    network = torch_engine.TorchCompiled(lambda: None, folder=tmp_path, nested=0)
+    network = torch_engine.TorchCompiled(lambda: None, folder=tmp_path, nesting=Nesting(quantized().network))
     with pytest.raises(
         TFMQError, match=r"for inputs of \(3, 1, 8, 8\), \(3,\): RuntimeError: cc1plus: out of memory$"
     ):
