@@ -61,8 +61,7 @@ class Choices:
 
 def is_open(recipe: Recipe) -> bool:
     """Return True if `choose` has something to choose."""
-    shares = any(getattr(recipe, name) for name in SHARES)
-    return AUTO in (recipe.smooth, recipe.keyed) or (shares and not recipe.chosen)
+    return AUTO in (recipe.smooth, recipe.keyed) or any(getattr(recipe, name) for name in SHARES)
 
 
 @neutral()
@@ -110,6 +109,9 @@ def choose(
         recipe,
         smooth=None if recipe.smooth == AUTO else recipe.smooth,
         keyed="block" if recipe.keyed == AUTO else recipe.keyed,
+        float_flops=0.0,  # spent
+        double_flops=0.0,
+        float_bytes=0.0,
         chosen=tuple(search.rules()),
     )
     return Choices(recipe=chosen, report=search.report(before), maxima=maxima)

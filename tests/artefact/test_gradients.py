@@ -1,7 +1,6 @@
 """Gradients with respect to the inputs are straight through: guidance, inversion and DPS need them."""
 
 import copy
-import dataclasses
 
 import pytest
 import torch
@@ -46,7 +45,7 @@ CASES = {
 
 def quantized(**changes):
     data = tfmq_fx.CalibrationSet.from_tensors({"sample": torch.randn(40, 6, 4), "timestep": STEPS.repeat(4)})
-    recipe = dataclasses.replace(tfmq_fx.Recipe.preset("w8a8"), reconstruction=NEAREST, **changes)
+    recipe = tfmq_fx.Recipe(**{"weight_bits": 8, "reconstruction": NEAREST, **changes})
     network = make(Residual)
     return network, tfmq_fx.quantize(network, recipe, calibration=data)
 

@@ -10,12 +10,23 @@ import tfmq_fx
 from benchmarks.networks.small import TIMESTEPS, Labelled, TinyUNet, calibration, labelled_data, make, vectors
 from tfmq_fx.artefact.drop_in import Interface
 from tfmq_fx.model import QuantizedModel
+from tfmq_fx.recipe import AUTO, SHARES
 
 
-def recipe(bits, keyed="block"):
-    """Return a round-to-nearest recipe: the graph does not depend on how the weights are rounded."""
-    nearest = tfmq_fx.Reconstruction(method="nearest")
-    return dataclasses.replace(tfmq_fx.Recipe.preset(bits), reconstruction=nearest, keyed=keyed)
+def recipe(bits, keyed="block", **changes):
+    """Return a round-to-nearest recipe: the graph does not depend on how the weights are rounded.
+
+    Nothing is left to choose, so that all layers are of one kind.
+    """
+    preset = tfmq_fx.Recipe.preset(bits)
+    closed = {
+        "keyed": keyed,
+        **dict.fromkeys(SHARES, 0.0),
+        "reconstruction": tfmq_fx.Reconstruction(method="nearest"),
+    }
+    if preset.smooth == AUTO:
+        closed |= {"smooth": None, "activation_observer": "mse"}
+    return dataclasses.replace(preset, **{**closed, **changes})
 
 
 @functools.cache
@@ -52,6 +63,4 @@ def one_timestep(network_class: type[nn.Module]):
 
 @functools.cache
 def quantized(bits="w8a8", keyed="block", network_class=TinyUNet, **changes):
-    nearest = tfmq_fx.Reconstruction(method="nearest")
-    recipe = dataclasses.replace(tfmq_fx.Recipe.preset(bits), reconstruction=nearest, keyed=keyed, **changes)
-    return tfmq_fx.quantize(make(network_class), recipe, calibration=calibration())
+    return tfmq_fx.quantize(make(network_class), recipe(bits, keyed, **changes), calibration=calibration())
