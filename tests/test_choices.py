@@ -11,7 +11,7 @@ import tfmq_fx
 from benchmarks.networks.small import TIMESTEPS, TinyUNet, calibration, captured, make, sinusoid
 from tfmq_fx.base.errors import TFMQError
 from tfmq_fx.calibration.effects import Reader, channel_axis, input_ranges, output_effects
-from tfmq_fx.choices import choose
+from tfmq_fx.choices import choose, is_open
 from tfmq_fx.passes import find_temporal
 from tfmq_fx.passes.quantize.plan import plan
 from tfmq_fx.recipe import AUTO, Recipe, Rule
@@ -192,3 +192,29 @@ def test_rows_of_one_timestep_are_enough():
     one = data.rows(data.tensors["timestep"] == data.tensors["timestep"][0])
     q = tfmq_fx.quantize(make(TinyUNet), OPEN, calibration=one)
     assert q.report["choices"]["rows"] <= 16
+
+
+class Even(nn.Module):
+    """A network of three small layers, whose shares are too small for any of them."""
+
+    def __init__(self):
+        super().__init__()
+        self.time, self.a, self.b = (
+            nn.Linear(1, 8),
+            nn.Conv2d(1, 8, 3, padding=1),
+            nn.Conv2d(8, 1, 3, padding=1),
+        )
+
+    def forward(self, sample, timestep):
+        return self.b(
+            torch.relu(self.a(sample) + self.time(timestep[:, None].float() / 1000)[:, :, None, None])
+        )
+
+
+def test_a_recipe_is_closed_where_nothing_was_chosen():
+    recipe = Recipe(weight_bits=8, float_bytes=1e-9, reconstruction=NEAREST)
+    found = chosen(Even, recipe)
+    assert not found.recipe.chosen
+    assert not is_open(found.recipe)
+    q = tfmq_fx.quantize(make(Even), recipe, calibration=calibration())
+    assert len(q.report["layers"]) == 3

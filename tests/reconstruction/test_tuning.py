@@ -291,7 +291,7 @@ def scalar_time():
         (TinyUNet, calibration, {"weight_bits": 3, "activation_bits": 4, "low_rank": 2, "smooth": 0.5}, 2e-2),
         (TinyUNet, calibration, {"unseen": "float"}, 2e-2),
         (Ids, with_ids, {}, 5e-3),
-        (Labelled, labelled, {}, 2e-2),
+        (Labelled, labelled, {}, 5e-3),
         (ScalarTime, scalar_time, {}, 2e-2),
     ],
 )

@@ -116,7 +116,7 @@ def test_it_is_the_same_to_call():
         (lambda: low(x, 300, 1), "'argument 3' is unknown"),
         (lambda: low(x[:, :, :4], 300), r"shape \(4, 1, 4, 8\), captured with \(N, 1, 8, 8\)"),
         (lambda: low(x, torch.tensor([1, 2])), "2 timesteps for a batch of 4"),
-        (lambda: low.half(), r"a quantized network computes in torch\.float32, as captured"),
+        (lambda: low.double(), r"to\(torch\.float64\): use float32, float16 or bfloat16"),
         (lambda: low.to("meta"), r"to\(meta\): this network is compiled for cpu"),
     ):
         with pytest.raises(TFMQError, match=words):

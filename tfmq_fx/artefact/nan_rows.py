@@ -37,4 +37,6 @@ def with_nan_rows(output: Any, inputs: Collection[Tensor], *, batch: int) -> Any
 def _rows(x: Tensor, batch: int) -> Tensor:
     """Return for each row (N,) whether the input holds NaN there."""
     nan = x.isnan()
-    return nan.reshape(batch, -1).any(1) if x.dim() and x.shape[0] == batch else nan.any().expand(batch)
+    if not x.dim() or x.shape[0] != batch:
+        return nan.any().expand(batch)
+    return nan.any(dim=list(range(1, x.dim()))) if x.dim() > 1 else nan
