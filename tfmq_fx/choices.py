@@ -105,23 +105,14 @@ def choose(
     search = _Search(recipe, readers, effects, by_timestep, static, flops=flops)
     before = search.error_P()
     search.run()
-    rules = tuple(search.rules())
-    closed: dict[str, Any] = (
-        {} if rules else dict.fromkeys(SHARES, 0.0)
-    )  # nothing is left to choose where nothing was
     chosen = dataclasses.replace(
         recipe,
-        **closed,
         smooth=None if recipe.smooth == AUTO else recipe.smooth,
         keyed="block" if recipe.keyed == AUTO else recipe.keyed,
-<<<<<<< HEAD
         float_flops=0.0,  # spent
         double_flops=0.0,
         float_bytes=0.0,
         chosen=tuple(search.rules()),
-=======
-        chosen=rules,
->>>>>>> w-b
     )
     return Choices(recipe=chosen, report=search.report(before), maxima=maxima)
 
