@@ -40,11 +40,17 @@ def _written(gm: GraphModule) -> set[Node]:
     return {node for node, owner in owners.items() if owner in written}
 
 
-@torch.no_grad()
 def values_of(gm: GraphModule, nodes: Iterable[Node]) -> dict[Node, Any]:
-    """Return the values of these nodes of `constants`, computed as the graph does."""
-    nodes = list(nodes)
-    needed, values = ancestors(nodes), dict[Node, Any]()
+    """Return the values of these nodes of `constants`, computed as the graph does.
+
+    One after the other, so that memory holds what leads to a single one of them.
+    """
+    return {node: _value(gm, node) for node in nodes}
+
+
+@torch.no_grad()
+def _value(gm: GraphModule, wanted: Node) -> Any:
+    needed, values = ancestors([wanted]), dict[Node, Any]()
     for node in (n for n in gm.graph.nodes if n in needed):
         if node.op == "get_attr":
             values[node] = attribute(gm, str(node.target))
@@ -52,7 +58,7 @@ def values_of(gm: GraphModule, nodes: Iterable[Node]) -> dict[Node, Any]:
             assert callable(node.target)
             args, kwargs = map_arg((node.args, node.kwargs), values.__getitem__)
             values[node] = node.target(*args, **kwargs)
-    return {node: values[node] for node in nodes}
+    return values[wanted]
 
 
 def parameters_under(gm: GraphModule, node: Node) -> list[str]:
