@@ -20,13 +20,13 @@ from tfmq_fx.calibration.effects import (
     ROWS,
     Effects,
     Reader,
-    channel_axis,
     input_ranges,
+    largest,
     output_effects,
 )
-from tfmq_fx.graph.channels import choose_layers
-from tfmq_fx.graph.inputs import placeholders
-from tfmq_fx.graph.nodes import attribute, fixed_size, meta_value
+from tfmq_fx.graph.channels import ParameterLayer, channel_axis, choose_layers
+from tfmq_fx.graph.inputs import fixed_batch
+from tfmq_fx.graph.nodes import attribute
 from tfmq_fx.graph.origins import Explicit, Origin, find_origins
 from tfmq_fx.passes.low_bits.smooth import readers_of, smoothing_scale
 from tfmq_fx.passes.quantize.plan import LayerPlan, plan, settings_of
@@ -48,6 +48,7 @@ ROUNDS = 3  # the weights of the timesteps depend on the choice, and the choice 
 Smoothing = Mapping[Any, Tensor | None]
 # Reader's input -> smoothing -> (scale (P,), zero_point (P,))
 QParams = dict[tuple[str, int], dict[Any, tuple[Tensor, Tensor]]]
+Scales = dict[tuple[str, int], dict[Any, Tensor]]  # the same, (1,)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,17 +82,15 @@ def choose(
         return Choices(recipe=recipe, report={})
     planned = plan(gm, recipe=recipe, temporal=temporal).layers
     nodes = {n.name: n for n in gm.graph.nodes}
-    rows, only_size = _rows(gm, calibration, seed)
-    timesteps = calibration.tensors[calibration.timestep][torch.stack([r[0] for r in rows])].unique()
-    axes = {layer.node: channel_axis(nodes[layer.node]) for layer in planned}
-    ranges = input_ranges(gm, calibration, axes, timesteps, batch_size=only_size, seed=seed)
-    maxima = {name: torch.maximum(-low, high).amax(0) for name, (low, high) in ranges.items()}
+    only_size = fixed_batch(gm, calibration.constants.keys())
+    rows = _rows(calibration, only_size or 1, seed)
+    at = calibration.tensors[calibration.timestep][torch.stack([r[0] for r in rows])]
+    timesteps, where_P = at.unique(return_inverse=True)
+    axes = {p.node: channel_axis(nodes[p.node], attribute(gm, p.path)) for p in planned}
+    ranges = input_ranges(gm, calibration, axes, timesteps, only_size=only_size, seed=seed)
+    maxima = largest(ranges)
     readers = _readers(gm, recipe, planned, maxima, temporal)
-    where = [
-        int((timesteps == t).nonzero()[0])
-        for t in calibration.tensors[calibration.timestep][torch.stack([r[0] for r in rows])]
-    ]
-    by_timestep, static = _qparams(recipe, readers, ranges, where)
+    by_timestep, static = _qparams(recipe, readers, ranges, where_P)
     effects = output_effects(
         gm,
         calibration,
@@ -117,20 +116,13 @@ def choose(
     return Choices(recipe=chosen, report=search.report(before), maxima=maxima)
 
 
-def _rows(gm: GraphModule, calibration: CalibrationSet, seed: int) -> tuple[list[Tensor], int | None]:
-    """Return the indices of the rows of each run, of one timestep, and the only batch size that the graph takes.
-
-    That is None if it takes any. Then a run has one row.
-    """
-    t = calibration.tensors[calibration.timestep]
-    values = [meta_value(n) for name, n in placeholders(gm).items() if name in calibration.tensors]
-    sizes = [fixed_size(x.shape[0]) for x in values if isinstance(x, Tensor) and x.dim()]
-    only_size = max((s for s in sizes if s is not None), default=None)
-    found = []
+def _rows(calibration: CalibrationSet, count: int, seed: int) -> list[Tensor]:
+    """Return the indices of the rows of each run: `count` of one timestep."""
+    t, found = calibration.tensors[calibration.timestep], []
     for row in calibration.draw(ROWS, seed=seed):
         same = (t == t[row]).nonzero().flatten()
-        found.append(torch.cat([row[None], same[same != row]]).repeat(only_size or 1)[: only_size or 1])
-    return found, only_size
+        found.append(torch.cat([row[None], same[same != row]]).repeat(count)[:count])
+    return found
 
 
 def _readers(
@@ -144,7 +136,7 @@ def _readers(
     nodes = {n.name: n for n in gm.graph.nodes}
     layers, _ = choose_layers(gm, temporal.nodes, timestep=temporal.timestep)
     by_node = {layer.node.name: layer for layer in layers}
-    smoothing = _smoothing(gm, recipe, planned, maxima, temporal)
+    smoothing = _smoothing(gm, recipe, planned, layers, maxima, temporal)
     found = []
     for i, p in enumerate(planned):
         if min(p.weight_bits, p.activation_bits) == FLOAT_BITS:
@@ -172,11 +164,11 @@ def _smoothing(
     gm: GraphModule,
     recipe: Recipe,
     planned: Sequence[LayerPlan],
+    layers: Sequence[ParameterLayer],
     maxima: Mapping[str, Tensor],
     temporal: TemporalBlock,
 ) -> dict[str, tuple[int, Smoothing]]:
     """Return layer's node name -> (the number of its group, its candidates), for the layers that `smooth` works on."""
-    layers, _ = choose_layers(gm, temporal.nodes, timestep=temporal.timestep)
     by_path = {p.path: p for p in planned}
     found: dict[str, tuple[int, Smoothing]] = {}
     origins, explicit = find_origins(gm, layers, temporal=temporal.nodes)
@@ -208,14 +200,14 @@ def _qparams(
     recipe: Recipe,
     readers: Sequence[Reader],
     ranges: Mapping[str, tuple[Tensor, Tensor]],
-    where: Sequence[int],
-) -> tuple[QParams, QParams]:
-    """Return the qparams of every smoothed input for each of the P rows: those of its timestep, and one set for all.
+    where_P: Tensor,
+) -> tuple[QParams, Scales]:
+    """Return every smoothed input's qparams in each of the P rows, and the scale of one set for all.
 
-    where: the index of each row's timestep in `ranges`.
+    where_P: the index of each row's timestep in `ranges`.
     """
     by_timestep: QParams = {}
-    static: QParams = {}
+    static: Scales = {}
     for r in readers:
         if r.plan.activation_bits == FLOAT_BITS or r.input in by_timestep:
             continue
@@ -229,9 +221,8 @@ def _qparams(
             seen_T = low_T <= high_T  # False: all rows have one of these timesteps
             low_T, high_T = low_T.where(seen_T, 0), high_T.where(seen_T, 0)
             scale_T, zero_T = choose_own(low_T, high_T, integers)
-            one = choose_qparams(low_T.amin()[None], high_T.amax()[None], integers)
-            by_timestep[r.input][candidate] = scale_T[list(where)], zero_T[list(where)]
-            static[r.input][candidate] = one[0].expand(len(where)), one[1].expand(len(where))
+            by_timestep[r.input][candidate] = scale_T[where_P], zero_T[where_P]
+            static[r.input][candidate], _ = choose_qparams(low_T.amin()[None], high_T.amax()[None], integers)
     return by_timestep, static
 
 
@@ -244,7 +235,7 @@ class _Search:
         readers: Sequence[Reader],
         effects: Effects,
         by_timestep: QParams,
-        static: QParams,
+        static: Scales,
         *,
         flops: Mapping[str, int],
     ) -> None:
@@ -259,15 +250,13 @@ class _Search:
             if r.input in effects.inputs:
                 self.of_input.setdefault(r.input, []).append(r)
                 self.rounding[r.input] = {
-                    c: self._rounding(r, c, by_timestep[r.input][c][0], static[r.input][c][0])
+                    c: self._rounding(r, c, by_timestep[r.input][c][0], static[r.input][c])
                     for c in r.smoothing
                 }
         self.wide: set[tuple[str, int]] = set()  # inputs that stay in float
         self.double: set[tuple[str, int]] = set()  # inputs in two terms
         self.bytes = sum(self._bytes(r, r.plan.weight_bits) for r in readers)
-        self.keyed = {key for key, of in self.of_input.items() if self._may_key(of) is not False}
-        if recipe.keyed == AUTO:
-            self.keyed = {key for key, of in self.of_input.items() if self._may_key(of)}
+        self.keyed = {key for key, of in self.of_input.items() if self._may_key(of)}
 
     def _may_key(self, readers: Sequence[Reader]) -> bool | None:
         """Return whether an input has qparams per timestep, by rule or by the recipe; None if that is open."""
@@ -301,13 +290,13 @@ class _Search:
         return by_timestep_P if (key in self.keyed if keyed is None else keyed) else static_P
 
     def _rounding(
-        self, reader: Reader, alpha: Any, step_P: Tensor, static_P: Tensor
+        self, reader: Reader, alpha: Any, step_P: Tensor, static_1: Tensor
     ) -> tuple[Tensor, Tensor]:
         """Return the error (P,) of rounding a smoothed input with qparams of the row's timestep, and with one set."""
         energy_PC, s_C = self.effects.inputs[reader.input], reader.smoothing[alpha]
         error_P = (energy_PC if s_C is None else energy_PC * s_C.double().square()).sum(1) / 12
         error_P = error_P * self.effects.correlated[reader.input][alpha]
-        return error_P * step_P.double().square(), error_P * static_P.double().square()
+        return error_P * step_P.double().square(), error_P * static_1.double().square()
 
     def _weight_error(self, reader: Reader, alpha: Any = None, bits: int | None = None) -> Tensor:
         alpha = self.alpha[reader.group] if alpha is None else alpha
@@ -409,8 +398,7 @@ class _Search:
         )
 
     def _bytes(self, r: Reader, bits: int) -> int:
-        assert isinstance(r.node.graph.owning_module, GraphModule)
-        weights: int = attribute(r.node.graph.owning_module, r.plan.path).numel()
+        weights = r.weight_value.numel()
         return weights * FLOAT_BYTES if bits == FLOAT_BITS else weights * bits // 8
 
     def float_flops(self) -> float:

@@ -228,6 +228,9 @@ def sized_data(rows: int = 40, seed: int = 0) -> tfmq_fx.CalibrationSet:
     )
 
 
+CALIBRATION = {TinyUNet: calibration, Tokens: calibration, Labelled: labelled_data, Sized: sized_data}
+
+
 FAST = tfmq_fx.Reconstruction(
     iterations=20, temporal_iterations=100, num_samples=40, batch_size=20, tune_iterations=0
 )

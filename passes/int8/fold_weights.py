@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
 
-import torch
 from torch.fx import GraphModule, Node
 
-from tfmq_fx.graph.nodes import attribute, set_buffer, weight_argument
+from tfmq_fx.graph.constants import values_of
+from tfmq_fx.graph.nodes import set_buffer, weight_argument
 
 
 def fold_weights(gm: GraphModule, layers: Iterable[Node] | None = None) -> None:
@@ -34,20 +33,12 @@ def _is_constant(node: Node) -> bool:
 
 def fold(gm: GraphModule, node: Node, target: str) -> None:
     """Replace a node that depends on constants alone by a buffer `target` with its value."""
-    set_buffer(gm, target, _value(gm, node))
+    set_buffer(gm, target, values_of(gm, [node])[node])
     with gm.graph.inserting_before(node):
         constant = gm.graph.get_attr(target)
     constant.meta = dict(node.meta)
     node.replace_all_uses_with(constant)
     gm.graph.erase_node(node)
-
-
-def _value(gm: GraphModule, node: Node) -> Any:
-    if node.op == "get_attr":
-        return attribute(gm, str(node.target))
-    assert callable(node.target)
-    args, kwargs = torch.fx.map_arg((node.args, node.kwargs), lambda n: _value(gm, n))
-    return node.target(*args, **kwargs)
 
 
 def keep_what_is_read(gm: GraphModule) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch._subclasses import FakeTensorMode
 from torch.fx import GraphModule, Interpreter, Node
 from torch.fx.node import map_aggregate
@@ -21,6 +21,7 @@ from tfmq_fx.graph.nodes import (
     matmul_inputs,
     op_name,
     out_dtype,
+    set_buffer,
     weight_argument,
 )
 from tfmq_fx.passes.pass_manager import declare
@@ -53,7 +54,7 @@ def cast_glue(
     for module in _graphs(gm):
         for node in module.graph.nodes:
             if node.op == "get_attr" and _is_glue(module, node, before, temporal=module is not gm):
-                _set(module, str(node.target), attribute(module, str(node.target)).detach().to(after))
+                set_buffer(module, str(node.target), attribute(module, str(node.target)).detach().to(after))
             elif is_decomposed(node) and op_name(node).startswith("dequantize"):
                 _dequantize_to(node, before, after)
             elif before != torch.float32:
@@ -78,14 +79,6 @@ def _copied(gm: GraphModule) -> GraphModule:
 
 def _graphs(gm: GraphModule) -> Iterator[GraphModule]:
     return (m for m in gm.modules() if isinstance(m, GraphModule))
-
-
-def _set(gm: GraphModule, target: str, value: Tensor) -> None:
-    *path, name = target.split(".")
-    owner: nn.Module = gm.get_submodule(".".join(path))
-    owner._parameters.pop(name, None)
-    owner._buffers.pop(name, None)
-    owner.register_buffer(name, value)
 
 
 def _is_glue(module: GraphModule, node: Node, before: torch.dtype, *, temporal: bool) -> bool:

@@ -10,15 +10,13 @@ from torch.fx import GraphModule
 
 import tfmq_fx
 from benchmarks.networks.small import (
+    CALIBRATION,
     FAST,
     Labelled,
     Sized,
     TinyUNet,
     Tokens,
-    calibration,
-    labelled_data,
     make,
-    sized_data,
 )
 from tests.helpers.elsewhere import DEVICE, Elsewhere, MixedDevices, device, moved
 from tfmq_fx.artefact.drop_in import Interface
@@ -35,7 +33,6 @@ from tfmq_fx.reconstruction.spill import Budget, Values
 
 LEARNED = dataclasses.replace(FAST, iterations=3, temporal_iterations=3, tune_iterations=3, shards=1)
 NEAREST = dataclasses.replace(LEARNED, method="nearest", tune_iterations=0)
-NETWORKS = {TinyUNet: calibration, Tokens: calibration, Labelled: labelled_data, Sized: sized_data}
 FINITE = {Labelled: {"class_labels": range(Labelled.classes)}}
 RECIPES = {
     "default": {},
@@ -60,7 +57,7 @@ CASES = [
 
 def graphs(cls):
     """The captured network on the CPU, and on the other device."""
-    data = NETWORKS[cls]()
+    data = CALIBRATION[cls]()
     here, _ = captured(make(cls), data, "timestep")
     there, _ = captured(make(cls).to(DEVICE), data, "timestep")
     for target in {str(n.target) for n in there.graph.find_nodes(op="get_attr")}:
@@ -70,7 +67,7 @@ def graphs(cls):
 
 
 def run(gm, cls, recipe):
-    data = NETWORKS[cls]()
+    data = CALIBRATION[cls]()
     settings = tfmq_fx.settings.Settings(finite=FINITE.get(cls))
     temporal = find_temporal(gm, timestep="timestep", finite=settings.finite or ())
     block = extract_temporal(fresh(gm), temporal)
@@ -112,7 +109,7 @@ def test_all_stages_give_the_same_integers(cls, name, reconstruction):
 
 def test_a_quantized_network_is_called_and_saved_there(tmp_path):
     recipe = tfmq_fx.Recipe(reconstruction=NEAREST, unseen="error")
-    parts, data = {}, NETWORKS[TinyUNet]()
+    parts, data = {}, CALIBRATION[TinyUNet]()
     for place, gm in zip(("here", "there"), graphs(TinyUNet), strict=True):
         with device() if place == "there" else nullcontext():
             converted, _ = run(gm, TinyUNet, recipe)

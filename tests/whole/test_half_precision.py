@@ -10,15 +10,11 @@ from torch import nn
 import tfmq_fx
 from benchmarks.networks.pipelines import PIPELINES, ddpm
 from benchmarks.networks.small import (
+    CALIBRATION,
     FAST,
-    Labelled,
-    Sized,
     TinyUNet,
     Tokens,
-    calibration,
-    labelled_data,
     make,
-    sized_data,
 )
 from tests.helpers.lowered import lower
 from tfmq_fx.base.errors import TFMQError
@@ -28,7 +24,6 @@ NEAREST = dataclasses.replace(
     tfmq_fx.Recipe.preset("w4a8"), reconstruction=dataclasses.replace(FAST, method="nearest")
 )
 LEARNED = dataclasses.replace(NEAREST, reconstruction=dataclasses.replace(FAST, tune_iterations=3))
-NETWORKS = {TinyUNet: calibration, Tokens: calibration, Labelled: labelled_data, Sized: sized_data}
 
 
 def network(cls, dtype, *, through=None):
@@ -41,7 +36,7 @@ def network(cls, dtype, *, through=None):
 
 
 def data(cls, dtype):
-    found = NETWORKS[cls]()
+    found = CALIBRATION[cls]()
     cast = {n: x.to(dtype) if x.is_floating_point() else x for n, x in found.tensors.items()}
     return tfmq_fx.CalibrationSet(cast, found.constants, found.timestep, found.paths)
 
@@ -62,7 +57,7 @@ def quantized(cls, dtype, recipe=NEAREST, through=None):
     return tfmq_fx.quantize(network(cls, dtype, through=through), recipe, calibration=data(cls, dtype))
 
 
-@pytest.mark.parametrize("cls", NETWORKS)
+@pytest.mark.parametrize("cls", CALIBRATION)
 def test_the_integers_are_those_of_the_same_weights_in_float32(cls):
     found = quantized(cls, torch.bfloat16).state_dict()
     expected = quantized(cls, torch.float32, NEAREST, torch.bfloat16).state_dict()
@@ -73,7 +68,7 @@ def test_the_integers_are_those_of_the_same_weights_in_float32(cls):
 
 
 TWO_TERMS = dataclasses.replace(NEAREST, rules=(tfmq_fx.Rule(pattern="*.conv2*", activation_terms=2),))
-CASES = [(cls, torch.bfloat16, NEAREST, 1.0) for cls in NETWORKS] + [
+CASES = [(cls, torch.bfloat16, NEAREST, 1.0) for cls in CALIBRATION] + [
     (TinyUNet, torch.float16, NEAREST, 1.0),
     (TinyUNet, torch.bfloat16, TWO_TERMS, 1.0),
     (Tokens, torch.bfloat16, LEARNED, 1.5),  # learned roundings end elsewhere, as with another seed

@@ -25,17 +25,16 @@ from torch.utils import _pytree as pytree
 from tfmq_fx.base.arithmetic import FLOAT_BITS, IntegerRange, choose_qparams
 from tfmq_fx.base.errors import TFMQError
 from tfmq_fx.base.parallel import workers
+from tfmq_fx.calibration.calls import overflow_words
 from tfmq_fx.calibration.data import CalibrationSet, inputs_of
 from tfmq_fx.calibration.temporal_rows import is_scalar
-from tfmq_fx.graph.channels import ParameterLayer
-from tfmq_fx.graph.nodes import hinted_shape, op_name, output_channel_axis, weight_argument
+from tfmq_fx.graph.channels import ParameterLayer, channel_axis
+from tfmq_fx.graph.nodes import attribute, dtype_of, output_channel_axis, weight_argument
 from tfmq_fx.graph.written import keeps_buffers
 from tfmq_fx.passes.quantize.plan import LayerPlan
 
 ROWS = 16
 POWER, VARIANCE = "power", "variance"
-BATCH = 64  # rows in one run of the graph when ranges are measured
-RANGE_ROWS = 1024
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,6 +63,11 @@ class Reader:
         return w
 
     @property
+    def weight_value(self) -> Tensor:
+        value: Tensor = attribute(self.node.graph.owning_module, self.plan.path)  # type: ignore[arg-type]
+        return value
+
+    @property
     def input(self) -> tuple[str, int]:
         """Return what names the quantized input: readers of one node in one group share it."""
         return self.source.name, self.group
@@ -71,7 +75,7 @@ class Reader:
     @property
     def axis(self) -> int:
         """Return the channel dimension of its input, counted from the end."""
-        return channel_axis(self.node)
+        return channel_axis(self.node, self.weight_value)
 
     def by_input(self, s_C: Tensor) -> Tensor:
         """Return s in the shape of the weight, which it multiplies."""
@@ -102,7 +106,9 @@ def input_ranges(
     axes: Mapping[str, int],
     timesteps: Tensor,
     *,
-    batch_size: int | None = None,
+    num_samples: int = 1024,
+    batch_size: int = 64,
+    only_size: int | None = None,
     seed: int = 0,
 ) -> dict[str, tuple[Tensor, Tensor]]:
     """Return node name -> (minimum, maximum), each (T + 1, C), of every channel of a layer's input.
@@ -111,7 +117,10 @@ def input_ranges(
     count for every timestep.
 
     gm: a float graph. axes: layer's node name -> the channel dimension of its input, from the end. timesteps (T,).
-    batch_size: the only one that the graph takes; None if it takes any.
+    num_samples: rows of the calibration data, spread evenly over the timesteps, that the graph runs on once.
+    only_size: the only batch size that the graph takes; None if it takes any.
+
+    Raises TFMQError, naming the layer, if its input overflows.
     """
 
     class Watch(Interpreter):
@@ -128,21 +137,27 @@ def input_ranges(
         watch.found = {}
         watch.run(*inputs_of(gm, batch))
         same = batch[calibration.timestep][:, None] == timesteps.to(batch[calibration.timestep])
-        return torch.where(same.any(1), same.int().argmax(1), len(timesteps)), watch.found
+        number_N = (same * torch.arange(len(timesteps), device=same.device)).sum(1)  # at most one is the same
+        return torch.where(same.any(1), number_N, len(timesteps)), watch.found
 
-    data = calibration.spread(RANGE_ROWS, seed=seed)
-    batches = data.batches(batch_size or BATCH, one_timestep=is_scalar(gm))
-    whole = [b for b in batches if batch_size in (None, len(b[calibration.timestep]))]
+    data = calibration.spread(num_samples, seed=seed)
+    batches = data.batches(only_size or batch_size, one_timestep=is_scalar(gm))
+    whole = [b for b in batches if only_size in (None, len(b[calibration.timestep]))]
     with workers(8) as threads:
         found = threads.map(observe, whole)
-    return {
+    ranges = {
         name: _merged([(index, *watched[name]) for index, watched in found], len(timesteps)) for name in axes
     }
+    nodes = {n.name: n for n in gm.graph.nodes}
+    for name, x in largest(ranges).items():
+        if not x.isfinite().all():
+            raise TFMQError(overflow_words(f"the input of {name}", dtype_of(nodes[name]), "a batch"))
+    return ranges
 
 
-def channel_axis(layer: Node) -> int:
-    """Return the channel dimension of a layer's input, counted from the end."""
-    return -1 if op_name(layer) == "linear" else 1 - len(hinted_shape(layer.args[weight_argument(layer)]))  # type: ignore[index]
+def largest(ranges: Mapping[str, tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
+    """Return node name -> max |X_j| of each input channel j (C,), from what `input_ranges` returns."""
+    return {name: torch.maximum(-low, high).amax(0) for name, (low, high) in ranges.items()}
 
 
 def by_channel(x: Tensor, axis: int) -> Tensor:

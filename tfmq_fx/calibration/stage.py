@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.fx import GraphModule, Interpreter, Node
+from torch.fx import GraphModule, Node
 
 from tfmq_fx.base._torchao import FakeQuantizeBase, ObserverBase
 from tfmq_fx.base.ambient import neutral
@@ -20,6 +20,7 @@ from tfmq_fx.base.parallel import Ranks, Workers, workers
 from tfmq_fx.base.progress import track
 from tfmq_fx.calibration.calls import overflow_words
 from tfmq_fx.calibration.data import CalibrationSet, inputs_of
+from tfmq_fx.calibration.effects import input_ranges, largest
 from tfmq_fx.calibration.temporal_rows import (
     chunks_of,
     inputs_are_keys,
@@ -152,8 +153,6 @@ def _mergeable(module: nn.Module) -> bool:
     return isinstance(module, (StaticFakeQuantize, ResidualFakeQuantize))
 
 
-@keeps_buffers
-@torch.no_grad()
 def input_maxima(
     gm: GraphModule,
     calibration: CalibrationSet,
@@ -169,32 +168,10 @@ def input_maxima(
     """
     timestep = str(timestep_input(gm, None).target)
     axes = {layer.node.name: layer.axis for layer in choose_layers(gm, (), timestep=timestep)[0]}
-
-    class Watch(Interpreter):
-        def __init__(self) -> None:
-            super().__init__(gm)
-            self.largest: dict[str, Tensor] = {}
-
-        def run_node(self, n: Node) -> Any:
-            if n.name in axes:
-                x = self.env[n.args[0]]  # type: ignore[index]
-                self.largest[n.name] = x.abs().movedim(axes[n.name], 0).flatten(1).amax(1).float()
-            return super().run_node(n)
-
-    def observe(batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        watch = Watch()
-        watch.run(*inputs_of(gm, batch))
-        return watch.largest
-
-    data = calibration.spread(num_samples, seed=seed)
-    with workers(8) as threads:
-        found = threads.map(observe, data.batches(batch_size, one_timestep=is_scalar(gm)))
-    largest = {name: torch.stack([of_batch[name] for of_batch in found]).amax(0) for name in axes}
-    nodes = {n.name: n for n in gm.graph.nodes}
-    for name, x in largest.items():
-        if not x.isfinite().all():
-            raise TFMQError(overflow_words(f"the input of {name}", dtype_of(nodes[name]), "a batch"))
-    return largest
+    none = calibration.tensors[calibration.timestep][:0]  # no timestep is kept apart
+    return largest(
+        input_ranges(gm, calibration, axes, none, num_samples=num_samples, batch_size=batch_size, seed=seed)
+    )
 
 
 def _observing(module: nn.Module) -> bool:

@@ -45,7 +45,7 @@ class ParameterLayer:
     @property
     def axis(self) -> int:
         """Return the channel dimension of the layer's input and output, counted from the end."""
-        return -1 if op_name(self.node) == "linear" else 1 - self.weight.dim()
+        return channel_axis(self.node, self.weight)
 
     @property
     def groups(self) -> int:
@@ -72,6 +72,11 @@ class ParameterLayer:
         w = rows.reshape(self.groups, each, out // self.groups, *kernel)
         result: Tensor = w.transpose(1, 2).reshape(self.weight.shape)
         return result
+
+
+def channel_axis(layer: Node, weight: Tensor) -> int:
+    """Return the channel dimension of a layer's input and output, counted from the end."""
+    return -1 if op_name(layer) == "linear" else 1 - weight.dim()
 
 
 def choose_layers(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
@@ -45,6 +45,16 @@ def timestep_input(gm: GraphModule, name: str | None) -> Node:
     if name is None:
         name = choose_timestep({n: meta_value(node) for n, node in inputs.items()})
     return require_input(gm, name)
+
+
+def fixed_batch(gm: GraphModule, shared: Collection[str]) -> int | None:
+    """Return the only batch size that the graph takes; None if it takes any.
+
+    shared: names of the inputs that have no rows.
+    """
+    values = [meta_value(n) for name, n in placeholders(gm).items() if name not in shared]
+    sizes = [fixed_size(x.shape[0]) for x in values if isinstance(x, Tensor) and x.dim()]
+    return next((s for s in sizes if s is not None), None)
 
 
 def choose_timestep(values: Mapping[str, Any]) -> str:

@@ -287,11 +287,15 @@ def attribute(gm: nn.Module, target: str) -> Any:
 
 
 def set_buffer(gm: nn.Module, target: str, value: Tensor) -> None:
-    """Register `value` as a buffer at a dotted path, creating plain modules where the path has none."""
+    """Register `value` as a buffer at a dotted path, in place of a tensor there.
+
+    Plain modules are created where the path has none.
+    """
     module, name = _owner(gm, target)
     if name in module._buffers:
         module._buffers[name] = value
     else:
+        module._parameters.pop(name, None)
         module.register_buffer(name, value)
 
 

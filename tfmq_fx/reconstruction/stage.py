@@ -20,6 +20,7 @@ from tfmq_fx.base.errors import TFMQError
 from tfmq_fx.base.parallel import Ranks, workers
 from tfmq_fx.calibration.data import CalibrationSet, inputs_of
 from tfmq_fx.calibration.temporal_rows import is_scalar, require_keys_only, run_temporal, temporal_rows
+from tfmq_fx.graph.inputs import fixed_batch
 from tfmq_fx.graph.state import set_state
 from tfmq_fx.graph.written import keeps_buffers, written_buffers
 from tfmq_fx.observers.weight import PerChannelWeightFakeQuantize
@@ -34,7 +35,7 @@ from tfmq_fx.reconstruction.resume import Finished, fingerprint
 from tfmq_fx.reconstruction.run import Run
 from tfmq_fx.reconstruction.streams import Outputs, Part, Streams
 from tfmq_fx.reconstruction.tuning import Memory, NetworkStreams, float_outputs, tune, weights_to_tune
-from tfmq_fx.reconstruction.walk import Walk, fixed_batch
+from tfmq_fx.reconstruction.walk import Walk
 
 
 @declare(needs=("calibrate",))

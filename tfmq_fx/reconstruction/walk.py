@@ -7,7 +7,6 @@ import heapq
 import math
 import shutil
 import tempfile
-from collections.abc import Collection
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -21,8 +20,8 @@ from tfmq_fx.base.errors import TFMQError
 from tfmq_fx.base.progress import track
 from tfmq_fx.calibration.data import CalibrationSet, as_taken, inputs_of
 from tfmq_fx.calibration.temporal_rows import is_scalar
-from tfmq_fx.graph.inputs import placeholders
-from tfmq_fx.graph.nodes import fixed_size, fresh, hinted_shape, meta_value, weight_argument
+from tfmq_fx.graph.inputs import fixed_batch, placeholders
+from tfmq_fx.graph.nodes import fresh, hinted_shape, meta_value, weight_argument
 from tfmq_fx.observers.weight import PerChannelWeightFakeQuantize
 from tfmq_fx.passes.quantize.find_blocks import find_blocks
 from tfmq_fx.passes.quantize.observed import observers, without_observers
@@ -252,15 +251,6 @@ class Walk:
             )
         self.config.workers.map(partial(keep, env=envs.quantized), streams.parts)
         return results
-
-
-def fixed_batch(gm: GraphModule, shared: Collection[str]) -> bool:
-    """Return True if the graph takes batches of only one size.
-
-    shared: names of the inputs that have no rows.
-    """
-    values = [meta_value(n) for name, n in placeholders(gm).items() if name not in shared]
-    return any(fixed_size(x.shape[0]) is not None for x in values if isinstance(x, Tensor) and x.dim())
 
 
 def _is_observer(gm: GraphModule, node: Node) -> bool:
