@@ -218,3 +218,23 @@ def test_a_recipe_is_closed_where_nothing_was_chosen():
     assert not is_open(found.recipe)
     q = tfmq_fx.quantize(make(Even), recipe, calibration=calibration())
     assert len(q.report["layers"]) == 3
+
+
+class Tied(Uneven):
+    """The uneven convolution is applied twice: what is chosen for its input holds for both."""
+
+    def forward(self, sample, timestep):
+        h = torch.tanh(self.first(sample)) + self.time(sinusoid(timestep, 8))[:, :, None, None]
+        return self.last(self.uneven(torch.tanh(self.uneven(self.even(h)))))
+
+
+def test_a_weight_that_two_layers_read_has_one_rule_for_both():
+    recipe = dataclasses.replace(OPEN, double_flops=0.5)
+    found = chosen(Tied, recipe)
+    (rule,) = [r for r in found.recipe.chosen if r.pattern == "uneven.weight"]
+    assert rule.activation_terms == 2
+    assert 0.1 < found.report["double_flops"] < 0.5  # twice an eighth of the multiplications
+    q = tfmq_fx.quantize(make(Tied), recipe, calibration=calibration())
+    both = [x for x in q.report["layers"] if x["path"] == "uneven.weight"]
+    assert [x["activation_terms"] for x in both] == [2, 2]
+    assert max(r["output_relative_mse"] for r in q.report["errors_by_timestep"]) < 0.02  # at 8 bits: 0.1

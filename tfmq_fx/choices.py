@@ -100,7 +100,7 @@ def choose(
         shards=recipe.reconstruction.shards,
         seed=seed,
     )
-    flops = {layer.path: layer.flops for layer in layers_of(gm)}
+    flops = {layer.node: layer.flops for layer in layers_of(gm)}
     search = _Search(recipe, readers, effects, by_timestep, static, flops=flops)
     before = search.error_P()
     search.run()
@@ -226,6 +226,21 @@ def _qparams(
     return by_timestep, static
 
 
+def _together(readers: Iterable[Reader]) -> list[list[Reader]]:
+    """Return the layers, those together that read one input or one weight: they have the same settings for inputs."""
+    groups: list[tuple[set[Any], list[Reader]]] = []
+    for r in readers:
+        names: set[Any] = {r.input, r.plan.path}
+        joined = [g for g in groups if g[0] & names]
+        groups = [g for g in groups if not g[0] & names]
+        groups.append((names.union(*(n for n, _ in joined)), [*(x for _, of in joined for x in of), r]))
+    return [of for _, of in groups]
+
+
+def _inputs(readers: Iterable[Reader]) -> list[tuple[str, int]]:
+    return list(dict.fromkeys(r.input for r in readers))
+
+
 class _Search:
     """A choice for every layer, and what it leaves of the output's error by row (P,)."""
 
@@ -243,25 +258,25 @@ class _Search:
         self.rule = {r.plan.path: _given(recipe, r.plan) for r in readers}
         self.alpha = {r.group: next(iter(r.smoothing)) for r in readers}
         self.bits = {r.plan.path: r.plan.weight_bits for r in readers}
-        self.of_input: dict[tuple[str, int], list[Reader]] = {}
+        self.owners = list({r.plan.path: r for r in readers}.values())  # a reader for every weight
+        self.together = _together(r for r in readers if r.input in effects.inputs)
         # Input -> smoothing -> the error with qparams of the row's timestep, and with one set for all.
         self.rounding: dict[tuple[str, int], dict[Any, tuple[Tensor, Tensor]]] = {}
         for r in readers:
             if r.input in effects.inputs:
-                self.of_input.setdefault(r.input, []).append(r)
                 self.rounding[r.input] = {
                     c: self._rounding(r, c, by_timestep[r.input][c][0], static[r.input][c])
                     for c in r.smoothing
                 }
         self.wide: set[tuple[str, int]] = set()  # inputs that stay in float
         self.double: set[tuple[str, int]] = set()  # inputs in two terms
-        self.bytes = sum(self._bytes(r, r.plan.weight_bits) for r in readers)
-        self.keyed = {key for key, of in self.of_input.items() if self._may_key(of)}
+        self.bytes = sum(self._bytes(r, r.plan.weight_bits) for r in self.owners)
+        self.keyed = {r.input for of in self.together for r in of if self._may_key(r)}
 
-    def _may_key(self, readers: Sequence[Reader]) -> bool | None:
+    def _may_key(self, reader: Reader) -> bool | None:
         """Return whether an input has qparams per timestep, by rule or by the recipe; None if that is open."""
-        given = self.rule[readers[0].plan.path].keyed or self.recipe.keyed
-        if readers[0].plan.temporal or readers[0].plan.activation_granularity == "token":
+        given = self.rule[reader.plan.path].keyed or self.recipe.keyed
+        if reader.plan.temporal or reader.plan.activation_granularity == "token":
             return True
         return None if given == AUTO else given == "all"
 
@@ -278,8 +293,8 @@ class _Search:
     # ---- errors
 
     def error_P(self) -> Tensor:
-        errors = [self._input_error(key) for key in self.of_input]
-        errors += [self._weight_error(r) for r in self.readers]
+        errors = [self._input_error(key) for key in self.rounding]
+        errors += [self._weight_error(r) for r in self.owners]
         return torch.stack(errors).sum(0)
 
     def _input_error(self, key: tuple[str, int], alpha: Any = None, *, keyed: bool | None = None) -> Tensor:
@@ -318,7 +333,7 @@ class _Search:
         for r in self.readers:
             groups.setdefault(r.group, []).append(r)
         for group, readers in groups.items():
-            keys = {r.input for r in readers} & self.of_input.keys()
+            keys = [k for k in _inputs(readers) if k in self.rounding]
             shares = {}
             for alpha in readers[0].smoothing:
                 errors = [self._input_error(k, alpha) for k in keys]
@@ -329,11 +344,11 @@ class _Search:
             self.alpha[group] = OFF if needless else best
 
     def _key(self, weights_P: Tensor) -> None:
-        for key, readers in self.of_input.items():
-            if self._may_key(readers) is None:
-                static, keyed = (self._input_error(key, keyed=k) for k in (False, True))
-                worth = self._share(static - keyed, weights_P) > WORTH
-                (self.keyed.add if worth else self.keyed.discard)(key)
+        for readers in self.together:
+            keys = _inputs(r for r in readers if self._may_key(r) is None)
+            gains = [self._input_error(k, keyed=False) - self._input_error(k, keyed=True) for k in keys]
+            worth = bool(gains) and self._share(torch.stack(gains).sum(0), weights_P) > WORTH
+            (self.keyed.update if worth else self.keyed.difference_update)(keys)
 
     def _widen(self, weights_P: Tensor) -> bool:
         """Take the step that saves most error for its share of the budgets; return False if none is worth it."""
@@ -351,28 +366,29 @@ class _Search:
         return best is not None
 
     def _steps(self) -> Iterator[_Step]:
-        for key, readers in self.of_input.items():
-            rules = [self.rule[r.plan.path] for r in readers]
-            if key not in self.wide | self.double and not any(
+        for readers in self.together:
+            rules, keys = [self.rule[r.plan.path] for r in readers], _inputs(readers)
+            if not (self.wide | self.double).intersection(keys) and not any(
                 r.activation_bits or r.activation_terms for r in rules
             ):
-                saved_P = self._input_error(key)
+                saved_P = torch.stack([self._input_error(key) for key in keys]).sum(0)
                 yield _Step(
                     saved_P,
                     {"float_flops": self._flops(r for r in readers if not self._is_float(r))},
-                    partial(self.wide.add, key),
+                    partial(self.wide.update, keys),
                 )
-                if not readers[0].plan.temporal and all(can_have_two(r.node) for r in readers):
+                if all(can_have_two(r.node) and not r.plan.temporal for r in readers):
                     yield _Step(
-                        saved_P, {"double_flops": self._flops(readers)}, partial(self.double.add, key)
+                        saved_P, {"double_flops": self._flops(readers)}, partial(self.double.update, keys)
                     )
-        for r in self.readers:
+        for r in self.owners:
             now = self.bits[r.plan.path]
             for bits in (8, FLOAT_BITS) if not self.rule[r.plan.path].weight_bits else ():
                 if bits > now and (bits == FLOAT_BITS or bits in r.weight_bits):
                     costs = {"float_bytes": (self._bytes(r, bits) - self._bytes(r, now)) / self.bytes}
                     if bits == FLOAT_BITS:
-                        costs["float_flops"] = 0.0 if self._is_float(r) else self._flops([r])
+                        same = [other for other in self.readers if other.plan.path == r.plan.path]
+                        costs["float_flops"] = self._flops(x for x in same if not self._is_float(x))
                     saved_P = self._weight_error(r) - self._weight_error(r, bits=bits)
                     yield _Step(saved_P, costs, partial(self.bits.__setitem__, r.plan.path, bits))
 
@@ -380,14 +396,14 @@ class _Search:
         """Return what is left of each budget."""
         spent = {
             "float_flops": self.float_flops(),
-            "double_flops": self._flops(r for key in self.double for r in self.of_input[key]),
-            "float_bytes": sum(self._bytes(r, self.bits[r.plan.path]) for r in self.readers) / self.bytes - 1,
+            "double_flops": self.double_flops(),
+            "float_bytes": sum(self._bytes(r, self.bits[r.plan.path]) for r in self.owners) / self.bytes - 1,
         }
         return {name: getattr(self.recipe, name) - share for name, share in spent.items()}
 
     def _flops(self, readers: Iterable[Reader]) -> float:
         """Return these layers' share of all multiplications."""
-        return sum(self.flops[r.plan.path] for r in readers) / sum(self.flops.values())
+        return sum(self.flops[r.node.name] for r in readers) / sum(self.flops.values())
 
     def _is_float(self, r: Reader) -> bool:
         """Return True if the layer's multiplications are in float."""
@@ -405,18 +421,24 @@ class _Search:
         """Return the share of all multiplications that are in float."""
         return self._flops(r for r in self.readers if self._is_float(r))
 
+    def double_flops(self) -> float:
+        """Return the share of all multiplications that are done twice."""
+        return self._flops(r for r in self.readers if r.input in self.double)
+
     # ---- results
 
     def rules(self) -> Iterator[Rule]:
         """Yield a rule for every layer whose settings differ from the recipe's."""
         keyed = self.keyed - self.wide - self.double
-        for r in self.readers:
+        for r in self.owners:
             path, given = r.plan.path, self.rule[r.plan.path]
-            alpha = self.alpha[r.group]
+            alpha, same = self.alpha[r.group], [x for x in self.readers if x.plan.path == path]
             rule = Rule(
                 pattern=path,
                 smooth=alpha if len(r.smoothing) > 1 and alpha != OFF else given.smooth,
-                keyed="all" if r.input in keyed and self._may_key([r]) is None else given.keyed,
+                keyed="all"
+                if any(x.input in keyed and self._may_key(x) is None for x in same)
+                else given.keyed,
                 activation_terms=2 if r.input in self.double else given.activation_terms,
                 activation_bits=FLOAT_BITS if r.input in self.wide else given.activation_bits,
                 weight_bits=self.bits[path] if self.bits[path] != r.plan.weight_bits else given.weight_bits,
@@ -427,13 +449,14 @@ class _Search:
     def report(self, before_P: Tensor) -> dict[str, Any]:
         """Return the choice as plain JSON values: by timestep, and layer by layer."""
         after_P, weights_P = self.error_P(), 1 / before_P.clamp_min(1e-30)
-        first = {key: of[0] for key, of in self.of_input.items()}
+        # The error of an input is listed with the first layer that reads it.
+        first = {r.input: r.plan.path for r in reversed(self.readers) if r.input in self.rounding}
         layers = []
         for rule in self.rules():
-            (r,) = (r for r in self.readers if r.plan.path == rule.pattern)
+            (r,) = (r for r in self.owners if r.plan.path == rule.pattern)
             left = self._weight_error(r)
-            if first.get(r.input) is r:  # the error of an input is listed with the first layer that reads it
-                left = left + self._input_error(r.input)
+            for key in (key for key, path in first.items() if path == rule.pattern):
+                left = left + self._input_error(key)
             settings = {n: v for n, v in dataclasses.asdict(rule).items() if v is not None and n != "pattern"}
             layers.append({"name": rule.pattern, **settings, "error": self._share(left, weights_P)})
         by_row = zip(
@@ -446,7 +469,7 @@ class _Search:
             "rows": len(before_P),
             "gain_db": float((10 * (before_P / after_P).log10()).mean()),
             "float_flops": self.float_flops(),
-            "double_flops": self._flops(r for key in self.double for r in self.of_input[key]),
+            "double_flops": self.double_flops(),
             "output_relative_mse": [
                 {"timestep": t, "before": float(b), "after": float(a)} for t, b, a in by_row
             ],

@@ -17,6 +17,7 @@ from benchmarks.networks.small import (
     make,
     sinusoid,
 )
+from tests.helpers.nearest import recipe
 from tfmq_fx.calibration.temporal_rows import run_temporal
 from tfmq_fx.graph.nodes import fresh
 from tfmq_fx.graph.state import set_state
@@ -98,9 +99,10 @@ DATA = {
 def once(network, bits="w4a8", keyed="block"):
     data = DATA[network]()
     gm = tfmq_fx.capture(make(network), data.arguments(slice(0, 2)))
-    recipe = dataclasses.replace(tfmq_fx.Recipe.preset(bits), reconstruction=NEAREST, keyed=keyed)
     finite = FINITE if network is Labelled else None
-    return tfmq_fx.calibrate(tfmq_fx.prepare(gm, recipe, timesteps=TIMESTEPS, finite=finite), data)
+    return tfmq_fx.calibrate(
+        tfmq_fx.prepare(gm, recipe(bits, keyed), timesteps=TIMESTEPS, finite=finite), data
+    )
 
 
 def prepared(network=TinyUNet, bits="w4a8", keyed="block", **changes):
