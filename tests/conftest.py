@@ -55,7 +55,7 @@ def without_int8(monkeypatch):
 @pytest.fixture(scope="session")
 def tiny() -> tfmq_fx.QuantizedModel:
     """Return the tiny network at W4A8, reconstructed briefly."""
-    recipe = dataclasses.replace(tfmq_fx.Recipe.preset("w4a8"), reconstruction=FAST)
+    recipe = dataclasses.replace(tfmq_fx.Recipe(), reconstruction=FAST)
     return tfmq_fx.quantize(make(TinyUNet), recipe, calibration=calibration(), seed=0)
 
 

@@ -26,7 +26,7 @@ from tfmq_fx.calibration.effects import (
 )
 from tfmq_fx.graph.channels import ParameterLayer, channel_axis, choose_layers
 from tfmq_fx.graph.inputs import fixed_batch
-from tfmq_fx.graph.nodes import attribute
+from tfmq_fx.graph.nodes import attribute, edge_layers
 from tfmq_fx.graph.origins import Explicit, Origin, find_origins
 from tfmq_fx.passes.low_bits.smooth import readers_of, smoothing_scale
 from tfmq_fx.passes.quantize.plan import LayerPlan, plan, settings_of
@@ -74,7 +74,8 @@ def choose(
     For each layer: the exponent of smoothing (Recipe.smooth "auto"), and whether its input has qparams per timestep
     (Recipe.keyed "auto"). Within Recipe.float_flops and Recipe.float_bytes: the inputs that stay in float, and the weights
     that get 8 or 16 bits. Errors are estimated by `output_effects` on a few rows of the calibration set, relative to the
-    whole error at their timestep, so that no timestep counts for more than another.
+    whole error at their timestep, so that no timestep counts for more than another. The rounding of a first or last layer's
+    weights counts once for every timestep: it does the same to the same picture at each of them, so that it adds up.
 
     gm: a captured float graph, which is left unchanged. seed: of the choice of rows and of the estimates.
     """
@@ -101,7 +102,10 @@ def choose(
         seed=seed,
     )
     flops = {layer.node: layer.flops for layer in layers_of(gm)}
-    search = _Search(recipe, readers, effects, by_timestep, static, flops=flops)
+    edges = {n.name for n in edge_layers(gm, timestep=temporal.timestep)} - set(temporal.nodes)
+    steps = len(calibration.tensors[calibration.timestep].unique())
+    repeats = dict.fromkeys(edges, steps)
+    search = _Search(recipe, readers, effects, by_timestep, static, flops=flops, repeats=repeats)
     before = search.error_P()
     search.run()
     chosen = dataclasses.replace(
@@ -253,8 +257,11 @@ class _Search:
         static: Scales,
         *,
         flops: Mapping[str, int],
+        repeats: Mapping[str, int],
     ) -> None:
+        """flops: of each layer, by node. repeats: how often the error of a node's weight counts; absent: once."""
         self.recipe, self.readers, self.effects, self.flops = recipe, readers, effects, flops
+        self.repeats = repeats
         self.rule = {r.plan.path: _given(recipe, r.plan) for r in readers}
         self.alpha = {r.group: next(iter(r.smoothing)) for r in readers}
         self.bits = {r.plan.path: r.plan.weight_bits for r in readers}
@@ -390,6 +397,7 @@ class _Search:
                         same = [other for other in self.readers if other.plan.path == r.plan.path]
                         costs["float_flops"] = self._flops(x for x in same if not self._is_float(x))
                     saved_P = self._weight_error(r) - self._weight_error(r, bits=bits)
+                    saved_P = saved_P * self.repeats.get(r.node.name, 1)
                     yield _Step(saved_P, costs, partial(self.bits.__setitem__, r.plan.path, bits))
 
     def room(self) -> dict[str, float]:

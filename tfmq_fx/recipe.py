@@ -106,6 +106,9 @@ class Reconstruction:
     # its error before tuning. A step takes `batch_size` rows, drawn from the whole calibration set. None:
     # 400, or 0 with method "nearest".
     tune_iterations: int | None = None
+    # Tuning takes no more steps than cost this many floating-point operations, a backward pass counting as two
+    # forward passes; a report's note says how many were left out. None: all.
+    tune_flops: float | None = None
     tune_learning_rate: float = 5e-3  # of the weights, in units of their scale, Adam
     tune_scale_learning_rate: float = 1e-3  # of the logarithm of those scales, Adam
     # The number of parts of a mini-batch, each computed on one thread of one process. The integers depend on
@@ -138,8 +141,9 @@ class Reconstruction:
         ):
             if getattr(self, name) < 1:
                 raise TFMQError(f"Reconstruction.{name}: {getattr(self, name)} is not positive.")
-        if self.tune_iterations is not None and self.tune_iterations < 0:
-            raise TFMQError(f"Reconstruction.tune_iterations: {self.tune_iterations} is negative.")
+        for name in ("tune_iterations", "tune_flops"):
+            if (value := getattr(self, name)) is not None and not value >= 0:
+                raise TFMQError(f"Reconstruction.{name}: {value} is negative.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -350,22 +354,29 @@ def _check_fields(cls: type, values: object, where: str) -> None:
             raise TFMQError(f"{where}.{name}: {value!r} is not of type {shown}.")
 
 
+# What `choose` finds for each network. At 8 bits the activations are the problem, not the rounding of the weights
+# (docs/choosing_a_recipe.md).
+_CHOSEN: dict[str, Any] = {
+    "smooth": AUTO,
+    "keyed": AUTO,
+    "float_flops": 0.03,
+    "double_flops": 0.05,
+    "float_bytes": 0.02,
+    "activation_observer": "minmax",
+}
 # Methods that learn are tuned by default. At 8 bits the gain is hardly visible (docs/measured/reconstruction.md).
 _GPTQ, _UNTUNED = Reconstruction(method="gptq"), Reconstruction(method="gptq", tune_iterations=0)
 PRESETS = {
-    # At 8 bits the activations are the problem, not the rounding of the weights (docs/choosing_a_recipe.md).
     "w8a8": Recipe(
-        weight_bits=8,
-        activation_bits=8,
-        smooth=AUTO,
-        keyed=AUTO,
-        float_flops=0.03,
-        double_flops=0.05,
-        float_bytes=0.02,
-        activation_observer="minmax",
-        reconstruction=Reconstruction(method="nearest"),
+        weight_bits=8, activation_bits=8, reconstruction=Reconstruction(method="nearest"), **_CHOSEN
     ),
-    "w4a8": Recipe(weight_bits=4, activation_bits=8),
+    # Tuned for about a minute of a CPU core: a small network gains from it, a large one would take hours.
+    "w4a8": Recipe(
+        weight_bits=4,
+        activation_bits=8,
+        reconstruction=Reconstruction(method="gptq", tune_flops=1.5e12),
+        **_CHOSEN,
+    ),
     "w8a16": Recipe(weight_bits=8, activation_bits=FLOAT_BITS, reconstruction=_UNTUNED),
     "w4a16": Recipe(weight_bits=4, activation_bits=FLOAT_BITS),
     # As measured in docs/measured/low_bits.md.

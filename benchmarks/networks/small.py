@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import dataclasses
 import functools
 import math
 from typing import Any
@@ -236,9 +235,9 @@ FAST = tfmq_fx.Reconstruction(
 )
 
 
-def prepared(bits: str = "w4a8", **changes: object) -> torch.fx.GraphModule:
+def prepared(**changes: object) -> torch.fx.GraphModule:
     """Return a calibrated graph of the tiny network."""
-    recipe = dataclasses.replace(tfmq_fx.Recipe.preset(bits), reconstruction=FAST, **changes)  # type: ignore[arg-type]
+    recipe = tfmq_fx.Recipe(reconstruction=FAST, **changes)  # type: ignore[arg-type]
     gm = captured()
     return tfmq_fx.calibrate(tfmq_fx.prepare(gm, recipe, timesteps=TIMESTEPS), calibration())
 

@@ -11,7 +11,7 @@ from tfmq_fx.passes import bind_parameters, inline_modules
 
 BATCH = calibration().tensors
 X, T = BATCH["sample"][:20], BATCH["timestep"][:20]
-RECIPE = dataclasses.replace(tfmq_fx.Recipe.preset("w4a8"), reconstruction=FAST)
+RECIPE = dataclasses.replace(tfmq_fx.Recipe(), reconstruction=FAST)
 
 
 def exported():

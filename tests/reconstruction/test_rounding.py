@@ -16,7 +16,7 @@ from tfmq_fx.passes.quantize.state import state_of
 def test_learned_activation_scales_move_and_win_at_four_bits():
     errors = {}
     for learn in (False, True):
-        gm = prepared("w4a4")
+        gm = prepared(weight_bits=4, activation_bits=4)
         scales = {n.name: o.scale.clone() for n, o in observers(gm) if isinstance(o, StaticFakeQuantize)}
         tfmq_fx.reconstruct(
             gm, calibration(), dataclasses.replace(FAST, iterations=200, learn_activation_scale=learn)
@@ -48,7 +48,7 @@ def test_dead_inputs_leave_a_singular_hessian_and_a_finite_result():
         network.attention.norm.weight.zero_()
         network.attention.norm.bias.zero_()
     gm = tfmq_fx.capture(network, {n: x[:2] for n, x in calibration().tensors.items()})
-    recipe = dataclasses.replace(tfmq_fx.Recipe.preset("w4a8"), reconstruction=FAST)
+    recipe = dataclasses.replace(tfmq_fx.Recipe(), reconstruction=FAST)
     gm = tfmq_fx.calibrate(tfmq_fx.prepare(gm, recipe, timesteps=TIMESTEPS), calibration())
     tfmq_fx.reconstruct(gm, calibration(), dataclasses.replace(FAST, method="gptq"))
     assert all(0 <= r.error <= r.error_nearest for r in state_of(gm).reconstruction)

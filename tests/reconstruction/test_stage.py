@@ -115,7 +115,7 @@ def test_second_order_on_the_temporal_block_beats_learning_it():
 def test_one_calibration_row_is_enough_to_run():
     """A batch of one row has one part, whatever `shards` says."""
     gm = captured()
-    recipe = dataclasses.replace(tfmq_fx.Recipe.preset("w4a8"), reconstruction=FAST)
+    recipe = dataclasses.replace(tfmq_fx.Recipe(), reconstruction=FAST)
     one = calibration(rows=1)
     for method in ("adaround", "gptq+adaround"):
         prepared_ = tfmq_fx.calibrate(tfmq_fx.prepare(gm, recipe, timesteps=TIMESTEPS), one)
@@ -140,7 +140,7 @@ class NoWeightsInside(torch.nn.Module):
 
 
 def test_blocks_without_weights_are_passed_through():
-    recipe = dataclasses.replace(tfmq_fx.Recipe.preset("w4a8"), reconstruction=FAST)
+    recipe = dataclasses.replace(tfmq_fx.Recipe(), reconstruction=FAST)
     gm = tfmq_fx.prepare(captured(NoWeightsInside), recipe, timesteps=TIMESTEPS)
     tfmq_fx.reconstruct(tfmq_fx.calibrate(gm, calibration()), calibration())
     assert [r.name for r in state_of(gm).reconstruction] == ["conv_in.weight", "conv_out.weight"]

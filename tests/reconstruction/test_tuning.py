@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.flop_counter import FlopCounterMode
 
 import tfmq_fx
 from benchmarks.networks.small import (
@@ -136,6 +137,20 @@ def test_past_max_memory_it_is_left_out_and_the_report_says_so():
     assert note["reason"].startswith("skipped: it needs 0.0 GiB, but Reconstruction.max_memory is 0.0001")
 
 
+def test_it_takes_the_steps_that_tune_flops_pays_for_and_the_report_says_so():
+    with FlopCounterMode(display=False) as counter:
+        make(TinyUNet)(torch.zeros(1, 1, 8, 8), TIMESTEPS[:1])
+    step = 3 * counter.get_total_flops() * ALONE.batch_size  # forward once, backward twice
+    for flops, steps in ((2.5 * step, 2), (0.5 * step, 0)):
+        gm, settings = prepared(), dataclasses.replace(ALONE, tune_iterations=5)
+        tfmq_fx.reconstruct(gm, calibration(), dataclasses.replace(settings, tune_flops=flops))
+        (note,) = [n for n in state_of(gm).plan.notes if n.name == "tuning"]
+        assert note.reason.startswith(f"{steps} of 5 steps: more would cost over Reconstruction.tune_flops")
+        paid, plain = state(gm), prepared()
+        tfmq_fx.reconstruct(plain, calibration(), dataclasses.replace(settings, tune_iterations=steps))
+        assert not changed(paid, state(plain))
+
+
 def memory(gm, rows):
     for p in gm.parameters():
         p.requires_grad_(False)
@@ -219,7 +234,7 @@ def test_rows_of_a_small_error_weigh_as_much_as_those_of_a_large_one():
 
 
 def test_a_network_without_error_has_nothing_to_win():
-    gm = prepared("w8a8")
+    gm = prepared(weight_bits=8)
     for _, observer in observers(gm):
         observer.disable_fake_quant()
     tfmq_fx.reconstruct(gm, calibration(), ALONE)

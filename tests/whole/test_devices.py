@@ -87,9 +87,7 @@ def run(gm, cls, recipe):
 
 @pytest.mark.parametrize(("cls", "name", "reconstruction"), CASES)
 def test_all_stages_give_the_same_integers(cls, name, reconstruction):
-    recipe = dataclasses.replace(
-        tfmq_fx.Recipe.preset("w4a8"), **RECIPES[name], reconstruction=reconstruction
-    )
+    recipe = dataclasses.replace(tfmq_fx.Recipe(), **RECIPES[name], reconstruction=reconstruction)
     here, there = graphs(cls)
     expected, errors = run(here, cls, recipe)
     with device():

@@ -33,7 +33,7 @@ def learn(talk, output, state, runs, die):
         rounding._learn = functools.partial(dying, rounding._learn)
     for name, changes in runs.items():
         how = dataclasses.replace(FAST, **changes)
-        recipe = dataclasses.replace(tfmq_fx.Recipe.preset("w4a8"), reconstruction=how)
+        recipe = dataclasses.replace(tfmq_fx.Recipe(), reconstruction=how)
         gm = tfmq_fx.calibrate(tfmq_fx.prepare(captured(), recipe, timesteps=TIMESTEPS), calibration())
         try:
             tfmq_fx.reconstruct(gm, calibration(), seed=0, state=state)

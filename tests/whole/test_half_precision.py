@@ -20,9 +20,7 @@ from tests.helpers.lowered import lower
 from tfmq_fx.base.errors import TFMQError
 from tfmq_fx.evaluation.sampling import sample
 
-NEAREST = dataclasses.replace(
-    tfmq_fx.Recipe.preset("w4a8"), reconstruction=dataclasses.replace(FAST, method="nearest")
-)
+NEAREST = dataclasses.replace(tfmq_fx.Recipe(), reconstruction=dataclasses.replace(FAST, method="nearest"))
 LEARNED = dataclasses.replace(NEAREST, reconstruction=dataclasses.replace(FAST, tune_iterations=3))
 
 

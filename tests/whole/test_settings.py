@@ -12,7 +12,7 @@ from tests.helpers.settings import EACH, SETTINGS
 from tfmq_fx.artefact.graph_json import tensors_of
 from tfmq_fx.base.errors import TFMQError
 
-RECIPE = dataclasses.replace(tfmq_fx.Recipe.preset("w4a8"), reconstruction=FAST)
+RECIPE = dataclasses.replace(tfmq_fx.Recipe(), reconstruction=FAST)
 X, T = calibration().tensors["sample"][:4], torch.tensor([300, 0, 900, 500])
 BY_HAND = dataclasses.replace(RECIPE, maintain="auto")
 

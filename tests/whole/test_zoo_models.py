@@ -116,9 +116,7 @@ def test_every_first_time_embedding_layer_keeps_eight_bits(dit):
         "class_labels": torch.tensor([0, 1]),
     }
     gm = tfmq_fx.capture(dit.transformer, {**tensors, "return_dict": False})
-    layers = state_of(
-        tfmq_fx.prepare(gm, tfmq_fx.Recipe.preset("w4a8"), timesteps=torch.tensor([1, 2]))
-    ).plan.layers
+    layers = state_of(tfmq_fx.prepare(gm, tfmq_fx.Recipe(), timesteps=torch.tensor([1, 2]))).plan.layers
     bits = {layer.path: layer.weight_bits for layer in layers}
     blocks = dit.transformer.config.num_layers
     assert [

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 from torch.fx import GraphModule
+from torch.utils.flop_counter import FlopCounterMode
 
 from tfmq_fx.base.ambient import neutral
 from tfmq_fx.base.errors import TFMQError
@@ -185,14 +186,33 @@ def _reconstruct_temporal(gm: GraphModule, calibration: CalibrationSet, run: Run
     )
 
 
+def _affordable(gm: GraphModule, calibration: CalibrationSet, settings: Reconstruction) -> float:
+    """Return how many steps of tuning settings.tune_flops pays for."""
+    if settings.tune_flops is None:
+        return math.inf
+    batch = calibration.groups(settings.batch_size, one_timestep=is_scalar(gm))[0]
+    count = len(batch) if fixed_batch(gm, calibration.constants.keys()) else 1
+    with FlopCounterMode(display=False) as counter:
+        gm(*inputs_of(gm, calibration.batch(batch[:count])))
+    return settings.tune_flops // float(3 * counter.get_total_flops() * settings.batch_size / count)
+
+
 def _tune(
     gm: GraphModule, calibration: CalibrationSet, run: Run, iterations: int, *, index: int
 ) -> list[BlockResult]:
     """Run `tuning.tune` on as many calibration rows as its iterations draw.
 
-    If it does not fit in memory, return no result and add a note to the plan.
+    If it costs more than settings.tune_flops, take fewer steps, and if it does not fit in memory, return no result.
+    Either adds a note to the plan.
     """
     settings = run.settings
+    affordable = _affordable(gm, calibration, settings)
+    if affordable < iterations:
+        left = f"{affordable:.0f} of {iterations} steps: more would cost over Reconstruction.tune_flops={settings.tune_flops:g}"
+        set_state(gm, state_of(gm).with_notes(Note(name="tuning", reason=left, coarser=False)))
+        iterations = int(affordable)
+    if not iterations:
+        return []
     drawn = calibration.draw(iterations * settings.batch_size, seed=run.seed)
     batches = calibration.groups(settings.batch_size, rows=drawn, one_timestep=is_scalar(gm))
     whole = fixed_batch(gm, calibration.constants.keys())

@@ -14,7 +14,7 @@ X, T = BATCH["sample"], BATCH["timestep"]
 
 
 def test_observers_stand_where_they_should():
-    gm = tfmq_fx.prepare(captured(), tfmq_fx.Recipe.preset("w4a8"), timesteps=TIMESTEPS)
+    gm = tfmq_fx.prepare(captured(), tfmq_fx.Recipe(), timesteps=TIMESTEPS)
     kinds = [type(o).__mro__ for _, o in observers(gm)]
     count = lambda cls: sum(cls in mro for mro in kinds)  # noqa: E731
     assert count(PerChannelWeightFakeQuantize) == 14
@@ -32,7 +32,7 @@ def test_prepare_leaves_the_float_graph_alone():
     before = [n.format_node() for n in gm.graph.nodes]
     with torch.no_grad():
         expected = gm(X, T)
-        prepared_graph = tfmq_fx.prepare(gm, tfmq_fx.Recipe.preset("w4a8"), timesteps=TIMESTEPS)
+        prepared_graph = tfmq_fx.prepare(gm, tfmq_fx.Recipe(), timesteps=TIMESTEPS)
         assert [n.format_node() for n in gm.graph.nodes] == before
         assert torch.equal(gm(X, T), expected)
         assert torch.equal(prepared_graph(X, T), expected)  # observing changes nothing

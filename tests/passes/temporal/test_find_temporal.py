@@ -105,7 +105,7 @@ def test_a_view_of_the_timestep_is_a_block_without_layers():
     gm = tfmq_fx.capture(OnlyMixed().eval(), {"sample": torch.randn(2, 3), "timestep": torch.tensor([1, 2])})
     assert len(find_temporal(gm).features) == 1
     with pytest.raises(TFMQError, match="nothing to quantize"):
-        tfmq_fx.prepare(gm, tfmq_fx.Recipe.preset("w4a8"), timesteps=torch.tensor([1, 2]))
+        tfmq_fx.prepare(gm, tfmq_fx.Recipe(), timesteps=torch.tensor([1, 2]))
 
 
 class TwoTimes(nn.Module):

@@ -1,0 +1,239 @@
+"""How much of a trained network from outside does quantization keep, how long does it take, and how fast is it lowered?
+
+    python -m benchmarks.terrain                     all rows, one thread (minutes to an hour)
+    python -m benchmarks.terrain --rows bf16 w8a8    some of them
+    python -m benchmarks.terrain --picture docs/images/terrain.png --rows w8a8 w4a8
+
+The network is that of benchmarks/networks/terrain.py, trained and published by others; its wheel is downloaded
+by name. PSNR is to the float network on 32 held rows, 4 at each of 8 noise levels, in dB, of heights in -1..1.
+All methods calibrate on the same 32 other rows. CPU seconds are those of quantizing. Times are medians of one
+call with batch 1, all contenders in turn, in one process.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import importlib.metadata
+import platform
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+
+import tfmq_fx
+from benchmarks.networks.terrain import (
+    NAMES,
+    Rows,
+    Terrain,
+    calibration,
+    onnx_file,
+    outputs,
+    psnr_by_sigma,
+    rows,
+)
+from tfmq_fx.recipe import Recipe, Reconstruction
+
+Call = Callable[..., Tensor]
+ROWS = ("bf16", "onnxruntime", "nncf", "w8a8 plain", "w8a8", "w4a8")
+
+
+def bf16(network: nn.Module) -> Call:
+    def call(*given: Tensor) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            y: Tensor = network(*given)
+            return y
+
+    return call
+
+
+def onnx_session(file: Path) -> Call:
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    session = onnxruntime.InferenceSession(str(file), options)
+
+    def call(*given: Tensor) -> Tensor:
+        (y,) = session.run(None, dict(zip(NAMES, (x.numpy() for x in given), strict=True)))
+        return torch.from_numpy(y)
+
+    return call
+
+
+def onnxruntime_int8(data: Rows, folder: Path) -> Call:
+    """Return onnxruntime's static quantization: convolutions and products, per channel, minimum and maximum."""
+    from onnxruntime import quantization
+    from onnxruntime.quantization.shape_inference import quant_pre_process
+
+    class Reader(quantization.CalibrationDataReader):  # type: ignore[misc]
+        def __init__(self) -> None:
+            self.left: Iterator[Any] = zip(*(x.split(1) for x in data), strict=True)
+
+        def get_next(self) -> dict[str, Any] | None:
+            row = next(self.left, None)
+            return None if row is None else dict(zip(NAMES, (x.numpy() for x in row), strict=True))
+
+    quant_pre_process(str(onnx_file()), str(folder / "ready.onnx"), skip_symbolic_shape=True)
+    quantization.quantize_static(
+        str(folder / "ready.onnx"),
+        str(folder / "int8.onnx"),
+        Reader(),
+        quant_format=quantization.QuantFormat.QDQ,
+        per_channel=True,
+        activation_type=quantization.QuantType.QUInt8,
+        weight_type=quantization.QuantType.QInt8,
+        calibrate_method=quantization.CalibrationMethod.MinMax,
+        op_types_to_quantize=["Conv", "Gemm", "MatMul"],
+    )
+    return onnx_session(folder / "int8.onnx")
+
+
+def openvino_call(model: Any) -> Call:
+    import openvino
+
+    threads = {"INFERENCE_NUM_THREADS": torch.get_num_threads(), "INFERENCE_PRECISION_HINT": "f32"}
+    compiled = openvino.Core().compile_model(model, "CPU", threads)
+    return lambda *given: torch.from_numpy(compiled([x.numpy() for x in given])[0].copy())
+
+
+def nncf_int8(data: Rows) -> Call:
+    """Return NNCF's default post-training quantization in OpenVINO."""
+    import nncf
+    import openvino
+
+    samples = [[x.numpy() for x in row] for row in zip(*(x.split(1) for x in data), strict=True)]
+    model = openvino.Core().read_model(onnx_file())
+    return openvino_call(nncf.quantize(model, nncf.Dataset(samples), subset_size=len(samples)))
+
+
+def ours(name: str, network: nn.Module, data: tfmq_fx.CalibrationSet) -> tfmq_fx.QuantizedModel:
+    """name: a preset; "w8a8 plain": round-to-nearest with nothing chosen."""
+    recipe = Recipe.preset(name.split()[0])
+    if name.endswith("plain"):
+        recipe = Recipe(weight_bits=recipe.weight_bits, reconstruction=Reconstruction(method="nearest"))
+    return tfmq_fx.quantize(network, recipe, calibration=data, timestep="sigma", seed=0)
+
+
+@dataclasses.dataclass
+class Row:
+    name: str
+    psnr: list[float]
+    cpu_seconds: float | None = None
+    note: str = ""
+
+
+def lowered(q: tfmq_fx.QuantizedModel) -> Iterator[tuple[str, Call]]:
+    for engine in ("openvino", "torch"):
+        yield engine, q.lower("cpu", engine=engine, precision="float32", batch=1)
+
+
+def time_all(calls: dict[str, Call], example: Rows, rounds: int) -> dict[str, float]:
+    """Return the median milliseconds of each call. Every round calls all of them once."""
+    found: dict[str, list[float]] = {name: [] for name in calls}
+    for i in range(rounds + 1):
+        for name, call in calls.items():
+            started = time.perf_counter()
+            with torch.no_grad():
+                call(*example)
+            if i:  # the first one compiles
+                found[name].append(1000 * (time.perf_counter() - started))
+    return {name: statistics.median(times) for name, times in found.items()}
+
+
+def draw(picture: Path, clean: dict[str, Tensor]) -> None:
+    """Write a picture of terrains: a row of four for each network, from the same noise at the highest level."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(len(clean), 4, figsize=(8, 2.1 * len(clean)), squeeze=False)
+    for row, (name, heights) in zip(axes, clean.items(), strict=True):
+        for axis, height in zip(row, heights, strict=True):
+            axis.imshow(height[0], cmap="terrain", vmin=-1, vmax=1)
+            axis.set_xticks([])
+            axis.set_yticks([])
+        row[0].set_ylabel(name)
+    figure.tight_layout()
+    picture.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(picture, dpi=100)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS))
+    parser.add_argument("--count", type=int, default=4, help="calibration rows of each noise level")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--rounds", type=int, default=0, help="time lowered networks in so many rounds")
+    parser.add_argument("--picture", type=Path)
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    network = Terrain().eval()
+    held, given = rows(network, 4, seed=2), rows(network, args.count, seed=1)
+    reference = outputs(network, held)
+    found, clean, calls = [], {"float": reference[:4]}, {}
+    with tempfile.TemporaryDirectory() as folder:
+        if args.rounds:
+            calls = {"float, torch": network, "float, onnxruntime": onnx_session(onnx_file())}
+        for name in args.rows:
+            started, note = time.process_time(), ""
+            try:
+                if name == "bf16":
+                    call: Call = bf16(network)
+                elif name == "onnxruntime":
+                    call = calls[f"{name} int8"] = onnxruntime_int8(given, Path(folder))
+                elif name == "nncf":
+                    call = calls[f"{name} int8, openvino"] = nncf_int8(given)
+                else:
+                    call = q = ours(name, network, calibration(network, args.count))
+                    report = q.report["choices"]
+                    note = f"{100 * report['float_flops']:.1f}% of FLOPs in float" if report else ""
+            except ImportError as error:
+                found.append(Row(name, [], note=f"not installed: {error.name}"))
+                continue
+            seconds = time.process_time() - started
+            y = outputs(call, held)
+            clean[name] = y[:4]
+            found.append(Row(name, psnr_by_sigma(y, reference), seconds, note))
+            Console(stderr=True).print(found[-1], highlight=False)
+            if args.rounds and isinstance(call, tfmq_fx.QuantizedModel):
+                for engine, step in lowered(call):
+                    calls[f"{name}, {engine}"] = step
+                    found.append(Row(f"{name}, {engine}", psnr_by_sigma(outputs(step, held, 1), reference)))
+        times = time_all(calls, tuple(x[:1] for x in held), args.rounds) if args.rounds else {}  # type: ignore[arg-type]
+    show(found, times)
+    if args.picture:
+        draw(args.picture, clean)
+
+
+def show(found: list[Row], times: dict[str, float]) -> None:
+    console = Console(width=120)
+    table = Table("network", "mean of 8, dB", "at sigma 80", "lowest", "CPU s", "")
+    for row in found:
+        mean = f"{statistics.mean(row.psnr):.1f}" if row.psnr else ""
+        at = (f"{row.psnr[0]:.1f}", f"{min(row.psnr):.1f}") if row.psnr else ("", "")
+        table.add_row(
+            row.name, mean, *at, "" if row.cpu_seconds is None else f"{row.cpu_seconds:.0f}", row.note
+        )
+    console.print(table)
+    if times:
+        table = Table("one call, batch 1", "ms", "times as fast as float, torch")
+        for name, ms in times.items():
+            table.add_row(name, f"{ms:.0f}", f"{times['float, torch'] / ms:.2f}")
+        console.print(table)
+    versions = ", ".join(f"{p} {importlib.metadata.version(p)}" for p in ("torch", "torchao", "onnxruntime"))
+    console.print(
+        f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} thread(s), {versions}"
+    )
+
+
+if __name__ == "__main__":
+    main()
