@@ -1,0 +1,364 @@
+"""Keep the float temporal block outside the network: it makes the features that the network has no table of.
+
+    timestep, y -> network (tables in it) -> output                 every value is in a table
+    timestep, y -> block -> features -> network without them        a timestep or value that is in none
+    y -> block, at all timesteps at once -> table of the request    features that depend on more than finite inputs
+
+The block is needed once for each request, so it can be in slower memory than the network.
+"""
+
+from __future__ import annotations
+
+import tempfile
+import threading
+from collections import OrderedDict
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.fx import GraphModule, Node
+
+from tfmq_fx.artefact.graph_json import tensors_of
+from tfmq_fx.artefact.known import unknown_values
+from tfmq_fx.base.arithmetic import NETWORK_DTYPES
+from tfmq_fx.base.errors import TFMQError
+from tfmq_fx.graph.inputs import placeholders
+from tfmq_fx.graph.nodes import attribute, fresh, set_buffer, set_parameter
+from tfmq_fx.passes.clean.move_to_device import move_to_device
+from tfmq_fx.passes.quantize.cache_temporal import ROOT
+from tfmq_fx.passes.temporal.partition_temporal import BLOCK_NAME, temporal_block_of
+
+PLACES = ("cpu", "disk", "device")
+MOST_ROWS = 1024  # rows of the block's inputs that are computed at once
+REQUEST_BYTES = 2**29  # of all requests' tables together, unless the user says otherwise
+
+
+@dataclass(frozen=True)
+class _Table:
+    """The features of one conditioning at every timestep, side by side."""
+
+    values: Tensor  # (T, F), on the network's device
+
+    @property
+    def size(self) -> int:
+        return self.values.nbytes
+
+
+@dataclass(frozen=True)
+class _Column:
+    """Where one feature lies in a table's row, and what it is."""
+
+    start: int
+    end: int
+    shape: tuple[int, ...]  # of one sample
+    dtype: torch.dtype
+
+
+class Outside:
+    """The float temporal block of a network, and the tables that it made for the last requests.
+
+    block: its inputs by name -> all temporal features. It gets copies of its weights where it moves.
+    features: their names, in the block's order. taken: those that are inputs of the network; the network has the
+        others.
+    timestep: the name of that input. tables: input name -> its known values (K, ...), the timestep first.
+    place: where the block's weights are: "cpu", "disk" (a memory-mapped file), or "device", which is the network's.
+    most_bytes: of the tables of requests that are kept. The newest is kept however large it is.
+    mapped: True if the block's weights are memory-mapped already.
+
+    Several threads may call it at once. Raises TFMQError for an unknown place.
+    """
+
+    def __init__(
+        self,
+        block: GraphModule,
+        *,
+        features: Sequence[str],
+        taken: Sequence[str],
+        timestep: str,
+        tables: Mapping[str, Tensor],
+        place: str = "cpu",
+        most_bytes: int = REQUEST_BYTES,
+        mapped: bool = False,
+    ) -> None:
+        if place not in PLACES:
+            raise TFMQError(f"block={place!r}: is unknown; use one of {', '.join(PLACES)}.")
+        self.features, self.taken, self.timestep = tuple(features), tuple(taken), timestep
+        self.tables = {n: x.cpu() for n, x in tables.items()}
+        self.place, self.most_bytes = place, most_bytes
+        self.block = fresh(block)
+        self._inputs = list(placeholders(block))
+        self._lock = threading.Lock()
+        self._requests: OrderedDict[bytes, _Table] = OrderedDict()
+        self._columns: list[_Column] = []
+        self.evaluations = 0  # requests whose table was made
+        if place == "cpu":
+            self.to(torch.device("cpu"))
+        elif place == "disk" and not mapped:
+            self._map()
+        _own(self.block, {n: x.detach() for n, x in tensors_of(self.block).items()})
+
+    def __reduce__(self) -> Any:
+        # Neither the lock nor the requests' tables are part of the value.
+        more = {"timestep": self.timestep, "tables": self.tables}
+        return _rebuilt, (self.block, {**self.settings(), **more})
+
+    def settings(self) -> dict[str, Any]:
+        """Return the constructor's arguments that are plain values and not the network's, too."""
+        return {
+            "features": list(self.features),
+            "taken": list(self.taken),
+            "place": self.place,
+            "most_bytes": self.most_bytes,
+        }
+
+    @property
+    def size(self) -> int:
+        """Return the bytes of the block's weights."""
+        return sum(x.nbytes for x in tensors_of(self.block).values())
+
+    @property
+    def device(self) -> torch.device:
+        return next(iter(tensors_of(self.block).values())).device
+
+    def to(self, device: torch.device) -> None:
+        """Move the block's weights, and what its graph makes, to a device. Requests' tables are forgotten."""
+        _own(self.block, {n: x.detach().to(device) for n, x in tensors_of(self.block).items()})
+        move_to_device(self.block, device=device)
+        with self._lock:
+            self._requests.clear()
+
+    def follow(self, device: torch.device) -> None:
+        """Move to the device of the network, if that is the block's place."""
+        if self.place == "device":
+            self.to(device)
+
+    def _map(self) -> None:
+        """Put the weights into a memory-mapped file. On Linux, it stays readable after it is deleted."""
+        self.to(torch.device("cpu"))
+        with tempfile.TemporaryDirectory(prefix="tfmq-block-") as folder:
+            file = Path(folder) / "temporal_block.safetensors"
+            save_file({n: x.contiguous() for n, x in tensors_of(self.block).items()}, file)
+            _own(self.block, load_file(file))
+
+    def block_on(self, device: torch.device) -> GraphModule:
+        """Return the block on a device: itself, or a copy."""
+        if device == self.device:
+            return self.block
+        copy = fresh(self.block)
+        _own(copy, {n: x.detach().to(device) for n, x in tensors_of(copy).items()})
+        move_to_device(copy, device=device)
+        return copy
+
+    def taken_of(self, inputs: Mapping[str, Tensor]) -> list[Tensor]:
+        """Return the `taken` features of a call, computed as the network does."""
+        features = dict(zip(self.features, self.evaluate(inputs), strict=True))
+        return [features[n] for n in self.taken]
+
+    def covers(self, inputs: Mapping[str, Tensor]) -> bool:
+        """Return True if every timestep and finite value is in its table. inputs: those of the network by name."""
+        return not any(len(unknown_values(inputs[n], table)[0]) for n, table in self.tables.items())
+
+    @torch.no_grad()
+    def evaluate(self, inputs: Mapping[str, Tensor]) -> list[Tensor]:
+        """Return all features of a call, computed as the network does, on the inputs' device."""
+        here = inputs[self.timestep].device
+        given = (inputs[n].to(self.device) for n in self._inputs)
+        return [feature.to(here) for feature in self.block(*given)]
+
+    @torch.no_grad()
+    def look_up(self, inputs: Mapping[str, Tensor]) -> list[Tensor]:
+        """Return the `taken` features of a call, from the tables of its rows' requests.
+
+        inputs: those of the network by name; every timestep is in its table. A request is the conditioning of one
+        row. A new one is evaluated at all timesteps; a known one has the same bytes.
+        """
+        t = inputs[self.timestep]
+        known = self.tables[self.timestep].to(t.device, torch.float64)
+        step = (known - t.double().reshape(-1, 1)).abs().argmin(1)
+        keys = self._keys(inputs, rows=len(step))
+        with self._lock:
+            tables = self._tables(keys, inputs)
+        distinct = dict.fromkeys(keys)
+        if len(distinct) == 1:
+            values = tables[keys[0]].values[step]
+        else:
+            values = torch.stack([tables[key].values[i] for key, i in zip(keys, step.unbind(), strict=True)])
+        return [values[:, c.start : c.end].reshape(-1, *c.shape).to(c.dtype) for c in self._columns]
+
+    @property
+    def conditions(self) -> list[str]:
+        """Return the block's inputs beside the timestep."""
+        return [n for n in self._inputs if n != self.timestep]
+
+    def _keys(self, inputs: Mapping[str, Tensor], *, rows: int) -> list[bytes]:
+        """Return for each row of a call the bytes of its conditioning."""
+        keys = [b""] * rows
+        for name in self.conditions:
+            x = inputs[name].detach()
+            x = x.reshape(len(x), -1).expand(rows, -1) if x.dim() else x.expand(rows, 1)
+            found = x.contiguous().view(torch.uint8).cpu().numpy()
+            keys = [key + row.tobytes() for key, row in zip(keys, found, strict=True)]
+        return keys
+
+    def _tables(self, keys: list[bytes], inputs: Mapping[str, Tensor]) -> dict[bytes, _Table]:
+        """Return the tables of these requests, made if they are new, and forget the oldest over the budget."""
+        new = [i for i, key in enumerate(keys) if key not in self._requests and key not in keys[:i]]
+        if new:
+            made = self._evaluated(new, inputs)
+            self._requests |= {keys[i]: _Table(x) for i, x in zip(new, made, strict=True)}
+        found = {}
+        for key in keys:
+            self._requests.move_to_end(key)
+            found[key] = self._requests[key]
+        total = sum(table.size for table in self._requests.values())
+        while total > self.most_bytes and len(self._requests) > 1:
+            total -= self._requests.popitem(last=False)[1].size
+        return found
+
+    def _evaluated(self, rows: list[int], inputs: Mapping[str, Tensor]) -> list[Tensor]:
+        """Return for each of these rows of a call the taken features at every timestep, side by side: (T, F)."""
+        times, here = self.tables[self.timestep], inputs[self.timestep].device
+        steps = len(times)
+        chosen = torch.tensor(rows)
+        given = {self.timestep: times.to(inputs[self.timestep].dtype).repeat(len(rows))}
+        for name in self.conditions:
+            x = inputs[name].to(self.device)
+            # A row that stands for all is the first.
+            given[name] = (
+                x[chosen.clamp(max=len(x) - 1).to(x.device)].repeat_interleave(steps, 0) if x.dim() else x
+            )
+        whole = {n for n in given if not given[n].dim()}
+        found: list[Tensor] = []
+        for start in range(0, steps * len(rows), MOST_ROWS):
+            part = {
+                n: x if n in whole else x[start : start + MOST_ROWS].to(self.device) for n, x in given.items()
+            }
+            features = dict(zip(self.features, self.block(*(part[n] for n in self._inputs)), strict=True))
+            found.append(self._side_by_side([features[n] for n in self.taken]).to(here))
+        self.evaluations += len(rows)
+        return list(torch.cat(found).split(steps))
+
+    def _side_by_side(self, features: list[Tensor]) -> Tensor:
+        """Return features (R, ...) each as one (R, F), in a dtype that holds all of them, and remember the columns."""
+        columns, start = [], 0
+        for x in features:
+            width = x[0].numel()
+            columns.append(_Column(start, start + width, tuple(x.shape[1:]), x.dtype))
+            start += width
+        self._columns = columns
+        return torch.cat([x.reshape(len(x), -1) for x in features], dim=1)
+
+
+def closed_graph(
+    network: GraphModule, outside: Outside, device: torch.device, *, taken: Sequence[str]
+) -> GraphModule:
+    """Return a graph on a device that computes the features which are its inputs, `taken`, by the block.
+
+    y, f_i -> rest   ==>   y -> block -> getitem i -> rest
+    """
+    gm, block = fresh(network), outside.block_on(device)
+    inputs = placeholders(gm)
+    last = next(n for n in reversed(inputs.values()) if n.target not in taken)
+    with gm.graph.inserting_before(last.next):
+        features = dict(zip(outside.features, _copied(gm, block, inputs), strict=True))
+    for name in taken:
+        features[name].meta = dict(inputs[name].meta)
+        inputs[name].replace_all_uses_with(features[name])
+        gm.graph.erase_node(inputs[name])
+    gm.graph.eliminate_dead_code()  # the features that it has
+    gm.graph.lint()
+    gm.recompile()
+    return gm
+
+
+def flat_graph(network: GraphModule) -> GraphModule:
+    """Return a graph whose temporal block is not a module of its own."""
+    gm = fresh(network)
+    for call in gm.graph.find_nodes(op="call_module", target=BLOCK_NAME):
+        block = temporal_block_of(gm)
+        given = dict(zip(placeholders(block), call.args, strict=True))
+        with gm.graph.inserting_before(call):
+            outputs = _copied(gm, block, given)
+        for item in list(call.users):
+            item.replace_all_uses_with(outputs[item.args[1]])
+            gm.graph.erase_node(item)
+        gm.graph.erase_node(call)
+    gm.delete_all_unused_submodules()
+    gm.graph.lint()
+    gm.recompile()
+    return gm
+
+
+def float_graph(gm: GraphModule, *, tables: Collection[str]) -> GraphModule:
+    """Let a flat graph be a float network, in place: its weights are parameters, and its tables have names of their own.
+
+    tables: paths that a later look-up would take.
+    """
+    for node in gm.graph.find_nodes(op="get_attr"):
+        path = str(node.target)
+        value = attribute(gm, path).detach()
+        if path in tables or path.startswith(f"{ROOT}."):
+            node.target = f"precomputed.{path}"
+            set_buffer(gm, node.target, value)
+        elif value.dtype in NETWORK_DTYPES:
+            set_parameter(gm, path, value)
+    found = GraphModule(gm, gm.graph)
+    found.meta = {}
+    return found.eval()
+
+
+def _copied(gm: GraphModule, block: GraphModule, given: Mapping[str, Node]) -> list[Node]:
+    """Copy a block's nodes and tensors into a graph, at its insertion point. Return what the block returns."""
+    inner = {node: given[name] for name, node in placeholders(block).items()}
+    outputs: Any = gm.graph.graph_copy(block.graph, inner)
+    for path, value in tensors_of(block).items():
+        set_buffer(gm, path, value)
+    return list(outputs)
+
+
+def opened_graph(network: GraphModule, features: Sequence[str]) -> GraphModule:
+    """Return a partitioned graph with all features as inputs, in this order, after its own inputs.
+
+    Those that its block has are no longer read.
+    """
+    gm = fresh(network)
+    given = placeholders(gm)
+    last = next(n for n in reversed(given.values()) if n.target not in features)
+    calls = gm.graph.find_nodes(op="call_module", target=BLOCK_NAME)
+    names = [n.name for n in _returned(temporal_block_of(gm))] if calls else []
+    items = {names[n.args[1]]: n for call in calls for n in call.users}
+    for name in features:
+        if name in given:
+            last.append(given[name])
+            last = given[name]
+            continue
+        with gm.graph.inserting_after(last):
+            last = gm.graph.placeholder(name)
+        last.target = last.name  # the source that fx writes assigns one to the other
+        if name in items:
+            last.meta = dict(items[name].meta)
+            items[name].replace_all_uses_with(last)
+            gm.graph.erase_node(items[name])
+    gm.graph.eliminate_dead_code()
+    gm.graph.lint()
+    gm.recompile()
+    return gm
+
+
+def _returned(block: GraphModule) -> list[Node]:
+    outputs: Any = block.graph.output_node().args[0]
+    return list(outputs)
+
+
+def _rebuilt(block: GraphModule, settings: dict[str, Any]) -> Outside:
+    return Outside(block, **settings)
+
+
+def _own(block: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """Let a graph read these tensors, by path. The modules that it shared with others keep theirs."""
+    for path, value in tensors.items():
+        set_buffer(block, path, value)
