@@ -33,13 +33,22 @@ def test_outputs_are_the_networks_bit_for_bit(dtype):
     assert chosen(model) == {"down_block.emb.weight": "table", "up_block.emb.weight": "table"}
     assert not BLOCK & set(tensors_of(model.network))
     assert model.dtype == dtype
-    # In bfloat16, products do not depend on the number of rows.
-    for rows in (2,) if dtype == torch.float32 else (1, 2, 5):
+    for rows in (2, 1, 5):
         for t in (TIMESTEPS[:1].expand(rows), torch.tensor([500, 0, 300, 0, 900])[:rows]):
             x = noise(rows).to(dtype)
             with torch.no_grad():
                 assert torch.equal(model(x, t), network(x, t))
     assert model.report["unseen_timesteps"] == {}
+
+
+def test_a_timestep_is_evaluated_once_for_each_number_of_rows_in_float32():
+    model = copy.deepcopy(precomputed())
+    calls = []
+    hook = model.outside.block.register_forward_hook(lambda *_: calls.append(1))
+    for rows in (2, 5, 5, 1):
+        assert torch.equal(outputs(model, rows), outputs(make(TinyUNet), rows))
+    hook.remove()
+    assert len(calls) == 6  # five timesteps at five rows and one at one row; the table is for two
 
 
 @pytest.mark.parametrize("place", ["cpu", "disk", "device"])
@@ -80,9 +89,9 @@ def test_features_of_a_request_are_made_once_for_each_conditioning():
 def test_requests_over_the_budget_are_forgotten_oldest_first():
     model = precomputed(Wide, request_bytes=2 * 10 * 4 * 4)  # ten timesteps of four float32, twice
     for guidance in (1.0, 2.0, 3.0, 3.0, 2.0):
-        outputs(model, 1, of=Wide, guidance=torch.tensor([guidance]))
+        outputs(model, of=Wide, guidance=torch.tensor([guidance, guidance]))
     assert model.outside.evaluations == 3
-    outputs(model, 1, of=Wide, guidance=torch.tensor([1.0]))
+    outputs(model, of=Wide, guidance=torch.tensor([1.0, 1.0]))
     assert model.outside.evaluations == 4
 
 
@@ -213,6 +222,8 @@ def test_what_the_user_did_wrong():
         tfmq_fx.precompute(network, example=given, timesteps=range(1000))
     with pytest.raises(TFMQError, match="timesteps: a network alone has no sampling run"):
         tfmq_fx.precompute(network, example=given)
+    with pytest.raises(TFMQError, match="the network is precomputed already"):
+        tfmq_fx.precompute(precomputed(), example=given, timesteps=TIMESTEPS)
     with pytest.raises(TFMQError, match="prompt: is an argument for a pipeline"):
         tfmq_fx.precompute(network, example=given, timesteps=TIMESTEPS, prompt="a cat")
     with pytest.raises(TFMQError, match="block='gpu': is unknown"):

@@ -79,9 +79,10 @@ def precompute(
     request_bytes: the most bytes of the tables of requests; the oldest are forgotten.
     pipe_kwargs: passed to the pipeline: a prompt, a size, a guidance scale.
 
-    Numerics, on the CPU: in half precision, and in float32 for calls with as many samples as the example's (a pipeline's: of its run),
-    outputs equal the network's, bit for bit. In float32 at other numbers, and for features of a request, a matrix product is summed in
-    another order: the features are within a few roundings, about 1e-6 of their largest value.
+    Numerics, on the CPU: outputs equal the network's, bit for bit. In float32, the order in which a matrix product is summed depends on
+    the number of rows. So features of a request, whose timesteps are computed in one batch, are within a few roundings, about 1e-6 of
+    their largest value. A table is made for as many samples as the example's (a pipeline's: of its run); at another number of them, a
+    feature is evaluated once for each timestep. With `finite` inputs, or without the layers, it is then within roundings, too.
 
     Raises TFMQError for bad input, naming it; for a network without a temporal block, and for a schedule of which no table is smaller
     than the layers.
@@ -114,8 +115,17 @@ def _given(
         raise TFMQError(
             f"{missing}: a network alone has no sampling run; give example={{argument: tensor, ..}} and timesteps=."
         )
-    require_ready(network)
+    _require_float(network)
     return network, dict(example), timesteps
+
+
+def _require_float(network: nn.Module) -> None:
+    """Raise TFMQError unless this is a plain float network that has its temporal block."""
+    require_ready(network)
+    if isinstance(network, PrecomputedModel):
+        raise TFMQError(
+            "precompute: the network is precomputed already; for another schedule, give the float network."
+        )
 
 
 def _run(
@@ -131,7 +141,7 @@ def _run(
         raise TFMQError("example: a pipeline makes its own; give the arguments of its call instead.")
     which: dict[str, Any] = {"timestep": settings.timestep, "component": settings.component}
     network = denoiser(pipe, **which)
-    require_ready(network)
+    _require_float(network)
     with repeated(network) as calls:
         data = CalibrationSet.record(
             pipe,
@@ -199,6 +209,7 @@ def _precomputed(
             tables=state.tables,
             place=place,
             most_bytes=request_bytes,
+            batch=batch if any(x.dtype == torch.float32 for x in tensors_of(layers).values()) else None,
         )
     gm = GraphModule(gm, gm.graph)  # only with what the graph reads
     set_state(gm, state)

@@ -37,7 +37,7 @@ from tfmq_fx.artefact.outside import (
     opened_graph,
 )
 from tfmq_fx.artefact.plain import is_json
-from tfmq_fx.base.ambient import neutral, no_autocast, traced
+from tfmq_fx.base.ambient import neutral, traced
 from tfmq_fx.base.arguments import leaves
 from tfmq_fx.base.arithmetic import NETWORK_DTYPES
 from tfmq_fx.base.errors import TFMQError, nearest_names
@@ -676,10 +676,14 @@ class QuantizedGraph(DropIn):
         """Return the form of the graph, and its features: all of them where a value is in no table."""
         assert self.outside is not None
         given = dict(zip(self.interface.inputs, inputs, strict=True))
-        with no_autocast():
+        with neutral():
             if self.recipe.get("unseen") == "float" and not self.outside.covers(given):
                 return "opened", self.outside.evaluate(given)
-            return "network", self.outside.look_up(given) if self.outside.taken else []
+            taken = self.outside.look_up(given) if self.outside.taken else []
+            if not self.outside.rounds_at(given):
+                return "network", taken
+            found = dict(zip(self.outside.features, self.outside.at_rows(given), strict=True))
+            return "opened", list((found | dict(zip(self.outside.taken, taken, strict=True))).values())
 
     def _opened(self) -> GraphModule:
         """Return the graph with all features as inputs, in the block's order."""

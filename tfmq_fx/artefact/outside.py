@@ -67,6 +67,7 @@ class Outside:
     timestep: the name of that input. tables: input name -> its known values (K, ...), the timestep first.
     place: where the block's weights are: "cpu", "disk" (a memory-mapped file), or "device", which is the network's.
     most_bytes: of the tables of requests that are kept. The newest is kept however large it is.
+    batch: the number of rows for which the network's own tables have the very values of its layers; None: any number.
     mapped: True if the block's weights are memory-mapped already.
 
     Several threads may call it at once. Raises TFMQError for an unknown place.
@@ -82,18 +83,20 @@ class Outside:
         tables: Mapping[str, Tensor],
         place: str = "cpu",
         most_bytes: int = REQUEST_BYTES,
+        batch: int | None = None,
         mapped: bool = False,
     ) -> None:
         if place not in PLACES:
             raise TFMQError(f"block={place!r}: is unknown; use one of {', '.join(PLACES)}.")
         self.features, self.taken, self.timestep = tuple(features), tuple(taken), timestep
         self.tables = {n: x.cpu() for n, x in tables.items()}
-        self.place, self.most_bytes = place, most_bytes
+        self.place, self.most_bytes, self.batch = place, most_bytes, batch
         self.block = fresh(block)
         self._inputs = list(placeholders(block))
         self._lock = threading.Lock()
         self._requests: OrderedDict[bytes, _Table] = OrderedDict()
-        self._columns: list[_Column] = []
+        self._columns: list[_Column] = []  # of the taken features
+        self._all_columns: list[_Column] = []
         self.evaluations = 0  # requests whose table was made
         if place == "cpu":
             self.to(torch.device("cpu"))
@@ -113,6 +116,7 @@ class Outside:
             "taken": list(self.taken),
             "place": self.place,
             "most_bytes": self.most_bytes,
+            "batch": self.batch,
         }
 
     @property
@@ -125,14 +129,14 @@ class Outside:
         return next(iter(tensors_of(self.block).values())).device
 
     def to(self, device: torch.device) -> None:
-        """Move the block's weights, and what its graph makes, to a device. Requests' tables are forgotten."""
+        """Move the block's weights, and what its graph makes, to a device."""
         _own(self.block, {n: x.detach().to(device) for n, x in tensors_of(self.block).items()})
         move_to_device(self.block, device=device)
-        with self._lock:
-            self._requests.clear()
 
     def follow(self, device: torch.device) -> None:
-        """Move to the device of the network, if that is the block's place."""
+        """Let the network be on another device: the block moves if that is its place, and tables are forgotten."""
+        with self._lock:
+            self._requests.clear()
         if self.place == "device":
             self.to(device)
 
@@ -187,7 +191,37 @@ class Outside:
             values = tables[keys[0]].values[step]
         else:
             values = torch.stack([tables[key].values[i] for key, i in zip(keys, step.unbind(), strict=True)])
-        return [values[:, c.start : c.end].reshape(-1, *c.shape).to(c.dtype) for c in self._columns]
+        return _apart(values, self._columns)
+
+    def rounds_at(self, inputs: Mapping[str, Tensor]) -> bool:
+        """Return True if the network's own tables differ from its layers in a call with so many rows.
+
+        Products of float32 matrices on a CPU are summed in an order that depends on the number of rows.
+        """
+        t = inputs[self.timestep]
+        plain = t.dim() == 1 and len(self.tables) == 1 and t.device.type == self.device.type == "cpu"
+        return plain and self.batch not in (None, len(t))
+
+    @torch.no_grad()
+    def at_rows(self, inputs: Mapping[str, Tensor]) -> list[Tensor]:
+        """Return all features of a call as the layers compute them for so many rows. Those of a request mean nothing."""
+        t, found = inputs[self.timestep], []
+        distinct, index = t.unique(return_inverse=True)
+        with self._lock:
+            for value in distinct:
+                key = (
+                    b"rows"
+                    + bytes(str(len(t)), "ascii")
+                    + value.reshape(1).view(torch.uint8).numpy().tobytes()
+                )
+                if key not in self._requests:
+                    made = self.evaluate({**inputs, self.timestep: value.expand(len(t))})
+                    row, self._all_columns = _side_by_side([feature[:1] for feature in made])
+                    self._requests[key] = _Table(row)
+                self._requests.move_to_end(key)
+                found.append(self._requests[key].values)
+            self._forget()
+        return _apart(torch.cat(found)[index], self._all_columns)
 
     @property
     def conditions(self) -> list[str]:
@@ -214,10 +248,14 @@ class Outside:
         for key in keys:
             self._requests.move_to_end(key)
             found[key] = self._requests[key]
+        self._forget()
+        return found
+
+    def _forget(self) -> None:
+        """Forget the oldest tables over the budget, but not the newest."""
         total = sum(table.size for table in self._requests.values())
         while total > self.most_bytes and len(self._requests) > 1:
             total -= self._requests.popitem(last=False)[1].size
-        return found
 
     def _evaluated(self, rows: list[int], inputs: Mapping[str, Tensor]) -> list[Tensor]:
         """Return for each of these rows of a call the taken features at every timestep, side by side: (T, F)."""
@@ -238,19 +276,25 @@ class Outside:
                 n: x if n in whole else x[start : start + MOST_ROWS].to(self.device) for n, x in given.items()
             }
             features = dict(zip(self.features, self.block(*(part[n] for n in self._inputs)), strict=True))
-            found.append(self._side_by_side([features[n] for n in self.taken]).to(here))
+            flat, self._columns = _side_by_side([features[n] for n in self.taken])
+            found.append(flat.to(here))
         self.evaluations += len(rows)
         return list(torch.cat(found).split(steps))
 
-    def _side_by_side(self, features: list[Tensor]) -> Tensor:
-        """Return features (R, ...) each as one (R, F), in a dtype that holds all of them, and remember the columns."""
-        columns, start = [], 0
-        for x in features:
-            width = x[0].numel()
-            columns.append(_Column(start, start + width, tuple(x.shape[1:]), x.dtype))
-            start += width
-        self._columns = columns
-        return torch.cat([x.reshape(len(x), -1) for x in features], dim=1)
+
+def _side_by_side(features: list[Tensor]) -> tuple[Tensor, list[_Column]]:
+    """Return features (R, ...) each as one (R, F), in a dtype that holds all of them, and where each lies in it."""
+    columns, start = [], 0
+    for x in features:
+        width = x[0].numel()
+        columns.append(_Column(start, start + width, tuple(x.shape[1:]), x.dtype))
+        start += width
+    return torch.cat([x.reshape(len(x), -1) for x in features], dim=1), columns
+
+
+def _apart(values: Tensor, columns: Sequence[_Column]) -> list[Tensor]:
+    """Return the features (N, ...) that lie side by side in rows (N, F)."""
+    return [values[:, c.start : c.end].reshape(-1, *c.shape).to(c.dtype) for c in columns]
 
 
 def closed_graph(

@@ -37,6 +37,7 @@ def own_written_buffers(gm: GraphModule) -> None:
 @contextmanager
 def kept(tensors: Mapping[str, Tensor]) -> Iterator[None]:
     """Give these tensors the values back that they have now, on exit."""
+    tensors = {name: value for name, value in tensors.items() if not value.is_meta}  # those have no values
     before = {name: value.detach().clone() for name, value in tensors.items()}
     try:
         yield
