@@ -11,7 +11,7 @@ import torch
 import tfmq_fx
 from benchmarks.networks.small import TIMESTEPS, Labelled, ScalarTime, TinyUNet, calibration, make
 from tests.helpers.maintenance import W4A8, guided_data
-from tests.helpers.precomputed import BETWEEN, Half, Pooled, Wide, chosen, example, noise, precomputed
+from tests.helpers.precomputed import BETWEEN, Framed, Half, Pooled, Wide, chosen, example, noise, precomputed
 from tfmq_fx.artefact.graph_json import tensors_of
 from tfmq_fx.base.errors import TFMQError
 
@@ -41,7 +41,7 @@ def test_outputs_are_the_networks_bit_for_bit(dtype):
     assert model.report["unseen_timesteps"] == {}
 
 
-def test_a_timestep_is_evaluated_once_for_each_number_of_rows_in_float32():
+def test_a_timestep_is_evaluated_once_for_each_number_of_rows():
     model = copy.deepcopy(precomputed())
     calls = []
     hook = model.outside.block.register_forward_hook(lambda *_: calls.append(1))
@@ -119,7 +119,7 @@ def test_finite_labels_are_tabled_where_that_pays():
         outputs(model, of=Labelled, class_labels=other, timestep=t),
         outputs(network, of=Labelled, class_labels=other, timestep=t),
     )
-    with pytest.raises(TFMQError, match="class_labels=4: not among the 2 values declared finite"):
+    with pytest.raises(TFMQError, match=r"class_labels=4: not among the 2 values .*Precompute with it"):
         outputs(
             precomputed(Labelled, labels=2, timesteps=(900, 800), unseen="error"),
             of=Labelled, class_labels=other,
@@ -224,6 +224,9 @@ def test_what_the_user_did_wrong():
         tfmq_fx.precompute(network, example=given)
     with pytest.raises(TFMQError, match="the network is precomputed already"):
         tfmq_fx.precompute(precomputed(), example=given, timesteps=TIMESTEPS)
+    tokens = {**given, "timestep": TIMESTEPS[:6].reshape(2, 3)}
+    with pytest.raises(TFMQError, match=r"has shape \(N, 3\), one value per token"):
+        tfmq_fx.precompute(make(Framed), example=tokens, timesteps=TIMESTEPS)
     with pytest.raises(TFMQError, match="prompt: is an argument for a pipeline"):
         tfmq_fx.precompute(network, example=given, timesteps=TIMESTEPS, prompt="a cat")
     with pytest.raises(TFMQError, match="block='gpu': is unknown"):

@@ -50,6 +50,8 @@ class PrecomputedModel(SavedModel):
     """A float network whose temporal features come from tables; see `tfmq_fx.precompute`."""
 
     kind, is_float = "precomputed", True
+    again = "precompute again with an example"
+    seen = "Precompute with it, or with unseen='float'"
 
 
 class QuantizedModel(SavedModel):

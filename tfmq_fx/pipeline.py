@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 
 from tfmq_fx.artefact.drop_in import Interface
+from tfmq_fx.artefact.forms import closed_graph
 from tfmq_fx.artefact.graph_json import tensors_of
-from tfmq_fx.artefact.outside import Outside, closed_graph
+from tfmq_fx.artefact.outside import Outside
 from tfmq_fx.artefact.plain import plain_config
 from tfmq_fx.base.ambient import neutral
 from tfmq_fx.base.errors import TFMQError

@@ -79,9 +79,9 @@ def precompute(
     request_bytes: the most bytes of the tables of requests; the oldest are forgotten.
     pipe_kwargs: passed to the pipeline: a prompt, a size, a guidance scale.
 
-    Numerics, on the CPU: outputs equal the network's, bit for bit. In float32, the order in which a matrix product is summed depends on
-    the number of rows. So features of a request, whose timesteps are computed in one batch, are within a few roundings, about 1e-6 of
-    their largest value. A table is made for as many samples as the example's (a pipeline's: of its run); at another number of them, a
+    Numerics, on the CPU: outputs equal the network's, bit for bit. But the order in which a matrix product is summed may depend on the
+    number of rows; in float32 it does. So features of a request, whose timesteps are computed in one batch, are within a few roundings,
+    about 1e-6 of their largest value in float32. A table is made for as many samples as the example's (a pipeline's: of its run); at another number of them, a
     feature is evaluated once for each timestep. With `finite` inputs, or without the layers, it is then within roundings, too.
 
     Raises TFMQError for bad input, naming it; for a network without a temporal block, and for a schedule of which no table is smaller
@@ -209,7 +209,7 @@ def _precomputed(
             tables=state.tables,
             place=place,
             most_bytes=request_bytes,
-            batch=batch if any(x.dtype == torch.float32 for x in tensors_of(layers).values()) else None,
+            batch=batch,
         )
     gm = GraphModule(gm, gm.graph)  # only with what the graph reads
     set_state(gm, state)

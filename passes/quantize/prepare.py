@@ -16,7 +16,7 @@ from tfmq_fx.base.arithmetic import NETWORK_DTYPES
 from tfmq_fx.base.errors import TFMQError
 from tfmq_fx.base.parallel import workers
 from tfmq_fx.graph.inputs import placeholders, require_input, timestep_input
-from tfmq_fx.graph.nodes import attribute, fresh, meta_value, weight_argument
+from tfmq_fx.graph.nodes import attribute, fixed_size, fresh, meta_value, weight_argument
 from tfmq_fx.graph.state import captured_of, set_state
 from tfmq_fx.observers.temporal import TemporalObserver
 from tfmq_fx.observers.weight import PerChannelWeightFakeQuantize
@@ -149,6 +149,12 @@ def _keyed(
     timestep = str(timestep_input(gm, temporal.timestep if temporal else None).target)
     given = {timestep: timesteps, **(finite or {})}
     tables = {n: as_values(v, "timesteps" if n == timestep else f"finite[{n!r}]") for n, v in given.items()}
+    if isinstance(t := meta_value(placeholders(gm)[timestep]), Tensor) and t.dim() > 1:
+        sizes = ", ".join("N" if fixed_size(d) is None else str(int(d)) for d in t.shape)
+        raise TFMQError(
+            f"timestep={timestep!r}: has shape ({sizes}), one value per token; only one per sample, (N,), or one for all, (), can be "
+            "in a table."
+        )
     for name, values in tables.items():
         _check_shape(require_input(gm, name, argument="finite"), name, values)
     return timestep, tables, temporal or find_temporal(gm, timestep=timestep, finite=finite or ())

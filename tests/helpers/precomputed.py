@@ -31,6 +31,13 @@ class Wide(Guided):
         self.emb1, self.emb2, self.emb3 = nn.Linear(64, 4), nn.Linear(64, 4), nn.Linear(64, 4)
 
 
+class Framed(TinyUNet):
+    """A timestep for each of three tokens, of which only the mean counts."""
+
+    def forward(self, sample, timestep):
+        return super().forward(sample, timestep.float().mean(1))
+
+
 class Pooled(nn.Module):
     """A mean of tokens joins the time embedding, so that what lies behind it is no function of the timestep alone."""
 

@@ -24,18 +24,13 @@ from torch._subclasses import FakeTensor
 from torch.fx import GraphModule
 
 from tfmq_fx.artefact.float_network import Facts, FloatModule, facts_of, stand_in
+from tfmq_fx.artefact.forms import closed_graph, flat_graph, float_graph, opened_graph
 from tfmq_fx.artefact.gradients import wants_gradient, with_gradients
 from tfmq_fx.artefact.graph_json import graph_to_json
 from tfmq_fx.artefact.known import unknown_values
 from tfmq_fx.artefact.nan_rows import with_nan_rows
 from tfmq_fx.artefact.outputs import describe_output, output_class
-from tfmq_fx.artefact.outside import (
-    Outside,
-    closed_graph,
-    flat_graph,
-    float_graph,
-    opened_graph,
-)
+from tfmq_fx.artefact.outside import Outside
 from tfmq_fx.artefact.plain import is_json
 from tfmq_fx.base.ambient import neutral, traced
 from tfmq_fx.base.arguments import leaves
@@ -202,6 +197,9 @@ class DropIn(nn.Module):
     """
 
     is_float = False  # True: nothing in it is quantized, so it can be
+    # What the user can do about an argument that is fixed, and about a value that no table has.
+    again = "quantize again with calibration data"
+    seen = "Calibrate with this schedule, or use Recipe(unseen='nearest')"
 
     def __init__(
         self,
@@ -340,8 +338,8 @@ class DropIn(nn.Module):
     def load_lora_adapter(self, *_: Any, **__: Any) -> None:
         """Raise TFMQError: a quantized network's weights are integers, so it takes no adapters."""
         raise TFMQError(
-            "LoRA: a quantized network takes no adapters; load them into the float pipeline, call pipe.fuse_lora() "
-            "and pipe.unload_lora_weights(), and quantize that."
+            f"LoRA: a {'precomputed' if self.is_float else 'quantized'} network takes no adapters; load them into the float pipeline, call pipe.fuse_lora() "
+            f"and pipe.unload_lora_weights(), and {self.again.split()[0]} that."
         )
 
     def register_to_config(self, **values: Any) -> None:
@@ -494,7 +492,7 @@ class DropIn(nn.Module):
                 remedy = "that has the new value" if value is not None else "without it, or give it"
                 raise TFMQError(
                     f"forward: {name!r} was {fixed!r} when the network was captured and is fixed in the graph"
-                    f"{', but is left out here' if value is None else ''}; quantize again with calibration data {remedy}."
+                    f"{', but is left out here' if value is None else ''}; {self.again} {remedy}."
                 )
 
     def _timestep(self, value: Any, batch: int) -> Tensor:
@@ -550,12 +548,12 @@ class DropIn(nn.Module):
     def _unseen_words(self, name: str, value: Tensor, table: Tensor) -> str:
         what = "calibrated timesteps" if name == self.interface.timestep else "values declared finite"
         if table.dim() > 1:
-            return f"{name}={value.tolist()}: not among the {len(table)} {what}; calibrate with it, or use Recipe(unseen='nearest')."
+            return f"{name}={value.tolist()}: not among the {len(table)} {what}; {self.seen[0].lower()}{self.seen[1:]}."
         below = table[table < value].max().item() if (table < value).any() else None
         above = table[table > value].min().item() if (table > value).any() else None
         return (
             f"{name}={value.item()}: not among the {len(table)} {what}; its neighbours are {below} and {above}. "
-            "Calibrate with this schedule, or use Recipe(unseen='nearest')."
+            f"{self.seen}."
         )
 
 
