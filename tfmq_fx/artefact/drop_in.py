@@ -578,6 +578,10 @@ class QuantizedGraph(DropIn):
         self.outside = outside
         self._made: dict[str, GraphModule] = {}  # other forms of the graph, on the same tensors
 
+    def __reduce__(self) -> Any:
+        new, arguments, state = super().__reduce__()
+        return new, arguments, {**state, "_made": {}}
+
     def parts(self) -> dict[str, Any]:
         more = {} if self.outside is None else {"outside": self.outside}
         return super().parts() | more
