@@ -121,7 +121,7 @@ def _decision(
     options: Mapping[str, Option],
     kind: str | None,
     chosen: str,
-    barred: str | None,
+    reason: str | None,
 ) -> Decision:
     state = state_of(gm)
     layers, own = sum(options[RECONSTRUCT].tensors.values()), 0
@@ -131,7 +131,7 @@ def _decision(
     words = {
         TABLE: f"{own} bytes in a table; its layers, some shared: {layers}",
         REQUEST: f"{own} bytes for a request; its layers, some shared: {layers}",
-        COMPUTED: barred or f"{own} bytes for {len(state.timesteps)} timesteps are not fewer than its layers take: {layers}, some shared",
+        COMPUTED: reason or f"{own} bytes for {len(state.timesteps)} timesteps are not fewer than its layers take: {layers}, some shared",
     }  # fmt: skip
     return Decision(
         feature=name,
