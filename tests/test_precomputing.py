@@ -11,7 +11,18 @@ import torch
 import tfmq_fx
 from benchmarks.networks.small import TIMESTEPS, Labelled, ScalarTime, TinyUNet, calibration, make
 from tests.helpers.maintenance import W4A8, guided_data
-from tests.helpers.precomputed import BETWEEN, Framed, Half, Pooled, Wide, chosen, example, noise, precomputed
+from tests.helpers.precomputed import (
+    BETWEEN,
+    Framed,
+    Half,
+    Pooled,
+    Wide,
+    chosen,
+    example,
+    noise,
+    placed,
+    precomputed,
+)
 from tfmq_fx.artefact.graph_json import tensors_of
 from tfmq_fx.base.errors import TFMQError
 
@@ -53,7 +64,7 @@ def test_a_timestep_is_evaluated_once_for_each_number_of_rows():
 
 @pytest.mark.parametrize("place", ["cpu", "disk", "device"])
 def test_a_timestep_outside_the_table_evaluates_the_block(place):
-    model = precomputed(block=place)
+    model = placed(precomputed(), place)
     for t in (torch.tensor([BETWEEN, 7]), torch.tensor([900, 7])):  # all outside, and one of two
         assert torch.equal(outputs(model, timestep=t), outputs(make(TinyUNet), timestep=t))
     assert model.report["unseen_timesteps"]["7"] > 0

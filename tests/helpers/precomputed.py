@@ -1,5 +1,6 @@
 """Networks without their temporal block. Each is precomputed once."""
 
+import copy
 import functools
 
 import torch
@@ -9,6 +10,7 @@ from torch.nn import functional as F
 import tfmq_fx
 from benchmarks.networks.small import TIMESTEPS, Labelled, TinyUNet, make, sinusoid
 from tests.helpers.maintenance import Guided
+from tfmq_fx.artefact.outside import Outside
 
 BETWEEN = 901  # not in TIMESTEPS
 
@@ -74,6 +76,14 @@ def precomputed(network=TinyUNet, dtype=torch.float32, timesteps=TIMESTEPS, labe
         for n, x in example(network).items()
     }
     return tfmq_fx.precompute(make(network).to(dtype), example=given, timesteps=timesteps, **settings)
+
+
+def placed(model, place):
+    """Return a copy of the model whose block is at another place."""
+    found, old = copy.deepcopy(model), model.outside
+    settings = {**old.settings(), "place": place}
+    found.outside = Outside(old.block, timestep=old.timestep, tables=old.tables, **settings)
+    return found
 
 
 def chosen(model):

@@ -21,7 +21,7 @@ from benchmarks.networks.small import (
     make,
 )
 from tests.helpers.elsewhere import DEVICE, Elsewhere, MixedDevices, device, moved
-from tests.helpers.precomputed import BETWEEN, Wide, example, precomputed
+from tests.helpers.precomputed import BETWEEN, Wide, example, placed, precomputed
 from tfmq_fx.artefact.drop_in import Interface
 from tfmq_fx.artefact.graph_json import tensors_of
 from tfmq_fx.capturing import captured
@@ -137,7 +137,7 @@ def test_a_quantized_network_is_called_and_saved_there(tmp_path):
 
 @pytest.mark.parametrize("place", ["cpu", "device"])
 def test_the_block_of_a_precomputed_network_stays_or_comes_along(place):
-    model = copy.deepcopy(precomputed(Wide, block=place))
+    model = placed(precomputed(Wide), place)
     cases = [TIMESTEPS[:2], torch.tensor([BETWEEN, 0])]
     given = [{**example(Wide), "timestep": t} for t in cases]
     with torch.no_grad():
