@@ -190,6 +190,8 @@ def test_exported_the_block_is_in_the_file_where_a_request_needs_it(tmp_path):
 
 
 def test_compiled():
+    whole = torch.compile(precomputed(unseen="nearest"), backend="eager", fullgraph=True)
+    assert torch.equal(outputs(whole), outputs(precomputed(unseen="nearest")))
     model = precomputed(Wide)
     compiled = torch.compile(model, backend="aot_eager")
     for t in (TIMESTEPS[:2], torch.tensor([BETWEEN, 900])):

@@ -656,7 +656,8 @@ class QuantizedGraph(DropIn):
 
         In the caller's autocast, its float operators use that precision, as the float network's do.
         """
-        network, more = self.network, list[Tensor]()
+        network = self.network
+        more: list[Tensor] = []
         if self.outside is not None:
             network, more = self._with_features(inputs)
         return (
