@@ -30,7 +30,8 @@ from tfmq_fx.passes.quantize.cast_glue import cast_glue
 from tfmq_fx.passes.quantize.convert import convert
 from tfmq_fx.passes.quantize.find_blocks import Block, find_blocks
 from tfmq_fx.passes.quantize.float_at_unseen import float_at_unseen
-from tfmq_fx.passes.quantize.prepare import prepare
+from tfmq_fx.passes.quantize.open_temporal import open_temporal
+from tfmq_fx.passes.quantize.prepare import prepare, prepare_float
 from tfmq_fx.passes.quantize.state import State, state_of
 from tfmq_fx.passes.temporal.find_temporal import TemporalBlock, find_temporal
 from tfmq_fx.passes.temporal.insert_step_index import insert_step_index
@@ -64,8 +65,10 @@ __all__ = [
     "low_rank",
     "move_to_device",
     "onednn_kernels",
+    "open_temporal",
     "partition_temporal",
     "prepare",
+    "prepare_float",
     "remove_noops",
     "rescale_temporal",
     "rescale_tokens",

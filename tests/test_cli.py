@@ -6,6 +6,7 @@ import torch
 from diffusers import DDIMPipeline, DDIMScheduler, UNet2DModel
 from PIL import Image
 
+import tfmq_fx
 from benchmarks.networks.pipelines import ddpm
 from benchmarks.networks.zoo import ZOO
 from tests.helpers.command_line import corrupt, run
@@ -27,6 +28,18 @@ def test_inspect_shows_the_block(monkeypatch, capsys):
     assert code == 0
     assert "11 features" in out
     assert "up_blocks.2.resnets.1.time_emb_proj" in out
+
+
+def test_precompute_writes_tables(monkeypatch, capsys, tmp_path):
+    ddpm().save_pretrained(tmp_path / "pipe")
+    source = ("--model", tmp_path / "pipe", "--steps", 2)
+    code, out, err = run(monkeypatch, capsys, "precompute", tmp_path / "p", *source)
+    assert code == 0, err
+    assert "temporal features at 2 timesteps: " in out
+    model = tfmq_fx.load(tmp_path / "p")
+    assert model.report["command"].startswith("tfmq precompute")
+    code, _, err = run(monkeypatch, capsys, "precompute", tmp_path / "q", *source, "--unseen", "nothing")
+    assert (code, "Recipe.unseen: 'nothing' is unknown" in err) == (2, True)
 
 
 def spec(name, x):

@@ -16,7 +16,7 @@ ROOMS = (
     "base", "graph", "observers", "recipe", "settings",
     "passes.pass_manager", "passes.clean", "passes.temporal", "passes.low_bits", "passes.quantize", "passes.int8", "passes",
     "artefact", "calibration", "capturing", "reconstruction", "maintenance", "runtimes", "evaluation", "choices",
-    "model", "pipeline", "diffusers_quantizer", "demo", "inspection", "bit_widths", "report", "options", "cli", "__init__",
+    "model", "precomputing", "pipeline", "diffusers_quantizer", "demo", "inspection", "bit_widths", "report", "options", "cli", "__init__",
 )  # fmt: skip
 
 
@@ -156,6 +156,8 @@ def test_no_architecture_is_named_anywhere():
         assert not found, (module, found)
 
 
-@pytest.mark.parametrize("name", ["capture", "quantize", "prepare", "convert", "mixed_precision", "load"])
+@pytest.mark.parametrize(
+    "name", ["capture", "quantize", "prepare", "convert", "mixed_precision", "load", "precompute"]
+)
 def test_no_submodule_takes_the_name_of_a_public_function(name):
     assert f"tfmq_fx.{name}" not in FILES

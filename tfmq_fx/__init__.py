@@ -27,9 +27,10 @@ if TYPE_CHECKING:
     from tfmq_fx.capturing import capture
     from tfmq_fx.diffusers_quantizer import TFMQConfig
     from tfmq_fx.maintenance.stage import maintain
-    from tfmq_fx.model import QuantizedModel, load
+    from tfmq_fx.model import PrecomputedModel, QuantizedModel, load
     from tfmq_fx.passes import convert, prepare
     from tfmq_fx.pipeline import quantize
+    from tfmq_fx.precomputing import precompute
     from tfmq_fx.recipe import Recipe, Reconstruction, Rule
     from tfmq_fx.reconstruction.stage import reconstruct
     from tfmq_fx.runtimes.lowering import LoweredModel
@@ -39,6 +40,7 @@ __all__ = [
     "CalibrationPreset",
     "CalibrationSet",
     "LoweredModel",
+    "PrecomputedModel",
     "QuantizedModel",
     "Recipe",
     "Reconstruction",
@@ -54,6 +56,7 @@ __all__ = [
     "mixed_precision",
     "observers",
     "passes",
+    "precompute",
     "prepare",
     "quantize",
     "reconstruct",
@@ -65,6 +68,7 @@ _HOMES = {
     "CalibrationPreset": "calibration.presets",
     "CalibrationSet": "calibration.data",
     "LoweredModel": "runtimes.lowering",
+    "PrecomputedModel": "model",
     "QuantizedModel": "model",
     "Recipe": "recipe",
     "Reconstruction": "recipe",
@@ -78,6 +82,7 @@ _HOMES = {
     "load": "model",
     "maintain": "maintenance.stage",
     "mixed_precision": "bit_widths",
+    "precompute": "precomputing",
     "prepare": "passes",
     "quantize": "pipeline",
     "reconstruct": "reconstruction.stage",
@@ -112,7 +117,7 @@ def _register_quantizer(_: ModuleType) -> None:
 def _register_model(loading: ModuleType) -> None:
     """Let a pipeline's model_index.json name our model: ["tfmq_fx", "QuantizedModel"]."""
     # A lowered network has a save_pretrained that refuses, so that diffusers does not leave it out in silence.
-    names = ("QuantizedModel", "LoweredModel")
+    names = ("QuantizedModel", "PrecomputedModel", "LoweredModel")
     classes = {name: ["save_pretrained", "from_pretrained"] for name in names}
     loading.LOADABLE_CLASSES["tfmq_fx"] = classes
     loading.ALL_IMPORTABLE_CLASSES.update(classes)

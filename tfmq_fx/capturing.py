@@ -373,3 +373,12 @@ def capture_rows(
         except TFMQError:
             pass  # the first error is the one to show
         raise
+
+
+@keeps_buffers
+@torch.no_grad()
+def output_of(network: nn.Module, example: dict[str, Any]) -> Any:
+    """Return what the network returns by default for the arguments of the capture."""
+    given = pytree.tree_map(lambda x: x, example)  # the network may empty the lists that it is given
+    args, kwargs = call_of(network, {k: v for k, v in given.items() if k != "return_dict"})
+    return network(*args, **kwargs)

@@ -1,4 +1,4 @@
-"""The command line: tfmq inspect | quantize | sample | evaluate | report | export."""
+"""The command line: tfmq inspect | quantize | precompute | sample | evaluate | report | export."""
 
 from __future__ import annotations
 
@@ -25,6 +25,7 @@ from tfmq_fx.options import (
     Choices,
     Drawn,
     Folder,
+    Precomputing,
     RecipeOption,
     Reference,
     Rows,
@@ -271,6 +272,41 @@ def quantize(
     quantized.save_pretrained(output)
     shutil.rmtree(state, ignore_errors=True)
     _print_quantized(output, choices.recipe, quantized.report)
+
+
+@app.command()
+@from_groups
+def precompute(
+    output: Annotated[Path, typer.Argument(help="Folder to write: new, empty, or an earlier artefact.")],
+    source: Source,
+    taken: Precomputing,
+) -> None:
+    """Replace what the network computes from the timestep by tables, quantize nothing, and write the artefact."""
+    from tfmq_fx.artefact.saving import check_output_folder
+    from tfmq_fx.precomputing import precompute as run
+
+    check_output_folder(output)  # fail now, not after minutes of work
+    pipe = load_pipeline(*source.pipeline())
+    found = run(pipe, **taken.arguments(), **source.denoiser(), **source.arguments())
+    found.record_command(shlex.join(["tfmq", *sys.argv[1:]]))
+    found.save_pretrained(output)
+    _print_precomputed(output, found.report)
+
+
+def _print_precomputed(output: Path, report: Mapping[str, Any]) -> None:
+    """Print a summary of the report: how many features have which table, and the bytes."""
+    sizes, features = report["sizes"], report["maintenance"]["features"]
+    kinds = {kind: sum(f["chosen"] == kind for f in features) for kind in ("table", "request", "computed")}
+    out.print(
+        f"{output}: {len(features)} temporal features at {report['temporal_block']['timesteps']} timesteps: {kinds['table']} from a "
+        f"table, {kinds['request']} from one for each request, {kinds['computed']} computed as before"
+    )
+    out.print(
+        f"{sizes['float_bytes'] / 1e6:.2f} MB -> {sizes['quantized_bytes'] / 1e6:.2f} MB ({sizes['ratio']:.3f}), with "
+        f"{sizes['table_bytes'] / 1e6:.2f} MB of tables; {sizes['block_bytes'] / 1e6:.2f} MB of layers are kept apart"
+    )
+    for note in report["notes"]:
+        out.print(f"note: {note['name']}: {note['reason']}")
 
 
 def _chosen_recipe(choices: Choices) -> Any:

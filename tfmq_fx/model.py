@@ -1,8 +1,9 @@
-"""Call a quantized network like the float one, and save, load, export and lower it."""
+"""Call a quantized or precomputed network like the float one, and save, load, export and lower it."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -15,16 +16,16 @@ from tfmq_fx.runtimes.exporting import export
 from tfmq_fx.runtimes.lowering import LoweredModel, lower
 
 
-class QuantizedModel(QuantizedGraph):
-    """A converted graph behind the float network's calling convention, to be saved, exported and lowered."""
+class SavedModel(QuantizedGraph):
+    """A graph behind the float network's calling convention, to be saved and exported."""
 
     @classmethod
-    def from_pretrained(cls, folder: str | Path, *, torch_dtype: torch.dtype | None = None) -> QuantizedModel:
+    def from_pretrained(cls, folder: str | Path, *, torch_dtype: torch.dtype | None = None) -> SavedModel:
         """Load an artefact by `tfmq_fx.load`, for `DiffusionPipeline.from_pretrained`.
 
         torch_dtype: of everything but the integers and scales; None takes the dtype it was saved in.
         """
-        model = load(folder)
+        model: SavedModel = load(folder)
         return model if torch_dtype is None else model.to(torch_dtype)
 
     def _move_code(self, device: torch.device) -> None:
@@ -43,6 +44,18 @@ class QuantizedModel(QuantizedGraph):
     def export(self, file: str | Path, *, format: str | None = None, strict: bool = False) -> Exported:
         """Write the network for another runtime; see `tfmq_fx.runtimes.exporting.export`."""
         return export(self, file, format=format, strict=strict)
+
+
+class PrecomputedModel(SavedModel):
+    """A float network whose temporal features come from tables; see `tfmq_fx.precompute`."""
+
+    kind, is_float = "precomputed", True
+    again = "precompute again with an example"
+    seen = "Precompute with it, or with unseen='float'"
+
+
+class QuantizedModel(SavedModel):
+    """A quantized network, to be saved, exported and lowered."""
 
     def lower(
         self,
@@ -71,11 +84,13 @@ class QuantizedModel(QuantizedGraph):
 
 
 @neutral()
-def load(folder: str | Path) -> QuantizedModel:
+def load(folder: str | Path) -> Any:
     """Read an artefact written by `save_pretrained`. Integers and outputs are the same, bit for bit.
+
+    Returns a QuantizedModel, or the PrecomputedModel that was saved.
 
     Nothing in the folder is executed, and the network's own code is not needed. Raises TFMQError saying which
     file is missing, truncated, altered, of another version or not from a tfmq artefact. Raises it too when
     another process replaces the folder meanwhile.
     """
-    return read(folder, QuantizedModel)
+    return read(folder, {cls.kind: cls for cls in (QuantizedModel, PrecomputedModel)})

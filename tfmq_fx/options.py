@@ -31,7 +31,7 @@ Arguments = Annotated[
     list[str] | None,
     typer.Option("--argument", help="A pipeline argument as NAME=JSON, e.g. class_labels=[1,2]."),
 ]
-Folder = Annotated[Path, typer.Argument(help="A folder written by `tfmq quantize`.")]
+Folder = Annotated[Path, typer.Argument(help="A folder written by `tfmq quantize` or `tfmq precompute`.")]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -150,6 +150,36 @@ class Choices:
             help="Budget for the weights: each layer gets 4 or 8 bits, by its measured effect on the output. Default: the recipe's bits.",
         ),
     ] = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Precomputing:
+    """The arguments of `precompute` that are its own."""
+
+    steps: Annotated[int, typer.Option(min=1, help="Number of denoising steps of the schedule.")] = 50
+    finite: Annotated[
+        list[str] | None,
+        typer.Option(help="An input with finitely many values, as NAME=JSON, e.g. class_labels=[0,1,2]."),
+    ] = None
+    unseen: Annotated[
+        str,
+        typer.Option(
+            help="What a timestep outside the tables does: float (the layers are kept, and evaluated), nearest or error."
+        ),
+    ] = "float"
+    block: Annotated[
+        str,
+        typer.Option(help="Where the layers are kept: cpu, disk (memory-mapped) or device (the network's)."),
+    ] = "cpu"
+
+    def arguments(self) -> dict[str, Any]:
+        """Return the fields as keyword arguments of `precompute`."""
+        return {
+            "num_inference_steps": self.steps,
+            "finite": named_json("--finite", self.finite) or None,
+            "unseen": self.unseen,
+            "block": self.block,
+        }
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from pathlib import Path
@@ -10,27 +11,29 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule
-from torch.utils import _pytree as pytree
 
 from tfmq_fx.artefact.drop_in import Interface
+from tfmq_fx.artefact.forms import closed_graph
+from tfmq_fx.artefact.graph_json import tensors_of
+from tfmq_fx.artefact.outside import Outside
 from tfmq_fx.artefact.plain import plain_config
 from tfmq_fx.base.ambient import neutral
 from tfmq_fx.base.errors import TFMQError
 from tfmq_fx.base.progress import Clock
-from tfmq_fx.base.signatures import call_of
-from tfmq_fx.calibration.data import CalibrationSet
+from tfmq_fx.calibration.data import CalibrationSet, as_taken
 from tfmq_fx.calibration.pipelines import denoiser
 from tfmq_fx.calibration.ready import require_ready
 from tfmq_fx.calibration.stage import calibrate, input_maxima
-from tfmq_fx.capturing import captured, unwrapped
+from tfmq_fx.capturing import capture_rows, captured, output_of, unwrapped
 from tfmq_fx.choices import choose, is_open
 from tfmq_fx.evaluation.errors import measure_errors
 from tfmq_fx.evaluation.summary import summary
+from tfmq_fx.graph.inputs import placeholders
 from tfmq_fx.graph.nodes import fresh
 from tfmq_fx.graph.state import set_state
-from tfmq_fx.graph.written import keeps_buffers, kept, written_buffers
+from tfmq_fx.graph.written import kept, written_buffers
 from tfmq_fx.maintenance.stage import maintain
-from tfmq_fx.model import QuantizedModel
+from tfmq_fx.model import PrecomputedModel, QuantizedModel
 from tfmq_fx.passes.low_bits.low_rank import low_rank
 from tfmq_fx.passes.low_bits.rotate import rotate
 from tfmq_fx.passes.low_bits.smooth import smooth
@@ -64,7 +67,8 @@ def quantize(
 ) -> QuantizedModel:
     """Quantize a diffusion pipeline's denoiser, or any network that torch.export captures, by `stages`.
 
-    model: a diffusers pipeline, whose denoiser is quantized, or a network. It is left unchanged.
+    model: a diffusers pipeline, whose denoiser is quantized, or a network. It is left unchanged. Of a network from
+        `precompute`, the features stay tables (maintain="cache").
     recipe: a recipe, or the name of a preset.
     calibration: the calibration set. None records 64 trajectories of 50 steps with the pipeline's own
         scheduler, and 64 prompts of this library's own if the pipeline needs one.
@@ -101,10 +105,12 @@ def _quantized(
     settings: Settings,
 ) -> QuantizedModel:
     clock = Clock()
-    network = unwrapped(network, calibration.arguments(slice(0, 2), beside=network))
-    config = plain_config(network)
-    gm, example = captured(network, calibration, settings.timestep)
-    interface = Interface.of(network, gm, example, _output(network, example))
+    where: dict[str, Any] = {}
+    if isinstance(network, PrecomputedModel) and network.outside is not None:
+        # Its features stay tables, and its block stays where it is.
+        recipe = dataclasses.replace(recipe, maintain="cache")
+        where = {"place": network.outside.place, "most_bytes": network.outside.most_bytes}
+    network, gm, interface, config = _captured(network, calibration, settings)
     temporal = find_temporal(gm, timestep=settings.timestep, finite=settings.finite or ())
     block = extract_temporal(fresh(gm), temporal)
     clock.lap("capture")
@@ -126,11 +132,19 @@ def _quantized(
     if calibration.note:
         note = Note(name="calibration", reason=calibration.note, coarser=False)
         set_state(converted, state_of(converted).with_notes(note))
-    with kept({**written_buffers(gm), **written_buffers(converted)}):
-        errors = measure_errors(gm, converted, calibration, block=block, seed=settings.seed)
+    outside, closed = _outside(converted, block, temporal, where), converted
+    if outside is not None:
+        device = next(iter(tensors_of(converted).values())).device
+        closed = closed_graph(converted, outside, device, taken=outside.taken)
+        block = extract_temporal(
+            fresh(gm), dataclasses.replace(temporal, features=state_of(converted).features)
+        )
+    with kept({**written_buffers(gm), **written_buffers(closed)}):
+        errors = measure_errors(gm, closed, calibration, block=block, seed=settings.seed)
     clock.lap("measure")
     return QuantizedModel(
         converted,
+        outside=outside,
         interface=interface,
         timesteps=state_of(converted).timesteps,
         finite=state_of(converted).finite,
@@ -140,6 +154,42 @@ def _quantized(
             **summary(converted, network, seed=settings.seed, clock=clock, errors=errors),
             "choices": choices.report,
         },
+    )
+
+
+def _captured(
+    network: nn.Module, calibration: CalibrationSet, settings: Settings
+) -> tuple[nn.Module, GraphModule, Interface, dict[str, Any]]:
+    """Return the network that is captured, its graph, how it is called, and its config.
+
+    Of a precomputed network, that is the float network it was made from.
+    """
+    if isinstance(network, PrecomputedModel):
+        restored = network.restored()
+        rows = calibration.batch(torch.arange(min(2, len(calibration))))
+        example = {n: as_taken(restored, n, rows[n]) for n in placeholders(restored)}
+        gm, _ = capture_rows(restored, example, settings.timestep)
+        return restored, gm, network.interface, network.parts()["config"]
+    network = unwrapped(network, calibration.arguments(slice(0, 2), beside=network))
+    config = plain_config(network)
+    gm, example = captured(network, calibration, settings.timestep)
+    return network, gm, Interface.of(network, gm, example, output_of(network, example)), config
+
+
+def _outside(
+    converted: GraphModule, block: GraphModule, temporal: TemporalBlock, where: Mapping[str, Any]
+) -> Outside | None:
+    """Return the float block beside a converted graph that takes features as inputs; None for any other."""
+    state = state_of(converted)
+    if not state.outside:
+        return None
+    return Outside(
+        block,
+        features=temporal.features,
+        taken=state.outside,
+        timestep=state.timestep,
+        tables=state.tables,
+        **where,
     )
 
 
@@ -249,12 +299,3 @@ def _recorded(model: Any, settings: Settings) -> CalibrationSet:
         timestep=settings.timestep,
         component=settings.component,
     )
-
-
-@keeps_buffers
-@torch.no_grad()
-def _output(network: nn.Module, example: dict[str, Any]) -> Any:
-    """Return what the network returns by default for the arguments of the capture."""
-    given = pytree.tree_map(lambda x: x, example)  # the network may empty the lists that it is given
-    args, kwargs = call_of(network, {k: v for k, v in given.items() if k != "return_dict"})
-    return network(*args, **kwargs)

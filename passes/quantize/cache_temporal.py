@@ -23,6 +23,7 @@ from tfmq_fx.passes.temporal.insert_step_index import key_index
 from tfmq_fx.passes.temporal.partition_temporal import separate
 from tfmq_fx.recipe import CACHE_TYPES
 
+EXACT = "exact"  # the type of a table that has the features' own dtype
 ROOT = "temporal_cache"  # the prefix of the tables in the state dict
 
 
@@ -39,11 +40,11 @@ def cache_temporal(
 
     tables: feature -> (K, ...), its float values at all K values of its key (`feature_key`, row-major), as
         `tfmq_fx.maintenance.feature_tables` computes them from the float block.
-    cache_type: "float16", "bfloat16", or "int8" with a scale for each key and feature.
+    cache_type: "float16", "bfloat16", "int8" with a scale for each key and feature, or "exact", the features' own dtype.
 
     Numerics: a cached feature is its float value rounded to `cache_type`. The error is at most 2^-11 of the
-    value in float16 (3e-8 for values below 6e-5), 2^-8 of it in bfloat16, and 1/254 of the row's largest
-    absolute value in int8. A feature that is not in `tables` is bitwise unchanged: if it is computed from a
+    value in float16 (3e-8 for values below 6e-5), 2^-8 of it in bfloat16, 1/254 of the row's largest
+    absolute value in int8, and none in "exact". A feature that is not in `tables` is bitwise unchanged: if it is computed from a
     cached feature, that feature's layer is kept for it. At a value outside the table, a cached feature takes
     the value of its nearest neighbour.
 
@@ -52,8 +53,10 @@ def cache_temporal(
     values that `cache_type` cannot hold.
     """
     state = require_stage(gm, "calibrated", "reconstructed")
-    if cache_type not in CACHE_TYPES:
-        raise TFMQError(f"cache_type: {cache_type!r} is unknown; use one of {', '.join(CACHE_TYPES)}.")
+    if cache_type not in (*CACHE_TYPES, EXACT):
+        raise TFMQError(
+            f"cache_type: {cache_type!r} is unknown; use one of {', '.join((*CACHE_TYPES, EXACT))}."
+        )
     temporal = temporal_of(gm)
     for name in tables:
         if name not in temporal.features:
@@ -71,14 +74,14 @@ def cache_temporal(
         for name in names:
             _check_table(name, tables[name], rows=_rows(gm, key), cache_type=cache_type)
     before = separate(gm, temporal)
-    read = _constants(gm)
+    read = constants_read(gm)
     names_before = {n.name for n in gm.graph.nodes}
     renamed: dict[str, str] = {}
     for key, names in groups.items():
         renamed |= _look_up(gm, key, {n: tables[n] for n in names}, cache_type=cache_type, block=set(before))
-    _erase_unneeded(gm, before)
+    erase_unneeded(gm, before)
     rename_layers(gm, renamed)
-    _forget(gm, paths=read - _constants(gm), nodes=names_before - {n.name for n in gm.graph.nodes})
+    forget(gm, paths=read - constants_read(gm), nodes=names_before - {n.name for n in gm.graph.nodes})
     gm.delete_all_unused_submodules()
     gm.graph.lint()
     gm.recompile()
@@ -127,6 +130,8 @@ def encode(table_KF: Tensor, cache_type: str) -> tuple[Tensor, Tensor | None]:
 
     The scale maps max |x| to 127. It is 1 for a row of zeros.
     """
+    if cache_type == EXACT:
+        return table_KF, None
     if cache_type != "int8":
         return table_KF.to(getattr(torch, cache_type)), None
     largest = table_KF.abs().amax(1, keepdim=True)
@@ -172,7 +177,9 @@ def _look_up(
     call, nodes = gm.graph.call_function, {n.name: n for n in gm.graph.nodes}
     state = state_of(gm)
     index = key_index(gm, key, timestep=state.timestep, sizes=state.sizes)
-    flat = {name: table.detach().float().reshape(len(table), -1) for name, table in tables.items()}
+    flat = {name: table.detach().reshape(len(table), -1) for name, table in tables.items()}
+    if cache_type != EXACT:
+        flat = {name: table.float() for name, table in flat.items()}
     stored = {name: encode(table, cache_type) for name, table in flat.items()}
     path = _unused(gm, f"{ROOT}.{'_and_'.join(key)}")
     scales = [scale for _, scale in stored.values() if scale is not None]
@@ -220,8 +227,8 @@ def _unused(gm: GraphModule, path: str) -> str:
     return next(p for p in numbered if p not in taken)
 
 
-def _erase_unneeded(gm: GraphModule, block: list[Node]) -> None:
-    """Erase nodes that only the cached features needed, including in-place operators."""
+def erase_unneeded(gm: GraphModule, block: list[Node]) -> None:
+    """Erase nodes of the block that only the replaced features needed, including in-place operators."""
     needed = set(temporal_of(gm).nodes)
     for node in reversed(block):
         if node.name not in needed and not node.users:
@@ -229,7 +236,8 @@ def _erase_unneeded(gm: GraphModule, block: list[Node]) -> None:
     gm.graph.eliminate_dead_code()
 
 
-def _constants(gm: GraphModule) -> set[str]:
+def constants_read(gm: GraphModule) -> set[str]:
+    """Return the paths of the constants that the graph reads."""
     return {str(n.target) for n in gm.graph.find_nodes(op="get_attr")}
 
 
@@ -256,7 +264,7 @@ def rename_layers(gm: GraphModule, renamed: Mapping[str, str]) -> None:
     set_state(gm, dataclasses.replace(state, plan=plan))
 
 
-def _forget(gm: GraphModule, *, paths: set[str], nodes: set[str]) -> None:
+def forget(gm: GraphModule, *, paths: set[str], nodes: set[str]) -> None:
     """Remove these layers, floats and notes from the plan, and record the paths in the state (`removed`)."""
     state = state_of(gm)
     plan = state.plan

@@ -37,11 +37,15 @@ def float_at_unseen(gm: GraphModule, *, block: GraphModule) -> PassResult:
     Numerics: bitwise unchanged where every value is in its table; elsewhere a feature is bitwise the float
     block's. Scales per timestep outside the block are still those of the nearest neighbour.
 
+    A graph with features from outside is left as it is: all of them come from there at such a timestep.
+
     The plan notes how many bytes the float block takes. A feature whose rows are not the samples of the batch
     is left quantized, and noted as coarser. Raises TFMQError for a block with other features, and for one that
     needs an input which is not in the graph.
     """
     state = require_stage(gm, "calibrated", "reconstructed")
+    if state.outside:
+        return PassResult(gm, False)
     nodes = {n.name: n for n in gm.graph.nodes}
     if f"{state.timestep}{KNOWN}" in nodes:
         return PassResult(gm, False)

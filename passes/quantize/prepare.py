@@ -16,7 +16,7 @@ from tfmq_fx.base.arithmetic import NETWORK_DTYPES
 from tfmq_fx.base.errors import TFMQError
 from tfmq_fx.base.parallel import workers
 from tfmq_fx.graph.inputs import placeholders, require_input, timestep_input
-from tfmq_fx.graph.nodes import attribute, fresh, meta_value
+from tfmq_fx.graph.nodes import attribute, fixed_size, fresh, meta_value, weight_argument
 from tfmq_fx.graph.state import captured_of, set_state
 from tfmq_fx.observers.temporal import TemporalObserver
 from tfmq_fx.observers.weight import PerChannelWeightFakeQuantize
@@ -58,12 +58,7 @@ def prepare(
 
     Raises TFMQError for timesteps or finite values that are empty, repeated or not finite.
     """
-    timestep = str(timestep_input(gm, temporal.timestep if temporal else None).target)
-    given = {timestep: timesteps, **(finite or {})}
-    tables = {n: as_values(v, "timesteps" if n == timestep else f"finite[{n!r}]") for n, v in given.items()}
-    for name, values in tables.items():
-        _check_shape(require_input(gm, name, argument="finite"), name, values)
-    temporal = temporal or find_temporal(gm, timestep=timestep, finite=finite or ())
+    timestep, tables, temporal = _keyed(gm, timesteps, temporal, finite)
     sizes = {name: len(values) for name, values in tables.items()}
     settings: dict[str, Any] = {"recipe": recipe, "temporal": temporal, "sizes": sizes}
     quantizer = (
@@ -109,6 +104,60 @@ def prepare(
     gm.recompile()
     set_state(gm, _state(gm, recipe, temporal, tables, quantizer.plan))
     return gm
+
+
+def prepare_float(
+    gm: GraphModule,
+    recipe: Recipe,
+    *,
+    timesteps: Iterable[float] | Tensor,
+    temporal: TemporalBlock | None = None,
+    finite: Mapping[str, Iterable[Any] | Tensor] | None = None,
+) -> GraphModule:
+    """Return a copy of the graph in which nothing is quantized, ready for `cache_temporal`.
+
+    It gets the step index and a state, as `prepare` gives them, and no observers. So it counts as calibrated. Outputs are bitwise
+    unchanged. The arguments and errors are those of `prepare`.
+    """
+    timestep, tables, temporal = _keyed(gm, timesteps, temporal, finite)
+    gm = fresh(gm)
+    finite_tables = {n: v for n, v in tables.items() if n != timestep}
+    insert_step_index(gm, timesteps=tables[timestep], timestep=timestep, finite=finite_tables)
+    state = _state(gm, recipe, temporal, tables, Plan(layers=(), floats=()))
+    set_state(gm, dataclasses.replace(state, stage="calibrated", feature_paths=_weight_paths(gm, temporal)))
+    return gm
+
+
+def _weight_paths(gm: GraphModule, temporal: TemporalBlock) -> tuple[str, ...]:
+    """Return the path of each feature's weight; the node's name for a feature without one."""
+    nodes = {n.name: n for n in gm.graph.nodes}
+    found = []
+    for name in temporal.features:
+        at = weight_argument(nodes[name])
+        weight = None if at is None else nodes[name].args[at]
+        found.append(str(weight.target) if isinstance(weight, Node) and weight.op == "get_attr" else name)
+    return tuple(found)
+
+
+def _keyed(
+    gm: GraphModule,
+    timesteps: Iterable[float] | Tensor,
+    temporal: TemporalBlock | None,
+    finite: Mapping[str, Iterable[Any] | Tensor] | None,
+) -> tuple[str, dict[str, Tensor], TemporalBlock]:
+    """Return the timestep's name, the values of each finite input, the timestep first, and the temporal block."""
+    timestep = str(timestep_input(gm, temporal.timestep if temporal else None).target)
+    given = {timestep: timesteps, **(finite or {})}
+    tables = {n: as_values(v, "timesteps" if n == timestep else f"finite[{n!r}]") for n, v in given.items()}
+    if isinstance(t := meta_value(placeholders(gm)[timestep]), Tensor) and t.dim() > 1:
+        sizes = ", ".join("N" if fixed_size(d) is None else str(int(d)) for d in t.shape)
+        raise TFMQError(
+            f"timestep={timestep!r}: has shape ({sizes}), one value per token; only one per sample, (N,), or one for all, (), can be "
+            "in a table."
+        )
+    for name, values in tables.items():
+        _check_shape(require_input(gm, name, argument="finite"), name, values)
+    return timestep, tables, temporal or find_temporal(gm, timestep=timestep, finite=finite or ())
 
 
 def _state(

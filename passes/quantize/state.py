@@ -41,6 +41,8 @@ class State(Captured):
     # Written by `reconstruct`, `cache_temporal` and `maintain`.
     reconstruction: tuple[BlockResult, ...] = ()
     cached: tuple[CachedFeature, ...] = ()  # the features that are looked up
+    # The features that are inputs of the graph: what holds the graph computes them. They have left `features`.
+    outside: tuple[str, ...] = ()
     removed: tuple[str, ...] = ()  # paths of the parameters that are no longer read
     maintenance: Maintenance | None = None  # None: every feature is reconstructed
 
@@ -86,8 +88,13 @@ def require_stage(gm: GraphModule, *stages: str) -> State:
 
 
 def temporal_of(gm: GraphModule) -> TemporalBlock:
-    """Find the temporal block of a graph that went through `prepare`, despite its observers and look-ups."""
+    """Find the temporal block of a graph that went through `prepare`, despite its observers and look-ups.
+
+    It is empty if every feature is an input of the graph.
+    """
     state = state_of(gm)
+    if not state.features:  # all are inputs
+        return TemporalBlock(timestep=state.timestep, nodes=(), features=(), keys=(), feature_keys=())
     return find_temporal(
         gm, timestep=state.timestep, conditioning=state.conditioning, features=state.features
     )

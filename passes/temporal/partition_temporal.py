@@ -100,12 +100,14 @@ def partition_temporal(gm: GraphModule, *, temporal: TemporalBlock | None = None
 
         timestep -> n_1 -> .. -> f_i -> rest   ==>   timestep -> temporal_block -> getitem i -> rest
 
-    temporal: what `find_temporal` found; None finds it here. Raises TFMQError if the block cannot stand
-        alone.
+    temporal: what `find_temporal` found; None finds it here. Nothing changes for one without features. Raises
+        TFMQError if the block cannot stand alone.
     """
     if BLOCK_NAME in gm._modules:
         return PassResult(gm, False)
     temporal = temporal or find_temporal(gm)
+    if not temporal.features:
+        return PassResult(gm, False)
     block, nodes, inputs, outputs = _fuse(gm, temporal)
     # The block needs only inputs and constants, so it can run first, right after the placeholders.
     before = [*placeholders(gm).values(), *(n for n in inputs if n.op != "placeholder")]

@@ -10,6 +10,7 @@ from benchmarks.networks.small import TIMESTEPS, ScalarTime, TinyUNet, calibrati
 from tests.helpers.maintenance import BATCH, W4A8, Guided, Scaled, features, guided_data, maintained, prepared
 from tfmq_fx.artefact.graph_json import tensors_of
 from tfmq_fx.base.errors import TFMQError
+from tfmq_fx.graph.inputs import placeholders
 from tfmq_fx.maintenance.stage import maintain
 from tfmq_fx.maintenance.tables import feature_tables
 from tfmq_fx.passes import inline_modules
@@ -51,11 +52,31 @@ def test_a_graph_of_symbolic_trace_without_shapes():
     assert dataclasses.asdict(state_of(gm).maintenance)["bytes"]["chosen"] == 400
 
 
-def test_a_continuous_conditioning_is_refused_by_cache_and_reconstructed_by_auto():
-    with pytest.raises(
-        TFMQError, match=r"feature linear_\d: cannot be cached: it depends on guidance, not declared"
-    ):
-        maintain(prepared(Guided, maintain="cache"), guided_data())
+def test_a_continuous_conditioning_is_from_outside_with_cache():
+    gm = maintain(prepared(Guided, maintain="cache"), guided_data())
+    state = state_of(gm)
+    assert state.outside == ("linear_3",)
+    assert [row.chosen for row in state.maintenance.features] == ["cache", "request", "cache"]
+    assert list(placeholders(gm)) == ["sample", "timestep", "guidance", "linear_3"]
+    assert not {"emb2.weight", "guidance.weight", "time.weight"} & set(tensors_of(tfmq_fx.convert(gm)))
+
+
+def test_a_table_over_too_many_values_is_refused_where_the_timestep_is_one_for_all():
+    class Both(ScalarTime):
+        def forward(self, sample, timestep, shift):
+            return self.head(self.body(sample) + self.time(sinusoid(timestep, 8) + shift[:, None]))
+
+    x, shift = torch.randn(40, 4), torch.rand(40)
+    data = tfmq_fx.CalibrationSet.from_tensors({"sample": x, "timestep": BATCH["timestep"], "shift": shift})
+    given = {"sample": x[:3], "timestep": torch.tensor(900), "shift": shift[:3]}
+    gm = tfmq_fx.prepare(
+        tfmq_fx.capture(make(Both), given), dataclasses.replace(W4A8, maintain="cache"), timesteps=TIMESTEPS
+    )
+    with pytest.raises(TFMQError, match="cannot be cached: it depends on shift, not declared finite"):
+        maintain(tfmq_fx.calibrate(gm, data), data)
+
+
+def test_a_continuous_conditioning_is_reconstructed_by_auto():
     q = maintained(Guided, maintain="auto")
     rows = {r["path"]: r for r in dataclasses.asdict(state_of(q).maintenance)["features"]}
     assert {p: r["chosen"] for p, r in rows.items()} == {

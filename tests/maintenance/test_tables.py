@@ -1,14 +1,13 @@
 """A feature's value at each value of its key."""
 
-import pytest
 import torch
 from torch.nn import functional as F
 
 from benchmarks.networks.small import TIMESTEPS, Labelled, TinyUNet, labelled_data, make, sinusoid
 from tests.helpers.maintenance import prepared
-from tfmq_fx.base.errors import TFMQError
 from tfmq_fx.maintenance.stage import maintain
 from tfmq_fx.maintenance.tables import feature_tables
+from tfmq_fx.passes.quantize.state import state_of
 
 
 def test_the_tables_are_the_float_blocks_values():
@@ -20,9 +19,9 @@ def test_the_tables_are_the_float_blocks_values():
         torch.testing.assert_close(table, value)
 
 
-def test_past_max_table_entries_a_feature_has_no_table():
-    gm = prepared(Labelled, maintain="cache", max_table_entries=49)
-    with pytest.raises(
-        TFMQError, match="10 x 5 values of timestep, class_labels exceed max_table_entries=49"
-    ):
-        maintain(gm, labelled_data())
+def test_past_max_table_entries_a_feature_has_no_table_but_one_for_each_request():
+    gm = maintain(prepared(Labelled, maintain="cache", max_table_entries=49), labelled_data())
+    for row in state_of(gm).maintenance.features:
+        assert row.chosen == "request"
+        assert row.why == "10 x 5 values of timestep, class_labels exceed max_table_entries=49"
+    assert state_of(gm).features == ()

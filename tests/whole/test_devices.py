@@ -1,5 +1,6 @@
 """Every stage on a device that refuses tensors of another: the same integers as on the CPU."""
 
+import copy
 import dataclasses
 import tempfile
 from contextlib import nullcontext
@@ -12,6 +13,7 @@ import tfmq_fx
 from benchmarks.networks.small import (
     CALIBRATION,
     FAST,
+    TIMESTEPS,
     Labelled,
     Sized,
     TinyUNet,
@@ -19,12 +21,14 @@ from benchmarks.networks.small import (
     make,
 )
 from tests.helpers.elsewhere import DEVICE, Elsewhere, MixedDevices, device, moved
+from tests.helpers.precomputed import BETWEEN, Wide, example, placed, precomputed
 from tfmq_fx.artefact.drop_in import Interface
 from tfmq_fx.artefact.graph_json import tensors_of
 from tfmq_fx.capturing import captured
 from tfmq_fx.choices import choose
 from tfmq_fx.evaluation.errors import measure_errors
 from tfmq_fx.graph.nodes import attribute, fresh
+from tfmq_fx.passes.clean.move_to_device import move_to_device
 from tfmq_fx.passes.pass_manager import PassManager
 from tfmq_fx.passes.temporal.find_temporal import find_temporal
 from tfmq_fx.passes.temporal.partition_temporal import extract_temporal
@@ -127,6 +131,25 @@ def test_a_quantized_network_is_called_and_saved_there(tmp_path):
             q.save_pretrained(tmp_path / place)
     assert torch.equal(parts["here"], parts["there"])
     assert torch.equal(tfmq_fx.load(tmp_path / "there")(data.tensors["sample"][:4], 300), parts["here"])
+
+
+@pytest.mark.parametrize("place", ["cpu", "device"])
+def test_the_block_of_a_precomputed_network_stays_or_comes_along(place):
+    model = placed(precomputed(Wide), place)
+    cases = [TIMESTEPS[:2], torch.tensor([BETWEEN, 0])]
+    given = [{**example(Wide), "timestep": t} for t in cases]
+    with torch.no_grad():
+        expected = [model(**x) for x in given]
+    copied = copy.deepcopy(model)  # without tables of requests
+    with device(), torch.no_grad():
+        moved(copied.network)
+        move_to_device(copied.network, device=DEVICE)
+        copied.outside.follow(DEVICE)
+        assert copied.outside.device.type == ("cpu" if place == "cpu" else DEVICE.type)
+        for x, output in zip(given, expected, strict=True):
+            found = copied(**{n: value.to(DEVICE) for n, value in x.items()})
+            assert found.device == DEVICE
+            assert torch.equal(found.cpu(), output)
 
 
 def test_streams_on_disk_come_back_to_the_device(tmp_path, monkeypatch):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import inspect
 import json
 import logging
 import threading
@@ -19,13 +20,17 @@ from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses import FakeTensor
 from torch.fx import GraphModule
 
 from tfmq_fx.artefact.float_network import Facts, FloatModule, facts_of, stand_in
+from tfmq_fx.artefact.forms import closed_graph, flat_graph, float_graph, opened_graph
 from tfmq_fx.artefact.gradients import wants_gradient, with_gradients
 from tfmq_fx.artefact.graph_json import graph_to_json
+from tfmq_fx.artefact.known import unknown_values
 from tfmq_fx.artefact.nan_rows import with_nan_rows
 from tfmq_fx.artefact.outputs import describe_output, output_class
+from tfmq_fx.artefact.outside import Outside
 from tfmq_fx.artefact.plain import is_json
 from tfmq_fx.base.ambient import neutral, traced
 from tfmq_fx.base.arguments import leaves
@@ -36,7 +41,8 @@ from tfmq_fx.graph.inputs import placeholders, timestep_input
 from tfmq_fx.graph.nodes import fixed_size
 from tfmq_fx.graph.state import captured_of
 from tfmq_fx.passes.quantize.cast_glue import cast_glue
-from tfmq_fx.passes.temporal.partition_temporal import temporal_block_of
+from tfmq_fx.passes.temporal.insert_step_index import TIMESTEPS
+from tfmq_fx.passes.temporal.partition_temporal import BLOCK_NAME, temporal_block_of
 
 log = logging.getLogger(__name__)
 
@@ -190,6 +196,11 @@ class DropIn(nn.Module):
     config: the float network's config. recipe: `Recipe.to_json()`. report: see `report`.
     """
 
+    is_float = False  # True: nothing in it is quantized, so it can be
+    # What the user can do about an argument that is fixed, and about a value that no table has.
+    again = "quantize again with calibration data"
+    seen = "Calibrate with this schedule, or use Recipe(unseen='nearest')"
+
     def __init__(
         self,
         network: nn.Module,
@@ -260,6 +271,22 @@ class DropIn(nn.Module):
         else:
             setattr(self._float, name, value)
 
+    @property
+    def call_signature(self) -> inspect.Signature:
+        """Return the signature of the float network's forward."""
+        face, found = self.interface, list[inspect.Parameter]()
+        kind: Any = inspect.Parameter.POSITIONAL_OR_KEYWORD
+        for name, default in face.arguments.items():
+            given = inspect.Parameter.empty if name in face.required else default
+            if name == face.rest:
+                found.append(inspect.Parameter(name, inspect.Parameter.VAR_POSITIONAL))
+                kind = inspect.Parameter.KEYWORD_ONLY
+                continue
+            if given is inspect.Parameter.empty and any(p.default is not p.empty for p in found):
+                kind = inspect.Parameter.KEYWORD_ONLY
+            found.append(inspect.Parameter(name, kind, default=given))
+        return inspect.Signature(found)
+
     def parts(self) -> dict[str, Any]:
         """Return the constructor's arguments except `network`, to build another form of the same network."""
         return {
@@ -311,8 +338,8 @@ class DropIn(nn.Module):
     def load_lora_adapter(self, *_: Any, **__: Any) -> None:
         """Raise TFMQError: a quantized network's weights are integers, so it takes no adapters."""
         raise TFMQError(
-            "LoRA: a quantized network takes no adapters; load them into the float pipeline, call pipe.fuse_lora() "
-            "and pipe.unload_lora_weights(), and quantize that."
+            f"LoRA: a {'precomputed' if self.is_float else 'quantized'} network takes no adapters; load them into the float pipeline, call pipe.fuse_lora() "
+            f"and pipe.unload_lora_weights(), and {self.again.split()[0]} that."
         )
 
     def register_to_config(self, **values: Any) -> None:
@@ -465,7 +492,7 @@ class DropIn(nn.Module):
                 remedy = "that has the new value" if value is not None else "without it, or give it"
                 raise TFMQError(
                     f"forward: {name!r} was {fixed!r} when the network was captured and is fixed in the graph"
-                    f"{', but is left out here' if value is None else ''}; quantize again with calibration data {remedy}."
+                    f"{', but is left out here' if value is None else ''}; {self.again} {remedy}."
                 )
 
     def _timestep(self, value: Any, batch: int) -> Tensor:
@@ -512,29 +539,21 @@ class DropIn(nn.Module):
 
         The graph itself always takes the nearest entry.
         """
-        given = given.detach().cpu()
-        if given.is_floating_point() and table.is_floating_point():
-            # In half precision, a schedule's value is that value rounded.
-            coarser = max(given.dtype, table.dtype, key=lambda d: torch.finfo(d).eps)
-            given, table = given.to(coarser), table.to(coarser)
-        else:
-            same = given.is_floating_point() == table.is_floating_point()
-            given = given.to(table.dtype if same else torch.float64)
-        for value in given.reshape(-1, *table.shape[1:]).unique(dim=0):
-            if not (table == value).reshape(len(table), -1).all(1).any():
-                if self.recipe.get("unseen") == "error":
-                    raise TFMQError(self._unseen_words(name, value, table))
-                self._unseen[name].add(value.item() if value.dim() == 0 else tuple(value.tolist()))
+        missing, table = unknown_values(given, table)
+        for value in missing:
+            if self.recipe.get("unseen") == "error":
+                raise TFMQError(self._unseen_words(name, value, table))
+            self._unseen[name].add(value.item() if value.dim() == 0 else tuple(value.tolist()))
 
     def _unseen_words(self, name: str, value: Tensor, table: Tensor) -> str:
         what = "calibrated timesteps" if name == self.interface.timestep else "values declared finite"
         if table.dim() > 1:
-            return f"{name}={value.tolist()}: not among the {len(table)} {what}; calibrate with it, or use Recipe(unseen='nearest')."
+            return f"{name}={value.tolist()}: not among the {len(table)} {what}; {self.seen[0].lower()}{self.seen[1:]}."
         below = table[table < value].max().item() if (table < value).any() else None
         above = table[table > value].min().item() if (table > value).any() else None
         return (
             f"{name}={value.item()}: not among the {len(table)} {what}; its neighbours are {below} and {above}. "
-            "Calibrate with this schedule, or use Recipe(unseen='nearest')."
+            f"{self.seen}."
         )
 
 
@@ -544,39 +563,137 @@ def _blank(cls: Any) -> Any:
 
 
 class QuantizedGraph(DropIn):
-    """A converted graph behind the float network's calling convention. All runtimes start from it."""
+    """A converted graph behind the float network's calling convention. All runtimes start from it.
+
+    outside: the float temporal block beside the graph, if it makes features that the graph takes as inputs, after its
+        own, or features at values that are in no table. None: the graph computes or has everything.
+    """
 
     network: GraphModule
+    kind = "quantized"  # of the artefact
 
-    def __init__(self, network: GraphModule, **parts: Any) -> None:
+    def __init__(self, network: GraphModule, *, outside: Outside | None = None, **parts: Any) -> None:
         super().__init__(network, **parts)
         _own(network)
+        self.outside = outside
+        self._made: dict[str, GraphModule] = {}  # other forms of the graph, on the same tensors
+
+    def __reduce__(self) -> Any:
+        new, arguments, state = super().__reduce__()
+        return new, arguments, {**state, "_made": {}}
+
+    def parts(self) -> dict[str, Any]:
+        more = {} if self.outside is None else {"outside": self.outside}
+        return super().parts() | more
 
     @property
     def temporal_block(self) -> GraphModule:
         """Return the temporal block: timestep (N,), and the conditioning that joins it -> features."""
+        if self.outside is not None and BLOCK_NAME not in self.network._modules:
+            return self.outside.block
         return temporal_block_of(self.network)
 
     def in_float32(self) -> QuantizedGraph:
         """Return the same network in float32, with the same integers; itself if it is."""
         return self if self.dtype == torch.float32 else type(self)(self.network, **self.parts()).float()
 
+    def closed(self, *, strict: bool = False) -> tuple[QuantizedGraph, tuple[str, ...]]:
+        """Return the network with the temporal block in it, for what runs a graph alone, and notes on what differs.
+
+        It is the network itself if the graph has everything. strict: raise TFMQError for what differs.
+        """
+        notes = []
+        if self.outside is None:
+            return self, ()
+        if self.outside.taken:
+            size = f"{self.outside.size} bytes of the float temporal block"
+            notes.append(
+                f"{size} are in it, and compute the features that depend on {', '.join(self.outside.conditions)}"
+            )
+        if self.recipe.get("unseen") == "float":
+            notes.append("a timestep or value outside the tables takes the features of its nearest neighbour")
+        if strict and notes:
+            raise TFMQError(f"strict: {'; '.join(notes)}.")
+        network = self._closed() if self.outside.taken else self.network
+        return type(self)(network, **{**self.parts(), "outside": None}), tuple(notes)
+
+    def _closed(self) -> GraphModule:
+        assert self.outside is not None
+        if "closed" not in self._made:
+            self._made["closed"] = closed_graph(
+                self.network, self.outside, self.device, taken=self.outside.taken
+            )
+        return self._made["closed"]
+
+    def restored(self) -> GraphModule:
+        """Return a graph that computes all features from the inputs, as the float network did; the graph itself if it cannot."""
+        gm = self.network
+        if self.outside is not None:
+            gm = closed_graph(self._opened(), self.outside, self.device, taken=self.outside.features)
+        return float_graph(flat_graph(gm), tables=(TIMESTEPS, *(f"{name}_table" for name in self.finite)))
+
     def _precise(self) -> Collection[str]:
-        return {self.interface.timestep, *placeholders(self.temporal_block)}
+        block = {} if self.outside is None else placeholders(self.outside.block)
+        return {self.interface.timestep, *placeholders(self.temporal_block), *block}
 
     def _cast_code(self, dtype: torch.dtype) -> None:
         before = self.dtype
         super()._cast_code(dtype)
         inputs = example_inputs(self, batch=2)
-        self.network = cast_glue(self.network, list(inputs.values()), before=before, after=dtype)
+        taken = [] if self.outside is None else self.outside.taken_of(inputs)
+        self.network = cast_glue(self.network, [*inputs.values(), *taken], before=before, after=dtype)
         _own(self.network)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Self:
+        super()._apply(fn, recurse)
+        self._made = {}
+        if self.outside is not None:
+            self.outside.follow(self.device)
+        return self
 
     def _compute(self, inputs: list[Tensor]) -> Any:
         """Run the graph, with straight-through gradients if an input needs one.
 
         In the caller's autocast, its float operators use that precision, as the float network's do.
         """
-        return with_gradients(self.network, inputs) if wants_gradient(inputs) else self.network(*inputs)
+        network = self.network
+        more: list[Tensor] = []
+        if self.outside is not None:
+            network, more = self._with_features(inputs)
+        return (
+            with_gradients(network, [*inputs, *more]) if wants_gradient(inputs) else network(*inputs, *more)
+        )
+
+    def _with_features(self, inputs: list[Tensor]) -> tuple[GraphModule, list[Tensor]]:
+        """Return the form of the graph that computes a call, and the features that it takes beside the inputs."""
+        assert self.outside is not None
+        if any(
+            isinstance(x, FakeTensor) for x in inputs
+        ):  # an export, which needs a graph without anything outside
+            return (self._closed() if self.outside.taken else self.network), []
+        kind, more = self._features(inputs)
+        return (self._opened() if kind == "opened" else self.network), more
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def _features(self, inputs: list[Tensor]) -> tuple[str, list[Tensor]]:
+        """Return the form of the graph, and its features: all of them where a value is in no table."""
+        assert self.outside is not None
+        given = dict(zip(self.interface.inputs, inputs, strict=True))
+        with neutral():
+            if self.recipe.get("unseen") == "float" and not self.outside.covers(given):
+                return "opened", self.outside.evaluate(given)
+            taken = self.outside.look_up(given) if self.outside.taken else []
+            if not self.outside.rounds_at(given):
+                return "network", taken
+            found = dict(zip(self.outside.features, self.outside.at_rows(given), strict=True))
+            return "opened", list((found | dict(zip(self.outside.taken, taken, strict=True))).values())
+
+    def _opened(self) -> GraphModule:
+        """Return the graph with all features as inputs, in the block's order."""
+        assert self.outside is not None
+        if "opened" not in self._made:
+            self._made["opened"] = opened_graph(self.network, self.outside.features)
+        return self._made["opened"]
 
     @neutral()
     def get_extra_state(self) -> Tensor:

@@ -4,6 +4,7 @@
     diffusion_pytorch_model.safetensors         see below
     graph.json                                  the quantized graph, so that the network's code is not needed
     report.json                                 what was quantized and how
+    temporal_block.safetensors, .json           the float temporal block, where it is kept outside the network
 
 Tensors carry the network's state-dict names. A quantized weight W is stored as three tensors: W_q (integers),
 W_scale and W_zero_point, per output channel, with W = (q - zero_point) * scale. With groups, W_q has the
@@ -49,6 +50,7 @@ from tfmq_fx.artefact.graph_json import (
     packed_tensors,
     tensors_of,
 )
+from tfmq_fx.artefact.outside import Outside
 from tfmq_fx.base.arithmetic import IntegerRange, pack_bits, unpack_bits
 from tfmq_fx.base.errors import TFMQError, first_line
 from tfmq_fx.base.files import finite_json, replace_folder, require_writable, sha256_of
@@ -67,6 +69,7 @@ CONFIG, WEIGHTS, GRAPH, REPORT = (
     "graph.json",
     "report.json",
 )
+BLOCK_WEIGHTS, BLOCK_GRAPH = "temporal_block.safetensors", "temporal_block.json"
 
 
 def save(model: QuantizedGraph, folder: Path) -> None:
@@ -119,8 +122,11 @@ def _write(model: QuantizedGraph, folder: Path) -> None:
     save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
     _dump(folder / GRAPH, graph_to_json(model.network))
     _dump(folder / REPORT, finite_json(model.report))
+    outside = None if model.outside is None else _write_outside(model.outside, folder)
+    files = (WEIGHTS, GRAPH) if outside is None else (WEIGHTS, GRAPH, BLOCK_WEIGHTS, BLOCK_GRAPH)
     quantization = {
         "quant_method": QUANT_METHOD,
+        "kind": model.kind,
         "format_version": FORMAT_VERSION,
         "recipe": model.recipe,
         "timesteps": model.timesteps.tolist(),
@@ -128,7 +134,8 @@ def _write(model: QuantizedGraph, folder: Path) -> None:
         "finite": {n: {"values": v.tolist(), "dtype": _dtype_name(v.dtype)} for n, v in model.finite.items()},
         "interface": dataclasses.asdict(model.interface),
         "tensors": manifest,
-        "sha256": {name: sha256_of(folder / name) for name in (WEIGHTS, GRAPH)},
+        "outside": outside,
+        "sha256": {name: sha256_of(folder / name) for name in files},
     }
     # The digest is of the config as it will be read: all keys of JSON are strings.
     config = json.loads(json.dumps({**model.parts()["config"], "quantization_config": quantization}))
@@ -136,8 +143,32 @@ def _write(model: QuantizedGraph, folder: Path) -> None:
     _dump(folder / CONFIG, config)
 
 
-def read(folder: str | Path, model: type[M]) -> M:
-    """Read an artefact and return it as an instance of the class `model`; see `tfmq_fx.load`."""
+def _write_outside(outside: Outside, folder: Path) -> dict[str, Any]:
+    """Write the temporal block that is outside the network, and return what else is needed to read it."""
+    tensors = {n: x.contiguous().cpu() for n, x in tensors_of(outside.block).items()}
+    save_file(tensors, folder / BLOCK_WEIGHTS, metadata={"format": "pt"})
+    _dump(folder / BLOCK_GRAPH, graph_to_json(outside.block))
+    manifest = {n: {"shape": list(x.shape), "dtype": _dtype_name(x.dtype)} for n, x in tensors.items()}
+    return {**outside.settings(), "tensors": manifest}
+
+
+def _read_outside(
+    folder: Path, written: Mapping[str, Any] | None, *, timestep: str, tables: Mapping[str, Tensor]
+) -> Outside | None:
+    """Return the temporal block that is outside the network, if there is one."""
+    if written is None:
+        return None
+    with _reading(folder / BLOCK_WEIGHTS):
+        tensors = _read_tensors(folder / BLOCK_WEIGHTS, written["tensors"])
+    with _reading(folder / BLOCK_GRAPH):
+        block = graph_from_json(_read_json(folder / BLOCK_GRAPH), tensors)
+    settings = {n: x for n, x in written.items() if n != "tensors"}
+    with _reading(folder / CONFIG):
+        return Outside(block, timestep=timestep, tables=tables, mapped=True, **settings)
+
+
+def read(folder: str | Path, models: Mapping[str, type[M]]) -> M:
+    """Read an artefact and return it as an instance of the class for its kind; see `tfmq_fx.load`."""
     folder = Path(folder)
     if not os.path.isdir(folder):  # Path.is_dir raises for names that are too long
         raise TFMQError(f"{folder}: no such folder.")
@@ -160,26 +191,35 @@ def read(folder: str | Path, model: type[M]) -> M:
     with _reading(folder / GRAPH):
         graph = graph_from_json(_read_json(folder / GRAPH), tensors)
     report = _read_json(folder / REPORT)
-    if _identity(folder) != before:
-        raise TFMQError(f"{folder}: was replaced while it was read; load it again.")
     with _reading(folder / CONFIG):
         face = quantization["interface"]
         interface = Interface(**{**face, "required": tuple(face["required"])})
-        if list(interface.inputs) != list(placeholders(graph)):
-            raise TFMQError(
-                f"{folder / GRAPH}: takes {', '.join(placeholders(graph))}, but {CONFIG} says {', '.join(interface.inputs)}."
-            )
+        timesteps = torch.tensor(quantization["timesteps"], dtype=_dtype(quantization["timesteps_dtype"]))
+        finite = {
+            n: torch.tensor(v["values"], dtype=_dtype(v["dtype"])) for n, v in quantization["finite"].items()
+        }
+        model = models[quantization.get("kind", "quantized")]
+    outside = _read_outside(
+        folder, quantization.get("outside"), timestep=interface.timestep,
+        tables={interface.timestep: timesteps, **finite},
+    )  # fmt: skip
+    if _identity(folder) != before:
+        raise TFMQError(f"{folder}: was replaced while it was read; load it again.")
+    taken = [*interface.inputs, *(() if outside is None else outside.taken)]
+    if taken != list(placeholders(graph)):
+        raise TFMQError(
+            f"{folder / GRAPH}: takes {', '.join(placeholders(graph))}, but {CONFIG} says {', '.join(taken)}."
+        )
+    with _reading(folder / CONFIG):
         return model(
             graph,
             interface=interface,
-            timesteps=torch.tensor(quantization["timesteps"], dtype=_dtype(quantization["timesteps_dtype"])),
-            finite={
-                n: torch.tensor(v["values"], dtype=_dtype(v["dtype"]))
-                for n, v in quantization["finite"].items()
-            },
+            timesteps=timesteps,
+            finite=finite,
             config={n: v for n, v in config.items() if n != "quantization_config"},
             recipe=quantization["recipe"],
             report=report,
+            outside=outside,
         )
 
 
@@ -211,7 +251,7 @@ def _reading(file: Path) -> Iterator[None]:
 def _check_digests(folder: Path, config: Mapping[str, Any]) -> None:
     digests = config["quantization_config"]["sha256"]
     for name, digest in digests.items():
-        if name not in (WEIGHTS, GRAPH, CONFIG):
+        if name not in (WEIGHTS, GRAPH, CONFIG, BLOCK_WEIGHTS, BLOCK_GRAPH):
             raise TFMQError(f"{folder / CONFIG}: lists the unknown file {name[:80]!r}.")
         if not (folder / name).is_file():
             raise TFMQError(f"{folder / name}: missing.")

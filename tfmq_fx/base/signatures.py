@@ -24,10 +24,13 @@ def hides_arguments(network: nn.Module) -> bool:
 
 
 def signature_of(network: nn.Module) -> Signature:
-    """Return the signature of a network's forward; for a wrapper, that of the network in it.
+    """Return the signature of a network's forward; for a wrapper, that of the network in it, or its `call_signature`.
 
     A wrapper's own signature is returned if the networks in it are called in different ways.
     """
+    known = getattr(network, "call_signature", None)
+    if isinstance(known, Signature):
+        return known
     own = inspect.signature(network.forward)
     if not hides_arguments(network):
         return own

@@ -21,6 +21,8 @@ def require_ready(network: nn.Module) -> None:
     weights that are quantized by others, and weights on several devices.
     """
     if isinstance(network, DropIn):
+        if network.is_float:
+            return
         raise TFMQError(
             "calibration: the pipeline's denoiser is already quantized; record with the float network."
         )

@@ -37,8 +37,11 @@ def measure_errors(
 
     gm: the float graph. block: its temporal block (`extract_temporal`). seed: of the choice of rows.
     """
-    rows = temporal_rows(converted, calibration.tensors)
-    distance = temporal_distance(converted, block, rows)
+    rows: dict[str, Tensor] = {}
+    distance = None
+    if state_of(converted).features:  # else all come from outside
+        rows = temporal_rows(converted, calibration.tensors)
+        distance = temporal_distance(converted, block, rows)
     data = calibration.spread(ERROR_ROWS, seed=seed)
     return Errors(
         by_timestep=errors_by_timestep(gm, converted, data, rows, distance),

@@ -37,6 +37,7 @@ def own_written_buffers(gm: GraphModule) -> None:
 @contextmanager
 def kept(tensors: Mapping[str, Tensor]) -> Iterator[None]:
     """Give these tensors the values back that they have now, on exit."""
+    tensors = {name: value for name, value in tensors.items() if not _without_values(value)}
     before = {name: value.detach().clone() for name, value in tensors.items()}
     try:
         yield
@@ -45,6 +46,11 @@ def kept(tensors: Mapping[str, Tensor]) -> Iterator[None]:
             for name, value in tensors.items():
                 if not torch.equal(value, before[name]):
                     value.copy_(before[name])
+
+
+def _without_values(x: Tensor) -> bool:
+    """Return True for a plain tensor on the meta device. A subclass may have values there."""
+    return x.is_meta and type(x) in (Tensor, nn.Parameter)
 
 
 def keeps_buffers(function: F) -> F:

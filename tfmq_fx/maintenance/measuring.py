@@ -23,7 +23,7 @@ from tfmq_fx.calibration.temporal_rows import (
     temporal_rows,
 )
 from tfmq_fx.graph.inputs import placeholders
-from tfmq_fx.graph.nodes import ancestors, meta_value, on_device_of
+from tfmq_fx.graph.nodes import ancestors, dtype_of, meta_value, on_device_of
 from tfmq_fx.maintenance.choice import CACHE, RECONSTRUCT, Option
 from tfmq_fx.maintenance.tables import feature_tables, float_block, key_rows
 from tfmq_fx.passes.quantize.cache_temporal import decode, encode, feature_key, is_per_row
@@ -100,9 +100,10 @@ def cached_bytes(gm: GraphModule, name: str, cache_type: str) -> dict[str, int]:
     key, state = feature_key(gm, name), state_of(gm)
     sizes, values = state.sizes, state.tables
     rows = math.prod(sizes[n] for n in key)
-    fake = meta_value(next(n for n in gm.graph.nodes if n.name == name))
+    node = next(n for n in gm.graph.nodes if n.name == name)
+    fake = meta_value(node)
     width = _width(gm, name, fake, is_per_row(gm, key))
-    item = {"float16": 2, "bfloat16": 2, "int8": 1}[cache_type]
+    item = {"float16": 2, "bfloat16": 2, "int8": 1}.get(cache_type, dtype_of(node).itemsize)
     found = {f"{name}: cached": rows * (width * item + (4 if cache_type == "int8" else 0))}
     outside = _read_outside(gm)
     for n in key:

@@ -25,9 +25,11 @@ from tfmq_fx.maintenance.measuring import (
     needed_tensors,
     seconds_per_call,
 )
+from tfmq_fx.maintenance.paying import REQUEST, barred, request_bytes
 from tfmq_fx.maintenance.tables import feature_tables
 from tfmq_fx.passes.pass_manager import declare
-from tfmq_fx.passes.quantize.cache_temporal import cache_temporal, feature_key, uncacheable
+from tfmq_fx.passes.quantize.cache_temporal import ROOT, cache_temporal, feature_key, uncacheable
+from tfmq_fx.passes.quantize.open_temporal import open_temporal
 from tfmq_fx.passes.quantize.plan import Note
 from tfmq_fx.passes.quantize.results import Decision, Maintenance
 from tfmq_fx.passes.quantize.state import require_stage, state_of
@@ -41,13 +43,14 @@ def maintain(gm: GraphModule, calibration: CalibrationSet, *, seed: int = 0) -> 
     """Set the maintenance of each temporal feature of a calibrated graph, in place, by `recipe.maintain`.
 
     "reconstruct": do nothing.
-    "cache": look up every feature in a table of its float values, except features that use no weights.
+    "cache": look up every feature in a table of its float values, except features that use no weights. A feature that depends on an
+        input which is not finite becomes an input of the graph (`open_temporal`): what holds the graph computes it for each request.
     "auto": let `choose` take one of the two for each feature. Disturbance is measured on the feature (all keys) and
         on the network's output (`EFFECT_ROWS` rows, with only this feature quantized). The plan notes each feature
         that stays over the bound, because no option or the budget allows less.
 
     The graph's state has the decisions, the bytes and the seconds per call (`state_of(gm).maintenance`). Raises
-    TFMQError for a budget that is too small, and for "cache" if a feature has no finite key, naming the feature.
+    TFMQError for a budget that is too small, and for "cache" if a feature can have no table of either kind, naming it.
     """
     state = require_stage(gm, "calibrated", "reconstructed")
     recipe, features = state.recipe, state.features
@@ -55,23 +58,29 @@ def maintain(gm: GraphModule, calibration: CalibrationSet, *, seed: int = 0) -> 
         return gm
     forced = recipe.maintain == CACHE
     floats = {f: why for f in features if (why := uncacheable(gm, f)) is not None}
-    if forced:
-        for name in floats:
+    requests = [f for f in floats if forced and barred(gm, f) is None]
+    for name in floats if forced else ():
+        if name not in requests:
             feature_key(gm, name)  # raises
     before = converted_block(gm)
     needs = dict(zip(features, needed_tensors(gm, before), strict=True))
     # A feature that uses no weights, such as the timestep itself, is exact and free without a table.
     floats |= {n: "computing it takes no bytes" for n, tensors in needs.items() if not tensors}
+    floats |= {n: "it is a table already" for n, ts in needs.items() if any(ROOT in t.split(".") for t in ts)}
     cached = {n: cached_bytes(gm, n, recipe.cache_type) for n in features if n not in floats}
     options = measured_options(
         gm, calibration, reconstructed=list(needs.values()), cached=cached, seed=seed, effects=not forced
     )
+    for name in requests:
+        options[name][REQUEST] = Option(tensors=request_bytes(gm, name), distance=0.0)
     most = {n: CACHE if n in cached else RECONSTRUCT for n in features}  # every feature that can be is cached
+    most |= dict.fromkeys(requests, REQUEST)
     chosen = most if forced else choose(options, bound=recipe.maintain_bound, budget=recipe.maintain_bytes)
     decisions = _decisions(gm, options, chosen, floats, forced=forced)
     names = [n for n in features if chosen[n] == CACHE]
     cache_temporal(gm, tables=feature_tables(gm, names), cache_type=recipe.cache_type)
-    after = converted_block(gm) if names else before
+    open_temporal(gm, features=requests)
+    after = converted_block(gm) if state_of(gm).features else None
     found = Maintenance(
         bound=None if forced else recipe.maintain_bound,
         budget=None if forced else recipe.maintain_bytes,
@@ -84,11 +93,13 @@ def maintain(gm: GraphModule, calibration: CalibrationSet, *, seed: int = 0) -> 
         },
         seconds_per_call={
             RECONSTRUCT: seconds_per_call(gm, before),
-            "chosen": seconds_per_call(gm, after),
+            "chosen": 0.0 if after is None else seconds_per_call(gm, after),
         },
     )
     notes = [
-        Note(name=n, reason=f"reconstructed, not cached: {why}", coarser=False) for n, why in floats.items()
+        Note(name=n, reason=f"reconstructed, not cached: {why}", coarser=False)
+        for n, why in floats.items()
+        if n not in requests
     ]
     if not forced:
         notes += _over(options, chosen, recipe.maintain_bound)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor
@@ -18,12 +18,16 @@ from tfmq_fx.passes.temporal.partition_temporal import extract_temporal
 
 
 @torch.no_grad()
-def feature_tables(gm: GraphModule, features: Iterable[str] | None = None) -> dict[str, Tensor]:
+def feature_tables(
+    gm: GraphModule, features: Iterable[str] | None = None, *, batch: int | None = None
+) -> dict[str, Tensor]:
     """Return the float values of temporal features of a prepared graph at every value of their key: feature -> (K, ...).
 
     They are computed in pieces of 1024 rows, or row by row if the timestep has shape ().
 
     features: their names; None for all.
+    batch: compute each value as a call of the network with so many equal samples does. Libraries of matrix products
+        choose their order of summation by the number of rows, so the value is that call's, bit for bit.
 
     Raises TFMQError for a feature without a finite key, and for a block that needs inputs other than its keys.
     """
@@ -38,13 +42,28 @@ def feature_tables(gm: GraphModule, features: Iterable[str] | None = None) -> di
         wanted = [n for n in names if keys[n] == key]
         pieces: dict[str, list[Tensor]] = {n: [] for n in wanted}
         for part in chunks_of(key_rows(gm, key)):
-            values = dict(zip(all_features, run_temporal(block, part, scalar=scalar), strict=True))
+            computed = (
+                _in_batches(block, part, batch)
+                if batch and not scalar
+                else run_temporal(block, part, scalar=scalar)
+            )
+            values = dict(zip(all_features, computed, strict=True))
             for name in wanted:
                 value = values[name]
                 # With a scalar timestep, rows run one by one. Features that other inputs join keep a batch of one.
                 pieces[name].append(value[:, 0] if scalar and is_per_row(gm, key) else value)
         found |= {n: torch.cat(pieces[n]) for n in wanted}
     return found
+
+
+def _in_batches(block: GraphModule, rows: Mapping[str, Tensor], batch: int) -> tuple[Tensor, ...]:
+    """Return the block's features on each row (R, ...), each computed in a batch of `batch` equal rows."""
+    count = len(next(iter(rows.values())))
+    found = []
+    for i in range(count):
+        same = {n: x[i : i + 1].expand(batch, *x.shape[1:]) for n, x in rows.items()}
+        found.append([feature[:1] for feature in run_temporal(block, same)])
+    return tuple(torch.cat(feature) for feature in zip(*found, strict=True))
 
 
 def key_rows(gm: GraphModule, key: tuple[str, ...]) -> dict[str, Tensor]:

@@ -59,6 +59,7 @@ def export(
             'for OpenVINO, q.lower("cpu", strict=True) tells.'
         )
     require_writable(file)  # fail before minutes of tracing
+    model, notes = model.closed(strict=strict)
     frozen = () if chosen == "pt2" else frozen_buffers(model.network, strict=strict)
     start = time.perf_counter()
     found = _WRITERS[chosen](model if chosen == "pt2" else model.in_float32(), file, strict)
@@ -69,7 +70,7 @@ def export(
         file=file,
         bytes=sum(f.stat().st_size for f in _files(file)),
         seconds=time.perf_counter() - start,
-        **{**found, "notes": (*found.get("notes", ()), *frozen)},
+        **{**found, "notes": (*found.get("notes", ()), *notes, *frozen)},
     )
     log.info("export: %s", exported)
     return exported
@@ -93,7 +94,8 @@ def _files(file: Path) -> list[Path]:
 def _pt2(model: QuantizedGraph, file: Path, _strict: bool) -> dict[str, Any]:
     program = exported(model)
     replace_files(file, lambda path: save_program(program, path))
-    return {"notes": ("torch.export.load gives quantize/dequantize pairs around float kernels",)}
+    pairs = "torch.export.load gives quantize/dequantize pairs around float kernels"
+    return {"notes": () if model.is_float else (pairs,)}
 
 
 def _openvino(model: QuantizedGraph, folder: Path, _strict: bool) -> dict[str, Any]:

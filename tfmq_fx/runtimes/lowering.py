@@ -152,6 +152,7 @@ def lower(
         raise TFMQError(
             f'target "cpu": the network is on {model.device}; quantize it on the CPU, or load it from disk.'
         )
+    model, notes = model.closed(strict=strict)
     sums = byte_sums()
     in_float32 = model.in_float32()
     engine, compile = _engine(engine, compile=compile, pack=pack, model=in_float32, sums=sums)
@@ -185,8 +186,8 @@ def lower(
         "flops": {"total": total, "int8": int8},
         "kernels": kernels_to_json(lowered.kernels),
     }
-    if frozen and lowering["compiled"]:
-        lowering["notes"] = list(frozen)
+    if found := [*notes, *(frozen if lowering["compiled"] else ())]:
+        lowering["notes"] = found
     taken = [getattr(torch, spec["dtype"]) for spec in in_float32.interface.inputs.values()]
     return LoweredModel(model, lowered.network, taken=taken, lowering=lowering)
 
