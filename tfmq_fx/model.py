@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from tfmq_fx.artefact.drop_in import QuantizedGraph
-from tfmq_fx.artefact.saving import read, save
+from tfmq_fx.artefact.saving import MAX_MEMORY, read, save
 from tfmq_fx.base.ambient import neutral
 from tfmq_fx.passes.clean.move_to_device import move_to_device
 from tfmq_fx.runtimes.exported import Exported
@@ -71,11 +71,14 @@ class QuantizedModel(QuantizedGraph):
 
 
 @neutral()
-def load(folder: str | Path) -> QuantizedModel:
+def load(folder: str | Path, *, max_memory: float = MAX_MEMORY) -> QuantizedModel:
     """Read an artefact written by `save_pretrained`. Integers and outputs are the same, bit for bit.
+
+    max_memory: the GiB of integers that may lie in memory. If they take more, unpacked, they lie in temporary files
+        (in TMPDIR), of which only what a call needs is read, and the kernel can drop that again.
 
     Nothing in the folder is executed, and the network's own code is not needed. Raises TFMQError saying which
     file is missing, truncated, altered, of another version or not from a tfmq artefact. Raises it too when
     another process replaces the folder meanwhile.
     """
-    return read(folder, QuantizedModel)
+    return read(folder, QuantizedModel, max_memory=max_memory)

@@ -51,6 +51,7 @@ from tfmq_fx.artefact.graph_json import (
 )
 from tfmq_fx.base.arithmetic import IntegerRange, pack_bits, unpack_bits
 from tfmq_fx.base.errors import TFMQError, first_line
+from tfmq_fx.base.mapped import on_disk, require_free
 from tfmq_fx.base.files import finite_json, replace_folder, require_writable, sha256_of
 from tfmq_fx.graph.inputs import placeholders
 
@@ -67,6 +68,11 @@ CONFIG, WEIGHTS, GRAPH, REPORT = (
     "graph.json",
     "report.json",
 )
+
+
+# Bytes. Larger packed tensors wait in mapped files until all of them are written: safetensors takes all at once.
+MAPPED = 2**20
+MAX_MEMORY = 8.0  # GiB of unpacked integers that a loaded network holds in memory
 
 
 def save(model: QuantizedGraph, folder: Path) -> None:
@@ -116,6 +122,8 @@ def _write(model: QuantizedGraph, folder: Path) -> None:
             span = _integers(low, high, value.dtype)
             manifest[name] |= {"bits": span.bits, "quant_min": low, "quant_max": high}
             tensors[name] = pack_bits(value, span)
+            if tensors[name].numel() > MAPPED:
+                tensors[name] = on_disk(tensors[name])
     save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
     _dump(folder / GRAPH, graph_to_json(model.network))
     _dump(folder / REPORT, finite_json(model.report))
@@ -136,7 +144,7 @@ def _write(model: QuantizedGraph, folder: Path) -> None:
     _dump(folder / CONFIG, config)
 
 
-def read(folder: str | Path, model: type[M]) -> M:
+def read(folder: str | Path, model: type[M], *, max_memory: float = MAX_MEMORY) -> M:
     """Read an artefact and return it as an instance of the class `model`; see `tfmq_fx.load`."""
     folder = Path(folder)
     if not os.path.isdir(folder):  # Path.is_dir raises for names that are too long
@@ -156,7 +164,7 @@ def read(folder: str | Path, model: type[M]) -> M:
     with _reading(folder / CONFIG):
         _check_digests(folder, config)
     with _reading(folder / WEIGHTS):
-        tensors = _read_tensors(folder / WEIGHTS, quantization["tensors"])
+        tensors = _read_tensors(folder / WEIGHTS, quantization["tensors"], max_memory * 2**30)
     with _reading(folder / GRAPH):
         graph = graph_from_json(_read_json(folder / GRAPH), tensors)
     report = _read_json(folder / REPORT)
@@ -221,7 +229,10 @@ def _check_digests(folder: Path, config: Mapping[str, Any]) -> None:
             )
 
 
-def _read_tensors(file: Path, manifest: dict[str, dict[str, Any]]) -> dict[str, Tensor]:
+def _read_tensors(file: Path, manifest: dict[str, dict[str, Any]], limit: float) -> dict[str, Tensor]:
+    """Return the tensors of a file by name. They are mapped from it; unpacked integers from temporary files, if these
+    integers take more bytes than `limit`.
+    """
     if not file.is_file():
         raise TFMQError(f"{file}: missing.")
     try:
@@ -232,6 +243,9 @@ def _read_tensors(file: Path, manifest: dict[str, dict[str, Any]]) -> dict[str, 
         wrong = sorted(stored.keys() ^ manifest.keys())[0]
         raise TFMQError(f"{file}: tensor {wrong[:80]!r} is not both in the file and in {CONFIG}.")
     tensors = {}
+    size = sum(8 * stored[n].numel() // spec["bits"] for n, spec in manifest.items() if spec.get("bits"))
+    if size > limit:
+        require_free(size, f"{file}: the unpacked integers need", "raise max_memory")
     for name, spec in manifest.items():
         if not is_tensor_name(name):
             raise TFMQError(f"{file}: {name[:80]!r} is not a valid tensor name.")
@@ -241,6 +255,7 @@ def _read_tensors(file: Path, manifest: dict[str, dict[str, Any]]) -> dict[str, 
             if len(shape) > 64 or math.prod(shape) * span.bits > 8 * value.numel():  # before allocating
                 raise TFMQError(f"{file}: tensor {name!r} has too few bytes for the shape in {CONFIG}.")
             value = unpack_bits(value, shape, span)
+            value = on_disk(value) if size > limit and value.numel() > MAPPED else value
         if tuple(value.shape) != shape or value.dtype != dtype:
             raise TFMQError(
                 f"{file}: tensor {name!r} is {value.dtype} {tuple(value.shape)}, but {CONFIG} says {dtype} {shape}."
