@@ -40,7 +40,7 @@ NETWORKS = ("sd-1.5", "sd-xl", "flux")
 SHARD = 2 * 2**30  # bytes
 # What a short sequence keeps of the published inputs, by dimension; a dimension that is shorter stays.
 SHORT = {
-    "sample": (None, None, 32, 32),
+    "sample": (None, None, 8, 8),
     "encoder_hidden_states": (None, 16),
     "hidden_states": (None, 64),
     "img_ids": (64,),

@@ -16,6 +16,7 @@ from tfmq_fx.base._torchao import FakeQuantizeBase
 from tfmq_fx.base.arithmetic import IntegerRange, choose_qparams, quantize_rows, search_range
 from tfmq_fx.base.mapped import on_disk
 from tfmq_fx.graph.nodes import attribute, inline, out_dtype, set_buffer
+from tfmq_fx.observers.kept_dtype import KeptDtype
 
 GAMMA, ZETA = -0.1, 1.1  # stretch of the hard sigmoid (AdaRound, eq. 23)
 # In steps: tuning starts a weight at most this far from its integer; at 0.5 its rounding would be a coin
@@ -23,7 +24,7 @@ GAMMA, ZETA = -0.1, 1.1  # stretch of the hard sigmoid (AdaRound, eq. 23)
 EDGE = 0.4
 
 
-class PerChannelWeightFakeQuantize(FakeQuantizeBase):  # type: ignore[misc]
+class PerChannelWeightFakeQuantize(KeptDtype, FakeQuantizeBase):  # type: ignore[misc]
     """Fake quantization that holds the integers of one weight.
 
     torchao passes `ch_axis` to classes with PerChannel in their name. The float weight is never written: `q`
@@ -58,6 +59,7 @@ class PerChannelWeightFakeQuantize(FakeQuantizeBase):  # type: ignore[misc]
 
     def initialise(self, weight: Tensor) -> None:
         """Set scales by range search (L_2.4, 80 steps) and integers by rounding to nearest."""
+        self.dtypes = (torch.float32, weight.dtype)
         x_RK = self._rows(weight.detach().float())
         self.scale, self.zero_point = choose_qparams(*search_range(x_RK, self.integers), self.integers)
         q_RK = quantize_rows(x_RK, self.scale, self.zero_point, self.integers)

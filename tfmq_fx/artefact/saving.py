@@ -51,8 +51,8 @@ from tfmq_fx.artefact.graph_json import (
 )
 from tfmq_fx.base.arithmetic import IntegerRange, pack_bits, unpack_bits
 from tfmq_fx.base.errors import TFMQError, first_line
-from tfmq_fx.base.mapped import on_disk, require_free
 from tfmq_fx.base.files import finite_json, replace_folder, require_writable, sha256_of
+from tfmq_fx.base.mapped import on_disk, require_free
 from tfmq_fx.graph.inputs import placeholders
 
 M = TypeVar("M", bound=QuantizedGraph)

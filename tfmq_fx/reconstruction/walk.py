@@ -119,12 +119,15 @@ class Walk:
         with Budget(held) as budget:
             envs = self._environments(budget)
             for i, node in enumerate(track(order, "reconstructing blocks")):
-                if node in units:
-                    results += self._reconstruct(units[node], envs, len(results) + 1)
-                elif node in constant:
-                    self._share(node, envs)
-                elif node.op not in ("placeholder", "output"):
-                    self.config.workers.map(partial(self._step, node=node, envs=envs), range(len(self.rows)))
+                with self.config.naming(units[node].name if node in units else node.name):
+                    if node in units:
+                        results += self._reconstruct(units[node], envs, len(results) + 1)
+                    elif node in constant:
+                        self._share(node, envs)
+                    elif node.op not in ("placeholder", "output"):
+                        self.config.workers.map(
+                            partial(self._step, node=node, envs=envs), range(len(self.rows))
+                        )
                 for values in (*envs.float, *envs.quantized):
                     for used in [n for n in values if last_use.get(n, -1) <= i]:
                         del values[used]
