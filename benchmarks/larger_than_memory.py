@@ -32,7 +32,7 @@ import tfmq_fx
 from benchmarks.memory import OwnMemory
 from benchmarks.networks.zoo import ZOO
 from tfmq_fx.base import arithmetic
-from tfmq_fx.base.arguments import leaves
+from tfmq_fx.base.arguments import leaves, nested
 from tfmq_fx.observers import weight
 from tfmq_fx.recipe import Recipe, Reconstruction
 
@@ -167,12 +167,7 @@ def call(name: str, target: Path, max_memory: float) -> None:
     started = time.monotonic()
     q = tfmq_fx.load(target, max_memory=max_memory)
     loaded = time.monotonic()
-    arguments: dict[str, Any] = {}
-    for path, x in inputs(name).values():
-        owner = arguments
-        for step in path[:-1]:
-            owner = owner.setdefault(step, {})
-        owner[path[-1]] = x
+    arguments = nested(dict(inputs(name).values()))
     with torch.no_grad():
         output = q(**arguments, return_dict=False)[0]
     print(f"load {loaded - started:.0f} s, one call {time.monotonic() - loaded:.0f} s, {tuple(output.shape)}")
