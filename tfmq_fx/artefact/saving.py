@@ -123,7 +123,7 @@ def _write(model: QuantizedGraph, folder: Path) -> None:
             manifest[name] |= {"bits": span.bits, "quant_min": low, "quant_max": high}
             tensors[name] = pack_bits(value, span)
             if tensors[name].numel() > MAPPED:
-                tensors[name] = on_disk(tensors[name])
+                tensors[name] = on_disk(tensors[name], folder)
     save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
     _dump(folder / GRAPH, graph_to_json(model.network))
     _dump(folder / REPORT, finite_json(model.report))

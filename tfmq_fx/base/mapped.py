@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -13,25 +14,24 @@ from tfmq_fx.base.errors import TFMQError
 from tfmq_fx.base.files import raw_bytes
 
 
-def on_disk(x: Tensor) -> Tensor:
+def on_disk(x: Tensor, folder: Path | None = None) -> Tensor:
     """Return a copy of `x` on the CPU, in a temporary file without a name, which is gone when the tensor is.
 
-    The file is in the system's temporary folder (TMPDIR). Writing to the tensor does not change the file. Raises
-    TFMQError if the file cannot be written.
+    folder: of the file; None takes the system's temporary folder (TMPDIR). Writing to the tensor does not change the
+    file. Raises TFMQError if the file cannot be written.
     """
     if not x.numel():
         return x
-    folder = tempfile.gettempdir()
     try:
-        with tempfile.NamedTemporaryFile(prefix="tfmq-") as file:
+        with tempfile.NamedTemporaryFile(prefix="tfmq-", dir=folder) as file:
             # Write instead of mapping the file, so that a full disk raises OSError instead of a bus error.
             file.write(raw_bytes(x))
             file.flush()
             flat = torch.from_file(file.name, shared=False, size=x.numel(), dtype=x.dtype)
     except OSError as error:
         raise TFMQError(
-            f"{folder}: integers of the weights cannot be written there ({os.strerror(error.errno or 0)}); set TMPDIR to a "
-            "larger disk, or raise max_memory."
+            f"{folder or tempfile.gettempdir()}: integers of the weights cannot be written there ({os.strerror(error.errno or 0)}); "
+            "take a larger disk (TMPDIR for temporary files), or raise max_memory."
         ) from error
     return flat.reshape(x.shape)
 
