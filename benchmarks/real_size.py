@@ -1,13 +1,14 @@
 """Does w4a8 reconstruction fit, and how long would it take, at real size?
 
     python -m benchmarks.real_size            an SD-1.5-size UNet (860 M random weights), a few rows of random
-                                              latents
+                                              latents, by each method: nearest, gptq, and the default
+    python -m benchmarks.real_size --method gptq
     python -m benchmarks.real_size --spill    12,800 calibration rows with SD-1.5's text tokens for a narrow
                                               UNet, mapped from files; streams beyond 1 GiB go to disk
 
-The first command runs every stage of the default recipe on few rows and few iterations, and extrapolates the
-cost to the full calibration set: a block costs its forward passes, and a row in a learning step counts as
-three of them.
+The first command runs every stage on few rows and few iterations, each method in a process of its own, and
+extrapolates the cost to the full calibration set: a block costs its forward passes, and a row in a learning step
+counts as three of them. GPTQ's solving costs the same for any number of rows.
 """
 
 from __future__ import annotations
@@ -16,25 +17,24 @@ import argparse
 import dataclasses
 import math
 import platform
-import resource
+import subprocess
+import sys
 import tempfile
-import threading
 import time
-from pathlib import Path
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 
 import tfmq_fx
+from benchmarks.memory import OwnMemory, anonymous
 from tfmq_fx.passes.quantize.state import state_of
-from tfmq_fx.recipe import Recipe
-from tfmq_fx.reconstruction import spill
+from tfmq_fx.recipe import Recipe, Reconstruction
+from tfmq_fx.reconstruction import rounding, spill
 
 FULL_ROWS, STEPS = 12_800, 50
-
-
-def peak_gib() -> float:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+METHODS = ("nearest", "gptq", "default")
 
 
 def recipe(**changes: Any) -> Recipe:
@@ -42,84 +42,97 @@ def recipe(**changes: Any) -> Recipe:
     return dataclasses.replace(base, reconstruction=dataclasses.replace(base.reconstruction, **changes))
 
 
-def real_size(rows: int, iterations: int, batch_size: int) -> None:
+@contextmanager
+def timed_solving() -> Iterator[list[float]]:
+    """Yield a list that gets the seconds of every step of GPTQ whose cost does not depend on the rows."""
+    seconds: list[float] = []
+    own = {name: getattr(rounding, name) for name in ("gptq", "corrected")}
+
+    def timed(function: Any) -> Any:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            started = time.perf_counter()
+            try:
+                return function(*args, **kwargs)
+            finally:
+                seconds.append(time.perf_counter() - started)
+
+        return call
+
+    for name, function in own.items():
+        setattr(rounding, name, timed(function))
+    try:
+        yield seconds
+    finally:
+        for name, function in own.items():
+            setattr(rounding, name, function)
+
+
+def real_size(method: str, rows: int, iterations: int, batch_size: int, *, small: bool) -> None:
     from benchmarks.networks.zoo import ZOO
 
     torch.manual_seed(0)
     entry = next(e for e in ZOO if e.name == "sd-1.5")
-    network = entry.build(True)
-    example = {n: x for n, x in entry.inputs(True).items() if isinstance(x, torch.Tensor)}
+    network = entry.build(not small)
+    example = {n: x for n, x in entry.inputs(not small).items() if isinstance(x, torch.Tensor)}
     tensors = {n: torch.randn(rows, *x.shape[1:]) for n, x in example.items() if n != "timestep"}
     timesteps = torch.linspace(999, 1, STEPS).long()
     tensors["timestep"] = timesteps[torch.arange(rows) * STEPS // rows]
-    chosen = recipe(iterations=iterations, batch_size=batch_size, num_samples=rows, max_memory=6.0)
-    started = time.monotonic()
-    q = tfmq_fx.quantize(
-        network, chosen, calibration=tfmq_fx.CalibrationSet.from_tensors(tensors), timesteps=timesteps
+    changes: dict[str, Any] = {} if method == "default" else {"method": method, "tune_iterations": 0}
+    chosen = recipe(
+        iterations=iterations,
+        batch_size=batch_size,
+        num_samples=rows,
+        max_memory=6.0,
+        gptq_memory=2.0,
+        **changes,
     )
-    report, settings = q.report, Recipe.preset("w4a8").reconstruction
-    cpu = report["cpu_seconds"]
-    print(f"ran to its end in {time.monotonic() - started:.0f} s, peak {peak_gib():.1f} GiB")
+    before, started = anonymous(), time.monotonic()
+    data = tfmq_fx.CalibrationSet.from_tensors(tensors)
+    with OwnMemory() as memory, timed_solving() as solving:
+        q = tfmq_fx.quantize(network, chosen, calibration=data, timesteps=timesteps)
+    sizes, cpu = q.report["sizes"], q.report["cpu_seconds"]
+    print(
+        f"{method}: ran to its end in {time.monotonic() - started:.0f} s, rows {rows}, iterations {iterations}; peak of its own "
+        f"memory {memory.anonymous:.1f} GiB, {before:.1f} of them before it started; "
+        f"{sizes['float_bytes'] / 2**30:.2f} GiB float -> {sizes['quantized_bytes'] / 2**30:.2f}"
+    )
     print("CPU seconds: " + ", ".join(f"{stage} {s:.0f}" for stage, s in cpu.items()))
-    blocks = report["reconstruction"]
-    # Blocks record only wall time. Assume that a block's share of it is its share of the CPU time.
-    of_wall = cpu["reconstruct"] / report["seconds"]["reconstruct"]
-    temporal = blocks[0]["seconds"] * of_wall
-    learning = sum(b["seconds"] for b in blocks[1:]) * of_wall
-    walking = cpu["reconstruct"] - temporal - learning
-    # A block's error is measured three times over all rows. A learning step is a forward and a backward pass.
-    row_forwards = 3 * rows + 3 * iterations * batch_size
-    full = 3 * settings.num_samples + 3 * settings.iterations * settings.batch_size
-    hours = (
-        cpu["capture"]
-        + cpu["prepare"]
-        + cpu["calibrate"] / rows * FULL_ROWS
-        + temporal
-        + learning / row_forwards * full
-        + walking / rows * settings.num_samples
-    ) / 3600
     print(
-        f"{len(blocks)} blocks; CPU seconds: temporal block {temporal:.0f}, learning {learning:.0f}, walk {walking:.0f}"
+        f"estimate for {FULL_ROWS} calibration rows and the recipe's own settings: "
+        f"{hours(q.report, chosen.reconstruction, rows, sum(solving)):.1f} CPU hours a model, of cores like these"
     )
-    print(
-        f"estimate for the default recipe ({settings.num_samples} rows, {settings.iterations} iterations of "
-        f"{settings.batch_size}) and {FULL_ROWS} calibration rows: {hours:.0f} CPU hours a model, of cores like these"
-    )
-    for note in report["notes"]:
+    for note in q.report["notes"]:
         if note["name"] == "tuning":
             print(f"tuning {note['reason']}")
-    print(
-        f"{report['sizes']['float_bytes'] / 2**30:.2f} GiB float -> {report['sizes']['quantized_bytes'] / 2**30:.2f} GiB; "
-        f"{report['sizes']['quantized_weights'] / 1e6:.0f} M quantized weights; rows {rows}, iterations {iterations}"
-    )
 
 
-class Anonymous:
-    """The peak of a process's own memory in GiB.
+def hours(report: dict[str, Any], ran: Reconstruction, rows: int, solving: float) -> float:
+    """Return the CPU hours of a whole quantization by the preset's numbers of rows and iterations.
 
-    Resident size would include mapped files, which the kernel can drop.
+    report, ran, rows: of the run with few. solving: its seconds of GPTQ that do not depend on the rows.
     """
-
-    def __init__(self) -> None:
-        self.peak, self._stop = 0.0, threading.Event()
-        self._thread = threading.Thread(target=self._watch, daemon=True)
-
-    def __enter__(self) -> Anonymous:
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._stop.set()
-        self._thread.join()
-
-    def _watch(self) -> None:
-        while not self._stop.wait(0.02):
-            self.peak = max(self.peak, self.now())
-
-    @staticmethod
-    def now() -> float:
-        status = Path("/proc/self/status").read_text()
-        return int(status.partition("RssAnon:")[2].split()[0]) / 2**20
+    cpu, blocks, settings = (
+        report["cpu_seconds"],
+        report["reconstruction"],
+        Recipe.preset("w4a8").reconstruction,
+    )
+    fixed = cpu["capture"] + cpu["prepare"] + cpu["convert"] + cpu["calibrate"] / rows * FULL_ROWS
+    if not blocks:
+        return float(fixed / 3600)
+    # Blocks record only wall time. Assume that a block's share of it is its share of the CPU time.
+    of_wall = cpu["reconstruct"] / report["seconds"]["reconstruct"]
+    temporal = sum(b["seconds"] for b in blocks if b["name"] == "temporal_block") * of_wall
+    learning = sum(b["seconds"] for b in blocks) * of_wall - temporal
+    walking = cpu["reconstruct"] - temporal - learning
+    if "adaround" in ran.method:
+        # A block's error is measured three times over all rows. A learning step is a forward and a backward pass.
+        row_forwards = 3 * rows + 3 * ran.iterations * ran.batch_size
+        full = 3 * settings.num_samples + 3 * settings.iterations * settings.batch_size
+        learning *= full / row_forwards
+    else:  # an upper bound: the Hessians take gptq_samples rows only
+        constant = min(solving * of_wall, learning)
+        learning = constant + (learning - constant) / rows * settings.num_samples
+    return float((fixed + temporal + learning + walking / rows * settings.num_samples) / 3600)
 
 
 def narrow() -> tuple[torch.nn.Module, dict[str, tuple[int, ...]]]:
@@ -167,14 +180,14 @@ def spilled(rows: int, iterations: int, tune_iterations: int, limit: float) -> N
         settings = recipe(
             num_samples=rows, max_memory=limit, iterations=iterations, tune_iterations=tune_iterations
         ).reconstruction
-        before, started = Anonymous.now(), time.monotonic()
-        with Anonymous() as memory:
+        before, started = anonymous(), time.monotonic()
+        with OwnMemory() as memory:
             tfmq_fx.reconstruct(prepared, data, settings)
     last = state_of(prepared).reconstruction[-1]
     mapped = sum(x.nbytes for x in tensors.values()) / 2**30
     print(
         f"{rows} rows of {mapped:.1f} GiB in mapped files, max_memory {limit:g} GiB: {written[0] / 2**30:.1f} GiB written to "
-        f"disk, peak of the process's own memory {memory.peak:.2f} GiB ({before:.2f} GiB before reconstruction), "
+        f"disk, peak of the process's own memory {memory.anonymous:.2f} GiB ({before:.2f} GiB before reconstruction), "
         f"{time.monotonic() - started:.0f} s at {iterations} iterations a block and {tune_iterations} of tuning; "
         f"last, {last.name}: {last.kept}"
     )
@@ -183,6 +196,10 @@ def spilled(rows: int, iterations: int, tune_iterations: int, limit: float) -> N
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--spill", action="store_true")
+    parser.add_argument("--method", choices=METHODS, help="one of them, in this process")
+    parser.add_argument(
+        "--small", action="store_true", help="the same blocks with few channels: does this script run?"
+    )
     parser.add_argument("--rows", type=int, help="calibration rows (4; with --spill 12,800)")
     parser.add_argument("--iterations", type=int, default=2)
     parser.add_argument("--tune-iterations", type=int, default=100, help="with --spill")
@@ -191,8 +208,13 @@ def main() -> None:
     args = parser.parse_args()
     if args.spill:
         spilled(args.rows or FULL_ROWS, args.iterations, args.tune_iterations, args.max_memory)
+    elif args.method:
+        real_size(args.method, args.rows or 4, args.iterations, args.batch_size, small=args.small)
     else:
-        real_size(args.rows or 4, args.iterations, args.batch_size)
+        for method in METHODS:
+            command = [sys.executable, "-m", "benchmarks.real_size", *sys.argv[1:], "--method", method]
+            subprocess.run(command, check=True)
+        return
     print(f"torch {torch.__version__}, {platform.machine()}, {torch.get_num_threads()} threads")
 
 

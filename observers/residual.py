@@ -12,9 +12,10 @@ from tfmq_fx.base._torchao import FakeQuantizeBase
 from tfmq_fx.base.arithmetic import IntegerRange, choose_qparams
 from tfmq_fx.base.errors import TFMQError
 from tfmq_fx.graph.nodes import dtype_of, out_dtype
+from tfmq_fx.observers.kept_dtype import KeptDtype
 
 
-class ResidualFakeQuantize(FakeQuantizeBase):  # type: ignore[misc]
+class ResidualFakeQuantize(KeptDtype, FakeQuantizeBase):  # type: ignore[misc]
     """Fake quantization of what the rounding of x to its whole range leaves: |r| <= scale / 2.
 
     High-order residual quantization (Li et al. 2017, eq. 10) with integers: x = q_1(x) + q_2(x - q_1(x)). Two terms of b

@@ -9,9 +9,10 @@ from torch import Tensor
 
 from tfmq_fx.base._torchao import FakeQuantize
 from tfmq_fx.base.errors import TFMQError
+from tfmq_fx.observers.kept_dtype import KeptDtype
 
 
-class StaticFakeQuantize(FakeQuantize):  # type: ignore[misc]
+class StaticFakeQuantize(KeptDtype, FakeQuantize):  # type: ignore[misc]
     """torchao's FakeQuantize, with the qparams computed once after calibration instead of after every batch.
 
     torchao's convert turns it into a quantize/dequantize pair with literal scale and zero point.

@@ -13,9 +13,10 @@ from tfmq_fx.base._torchao import FakeQuantizeBase
 from tfmq_fx.base.arithmetic import IntegerRange, choose_qparams, choose_shared_qparams, fake_quantize_rows
 from tfmq_fx.base.errors import TFMQError
 from tfmq_fx.graph.nodes import dtype_of, out_dtype, set_buffer
+from tfmq_fx.observers.kept_dtype import KeptDtype
 
 
-class TemporalObserver(FakeQuantizeBase):  # type: ignore[misc]
+class TemporalObserver(KeptDtype, FakeQuantizeBase):  # type: ignore[misc]
     """A base for finite set calibration (TFMQ-DM, FSC): x is quantized with its own timestep's qparams.
 
     To add an estimator, subclass and define two methods; pass the class as `Recipe(temporal_observer=...)`:

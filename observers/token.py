@@ -10,9 +10,10 @@ from torch.fx import GraphModule, Node
 from tfmq_fx.base._torchao import FakeQuantizeBase
 from tfmq_fx.base.arithmetic import IntegerRange, fake_quantize_tokens, quantize_tokens
 from tfmq_fx.graph.nodes import dtype_of, inline
+from tfmq_fx.observers.kept_dtype import KeptDtype
 
 
-class TokenFakeQuantize(FakeQuantizeBase):  # type: ignore[misc]
+class TokenFakeQuantize(KeptDtype, FakeQuantizeBase):  # type: ignore[misc]
     """Fake quantization with a symmetric scale per token, which needs no calibration.
 
     A token is an index into all dimensions but the last.

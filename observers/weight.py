@@ -14,7 +14,9 @@ from torch.fx import GraphModule, Node
 
 from tfmq_fx.base._torchao import FakeQuantizeBase
 from tfmq_fx.base.arithmetic import IntegerRange, choose_qparams, quantize_rows, search_range
+from tfmq_fx.base.mapped import on_disk
 from tfmq_fx.graph.nodes import attribute, inline, out_dtype, set_buffer
+from tfmq_fx.observers.kept_dtype import KeptDtype
 
 GAMMA, ZETA = -0.1, 1.1  # stretch of the hard sigmoid (AdaRound, eq. 23)
 # In steps: tuning starts a weight at most this far from its integer; at 0.5 its rounding would be a coin
@@ -22,7 +24,7 @@ GAMMA, ZETA = -0.1, 1.1  # stretch of the hard sigmoid (AdaRound, eq. 23)
 EDGE = 0.4
 
 
-class PerChannelWeightFakeQuantize(FakeQuantizeBase):  # type: ignore[misc]
+class PerChannelWeightFakeQuantize(KeptDtype, FakeQuantizeBase):  # type: ignore[misc]
     """Fake quantization that holds the integers of one weight.
 
     torchao passes `ch_axis` to classes with PerChannel in their name. The float weight is never written: `q`
@@ -33,6 +35,7 @@ class PerChannelWeightFakeQuantize(FakeQuantizeBase):  # type: ignore[misc]
         a row; it divides the channel. None: the channel is the row. So a convolution's groups hold as many
         weights as a linear's, at the same cost in bits, and are contiguous in memory. Groups over C_in alone
         would be `kernel` times as large.
+    mapped: the integers lie in files that are mapped to memory, because all of them together would take too much.
     """
 
     q: Tensor
@@ -44,6 +47,7 @@ class PerChannelWeightFakeQuantize(FakeQuantizeBase):  # type: ignore[misc]
         self.integers = IntegerRange.weight(bits)
         self.dtype = self.integers.dtype
         self.bits, self.ch_axis, self.group_size = bits, ch_axis, group_size
+        self.mapped = False
         self.alpha: Tensor | None = None  # the soft rounding variable while it is being learned
         self.soft: Tensor | None = None  # the weight that the graph then computes with
         self._floor: Tensor | None = None
@@ -55,10 +59,15 @@ class PerChannelWeightFakeQuantize(FakeQuantizeBase):  # type: ignore[misc]
 
     def initialise(self, weight: Tensor) -> None:
         """Set scales by range search (L_2.4, 80 steps) and integers by rounding to nearest."""
+        self.dtypes = (torch.float32, weight.dtype)
         x_RK = self._rows(weight.detach().float())
         self.scale, self.zero_point = choose_qparams(*search_range(x_RK, self.integers), self.integers)
         q_RK = quantize_rows(x_RK, self.scale, self.zero_point, self.integers)
-        self.q = self._unrows(q_RK, weight.shape)
+        self.hold(self._unrows(q_RK, weight.shape))
+
+    def hold(self, q: Tensor) -> None:
+        """Replace the integers, in the weight's shape. They are never written in place: a converted graph shares them."""
+        self.q = on_disk(q.to(self.dtype)) if self.mapped else q.to(self.dtype)
 
     def _rows(self, weight: Tensor) -> Tensor:
         x_CK = weight.movedim(self.ch_axis, 0).flatten(1)
@@ -165,8 +174,8 @@ class PerChannelWeightFakeQuantize(FakeQuantizeBase):  # type: ignore[misc]
 
     def _bake(self, q_RK: Tensor) -> None:
         """Store whole numbers as the integers, and let the graph compute with those again."""
-        q_RK = q_RK.clamp(self.integers.quant_min, self.integers.quant_max).to(self.dtype)
-        self.q = self._unrows(q_RK, self.q.shape)
+        q_RK = q_RK.clamp(self.integers.quant_min, self.integers.quant_max)
+        self.hold(self._unrows(q_RK, self.q.shape))
         self.soft = None
 
     def forward(self, weight: Tensor) -> Tensor:
@@ -194,12 +203,12 @@ class PerChannelWeightFakeQuantize(FakeQuantizeBase):  # type: ignore[misc]
             parts = []
             for name, value in (
                 ("q", self._stored()),
-                ("scale", self.scale),
-                ("zero_point", self.zero_point),
+                ("scale", self.scale.clone()),
+                ("zero_point", self.zero_point.clone()),
             ):
                 # The float weight keeps `path` until it is dropped as unused, so its integers need other
                 # names.
-                set_buffer(model, f"{path}_{name}", value.clone())
+                set_buffer(model, f"{path}_{name}", value)
                 parts.append(graph.get_attr(f"{path}_{name}"))
             kept = out_dtype(attribute(model, path).dtype)
             y = inline(graph, partial(self._dequantize, **kept), *parts)

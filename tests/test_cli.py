@@ -7,9 +7,10 @@ from diffusers import DDIMPipeline, DDIMScheduler, UNet2DModel
 from PIL import Image
 
 import tfmq_fx
-from benchmarks.networks.pipelines import ddpm
+from benchmarks.networks.pipelines import PIPELINES, ddpm, saved
 from benchmarks.networks.zoo import ZOO
 from tests.helpers.command_line import corrupt, run
+from tests.helpers.single_file import save_single_file
 from tfmq_fx import cli
 from tfmq_fx.base.arguments import leaves
 from tfmq_fx.demo import FOLDER
@@ -223,3 +224,49 @@ def test_the_timestep_and_the_component_have_names(monkeypatch, capsys, tmp_path
         code, out, err = run(monkeypatch, capsys, command, q, *more, *quick, "--component", "unet")
         assert code == 0, err
         assert "PSNR" in out
+
+
+@pytest.fixture
+def single_file(tmp_path):
+    """A small pipeline, its checkpoint file, and the folder of its configuration, which has no weights."""
+    entry = next(e for e in PIPELINES if e.name == "sd")
+    pipe, folder, file = saved(entry, tmp_path), tmp_path / "pipe", tmp_path / "model.safetensors"
+    save_single_file(pipe, file)
+    for weights in folder.rglob("*model.safetensors"):
+        weights.unlink()
+    return pipe, file, folder, entry.arguments
+
+
+def test_a_checkpoint_file_with_the_folder_of_its_configuration(monkeypatch, capsys, single_file, tmp_path):
+    pipe, file, folder, _ = single_file
+    code, _, err = run(monkeypatch, capsys, "quantize", tmp_path / "q", "--model", file)
+    assert code == 2
+    assert "--config" in err
+    code, _, err = run(monkeypatch, capsys, "quantize", tmp_path / "q", "--model", folder, "--config", folder)
+    assert code == 2
+    assert "single file" in err
+    code, _, err = run(monkeypatch, capsys, "quantize", tmp_path / "q", "--model", file, "--config", tmp_path)
+    assert code == 2
+    assert "no model_index.json" in err
+    found = cli.load_pipeline(str(file), dtype="bfloat16", config=str(folder))
+    for component in ("unet", "vae", "text_encoder"):
+        network, before = getattr(found, component), getattr(pipe, component).state_dict()
+        assert network.dtype == torch.bfloat16
+        for name, x in network.state_dict().items():
+            assert torch.equal(x, before[name].to(x.dtype)), name
+
+
+@pytest.mark.slow
+def test_a_checkpoint_file_is_quantized(monkeypatch, capsys, single_file, tmp_path):
+    pipe, file, folder, arguments = single_file
+    recipe = tmp_path / "recipe.json"
+    recipe.write_text(json.dumps({"weight_bits": 8, "reconstruction": {"method": "nearest"}}))
+    given = (*(f"--argument={n}={json.dumps(x)}" for n, x in arguments.items()), "--recipe", recipe)
+    given = ("--model", file, "--config", folder, "--num-samples", 1, "--steps", 2, *given)
+    code, _, err = run(monkeypatch, capsys, "quantize", tmp_path / "q", *given, "--dtype", "bfloat16")
+    assert code == 0, err
+    q, before = tfmq_fx.load(tmp_path / "q"), pipe.unet.state_dict()
+    kept = {n: x for n, x in q.network.state_dict().items() if n in before}
+    assert q.dtype == torch.bfloat16
+    assert kept
+    assert all(torch.equal(x, before[n].bfloat16()) for n, x in kept.items())

@@ -56,10 +56,11 @@ def load_pipeline(
     dtype: str | None = None,
     variant: str | None = None,
     device: str | None = None,
+    config: str | None = None,
 ) -> Any:
-    """Return the pipeline of a local folder or hub id, or the embedded one for None.
+    """Return the pipeline of a local folder, hub id or single file, or the embedded one for None.
 
-    dtype, variant, device: as `Source` has them.
+    dtype, variant, device, config: as `Source` has them.
 
     Raises TFMQError for anything else, and for a dtype or device that does not exist.
     """
@@ -68,7 +69,6 @@ def load_pipeline(
 
     from tfmq_fx.base.arithmetic import NETWORK_DTYPES
     from tfmq_fx.demo import embedded_pipeline
-    from tfmq_fx.inspection import require_plain_files
 
     dtypes = {str(d).removeprefix("torch."): d for d in NETWORK_DTYPES}
     if dtype not in (None, *dtypes):
@@ -85,19 +85,7 @@ def load_pipeline(
         pipe = embedded_pipeline()
         pipe = pipe if dtype is None else pipe.to(dtypes[dtype])
     else:
-        if os.path.exists(model) and not (Path(model) / "model_index.json").is_file():
-            raise TFMQError(f"{model}: not a diffusers pipeline folder (it has no model_index.json).")
-        if variant is None and os.path.exists(model):
-            require_plain_files(Path(model))
-        try:
-            torch_dtype = None if dtype is None else dtypes[dtype]
-            pipe = diffusers.DiffusionPipeline.from_pretrained(
-                model, torch_dtype=torch_dtype, variant=variant
-            )
-        except Exception as error:  # diffusers, safetensors and the hub client raise many types
-            raise TFMQError(
-                f"{model}: diffusers cannot load it ({type(error).__name__}: {first_line(error)})"
-            ) from error
+        pipe = _from_files(model, config, None if dtype is None else dtypes[dtype], variant)
     if scheduler is not None:
         cls: Any = getattr(diffusers, scheduler, None)
         known = inspect_module.isclass(cls) and issubclass(cls, diffusers.SchedulerMixin)
@@ -108,6 +96,36 @@ def load_pipeline(
         pipe.scheduler = cls.from_config(pipe.scheduler.config)
     pipe.set_progress_bar_config(disable=not sys.stderr.isatty(), leave=False)
     return pipe if place is None else pipe.to(place)
+
+
+def _from_files(model: str, config: str | None, dtype: Any, variant: str | None) -> Any:
+    """Return the pipeline of a folder or hub id; of a file, if `model` is one, which needs the folder `config`."""
+    import diffusers
+
+    from tfmq_fx.inspection import require_plain_files
+
+    single = os.path.isfile(model)
+    folder = config if single else model
+    if folder is None:
+        raise TFMQError(
+            f"{model}: is a single file; give the folder of its pipeline's configuration (model_index.json, and a folder for "
+            "each component) with --config."
+        )
+    if config is not None and not single:
+        raise TFMQError(f"--config {config}: is for a --model that is a single file.")
+    if (single or os.path.exists(folder)) and not (Path(folder) / "model_index.json").is_file():
+        raise TFMQError(f"{folder}: not a diffusers pipeline folder (it has no model_index.json).")
+    if variant is None and not single and os.path.exists(model):
+        require_plain_files(Path(model))
+    try:
+        if not single:
+            return diffusers.DiffusionPipeline.from_pretrained(model, torch_dtype=dtype, variant=variant)
+        name = diffusers.DiffusionPipeline.load_config(folder)["_class_name"]
+        return getattr(diffusers, name).from_single_file(model, config=folder, torch_dtype=dtype)
+    except Exception as error:  # diffusers, safetensors and the hub client raise many types
+        raise TFMQError(
+            f"{model}: diffusers cannot load it ({type(error).__name__}: {first_line(error)})"
+        ) from error
 
 
 def _device(name: str) -> Any:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from tfmq_fx.artefact.drop_in import QuantizedGraph
-from tfmq_fx.artefact.saving import read, save
+from tfmq_fx.artefact.saving import MAX_MEMORY, read, save
 from tfmq_fx.base.ambient import neutral
 from tfmq_fx.passes.clean.move_to_device import move_to_device
 from tfmq_fx.runtimes.exported import Exported
@@ -84,13 +84,17 @@ class QuantizedModel(SavedModel):
 
 
 @neutral()
-def load(folder: str | Path) -> Any:
+def load(folder: str | Path, *, max_memory: float = MAX_MEMORY) -> Any:
     """Read an artefact written by `save_pretrained`. Integers and outputs are the same, bit for bit.
 
     Returns a QuantizedModel, or the PrecomputedModel that was saved.
+
+    max_memory: the GiB of integers that may lie in memory. If they take more, unpacked, they lie in temporary files
+        (in TMPDIR), of which only what a call needs is read, and the kernel can drop that again.
 
     Nothing in the folder is executed, and the network's own code is not needed. Raises TFMQError saying which
     file is missing, truncated, altered, of another version or not from a tfmq artefact. Raises it too when
     another process replaces the folder meanwhile.
     """
-    return read(folder, {cls.kind: cls for cls in (QuantizedModel, PrecomputedModel)})
+    models = {cls.kind: cls for cls in (QuantizedModel, PrecomputedModel)}
+    return read(folder, models, max_memory=max_memory)

@@ -41,7 +41,14 @@ class Source:
     model: Annotated[
         str | None,
         typer.Option(
-            "--model", help="A diffusers pipeline folder or hub id. Default: the embedded digits DDPM."
+            "--model",
+            help="A diffusers pipeline folder or hub id, or a checkpoint file with --config. Default: the embedded digits DDPM.",
+        ),
+    ] = None
+    config: Annotated[
+        str | None,
+        typer.Option(
+            help="With a checkpoint file as --model: the folder with the pipeline's model_index.json and configurations."
         ),
     ] = None
     scheduler: Annotated[
@@ -76,7 +83,7 @@ class Source:
 
     def pipeline(self) -> tuple[str | None, ...]:
         """Return the arguments of `load_pipeline`."""
-        return self.model, self.scheduler, self.dtype, self.variant, self.device
+        return self.model, self.scheduler, self.dtype, self.variant, self.device, self.config
 
     def denoiser(self, timestep: str = "timestep") -> dict[str, Any]:
         """Return the arguments of `calibration.pipelines.denoiser`. timestep: the name if none is given."""

@@ -114,8 +114,8 @@ class Reconstruction:
     # The number of parts of a mini-batch, each computed on one thread of one process. The integers depend on
     # this number, not on the number of threads. It must be at least the number of processes.
     shards: int = 2
-    # GiB of block inputs and targets; beyond it they lie in half precision on disk (TMPDIR). Limits tuning
-    # too.
+    # GiB of block inputs and targets; beyond it they lie in half precision on disk (TMPDIR). Integers of weights that
+    # take more than this lie there as well, mapped to memory. Limits tuning too.
     max_memory: float = 8.0
     gptq_samples: int = 256  # samples whose layer inputs form GPTQ's Hessian
     # GiB. A layer of K inputs is cut into pieces if its Hessian and factors (48 K^2 bytes) take more.

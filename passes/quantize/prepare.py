@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from tfmq_fx.base._torchao import Quantizer, prepare_pt2e
 from tfmq_fx.base.ambient import neutral
 from tfmq_fx.base.arithmetic import NETWORK_DTYPES
 from tfmq_fx.base.errors import TFMQError
+from tfmq_fx.base.mapped import require_free
 from tfmq_fx.base.parallel import workers
 from tfmq_fx.graph.inputs import placeholders, require_input, timestep_input
 from tfmq_fx.graph.nodes import attribute, fixed_size, fresh, meta_value, weight_argument
@@ -94,10 +95,13 @@ def prepare(
             initialise.append((observer, weight))
         if x.op == "placeholder":  # torchao put the observer between the placeholders
             index.append(node)
+        if x.op == "get_attr":  # torchao put it at the start, where a call would hold all weights at once
+            min(node.users).prepend(node)
         set_mode(observer, observe=True, quantize=False)
     assert quantizer.plan is not None
     for node in add_second_terms(gm, quantizer.plan.layers):
         set_mode(gm.get_submodule(str(node.target)), observe=True, quantize=False)
+    _map_integers(initialise, recipe.reconstruction.max_memory * 2**30)
     with workers(len(initialise)) as threads:
         threads.map(lambda pair: pair[0].initialise(pair[1]), initialise)
     gm.graph.lint()
@@ -158,6 +162,19 @@ def _keyed(
     for name, values in tables.items():
         _check_shape(require_input(gm, name, argument="finite"), name, values)
     return timestep, tables, temporal or find_temporal(gm, timestep=timestep, finite=finite or ())
+
+
+def _map_integers(weights: Sequence[tuple[PerChannelWeightFakeQuantize, Tensor]], limit: float) -> None:
+    """Let the integers of weights on the CPU lie in mapped files, if all together take more bytes than `limit`.
+
+    Raises TFMQError if the disk is too small.
+    """
+    on_cpu = [(observer, w) for observer, w in weights if w.device.type == "cpu"]
+    size = sum(w.numel() for _, w in on_cpu)
+    if size > limit:
+        require_free(size, "prepare: the weights' integers need", "raise Reconstruction.max_memory")
+        for observer, _ in on_cpu:
+            observer.mapped = True
 
 
 def _state(

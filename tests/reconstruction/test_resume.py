@@ -13,6 +13,7 @@ from tests.helpers.reconstructed import TUNED, integers, reconstructed, same
 from tfmq_fx.base.errors import TFMQError
 from tfmq_fx.passes.quantize.state import state_of
 from tfmq_fx.reconstruction import resume
+from tfmq_fx.reconstruction import run as of_run
 
 
 @pytest.fixture(scope="module")
@@ -73,6 +74,27 @@ def test_another_run_does_not_take_over_the_state(tmp_path):
     reconstructed(tmp_path / "s")
     with pytest.raises(TFMQError, match="belongs to another run"):
         reconstructed(tmp_path / "s", iterations=21)
+
+
+def test_out_of_memory_names_the_block_and_keeps_what_was_finished(tmp_path, uninterrupted, monkeypatch):
+    learn, third = of_run.choose_rounding, state_of(uninterrupted).reconstruction[2].name
+
+    def full(name, *args, **kwargs):
+        if name == third:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nMore lines")
+        return learn(name, *args, **kwargs)
+
+    monkeypatch.setattr(of_run, "choose_rounding", full)
+    with pytest.raises(
+        TFMQError, match=f"block {third}: out of memory .*2.00 GiB.*finished blocks are in"
+    ) as error:
+        reconstructed(tmp_path / "s")
+    assert "\n" not in str(error.value)
+    assert len(list((tmp_path / "s").glob("*.safetensors"))) == 2
+    with pytest.raises(TFMQError, match="nothing is kept"):
+        reconstructed()
+    monkeypatch.setattr(of_run, "choose_rounding", learn)
+    assert same(integers(reconstructed(tmp_path / "s")), integers(uninterrupted))
 
 
 def test_a_full_disk_keeps_what_was_finished(tmp_path, uninterrupted, monkeypatch):

@@ -54,6 +54,7 @@ from tfmq_fx.artefact.outside import Outside
 from tfmq_fx.base.arithmetic import IntegerRange, pack_bits, unpack_bits
 from tfmq_fx.base.errors import TFMQError, first_line
 from tfmq_fx.base.files import finite_json, replace_folder, require_writable, sha256_of
+from tfmq_fx.base.mapped import on_disk, require_free
 from tfmq_fx.graph.inputs import placeholders
 
 M = TypeVar("M", bound=QuantizedGraph)
@@ -70,6 +71,11 @@ CONFIG, WEIGHTS, GRAPH, REPORT = (
     "report.json",
 )
 BLOCK_WEIGHTS, BLOCK_GRAPH = "temporal_block.safetensors", "temporal_block.json"
+
+
+# Bytes. Larger packed tensors wait in mapped files until all of them are written: safetensors takes all at once.
+MAPPED = 2**20
+MAX_MEMORY = 8.0  # GiB of unpacked integers that a loaded network holds in memory
 
 
 def save(model: QuantizedGraph, folder: Path) -> None:
@@ -119,6 +125,8 @@ def _write(model: QuantizedGraph, folder: Path) -> None:
             span = _integers(low, high, value.dtype)
             manifest[name] |= {"bits": span.bits, "quant_min": low, "quant_max": high}
             tensors[name] = pack_bits(value, span)
+            if tensors[name].numel() > MAPPED:
+                tensors[name] = on_disk(tensors[name], folder)
     save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
     _dump(folder / GRAPH, graph_to_json(model.network))
     _dump(folder / REPORT, finite_json(model.report))
@@ -159,7 +167,7 @@ def _read_outside(
     if written is None:
         return None
     with _reading(folder / BLOCK_WEIGHTS):
-        tensors = _read_tensors(folder / BLOCK_WEIGHTS, written["tensors"])
+        tensors = _read_tensors(folder / BLOCK_WEIGHTS, written["tensors"], math.inf)  # none are integers
     with _reading(folder / BLOCK_GRAPH):
         block = graph_from_json(_read_json(folder / BLOCK_GRAPH), tensors)
     settings = {n: x for n, x in written.items() if n != "tensors"}
@@ -167,7 +175,7 @@ def _read_outside(
         return Outside(block, timestep=timestep, tables=tables, mapped=True, **settings)
 
 
-def read(folder: str | Path, models: Mapping[str, type[M]]) -> M:
+def read(folder: str | Path, models: Mapping[str, type[M]], *, max_memory: float = MAX_MEMORY) -> M:
     """Read an artefact and return it as an instance of the class for its kind; see `tfmq_fx.load`."""
     folder = Path(folder)
     if not os.path.isdir(folder):  # Path.is_dir raises for names that are too long
@@ -187,7 +195,7 @@ def read(folder: str | Path, models: Mapping[str, type[M]]) -> M:
     with _reading(folder / CONFIG):
         _check_digests(folder, config)
     with _reading(folder / WEIGHTS):
-        tensors = _read_tensors(folder / WEIGHTS, quantization["tensors"])
+        tensors = _read_tensors(folder / WEIGHTS, quantization["tensors"], max_memory * 2**30)
     with _reading(folder / GRAPH):
         graph = graph_from_json(_read_json(folder / GRAPH), tensors)
     report = _read_json(folder / REPORT)
@@ -261,7 +269,10 @@ def _check_digests(folder: Path, config: Mapping[str, Any]) -> None:
             )
 
 
-def _read_tensors(file: Path, manifest: dict[str, dict[str, Any]]) -> dict[str, Tensor]:
+def _read_tensors(file: Path, manifest: dict[str, dict[str, Any]], limit: float) -> dict[str, Tensor]:
+    """Return the tensors of a file by name. They are mapped from it; unpacked integers from temporary files, if these
+    integers take more bytes than `limit`.
+    """
     if not file.is_file():
         raise TFMQError(f"{file}: missing.")
     try:
@@ -272,6 +283,9 @@ def _read_tensors(file: Path, manifest: dict[str, dict[str, Any]]) -> dict[str, 
         wrong = sorted(stored.keys() ^ manifest.keys())[0]
         raise TFMQError(f"{file}: tensor {wrong[:80]!r} is not both in the file and in {CONFIG}.")
     tensors = {}
+    size = sum(8 * stored[n].numel() // spec["bits"] for n, spec in manifest.items() if spec.get("bits"))
+    if size > limit:
+        require_free(size, f"{file}: the unpacked integers need", "raise max_memory")
     for name, spec in manifest.items():
         if not is_tensor_name(name):
             raise TFMQError(f"{file}: {name[:80]!r} is not a valid tensor name.")
@@ -281,6 +295,7 @@ def _read_tensors(file: Path, manifest: dict[str, dict[str, Any]]) -> dict[str, 
             if len(shape) > 64 or math.prod(shape) * span.bits > 8 * value.numel():  # before allocating
                 raise TFMQError(f"{file}: tensor {name!r} has too few bytes for the shape in {CONFIG}.")
             value = unpack_bits(value, shape, span)
+            value = on_disk(value) if size > limit and value.numel() > MAPPED else value
         if tuple(value.shape) != shape or value.dtype != dtype:
             raise TFMQError(
                 f"{file}: tensor {name!r} is {value.dtype} {tuple(value.shape)}, but {CONFIG} says {dtype} {shape}."

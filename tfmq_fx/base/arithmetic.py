@@ -29,6 +29,10 @@ NETWORK_DTYPES = (torch.float32, torch.float16, torch.bfloat16)  # what is left 
 CANDIDATES = 2**19
 
 
+# The number of integers that are packed or unpacked at once: each takes tens of bytes meanwhile. A multiple of 8.
+PACKED = 2**20
+
+
 @dataclass(frozen=True, kw_only=True)
 class IntegerRange:
     """The range of integers that a value may take: quant_min <= q <= quant_max, stored as `dtype`.
@@ -229,9 +233,17 @@ def search_range(
 
 def pack_bits(q: Tensor, integers: IntegerRange) -> Tensor:
     """Pack integers into a little-endian bit stream of `bits` each: ceil(numel * bits / 8) bytes of uint8."""
-    unsigned = (q.reshape(-1).to(torch.int16) - integers.quant_min).to(torch.uint8).cpu().numpy()
-    bits = (unsigned[:, None] >> np.arange(integers.bits, dtype=np.uint8)) & 1
-    return torch.from_numpy(np.packbits(bits.reshape(-1), bitorder="little"))
+    flat = q.reshape(-1)
+    packed = np.empty(-(-flat.numel() * integers.bits // 8), dtype=np.uint8)
+    for start in range(0, flat.numel(), PACKED):
+        part = (
+            (flat[start : start + PACKED].to(torch.int16) - integers.quant_min).to(torch.uint8).cpu().numpy()
+        )
+        bits = (part[:, None] >> np.arange(integers.bits, dtype=np.uint8)) & 1
+        found = np.packbits(bits.reshape(-1), bitorder="little")
+        first = start * integers.bits // 8
+        packed[first : first + len(found)] = found
+    return torch.from_numpy(packed)
 
 
 def unpack_bits(packed: Tensor, shape: tuple[int, ...], integers: IntegerRange) -> Tensor:
@@ -242,11 +254,14 @@ def unpack_bits(packed: Tensor, shape: tuple[int, ...], integers: IntegerRange) 
             f"packed weight: {packed.numel()} bytes of {packed.dtype} found, but shape {shape} at "
             f"{integers.bits} bits takes {-(-numel * integers.bits // 8)} bytes of uint8."
         )
-    bits = np.unpackbits(packed.numpy(), bitorder="little")[: numel * integers.bits]
-    unsigned = (bits.reshape(numel, integers.bits) << np.arange(integers.bits, dtype=np.uint8)).sum(1)
-    return (
-        (torch.from_numpy(unsigned.astype(np.int16)) + integers.quant_min).to(integers.dtype).reshape(shape)
-    )
+    found, places = torch.empty(numel, dtype=integers.dtype), np.arange(integers.bits, dtype=np.uint8)
+    for start in range(0, numel, PACKED):
+        count, first = min(PACKED, numel - start), start * integers.bits // 8
+        part = packed[first : first + -(-count * integers.bits // 8)].numpy()
+        bits = np.unpackbits(part, bitorder="little")[: count * integers.bits]
+        unsigned = (bits.reshape(count, integers.bits) << places).sum(1, dtype=np.uint8)
+        found[start : start + count] = torch.from_numpy(unsigned.astype(np.int16)) + integers.quant_min
+    return found.reshape(shape)
 
 
 class _FakeQuantizeRows(torch.autograd.Function):

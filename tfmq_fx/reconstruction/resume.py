@@ -74,8 +74,7 @@ class Finished:
                 f"{self.folder}: block {index} has {', '.join(kept)}, but the network has {', '.join(learned)}; remove the folder, "
                 "or name another one."
             )
-        for name, x in learned.items():
-            x.copy_(kept[name])
+        _set_learned(block, kept)
         return BlockResult(**result)
 
     def _read(self, index: int) -> tuple[dict[str, Any], dict[str, Tensor]] | None:
@@ -113,12 +112,10 @@ class Finished:
                 )
         if error := self.ranks.first(error):
             raise TFMQError(error)
-        # Processes on different machines may round ties differently, so all take those of rank 0.
-        first = self.ranks.first(
-            {name: x.cpu() for name, x in learned.items()} if self.ranks.size > 1 else learned
-        )
-        for name, x in learned.items():
-            x.copy_(first[name])
+        if (
+            self.ranks.size > 1
+        ):  # on different machines, processes may round ties differently: all take those of rank 0
+            _set_learned(block, self.ranks.first({name: x.cpu() for name, x in learned.items()}))
 
 
 def _open(folder: Path, fingerprint: str) -> None:
@@ -157,6 +154,17 @@ def _learned(block: GraphModule) -> dict[str, Tensor]:
         elif isinstance(observer, StaticFakeQuantize):
             found[f"{node.target}.scale"] = observer.scale
     return found
+
+
+def _set_learned(block: GraphModule, values: Mapping[str, Tensor]) -> None:
+    """Set what `_learned` returns."""
+    for node, observer in observers(block):
+        source = node.args[0]
+        if isinstance(observer, PerChannelWeightFakeQuantize) and isinstance(source, Node):
+            observer.hold(values[str(source.target)].to(observer.q.device))
+            observer.scale.copy_(values[f"{source.target}_scale"])
+        elif isinstance(observer, StaticFakeQuantize):
+            observer.scale.copy_(values[f"{node.target}.scale"])
 
 
 def fingerprint(gm: GraphModule, tensors: Mapping[str, Tensor], settings: Reconstruction, seed: int) -> str:

@@ -76,7 +76,7 @@ def choose_rounding(
 
     if error_nearest > 0.0:  # otherwise there is nothing to gain
         if "gptq" in method:
-            targets, hessian_pieces = _second_order(streams, settings)
+            targets, hessian_pieces = _second_order(streams, settings, keep="adaround" in method)
             # AdaRound then rounds the weights corrected for quantized inputs, instead of the float weights.
             weights = [(o, targets.get(o, w)) for o, w in weights]
             keep_if_better("gptq")
@@ -159,14 +159,15 @@ def _learn(
 
 @torch.no_grad()
 def _second_order(
-    streams: Streams, settings: Reconstruction
+    streams: Streams, settings: Reconstruction, *, keep: bool
 ) -> tuple[dict[PerChannelWeightFakeQuantize, Tensor], int]:
     """Run GPTQ layer by layer. Each layer sees the outputs of the layers before it, which already have integers.
 
-    Returns the corrected weights that were rounded, by observer, and the most pieces that a layer's columns were
-    cut into.
+    Returns the corrected weights that were rounded, by observer, if `keep`, and the most pieces that a layer's
+    columns were cut into.
     """
     targets: dict[PerChannelWeightFakeQuantize, Tensor] = {}
+    done: set[PerChannelWeightFakeQuantize] = set()
     most = 1
     observer_of = {n: o for n, o in observers(streams.block) if isinstance(o, PerChannelWeightFakeQuantize)}
     chunks = streams.chunks[: max(1, settings.gptq_samples // settings.batch_size)]
@@ -177,7 +178,7 @@ def _second_order(
         source = layer.args[index] if index is not None else None
         if not isinstance(source, Node) or source not in observer_of or not supported(layer):
             continue
-        if observer_of[source] in targets:  # the second product of an input in two terms
+        if observer_of[source] in done:  # the second product of an input in two terms
             continue
         observer, probe = observer_of[source], _input_of(streams.block, layer)
         weight = _float_weight(streams.block, source)
@@ -210,8 +211,10 @@ def _second_order(
             observer.integers,
             damping=settings.damping,
         )
-        observer.q = joined(q, pieces).reshape(weight.shape).to(observer.dtype)
-        targets[observer] = joined(w_GCK, pieces).reshape(weight.shape).float()
+        observer.hold(joined(q, pieces).reshape(weight.shape))
+        done.add(observer)
+        if keep:
+            targets[observer] = joined(w_GCK, pieces).reshape(weight.shape).float()
     return targets, most
 
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.fx import GraphModule
 
+from tfmq_fx.base.errors import TFMQError, first_line
 from tfmq_fx.base.parallel import Ranks, Workers
 from tfmq_fx.passes.quantize.results import BlockResult
 from tfmq_fx.recipe import Reconstruction
@@ -73,6 +75,20 @@ class Run:
             result = learn()
             self.finished.keep(index, block, result)
         return result
+
+    @contextmanager
+    def naming(self, name: str) -> Iterator[None]:
+        """Convert running out of the device's memory to a TFMQError that names the block, and what is kept."""
+        try:
+            yield
+        except torch.OutOfMemoryError as error:
+            kept = "nothing is kept, since no state folder was given"
+            if self.finished.folder is not None:
+                kept = f"the finished blocks are in {self.finished.folder}, where the same call goes on"
+            raise TFMQError(
+                f"reconstruction of block {name}: out of memory ({first_line(error)}); {kept}. Free some of the device's memory, or "
+                "start anew with a lower Reconstruction.batch_size or gptq_memory."
+            ) from error
 
     def order(self, index: int, chunks: int) -> Callable[[], int]:
         """Return a function that returns the next chunk to learn from: all of them, shuffled, then all again."""

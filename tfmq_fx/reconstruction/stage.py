@@ -96,13 +96,15 @@ def reconstruct(
             if _learnable(gm, temporal=False) and settings.method != "nearest":
                 Walk(gm, calibration, run).require_disk()
             if temporal_method(settings) != "nearest" and _learnable(gm, temporal=True) and not cached:
-                results.append(_reconstruct_temporal(gm, calibration, run))
+                with run.naming("temporal_block"):
+                    results.append(_reconstruct_temporal(gm, calibration, run))
             if _learnable(gm, temporal=False):
                 with _temporal_in_float(gm) if cached else nullcontext():
                     blocks = Walk(gm, calibration, run).run() if settings.method != "nearest" else []
                     results += blocks
                     if iterations:
-                        results += _tune(gm, calibration, run, iterations, index=len(blocks) + 1)
+                        with run.naming("network (all blocks together)"):
+                            results += _tune(gm, calibration, run, iterations, index=len(blocks) + 1)
     finally:
         for p in frozen:
             p.requires_grad_(True)

@@ -5,8 +5,6 @@ from __future__ import annotations
 import copy
 import heapq
 import math
-import shutil
-import tempfile
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -17,6 +15,7 @@ from torch.fx.passes.utils.fuser_utils import fuse_as_graphmodule
 
 from tfmq_fx.base._torchao import FakeQuantizeBase
 from tfmq_fx.base.errors import TFMQError
+from tfmq_fx.base.mapped import require_free
 from tfmq_fx.base.progress import track
 from tfmq_fx.calibration.data import CalibrationSet, as_taken, inputs_of
 from tfmq_fx.calibration.temporal_rows import is_scalar
@@ -87,13 +86,11 @@ class Walk:
     def require_disk(self) -> None:
         """Raise TFMQError if the streams outgrow both max_memory and the free disk, as far as the capture's shapes tell."""
         beyond = self._largest() - self.config.settings.max_memory * 2**30
-        folder = tempfile.gettempdir()
-        free = shutil.disk_usage(folder).free
-        if beyond / 2 > free:  # float32 is spilled in half precision
-            raise TFMQError(
-                f"reconstruction: the streams need about {beyond / 2**31:.1f} GiB of disk beyond max_memory, but {folder} has "
-                f"{free / 2**30:.1f}; raise Reconstruction.max_memory, lower num_samples, or set TMPDIR to a larger disk."
-            )
+        require_free(  # float32 is spilled in half precision
+            beyond / 2,
+            "reconstruction: the streams need",
+            "raise Reconstruction.max_memory, lower num_samples",
+        )
 
     def _largest(self) -> int:
         """Return the most bytes that the two streams hold at once."""
@@ -122,12 +119,15 @@ class Walk:
         with Budget(held) as budget:
             envs = self._environments(budget)
             for i, node in enumerate(track(order, "reconstructing blocks")):
-                if node in units:
-                    results += self._reconstruct(units[node], envs, len(results) + 1)
-                elif node in constant:
-                    self._share(node, envs)
-                elif node.op not in ("placeholder", "output"):
-                    self.config.workers.map(partial(self._step, node=node, envs=envs), range(len(self.rows)))
+                with self.config.naming(units[node].name if node in units else node.name):
+                    if node in units:
+                        results += self._reconstruct(units[node], envs, len(results) + 1)
+                    elif node in constant:
+                        self._share(node, envs)
+                    elif node.op not in ("placeholder", "output"):
+                        self.config.workers.map(
+                            partial(self._step, node=node, envs=envs), range(len(self.rows))
+                        )
                 for values in (*envs.float, *envs.quantized):
                     for used in [n for n in values if last_use.get(n, -1) <= i]:
                         del values[used]

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 import tfmq_fx
-from benchmarks.networks.small import TIMESTEPS, ScalarTime, calibration, captured, make
+from benchmarks.networks.small import TIMESTEPS, ScalarTime, calibration, captured, make, prepared
 from tfmq_fx.base.errors import TFMQError
 from tfmq_fx.observers import PerChannelWeightFakeQuantize, StaticFakeQuantize, TemporalObserver
 from tfmq_fx.passes.quantize.observed import observers
@@ -83,3 +83,21 @@ def test_a_network_in_float64_is_refused():
     gm.get_submodule("down").double()
     with pytest.raises(TFMQError, match=r"weight down\.weight: is torch\.float64"):
         tfmq_fx.prepare(gm, tfmq_fx.Recipe(), timesteps=TIMESTEPS)
+
+
+def test_each_weight_is_dequantized_just_before_it_is_read():
+    """At the start, where torchao puts the observers of weights, a call would hold all of them at once."""
+
+    def waits(gm, found):
+        place = {n: i for i, n in enumerate(gm.graph.nodes)}
+        return [min(place[u] for u in n.users) - place[n] for n in gm.graph.nodes if found(n)]
+
+    gm = prepared()
+    of_weights = {n for n, o in observers(gm) if isinstance(o, PerChannelWeightFakeQuantize)}
+    assert waits(gm, of_weights.__contains__) == [1] * len(of_weights)
+    dequantize = torch.ops.quantized_decomposed.dequantize_per_channel.default
+    converted = tfmq_fx.convert(gm)
+    for part in (converted, converted.get_submodule("temporal_block")):
+        found = waits(part, lambda n: n.target == dequantize and n.args[0].op == "get_attr")
+        assert found
+        assert max(found) <= 5  # bias, and the parts of another weight
