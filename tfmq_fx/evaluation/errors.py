@@ -13,7 +13,13 @@ from torch.utils import _pytree as pytree
 
 from tfmq_fx.base.metrics import cosine_distance, relative_mse_by_timestep
 from tfmq_fx.calibration.data import CalibrationSet, inputs_of
-from tfmq_fx.calibration.temporal_rows import chunks_of, is_scalar, run_temporal, temporal_rows
+from tfmq_fx.calibration.temporal_rows import (
+    chunks_of,
+    is_scalar,
+    run_row_by_row,
+    run_temporal,
+    temporal_rows,
+)
 from tfmq_fx.graph.inputs import placeholders
 from tfmq_fx.passes.quantize.state import state_of
 from tfmq_fx.passes.temporal.partition_temporal import temporal_block_of
@@ -56,7 +62,7 @@ def temporal_distance(
     quantized = temporal_block_of(converted)
     if not placeholders(quantized).keys() <= rows.keys():
         return None
-    scalar = is_scalar(converted)
+    scalar = run_row_by_row(converted, block)
     distances = [
         cosine_distance(
             run_temporal(quantized, part, scalar=scalar), run_temporal(block, part, scalar=scalar)

@@ -125,9 +125,7 @@ class Preconditioned(nn.Module):
 
 @pytest.mark.parametrize("learned", [False, True])
 def test_the_scalars_by_which_a_sampler_scales_the_data_are_no_features(learned):
-    gm, temporal = find(
-        Preconditioned(make(ScalarTime), learned=learned), sample=torch.randn(2, 4)
-    )
+    gm, temporal = find(Preconditioned(make(ScalarTime), learned=learned), sample=torch.randn(2, 4))
     paths = ["inner.time.2", *["learned"] * learned]
     assert sorted(feature_paths(gm, temporal)) == paths
     block = extract_temporal(gm, temporal)
