@@ -1,12 +1,15 @@
-"""The errors of temporal features whose rows are not dim 0, timestep by timestep."""
+"""The errors by timestep: of features whose rows are not dim 0, and of outputs whose rows do not fit at once."""
 
 import pytest
 import torch
 from torch import nn
 
 import tfmq_fx
-from benchmarks.networks.small import TIMESTEPS, make, sinusoid
-from tests.helpers.nearest import recipe
+from benchmarks.networks.small import TIMESTEPS, TinyUNet, calibration, captured, make, sinusoid
+from tests.helpers.nearest import quantized, recipe
+from tfmq_fx.calibration.data import inputs_of
+from tfmq_fx.evaluation import errors
+from tfmq_fx.graph.inputs import largest_row
 from tfmq_fx.passes import extract_temporal, find_temporal
 from tfmq_fx.passes.temporal.partition_temporal import temporal_block_of
 
@@ -53,3 +56,22 @@ def test_each_timestep_has_its_own_distance(network_class):
         expected = 1 - torch.cosine_similarity(x, y, dim=0)
         assert row["temporal_cosine_distance"] == pytest.approx(float(expected), rel=1e-3, abs=1e-9)
     assert len({row["temporal_cosine_distance"] for row in q.report["errors_by_timestep"]}) > 1
+
+
+def test_rows_whose_tensors_are_large_are_measured_in_pieces(monkeypatch):
+    """As many rows at once as fit: (rows, 16, 8, 8) of float32, the largest tensor, takes 4 KiB a row."""
+    gm = captured(TinyUNet)
+    assert largest_row(gm) == 16 * 8 * 8 * 4
+    converted, data = quantized("w8a8").network, calibration()
+    seen = []
+    monkeypatch.setattr(
+        errors, "inputs_of", lambda gm, batch: seen.append(len(batch["timestep"])) or inputs_of(gm, batch)
+    )
+    with torch.no_grad():
+        whole = errors.errors_by_timestep(gm, converted, data, {}, None)
+        monkeypatch.setattr(errors, "LARGEST", 3 * largest_row(gm))
+        pieces = errors.errors_by_timestep(gm, converted, data, {}, None)
+    assert seen == [40, *[3] * 13, 1]
+    for a, b in zip(whole, pieces, strict=True):
+        # A sum of products in another order moves few activations to the next integer.
+        assert a == pytest.approx(b, rel=0.05)

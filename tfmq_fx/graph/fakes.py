@@ -11,6 +11,7 @@ from torch._dispatch.python import enable_python_dispatcher
 from torch._subclasses import FakeTensorMode
 from torch.fx import GraphModule, Interpreter, Node
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
+from torch.fx.passes.shape_prop import TensorMetadata
 from torch.utils import _pytree as pytree
 
 from tfmq_fx.graph.nodes import meta_value
@@ -19,7 +20,7 @@ from tfmq_fx.graph.nodes import meta_value
 def set_fake_values(
     gm: GraphModule, inputs: Mapping[str, Tensor], *, dynamic: Mapping[str, Collection[int]]
 ) -> None:
-    """Give every node its fake value (`meta_value`), as torch.export would.
+    """Give every node its fake value (`meta_value`) and its "tensor_meta", as torch.export would.
 
     inputs: an example of each input by name, in the order of the graph. dynamic: by name, the dimensions that may have
     any size; those that have one size in the example have one symbol.
@@ -55,7 +56,13 @@ class _Fakes(Interpreter):
             self.known[kind] = value
         if n.op != "output":
             n.meta["val"] = value
+            n.meta["tensor_meta"] = pytree.tree_map_only(Tensor, _described, value)
         return value
+
+
+def _described(x: Tensor) -> TensorMetadata:
+    """Return what torch.export says of a tensor beside its fake value; OpenVINO reads this."""
+    return TensorMetadata(x.shape, x.dtype, False, x.stride(), None, False, {})
 
 
 def kind_of_call(node: Node) -> Hashable | None:
