@@ -60,10 +60,13 @@ def fixed_batch(gm: GraphModule, shared: Collection[str]) -> int | None:
 
 def largest_row(gm: GraphModule) -> int:
     """Return the bytes that a row of the batch has in the largest tensor of a graph; 0 for a graph without shapes."""
-    rows = [d.node.hint for n in placeholders(gm).values() for d in _sizes(n) if fixed_size(d) is None]
-    found = [n for n in gm.graph.nodes if any(fixed_size(d) is None for d in _sizes(n))]
-    most = max((math.prod(hinted_shape(n)) * meta_value(n).element_size() for n in found), default=0)
-    return most // rows[0] if rows else 0
+    changing = [n for n in gm.graph.nodes if any(fixed_size(d) is None for d in _sizes(n))]
+    if not changing:
+        return 0
+    first, shape = _sizes(changing[0]), hinted_shape(changing[0])  # an input
+    rows = next(hint for hint, d in zip(shape, first, strict=True) if fixed_size(d) is None)
+    most: int = max(math.prod(hinted_shape(n)) * meta_value(n).element_size() for n in changing)
+    return most // rows
 
 
 def _sizes(node: Node) -> Sequence[int | torch.SymInt]:
