@@ -12,11 +12,9 @@ from benchmarks.networks.small import FAST, TinyUNet, calibration, make
 from tests.helpers.lowered import kept
 from tfmq_fx.artefact import program
 from tfmq_fx.demo import embedded_pipeline
-from tfmq_fx.runtimes import aot_package, cpu, onnx_file, openvino_file, torch_engine
+from tfmq_fx.runtimes import aot_package, cpu, onnx_file
 
-exported, decomposed = (
-    functools.lru_cache(maxsize=8)(of) for of in (program.exported, openvino_file.decomposed)
-)
+exported = functools.lru_cache(maxsize=8)(program.exported)
 
 
 @pytest.fixture(autouse=True)
@@ -28,10 +26,9 @@ def _same_numbers_every_time():
 
 @pytest.fixture(autouse=True)
 def _one_export(monkeypatch):
-    """Trace each network only once, whatever it is lowered or exported to: tracing is half of that time."""
-    for module in (aot_package, onnx_file, openvino_file, torch_engine):
+    """Trace each network only once, whatever it is exported to: tracing is half of that time."""
+    for module in (aot_package, onnx_file, program):
         monkeypatch.setattr(module, "exported", exported)
-    monkeypatch.setattr(openvino_file, "decomposed", decomposed)
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -10,7 +10,7 @@ from torch.fx.passes.infra.pass_base import PassResult
 from torch.fx.proxy import TraceError
 
 from tfmq_fx.base._torchao import FakeQuantizeBase, ObserverBase
-from tfmq_fx.graph.nodes import called_module
+from tfmq_fx.graph.nodes import called_module, paste, put_in_place
 
 
 class _NoLeaves(Tracer):
@@ -34,13 +34,10 @@ def inline_modules(gm: GraphModule) -> PassResult:
             inner = _NoLeaves().trace(module)
         except (TraceError, TypeError, NotImplementedError):  # control flow on values: cannot be followed
             continue
-        for constant in inner.find_nodes(op="get_attr"):
-            constant.target = f"{node.target}.{constant.target}"
         given = _bind(inner.find_nodes(op="placeholder"), node)
         with gm.graph.inserting_before(node):
-            result = gm.graph.graph_copy(inner, given)
-        node.replace_all_uses_with(result)  # type: ignore[arg-type]
-        gm.graph.erase_node(node)
+            result = paste(gm.graph, inner, given, prefix=str(node.target))
+        put_in_place(node, result)
         modified = True
     if modified:
         gm.graph.lint()

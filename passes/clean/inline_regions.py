@@ -3,7 +3,6 @@ mode, or chosen by a condition that never changes."""
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,7 +13,7 @@ from torch.fx.passes.infra.pass_base import PassResult
 
 from tfmq_fx.base.errors import TFMQError
 from tfmq_fx.graph.constants import constants, values_of
-from tfmq_fx.graph.nodes import attribute, meta_value
+from tfmq_fx.graph.nodes import attribute, meta_value, paste, put_in_place
 
 _AUTOCAST, _GRAD, _COND = "wrap_with_autocast", "wrap_with_set_grad_enabled", "cond"
 
@@ -95,17 +94,9 @@ def _inline(gm: GraphModule, node: Node, region: Node, taken: Sequence[Any]) -> 
     """Replace an operator by the nodes of the graph that it runs. taken: the graph's inputs."""
     inner: GraphModule = attribute(gm, str(region.target))
     given: dict[Node, Any] = dict(zip(inner.graph.find_nodes(op="placeholder"), taken, strict=True))
-    with gm.graph.inserting_before(node):
-        result: Any = gm.graph.graph_copy(inner.graph, given)
-    for constant in inner.graph.find_nodes(op="get_attr"):
-        given[constant].target = f"{region.target}.{constant.target}"
-    if isinstance(result, Node):
-        node.replace_all_uses_with(result)
-    for user in list(node.users):
-        assert user.target is operator.getitem
-        user.replace_all_uses_with(result[user.args[1]])
-        gm.graph.erase_node(user)
     graphs = [n for n in node.all_input_nodes if n.op == "get_attr"]
-    gm.graph.erase_node(node)
+    with gm.graph.inserting_before(node):
+        result = paste(gm.graph, inner.graph, given, prefix=str(region.target))
+    put_in_place(node, result)
     for unread in (n for n in graphs if not n.users):
         gm.graph.erase_node(unread)

@@ -128,14 +128,16 @@ def is_per_row(gm: GraphModule, key: Iterable[str]) -> bool:
 def encode(table_KF: Tensor, cache_type: str) -> tuple[Tensor, Tensor | None]:
     """Return a table as it is stored, and for int8 the scale of each row (K, 1), else None.
 
-    The scale maps max |x| to 127. It is 1 for a row of zeros.
+    The scale maps max |x| to 127. It is 1 for a row of zeros, and at least the smallest normal number: a 127th of a
+    smaller one may be 0.
     """
     if cache_type == EXACT:
         return table_KF, None
     if cache_type != "int8":
         return table_KF.to(getattr(torch, cache_type)), None
     largest = table_KF.abs().amax(1, keepdim=True)
-    scale = torch.where(largest > 0, largest / 127, 1.0)
+    smallest = torch.finfo(largest.dtype).smallest_normal
+    scale = torch.where(largest > 0, (largest / 127).clamp(min=smallest), 1.0)
     return (table_KF / scale).round().clamp(-127, 127).to(torch.int8), scale
 
 

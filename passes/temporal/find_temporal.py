@@ -6,18 +6,21 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from tfmq_fx.base.errors import TFMQError
 from tfmq_fx.graph.inputs import conditioning_vectors, placeholders, require_input, timestep_input
 from tfmq_fx.graph.nodes import (
     ancestors,
+    fixed_size,
     is_random,
     is_view_or_pointwise,
     meta_value,
     mutated_inputs,
     value_inputs,
     viewed_inputs,
+    weight_argument,
 )
 
 
@@ -127,7 +130,9 @@ def find_temporal(
                                                     feature i ---^
 
     A *feature* is the weighted layer whose output, through views and pointwise operators, first meets a value
-    that depends on data: on anything but the timestep, conditioning and parameters.
+    that depends on data: on anything but the timestep, conditioning and parameters. Numbers by which a sampler
+    scales the data, one per sample and computed without a layer, are not features: they stay where they are, in float.
+    They are where nothing else meets data.
 
     timestep: the input's name; None takes what capture recorded, "timestep", or the only input that can be it.
     conditioning: inputs that may join the timestep inside the block (class labels, pooled text, size ids,
@@ -157,6 +162,7 @@ def find_temporal(
     if features is None:
         written = overwritten(gm, temporal)
         anchors = {anchor for node in frontier for anchor in _anchors(node, temporal, written)}
+        anchors = {n for n in anchors if not _is_scalar_without_layer(n, inside)} or anchors
     else:
         anchors = {n for n in temporal if n.name in features}
     return _block(gm, flow, str(source.target), anchors=anchors, inside=inside, allowed=allowed)
@@ -244,6 +250,14 @@ def _anchors(node: Node, temporal: set[Node], written: set[Node]) -> set[Node]:
         else:
             found.add(current)
     return found
+
+
+def _is_scalar_without_layer(node: Node, inside: set[Node]) -> bool:
+    """Return True for one number per sample that no weighted layer computes, such as a sampler's 1 / (1 + sigma ** 2)."""
+    value = meta_value(node)
+    if not isinstance(value, Tensor) or any(fixed_size(size) != 1 for size in value.shape[1:]):
+        return False
+    return not any(weight_argument(n) is not None for n in ancestors([node]) & inside)
 
 
 def constants_of(gm: GraphModule, marks: dict[Node, frozenset[str]], inputs: Iterable[str]) -> set[Node]:

@@ -35,6 +35,12 @@ def test_an_input_without_rows_counts_for_all_and_integers_stay():
     assert with_nan_rows(y, [X], batch=3) is y
 
 
+def test_another_device_is_not_waited_for():
+    """torch has no value of a tensor on the meta device: to ask for one would raise."""
+    x = X.to("meta")
+    assert with_nan_rows(x, [x], batch=3).shape == X.shape
+
+
 def test_a_compiled_call_keeps_it_too():
     q = quantized("w8a8", network_class=TinyUNet)
     compiled = torch.compile(q, backend="eager")

@@ -10,9 +10,9 @@ from benchmarks.networks.small import ScalarTime
 from tests.helpers.lowered import INT8, assert_same_but_for_ties, lower, mixed, noise
 from tests.helpers.nearest import one_timestep, quantized
 from tfmq_fx.base.errors import TFMQError
-from tfmq_fx.runtimes.openvino_file import FLOAT
+from tfmq_fx.runtimes.openvino_file import FLOAT, MODEL
 
-pytest.importorskip("openvino", reason="lowering needs the openvino extra")
+openvino = pytest.importorskip("openvino", reason="lowering needs the openvino extra")
 
 
 def test_nobody_is_told(monkeypatch, tmp_path):
@@ -102,3 +102,23 @@ def test_the_exported_folder_is_openvinos_alone(tmp_path):
         quantized().export(tmp_path / "ir")
     with pytest.raises(TFMQError, match=r"'\.xml' is not supported; use \.pt2, \.onnx, or a folder"):
         quantized().export(tmp_path / "net.xml")
+
+
+class Repeating(ScalarTime):
+    def forward(self, sample, timestep):
+        y = super().forward(sample, timestep)
+        return {"a": y, "b": [y, 2 * y], "given": sample}
+
+
+def test_a_tensor_that_is_returned_twice_and_an_input_that_is_returned(tmp_path):
+    q = one_timestep(Repeating)
+    x, t = torch.randn(3, 4), torch.tensor(7)
+    with torch.no_grad():
+        found, expected = lower(q, precision="float32", batch=3)(x, t), q(x, t)
+    assert torch.equal(found["given"], x)
+    assert torch.equal(found["a"], found["b"][0])
+    assert_same_but_for_ties([(found["a"], expected["a"]), (found["b"][1], expected["b"][1])])
+    q.export(tmp_path / "net")
+    written = openvino.Core().read_model(tmp_path / "net" / MODEL)
+    assert len(written.outputs) == 4
+    assert [i.get_element_type().to_string() for i in written.inputs] == ["f32", "i64"]

@@ -21,7 +21,8 @@ def with_nan_rows(output: Any, inputs: Collection[Tensor], *, batch: int) -> Any
     if not found:
         return output
     nan_N = torch.stack(found).any(0)
-    if not traced(inputs) and not nan_N.any():
+    on_cpu = nan_N.device.type == "cpu"  # elsewhere, to ask would be to wait for all that is computed there
+    if on_cpu and not traced(inputs) and not nan_N.any():
         return output
 
     def marked(y: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Export the quantized graph as a torch.export program."""
+"""Return the quantized graph as one flat graph: torch.export's program, or without its trace."""
 
 from __future__ import annotations
 
@@ -7,12 +7,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.fx import GraphModule, Node
+from torch._ops import HigherOrderOperator
+from torch.fx import Graph, GraphModule, Node
 from torch.fx.graph import CodeGen
 from torch.utils import _pytree as pytree
 
 from tfmq_fx.artefact.drop_in import QuantizedGraph, example_inputs
 from tfmq_fx.base.tracing import tracing
+from tfmq_fx.graph.fakes import set_fake_values
+from tfmq_fx.graph.nodes import aten, fresh, mutated_inputs, paste, put_in_place
+from tfmq_fx.passes.int8.decompose import Table, decompose
 
 
 @tracing()
@@ -33,6 +37,55 @@ def graph_of(program: torch.export.ExportedProgram) -> GraphModule:
     output.args = (tensors,)
     gm.graph.set_codegen(CodeGen())
     gm.recompile()
+    return gm
+
+
+@tracing()
+def flat_graph(model: QuantizedGraph, *, table: Table | None = None) -> GraphModule:
+    """Return the graph without submodules, in-place writes and checks, in torch's composite operators.
+
+    Its nodes have fake values for a batch of any size. It returns tensors alone.
+
+    table: operators to write by others (`decompose`).
+    """
+    gm = _flattened(model)
+    if gm is None or (table and decompose(gm, table=table) is None):
+        program = exported(model)
+        if table or any(mutated_inputs(n) for n in program.graph.nodes):
+            program = program.run_decompositions(dict(table or {}))  # this traces it once more
+        gm = fresh(graph_of(program))
+    for node in gm.graph.find_nodes(op="call_function", target=aten._assert_tensor_metadata.default):
+        gm.graph.erase_node(node)  # it checks dtypes; `DropIn` checks the inputs
+    return gm
+
+
+def _flattened(model: QuantizedGraph) -> GraphModule | None:
+    """Return the graph with the nodes of its temporal block in it, and fake values.
+
+    It is what torch.export would trace, in a tenth of the time. None where a trace may find other operators: in place of
+    writes, modules, and operators that run graphs.
+    """
+    graph = Graph()
+    output = graph.graph_copy(model.network.graph, {})
+    graph.output(tuple(x for x in pytree.tree_leaves(output) if isinstance(x, Node)))
+    for node in graph.find_nodes(op="call_module"):
+        inner = model.network.get_submodule(node.target)
+        if not isinstance(inner, GraphModule) or node.kwargs:
+            return None
+        taken = dict(zip(inner.graph.find_nodes(op="placeholder"), node.args, strict=True))
+        with graph.inserting_before(node):
+            result = paste(graph, inner.graph, taken, prefix=node.target)
+        put_in_place(node, result)
+    if graph.find_nodes(op="call_module") or any(map(mutated_inputs, graph.nodes)):
+        return None
+    if any(isinstance(n.target, HigherOrderOperator) for n in graph.nodes):
+        return None
+    graph.eliminate_dead_code()
+    graph.lint()
+    gm = GraphModule(model.network, graph)
+    gm.meta = {}
+    sizes = {name: {*dims} for name, dims in dynamic_shapes(model).items()}
+    set_fake_values(gm, example_inputs(model, batch=2), dynamic=sizes)
     return gm
 
 

@@ -6,11 +6,12 @@ from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor
-from torch.fx import GraphModule
+from torch.fx import GraphModule, Node
 
 from tfmq_fx.base.errors import TFMQError, nearest_names
 from tfmq_fx.graph.inputs import placeholders, timestep_input
 from tfmq_fx.graph.nodes import meta_value, on_device_of
+from tfmq_fx.passes.quantize.plan import rows_are_samples
 from tfmq_fx.passes.quantize.state import state_of
 
 
@@ -18,6 +19,16 @@ def is_scalar(gm: GraphModule) -> bool:
     """Return True if the graph was captured with a timestep of shape ()."""
     value = meta_value(timestep_input(gm, None))
     return isinstance(value, Tensor) and value.dim() == 0
+
+
+def run_row_by_row(gm: GraphModule, block: GraphModule) -> bool:
+    """Return True if an extracted float block must run once per row, so that each feature has a part for each.
+
+    Its timestep has shape (), or dim 0 of a feature is not the batch: it is transposed, or repeated for every frame.
+    """
+    t = meta_value(timestep_input(gm, None))
+    features = [n for n in block.graph.output_node().args[0] if isinstance(n, Node)]  # type: ignore[union-attr]
+    return is_scalar(gm) or not all(rows_are_samples(n, t) for n in features)
 
 
 def inputs_are_keys(gm: GraphModule, block: GraphModule) -> bool:
@@ -90,7 +101,7 @@ def run_temporal(
 
     The block may also return a step index, which is left out.
 
-    scalar: True if the block was captured with a timestep of shape (). It then runs once per row.
+    scalar: True to run it once per row, as a block that was captured with a timestep of shape () must.
     """
     inputs = [on_device_of(node, rows[n]) for n, node in placeholders(block).items()]
     if not scalar:

@@ -13,12 +13,20 @@ from torch.utils import _pytree as pytree
 
 from tfmq_fx.base.metrics import cosine_distance, relative_mse_by_timestep
 from tfmq_fx.calibration.data import CalibrationSet, inputs_of
-from tfmq_fx.calibration.temporal_rows import chunks_of, is_scalar, run_temporal, temporal_rows
-from tfmq_fx.graph.inputs import placeholders
+from tfmq_fx.calibration.temporal_rows import (
+    chunks_of,
+    is_scalar,
+    run_row_by_row,
+    run_temporal,
+    temporal_rows,
+)
+from tfmq_fx.graph.inputs import largest_row, placeholders
 from tfmq_fx.passes.quantize.state import state_of
 from tfmq_fx.passes.temporal.partition_temporal import temporal_block_of
 
 ERROR_ROWS = 512  # calibration rows on which the output's errors are measured
+# Bytes. glibc maps larger tensors anew each time: on a UNet of 128 x 128, that took the kernel longer than the network took.
+LARGEST = 2**25
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,7 +67,7 @@ def temporal_distance(
     quantized = temporal_block_of(converted)
     if not placeholders(quantized).keys() <= rows.keys():
         return None
-    scalar = is_scalar(converted)
+    scalar = run_row_by_row(converted, block)
     distances = [
         cosine_distance(
             run_temporal(quantized, part, scalar=scalar), run_temporal(block, part, scalar=scalar)
@@ -94,7 +102,8 @@ def errors_by_timestep(
 ) -> list[dict[str, float]]:
     """Return the output's relative MSE, and the features' cosine distance (mean and worst), by timestep."""
     outputs: list[tuple[Tensor, Tensor, Tensor]] = []
-    for batch in data.batches(128, one_timestep=is_scalar(gm)):
+    rows_at_once = min(128, max(1, LARGEST // max(1, largest_row(gm))))
+    for batch in data.batches(rows_at_once, one_timestep=is_scalar(gm)):
         inputs = inputs_of(gm, batch)
         outputs.append((first_tensor(converted(*inputs)), first_tensor(gm(*inputs)), batch[data.timestep]))
     output = relative_mse_by_timestep(*(torch.cat(column) for column in zip(*outputs, strict=True)))

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+import math
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from torch.fx import GraphModule, Node
 from torch.utils import _pytree as pytree
 
 from tfmq_fx.base.errors import TFMQError, nearest_names
-from tfmq_fx.graph.nodes import fixed_size, meta_value
+from tfmq_fx.graph.nodes import fixed_size, hinted_shape, meta_value
 from tfmq_fx.graph.state import captured_of
 
 
@@ -55,6 +56,22 @@ def fixed_batch(gm: GraphModule, shared: Collection[str]) -> int | None:
     values = [meta_value(n) for name, n in placeholders(gm).items() if name not in shared]
     sizes = [fixed_size(x.shape[0]) for x in values if isinstance(x, Tensor) and x.dim()]
     return next((s for s in sizes if s is not None), None)
+
+
+def largest_row(gm: GraphModule) -> int:
+    """Return the bytes that a row of the batch has in the largest tensor of a graph; 0 for a graph without shapes."""
+    changing = [n for n in gm.graph.nodes if any(fixed_size(d) is None for d in _sizes(n))]
+    if not changing:
+        return 0
+    first, shape = _sizes(changing[0]), hinted_shape(changing[0])  # an input
+    rows = next(hint for hint, d in zip(shape, first, strict=True) if fixed_size(d) is None)
+    most: int = max(math.prod(hinted_shape(n)) * meta_value(n).element_size() for n in changing)
+    return most // rows
+
+
+def _sizes(node: Node) -> Sequence[int | torch.SymInt]:
+    value = meta_value(node)
+    return value.shape if isinstance(value, Tensor) else ()
 
 
 def choose_timestep(values: Mapping[str, Any]) -> str:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.fx import Graph, GraphModule, Node, Proxy
+from torch.fx.node import map_arg
 from torch.fx.proxy import GraphAppendingTracer
 
 aten = torch.ops.aten
@@ -324,6 +325,28 @@ def inline(graph: Graph, function: Callable[..., Any], *arguments: Node) -> Node
     tracer = GraphAppendingTracer(graph)
     node: Node = function(*(Proxy(n, tracer) for n in arguments)).node
     return node
+
+
+def paste(graph: Graph, inner: Graph, taken: dict[Node, Any], *, prefix: str) -> Any:
+    """Copy the nodes of another graph to the graph's insertion point, and return what stands for its output.
+
+    taken: what stands for its placeholders; the copies of all its nodes join it. prefix: the path of its module, where
+    its constants lie.
+    """
+    result = graph.graph_copy(inner, taken)
+    for constant in inner.find_nodes(op="get_attr"):
+        taken[constant].target = f"{prefix}.{constant.target}"
+    return result
+
+
+def put_in_place(node: Node, result: Any) -> None:
+    """Let the users of a node read the result, a node or nested nodes, instead, and erase it."""
+    for user in list(node.users):
+        if user.target is operator.getitem and not isinstance(result, Node):
+            put_in_place(user, result[user.args[1]])
+        else:
+            user.args, user.kwargs = map_arg((user.args, user.kwargs), lambda x: result if x is node else x)
+    node.graph.erase_node(node)
 
 
 def ancestors(nodes: Iterable[Node], also: Mapping[Node, Iterable[Node]] | None = None) -> set[Node]:

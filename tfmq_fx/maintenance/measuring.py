@@ -19,6 +19,7 @@ from tfmq_fx.calibration.temporal_rows import (
     chunks_of,
     is_scalar,
     require_keys_only,
+    run_row_by_row,
     run_temporal,
     temporal_rows,
 )
@@ -137,9 +138,10 @@ def measured_options(
     names, cache_type = state_of(gm).features, state_of(gm).recipe.cache_type
     blocks = (extract_temporal(gm, temporal_of(gm)), float_block(gm))
     require_keys_only(gm, blocks[0])
+    scalar = run_row_by_row(gm, blocks[1])
     distances: dict[str, list[Tensor]] = {RECONSTRUCT: [], CACHE: []}
     for part in chunks_of(temporal_rows(gm, calibration.tensors)):
-        quantized, reference = (run_temporal(b, part, scalar=is_scalar(gm)) for b in blocks)
+        quantized, reference = (run_temporal(b, part, scalar=scalar) for b in blocks)
         distances[RECONSTRUCT].append(cosine_distance(quantized, reference))
         distances[CACHE].append(cosine_distance([_rounded(x, cache_type) for x in reference], reference))
     mean = {m: torch.cat(d, dim=1).mean(1).clamp(min=0).tolist() for m, d in distances.items()}

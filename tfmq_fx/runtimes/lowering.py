@@ -17,6 +17,7 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from tfmq_fx.artefact.drop_in import DropIn, QuantizedGraph
+from tfmq_fx.artefact.program import flat_graph
 from tfmq_fx.base.ambient import neutral
 from tfmq_fx.base.arguments import leaves
 from tfmq_fx.base.arithmetic import NO_INT8, ByteSums
@@ -29,7 +30,7 @@ from tfmq_fx.runtimes.engine import PRECISIONS, Compilation, kernels_to_json
 from tfmq_fx.runtimes.layers import Kernel, layers_of, saturating_layers
 from tfmq_fx.runtimes.openvino_engine import lower_openvino
 from tfmq_fx.runtimes.openvino_file import require_openvino
-from tfmq_fx.runtimes.torch_engine import flat_graph, lower_torch
+from tfmq_fx.runtimes.torch_engine import lower_torch
 
 log = logging.getLogger(__name__)
 

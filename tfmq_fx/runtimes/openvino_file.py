@@ -23,12 +23,12 @@ import torch
 from torch.fx import GraphModule, Node
 
 from tfmq_fx.artefact.drop_in import QuantizedGraph
-from tfmq_fx.artefact.program import exported, graph_of
+from tfmq_fx.artefact.program import flat_graph
 from tfmq_fx.base.errors import TFMQError
 from tfmq_fx.base.files import replace_folder
-from tfmq_fx.base.tracing import tracing
 from tfmq_fx.graph.inputs import placeholders
-from tfmq_fx.graph.nodes import meta_value, op_name
+from tfmq_fx.graph.nodes import aten, meta_value, op_name
+from tfmq_fx.passes.int8.decompose import Table
 from tfmq_fx.passes.int8.fold_weights import fold_weights
 from tfmq_fx.passes.int8.integer_weights import integer_weights
 from tfmq_fx.passes.int8.multiply_in_float import multiply_in_float
@@ -88,7 +88,7 @@ def write(model: QuantizedGraph, folder: Path, *, float_share: float = 0.0) -> l
     Raises TFMQError naming a node that OpenVINO cannot express.
     """
     openvino = require_openvino()
-    gm = graph_of(decomposed(model))
+    gm = flat_graph(model, table=_table())
     PassManager(TO_INT8)(gm)
     before = {layer.node: layer for layer in layers_of(gm)}
     quantized = {name: layer.flops for name, layer in before.items() if not layer.float_because}
@@ -102,6 +102,7 @@ def write(model: QuantizedGraph, folder: Path, *, float_share: float = 0.0) -> l
         multiply_in_float(gm, products)
     PassManager([integer_weights])(gm)
     _require_real(gm)
+    _separate_outputs(gm)
     ir = _convert(gm)
     _name_weights(ir)
     try:
@@ -126,16 +127,14 @@ def write(model: QuantizedGraph, folder: Path, *, float_share: float = 0.0) -> l
     return [f"{words}, unless OpenVINO compiles them there with {FLOAT}"]
 
 
-@tracing()
-def decomposed(model: QuantizedGraph) -> torch.export.ExportedProgram:
-    """Return the flat graph in the operators that OpenVINO's converter expects."""
+def _table() -> Table:
+    """Return the decompositions of all operators but those that OpenVINO's converter expects whole."""
     from openvino.frontend.pytorch.torchdynamo.export_decompositions import ops_to_not_decompose
 
     table = torch.export.default_decompositions()
     for op in ops_to_not_decompose():
         table.pop(op, None)
-    program: torch.export.ExportedProgram = exported(model).run_decompositions(table)
-    return program
+    return dict(table.items())
 
 
 def _convert(gm: GraphModule) -> Any:
@@ -147,14 +146,32 @@ def _convert(gm: GraphModule) -> Any:
     from openvino.frontend import FrontEndManager
     from openvino.frontend.pytorch.fx_decoder import TorchFXPythonDecoder
 
+    class Decoder(TorchFXPythonDecoder):  # type: ignore[misc]
+        """OpenVINO's decoder, which finds each input of a node in the list of all nodes."""
+
+        def __init__(self, gm: GraphModule, **settings: Any) -> None:
+            super().__init__(gm, **settings)
+            self._nodes: list[Node] = _Indexed(gm.graph.nodes)
+
     frontend = FrontEndManager().load_by_framework("pytorch")
     # `dynamic_shapes` would make every size dynamic; the batch is dynamic already. The decoder has a name
     # because the frontend does not keep it alive.
-    decoder = TorchFXPythonDecoder(gm, dynamic_shapes=False)
+    decoder = Decoder(gm, dynamic_shapes=False)
     try:
         return frontend.convert(frontend.load(decoder))
     except Exception as error:  # OpenVINO raises many types; its message names the operator or node
         raise TFMQError(_cannot_express(gm, str(error))) from error
+
+
+class _Indexed(list[Node]):
+    """A list of nodes that finds one without a search."""
+
+    def __init__(self, nodes: Iterable[Node]) -> None:
+        super().__init__(nodes)
+        self.places = {node: i for i, node in enumerate(self)}
+
+    def index(self, node: Node, *_: Any) -> int:
+        return self.places[node]
 
 
 def _name_weights(ir: Any) -> None:
@@ -199,6 +216,18 @@ def _require_real(gm: GraphModule) -> None:
             raise TFMQError(
                 f"node {node.name}: OpenVINO cannot express {node.target} of complex numbers; {NOT_LOWERED}"
             )
+
+
+def _separate_outputs(gm: GraphModule) -> None:
+    """Give each output a node of its own: OpenVINO's converter fails for one that is returned twice, or an input."""
+    output, seen = gm.graph.output_node(), set[Node]()
+    with gm.graph.inserting_before(output):
+        for i, node in enumerate(found := list(output.args[0])):  # type: ignore[arg-type]
+            if node in seen or node.op == "placeholder":
+                found[i] = gm.graph.call_function(aten.add.Tensor, (node, 0))
+                found[i].meta = dict(node.meta)
+            seen.add(node)
+    output.args = (tuple(found),)
 
 
 def _is_complex(node: Node) -> bool:

@@ -29,13 +29,12 @@ from torch._inductor.package.package import load_package
 from torch.fx import GraphModule, Interpreter, Node
 
 from tfmq_fx.artefact.drop_in import QuantizedGraph, example_inputs
-from tfmq_fx.artefact.program import exported, graph_of
+from tfmq_fx.artefact.program import flat_graph
 from tfmq_fx.base.arithmetic import NO_INT8, ByteSums
 from tfmq_fx.base.errors import TFMQError, first_line
 from tfmq_fx.base.files import keep_folder
 from tfmq_fx.base.tracing import tracing
 from tfmq_fx.graph.inputs import placeholders
-from tfmq_fx.graph.nodes import aten, fresh, mutated_inputs
 from tfmq_fx.graph.written import keeps_buffers, kept, written_buffers
 from tfmq_fx.passes.int8.bfloat16_glue import bfloat16_glue
 from tfmq_fx.passes.int8.fold_weights import fold, fold_weights, keep_what_is_read
@@ -139,18 +138,6 @@ def prepare_graph(
     kernels = kernels_of_graph(gm, layers, PRECISIONS[precision], sums)
     keep_what_is_read(gm)
     return Prepared(gm=gm, kernels=kernels)
-
-
-@tracing()
-def flat_graph(model: QuantizedGraph) -> GraphModule:
-    """Return the graph without submodules, in-place writes and checks, in torch's composite operators."""
-    program = exported(model)
-    if any(mutated_inputs(n) for n in program.graph.nodes):
-        program = program.run_decompositions({})  # this traces it once more
-    gm = fresh(graph_of(program))
-    for node in gm.graph.find_nodes(op="call_function", target=aten._assert_tensor_metadata.default):
-        gm.graph.erase_node(node)  # it checks dtypes; `DropIn` checks the inputs
-    return gm
 
 
 class _Dtypes(Interpreter):

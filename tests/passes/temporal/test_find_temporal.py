@@ -6,9 +6,10 @@ import tfmq_fx
 from benchmarks.networks.small import ScalarTime, TinyUNet, captured, make, sinusoid
 from tfmq_fx.base.errors import TFMQError
 from tfmq_fx.demo import embedded_pipeline
-from tfmq_fx.graph.nodes import weight_argument
+from tfmq_fx.graph.nodes import op_name, weight_argument
 from tfmq_fx.graph.state import Captured, set_state
 from tfmq_fx.passes import find_temporal
+from tfmq_fx.passes.temporal.partition_temporal import extract_temporal
 
 
 def find(network, **inputs):
@@ -106,6 +107,29 @@ def test_a_view_of_the_timestep_is_a_block_without_layers():
     assert len(find_temporal(gm).features) == 1
     with pytest.raises(TFMQError, match="nothing to quantize"):
         tfmq_fx.prepare(gm, tfmq_fx.Recipe(), timesteps=torch.tensor([1, 2]))
+
+
+class Preconditioned(nn.Module):
+    """Karras et al. 2022: the network predicts what is left of the noise, and sigma scales what it sees and returns."""
+
+    def __init__(self, inner, *, learned=False):
+        super().__init__()
+        self.inner, self.learned = inner, nn.Linear(1, 1) if learned else None
+
+    def forward(self, sample, timestep):
+        sigma = timestep.float().view(-1, 1)
+        seen, skip = (1 + sigma**2).rsqrt(), 1 / (1 + sigma**2)
+        gain = sigma * seen if self.learned is None else self.learned(sigma)
+        return skip * sample + gain * self.inner(seen * sample, (sigma.log() / 4).flatten())
+
+
+@pytest.mark.parametrize("learned", [False, True])
+def test_the_scalars_by_which_a_sampler_scales_the_data_are_no_features(learned):
+    gm, temporal = find(Preconditioned(make(ScalarTime), learned=learned), sample=torch.randn(2, 4))
+    paths = ["inner.time.2", *["learned"] * learned]
+    assert sorted(feature_paths(gm, temporal)) == paths
+    block = extract_temporal(gm, temporal)
+    assert not [n for n in block.graph.nodes if op_name(n) in ("rsqrt", "reciprocal")]
 
 
 class TwoTimes(nn.Module):
