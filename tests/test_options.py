@@ -18,6 +18,7 @@ GROUP: Any = typer.main.get_command(cli.app)
 COMMANDS = GROUP.commands
 PIPELINE = {
     "--model", "--scheduler", "--dtype", "--variant", "--device", "--argument", "--timestep", "--component",
+    "--config",
 }  # fmt: skip
 DRAWN = {"--num-samples", "--steps", "--seed"}
 OPTIONS = {
@@ -29,6 +30,7 @@ OPTIONS = {
         "output", "--recipe", "--iterations", "--tune-iterations", "--maintain", "--unseen", "--max-megabytes",
         "--calibration", "--captions", "--cache", "--finite", "--strict", "--no-strict",
     },
+    "precompute": PIPELINE | {"output", "--steps", "--finite", "--unseen", "--block"},
     "sample": PIPELINE | DRAWN | {"folder", "--output"},
     "evaluate": PIPELINE | DRAWN | {"folder", "--real", "--extractor", "--extractor-weights"},
     "report": PIPELINE | DRAWN | {"folder", "--output", "--nearest", "--no-nearest"},
@@ -36,6 +38,7 @@ OPTIONS = {
 }  # fmt: skip
 DEFAULTS = {
     "quantize": {"recipe": "w4a8", "seed": 0, "strict": False},
+    "precompute": {"steps": 50, "unseen": "float", "block": "cpu"},
     "sample": {"num_samples": 64, "steps": 50, "seed": 0, "output": Path("samples.png")},
     "evaluate": {"num_samples": 256, "steps": 50, "seed": 1},
     "report": {"num_samples": 16, "steps": 50, "seed": 1, "nearest": True},

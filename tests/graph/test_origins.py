@@ -198,7 +198,7 @@ def test_a_write_after_an_outside_read_is_refused_by_the_partition():
     gm = graph(read_then_write)
     with pytest.raises(
         TFMQError,
-        match=r"node mul_\w*: the temporal block writes in place to memory that node mul_2 outside",
+        match=r"node mul_\w*: the temporal block writes in place to memory that node \w+ outside it reads",
     ):
         partition_temporal(gm)
 

@@ -67,7 +67,7 @@ class Guided(nn.Module):
 
 
 class Scaled(nn.Module):
-    """An output divided by a function of the timestep: a feature of one number, without weights."""
+    """An output whose columns are divided by functions of the timestep: a feature without weights."""
 
     def __init__(self):
         super().__init__()
@@ -77,6 +77,22 @@ class Scaled(nn.Module):
     def forward(self, sample, timestep):
         emb = self.emb(F.silu(self.time(sinusoid(timestep, 8))))
         h = self.conv2(F.silu(self.conv1(sample) + emb[:, :, None, None]))
+        return h / divisors(timestep, h.shape[-1])[:, None, None]
+
+
+def divisors(timestep, columns):
+    return torch.floor(timestep[:, None] / 7 + torch.arange(1, columns + 1))
+
+
+class Divided(nn.Module):
+    """An output divided by one number for each timestep, and nothing else that depends on it."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv1, self.conv2 = nn.Conv2d(1, 4, 3, padding=1), nn.Conv2d(4, 1, 3, padding=1)
+
+    def forward(self, sample, timestep):
+        h = self.conv2(F.silu(self.conv1(sample)))
         return h / torch.floor(timestep / 7 + 1)[:, None, None, None]
 
 
@@ -89,6 +105,7 @@ def guided_data():
 DATA = {
     TinyUNet: calibration,
     Scaled: calibration,
+    Divided: calibration,
     Nested: calibration,
     Labelled: labelled_data,
     Guided: guided_data,

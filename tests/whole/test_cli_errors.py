@@ -69,7 +69,7 @@ def place(template, tmp_path, monkeypatch):
         # inspect
         (("inspect", "--recipe", "w5"), "'w5' is not a preset"),
         (("inspect", "--model", "nowhere"), "diffusers cannot load it"),
-        (("inspect", "--model", "file"), "not a diffusers pipeline folder"),
+        (("inspect", "--model", "file"), "is a single file; give the folder of its pipeline's configuration"),
         (("inspect", "--model", "full"), "not a diffusers pipeline folder"),
         (("inspect", "--model", "no-json"), "diffusers cannot load it"),
         (("inspect", "--input", "sample=1"), "--input"),

@@ -129,6 +129,7 @@ def test_one_that_is_killed_stops_the_others_and_what_was_finished_stays(tmp_pat
     assert same(integers(tmp_path, 0, "adaround"), integers(two, 0, "adaround"))
 
 
+@pytest.mark.slow  # its processes' imports; two processes that share the work are above
 def test_torchrun_on_the_command_line(tmp_path):
     """Every process records its share; one of them writes."""
     ddpm().save_pretrained(tmp_path / "model")

@@ -78,7 +78,10 @@ def measured(talk, folder, method, width, layers):
     talk.send((size, memory.anonymous - start, torch.equal(before, after)))
 
 
-@pytest.mark.parametrize(("method", "width", "layers"), [("nearest", 1024, 12), ("gptq", 512, 24)])
+@pytest.mark.parametrize(
+    ("method", "width", "layers"),
+    [("nearest", 1024, 12), pytest.param("gptq", 512, 24, marks=pytest.mark.slow)],
+)
 def test_no_stage_holds_a_copy(tmp_path, method, width, layers):
     """One layer's weights at a time are in memory, a few times over: in float64 for GPTQ."""
     size, most, equal = finish(*start(measured, tmp_path, method, width, layers))

@@ -19,5 +19,5 @@ def unknown_values(given: Tensor, table: Tensor) -> tuple[Tensor, Tensor]:
         same = given.is_floating_point() == table.is_floating_point()
         given = given.to(table.dtype if same else torch.float64)
     values = given.reshape(-1, *table.shape[1:]).unique(dim=0)
-    known = (values[:, None] == table).reshape(len(values), len(table), -1).all(2).any(1)
+    known = (values[:, None] == table).reshape(len(values), len(table), table[0].numel()).all(2).any(1)
     return values[~known], table

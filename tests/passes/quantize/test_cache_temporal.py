@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 import tfmq_fx
 from benchmarks.networks.small import TIMESTEPS, Labelled, TinyUNet, make, sinusoid
-from tests.helpers.maintenance import BATCH, Nested, Scaled, features, prepared
+from tests.helpers.maintenance import BATCH, Divided, Nested, features, prepared
 from tfmq_fx.artefact.graph_json import tensors_of
 from tfmq_fx.base.errors import TFMQError
 from tfmq_fx.base.metrics import cosine_distance
@@ -185,7 +185,7 @@ def test_a_class_conditional_feature_is_looked_up_by_timestep_and_label():
 
 
 def test_a_feature_of_one_number_can_be_cached():
-    gm = prepared(Scaled)
+    gm = prepared(Divided)
     tables = feature_tables(gm)
     (name,) = [n for n, table in tables.items() if table.dim() == 1]
     cache_temporal(gm, tables={name: tables[name]}, cache_type="bfloat16")
