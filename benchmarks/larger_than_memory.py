@@ -147,7 +147,7 @@ def quantize(name: str, source: Path, target: Path, method: str, rows: int, max_
     constants: dict[str, Any] = {n: x for n, (_, x) in found.items() if n in WITHOUT_ROWS}
     paths = {n: path for n, (path, _) in found.items()}
     recipe = dataclasses.replace(
-        Recipe.preset("w4a8"),
+        Recipe(),
         reconstruction=Reconstruction(
             method=method, tune_iterations=0, max_memory=max_memory, gptq_memory=1.0, batch_size=2
         ),

@@ -12,7 +12,6 @@ calibration rows. "predicted" is the sum of the layers' errors that the choice m
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import platform
 import random
 import time
@@ -51,9 +50,7 @@ def main() -> None:
     pipe = embedded_pipeline()
     pipe.set_progress_bar_config(disable=True)
     data = tfmq_fx.CalibrationSet.record(pipe, num_samples=64, num_inference_steps=STEPS, seed=0)
-    recipe = dataclasses.replace(
-        tfmq_fx.Recipe.preset("w4a8"), reconstruction=tfmq_fx.Reconstruction(method="nearest")
-    )
+    recipe = tfmq_fx.Recipe(reconstruction=tfmq_fx.Reconstruction(method="nearest"))
     gm, _ = captured(pipe.unet, data, "timestep")
     prepared = tfmq_fx.calibrate(tfmq_fx.prepare(gm, recipe, timesteps=data.timesteps), data)
     start = time.process_time()

@@ -24,20 +24,18 @@ import torch
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
-from torch.fx import GraphModule, Node
+from torch.fx import GraphModule
 from torch.utils import _pytree as pytree
 
 from benchmarks.networks.zoo import ZOO
 from tfmq_fx.artefact.graph_json import tensors_of
 from tfmq_fx.artefact.outside import Outside
-from tfmq_fx.base.arithmetic import FLOAT_BITS
 from tfmq_fx.capturing import capture_rows
 from tfmq_fx.graph.inputs import placeholders
-from tfmq_fx.graph.nodes import attribute, fresh, meta_value, set_buffer, weight_argument
+from tfmq_fx.graph.nodes import attribute, fresh, meta_value, set_buffer, weight_path
 from tfmq_fx.maintenance.paying import COMPUTED, paying
 from tfmq_fx.passes import extract_temporal, find_temporal, open_temporal
-from tfmq_fx.precomputing import prepared
-from tfmq_fx.recipe import Recipe
+from tfmq_fx.precomputing import FLOAT, prepared
 from tfmq_fx.settings import Settings
 
 STEPS = 50
@@ -63,11 +61,14 @@ def _sd35() -> nn.Module:
     return network
 
 
-def _tokens(latents: int, channels: int, text: int, width: int, **more: Any) -> dict[str, Any]:
+def _call(
+    latents: tuple[int, ...], text: int, width: int, times: tuple[float, float], **more: Any
+) -> dict[str, Any]:
+    """Return the arguments of a call with two samples. latents, and (text, width): the shapes of one."""
     return {
-        "hidden_states": torch.zeros(2, latents, channels),
+        "hidden_states": torch.zeros(2, *latents),
         "encoder_hidden_states": torch.zeros(2, text, width),
-        "timestep": torch.tensor([0.5, 0.25]),
+        "timestep": torch.tensor(times),
         **more,
         "return_dict": False,
     }
@@ -78,43 +79,28 @@ MORE = (
     Published(
         name="sd-3.5-large",
         build=_sd35,
-        inputs=lambda: {
-            "hidden_states": torch.zeros(2, 16, 32, 32),
-            "encoder_hidden_states": torch.zeros(2, 154, 4096),
-            "pooled_projections": torch.zeros(2, 2048),
-            "timestep": torch.tensor([900.0, 500.0]),
-            "return_dict": False,
-        },
+        inputs=lambda: _call((16, 32, 32), 154, 4096, (900, 500), pooled_projections=torch.zeros(2, 2048)),
     ),
     Published(
         name="qwen-image",
         build=lambda: diffusers.QwenImageTransformer2DModel(),
-        inputs=lambda: _tokens(
-            64, 64, 16, 3584, img_shapes=[[(1, 8, 8)]] * 2, encoder_hidden_states_mask=torch.ones(2, 16, dtype=torch.bool)
+        inputs=lambda: _call(
+            (64, 64), 16, 3584, (0.5, 0.25), img_shapes=[[(1, 8, 8)]] * 2,
+            encoder_hidden_states_mask=torch.ones(2, 16, dtype=torch.bool),
         ),
     ),
     Published(
         name="hunyuan-video",
         build=lambda: diffusers.HunyuanVideoTransformer3DModel(),
-        inputs=lambda: {
-            "hidden_states": torch.zeros(2, 16, 3, 16, 16),
-            "timestep": torch.tensor([900, 500]),
-            "encoder_hidden_states": torch.zeros(2, 16, 4096),
-            "encoder_attention_mask": torch.ones(2, 16),
-            "pooled_projections": torch.zeros(2, 768),
-            "guidance": torch.tensor([6000.0, 1000.0]),
-            "return_dict": False,
-        },
+        inputs=lambda: _call(
+            (16, 3, 16, 16), 16, 4096, (900, 500), encoder_attention_mask=torch.ones(2, 16),
+            pooled_projections=torch.zeros(2, 768), guidance=torch.tensor([6000.0, 1000.0]),
+        ),
     ),
     Published(
         name="auraflow",
         build=lambda: diffusers.AuraFlowTransformer2DModel(),
-        inputs=lambda: {
-            "hidden_states": torch.zeros(2, 4, 32, 32),
-            "encoder_hidden_states": torch.zeros(2, 32, 2048),
-            "timestep": torch.tensor([0.5, 0.25]),
-            "return_dict": False,
-        },
+        inputs=lambda: _call((4, 32, 32), 32, 2048, (0.5, 0.25)),
     ),
 )  # fmt: skip
 WANTED = ("sd-1.5", "sd-xl", "dit", "pixart-512", "sd-3", "flux", "wan")
@@ -147,8 +133,7 @@ def measured(published: Published) -> Found:
     inputs[published.timestep] = inputs[published.timestep].to(torch.float32)
     plain, _ = capture_rows(network, inputs, published.timestep)
     settings = Settings(timestep=published.timestep)
-    recipe = Recipe(weight_bits=FLOAT_BITS, activation_bits=FLOAT_BITS, max_table_entries=2**31)
-    gm = prepared(plain, recipe, torch.linspace(1000, 1, STEPS), settings)
+    gm = prepared(plain, FLOAT, torch.linspace(1000, 1, STEPS), settings)
     found = paying(gm)
     gone = tuple(d.feature for d in found.features if d.chosen != COMPUTED)
     temporal = find_temporal(plain, timestep=published.timestep, features=gone)
@@ -178,13 +163,8 @@ def _bytes(gm: GraphModule) -> int:
 
 def _weights(gm: GraphModule) -> int:
     """Return the number of weights of convolutions and linears."""
-    found = set()
-    for node in gm.graph.nodes:
-        at = weight_argument(node)
-        weight = None if at is None else node.args[at]
-        if isinstance(weight, Node) and weight.op == "get_attr":
-            found.add(str(weight.target))
-    return sum(attribute(gm, path).numel() for path in found)
+    paths = {path for node in gm.graph.nodes if (path := weight_path(node)) is not None}
+    return sum(attribute(gm, path).numel() for path in paths)
 
 
 def seconds(found: Found, timestep: str) -> tuple[float, float]:

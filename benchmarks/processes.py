@@ -44,7 +44,7 @@ def work(threads: int) -> dict[str, Any]:
             "timestep": timesteps[torch.arange(ROWS) % 50],
         }
         data = tfmq_fx.CalibrationSet.from_tensors(rows)
-        recipe = tfmq_fx.Recipe.preset("w4a8")
+        recipe = tfmq_fx.Recipe()
         settings = dataclasses.replace(recipe.reconstruction, iterations=ITERATIONS, tune_iterations=0)
         gm = tfmq_fx.capture(pipe.unet, data.arguments(slice(0, 2)) | {"return_dict": False})
         gm = tfmq_fx.prepare(gm, dataclasses.replace(recipe, reconstruction=settings), timesteps=timesteps)

@@ -19,7 +19,7 @@ import platform
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +33,6 @@ from benchmarks.networks.terrain import (
     NAMES,
     Rows,
     Terrain,
-    calibration,
     onnx_file,
     outputs,
     psnr_by_sigma,
@@ -54,6 +53,11 @@ def bf16(network: nn.Module) -> Call:
     return call
 
 
+def arrays(given: Iterable[Tensor]) -> dict[str, Any]:
+    """Return the inputs by name, as onnxruntime takes them."""
+    return dict(zip(NAMES, (x.numpy() for x in given), strict=True))
+
+
 def onnx_session(file: Path) -> Call:
     import onnxruntime
 
@@ -62,7 +66,7 @@ def onnx_session(file: Path) -> Call:
     session = onnxruntime.InferenceSession(str(file), options)
 
     def call(*given: Tensor) -> Tensor:
-        (y,) = session.run(None, dict(zip(NAMES, (x.numpy() for x in given), strict=True)))
+        (y,) = session.run(None, arrays(given))
         return torch.from_numpy(y)
 
     return call
@@ -79,7 +83,7 @@ def onnxruntime_int8(data: Rows, folder: Path) -> Call:
 
         def get_next(self) -> dict[str, Any] | None:
             row = next(self.left, None)
-            return None if row is None else dict(zip(NAMES, (x.numpy() for x in row), strict=True))
+            return None if row is None else arrays(row)
 
     quant_pre_process(str(onnx_file()), str(folder / "ready.onnx"), skip_symbolic_shape=True)
     quantization.quantize_static(
@@ -120,6 +124,18 @@ def ours(name: str, network: nn.Module, data: tfmq_fx.CalibrationSet) -> tfmq_fx
     if name.endswith("plain"):
         recipe = Recipe(weight_bits=recipe.weight_bits, reconstruction=Reconstruction(method="nearest"))
     return tfmq_fx.quantize(network, recipe, calibration=data, timestep="sigma", seed=0)
+
+
+def contender(name: str, network: nn.Module, given: Rows, folder: Path) -> Call:
+    """Return what computes a row of the table. given: the calibration rows. Raises ImportError for a missing package."""
+    if name == "bf16":
+        return bf16(network)
+    if name == "onnxruntime":
+        return onnxruntime_int8(given, folder)
+    if name == "nncf":
+        return nncf_int8(given)
+    data = tfmq_fx.CalibrationSet.from_tensors(dict(zip(NAMES, given, strict=True)), timestep="sigma")
+    return ours(name, network, data)
 
 
 @dataclasses.dataclass
@@ -184,30 +200,25 @@ def main() -> None:
         if args.rounds:
             calls = {"float, torch": network, "float, onnxruntime": onnx_session(onnx_file())}
         for name in args.rows:
-            started, note = time.process_time(), ""
+            started = time.process_time()
             try:
-                if name == "bf16":
-                    call: Call = bf16(network)
-                elif name == "onnxruntime":
-                    call = calls[f"{name} int8"] = onnxruntime_int8(given, Path(folder))
-                elif name == "nncf":
-                    call = calls[f"{name} int8, openvino"] = nncf_int8(given)
-                else:
-                    call = q = ours(name, network, calibration(network, args.count))
-                    report = q.report["choices"]
-                    note = f"{100 * report['float_flops']:.1f}% of FLOPs in float" if report else ""
+                call = contender(name, network, given, Path(folder))
             except ImportError as error:
                 found.append(Row(name, [], note=f"not installed: {error.name}"))
                 continue
             seconds = time.process_time() - started
             y = outputs(call, held)
             clean[name] = y[:4]
-            found.append(Row(name, psnr_by_sigma(y, reference), seconds, note))
-            Console(stderr=True).print(found[-1], highlight=False)
-            if args.rounds and isinstance(call, tfmq_fx.QuantizedModel):
-                for engine, step in lowered(call):
+            found.append(Row(name, psnr_by_sigma(y, reference), seconds))
+            if isinstance(call, tfmq_fx.QuantizedModel):
+                if report := call.report["choices"]:
+                    found[-1].note = f"{100 * report['float_flops']:.1f}% of FLOPs in float"
+                for engine, step in lowered(call) if args.rounds else ():
                     calls[f"{name}, {engine}"] = step
                     found.append(Row(f"{name}, {engine}", psnr_by_sigma(outputs(step, held, 1), reference)))
+            elif name != "bf16":
+                calls[f"{name} int8"] = call
+            Console(stderr=True).print(found[-1], highlight=False)
         times = time_all(calls, tuple(x[:1] for x in held), args.rounds) if args.rounds else {}  # type: ignore[arg-type]
     show(found, times)
     if args.picture:

@@ -265,7 +265,10 @@ class _Search:
         self.rule = {r.plan.path: _given(recipe, r.plan) for r in readers}
         self.alpha = {r.group: next(iter(r.smoothing)) for r in readers}
         self.bits = {r.plan.path: r.plan.weight_bits for r in readers}
-        self.owners = list({r.plan.path: r for r in readers}.values())  # a reader for every weight
+        self.of_weight: dict[str, list[Reader]] = {}
+        for r in readers:
+            self.of_weight.setdefault(r.plan.path, []).append(r)
+        self.owners = [of[-1] for of in self.of_weight.values()]  # one for each weight
         self.together = _together(r for r in readers if r.input in effects.inputs)
         # Input -> smoothing -> the error with qparams of the row's timestep, and with one set for all.
         self.rounding: dict[tuple[str, int], dict[Any, tuple[Tensor, Tensor]]] = {}
@@ -278,7 +281,7 @@ class _Search:
         self.wide: set[tuple[str, int]] = set()  # inputs that stay in float
         self.double: set[tuple[str, int]] = set()  # inputs in two terms
         self.bytes = sum(self._bytes(r, r.plan.weight_bits) for r in self.owners)
-        self.keyed = {r.input for of in self.together for r in of if self._may_key(r)}
+        self.keyed = {r.input for r in readers if r.input in self.rounding and self._may_key(r)}
 
     def _may_key(self, reader: Reader) -> bool | None:
         """Return whether an input has qparams per timestep, by rule or by the recipe; None if that is open."""
@@ -394,7 +397,7 @@ class _Search:
                 if bits > now and (bits == FLOAT_BITS or bits in r.weight_bits):
                     costs = {"float_bytes": (self._bytes(r, bits) - self._bytes(r, now)) / self.bytes}
                     if bits == FLOAT_BITS:
-                        same = [other for other in self.readers if other.plan.path == r.plan.path]
+                        same = self.of_weight[r.plan.path]
                         costs["float_flops"] = self._flops(x for x in same if not self._is_float(x))
                     saved_P = self._weight_error(r) - self._weight_error(r, bits=bits)
                     saved_P = saved_P * self.repeats.get(r.node.name, 1)
@@ -440,13 +443,12 @@ class _Search:
         keyed = self.keyed - self.wide - self.double
         for r in self.owners:
             path, given = r.plan.path, self.rule[r.plan.path]
-            alpha, same = self.alpha[r.group], [x for x in self.readers if x.plan.path == path]
+            alpha = self.alpha[r.group]
+            own = any(x.input in keyed and self._may_key(x) is None for x in self.of_weight[path])
             rule = Rule(
                 pattern=path,
                 smooth=alpha if len(r.smoothing) > 1 and alpha != OFF else given.smooth,
-                keyed="all"
-                if any(x.input in keyed and self._may_key(x) is None for x in same)
-                else given.keyed,
+                keyed="all" if own else given.keyed,
                 activation_terms=2 if r.input in self.double else given.activation_terms,
                 activation_bits=FLOAT_BITS if r.input in self.wide else given.activation_bits,
                 weight_bits=self.bits[path] if self.bits[path] != r.plan.weight_bits else given.weight_bits,
@@ -461,8 +463,7 @@ class _Search:
         first = {r.input: r.plan.path for r in reversed(self.readers) if r.input in self.rounding}
         layers = []
         for rule in self.rules():
-            (r,) = (r for r in self.owners if r.plan.path == rule.pattern)
-            left = self._weight_error(r)
+            left = self._weight_error(self.of_weight[rule.pattern][-1])
             for key in (key for key, path in first.items() if path == rule.pattern):
                 left = left + self._input_error(key)
             settings = {n: v for n, v in dataclasses.asdict(rule).items() if v is not None and n != "pattern"}

@@ -50,7 +50,7 @@ class PrecomputedModel(SavedModel):
     """A float network whose temporal features come from tables; see `tfmq_fx.precompute`."""
 
     kind, is_float = "precomputed", True
-    again = "precompute again with an example"
+    verb, source = "precompute", "an example"
     seen = "Precompute with it, or with unseen='float'"
 
 

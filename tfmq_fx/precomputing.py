@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import platform
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -14,7 +13,7 @@ from torch.fx import GraphModule
 
 from tfmq_fx.artefact.drop_in import Interface
 from tfmq_fx.artefact.graph_json import tensors_of
-from tfmq_fx.artefact.outside import PLACES, REQUEST_BYTES, Outside
+from tfmq_fx.artefact.outside import REQUEST_BYTES, Outside, require_place
 from tfmq_fx.artefact.plain import plain_config
 from tfmq_fx.base.ambient import neutral
 from tfmq_fx.base.arguments import leaves
@@ -27,6 +26,7 @@ from tfmq_fx.calibration.data import CalibrationSet
 from tfmq_fx.calibration.pipelines import denoiser
 from tfmq_fx.calibration.ready import require_ready
 from tfmq_fx.capturing import capture_rows, output_of, unwrapped
+from tfmq_fx.evaluation.summary import plain_maintenance, versions
 from tfmq_fx.graph.nodes import fresh
 from tfmq_fx.graph.state import set_state
 from tfmq_fx.maintenance.paying import COMPUTED, REQUEST, TABLE, mixed_layers, paying
@@ -41,6 +41,8 @@ from tfmq_fx.passes.temporal.find_temporal import find_temporal
 from tfmq_fx.passes.temporal.partition_temporal import extract_temporal, partition_temporal
 from tfmq_fx.recipe import Recipe
 from tfmq_fx.settings import Settings
+
+FLOAT = Recipe(weight_bits=FLOAT_BITS, activation_bits=FLOAT_BITS, max_table_entries=2**31)
 
 
 def precompute(
@@ -87,12 +89,9 @@ def precompute(
     Raises TFMQError for bad input, naming it; for a network without a temporal block, and for a schedule of which no table is smaller
     than the layers.
     """
-    recipe = Recipe(
-        weight_bits=FLOAT_BITS, activation_bits=FLOAT_BITS, unseen=unseen, max_table_entries=2**31
-    )
+    recipe = dataclasses.replace(FLOAT, unseen=unseen)
     settings = Settings(timestep=timestep, component=component, finite=finite)
-    if block not in PLACES:
-        raise TFMQError(f"block={block!r}: is unknown; use one of {', '.join(PLACES)}.")
+    require_place(block)
     if isinstance(model, nn.Module):
         found = _given(model, example, timesteps, pipe_kwargs)
     else:
@@ -274,11 +273,8 @@ def _report(gm: GraphModule, network: nn.Module, clock: Clock, outside: Outside 
             "finite": {name: len(values) for name, values in state.finite.items()},
             "keys": {d.feature: list(d.key) for d in state.maintenance.features},
         },
-        "maintenance": {
-            **dataclasses.asdict(state.maintenance),
-            "features": [dataclasses.asdict(d) for d in state.maintenance.features],
-        },
+        "maintenance": plain_maintenance(state.maintenance),
         "errors_by_timestep": [],
         "seconds": clock.seconds,
-        "versions": {"torch": torch.__version__, "python": platform.python_version()},
+        "versions": versions(),
     }

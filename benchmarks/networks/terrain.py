@@ -21,8 +21,6 @@ from onnx import numpy_helper
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-import tfmq_fx
-
 WHEEL = "adaptive-terrain-diffusion==0.4.2"
 MEMBER = "terrain_diffusion/weights/terrain_consistency_unet_difficulty100.onnx"
 CACHE = Path.home() / ".cache" / "terrain"
@@ -219,9 +217,3 @@ def psnr_by_sigma(found: Tensor, expected: Tensor) -> list[float]:
     """Return the PSNR at each of the 8 levels, in dB, of heights in -1..1."""
     errors = (found - expected).square().reshape(LEVELS, -1).mean(1)
     return [10 * math.log10(4 / max(e, 1e-12)) for e in errors.tolist()]
-
-
-def calibration(network: nn.Module, count: int = 4) -> tfmq_fx.CalibrationSet:
-    """Return `count` rows of each level."""
-    given = dict(zip(NAMES, rows(network, count, seed=1), strict=True))
-    return tfmq_fx.CalibrationSet.from_tensors(given, timestep="sigma")

@@ -13,7 +13,7 @@ from torch.fx.passes.infra.pass_base import PassResult
 
 from tfmq_fx.base.errors import TFMQError, nearest_names
 from tfmq_fx.graph.inputs import placeholders
-from tfmq_fx.graph.nodes import aten, dtype_of, meta_value, set_buffer
+from tfmq_fx.graph.nodes import aten, dtype_of, meta_value, node_named, set_buffer
 from tfmq_fx.graph.state import set_state
 from tfmq_fx.passes.pass_manager import declare
 from tfmq_fx.passes.quantize.plan import rows_are_samples
@@ -113,7 +113,7 @@ def uncacheable(gm: GraphModule, name: str) -> str | None:
         return (
             f"{product} values of {', '.join(mark)} exceed max_table_entries={state.recipe.max_table_entries}"
         )
-    node = next(n for n in gm.graph.nodes if n.name == name)
+    node = node_named(gm, name)
     if not rows_are_samples(node, meta_value(placeholders(gm)[state.timestep])):
         return "its rows are not the samples of the batch"
     return None

@@ -22,6 +22,7 @@ from tfmq_fx.graph.nodes import (
     op_name,
     output_channel_axis,
     weight_argument,
+    weight_path,
 )
 from tfmq_fx.graph.state import captured_of
 from tfmq_fx.passes.clean.inline_regions import graph_in
@@ -93,7 +94,7 @@ def plan(gm: GraphModule, *, recipe: Recipe, temporal: TemporalBlock) -> Plan:
     used: set[Rule | None] = set()
     for node in gm.graph.nodes:
         _refuse_hidden(gm, node)
-        path = _weight_path(node)
+        path = weight_path(node)
         if weight_argument(node) is None:
             floats += _unweighted(node, recipe)
         elif path is None:
@@ -129,15 +130,6 @@ def _refuse_hidden(gm: GraphModule, node: Node) -> None:
             f"node {node.name}: {node.target} runs a graph of its own, in which no layer would be quantized; "
             "run passes.inline_regions on the graph first."
         )
-
-
-def _weight_path(node: Node) -> str | None:
-    """Return the path of a layer's weight; None if the weight is not a parameter, or the node is not a layer."""
-    index = weight_argument(node)
-    weight = node.args[index] if index is not None and index < len(node.args) else None
-    by_name = any(isinstance(v, Node) for v in node.kwargs.values())
-    is_parameter = isinstance(weight, Node) and weight.op == "get_attr" and not by_name
-    return str(weight.target) if is_parameter else None  # type: ignore[union-attr]
 
 
 def _unweighted(node: Node, recipe: Recipe) -> Iterator[Float]:
@@ -192,7 +184,7 @@ def smoothing_of(gm: GraphModule, recipe: Recipe) -> dict[str, float]:
     """Return SmoothQuant's alpha of every layer that is to be smoothed, by its weight's path."""
     found = {}
     for node in gm.graph.nodes:
-        if (path := _weight_path(node)) is not None:
+        if (path := weight_path(node)) is not None:
             own = settings_of(recipe, path, op_name(node)).smooth
             alpha = recipe.smooth if own is None else own
             if isinstance(alpha, float | int):

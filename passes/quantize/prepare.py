@@ -17,7 +17,7 @@ from tfmq_fx.base.errors import TFMQError
 from tfmq_fx.base.mapped import require_free
 from tfmq_fx.base.parallel import workers
 from tfmq_fx.graph.inputs import placeholders, require_input, timestep_input
-from tfmq_fx.graph.nodes import attribute, fixed_size, fresh, meta_value, weight_argument
+from tfmq_fx.graph.nodes import attribute, fixed_size, fresh, meta_value, weight_path
 from tfmq_fx.graph.state import captured_of, set_state
 from tfmq_fx.observers.temporal import TemporalObserver
 from tfmq_fx.observers.weight import PerChannelWeightFakeQuantize
@@ -128,19 +128,10 @@ def prepare_float(
     finite_tables = {n: v for n, v in tables.items() if n != timestep}
     insert_step_index(gm, timesteps=tables[timestep], timestep=timestep, finite=finite_tables)
     state = _state(gm, recipe, temporal, tables, Plan(layers=(), floats=()))
-    set_state(gm, dataclasses.replace(state, stage="calibrated", feature_paths=_weight_paths(gm, temporal)))
-    return gm
-
-
-def _weight_paths(gm: GraphModule, temporal: TemporalBlock) -> tuple[str, ...]:
-    """Return the path of each feature's weight; the node's name for a feature without one."""
     nodes = {n.name: n for n in gm.graph.nodes}
-    found = []
-    for name in temporal.features:
-        at = weight_argument(nodes[name])
-        weight = None if at is None else nodes[name].args[at]
-        found.append(str(weight.target) if isinstance(weight, Node) and weight.op == "get_attr" else name)
-    return tuple(found)
+    paths = tuple(weight_path(nodes[name]) or name for name in temporal.features)
+    set_state(gm, dataclasses.replace(state, stage="calibrated", feature_paths=paths))
+    return gm
 
 
 def _keyed(

@@ -24,7 +24,7 @@ from torch._subclasses import FakeTensor
 from torch.fx import GraphModule
 
 from tfmq_fx.artefact.float_network import Facts, FloatModule, facts_of, stand_in
-from tfmq_fx.artefact.forms import closed_graph, flat_graph, float_graph, opened_graph
+from tfmq_fx.artefact.forms import closed_graph, float_graph, opened_graph, without_module
 from tfmq_fx.artefact.gradients import wants_gradient, with_gradients
 from tfmq_fx.artefact.graph_json import graph_to_json
 from tfmq_fx.artefact.known import unknown_values
@@ -197,8 +197,8 @@ class DropIn(nn.Module):
     """
 
     is_float = False  # True: nothing in it is quantized, so it can be
-    # What the user can do about an argument that is fixed, and about a value that no table has.
-    again = "quantize again with calibration data"
+    # What the user does to get such a network, and what with; what to do about a value that no table has.
+    verb, source = "quantize", "calibration data"
     seen = "Calibrate with this schedule, or use Recipe(unseen='nearest')"
 
     def __init__(
@@ -339,7 +339,7 @@ class DropIn(nn.Module):
         """Raise TFMQError: a quantized network's weights are integers, so it takes no adapters."""
         raise TFMQError(
             f"LoRA: a {'precomputed' if self.is_float else 'quantized'} network takes no adapters; load them into the float pipeline, call pipe.fuse_lora() "
-            f"and pipe.unload_lora_weights(), and {self.again.split()[0]} that."
+            f"and pipe.unload_lora_weights(), and {self.verb} that."
         )
 
     def register_to_config(self, **values: Any) -> None:
@@ -492,7 +492,7 @@ class DropIn(nn.Module):
                 remedy = "that has the new value" if value is not None else "without it, or give it"
                 raise TFMQError(
                     f"forward: {name!r} was {fixed!r} when the network was captured and is fixed in the graph"
-                    f"{', but is left out here' if value is None else ''}; {self.again} {remedy}."
+                    f"{', but is left out here' if value is None else ''}; {self.verb} again with {self.source} {remedy}."
                 )
 
     def _timestep(self, value: Any, batch: int) -> Tensor:
@@ -630,7 +630,7 @@ class QuantizedGraph(DropIn):
         gm = self.network
         if self.outside is not None:
             gm = closed_graph(self._opened(), self.outside, self.device, taken=self.outside.features)
-        return float_graph(flat_graph(gm), tables=(TIMESTEPS, *(f"{name}_table" for name in self.finite)))
+        return float_graph(without_module(gm), tables=(TIMESTEPS, *(f"{name}_table" for name in self.finite)))
 
     def _precise(self) -> Collection[str]:
         block = {} if self.outside is None else placeholders(self.outside.block)
@@ -667,9 +667,8 @@ class QuantizedGraph(DropIn):
     def _with_features(self, inputs: list[Tensor]) -> tuple[GraphModule, list[Tensor]]:
         """Return the form of the graph that computes a call, and the features that it takes beside the inputs."""
         assert self.outside is not None
-        if any(
-            isinstance(x, FakeTensor) for x in inputs
-        ):  # an export, which needs a graph without anything outside
+        # An export needs a graph without anything outside.
+        if any(isinstance(x, FakeTensor) for x in inputs):
             return (self._closed() if self.outside.taken else self.network), []
         kind, more = self._features(inputs)
         return (self._opened() if kind == "opened" else self.network), more

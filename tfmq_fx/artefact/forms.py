@@ -12,7 +12,7 @@ from tfmq_fx.artefact.graph_json import tensors_of
 from tfmq_fx.artefact.outside import Outside
 from tfmq_fx.base.arithmetic import NETWORK_DTYPES
 from tfmq_fx.graph.inputs import placeholders
-from tfmq_fx.graph.nodes import attribute, fresh, set_buffer, set_parameter
+from tfmq_fx.graph.nodes import attribute, fresh, put_in_place, set_buffer, set_parameter
 from tfmq_fx.passes.quantize.cache_temporal import ROOT
 from tfmq_fx.passes.temporal.partition_temporal import BLOCK_NAME, temporal_block_of
 
@@ -39,18 +39,15 @@ def closed_graph(
     return gm
 
 
-def flat_graph(network: GraphModule) -> GraphModule:
-    """Return a graph whose temporal block is not a module of its own."""
+def without_module(network: GraphModule) -> GraphModule:
+    """Return a graph whose temporal block is not a module of its own, with its tensors beside the others."""
     gm = fresh(network)
     for call in gm.graph.find_nodes(op="call_module", target=BLOCK_NAME):
         block = temporal_block_of(gm)
         given = dict(zip(placeholders(block), call.args, strict=True))
         with gm.graph.inserting_before(call):
             outputs = _copied(gm, block, given)
-        for item in list(call.users):
-            item.replace_all_uses_with(outputs[item.args[1]])
-            gm.graph.erase_node(item)
-        gm.graph.erase_node(call)
+        put_in_place(call, outputs)
     gm.delete_all_unused_submodules()
     gm.graph.lint()
     gm.recompile()

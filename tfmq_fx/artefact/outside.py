@@ -36,17 +36,6 @@ REQUEST_BYTES = 2**29  # of all requests' tables together, unless the user says 
 
 
 @dataclass(frozen=True)
-class _Table:
-    """The features of one conditioning at every timestep, side by side."""
-
-    values: Tensor  # (T, F), on the network's device
-
-    @property
-    def size(self) -> int:
-        return self.values.nbytes
-
-
-@dataclass(frozen=True)
 class _Column:
     """Where one feature lies in a table's row, and what it is."""
 
@@ -84,15 +73,15 @@ class Outside:
         batch: int | None = None,
         mapped: bool = False,
     ) -> None:
-        if place not in PLACES:
-            raise TFMQError(f"block={place!r}: is unknown; use one of {', '.join(PLACES)}.")
+        require_place(place)
         self.features, self.taken, self.timestep = tuple(features), tuple(taken), timestep
         self.tables = {n: x.cpu() for n, x in tables.items()}
         self.place, self.most_bytes, self.batch = place, most_bytes, batch
         self.block = fresh(block)
         self._inputs = list(placeholders(block))
         self._lock = threading.Lock()
-        self._requests: OrderedDict[bytes, _Table] = OrderedDict()
+        # The features of one conditioning at every timestep, side by side: (T, F), on the network's device.
+        self._requests: OrderedDict[bytes, Tensor] = OrderedDict()
         self._uses: OrderedDict[bytes, int] = OrderedDict()  # of the last tables made: calls that took them
         self._passed: set[bytes] = set()  # what the last call without a table asked for
         self._columns: list[_Column] = []  # of the taken features
@@ -130,8 +119,7 @@ class Outside:
 
     def to(self, device: torch.device) -> None:
         """Move the block's weights, and what its graph makes, to a device."""
-        _own(self.block, {n: x.detach().to(device) for n, x in tensors_of(self.block).items()})
-        move_to_device(self.block, device=device)
+        _move(self.block, device)
 
     def follow(self, device: torch.device) -> None:
         """Let the network be on another device: the block moves if that is its place, and tables are forgotten."""
@@ -153,8 +141,7 @@ class Outside:
         if device == self.device:
             return self.block
         copy = fresh(self.block)
-        _own(copy, {n: x.detach().to(device) for n, x in tensors_of(copy).items()})
-        move_to_device(copy, device=device)
+        _move(copy, device)
         return copy
 
     def taken_of(self, inputs: Mapping[str, Tensor]) -> list[Tensor]:
@@ -191,9 +178,9 @@ class Outside:
             return self.taken_of(inputs)
         distinct = dict.fromkeys(keys)
         if len(distinct) == 1:
-            values = tables[keys[0]].values[step]
+            values = tables[keys[0]][step]
         else:
-            values = torch.stack([tables[key].values[i] for key, i in zip(keys, step.unbind(), strict=True)])
+            values = torch.stack([tables[key][i] for key, i in zip(keys, step.unbind(), strict=True)])
         return _apart(values, self._columns)
 
     def rounds_at(self, inputs: Mapping[str, Tensor]) -> bool:
@@ -213,17 +200,12 @@ class Outside:
         distinct, index = t.unique(return_inverse=True)
         with self._lock:
             for value in distinct:
-                key = (
-                    b"rows"
-                    + bytes(str(len(t)), "ascii")
-                    + value.reshape(1).view(torch.uint8).numpy().tobytes()
-                )
+                key = f"rows{len(t)}".encode() + value.reshape(1).view(torch.uint8).numpy().tobytes()
                 if key not in self._requests:
                     made = self.evaluate({**inputs, self.timestep: value.expand(len(t))})
-                    row, self._all_columns = _side_by_side([feature[:1] for feature in made])
-                    self._requests[key] = _Table(row)
+                    self._requests[key], self._all_columns = _side_by_side([feature[:1] for feature in made])
                 self._requests.move_to_end(key)
-                found.append(self._requests[key].values)
+                found.append(self._requests[key])
             self._forget()
         return _apart(torch.cat(found)[index], self._all_columns)
 
@@ -250,12 +232,12 @@ class Outside:
         self._passed = set() if pays else new
         return pays
 
-    def _tables(self, keys: list[bytes], inputs: Mapping[str, Tensor]) -> dict[bytes, _Table]:
+    def _tables(self, keys: list[bytes], inputs: Mapping[str, Tensor]) -> dict[bytes, Tensor]:
         """Return the tables of these requests, made if they are new, and forget the oldest over the budget."""
         new = [i for i, key in enumerate(keys) if key not in self._requests and key not in keys[:i]]
         if new:
             made = self._evaluated(new, inputs)
-            self._requests |= {keys[i]: _Table(x) for i, x in zip(new, made, strict=True)}
+            self._requests |= {keys[i]: x for i, x in zip(new, made, strict=True)}
             self._uses |= dict.fromkeys((keys[i] for i in new), 0)
             while len(self._uses) > PATIENCE:
                 self._uses.popitem(last=False)
@@ -269,9 +251,9 @@ class Outside:
 
     def _forget(self) -> None:
         """Forget the oldest tables over the budget, but not the newest."""
-        total = sum(table.size for table in self._requests.values())
+        total = sum(table.nbytes for table in self._requests.values())
         while total > self.most_bytes and len(self._requests) > 1:
-            total -= self._requests.popitem(last=False)[1].size
+            total -= self._requests.popitem(last=False)[1].nbytes
 
     def _evaluated(self, rows: list[int], inputs: Mapping[str, Tensor]) -> list[Tensor]:
         """Return for each of these rows of a call the taken features at every timestep, side by side: (T, F)."""
@@ -315,6 +297,18 @@ def _apart(values: Tensor, columns: Sequence[_Column]) -> list[Tensor]:
 
 def _rebuilt(block: GraphModule, settings: dict[str, Any]) -> Outside:
     return Outside(block, **settings)
+
+
+def require_place(place: str) -> None:
+    """Raise TFMQError for an unknown place of a block."""
+    if place not in PLACES:
+        raise TFMQError(f"block={place!r}: is unknown; use one of {', '.join(PLACES)}.")
+
+
+def _move(block: GraphModule, device: torch.device) -> None:
+    """Let a graph read its tensors, and make others, on a device."""
+    _own(block, {n: x.detach().to(device) for n, x in tensors_of(block).items()})
+    move_to_device(block, device=device)
 
 
 def _own(block: nn.Module, tensors: Mapping[str, Tensor]) -> None:

@@ -71,8 +71,6 @@ CONFIG, WEIGHTS, GRAPH, REPORT = (
     "report.json",
 )
 BLOCK_WEIGHTS, BLOCK_GRAPH = "temporal_block.safetensors", "temporal_block.json"
-
-
 # Bytes. Larger packed tensors wait in mapped files until all of them are written: safetensors takes all at once.
 MAPPED = 2**20
 MAX_MEMORY = 8.0  # GiB of unpacked integers that a loaded network holds in memory

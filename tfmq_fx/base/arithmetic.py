@@ -27,8 +27,6 @@ NETWORK_DTYPES = (torch.float32, torch.float16, torch.bfloat16)  # what is left 
 # The number of values that `search_range` processes at once. With a few temporaries each, they fit in a
 # core's cache.
 CANDIDATES = 2**19
-
-
 # The number of integers that are packed or unpacked at once: each takes tens of bytes meanwhile. A multiple of 8.
 PACKED = 2**20
 

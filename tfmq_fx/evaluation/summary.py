@@ -14,6 +14,7 @@ from torch.fx import GraphModule
 from tfmq_fx.artefact.graph_json import packed_tensors, quantized_weights, tensors_of
 from tfmq_fx.base.progress import Clock
 from tfmq_fx.evaluation.errors import Errors
+from tfmq_fx.passes.quantize.results import Maintenance
 from tfmq_fx.passes.quantize.state import State, state_of
 
 
@@ -51,12 +52,12 @@ def summary(
             "finite": {name: len(values) for name, values in state.finite.items()},
             "keys": {f: list(k) for f, k in zip(state.features, state.feature_keys, strict=True)},
         },
-        "maintenance": _maintenance(state),
+        "maintenance": {"maintain": state.recipe.maintain, **plain_maintenance(state.maintenance)},
         "reconstruction": [dataclasses.asdict(r) for r in state.reconstruction],
         "errors_by_timestep": errors.by_timestep,
         "seconds": clock.seconds,
         "cpu_seconds": clock.cpu_seconds,
-        "versions": {"torch": torch.__version__, "python": platform.python_version()},
+        "versions": versions(),
         "machine": {"processor": platform.machine(), "threads": torch.get_num_threads()},
         "temporal_drift": errors.temporal_drift,
     }
@@ -94,8 +95,14 @@ def _sizes(
     }
 
 
-def _maintenance(state: State) -> dict[str, Any]:
-    found = {} if state.maintenance is None else dataclasses.asdict(state.maintenance)
-    if found:
-        found["features"] = list(found["features"])
-    return {"maintain": state.recipe.maintain, **found}
+def plain_maintenance(maintenance: Maintenance | None) -> dict[str, Any]:
+    """Return the decisions on the temporal features as plain JSON values; {} if there were none."""
+    if maintenance is None:
+        return {}
+    found = dataclasses.asdict(maintenance)
+    return {**found, "features": list(found["features"])}
+
+
+def versions() -> dict[str, str]:
+    """Return the versions that the numbers of a report may depend on."""
+    return {"torch": torch.__version__, "python": platform.python_version()}

@@ -266,6 +266,21 @@ def weight_argument(node: Node) -> int | None:
     return _WEIGHT_ARGUMENT.get(op_name(node)) if node.op == "call_function" else None
 
 
+def weight_path(node: Node) -> str | None:
+    """Return the path of a layer's weight; None if the weight is not a parameter, or the node is not a layer."""
+    index = weight_argument(node)
+    weight = node.args[index] if index is not None and index < len(node.args) else None
+    by_name = any(isinstance(v, Node) for v in node.kwargs.values())
+    is_parameter = isinstance(weight, Node) and weight.op == "get_attr" and not by_name
+    return str(weight.target) if is_parameter else None  # type: ignore[union-attr]
+
+
+def node_named(gm: GraphModule, name: str) -> Node:
+    """Return the node with this name. Raises StopIteration if there is none."""
+    node: Node = next(n for n in gm.graph.nodes if n.name == name)
+    return node
+
+
 def output_channel_axis(node: Node) -> int:
     """Return the weight's dimension of output channels: 1 for transposed convolutions, else 0."""
     return 1 if "transpose" in op_name(node) or (op_name(node) == "convolution" and node.args[6]) else 0

@@ -24,7 +24,7 @@ from tfmq_fx.calibration.temporal_rows import (
     temporal_rows,
 )
 from tfmq_fx.graph.inputs import placeholders
-from tfmq_fx.graph.nodes import ancestors, dtype_of, meta_value, on_device_of
+from tfmq_fx.graph.nodes import ancestors, dtype_of, meta_value, node_named, on_device_of
 from tfmq_fx.maintenance.choice import CACHE, RECONSTRUCT, Option
 from tfmq_fx.maintenance.tables import feature_tables, float_block, key_rows
 from tfmq_fx.passes.quantize.cache_temporal import decode, encode, feature_key, is_per_row
@@ -101,7 +101,7 @@ def cached_bytes(gm: GraphModule, name: str, cache_type: str) -> dict[str, int]:
     key, state = feature_key(gm, name), state_of(gm)
     sizes, values = state.sizes, state.tables
     rows = math.prod(sizes[n] for n in key)
-    node = next(n for n in gm.graph.nodes if n.name == name)
+    node = node_named(gm, name)
     fake = meta_value(node)
     width = _width(gm, name, fake, is_per_row(gm, key))
     item = {"float16": 2, "bfloat16": 2, "int8": 1}.get(cache_type, dtype_of(node).itemsize)

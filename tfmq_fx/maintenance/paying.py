@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from tfmq_fx.graph.inputs import conditioning_vectors, placeholders
-from tfmq_fx.graph.nodes import dtype_of, meta_value, weight_argument
+from tfmq_fx.graph.nodes import dtype_of, meta_value, node_named, weight_argument
 from tfmq_fx.maintenance.choice import CACHE, RECONSTRUCT, Option, choose, total_bytes
 from tfmq_fx.maintenance.measuring import cached_bytes, needed_tensors
 from tfmq_fx.maintenance.tables import float_block
@@ -68,7 +68,7 @@ def paying(gm: GraphModule) -> Maintenance:
 
 def barred(gm: GraphModule, name: str) -> str | None:
     """Return why a feature can have no table of either kind, or None if it can."""
-    node, state = _node(gm, name), state_of(gm)
+    node, state = node_named(gm, name), state_of(gm)
     timestep = meta_value(placeholders(gm)[state.timestep])
     value = meta_value(node)
     if isinstance(value, Tensor) and not value.is_floating_point():
@@ -100,14 +100,9 @@ def _cheapest(
 
 def request_bytes(gm: GraphModule, name: str) -> dict[str, int]:
     """Return the bytes that a feature's values at every timestep take for one conditioning, by tensor."""
-    node, state = _node(gm, name), state_of(gm)
+    node, state = node_named(gm, name), state_of(gm)
     width = math.prod(int(d) for d in meta_value(node).shape[1:])
     return {f"{name}: for one request": len(state.timesteps) * width * dtype_of(node).itemsize}
-
-
-def _node(gm: GraphModule, name: str) -> Node:
-    node: Node = next(n for n in gm.graph.nodes if n.name == name)
-    return node
 
 
 def _conditions(gm: GraphModule, name: str) -> list[str]:

@@ -112,9 +112,8 @@ class Finished:
                 )
         if error := self.ranks.first(error):
             raise TFMQError(error)
-        if (
-            self.ranks.size > 1
-        ):  # on different machines, processes may round ties differently: all take those of rank 0
+        # On different machines, processes may round ties differently, so all take those of rank 0.
+        if self.ranks.size > 1:
             _set_learned(block, self.ranks.first({name: x.cpu() for name, x in learned.items()}))
 
 
