@@ -179,21 +179,24 @@ def test_the_remedy_fits_the_cause_and_torchs_long_text_is_logged(caplog, capsys
 
 
 def test_threads_capture_in_turn():
-    found: dict[int, float] = {}
+    networks = [make(ScalarTime) for _ in range(4)]
+    found: dict[int, torch.fx.GraphModule] = {}
 
     def run(i):
-        network = make(ScalarTime)
-        gm = tfmq_fx.capture(network, {"sample": torch.randn(2, 4), "timestep": torch.tensor(7)})
-        x = torch.randn(3, 4)
-        with torch.no_grad():
-            found[i] = float((gm(x, torch.tensor(i)) - network(x, torch.tensor(i))).abs().max())
+        example = {"sample": torch.randn(2, 4), "timestep": torch.tensor(7)}
+        found[i] = tfmq_fx.capture(networks[i], example)
 
     threads = [threading.Thread(target=run, args=(i,)) for i in range(4)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert found == dict.fromkeys(range(4), 0.0)
+    # Only now: while a thread captures, torch.export turns oneDNN off for the whole process, and its GELU rounds
+    # differently from the other one.
+    with torch.no_grad():
+        for i, network in enumerate(networks):
+            x, t = torch.randn(3, 4), torch.tensor(i)
+            assert torch.equal(found[i](x, t), network(x, t))
 
 
 class Labels(nn.Module):
