@@ -119,6 +119,7 @@ def hours(report: dict[str, Any], ran: Reconstruction, rows: int, solving: float
     fixed = cpu["capture"] + cpu["prepare"] + cpu["convert"] + cpu["calibrate"] / rows * FULL_ROWS
     if not blocks:
         return float(fixed / 3600)
+    samples = dataclasses.replace(settings, method=ran.method).block_samples
     # Blocks record only wall time. Assume that a block's share of it is its share of the CPU time.
     of_wall = cpu["reconstruct"] / report["seconds"]["reconstruct"]
     temporal = sum(b["seconds"] for b in blocks if b["name"] == "temporal_block") * of_wall
@@ -127,12 +128,12 @@ def hours(report: dict[str, Any], ran: Reconstruction, rows: int, solving: float
     if "adaround" in ran.method:
         # A block's error is measured three times over all rows. A learning step is a forward and a backward pass.
         row_forwards = 3 * rows + 3 * ran.iterations * ran.batch_size
-        full = 3 * settings.num_samples + 3 * settings.iterations * settings.batch_size
+        full = 3 * samples + 3 * settings.iterations * settings.batch_size
         learning *= full / row_forwards
-    else:  # an upper bound: the Hessians take gptq_samples rows only
+    else:  # an upper bound: the Hessians of wide pictures take gptq_rows positions only
         constant = min(solving * of_wall, learning)
-        learning = constant + (learning - constant) / rows * settings.num_samples
-    return float((fixed + temporal + learning + walking / rows * settings.num_samples) / 3600)
+        learning = constant + (learning - constant) / rows * samples
+    return float((fixed + temporal + learning + walking / rows * samples) / 3600)
 
 
 def narrow() -> tuple[torch.nn.Module, dict[str, tuple[int, ...]]]:

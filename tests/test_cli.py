@@ -214,10 +214,11 @@ def test_the_timestep_and_the_component_have_names(monkeypatch, capsys, tmp_path
     monkeypatch.setattr(type(pipe), "components", property(lambda p: {"other": p.other, "unet": p.unet}))
     quick, q = ("--steps", 2, "--num-samples", 1), tmp_path / "q"
     named = ("--timestep", "t", "--component", "unet")
-    code, _, err = run(monkeypatch, capsys, "quantize", q, "--iterations", 0, *quick, "--timestep", "t")
+    quantize = ("quantize", q, "--recipe", "w8a16", *quick)
+    code, _, err = run(monkeypatch, capsys, *quantize, "--timestep", "t")
     assert code == 2
     assert "2 components take a 't' (other, unet)" in err
-    code, _, err = run(monkeypatch, capsys, "quantize", q, "--iterations", 0, *quick, *named)
+    code, _, err = run(monkeypatch, capsys, *quantize, *named)
     assert code == 0, err
     for command in ("sample", "evaluate", "report"):
         more = () if command == "evaluate" else ("--output", tmp_path / command)

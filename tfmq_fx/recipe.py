@@ -118,6 +118,8 @@ class Reconstruction:
     # take more than this lie there as well, mapped to memory. Limits tuning too.
     max_memory: float = 8.0
     gptq_samples: int = 256  # samples whose layer inputs form GPTQ's Hessian
+    # Rows of a layer's Hessian for each of its K columns. If the samples have more, positions are drawn.
+    gptq_rows: int = 128
     # GiB. A layer of K inputs is cut into pieces if its Hessian and factors (48 K^2 bytes) take more.
     gptq_memory: float = 8.0
     damping: float = 0.01  # of GPTQ's Hessian, as a share of its mean diagonal
@@ -137,6 +139,7 @@ class Reconstruction:
             "batch_size",
             "num_samples",
             "gptq_samples",
+            "gptq_rows",
             "shards",
         ):
             if getattr(self, name) < 1:
@@ -144,6 +147,11 @@ class Reconstruction:
         for name in ("tune_iterations", "tune_flops"):
             if (value := getattr(self, name)) is not None and not value >= 0:
                 raise TFMQError(f"Reconstruction.{name}: {value} is negative.")
+
+    @property
+    def block_samples(self) -> int:
+        """The number of samples that blocks are run on: AdaRound learns from all, GPTQ from at most `gptq_samples`."""
+        return self.num_samples if "adaround" in self.method else min(self.num_samples, self.gptq_samples)
 
 
 @dataclass(frozen=True, kw_only=True)

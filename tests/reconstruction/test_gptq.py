@@ -30,19 +30,19 @@ def layer_of(module, x):
     return next(n for n in gm.graph.nodes if n.op == "call_function" and supported(n))
 
 
-@pytest.mark.parametrize(
-    ("module", "shape"),
-    [
-        (nn.Linear(6, 4), (3, 6)),
-        (nn.Linear(6, 4), (3, 5, 6)),
-        (nn.Conv1d(4, 6, 3, padding=1), (2, 4, 7)),
-        (nn.Conv2d(4, 6, 3, padding=1), (2, 4, 7, 5)),
-        (nn.Conv2d(4, 6, (3, 2), stride=2, padding=(1, 0), dilation=(2, 1)), (2, 4, 9, 8)),
-        (nn.Conv2d(4, 6, 3, padding="same", groups=2), (2, 4, 7, 5)),
-        (nn.Conv2d(4, 4, 3, padding=1, groups=4), (2, 4, 7, 5)),
-        (nn.Conv3d(2, 3, 3, padding=1), (2, 2, 4, 5, 3)),
-    ],
-)
+LAYERS = [
+    (nn.Linear(6, 4), (3, 6)),
+    (nn.Linear(6, 4), (3, 5, 6)),
+    (nn.Conv1d(4, 6, 3, padding=1), (2, 4, 7)),
+    (nn.Conv2d(4, 6, 3, padding=1), (2, 4, 7, 5)),
+    (nn.Conv2d(4, 6, (3, 2), stride=2, padding=(1, 0), dilation=(2, 1)), (2, 4, 9, 8)),
+    (nn.Conv2d(4, 6, 3, padding="same", groups=2), (2, 4, 7, 5)),
+    (nn.Conv2d(4, 4, 3, padding=1, groups=4), (2, 4, 7, 5)),
+    (nn.Conv3d(2, 3, 3, padding=1), (2, 2, 4, 5, 3)),
+]
+
+
+@pytest.mark.parametrize(("module", "shape"), LAYERS)
 def test_rows_times_weights_is_the_layer(module, shape):
     x, weight = torch.randn(shape), module.weight.detach()
     with torch.no_grad():
@@ -56,6 +56,20 @@ def test_rows_times_weights_is_the_layer(module, shape):
     else:
         got = torch.cat(list(y), dim=1).reshape(x.shape[0], *expected.shape[2:], -1).movedim(-1, 1)
     torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(("module", "shape"), LAYERS)
+def test_drawn_positions_are_rows_of_the_whole_the_same_in_each_sample(module, shape):
+    x, weight = torch.randn(shape), module.weight.detach()
+    node = layer_of(module, x)
+    whole = rows(node, x, weight)
+    whole = whole.unflatten(1, (len(x), -1))  # groups, samples, positions, columns
+    some = rows(node, x, weight, 4).unflatten(1, (len(x), -1))
+    kept = min(4, whole.shape[2])
+    assert some.shape[2] == kept
+    found = (some[0, 0][:, None] == whole[0, 0]).all(-1)
+    assert found.sum() == kept  # each is one of them
+    assert torch.equal(some, whole[:, :, found.any(0)])
 
 
 def problem(seed, channels=6, columns=10, count=40):

@@ -17,6 +17,7 @@ from tfmq_fx.base.errors import TFMQError
 from tfmq_fx.runtimes import aot_package
 
 
+@pytest.mark.slow  # a minute of compiling; test_torch_engine.py compiles the same kernels
 @torch.no_grad()
 def test_an_aot_package_runs_int8_without_this_library(tmp_path):
     """Mixed timesteps and labels, batches of other sizes than it was compiled with, in another process."""

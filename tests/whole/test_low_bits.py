@@ -115,15 +115,20 @@ def test_branches_are_floats_that_were_chosen_and_are_counted(model):
     }
 
 
-def test_it_saves_loads_exports_and_compiles(model, tmp_path):
+@pytest.mark.slow
+def test_it_compiles(model):
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(X[:3], T[:3]), model(X[:3], T[:3]))
+
+
+def test_it_saves_loads_and_exports(model, tmp_path):
     model.save_pretrained(tmp_path / "q")
     loaded = tfmq_fx.load(tmp_path / "q")
     model.export(tmp_path / "q.pt2")
     program = torch.export.load(tmp_path / "q.pt2").module()
-    torch._dynamo.reset()
-    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
     with torch.no_grad():
         expected = model(X[:3], T[:3])
         assert torch.equal(loaded(X[:3], T[:3]), expected)
         assert torch.equal(program(sample=X[:3], timestep=T[:3]), expected)
-        torch.testing.assert_close(compiled(X[:3], T[:3]), expected)

@@ -25,7 +25,8 @@ def layer_paths(gm, names):
     return found
 
 
-# Near twins of others (the same class with other widths, or one more conditioning), and the three that take longest.
+# Near twins of others (the same class with other widths, or one more conditioning), and those that take longest.
+# Pipelines of sd-xl, latent-diffusion and pixart are in test_pipelines.py.
 TWINS = (
     "ddpm-lsun",
     "ddpm-class-conditional",
@@ -36,7 +37,8 @@ TWINS = (
     "pixart-512",
     "ddim-official",
 )
-SLOW = (*TWINS, "kandinsky-3", "text-to-video", "stable-video-diffusion")
+LONG = ("kandinsky-3", "text-to-video", "stable-video-diffusion", "sd-xl", "latent-diffusion", "pixart-1024")
+SLOW = (*TWINS, *LONG)
 NAMES = [pytest.param(n, marks=pytest.mark.slow if n in SLOW else ()) for n in ENTRIES]
 
 

@@ -53,15 +53,17 @@ class Moments:
         workers: Workers,
         ranks: Ranks,
         pieces: int = 1,
+        positions: int | None = None,
     ) -> Moments:
         """Return the moments of a layer's inputs.
 
         given: the inputs in the float network, part by part.
         seen: the inputs in the quantized network, for the same parts.
+        positions: of each sample, at most this many positions drawn at random, the same in every sample. None: all.
         """
 
         def products(pair: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-            x, s = (parted(rows(layer, y.float(), weight), pieces) for y in pair)
+            x, s = (parted(rows(layer, y.float(), weight, positions), pieces) for y in pair)
             return _products(x, s)
 
         groups, columns = groups_of(layer) * pieces, weight[0].numel() // pieces
@@ -140,10 +142,17 @@ def joined(x_GRK: Tensor, pieces: int) -> Tensor:
     return x.transpose(1, 2).reshape(groups // pieces, count, pieces * columns)
 
 
-def rows(layer: Node, x: Tensor, weight: Tensor) -> Tensor:
-    """Return the layer's input as rows (G, R, K), such that its output is rows @ weight.view(G, C, K)^T."""
+def rows(layer: Node, x: Tensor, weight: Tensor, positions: int | None = None) -> Tensor:
+    """Return the layer's input as rows (G, R, K), such that its output is rows @ weight.view(G, C, K)^T.
+
+    positions: of each sample, at most this many, drawn at random, the same ones for the same shape. None: all.
+    """
     if op_name(layer) == "linear":
-        return x.reshape(1, -1, x.shape[-1])
+        if x.dim() < 3:
+            return x.reshape(1, -1, x.shape[-1])
+        x = x.flatten(1, -2)
+        kept = _drawn(x.shape[1], positions)
+        return (x if kept is None else x[:, kept.to(x.device)]).reshape(1, -1, x.shape[-1])
     dims = weight.dim() - 2
     given = convolution_arguments(layer)
     stride, padding, dilation = (given[name] for name in ("stride", "padding", "dilation"))
@@ -157,10 +166,19 @@ def rows(layer: Node, x: Tensor, weight: Tensor) -> Tensor:
     for i in range(dims):
         x = x.unfold(2 + i, (kernel[i] - 1) * dilation[i] + 1, stride[i])[..., :: dilation[i]]
     groups = groups_of(layer)
-    n, channels = x.shape[:2]
-    positions, elements = math.prod(x.shape[2 : 2 + dims]), math.prod(kernel)
-    x = x.reshape(n, groups, channels // groups, positions, elements)
-    return x.permute(1, 0, 3, 2, 4).reshape(groups, n * positions, -1)
+    n, channels, sizes = x.shape[0], x.shape[1], x.shape[2 : 2 + dims]
+    kept = _drawn(math.prod(sizes), positions)
+    if kept is not None:  # before the windows are copied out
+        x = x[:, :, *torch.unravel_index(kept.to(x.device), sizes)]
+    x = x.reshape(n, groups, channels // groups, -1, math.prod(kernel))
+    return x.permute(1, 0, 3, 2, 4).reshape(groups, -1, channels // groups * math.prod(kernel))
+
+
+def _drawn(count: int, wanted: int | None) -> Tensor | None:
+    """Return `wanted` of `count` positions in order, the same ones each time, or None for all."""
+    if wanted is None or wanted >= count:
+        return None
+    return torch.randperm(count, generator=torch.Generator().manual_seed(0))[:wanted].sort().values
 
 
 def corrected(w_GCK: Tensor, moments: Moments, *, damping: float) -> Tensor:

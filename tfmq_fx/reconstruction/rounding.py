@@ -196,7 +196,14 @@ def _second_order(
             # Layers that share their input (every embedding layer of a temporal block) share one Gram matrix.
             last = None  # free the old moments before the new ones are allocated
             moments = Moments.of(
-                layer, weight, given, seen, workers=streams.workers, ranks=streams.ranks, pieces=pieces
+                layer,
+                weight,
+                given,
+                seen,
+                workers=streams.workers,
+                ranks=streams.ranks,
+                pieces=pieces,
+                positions=-(-settings.gptq_rows * columns // (len(chunks) * settings.batch_size)),
             )
             last = (given, seen, moments)
         if blocks == 1:  # all columns share one scale, so every piece takes it

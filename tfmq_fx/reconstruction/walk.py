@@ -67,7 +67,7 @@ class Walk:
     def __init__(self, gm: GraphModule, data: CalibrationSet, run: Run) -> None:
         self.gm, self.config = fresh(gm), run
         self.data = data
-        drawn = data.draw(run.settings.num_samples, seed=run.seed)
+        drawn = data.draw(run.settings.block_samples, seed=run.seed)
         batches = data.groups(run.settings.batch_size, rows=drawn, one_timestep=is_scalar(gm))
         parts = 1 if fixed_batch(gm, data.constants.keys()) else run.settings.shards
         self.chunks, self.rows = run.split(batches, parts)
