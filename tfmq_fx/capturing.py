@@ -29,6 +29,7 @@ from tfmq_fx.graph.inputs import choose_timestep, placeholders, require_input, t
 from tfmq_fx.graph.nodes import attribute, fixed_size, schema_arguments
 from tfmq_fx.graph.state import Captured, set_state
 from tfmq_fx.graph.written import keeps_buffers, own_written_buffers
+from tfmq_fx.passes.clean.flatten_timestep import flatten_timestep
 from tfmq_fx.passes.clean.fold_parameters import fold_parameters
 from tfmq_fx.passes.clean.inline_regions import inline_regions
 from tfmq_fx.passes.clean.linear_matmuls import linear_matmuls
@@ -218,6 +219,7 @@ def cleaning(timestep: str) -> list[Callable[[GraphModule], PassResult]]:
         inline_regions,
         remove_noops,
         literal_dtypes,
+        partial(flatten_timestep, timestep=timestep),
         partial(root_batch_size, timestep=timestep),
         linear_matmuls,
         fold_parameters,

@@ -181,7 +181,7 @@ class DropIn(nn.Module):
     """A module that computes the network behind the float network's calling convention.
 
     `pipe.unet = model` is all a diffusers pipeline needs: arguments, outputs, `.config`, `.dtype` and
-    `.device` are the same. A timestep may be a number, or a tensor of shape (), (1,) or (N,); a batch may mix
+    `.device` are the same. A timestep may be a number, or a tensor of shape (), (1,), (N,) or (N, 1); a batch may mix
     timesteps.
 
     A timestep outside the table uses the qparams of its nearest neighbour and is counted in
@@ -512,6 +512,10 @@ class DropIn(nn.Module):
                     f"timestep: the network was captured with one timestep per call, found {t.numel()}."
                 )
             return t.reshape(())
+        if t.dim() > 1:
+            if t.numel() != t.shape[0]:
+                raise TFMQError(f"timestep: has shape {tuple(t.shape)}, but must have one value per sample.")
+            t = t.reshape(-1)
         if t.dim() == 0 or (t.dim() == 1 and t.shape[0] == 1 and batch != 1):
             t = t.reshape(1).expand(batch)
         if t.shape[0] != batch:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,7 @@ class CalibrationSet:
     Invariants: at least one row; all tensors have the same first dimension; every value is finite. A tensor
     inside a dict or list argument has a flat name ("added_cond_kwargs_time_ids") and its path in `paths`.
     `constants` has what is the same in every call: plain values, and tensors without rows (position ids).
+    `timestep_shape` is that of a row's timestep as the network takes it: () or (1,). In `tensors` it is always ().
     `conditional` (N,) bool is False for the unconditional rows, which guidance adds. `note`: what was chosen for
     the user when the set was recorded, as the report says it.
 
@@ -44,6 +45,7 @@ class CalibrationSet:
         *,
         conditional: Tensor | None = None,
         note: str = "",
+        timestep_shape: Sequence[int] = (),
     ) -> None:
         # Rows recorded under inference_mode could not be learned from.
         self.tensors = {n: tracked(x) for n, x in tensors.items()}
@@ -71,6 +73,14 @@ class CalibrationSet:
                     raise TFMQError(
                         f"calibration: tensor {name!r} holds NaN or infinite values, first in row {row}."
                     )
+        t = self.tensors[timestep]
+        if t.numel() != len(t):
+            raise TFMQError(
+                f"calibration: the timestep {timestep!r} has shape {tuple(t.shape)}, {t[0].numel()} values per row; only one per "
+                "row can be in a table."
+            )
+        self.timestep_shape = (*t.shape[1:], *timestep_shape)
+        self.tensors[timestep] = t.reshape(-1)
         self.conditional = torch.ones(len(self), dtype=torch.bool) if conditional is None else conditional
         marks = self.conditional
         if not isinstance(marks, Tensor) or marks.dtype != torch.bool or marks.shape != (len(self),):
@@ -89,7 +99,7 @@ class CalibrationSet:
         """Build a set from the network's arguments by name.
 
         tensors: (N, ...) each, or dicts and lists of such tensors.
-        timestep: the name of the timesteps' tensor (N,), one per row.
+        timestep: the name of the timesteps' tensor, (N,) or (N, 1), one per row.
         """
         found = leaves(tensors)
         wrong = [n for n, (_, x) in found.items() if not isinstance(x, Tensor)]
@@ -106,6 +116,7 @@ class CalibrationSet:
         beside: the network on whose device they will be; None leaves them where they are.
         """
         values = {n: x[rows] for n, x in self.tensors.items()} | self.constants
+        values[self.timestep] = values[self.timestep].reshape(-1, *self.timestep_shape)
         own = None if beside is None else next(iter((*beside.parameters(), *beside.buffers())), None)
         return nested(
             {
@@ -195,7 +206,12 @@ class CalibrationSet:
         """Return the set of these rows, given by index or by mask: `data.rows(data.conditional)`."""
         tensors = {n: x[chosen] for n, x in self.tensors.items()}
         return CalibrationSet(
-            tensors, self.constants, self.timestep, self.paths, conditional=self.conditional[chosen]
+            tensors,
+            self.constants,
+            self.timestep,
+            self.paths,
+            conditional=self.conditional[chosen],
+            timestep_shape=self.timestep_shape,
         )
 
     def batches(self, batch_size: int, *, one_timestep: bool = False) -> Iterator[dict[str, Tensor]]:
