@@ -4,6 +4,7 @@ import threading
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
 
 import tfmq_fx
@@ -236,12 +237,22 @@ class Unnamed(nn.Module):
         return self.inner(sample, timestep, y=rest[0])
 
 
+@pytest.fixture
+def group():
+    """A process group of this process alone."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.usefixtures("group")
 @pytest.mark.parametrize(
     ("wrap", "prefix"),
     [
         (lambda m: m, ""),
         (Passes, ""),
         (nn.DataParallel, ""),
+        (nn.parallel.DistributedDataParallel, ""),
         (torch.optim.swa_utils.AveragedModel, ""),
         (Guides, "module."),
     ],
