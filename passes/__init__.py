@@ -12,12 +12,15 @@ from tfmq_fx.passes.clean.remove_noops import remove_noops
 from tfmq_fx.passes.clean.root_batch_size import root_batch_size
 from tfmq_fx.passes.int8.bfloat16_glue import bfloat16_glue
 from tfmq_fx.passes.int8.byte_activations import byte_activations
+from tfmq_fx.passes.int8.cuda_kernels import cuda_kernels
 from tfmq_fx.passes.int8.flatten_linears import flatten_linears
+from tfmq_fx.passes.int8.fuse_epilogues import fuse_epilogues
 from tfmq_fx.passes.int8.integer_weights import integer_weights
 from tfmq_fx.passes.int8.onednn_kernels import onednn_kernels
 from tfmq_fx.passes.int8.rescale_temporal import rescale_temporal
 from tfmq_fx.passes.int8.rescale_tokens import rescale_tokens
 from tfmq_fx.passes.int8.share_quantized import share_quantized
+from tfmq_fx.passes.int8.signed_activations import signed_activations
 from tfmq_fx.passes.int8.signed_weights import signed_weights
 from tfmq_fx.passes.int8.to_int8 import TO_INT8
 from tfmq_fx.passes.int8.unfold_convolutions import unfold_convolutions
@@ -50,12 +53,14 @@ __all__ = [
     "captured_of",
     "cast_glue",
     "convert",
+    "cuda_kernels",
     "extract_temporal",
     "find_blocks",
     "find_temporal",
     "flatten_linears",
     "float_at_unseen",
     "fold_parameters",
+    "fuse_epilogues",
     "inline_modules",
     "inline_regions",
     "insert_step_index",
@@ -75,6 +80,7 @@ __all__ = [
     "root_batch_size",
     "rotate",
     "share_quantized",
+    "signed_activations",
     "signed_weights",
     "smooth",
     "state_of",

@@ -11,7 +11,8 @@ from torch.fx import GraphModule, Node
 from torch.fx.passes.infra.pass_base import PassResult
 
 from tfmq_fx.graph.nodes import aten, attribute, is_decomposed, op_name, set_buffer, value_inputs
-from tfmq_fx.passes.int8.onednn_kernels import KERNELS, LAY_OUT, output_dtype, set_output
+from tfmq_fx.passes.int8.kernels import KERNELS, output_dtype, set_output
+from tfmq_fx.passes.int8.onednn_kernels import LAY_OUT
 from tfmq_fx.passes.int8.rescale_temporal import PRECISE
 from tfmq_fx.passes.int8.share_quantized import QUANTIZE
 from tfmq_fx.passes.pass_manager import declare
@@ -19,7 +20,7 @@ from tfmq_fx.passes.pass_manager import declare
 _ARITHMETIC = ("add", "sub", "mul", "div", "clamp")
 
 
-@declare(after=("onednn_kernels", "share_quantized"))
+@declare(after=("onednn_kernels", "cuda_kernels", "fuse_epilogues", "share_quantized"))
 def bfloat16_glue(
     gm: GraphModule, *, dtypes: dict[Node, torch.dtype], precise: Collection[str]
 ) -> PassResult:

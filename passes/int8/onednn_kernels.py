@@ -5,35 +5,18 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
 from torch.fx import GraphModule, Node
 from torch.fx.passes.infra.pass_base import PassResult
 
 from tfmq_fx.base.arithmetic import SATURATES, ByteSums, centred, saturates
 from tfmq_fx.base.onednn import FLOAT, NO_POST_OP, onednn, pack_int4
-from tfmq_fx.graph.nodes import (
-    attribute,
-    convolution_arguments,
-    hinted_shape,
-    meta_value,
-    op_name,
-    set_buffer,
-    weight_argument,
-)
+from tfmq_fx.graph.nodes import convolution_arguments, hinted_shape, op_name, weight_argument
 from tfmq_fx.passes.int8.integer_weights import SUFFIX
-from tfmq_fx.passes.int8.rescale_temporal import PRECISE
+from tfmq_fx.passes.int8.kernels import FALLBACK, integers_of, put_kernel, set_once, why_not
 from tfmq_fx.passes.pass_manager import declare
 
 ops, tfmq = torch.ops.quantized_decomposed, torch.ops.tfmq
-KERNELS = (
-    onednn.qconv_pointwise.default,
-    onednn.qlinear_pointwise.default,
-    tfmq.int4_conv.default,
-    tfmq.int4_linear.default,
-)
 LAY_OUT = (tfmq.lay_out_conv.default, tfmq.lay_out_linear.default)
-LAYER = "layer"  # in a kernel's meta: the name of the node that it replaced
-FALLBACK = "fallback"  # in a layer's meta: why it stayed as it was
 
 
 @declare(after=("convert", "rescale_temporal", "byte_activations"))
@@ -69,62 +52,12 @@ def onednn_kernels(
     return PassResult(gm, modified)
 
 
-def set_output(kernel: Node, *, dtype: torch.dtype, scale: float = 1.0, zero_point: int = 0) -> None:
-    """Make a kernel write `dtype`: bytes with this scale and zero point, or floats."""
-    assert isinstance(kernel.target, torch._ops.OpOverload)
-    names = [a.name for a in kernel.target._schema.arguments]
-    at = next(i for i, name in enumerate(names) if name in ("output_scale", "y_scale"))
-    kernel.args = (*kernel.args[:at], scale, zero_point, dtype, *kernel.args[at + 3 :])
-
-
-def output_dtype(kernel: Node) -> torch.dtype:
-    """Return the dtype that a kernel writes."""
-    assert isinstance(kernel.target, torch._ops.OpOverload)
-    names = [a.name for a in kernel.target._schema.arguments]
-    dtype = kernel.args[next(i for i, name in enumerate(names) if name in ("output_dtype", "dtype"))]
-    assert isinstance(dtype, torch.dtype)
-    return dtype
-
-
 def _why_not(gm: GraphModule, layer: Node, sums: ByteSums) -> str:
-    x, weight, bias, *rest = [*layer.args, None][: max(3, len(layer.args))]
-    name = op_name(layer)
-    if not isinstance(weight, Node) or weight.target is not ops.dequantize_per_channel.default:
-        return "its weight has scales per group: oneDNN's kernels take one per output channel"
-    if not isinstance(x, Node) or x.target is not ops.dequantize_per_tensor.default:
-        return "its input has no constant scale: oneDNN's kernels take one per tensor"
-    if x.args[5] != torch.uint8:
-        return f"its input is {x.args[5]}: oneDNN's kernels take uint8"
-    if "transpose" in name or name == "convolution":
-        return f"torch has no int8 kernel of oneDNN's for {name}"
-    if weight.args[3] != 0 or any(n.op != "get_attr" for n in weight.all_input_nodes):
-        return "its weight is not a constant with one scale per output channel"
-    if rest and isinstance(rest[1] if len(rest) > 1 else None, str):
-        return f"its padding is {rest[1]!r}, not numbers"
-    if bias is not None and (not isinstance(bias, Node) or bias.op != "get_attr"):
-        return "its bias is computed"
-    if layer.kwargs:
-        return f"its arguments {', '.join(layer.kwargs)} are given by name"
-    rank = _rank(layer)
-    if (name == "linear" and rank < 2) or (name != "linear" and rank != _integers(gm, weight)[0].dim()):
-        return "its input has no batch dimension"
-    q, _, zero_point = _integers(gm, weight)
-    signed = centred(q, zero_point, 0)
-    if signed is None:
-        return "its weight minus its zero point does not fit a signed byte"
-    return SATURATES if sums is ByteSums.PAIRS and saturates(signed) else ""
-
-
-def _rank(layer: Node) -> int:
-    value = meta_value(layer)
-    assert isinstance(value, Tensor), layer
-    return value.dim()
-
-
-def _integers(gm: GraphModule, weight: Node) -> tuple[Tensor, Tensor, Tensor]:
-    """Return q, scale and zero point of a weight."""
-    q, scale, zero_point = (attribute(gm, str(a.target)) for a in weight.args[:3] if isinstance(a, Node))
-    return q, scale, zero_point
+    reason = why_not(gm, layer, whose="oneDNN's", dtype=torch.uint8)
+    if reason or sums is not ByteSums.PAIRS:
+        return reason
+    q, _, zero_point = integers_of(gm, layer.args[1])  # type: ignore[arg-type]
+    return SATURATES if saturates(centred(q, zero_point, 0)) else ""
 
 
 def _replace(gm: GraphModule, layer: Node, *, pack: str | None) -> None:
@@ -133,7 +66,7 @@ def _replace(gm: GraphModule, layer: Node, *, pack: str | None) -> None:
     assert isinstance(weight, Node)
     assert isinstance(weight.args[0], Node)
     source = str(weight.args[0].target)
-    q, _, zero_point = _integers(gm, weight)
+    q, _, zero_point = integers_of(gm, weight)
     low, high = int(weight.args[4]), int(weight.args[5])  # type: ignore[arg-type]
     is_conv = op_name(layer) != "linear"
     place: tuple[Any, ...] = ()
@@ -145,15 +78,15 @@ def _replace(gm: GraphModule, layer: Node, *, pack: str | None) -> None:
     call, get = gm.graph.call_function, gm.graph.get_attr
     with gm.graph.inserting_before(layer):
         if pack == "int4" and high - low <= 15:
-            _buffer(gm, f"{source}_packed", lambda: pack_int4(q.to(torch.int16) - low))
-            _buffer(gm, f"{source}_offset", lambda: (zero_point.to(torch.int16) - low).to(torch.int8))
+            set_once(gm, f"{source}_packed", lambda: pack_int4(q.to(torch.int16) - low))
+            set_once(gm, f"{source}_offset", lambda: (zero_point.to(torch.int16) - low).to(torch.int8))
             packed = (get(f"{source}_packed"), get(f"{source}_offset"), list(q.shape))
             target = tfmq.int4_conv.default if is_conv else tfmq.int4_linear.default
             kernel = call(target, (*read, *packed, scale_node, bias, *place, *FLOAT, torch.float32))
         else:
-            _buffer(gm, f"{source}{SUFFIX}", lambda: centred(q, zero_point, 0))
+            set_once(gm, f"{source}{SUFFIX}", lambda: centred(q, zero_point, 0))
             zeros = f"zeros_{q.shape[0]}"
-            _buffer(gm, zeros, lambda: torch.zeros(q.shape[0], dtype=torch.int32))
+            set_once(gm, zeros, lambda: torch.zeros(q.shape[0], dtype=torch.int32))
             integers = get(f"{source}{SUFFIX}")
             shape = hinted_shape(x)
             if is_conv:
@@ -167,14 +100,4 @@ def _replace(gm: GraphModule, layer: Node, *, pack: str | None) -> None:
                 target,
                 (*read, laid_out, scale_node, get(zeros), bias, *place, *FLOAT, torch.float32, *NO_POST_OP),
             )
-    kernel.meta = {k: v for k, v in layer.meta.items() if k in ("val", PRECISE)} | {LAYER: layer.name}
-    layer.replace_all_uses_with(kernel)
-    gm.graph.erase_node(layer)
-
-
-def _buffer(gm: GraphModule, target: str, make: Any) -> None:
-    """Make a buffer, unless another layer with the same weight has made it."""
-    try:
-        attribute(gm, target)
-    except AttributeError:
-        set_buffer(gm, target, make())
+    put_kernel(layer, kernel)

@@ -7,11 +7,12 @@ from torch.fx import GraphModule, Node
 from torch.fx.passes.infra.pass_base import PassResult
 
 from tfmq_fx.graph.nodes import aten
-from tfmq_fx.passes.int8.onednn_kernels import KERNELS, output_dtype, set_output
+from tfmq_fx.passes.int8.kernels import KERNELS, output_dtype, set_output
 from tfmq_fx.passes.int8.rescale_temporal import PRECISE
 from tfmq_fx.passes.pass_manager import declare
 
 QUANTIZE = torch.ops.quantized_decomposed.quantize_per_tensor.default
+_BYTES = ((0, 255, torch.uint8), (-128, 127, torch.int8))
 # They move values without computing, and torch supports them for bytes.
 _MOVES = (
     aten.view.default, aten.reshape.default, aten.permute.default, aten.transpose.int, aten.unsqueeze.default,
@@ -19,12 +20,12 @@ _MOVES = (
 )  # fmt: skip
 
 
-@declare(after=("onednn_kernels",))
+@declare(after=("onednn_kernels", "cuda_kernels", "fuse_epilogues"))
 def share_quantized(gm: GraphModule) -> PassResult:
     """Merge equal quantizations of one tensor, and fold one that alone reads a kernel into the kernel.
 
         quantize(x, s, z), quantize(x, s, z)            ==>  one of them
-        quantize(view(kernel(..., float32)), s, z)      ==>  view(kernel(..., s, z, uint8))
+        quantize(view(kernel(..., float32)), s, z)      ==>  view(kernel(..., s, z, uint8)), or int8
 
     Numerics: the kernel rounds the same float32 value to the nearest integer: bitwise unchanged except at
     ties.
@@ -62,16 +63,17 @@ def _fold(quantize: Node) -> bool:
     while x.target in _MOVES and len(x.users) == 1 and isinstance(x.args[0], Node):
         x = x.args[0]
     alone = len(x.users) == 1 and x.target in KERNELS and not x.meta.get(PRECISE)
-    if not alone or (low, high, dtype) != (0, 255, torch.uint8) or output_dtype(x) != torch.float32:
+    if not alone or (low, high, dtype) not in _BYTES or output_dtype(x) != torch.float32:
         return False
     assert isinstance(scale, float)
     assert isinstance(zero_point, int)
-    set_output(x, dtype=torch.uint8, scale=scale, zero_point=zero_point)
+    assert isinstance(dtype, torch.dtype)
+    set_output(x, dtype=dtype, scale=scale, zero_point=zero_point)
     quantize.replace_all_uses_with(source)
     node = source
     while True:  # their fake values still say float32
         if "val" in node.meta:
-            node.meta["val"] = node.meta["val"].to(torch.uint8)
+            node.meta["val"] = node.meta["val"].to(dtype)
         if node is x:
             break
         assert isinstance(node.args[0], Node)

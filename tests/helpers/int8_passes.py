@@ -104,3 +104,44 @@ def assert_the_values_stay(gm, change, before, after):
     assert {op: found[op] for op in after} == after
     assert not change(gm).modified
     return got, expected
+
+
+def pair(x, scale=0.05, zero_point=120):
+    """Quantize and dequantize x as an activation of signed bytes, `zero_point` counted from -128."""
+    given = (scale, zero_point - 128, -128, 127, torch.int8)
+    return ops.dequantize_per_tensor.default(ops.quantize_per_tensor.default(x, *given), *given)
+
+
+class Weighted(nn.Module):
+    """A layer with a quantized weight of `bits`; it is given x by whoever calls it."""
+
+    def __init__(self, layer, bits=4):
+        super().__init__()
+        self.weights = IntegerRange.weight(bits)
+        rows = layer.weight.detach().flatten(1)
+        self.scale, self.zero_point = (
+            nn.Buffer(b) for b in choose_qparams(rows.amin(1), rows.amax(1), self.weights)
+        )
+        self.q = nn.Buffer(quantize_rows(layer.weight.detach(), self.scale, self.zero_point, self.weights, 0))
+        self.bias, self.layer = layer.bias, layer
+
+    def forward(self, x):
+        w, layer = self.weights, self.layer
+        weight = ops.dequantize_per_channel.default(
+            self.q, self.scale, self.zero_point, 0, w.quant_min, w.quant_max, w.dtype
+        )
+        if isinstance(layer, nn.Linear):
+            return nn.functional.linear(x, weight, self.bias)
+        place = (layer.stride, layer.padding, layer.dilation, layer.groups)
+        convolve = nn.functional.conv1d if isinstance(layer, nn.Conv1d) else nn.functional.conv2d
+        return convolve(x, weight, self.bias, *place)
+
+
+def exported_batch(module, *inputs):
+    """Return the graph of a module whose inputs' first dimension, two in the example, may have any size."""
+    dynamic = tuple({0: torch.export.Dim.AUTO} for _ in inputs)
+    with torch.no_grad():
+        exported = torch.export.export(module.eval(), inputs, dynamic_shapes=(dynamic,), strict=False)
+        gm = exported.module(check_guards=False)
+    gm.meta = {}
+    return gm

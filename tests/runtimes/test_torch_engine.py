@@ -33,7 +33,7 @@ from tests.helpers.nearest import labelled, one_timestep, quantized
 from tests.helpers.processes import finish, start
 from tfmq_fx.base.arithmetic import NO_INT8
 from tfmq_fx.base.errors import TFMQError
-from tfmq_fx.passes.int8.onednn_kernels import KERNELS
+from tfmq_fx.passes.int8.kernels import KERNELS
 from tfmq_fx.passes.int8.share_quantized import QUANTIZE
 from tfmq_fx.runtimes import cpu, torch_engine
 from tfmq_fx.runtimes.engine import Nesting

@@ -38,7 +38,8 @@ from tfmq_fx.graph.inputs import placeholders
 from tfmq_fx.graph.written import keeps_buffers, kept, written_buffers
 from tfmq_fx.passes.int8.bfloat16_glue import bfloat16_glue
 from tfmq_fx.passes.int8.fold_weights import fold, fold_weights, keep_what_is_read
-from tfmq_fx.passes.int8.onednn_kernels import FALLBACK, KERNELS, LAY_OUT, LAYER, onednn_kernels
+from tfmq_fx.passes.int8.kernels import FALLBACK, KERNELS, LAYER
+from tfmq_fx.passes.int8.onednn_kernels import LAY_OUT, onednn_kernels
 from tfmq_fx.passes.int8.share_quantized import QUANTIZE, share_quantized
 from tfmq_fx.passes.int8.to_int8 import TO_INT8
 from tfmq_fx.passes.pass_manager import PassManager

@@ -8,7 +8,7 @@ from torch import nn
 from benchmarks.networks.small import TinyUNet
 from tests.helpers.lowered import BYTES, SIZES, assert_same_but_for_ties, lower, mixed, noise
 from tests.helpers.nearest import quantized
-from tfmq_fx.passes.int8.onednn_kernels import KERNELS
+from tfmq_fx.passes.int8.kernels import KERNELS
 from tfmq_fx.runtimes import torch_engine
 
 
