@@ -153,9 +153,10 @@ def _without_offset(gm: GraphModule, layer: Node, total: Node, y: Node, z: Node)
     weight, _, *rest = [*layer.args[1:], None][: max(2, len(layer.args) - 1)]
     assert isinstance(weight, Node)
     assert callable(layer.target)
-    ones = torch.ones(1, *_sizes_after_batch(y), dtype=torch.float64)
+    values = _weight(weight).double()
+    ones = torch.ones(1, *_sizes_after_batch(y), dtype=torch.float64, device=values.device)
     name = f"{layer.name}_of_ones"
-    set_buffer(gm, name, layer.target(ones, _weight(weight).double(), None, *rest).float().contiguous())
+    set_buffer(gm, name, layer.target(ones, values, None, *rest).float().contiguous())
     offset = gm.graph.call_function(aten.mul.Tensor, (z, gm.graph.get_attr(name)))
     centred = gm.graph.call_function(aten.sub.Tensor, (total, offset))
     offset.meta = centred.meta = {PRECISE: True}

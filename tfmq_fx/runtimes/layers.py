@@ -30,7 +30,7 @@ class Kernel:
     path: str  # its weight's name in the network's state dict, or its node's name if it has no weight
     op: str
     kernel: str  # the engine's name for it; "" if it is not among the executed nodes
-    precision: str  # of its inputs: "u8", "bf16", "f32"
+    precision: str  # of its inputs: "u8", "i8", "bf16", "f32"
     int8: bool
     reason: str  # why it is not int8; "" if it is
     fell_back: bool  # True if its inputs are quantized but it is not int8

@@ -1,4 +1,4 @@
-"""Lower a quantized network to the CPU's int8 kernels, and report which layers really run on them."""
+"""Lower a quantized network to the int8 kernels of a CPU or GPU, and report which layers really run on them."""
 
 from __future__ import annotations
 
@@ -25,7 +25,9 @@ from tfmq_fx.base.errors import TFMQError, nearest_names
 from tfmq_fx.graph.written import frozen_buffers
 from tfmq_fx.passes.int8.to_int8 import TO_INT8
 from tfmq_fx.passes.pass_manager import PassManager
+from tfmq_fx.runtimes import cuda
 from tfmq_fx.runtimes.cpu import byte_sums, int8_instructions
+from tfmq_fx.runtimes.cuda_engine import lower_cuda
 from tfmq_fx.runtimes.engine import PRECISIONS, Compilation, kernels_to_json
 from tfmq_fx.runtimes.layers import Kernel, layers_of, saturating_layers
 from tfmq_fx.runtimes.openvino_engine import lower_openvino
@@ -35,7 +37,8 @@ from tfmq_fx.runtimes.torch_engine import lower_torch
 log = logging.getLogger(__name__)
 
 
-ENGINES = {"openvino": lower_openvino, "torch": lower_torch}
+ENGINES = {"openvino": lower_openvino, "torch": lower_torch, "cuda": lower_cuda}
+TARGETS = {"cpu": ("openvino", "torch"), "cuda": ("cuda",)}  # target -> its engines
 
 
 # OpenVINO's int8 kernel for linear layers on CPUs with AVX2 but without VNNI. With it, a DiT-XL took as long
@@ -54,6 +57,7 @@ class LoweredModel(DropIn):
     every layer. Its `compiled_seconds` gives, by batch size, the seconds of every compilation so far.
 
     taken: the dtypes in which the engine takes its inputs. An engine chooses its own precision inside.
+    device: where it computes.
     """
 
     network: Any  # an Engine
@@ -65,12 +69,18 @@ class LoweredModel(DropIn):
         *,
         taken: Sequence[torch.dtype],
         lowering: dict[str, Any],
+        device: torch.device,
     ) -> None:
         parts = model.parts()
         super().__init__(compiled, **{**parts, "report": {**parts["report"], "lowering": lowering}})
-        self.taken = taken
+        self.taken, self.compiled_for = taken, device
 
     def _compute(self, inputs: list[torch.Tensor]) -> Any:
+        for name, x in zip(self.interface.inputs, inputs, strict=True):
+            if x.device != self.device:
+                raise TFMQError(
+                    f"forward: {name!r} is on {x.device}, and this network is compiled for {self.device}; move the tensor there."
+                )
         outputs = super()._compute([x.to(dtype) for x, dtype in zip(inputs, self.taken, strict=True)])
         return pytree.tree_map_only(
             torch.Tensor, lambda x: x.to(self.dtype) if x.is_floating_point() else x, outputs
@@ -96,7 +106,7 @@ class LoweredModel(DropIn):
 
     @property
     def device(self) -> torch.device:
-        return torch.device("cpu")
+        return self.compiled_for
 
     def export(self, *_: Any, **__: Any) -> None:
         """Raise TFMQError: what is compiled cannot be written for another runtime."""
@@ -120,12 +130,14 @@ def lower(
     compile: bool | None = None,
     pack: str | None = None,
 ) -> LoweredModel:
-    """Compile the network for this machine's CPU, for as many threads as torch uses now.
+    """Compile the network for this machine's CPU, for as many threads as torch uses now, or for its GPU.
 
-    target: "cpu", the only one.
+    target: "cpu" or "cuda", the current GPU. A network on the CPU is copied to the GPU; what is lowered takes and returns
+        tensors there.
     engine: "openvino" or "torch" (oneDNN's kernels through Inductor). None takes OpenVINO if it is installed:
         it was the faster of the two, and it needs no C++ compiler. For networks that are mostly linear
         layers, on CPUs with AVX2 but without VNNI, None takes "torch", node by node, which was faster there.
+        On a GPU there is one, "cuda" (Triton's kernels, Inductor, CUDA graphs).
     precision: of everything that is not int8, "bfloat16" or "float32". None takes bfloat16 if the CPU
         computes in it. In float32 the outputs are those of the quantized network except for rounding ties: an
         activation within float rounding of a tie may become the next integer. bfloat16 adds its own rounding,
@@ -138,25 +150,33 @@ def lower(
         fraction of the time.
     compile: for engine "torch". True needs a C++ compiler, False runs the int8 kernels node by node, None
         compiles if possible. `report["lowering"]["compiled"]` says which it was, and
-        `["not_compiled_because"]` why not.
-    pack: "int4", for engine "torch": weights of at most four bits stay in memory two to a byte, and are
+        `["not_compiled_because"]` why not. For engine "cuda" it needs no C++ compiler of its own, and True also
+        measures how each int8 kernel is best cut into tiles.
+    pack: "int4", for engines "torch" and "cuda": weights of at most four bits stay in memory two to a byte, and are
         unpacked at each call.
 
-    Raises TFMQError for another target, for a missing engine, and for a node that the engine cannot express,
+    Raises TFMQError for another target, for a missing GPU or engine, and for a node that the engine cannot express,
     naming it. Warns on a CPU without int8 instructions. With AVX2 alone, such a CPU adds products of bytes in
     pairs of 16 bits. That is exact for weights within 64 steps of zero, such as 4-bit weights; layers with
     larger weights compute the same in float. Without AVX2, all layers do.
     """
-    if target != "cpu":
-        raise TFMQError(f'target={target!r}: unknown; use "cpu".')
-    if model.device.type != "cpu":
+    if target not in TARGETS:
+        raise TFMQError(f"target={target!r}: unknown; use {nearest_names(str(target), TARGETS)}.")
+    on_gpu = target == "cuda"
+    gpu = cuda.require_gpu() if on_gpu else None
+    if not on_gpu and model.device.type != "cpu":
         raise TFMQError(
             f'target "cpu": the network is on {model.device}; quantize it on the CPU, or load it from disk.'
         )
     model, notes = model.closed(strict=strict)
-    sums = byte_sums()
+    sums = ByteSums.EXACT if on_gpu else byte_sums()
     in_float32 = model.in_float32()
-    engine, compile = _engine(engine, compile=compile, pack=pack, model=in_float32, sums=sums)
+    _require_engine(engine, target)
+    if on_gpu:
+        engine = "cuda"
+        _require_pack(pack)
+    else:
+        engine, compile = _engine(engine, compile=compile, pack=pack, model=in_float32, sums=sums)
     if precision not in (None, *PRECISIONS):
         raise TFMQError(f"precision={precision!r}: unknown; use {nearest_names(str(precision), PRECISIONS)}.")
     frozen = () if compile is False else frozen_buffers(model.network, strict=strict)
@@ -180,8 +200,7 @@ def lower(
     lowering = {
         "target": target,
         "engine": engine,
-        "instructions": ["avx2"] if sums is ByteSums.PAIRS else int8_instructions(),
-        "threads": torch.get_num_threads(),
+        **_machine(gpu, sums),
         "pack": pack,
         **lowered.details,
         "flops": {"total": total, "int8": int8},
@@ -190,7 +209,16 @@ def lower(
     if found := [*notes, *(frozen if lowering["compiled"] else ())]:
         lowering["notes"] = found
     taken = [getattr(torch, spec["dtype"]) for spec in in_float32.interface.inputs.values()]
-    return LoweredModel(model, lowered.network, taken=taken, lowering=lowering)
+    device = torch.device("cpu") if gpu is None else gpu.device
+    return LoweredModel(model, lowered.network, taken=taken, lowering=lowering, device=device)
+
+
+def _machine(gpu: cuda.Gpu | None, sums: ByteSums) -> dict[str, Any]:
+    """Return the report's entries on what computes."""
+    if gpu is not None:
+        return {"instructions": ["sm_{}{}".format(*gpu.capability)]}
+    instructions = ["avx2"] if sums is ByteSums.PAIRS else int8_instructions()
+    return {"instructions": instructions, "threads": torch.get_num_threads()}
 
 
 def _warn(sums: ByteSums, *, strict: bool) -> None:
@@ -231,17 +259,28 @@ def _checked(kernels: Sequence[Kernel], *, strict: bool) -> tuple[int, int]:
     return total, int8
 
 
+def _require_engine(engine: str | None, target: str) -> None:
+    """Raise TFMQError for an unknown engine, and for one of another target."""
+    if engine not in (None, *ENGINES):
+        raise TFMQError(f"engine={engine!r}: unknown; use {nearest_names(str(engine), ENGINES)}, or None.")
+    if engine is not None and engine not in TARGETS[target]:
+        other = next(t for t, engines in TARGETS.items() if engine in engines)
+        raise TFMQError(f'engine={engine!r}: for target "{other}", not for "{target}"; leave it out.')
+
+
+def _require_pack(pack: str | None) -> None:
+    if pack not in (None, "int4"):
+        raise TFMQError(f'pack={pack!r}: unknown; use "int4", or None.')
+
+
 def _engine(
     engine: str | None, *, compile: bool | None, pack: str | None, model: QuantizedGraph, sums: ByteSums
 ) -> tuple[str, bool | None]:
     """Return the engine to use, and whether it compiles.
 
-    Raises TFMQError for an unknown engine, and for an option that the chosen engine does not have.
+    Raises TFMQError for an option that the chosen engine does not have.
     """
-    if engine not in (None, *ENGINES):
-        raise TFMQError(f"engine={engine!r}: unknown; use {nearest_names(str(engine), ENGINES)}, or None.")
-    if pack not in (None, "int4"):
-        raise TFMQError(f'pack={pack!r}: unknown; use "int4", or None.')
+    _require_pack(pack)
     if engine == "openvino":
         require_openvino()
         if pack is not None:

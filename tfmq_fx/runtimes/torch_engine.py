@@ -38,7 +38,7 @@ from tfmq_fx.graph.inputs import placeholders
 from tfmq_fx.graph.written import keeps_buffers, kept, written_buffers
 from tfmq_fx.passes.int8.bfloat16_glue import bfloat16_glue
 from tfmq_fx.passes.int8.fold_weights import fold, fold_weights, keep_what_is_read
-from tfmq_fx.passes.int8.kernels import FALLBACK, KERNELS, LAYER
+from tfmq_fx.passes.int8.kernels import FALLBACK, GPU_KERNELS, KERNELS, LAYER
 from tfmq_fx.passes.int8.onednn_kernels import LAY_OUT, onednn_kernels
 from tfmq_fx.passes.int8.share_quantized import QUANTIZE, share_quantized
 from tfmq_fx.passes.int8.to_int8 import TO_INT8
@@ -181,7 +181,8 @@ def kernels_of_graph(
     found = []
     for layer in layers:
         if (node := replaced.get(layer.node)) is not None:
-            found.append(layer.ran_as(f"{node.target}", precision="u8", int8=True, reason=""))
+            bytes_ = "i8" if node.target in GPU_KERNELS else "u8"
+            found.append(layer.ran_as(f"{node.target}", precision=bytes_, int8=True, reason=""))
             continue
         reason = layer.float_because or left.get(layer.node, "")
         if not reason and layer.node in left:

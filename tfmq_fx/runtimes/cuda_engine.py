@@ -1,0 +1,317 @@
+"""Run a quantized graph on int8 kernels on a GPU: Triton's products, Inductor's kernels around them, one CUDA graph.
+
+Each shape of inputs has one CUDA graph, which is recorded once and replayed. A call copies its inputs to where the graph
+reads them; the timestep is one of them, so that one graph serves all steps. Without `compile`, the graph runs node by node
+once, while it is recorded.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import logging
+import os
+import threading
+import time
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor, nn
+from torch.fx import GraphModule, Interpreter, Node
+
+from tfmq_fx.artefact.drop_in import QuantizedGraph, example_inputs
+from tfmq_fx.artefact.program import flat_graph, set_shapes
+from tfmq_fx.base.arithmetic import ByteSums
+from tfmq_fx.base.errors import TFMQError, first_line
+from tfmq_fx.base.int8_kernels import TILES
+from tfmq_fx.base.tracing import tracing
+from tfmq_fx.graph.inputs import placeholders
+from tfmq_fx.graph.nodes import fresh
+from tfmq_fx.graph.written import kept, written_buffers
+from tfmq_fx.passes.clean.move_to_device import move_to_device
+from tfmq_fx.passes.int8.bfloat16_glue import bfloat16_glue
+from tfmq_fx.passes.int8.cuda_kernels import cuda_kernels
+from tfmq_fx.passes.int8.fold_weights import fold_weights, keep_what_is_read
+from tfmq_fx.passes.int8.fuse_epilogues import fuse_epilogues
+from tfmq_fx.passes.int8.kernels import GPU_KERNELS, arguments_of, set_arguments
+from tfmq_fx.passes.int8.share_quantized import share_quantized
+from tfmq_fx.passes.int8.signed_activations import signed_activations
+from tfmq_fx.passes.int8.to_int8 import TO_INT8
+from tfmq_fx.passes.pass_manager import PassManager
+from tfmq_fx.runtimes import cuda
+from tfmq_fx.runtimes.engine import (
+    PRECISIONS,
+    Compilation,
+    Lowered,
+    Nesting,
+    PerShape,
+    cache_key,
+    choose_precision,
+    folder_for,
+    shapes_of,
+)
+from tfmq_fx.runtimes.layers import layers_of
+from tfmq_fx.runtimes.torch_engine import Prepared, dtypes_of, kernels_of_graph, lay_out, weight_bytes
+
+log = logging.getLogger(__name__)
+
+WARM_UP = 2  # calls before a recording: libraries choose their kernels, and Triton compiles
+
+
+def lower_cuda(model: QuantizedGraph, wanted: Compilation) -> Lowered:
+    """Put int8 kernels for GPUs into the graph, compile what is between them, and record it."""
+    gpu = cuda.require_gpu()
+    start = time.perf_counter()
+    precision = choose_precision(wanted.precision, has_bfloat16=True)
+    prepared = prepare_graph(model, precision=precision, pack=wanted.pack, device=gpu.device)
+    folder = None
+    if wanted.keep:
+        folder = wanted.root / cache_key(model, json.dumps([gpu.name, precision, wanted.pack]))
+    network = CudaNetwork(
+        prepared.gm, nesting=Nesting(model.network), compile=wanted.compile, folder=folder, device=gpu.device
+    )
+    with kept(written_buffers(prepared.gm)):  # the example is no call of the user's
+        network(*(x.to(gpu.device) for x in example_inputs(model, batch=wanted.batch).values()))
+    not_compiled, not_recorded = network.not_compiled_because, network.not_recorded_because
+    details = {
+        "library": f"torch {torch.__version__}",
+        "device": gpu.name,
+        "precision": precision,
+        "compiled": not not_compiled,
+        "recorded": not not_recorded,
+        "weight_bytes": weight_bytes(prepared.gm),
+        **({"not_compiled_because": not_compiled} if not_compiled else {}),
+        **({"not_recorded_because": not_recorded} if not_recorded else {}),
+        "seconds": {"first": round(time.perf_counter() - start, 2)},
+    }
+    return Lowered(network=network, kernels=prepared.kernels, details=details)
+
+
+def prepare_graph(
+    model: QuantizedGraph, *, precision: str, pack: str | None, device: torch.device
+) -> Prepared:
+    """Return the flat graph of torch's operators and int8 kernels, on the device. The model stays where it is.
+
+    precision, pack: as in `lower`. Raises TFMQError naming a node that cannot run.
+    """
+    gm = flat_graph(model)
+    PassManager(TO_INT8)(gm)
+    layers = list(layers_of(gm))
+    set_shapes(gm, model)  # of the nodes that these passes made
+    kernels = functools.partial(cuda_kernels, pack=pack)
+    PassManager([signed_activations, kernels, fuse_epilogues, share_quantized])(gm)
+    fold_weights(gm)
+    keep_what_is_read(gm)
+    move_to_device(gm, device=device)
+    _move(gm, device)
+    inputs = {n: x.to(device) for n, x in example_inputs(model, batch=1).items()}
+    dtypes = dtypes_of(gm, inputs)
+    if precision == "bfloat16":
+        bfloat16_glue(gm, dtypes=dtypes, precise=set(placeholders(model.temporal_block)))
+        dtypes_of(gm, inputs)  # to name an operator that lacks bfloat16
+    found = kernels_of_graph(gm, layers, PRECISIONS[precision], ByteSums.EXACT)
+    keep_what_is_read(gm)
+    return Prepared(gm=gm, kernels=found)
+
+
+def _move(gm: GraphModule, device: torch.device) -> None:
+    """Let the graph's tensors be on the device; those that it shares with the model stay the model's."""
+    for module in gm.modules():
+        for name, p in module._parameters.items():
+            if p is not None:
+                module._parameters[name] = nn.Parameter(p.detach().to(device), requires_grad=False)
+        for name, b in module._buffers.items():
+            if b is not None:
+                module._buffers[name] = b.to(device)
+
+
+class CudaNetwork(nn.Module):
+    """The graph on a GPU, made ready for each shape of inputs when that comes first; the last four are kept.
+
+    Threads may call it at once: each call has the recording's memory for itself until its outputs are copied.
+
+    compile: as in `lower`. folder: keeps what was measured and compiled; None: torch's own cache does.
+    """
+
+    def __init__(
+        self,
+        gm: GraphModule,
+        *,
+        nesting: Nesting,
+        compile: bool | None,
+        folder: Path | None,
+        device: torch.device,
+    ) -> None:
+        super().__init__()
+        self.gm, self.nesting, self.wanted, self.folder, self.device = gm, nesting, compile, folder, device
+        self.not_compiled_because = "compile=False" if compile is False else ""
+        self.not_recorded_because = ""
+        self.networks = PerShape(self.make)
+        self.turn = threading.RLock()  # one call at a time has the memory of the recordings, which all share
+        self.pool: Any = None
+
+    @property
+    def seconds(self) -> dict[int, float]:
+        """Return, by batch size, the seconds that making it ready took."""
+        return self.networks.seconds
+
+    def forward(self, *inputs: Tensor) -> Any:
+        given = [x.detach() for x in inputs]
+        with torch.no_grad():
+            return self.nesting.of(self.networks.of(given)(*given))
+
+    def make(self, inputs: Sequence[Tensor]) -> Callable[..., Sequence[Tensor]]:
+        """Return what computes inputs of these shapes."""
+        gm = fresh(self.gm)
+        if self.wanted:
+            set_tiles(gm, tiles_of(gm, inputs, file=self._file(inputs)))
+        function = self._compiled(gm, inputs)
+        with self.turn:
+            try:
+                recorded, self.pool = record(function, inputs, pool=self.pool)
+            except RuntimeError as error:  # of CUDA, for what a recording does not allow
+                self.not_recorded_because = first_line(error)
+                log.warning(
+                    "lower: no CUDA graph, each kernel is launched by itself: %s", self.not_recorded_because
+                )
+                return function
+
+        def replayed(*given: Tensor) -> Sequence[Tensor]:
+            with self.turn:
+                return recorded(*given)
+
+        return replayed
+
+    def _file(self, inputs: Sequence[Tensor]) -> Path | None:
+        return None if self.folder is None else self.folder / f"tiles-{folder_for(inputs)}.json"
+
+    def _compiled(self, gm: GraphModule, inputs: Sequence[Tensor]) -> Callable[..., Any]:
+        """Return the graph compiled by Inductor; itself with compile=False, and where that fails with compile=None."""
+        if self.wanted is not False:
+            try:
+                return compiled(gm, inputs, folder=self.folder)
+            except Exception as error:  # Inductor and Triton raise many types
+                shapes = ", ".join(map(str, shapes_of(inputs)))
+                why_not = f"compiling for inputs of {shapes}: {type(error).__name__}: {first_line(error)}"
+                if self.wanted:
+                    raise TFMQError(
+                        f"compile=True: {why_not}; use compile=False, which runs the same kernels node by node."
+                    ) from error
+                self.not_compiled_because = why_not
+                log.warning("lower: not compiled, runs node by node: %s", why_not)
+        return lay_out(fresh(gm))
+
+
+@tracing()
+def compiled(gm: GraphModule, inputs: Sequence[Tensor], *, folder: Path | None) -> Callable[..., Any]:
+    """Return the graph compiled by Inductor for inputs of these shapes. folder: keeps the code for the next process."""
+    own: dict[str, str] = {} if folder is None else {"TORCHINDUCTOR_CACHE_DIR": str(folder / "inductor")}
+    with mock.patch.dict(os.environ, own) if own else nullcontext(), torch.no_grad():
+        made: Callable[..., Any] = torch._inductor.compile(fresh(gm), list(inputs))
+        made(*inputs)  # it loads its kernels at the first call, from that folder
+    return made
+
+
+def record(
+    function: Callable[..., Sequence[Tensor]], inputs: Sequence[Tensor], *, pool: Any
+) -> tuple[Callable[..., Sequence[Tensor]], Any]:
+    """Record the kernels that `function` launches for inputs of these shapes, and return what replays them, and its memory.
+
+    pool: the memory of other recordings, which this one shares: one at a time may be replayed. None: there is none yet.
+    """
+    taken = [x.clone(memory_format=torch.contiguous_format) for x in inputs]
+    apart = torch.cuda.Stream()
+    apart.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(apart):
+        for _ in range(WARM_UP):
+            function(*taken)
+    torch.cuda.current_stream().wait_stream(apart)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+        results = function(*taken)
+    done = torch.cuda.Event()
+    done.record()
+
+    def replayed(*given: Tensor) -> Sequence[Tensor]:
+        done.wait()  # for the last call, which another stream may have made
+        for own, x in zip(taken, given, strict=True):
+            own.copy_(x)
+        graph.replay()
+        outputs = [y.clone() for y in results]
+        done.record()
+        return outputs
+
+    return replayed, graph.pool()
+
+
+Tile = tuple[int, ...]
+Measure = Callable[[Callable[[], Any]], float]
+
+
+def tiles_of(
+    gm: GraphModule, inputs: Sequence[Tensor], *, file: Path | None, measure: Measure | None = None
+) -> dict[str, Tile]:
+    """Return the fastest tile for every int8 kernel of the graph, by its node's name; from the file if that is there.
+
+    Kernels of one shape are measured once. measure: returns the milliseconds of a call.
+    """
+    if file is not None and file.exists():
+        return {name: tuple(tile) for name, tile in json.loads(file.read_text()).items()}
+    run = _Tiles(gm, measure or _milliseconds)
+    with torch.no_grad(), kept(written_buffers(gm)):
+        run.run(*inputs)
+    if file is not None:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps(run.found))
+    return run.found
+
+
+def set_tiles(gm: GraphModule, tiles: dict[str, Tile]) -> None:
+    """Let the int8 kernels of a graph use these tiles, by their nodes' names."""
+    for node in gm.graph.nodes:
+        if node.name in tiles:
+            set_arguments(node, tile=list(tiles[node.name]))
+    gm.recompile()
+
+
+def _milliseconds(call: Callable[[], Any]) -> float:
+    from triton.testing import do_bench
+
+    found: float = do_bench(call, warmup=2, rep=10)
+    return found
+
+
+class _Tiles(Interpreter):
+    """An interpreter that runs the graph once, and each int8 kernel of a new shape with every tile."""
+
+    def __init__(self, gm: GraphModule, measure: Measure) -> None:
+        super().__init__(gm)
+        self.measure = measure
+        self.found: dict[str, Tile] = {}
+        self.known: dict[Any, Tile] = {}
+
+    def run_node(self, n: Node) -> Any:
+        if n.target in GPU_KERNELS:
+            args, _ = self.fetch_args_kwargs_from_env(n)
+            key = (n.target, *((x.shape, x.dtype) if isinstance(x, Tensor) else str(x) for x in args))
+            if key not in self.known:
+                self.known[key] = self._fastest(n, list(args))
+            self.found[n.name] = self.known[key]
+        return super().run_node(n)
+
+    def _fastest(self, kernel: Node, args: list[Any]) -> Tile:
+        at = list(arguments_of(kernel)).index("tile")
+        target: Any = kernel.target
+
+        def milliseconds(tile: Tile) -> float:
+            try:
+                return self.measure(lambda: target(*args[:at], list(tile), *args[at + 1 :]))
+            except Exception as error:  # Triton's own types: a GPU with less shared memory, for one
+                log.info("lower: tile %s cannot run here: %s", tile, first_line(error))
+                return float("inf")
+
+        return min(TILES, key=milliseconds)
