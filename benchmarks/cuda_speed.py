@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import copy
 import dataclasses
+import functools
 import itertools
 import json
 import statistics
@@ -57,11 +58,12 @@ class Run:
         self.rounds: int = 2 if given.dry else given.rounds
         self.save: Path | None = given.save
         self.without: list[str] = given.without
+        self.quantized: dict[str, tfmq_fx.QuantizedModel] = {}  # recipe -> the network of this part
 
     @property
     def left(self) -> float:
         """Return the seconds that are left."""
-        return self.end - time.monotonic()
+        return float(self.end - time.monotonic())
 
     def row(self, part: str, name: str, **values: Any) -> None:
         """Print and keep one result."""
@@ -129,7 +131,8 @@ def exact_sums(x: Tensor, w: Tensor, zero: int, place: tuple[int, int, int]) -> 
     """Return the sums of (x - zero) * w in float64, which holds them exactly."""
     x, w = x.double() - zero, w.double()
     stride, padding, dilation = place
-    return x @ w.T if w.dim() == 2 else F.conv2d(x, w, None, stride, padding, dilation)
+    y: Tensor = x @ w.T if w.dim() == 2 else F.conv2d(x, w, None, stride, padding, dilation)
+    return y
 
 
 def correct(run: Run) -> None:
@@ -201,6 +204,7 @@ def correct_epilogues(run: Run) -> int:
     acts = {"none": v, "silu": F.silu(v), "gelu": F.gelu(v), "gelu_tanh": F.gelu(v, approximate="tanh")}
     parts: dict[str, Any] = {"scale": scale, "bias": bias, "row_scale": rows, "residual": feature}
     bounds = {torch.float32: 1e-6, torch.bfloat16: 2**-8, torch.float16: 2**-10}
+    more: dict[str, Any]
     for (activation, y), (dtype, bound) in itertools.product(acts.items(), bounds.items()):
         call = kernel_of(x, w, zero=3, place=(1, 0, 1), activation=activation, dtype=dtype, **parts)
         wrong += check(run, f"epilogue {activation} {dtype}", call, y, within=bound * y.abs().max().item())
@@ -223,35 +227,32 @@ def micro(run: Run) -> None:
     for n, h, w, c, o, taps in CONVOLUTIONS:
         n, h, w, c, o = (max(size // shrink, 1) for size in (n, h, w, c, o))
         x = integers(run, n, c, h, w).contiguous(memory_format=torch.channels_last)
-        weight = integers(run, o, c, taps, taps)
-        half = [t.bfloat16().contiguous(memory_format=torch.channels_last) for t in (x, weight)]
-        bias = torch.randn(o, device=run.device).bfloat16()
-
-        def plain(half: list[Tensor] = half, bias: Tensor = bias, taps: int = taps) -> Tensor:
-            return F.conv2d(*half, bias, padding=taps // 2)
-
-        compare(run, f"conv {taps}x{taps} {c}->{o} at {h}x{w}, batch {n}", x, weight, bias, plain)
+        convolve = functools.partial(F.conv2d, padding=taps // 2)
+        compare(
+            run,
+            f"conv {taps}x{taps} {c}->{o} at {h}x{w}, batch {n}",
+            x,
+            integers(run, o, c, taps, taps),
+            convolve,
+        )
     for rows, c, o in LINEARS:
         rows, c, o = (max(size // shrink, 1) for size in (rows, c, o))
-        x, weight = integers(run, rows, c), integers(run, o, c)
-        half = [t.bfloat16() for t in (x, weight)]
-        bias = torch.randn(o, device=run.device).bfloat16()
-
-        def multiply(half: list[Tensor] = half, bias: Tensor = bias) -> Tensor:
-            return F.linear(*half, bias)
-
-        compare(run, f"linear {rows}x{c}x{o}", x, weight, bias, multiply)
+        compare(run, f"linear {rows}x{c}x{o}", integers(run, rows, c), integers(run, o, c), F.linear)
 
 
-def compare(
-    run: Run, name: str, x: Tensor, weight: Tensor, bias: Tensor, plain: Callable[[], Tensor]
-) -> None:
-    """Print the microseconds of one product in bfloat16 and on our kernels."""
+def compare(run: Run, name: str, x: Tensor, weight: Tensor, plain: Callable[..., Tensor]) -> None:
+    """Print the microseconds of one product in bfloat16, by `plain`, and on our kernels."""
     if run.left < 5:
         return
-    scale = torch.rand(len(weight), device=run.device) / 1000
-    more: dict[str, Any] = {"bias": bias, "scale": scale, "dtype": torch.bfloat16}
-    found: dict[str, float] = {"bf16": run.microseconds(plain)}
+    bias, scale = (
+        torch.randn(len(weight), device=run.device).bfloat16(),
+        torch.rand(len(weight), device=run.device),
+    )
+    more: dict[str, Any] = {"bias": bias, "scale": scale / 1000, "dtype": torch.bfloat16}
+    x_half, weight_half = x.bfloat16(), weight.bfloat16()
+    if weight.dim() == 4:
+        weight_half = weight_half.contiguous(memory_format=torch.channels_last)
+    found: dict[str, float] = {"bf16": run.microseconds(lambda: plain(x_half, weight_half, bias))}
     for tile in [[], *TILES]:
         label = "default" if not tile else "x".join(map(str, tile))
         try:
@@ -304,7 +305,11 @@ def recorded(step: Step, run: Run) -> Step:
 def ours(recipe: str, **settings: Any) -> Callable[[nn.Module, Inputs, Run], Step]:
     def make(network: nn.Module, inputs: Inputs, run: Run) -> Step:
         start = time.perf_counter()
-        q = quantized(network, inputs, recipe)
+        if recipe not in run.quantized:
+            run.quantized = {
+                recipe: quantized(network, inputs, recipe)
+            }  # one at a time: a large network's fills gigabytes
+        q = run.quantized[recipe]
         middle = time.perf_counter()
         low = q.lower("cuda", batch=len(inputs["timestep"]), **settings)
         report = low.report["lowering"]
@@ -340,16 +345,18 @@ def quantized(network: nn.Module, inputs: Inputs, recipe: str) -> tfmq_fx.Quanti
 CONTENDERS: dict[str, Callable[[nn.Module, Inputs, Run], Step]] = {
     "fp32 eager": eager,
     "bf16 eager": bf16,
+    "w8a8, node by node": ours("w8a8", compile=False),
     "bf16 compile": bf16_compiled,
     "w8a8": ours("w8a8"),
-    "w8a8, node by node": ours("w8a8", compile=False),
-    "w4a8, packed, node by node": ours("w4a8", compile=False, pack="int4"),
+    "w8a8, tiles measured": ours("w8a8", compile=True),
+    "w4a8, packed": ours("w4a8", pack="int4"),
 }
 
 
 def whole(run: Run, name: str) -> None:
     """Measure a whole network: every contender, and its CUDA graph, peak memory and longest kernels."""
     network, inputs = built(run, name)
+    run.quantized = {}
     parameters = sum(p.numel() for p in network.parameters()) / 1e6
     print(f"{name}: {parameters:.0f} M parameters, batch {len(inputs['timestep'])}", flush=True)
     with torch.no_grad():
