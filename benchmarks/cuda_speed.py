@@ -35,6 +35,7 @@ import tfmq_fx
 from benchmarks.networks.zoo import ZOO
 from tfmq_fx.base.errors import first_line
 from tfmq_fx.base.int8_kernels import TILES, stored, stored_packed
+from tfmq_fx.recipe import SHARES
 from tfmq_fx.runtimes import cuda, cuda_engine
 
 tfmq = torch.ops.tfmq
@@ -335,6 +336,9 @@ def quantized(network: nn.Module, inputs: Inputs, recipe: str) -> tfmq_fx.Quanti
         tfmq_fx.Recipe.preset(recipe),
         activation_observer="minmax",
         smooth=None,
+        keyed="all",  # scales by timestep everywhere: what costs most
+        shared_zero_point=True,
+        **dict.fromkeys(SHARES, 0.0),  # nothing is chosen by its effect
         reconstruction=tfmq_fx.Reconstruction(method="nearest"),
     )
     tensors = {n: x for n, x in inputs.items() if isinstance(x, (Tensor, Mapping))}

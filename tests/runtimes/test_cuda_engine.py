@@ -1,12 +1,14 @@
 """The engine for GPUs, with the CPU in a GPU's place: the operators' reference implementations, and recordings in Python."""
 
+import functools
 import threading
 
 import pytest
 import torch
 
 from benchmarks.networks.small import TIMESTEPS
-from tests.helpers.agreement import moved
+from tests.helpers.agreement import moved as difference
+from tests.helpers.elsewhere import DEVICE, Elsewhere, device, moved
 from tests.helpers.lowered import (
     BFLOAT16,
     assert_every_batch_size_and_step_agrees,
@@ -17,9 +19,21 @@ from tests.helpers.lowered import (
     noise,
 )
 from tests.helpers.nearest import labelled, quantized
+from tfmq_fx.artefact.graph_json import tensors_of
+from tfmq_fx.artefact.program import flat_graph
 from tfmq_fx.base.errors import TFMQError
 from tfmq_fx.base.int8_kernels import TILES
 from tfmq_fx.graph.nodes import fresh
+from tfmq_fx.passes import (
+    TO_INT8,
+    PassManager,
+    cuda_kernels,
+    fuse_epilogues,
+    move_to_device,
+    share_quantized,
+    signed_activations,
+)
+from tfmq_fx.passes.int8.fold_weights import fold_weights
 from tfmq_fx.passes.int8.kernels import GPU_KERNELS, arguments_of
 from tfmq_fx.runtimes import cuda, cuda_engine
 
@@ -109,7 +123,7 @@ def test_the_rest_computes_in_bfloat16_and_weights_stay_packed(low):
     q = quantized("w4a8", "all")
     packed = lower(q, precision=None, pack="int4")
     got, expected = packed(noise(10), TIMESTEPS), q(noise(10), TIMESTEPS)
-    assert 1e-4 < moved(got, expected)[1] <= BFLOAT16
+    assert 1e-4 < difference(got, expected)[1] <= BFLOAT16
     assert got.dtype is torch.float32
     reports = [x.report["lowering"] for x in (low, packed)]
     assert reports[1]["precision"] == "bfloat16"
@@ -249,3 +263,19 @@ def test_a_target_and_its_engines():
         quantized().lower("cpu", engine="cuda")
     with pytest.raises(TFMQError, match="target='cdua': unknown; use cuda, cpu"):
         quantized().lower("cdua")
+
+
+@torch.no_grad()
+def test_passes_make_their_constants_on_the_networks_device():
+    q = quantized("w4a8", "all", shared_zero_point=False)
+    gm = flat_graph(q)
+    with device():
+        moved(gm)
+        move_to_device(gm, device=DEVICE)
+        kernels = functools.partial(cuda_kernels, pack="int4")
+        PassManager([*TO_INT8, signed_activations, kernels, fuse_epilogues, share_quantized])(gm)
+        fold_weights(gm)
+        assert {type(x) for x in tensors_of(gm).values()} <= {Elsewhere, torch.nn.Parameter}
+        (got,) = gm(noise(3).to(DEVICE), mixed(3).to(DEVICE))
+    assert sum(n.target in GPU_KERNELS for n in gm.graph.nodes) == 12
+    assert_same_but_for_ties([(got.cpu(), q(noise(3), mixed(3)))])

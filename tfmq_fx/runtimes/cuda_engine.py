@@ -160,7 +160,7 @@ class CudaNetwork(nn.Module):
         return self.networks.seconds
 
     def forward(self, *inputs: Tensor) -> Any:
-        given = [x.detach() for x in inputs]
+        given = [x.detach().contiguous() for x in inputs]  # compiled code has fixed strides
         with torch.no_grad():
             return self.nesting.of(self.networks.of(given)(*given))
 
@@ -223,7 +223,7 @@ def record(
 
     pool: the memory of other recordings, which this one shares: one at a time may be replayed. None: there is none yet.
     """
-    taken = [x.clone(memory_format=torch.contiguous_format) for x in inputs]
+    taken = [x.clone() for x in inputs]
     apart = torch.cuda.Stream()
     apart.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(apart):
