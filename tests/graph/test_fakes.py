@@ -4,7 +4,7 @@ import torch
 from torch import nn
 
 from benchmarks.networks.small import TinyUNet, captured
-from tfmq_fx.graph.fakes import set_fake_values
+from tfmq_fx.graph.fakes import fill_fake_values, set_fake_values
 from tfmq_fx.graph.nodes import fixed_size, fresh, meta_value
 
 
@@ -40,3 +40,19 @@ def test_a_size_that_the_graph_computes_has_a_value_of_its_own():
     rows = meta_value(reshape).shape[0]
     assert fixed_size(rows) is None
     assert rows.node.hint == 4
+
+
+def test_only_what_has_no_value_gets_one():
+    gm = fresh(captured(TinyUNet))
+    kept = {n: meta_value(n) for n in gm.graph.nodes}
+    lost = [n for n in gm.graph.nodes if n.op in ("get_attr", "call_function")][::2]
+    for node in lost:
+        del node.meta["val"]
+    fill_fake_values(gm)
+    for node, old in kept.items():
+        new = meta_value(node)
+        if node not in lost:
+            assert new is old
+        elif isinstance(old, torch.Tensor):
+            assert (new.dtype, new.device) == (old.dtype, old.device)
+            assert [fixed_size(d) for d in new.shape] == [fixed_size(d) for d in old.shape]

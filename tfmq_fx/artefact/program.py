@@ -84,14 +84,9 @@ def _flattened(model: QuantizedGraph) -> GraphModule | None:
     graph.lint()
     gm = GraphModule(model.network, graph)
     gm.meta = {}
-    set_shapes(gm, model)
-    return gm
-
-
-def set_shapes(gm: GraphModule, model: QuantizedGraph) -> None:
-    """Give the nodes of a form of the model's graph their fake values, for a batch of any size."""
     sizes = {name: {*dims} for name, dims in dynamic_shapes(model).items()}
     set_fake_values(gm, example_inputs(model, batch=2), dynamic=sizes)
+    return gm
 
 
 def dynamic_shapes(model: QuantizedGraph) -> dict[str, dict[int, Any]]:

@@ -135,7 +135,7 @@ def int8_linear(
     x = _pictures(x)
     y = x.new_empty((*x.shape[:-1], weight.shape[0]), dtype=dtype)
     y = _product(
-        x, weight[:, None, None], weight_zero, scale, correction, bias, *factors, y, *place, activation, tile, y_scale,
+        x, weight.unsqueeze(1).unsqueeze(1), weight_zero, scale, correction, bias, *factors, y, *place, activation, tile, y_scale,
         y_zero_point,
     )  # fmt: skip
     return y.reshape(shape)

@@ -8,13 +8,15 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._dispatch.python import enable_python_dispatcher
+from torch._guards import detect_fake_mode
 from torch._subclasses import FakeTensorMode
 from torch.fx import GraphModule, Interpreter, Node
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
+from torch.fx.node import map_arg
 from torch.fx.passes.shape_prop import TensorMetadata
 from torch.utils import _pytree as pytree
 
-from tfmq_fx.graph.nodes import meta_value
+from tfmq_fx.graph.nodes import attribute, meta_value
 
 
 def set_fake_values(
@@ -28,6 +30,22 @@ def set_fake_values(
     run = _Fakes(gm)
     with torch.no_grad():
         run.run(*(run.symbolic(x, dynamic.get(name, ())) for name, x in inputs.items()))
+
+
+def fill_fake_values(gm: GraphModule) -> None:
+    """Give the nodes that have no fake value theirs, from those of their inputs: after passes that made nodes."""
+    mode = detect_fake_mode([meta_value(n) for n in gm.graph.nodes])
+    assert mode is not None
+    with torch.no_grad(), mode, enable_python_dispatcher():
+        for node in gm.graph.nodes:
+            if meta_value(node) is not None or node.op not in ("get_attr", "call_function"):
+                continue
+            if node.op == "get_attr":
+                x = attribute(gm, str(node.target))
+                node.meta["val"] = torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=x.device)
+                continue
+            args, kwargs = map_arg((node.args, node.kwargs), meta_value)
+            node.meta["val"] = node.target(*args, **kwargs)
 
 
 class _Fakes(Interpreter):

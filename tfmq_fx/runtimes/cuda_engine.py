@@ -24,11 +24,12 @@ from torch import Tensor, nn
 from torch.fx import GraphModule, Interpreter, Node
 
 from tfmq_fx.artefact.drop_in import QuantizedGraph, example_inputs
-from tfmq_fx.artefact.program import flat_graph, set_shapes
+from tfmq_fx.artefact.program import flat_graph
 from tfmq_fx.base.arithmetic import ByteSums
 from tfmq_fx.base.errors import TFMQError, first_line
 from tfmq_fx.base.int8_kernels import TILES
 from tfmq_fx.base.tracing import tracing
+from tfmq_fx.graph.fakes import fill_fake_values
 from tfmq_fx.graph.inputs import placeholders
 from tfmq_fx.graph.nodes import fresh
 from tfmq_fx.graph.written import kept, written_buffers
@@ -101,7 +102,7 @@ def prepare_graph(
     gm = flat_graph(model)
     PassManager(TO_INT8)(gm)
     layers = list(layers_of(gm))
-    set_shapes(gm, model)  # of the nodes that these passes made
+    fill_fake_values(gm)
     kernels = functools.partial(cuda_kernels, pack=pack)
     PassManager([signed_activations, kernels, fuse_epilogues, share_quantized])(gm)
     fold_weights(gm)
