@@ -284,10 +284,10 @@ def bf16(network: nn.Module, inputs: Inputs, run: Run) -> Step:
     return eager(*half(network, inputs), run)
 
 
-def bf16_compiled(network: nn.Module, inputs: Inputs, run: Run) -> Step:  # noqa: ARG001
+def bf16_compiled(network: nn.Module, inputs: Inputs, run: Run) -> Step:
     torch._dynamo.reset()
     own, cast = half(network, inputs)
-    step = torch.compile(own)
+    step = torch.compile(own, backend="eager" if run.dry else "inductor")
     return lambda: step(**cast)
 
 
@@ -312,7 +312,8 @@ def ours(recipe: str, **settings: Any) -> Callable[[nn.Module, Inputs, Run], Ste
             }  # one at a time: a large network's fills gigabytes
         q = run.quantized[recipe]
         middle = time.perf_counter()
-        low = q.lower("cuda", batch=len(inputs["timestep"]), **settings)
+        wanted = settings | ({"compile": False} if run.dry else {})
+        low = q.lower("cuda", batch=len(inputs["timestep"]), **wanted)
         report = low.report["lowering"]
         share = report["flops"]["int8"] / report["flops"]["total"]
         reasons = {k["reason"] for k in report["kernels"] if k["fell_back"]}
@@ -332,13 +333,14 @@ def ours(recipe: str, **settings: Any) -> Callable[[nn.Module, Inputs, Run], Ste
 
 def quantized(network: nn.Module, inputs: Inputs, recipe: str) -> tfmq_fx.QuantizedModel:
     """Return the network quantized where it is, by rounding to nearest, with everything that costs minutes turned off."""
+    nothing_chosen: dict[str, Any] = dict.fromkeys(SHARES, 0.0)
     settings = dataclasses.replace(
         tfmq_fx.Recipe.preset(recipe),
+        **nothing_chosen,
         activation_observer="minmax",
         smooth=None,
         keyed="all",  # scales by timestep everywhere: what costs most
         shared_zero_point=True,
-        **dict.fromkeys(SHARES, 0.0),  # nothing is chosen by its effect
         reconstruction=tfmq_fx.Reconstruction(method="nearest"),
     )
     tensors = {n: x for n, x in inputs.items() if isinstance(x, (Tensor, Mapping))}
