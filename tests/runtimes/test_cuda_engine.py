@@ -36,6 +36,7 @@ from tfmq_fx.passes import (
 from tfmq_fx.passes.int8.fold_weights import fold_weights
 from tfmq_fx.passes.int8.kernels import GPU_KERNELS, arguments_of
 from tfmq_fx.runtimes import cuda, cuda_engine
+from tfmq_fx.runtimes.engine import Nesting
 
 CPU = cuda.Gpu(device=torch.device("cpu"), name="stand-in", capability=(9, 0))
 
@@ -279,3 +280,22 @@ def test_passes_make_their_constants_on_the_networks_device():
         (got,) = gm(noise(3).to(DEVICE), mixed(3).to(DEVICE))
     assert sum(n.target in GPU_KERNELS for n in gm.graph.nodes) == 12
     assert_same_but_for_ties([(got.cpu(), q(noise(3), mixed(3)))])
+
+
+class Counts(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.calls = torch.nn.Buffer(torch.zeros(1))
+
+    def forward(self, x):
+        self.calls.add_(1)
+        return (x + self.calls,)
+
+
+def test_recording_is_no_call_of_the_users(gpu):  # noqa: ARG001
+    with torch.no_grad():
+        exported = torch.export.export(Counts(), (torch.zeros(2),), strict=False)
+    gm = fresh(exported.module(check_guards=False))
+    made = cuda_engine.CudaNetwork(gm, nesting=Nesting(gm), compile=False, folder=None, device=CPU.device)
+    assert [made(torch.zeros(2))[0].tolist() for _ in range(3)] == [[1, 1], [2, 2], [3, 3]]
+    assert made(torch.zeros(1, 2))[0].tolist() == [[4, 4]]  # all shapes share it

@@ -75,8 +75,9 @@ def lower_cuda(model: QuantizedGraph, wanted: Compilation) -> Lowered:
     network = CudaNetwork(
         prepared.gm, nesting=Nesting(model.network), compile=wanted.compile, folder=folder, device=gpu.device
     )
+    inputs = [x.to(gpu.device) for x in example_inputs(model, batch=wanted.batch).values()]
     with kept(written_buffers(prepared.gm)):  # the example is no call of the user's
-        network(*(x.to(gpu.device) for x in example_inputs(model, batch=wanted.batch).values()))
+        network(*inputs)
     not_compiled, not_recorded = network.not_compiled_because, network.not_recorded_because
     details = {
         "library": f"torch {torch.__version__}",
@@ -168,6 +169,10 @@ class CudaNetwork(nn.Module):
     def make(self, inputs: Sequence[Tensor]) -> Callable[..., Sequence[Tensor]]:
         """Return what computes inputs of these shapes."""
         gm = fresh(self.gm)
+        with kept(written_buffers(gm)):  # what runs here is no call of the user's
+            return self._made(gm, inputs)
+
+    def _made(self, gm: GraphModule, inputs: Sequence[Tensor]) -> Callable[..., Sequence[Tensor]]:
         if self.wanted:
             set_tiles(gm, tiles_of(gm, inputs, file=self._file(inputs)))
         function = self._compiled(gm, inputs)
@@ -263,7 +268,7 @@ def tiles_of(
     if file is not None and file.exists():
         return {name: tuple(tile) for name, tile in json.loads(file.read_text()).items()}
     run = _Tiles(gm, measure or _milliseconds)
-    with torch.no_grad(), kept(written_buffers(gm)):
+    with torch.no_grad():
         run.run(*inputs)
     if file is not None:
         file.parent.mkdir(parents=True, exist_ok=True)
