@@ -31,7 +31,7 @@ needs_openvino = pytest.mark.skipif(find_spec("openvino") is None, reason="this 
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        ({"target": "tpu"}, "target='tpu': unknown; use \"cpu\""),
+        ({"target": "tpu"}, "target='tpu': unknown; use cpu"),
         ({"precision": "float16"}, "precision='float16': unknown; use (bfloat16|float32)"),
     ],
 )

@@ -163,7 +163,8 @@ class CudaNetwork(nn.Module):
 
     def forward(self, *inputs: Tensor) -> Any:
         given = [x.detach().contiguous() for x in inputs]  # compiled code has fixed strides
-        with torch.no_grad():
+        here = torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext()
+        with torch.no_grad(), here:  # streams and recordings are those of the current device
             return self.nesting.of(self.networks.of(given)(*given))
 
     def make(self, inputs: Sequence[Tensor]) -> Callable[..., Sequence[Tensor]]:
