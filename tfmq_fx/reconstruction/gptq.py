@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -169,7 +170,8 @@ def rows(layer: Node, x: Tensor, weight: Tensor, positions: int | None = None) -
     n, channels, sizes = x.shape[0], x.shape[1], x.shape[2 : 2 + dims]
     kept = _drawn(math.prod(sizes), positions)
     if kept is not None:  # before the windows are copied out
-        x = x[:, :, *torch.unravel_index(kept.to(x.device), sizes)]
+        at: tuple[Any, ...] = (slice(None), slice(None), *torch.unravel_index(kept.to(x.device), sizes))
+        x = x[at]
     x = x.reshape(n, groups, channels // groups, -1, math.prod(kernel))
     return x.permute(1, 0, 3, 2, 4).reshape(groups, -1, channels // groups * math.prod(kernel))
 
