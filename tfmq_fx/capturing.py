@@ -21,7 +21,7 @@ from torch.utils import _pytree as pytree
 from tfmq_fx.base.ambient import neutral, tracked
 from tfmq_fx.base.arguments import leaves
 from tfmq_fx.base.errors import TFMQError, nearest_names
-from tfmq_fx.base.signatures import call_of, hides_arguments, parameters_of, takes_any
+from tfmq_fx.base.signatures import call_of, hides_arguments, parameters_of, signature_of, takes_any
 from tfmq_fx.base.tracing import capture_error, graphs_to_log, tracing
 from tfmq_fx.calibration.data import CalibrationSet
 from tfmq_fx.calibration.ready import require_ready
@@ -37,6 +37,8 @@ from tfmq_fx.passes.clean.literal_dtypes import literal_dtypes
 from tfmq_fx.passes.clean.remove_noops import remove_noops
 from tfmq_fx.passes.clean.root_batch_size import root_batch_size
 from tfmq_fx.passes.pass_manager import PassManager
+
+ROUNDING = 1e-2  # relative; that of bfloat16 sums in another order, far below another function of the inputs
 
 
 @neutral()
@@ -362,6 +364,8 @@ def capture_rows(
 ) -> tuple[GraphModule, dict[str, Any]]:
     """Capture on rows with a timestep each, (N,), or on one timestep, (), if the network takes one per call.
 
+    A network that turns the number of timesteps into a Python number gets its one timestep as (1,), for all rows.
+
     Returns the graph and the arguments of the capture.
     """
     try:
@@ -374,7 +378,51 @@ def capture_rows(
             return capture(network, one, timestep=timestep), one
         except TFMQError:
             pass  # the first error is the one to show
+        try:
+            gm = capture(_with_one_timestep(network, timestep), one, timestep=timestep)
+        except TFMQError:
+            gm = None
+        if gm is not None and _computes(gm, network, one):
+            return gm, example
         raise
+
+
+def _with_one_timestep(network: nn.Module, timestep: str) -> nn.Module:
+    """Return the same network for a timestep of shape (), which it gets as (1,)."""
+    view: nn.Module = object.__new__(type(network))
+    vars(view).update(vars(network))
+    own = vars(network).get("forward") or MethodType(type(network).forward, view)
+    signature = signature_of(network)
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        given = signature.bind(*args, **kwargs)
+        given.arguments[timestep] = given.arguments[timestep].reshape(1)
+        return own(*given.args, **given.kwargs)
+
+    forward.__signature__ = signature  # type: ignore[attr-defined]
+    view.forward = forward
+    return view
+
+
+@keeps_buffers
+@torch.no_grad()
+def _computes(gm: GraphModule, network: nn.Module, one: Mapping[str, Any]) -> bool:
+    """Return True if the graph computes what the network does with that timestep for every row.
+
+    One timestep need not be the same as one for each row: a network may read its batch from there.
+    """
+    found = {n: x for n, (_, x) in leaves(one).items()}
+    timestep = str(timestep_input(gm, None).target)
+    rows = next(found[n].shape[0] for n in placeholders(gm) if n != timestep and found[n].dim())
+    given = pytree.tree_map(lambda x: x, dict(one)) | {timestep: found[timestep].expand(rows)}
+    args, kwargs = call_of(network, given)
+    expected = pytree.tree_leaves(_as_dict(network(*args, **kwargs)))
+    made = pytree.tree_leaves(gm(*[found[n] for n in placeholders(gm)]))
+    return all(
+        a.shape == b.shape and bool((a - b).norm() <= ROUNDING * b.norm())
+        for a, b in zip(made, expected, strict=True)
+        if isinstance(b, Tensor)
+    )
 
 
 @keeps_buffers

@@ -69,7 +69,7 @@ _HUNYUAN = {
     "num_single_layers": 1, "num_refiner_layers": 1, "text_embed_dim": TEXT, "pooled_projection_dim": TEXT, "rope_axes_dim": (2, 2, 4),
 }  # fmt: skip
 _CASCADE = {
-    "block_out_channels": (8, 8), "num_attention_heads": (0, 2), "down_num_layers_per_block": (1, 1),
+    "block_out_channels": (8, 8), "num_attention_heads": (2, 2), "down_num_layers_per_block": (1, 1),
     "up_num_layers_per_block": (1, 1), "conditioning_dim": 16, "clip_text_pooled_in_channels": TEXT,
     "timestep_ratio_embedding_dim": 8,
 }  # fmt: skip
@@ -112,10 +112,10 @@ COMPONENTS: dict[str, dict[str, Any]] = {
         "spatial_compression_ratio": 4, "sample_size": 16, "scaling_factor": 0.5,
     },
     "AutoencoderKLHunyuanVideo": {
-        "latent_channels": 4, "block_out_channels": (8, 8, 8, 8), "layers_per_block": 1,
+        "latent_channels": 4, "block_out_channels": (32, 32, 32, 32), "layers_per_block": 1,
     },
     "AutoencoderKLHunyuanVideo15": {
-        "latent_channels": 4, "block_out_channels": (16, 16), "layers_per_block": 1, "spatial_compression_ratio": 4,
+        "latent_channels": 4, "block_out_channels": (16, 16, 16, 16, 16), "layers_per_block": 1,
     },
     "AutoencoderKLLTXVideo": {
         "latent_channels": 4, "block_out_channels": (8, 8, 8, 8), "decoder_block_out_channels": (8, 8, 8, 8),
@@ -133,7 +133,7 @@ COMPONENTS: dict[str, dict[str, Any]] = {
         "base_dim": 8, "z_dim": 4, "dim_mult": [1, 1], "num_res_blocks": 1, "temperal_downsample": [False],
         "latents_mean": [0.0] * 4, "latents_std": [1.0] * 4,
     },
-    "AutoencoderKLTemporalDecoder": {**_VAE_2D},
+    "AutoencoderKLTemporalDecoder": {"block_out_channels": (32, 32), "down_block_types": ("DownEncoderBlock2D",) * 2},
     "AutoencoderKLWan": {"base_dim": 4, "dim_mult": [1, 1, 1, 1], "num_res_blocks": 1},
     "AutoencoderOobleck": {
         "encoder_hidden_size": 8, "downsampling_ratios": [2, 4], "channel_multiples": [1, 2], "decoder_channels": 8,
@@ -158,9 +158,9 @@ COMPONENTS: dict[str, dict[str, Any]] = {
         "text_embed_dim": TEXT, "time_embed_dim": 8, "condition_dim": 2,
     },
     "ControlNetModel": {**_CONTROL},
-    "ControlNetUnionModel": {**_CONTROL, "num_control_type": 2, "num_proj_channel": 8, "addition_embed_type": "text_time"},
+    "ControlNetUnionModel": {**_CONTROL, "num_control_type": 2, "num_trans_channel": 8, "num_trans_head": 2, "num_proj_channel": 8, "addition_embed_type": "text_time"},
     "ControlNetXSAdapter": {
-        "block_out_channels": (4, 8), "base_block_out_channels": (8, 16), "down_block_types": _SD["down_block_types"], "norm_num_groups": 4, "cross_attention_dim": TEXT,
+        "block_out_channels": (4, 8), "base_block_out_channels": (8, 16), "down_block_types": _SD["down_block_types"], "cross_attention_dim": TEXT,
         "conditioning_embedding_out_channels": (8, 8), "num_attention_heads": 2, "max_norm_num_groups": 4,
     },
     "CosmosTransformer3DModel": {
@@ -183,16 +183,18 @@ COMPONENTS: dict[str, dict[str, Any]] = {
     "HeliosTransformer3DModel": {**_WAN, "rope_dim": (4, 4, 4)},
     "HiDreamImageTransformer2DModel": {
         "patch_size": 2, "in_channels": 4, "out_channels": 4, "num_layers": 1, "num_single_layers": 1, "attention_head_dim": 16,
-        "num_attention_heads": 2, "caption_channels": [TEXT, TEXT], "text_emb_dim": 2 * TEXT, "axes_dims_rope": (8, 8), "max_resolution": (16, 16),
+        "num_attention_heads": 2, "caption_channels": [TEXT, TEXT], "text_emb_dim": 2 * TEXT, "axes_dims_rope": (8, 4, 4), "max_resolution": (16, 16),
         "llama_layers": (0, 0), "force_inference_output": True,
     },
     "HunyuanDiT2DControlNetModel": {
-        "sample_size": 8, "patch_size": 2, "in_channels": 4, "num_layers": 2, "num_attention_heads": 2, "attention_head_dim": 8,
+        "sample_size": 8, "patch_size": 2, "in_channels": 4, "transformer_num_layers": 2, "num_attention_heads": 2, "attention_head_dim": 8,
         "hidden_size": 16, "cross_attention_dim": TEXT, "cross_attention_dim_t5": TEXT, "pooled_projection_dim": 16,
+        "text_len": LENGTH, "text_len_t5": LENGTH,
     },
     "HunyuanDiT2DModel": {
         "sample_size": 8, "patch_size": 2, "in_channels": 4, "num_layers": 2, "num_attention_heads": 2, "attention_head_dim": 8,
         "hidden_size": 16, "cross_attention_dim": TEXT, "cross_attention_dim_t5": TEXT, "pooled_projection_dim": 16,
+        "text_len": LENGTH, "text_len_t5": LENGTH,
     },
     "HunyuanImageTransformer2DModel": {
         "in_channels": 4, "out_channels": 4, "num_attention_heads": 2, "attention_head_dim": 8, "num_layers": 1,
@@ -208,8 +210,8 @@ COMPONENTS: dict[str, dict[str, Any]] = {
     "HunyuanVideoTransformer3DModel": {**_HUNYUAN},
     "I2VGenXLUNet": {**_UNET_3D, "sample_size": 8, "num_attention_heads": 2},
     "Kandinsky3UNet": {
-        "time_embedding_dim": 8, "groups": 4, "attention_head_dim": 4, "layers_per_block": 1, "block_out_channels": (8, 16),
-        "cross_attention_dim": 8, "encoder_hid_dim": TEXT,
+        "time_embedding_dim": 16, "groups": 4, "attention_head_dim": 4, "layers_per_block": 1, "block_out_channels": (8, 16),
+        "cross_attention_dim": 16, "encoder_hid_dim": TEXT,
     },
     "Kandinsky5Transformer3DModel": {
         "in_text_dim": TEXT, "in_text_dim2": TEXT, "time_dim": 16, "model_dim": 16, "ff_dim": 32, "num_text_blocks": 1,
@@ -279,7 +281,7 @@ COMPONENTS: dict[str, dict[str, Any]] = {
         "num_cross_attention_heads": 2, "cross_attention_head_dim": 12, "cross_attention_dim": 24, "caption_channels": TEXT, "sample_size": 8,
     },
     "SkyReelsV2Transformer3DModel": {**_WAN},
-    "SparseControlNetModel": {**_CONTROL, "motion_num_attention_heads": 2, "motion_norm_num_groups": 4, "use_simplified_condition_embedding": False},
+    "SparseControlNetModel": {**_CONTROL, "motion_num_attention_heads": 2, "use_simplified_condition_embedding": False},
     "StableAudioDiTModel": {
         "sample_size": 4, "in_channels": 4, "num_layers": 2, "attention_head_dim": 4, "num_attention_heads": 2, "out_channels": 4,
         "num_key_value_attention_heads": 2, "cross_attention_dim": 4, "time_proj_dim": 8, "global_states_input_dim": 8, "cross_attention_input_dim": 4,
@@ -287,7 +289,7 @@ COMPONENTS: dict[str, dict[str, Any]] = {
     "StableAudioProjectionModel": {"text_encoder_dim": TEXT, "conditioning_dim": 4, "min_value": 0, "max_value": 32},
     "StableCascadeUNet": {**_CASCADE},
     "T2IAdapter": {"in_channels": 3, "channels": [8, 16], "num_res_blocks": 1, "downscale_factor": 2, "adapter_type": "full_adapter"},
-    "UNet1DModel": {"sample_size": 64, "block_out_channels": (16, 16, 16), "extra_in_channels": 16, "sample_rate": 64},
+    "UNet1DModel": {"sample_size": 64, "block_out_channels": (16, 16, 16), "extra_in_channels": 32, "sample_rate": 64},
     "UNet2DConditionModel": {**_SD},
     "UNet2DModel": {
         "sample_size": 8, "block_out_channels": (8,), "layers_per_block": 1, "norm_num_groups": 4, "attention_head_dim": 8,
@@ -295,7 +297,7 @@ COMPONENTS: dict[str, dict[str, Any]] = {
     },
     "UNet3DConditionModel": {**_UNET_3D},
     "UNetSpatioTemporalConditionModel": {
-        "block_out_channels": (8, 16), "layers_per_block": 1, "cross_attention_dim": TEXT, "num_attention_heads": 2,
+        "block_out_channels": (32, 64), "layers_per_block": 1, "cross_attention_dim": TEXT, "num_attention_heads": 2,
         "down_block_types": ("CrossAttnDownBlockSpatioTemporal", "DownBlockSpatioTemporal"), "sample_size": 8,
         "up_block_types": ("UpBlockSpatioTemporal", "CrossAttnUpBlockSpatioTemporal"), "projection_class_embeddings_input_dim": 24,
         "addition_time_embed_dim": 8,
@@ -336,10 +338,22 @@ OF_PIPELINE: tuple[tuple[str, dict[str, Any]], ...] = (
     (r"MarigoldIntrinsics", {"UNet2DConditionModel": {"in_channels": 12, "out_channels": 8}}),
     (r"StableDiffusionUpscale", {"UNet2DConditionModel": {"in_channels": 7, "num_class_embeds": 1000}}),
     (r"FluxControl(Img2Img|Inpaint)?Pipeline", {"FluxTransformer2DModel": {"in_channels": 32, "out_channels": 16}}),
-    (r"FluxFill|VisualCloze", {"FluxTransformer2DModel": {"in_channels": 36, "out_channels": 16}}),
+    (r"FluxFill|VisualCloze", {"FluxTransformer2DModel": {"in_channels": 48, "out_channels": 16}}),
     (r"LDMSuperResolution", {"UNet2DModel": {"in_channels": 8, "out_channels": 4}}),
     (r"^LDMPipeline|LatentUp", {"UNet2DModel": {"in_channels": 4, "out_channels": 4}}),
-    (r"ImageVariation", {}),
+    (r"LatentConsistency", {"UNet2DConditionModel": {"time_cond_proj_dim": 8}}),
+    (r"Adapter", {"UNet2DConditionModel": {
+        "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"), "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D")}}),
+    (r"^PIA", {"UNet2DConditionModel": {"in_channels": 9}}),
+    (r"StableDiffusion3(ControlNet)?Inpaint", {
+        "SD3Transformer2DModel": {"in_channels": 16, "out_channels": 16}, "AutoencoderKL": {"latent_channels": 16},
+        "SD3ControlNetModel": {"in_channels": 16, "extra_conditioning_channels": 1}}),
+    (r"Amused", {"scheduler": lambda: diffusers.AmusedScheduler(mask_token_id=31)}),
+    (r"DanceDiffusion", {"scheduler": diffusers.IPNDMScheduler}),
+    (r"ModelEditing", {"scheduler": diffusers.PNDMScheduler}),
+    (r"SanaVideo|SanaImageToVideo", {
+        "vae": lambda: diffusers.AutoencoderKLWan(**COMPONENTS["AutoencoderKLWan"]).eval(), **_FLOW}),
+    (r"Cosmos", {"safety_checker": lambda: Passing()}),
     (r"^Sana(PAG|ControlNet)?Pipeline", _FLOW),
     (r"SanaSprint", {"scheduler": diffusers.SCMScheduler, "SanaTransformer2DModel": {"guidance_embeds": True, "qk_norm": "rms_norm_across_heads"}}),
     (r"Wan(ImageToVideo|VideoToVideo)", {}),
@@ -407,6 +421,8 @@ ARGUMENTS: dict[str, Callable[[], Any]] = {
     "class_labels": lambda: [1],
     "source_prompt": lambda: "a blue cat",
     "decode_chunk_size": lambda: 2,
+    "strength": lambda: 0.9,
+    "control_mask": lambda: picture().convert("L"),
 }
 
 
@@ -447,7 +463,10 @@ CALLS: tuple[tuple[str, dict[str, Any]], ...] = (
         "prompt": None, **_PAIR, "prompt_embeds_2": text, "negative_prompt_embeds_2": text,
         **{n: (lambda: torch.ones(1, LENGTH, dtype=torch.long)) for n in (
             "prompt_attention_mask", "negative_prompt_attention_mask", "prompt_attention_mask_2", "negative_prompt_attention_mask_2")}}),
-    (r"SkyReels|Helios", {"max_sequence_length": LENGTH}),
+    (r"SkyReels|Helios|LucyEdit|WanImageTo|ChronoEdit|WanVACE|WanVideo|PRXPixel|Ovis", {"prompt": None, "negative_prompt": None, **_PAIR}),
+    (r"Marigold", {"processing_resolution": PIXELS}),
+    (r"Allegro|PRX", {"output_type": "latent"}),
+    (r"Kontext", {"_auto_resize": False, "max_area": PIXELS**2}),
     (r"SkyReelsV2DiffusionForcing", {"base_num_frames": 5, "ar_step": 0, "num_frames": 5, "overlap_history": None}),
     (r"StableAudioPipeline", {"audio_end_in_s": 1.0}),
     (r"DanceDiffusion", {"audio_length_in_s": 1.0}),
@@ -458,12 +477,12 @@ CALLS: tuple[tuple[str, dict[str, Any]], ...] = (
     (r"UnionPipeline", {"control_image": lambda: [picture()], "control_mode": lambda: [0]}),
     (r"Union", {"control_mode": lambda: [0], "control_image": lambda: [picture()]}),
     (r"KandinskyV22Controlnet", {"hint": lambda: text(1, 3, PIXELS, PIXELS)}),
-    (r"I2VGenXL", {"target_fps": 8}),
+    (r"I2VGenXL", {"target_fps": 8, "clip_skip": None}),
     (r"LEdits|DiffEdit|CycleDiffusion", {}),
     (r"AnimateDiffSparse", {"conditioning_frames": lambda: _clip()[:1], "controlnet_frame_indices": (0,)}),
     (r"AnimateDiff(VideoToVideo)?ControlNet", {"conditioning_frames": _clip}),
     (r"Mochi", {"num_frames": 7}),
-    (r"^Sana", {"height": 32, "width": 32}),
+    (r"^(Sana|LTX|HunyuanVideo15)", {"height": 32, "width": 32}),
 )  # fmt: skip
 
 
@@ -477,8 +496,8 @@ def classes_of(annotation: Any) -> list[Any]:
 def _named(table: tuple[tuple[str, dict[str, Any]], ...], pipeline: str) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for pattern, values in table:
-        if re.search(pattern, pipeline):
-            found |= values
+        for key, value in values.items() if re.search(pattern, pipeline) else ():
+            found[key] = {**found.get(key, {}), **value} if isinstance(value, dict) else value
     return found
 
 
@@ -507,6 +526,18 @@ def _vision(cls: type, more: Mapping[str, Any]) -> nn.Module:
     return cls(cls.config_class(**fields)).eval()  # type: ignore[attr-defined,no-any-return]
 
 
+class Passing(nn.Module):
+    """A safety checker that lets everything pass."""
+
+    device, dtype = torch.device("cpu"), torch.float32
+
+    def check_text_safety(self, prompt: str) -> bool:
+        return True
+
+    def check_video_safety(self, video: Any) -> Any:
+        return video
+
+
 _BASES = {"Gemma2PreTrainedModel": "Gemma2Model", "GemmaPreTrainedModel": "GemmaModel"}
 
 
@@ -519,6 +550,8 @@ def component(cls: type, pipeline: str, name: str, folder: Path) -> Any:
     if issubclass(cls, enum.Enum):
         return diffusers.DDIMScheduler()
     if issubclass(cls, diffusers.SchedulerMixin):
+        return cls()
+    if title.endswith("Guidance"):
         return cls()
     if title.endswith(("ImageProcessor", "FeatureExtractor")):
         size = {"size": {"height": PIXELS, "width": PIXELS}, "crop_size": {"height": PIXELS, "width": PIXELS}}
@@ -547,18 +580,25 @@ def component(cls: type, pipeline: str, name: str, folder: Path) -> Any:
 def make(pipeline: type, folder: Path) -> Any:
     """Return a tiny instance of a pipeline class. Components of unknown classes are None where a text prompt can be embeddings."""
     given: dict[str, Any] = {}
-    for name, parameter in inspect.signature(pipeline.__init__).parameters.items():  # type: ignore[misc]
+    try:
+        signature = inspect.signature(pipeline.__init__, eval_str=True)  # type: ignore[misc]
+    except NameError:  # names that are imported for type checkers alone
+        signature = inspect.signature(pipeline.__init__)  # type: ignore[misc]
+    for name, parameter in signature.parameters.items():
         if name == "self" or parameter.kind is parameter.VAR_KEYWORD:
             continue
         allowed = classes_of(parameter.annotation)
         if parameter.default is not parameter.empty:
-            if name not in ("transformer", "transformer_2", "motion_adapter") or not allowed:
+            if name not in ("transformer", "transformer_2", "motion_adapter", "safety_checker") or not allowed:
                 if name == "requires_safety_checker":
                     given[name] = False
                 continue
         given[name] = _first(allowed, pipeline.__name__, name, folder)
     made = pipeline(**given)
     made.set_progress_bar_config(disable=True)
+    for module in made.components.values():
+        if isinstance(module, nn.Module):
+            module.eval()  # a UNet that the pipeline itself makes of two is in train mode
     return made
 
 
@@ -584,9 +624,11 @@ def arguments(pipe: Any) -> dict[str, Any]:
     given = {n: make_() for n, make_ in ARGUMENTS.items() if n in takes}
     for n, parameter in takes.items():
         if needs_picture(parameter) and (parameter.default is parameter.empty or re.search(
-            "Img2Img|ImageToVideo|Inpaint|Edit|Control|Upscale|Pix2Pix|Variation|Adapter|I2V|SuperRes|Kontext|VideoDiffusion|Fill|I2I|Depth2Img|Example", name)):  # fmt: skip
+            "Img2Img|ImageToVideo|Inpaint|Edit|Control|Upscale|Pix2Pix|Variation|Adapter|I2V|SuperRes|Kontext|VideoDiffusion|Fill|Cycle|I2I|Depth2Img|Example", name)):  # fmt: skip
             given[n] = picture()
     for n, value in _named(CALLS, name).items():
         if n in takes:
             given[n] = value() if callable(value) else value
-    return {n: x for n, x in given.items() if x is not None or n == "complex_human_instruction"}
+    if "image" in given and takes.get("image_embeds", takes["image"]).default is None:
+        given.pop("image_embeds", None)
+    return given

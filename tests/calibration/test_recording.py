@@ -9,6 +9,7 @@ from benchmarks.networks.pipelines import PIPELINES, PROMPTS, saved, t5_encoder,
 from tfmq_fx.base.errors import TFMQError
 from tfmq_fx.calibration.calls import recorded
 from tfmq_fx.calibration.data import CalibrationSet
+from tfmq_fx.calibration.recording import Shapes
 from tfmq_fx.demo import embedded_pipeline
 
 ENTRIES = {e.name: e for e in PIPELINES}
@@ -262,3 +263,14 @@ def test_the_cache_knows_arrays_within_lists_by_their_values(sd, tmp_path):
             **settings,
         )
     assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_a_table_with_as_many_entries_as_rows_by_chance_has_no_rows():
+    """Two frames' rotary embedding in a call of two rows; in one of four it still has two."""
+    def call(rows):
+        return {"sample": torch.zeros(rows, 3), "angles": torch.zeros(2, 5), "timestep": torch.zeros(rows)}
+
+    shapes = Shapes.of(call(2), 2, timestep="timestep")
+    assert shapes.shared == {}
+    shapes.see(call(4), 4)
+    assert shapes.shared == {"angles": torch.Size([2, 5])}

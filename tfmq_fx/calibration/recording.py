@@ -49,6 +49,32 @@ FORMAT = 3  # of recordings in a cache; increased when the same arguments give o
 MAX_MEMORY = 4 * 2**30  # bytes; larger recordings go to memory-mapped files
 
 
+@dataclass
+class Shapes:
+    """The shapes of a call's tensors, and which of them have no rows, such as position ids and rotary embeddings.
+
+    A tensor whose first dimension is the number of rows may be so by chance: two frames in a call of two rows. Then a
+    call with another number of rows shows that its shape stays the same.
+    """
+
+    shared: dict[str, torch.Size]  # of tensors without rows
+    likely: dict[str, torch.Size]  # of tensors that seem to have rows
+    rows: int  # of the call in which they do
+
+    @staticmethod
+    def of(call: Flat, rows: int, *, timestep: str) -> Shapes:
+        found = {n: x.shape for n, x in call.items() if n != timestep and isinstance(x, Tensor)}
+        shared = {n: s for n, s in found.items() if not s or s[0] != rows}
+        return Shapes(shared, {n: s for n, s in found.items() if n not in shared}, rows)
+
+    def see(self, call: Flat, rows: int) -> None:
+        """Move the tensors that have the same shape in a call with another number of rows to those without rows."""
+        if rows != self.rows:
+            same_shape = {n: s for n, s in self.likely.items() if isinstance(x := call.get(n), Tensor) and x.shape == s}
+            self.shared.update({n: s for n, s in same_shape.items() if s[0] not in (1, rows)})
+            self.likely = {}
+
+
 @dataclass(frozen=True)
 class Session:
     """The settings of one recording. `probe` finds out how the pipeline calls its denoiser.
@@ -155,10 +181,8 @@ class Session:
             f"calibration: a call of {type(self.network).__name__} has no tensor but {self.timestep!r}."
         )
 
-    def probe(self) -> tuple[dict[str, torch.Size], Unguided | None]:
-        """Find the tensors without rows, and how to run without guidance.
-
-        Returns the shapes of tensors that have no rows, such as position ids; and None if there is no guidance.
+    def probe(self) -> tuple[Shapes, Unguided | None]:
+        """Find the tensors without rows, and how to run without guidance, None if there is no guidance.
 
         The first run takes few steps, for a number of samples other than the recording's batch size: tensors that
         do not scale with it have no rows. Other runs are the same without guidance, and have fewer rows if it was on.
@@ -167,10 +191,8 @@ class Session:
         found = self.short(size)
         calls = [_flat(call) for call in found]
         rows = self.size_of(calls[0])
-        shared = {
-            n: x.shape for n, x in calls[0].items()
-            if n != self.timestep and isinstance(x, Tensor) and (not x.dim() or x.shape[0] != rows)
-        }  # fmt: skip
+        shapes = Shapes.of(calls[0], rows, timestep=self.timestep)
+        shared = shapes.shared
         constants = Constants(self.defaults)
         for call in found:
             constants.take(call, self.row_names(call, shared))
@@ -181,8 +203,8 @@ class Session:
                 plain += [_flat(c) for c in self.short(size, changes=changes, seed=1)]
                 _, *names = (n for n, x in plain[0].items() if isinstance(x, Tensor) and n != self.timestep)
                 found_in = conditions(plain, [n for n in names if n not in shared])
-                return shared, Unguided(changes=changes, conditions=found_in)
-        return shared, None
+                return shapes, Unguided(changes=changes, conditions=found_in)
+        return shapes, None
 
     def row_names(self, call: Leaves, shared: Mapping[str, torch.Size]) -> frozenset[str]:
         """Return the names of a call's arguments that have rows. shared: the tensors that have none.
@@ -263,13 +285,14 @@ def _record(session: Session, folder: Path, *, deterministic: bool, limit: float
     def take(calls: list[Leaves], conditional: list[bool]) -> None:
         for call in calls:
             paths.update({n: path for n, (path, _) in call.items()})
-            names = session.row_names(call, shared)
+            shapes.see(_flat(call), session.size_of(_flat(call)))
+            names = session.row_names(call, shapes.shared)
             constants.take(call, names)
             sink.append(_rows(session, _flat(call), names))
         marks.extend(conditional)
 
     with workers(1) if deterministic else nullcontext():
-        shared, unguided = session.probe()
+        shapes, unguided = session.probe()
         found = []
         for start in track(starts, "recording trajectories"):
             if ranks.size > 1:
