@@ -121,10 +121,14 @@ def _relative(a: list[torch.Tensor], b: list[torch.Tensor]) -> float:
 
 @torch.no_grad()
 def _error(q: nn.Module, network: nn.Module, data: tfmq_fx.CalibrationSet) -> float:
-    rows = slice(0, len(data))
-    a, b = (pytree.tree_leaves(_plain(m(**data.arguments(rows)))) for m in (q, network))
-    pairs = [(x.double(), y.double()) for x, y in zip(a, b, strict=True) if isinstance(x, torch.Tensor)]
-    return max(float((x - y).norm() / y.norm().clamp(min=1e-12)) for x, y in pairs)
+    """Return the largest relative error of an output, on the rows of each timestep together."""
+    t, found = data.tensors[data.timestep], [0.0]
+    for value in data.timesteps:
+        given = data.rows(t == value).arguments(slice(0, len(data)))
+        a, b = (pytree.tree_leaves(_plain(m(**given))) for m in (q, network))
+        pairs = [(x.double(), y.double()) for x, y in zip(a, b, strict=True) if isinstance(x, torch.Tensor)]
+        found += [float((x - y).norm() / y.norm().clamp(min=1e-12)) for x, y in pairs]
+    return max(found)
 
 
 def _plain(output: Any) -> Any:

@@ -80,8 +80,9 @@ def capture(
         raise TFMQError(
             f"example input {unknown[0]!r}: {type(network).__name__} takes {nearest_names(unknown[0], order)}."
         )
+    example = partial(_example, of_one=_is_one_row(found, timestep))
     inputs = {
-        n: pytree.tree_map(_example, example_inputs[n]) for n in (*order, *unknown) if n in example_inputs
+        n: pytree.tree_map(example, example_inputs[n]) for n in (*order, *unknown) if n in example_inputs
     }
     program = _exported(network, inputs)
     gm = program.module(check_guards=False)
@@ -309,12 +310,21 @@ def _not_finite(name: str) -> TFMQError:
     return TFMQError(f"weight {name}: holds NaN or infinite values; quantizing it would give wrong pictures.")
 
 
-def _example(x: Any) -> Any:
-    """Return a leaf of the example as capture needs it: tensors for autograd, with a batch of at least two."""
+def _is_one_row(found: Mapping[str, Any], timestep: str) -> bool:
+    """Return True if the example's batch is one. Else a first dimension of one is that of a tensor for all rows."""
+    t = found[timestep]
+    return t.shape[0] == 1 if t.dim() else any(isinstance(x, Tensor) and x.shape[:1] == (1,) for x in found.values())
+
+
+def _example(x: Any, *, of_one: bool) -> Any:
+    """Return a leaf of the example as capture needs it: tensors for autograd, with a batch of at least two.
+
+    of_one: True if the example has one row.
+    """
     if not isinstance(x, Tensor):
         return x
     x = tracked(x)
-    return torch.cat([x, x]) if x.dim() > 0 and x.shape[0] == 1 else x
+    return torch.cat([x, x]) if of_one and x.dim() > 0 and x.shape[0] == 1 else x
 
 
 def _track_constants(gm: GraphModule) -> None:

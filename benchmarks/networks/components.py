@@ -62,7 +62,7 @@ _WAN = {
 }  # fmt: skip
 _COG = {
     "num_attention_heads": 2, "attention_head_dim": 16, "in_channels": 4, "out_channels": 4, "time_embed_dim": 8,
-    "text_embed_dim": TEXT, "num_layers": 1, "sample_width": 8, "sample_height": 8, "sample_frames": 5, "max_text_seq_length": LENGTH,
+    "text_embed_dim": TEXT, "num_layers": 1, "sample_width": 2, "sample_height": 2, "sample_frames": 5, "max_text_seq_length": LENGTH,
 }  # fmt: skip
 _HUNYUAN = {
     "in_channels": 4, "out_channels": 4, "num_attention_heads": 2, "attention_head_dim": 8, "num_layers": 1,
@@ -354,9 +354,11 @@ OF_PIPELINE: tuple[tuple[str, dict[str, Any]], ...] = (
     (r"SanaVideo|SanaImageToVideo", {
         "vae": lambda: diffusers.AutoencoderKLWan(**COMPONENTS["AutoencoderKLWan"]).eval(), **_FLOW}),
     (r"Cosmos", {"safety_checker": lambda: Passing()}),
+    (r"Cosmos2", {"CosmosTransformer3DModel": {"extra_pos_embed_type": None}}),
     (r"^Sana(PAG|ControlNet)?Pipeline", _FLOW),
     (r"SanaSprint", {"scheduler": diffusers.SCMScheduler, "SanaTransformer2DModel": {"guidance_embeds": True, "qk_norm": "rms_norm_across_heads"}}),
-    (r"Wan(ImageToVideo|VideoToVideo)", {}),
+    (r"^(Wan(ImageToVideo|VACE)?|LucyEdit)Pipeline", {"boundary_ratio": lambda: 0.9}),
+    (r"LucyEdit", {"WanTransformer3DModel": {"in_channels": 32}}),
     (r"WanImageToVideo|SkyReelsV2(DiffusionForcing)?ImageToVideo", {"WanTransformer3DModel": {"in_channels": 36}}),
     (r"SkyReelsV2ImageToVideo", {"SkyReelsV2Transformer3DModel": {"in_channels": 36, "image_dim": TEXT}}),
     (r"CogVideoXImageToVideo|CogVideoXFunControl", {"CogVideoXTransformer3DModel": {"in_channels": 8}}),
@@ -366,7 +368,6 @@ OF_PIPELINE: tuple[tuple[str, dict[str, Any]], ...] = (
         "in_channels": 4, "out_channels": 4, "patch_size": 2, "effnet_in_channels": 16, "conditioning_dim": 16,
         "timestep_conditioning_type": ("sca",), "self_attn": True}}),
     (r"StableCascadePrior", {"StableCascadeUNet": {"clip_image_in_channels": TEXT, "clip_text_in_channels": TEXT}}),
-    (r"Kandinsky(V22)?.*Pipeline", {}),
     (r"^KandinskyV22(Img2Img)?Pipeline", {"UNet2DConditionModel": {
         "addition_embed_type": "image", "encoder_hid_dim": TEXT, "encoder_hid_dim_type": "image_proj", "out_channels": 8}}),
     (r"^KandinskyV22InpaintPipeline", {"UNet2DConditionModel": {
@@ -377,10 +378,8 @@ OF_PIPELINE: tuple[tuple[str, dict[str, Any]], ...] = (
         "in_channels": 3, "out_channels": 6, "encoder_hid_dim": TEXT, "encoder_hid_dim_type": "text_proj"}}),
     (r"^IF.*SuperResolution", {"UNet2DConditionModel": {
         "in_channels": 6, "out_channels": 6, "encoder_hid_dim": TEXT, "encoder_hid_dim_type": "text_proj", "class_embed_type": "timestep"}}),
-    (r"LTX(Condition|ImageToVideo|I2V)", {}),
     (r"HunyuanVideo15ImageToVideo", {"HunyuanVideo15Transformer3DModel": {"task_type": "i2v"}}),
     (r"^(StableDiffusion3|SD3)", {"T5EncoderModel": {"d_model": 2 * TEXT}}),
-    (r"PRX", {}),
     (r"UVit|Amused", {"VQModel": {"latent_channels": 8, "vq_embed_dim": 8, "num_vq_embeddings": 16, "lookup_from_codebook": True}}),
     (r"PaintByExample", {"UNet2DConditionModel": {"in_channels": 9}}),
 )  # fmt: skip
@@ -478,7 +477,6 @@ CALLS: tuple[tuple[str, dict[str, Any]], ...] = (
     (r"Union", {"control_mode": lambda: [0], "control_image": lambda: [picture()]}),
     (r"KandinskyV22Controlnet", {"hint": lambda: text(1, 3, PIXELS, PIXELS)}),
     (r"I2VGenXL", {"target_fps": 8, "clip_skip": None}),
-    (r"LEdits|DiffEdit|CycleDiffusion", {}),
     (r"AnimateDiffSparse", {"conditioning_frames": lambda: _clip()[:1], "controlnet_frame_indices": (0,)}),
     (r"AnimateDiff(VideoToVideo)?ControlNet", {"conditioning_frames": _clip}),
     (r"Mochi", {"num_frames": 7}),
@@ -543,10 +541,7 @@ _BASES = {"Gemma2PreTrainedModel": "Gemma2Model", "GemmaPreTrainedModel": "Gemma
 
 def component(cls: type, pipeline: str, name: str, folder: Path) -> Any:
     """Return a tiny component of class `cls` for the pipeline's argument `name`. Raises KeyError if none is known."""
-    own = _named(OF_PIPELINE, pipeline)
-    if name in own:
-        return own[name]()
-    title, more = cls.__name__, own.get(cls.__name__, {})
+    title, more = cls.__name__, _named(OF_PIPELINE, pipeline).get(cls.__name__, {})
     if issubclass(cls, enum.Enum):
         return diffusers.DDIMScheduler()
     if issubclass(cls, diffusers.SchedulerMixin):
@@ -580,6 +575,7 @@ def component(cls: type, pipeline: str, name: str, folder: Path) -> Any:
 def make(pipeline: type, folder: Path) -> Any:
     """Return a tiny instance of a pipeline class. Components of unknown classes are None where a text prompt can be embeddings."""
     given: dict[str, Any] = {}
+    own = _named(OF_PIPELINE, pipeline.__name__)
     try:
         signature = inspect.signature(pipeline.__init__, eval_str=True)  # type: ignore[misc]
     except NameError:  # names that are imported for type checkers alone
@@ -588,6 +584,9 @@ def make(pipeline: type, folder: Path) -> Any:
         if name == "self" or parameter.kind is parameter.VAR_KEYWORD:
             continue
         allowed = classes_of(parameter.annotation)
+        if name in own:
+            given[name] = own[name]()
+            continue
         if parameter.default is not parameter.empty:
             if name not in ("transformer", "transformer_2", "motion_adapter", "safety_checker") or not allowed:
                 if name == "requires_safety_checker":

@@ -272,5 +272,16 @@ def test_a_table_with_as_many_entries_as_rows_by_chance_has_no_rows():
 
     shapes = Shapes.of(call(2), 2, timestep="timestep")
     assert shapes.shared == {}
-    shapes.see(call(4), 4)
+    shapes.see([call(4)], [4])
     assert shapes.shared == {"angles": torch.Size([2, 5])}
+
+
+def test_one_mask_for_all_rows_has_no_rows_but_one_number_that_changes_has():
+    """In a call of one row, both seem to have rows."""
+    def call(rows, scale):
+        return {"sample": torch.zeros(rows, 3), "mask": torch.ones(1, 3), "scale": torch.full((1,), scale)}
+
+    shapes = Shapes.of(call(1, 0.5), 1, timestep="timestep")
+    assert shapes.shared == {}
+    shapes.see([call(4, 0.5), call(4, 0.7)], [4, 4])
+    assert shapes.shared == {"mask": torch.Size([1, 3])}

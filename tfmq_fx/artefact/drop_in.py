@@ -507,11 +507,13 @@ class DropIn(nn.Module):
             )
         t = t.to(dtype)
         if not spec["shape"]:
-            if t.numel() != 1:
+            one = t.reshape(-1)[:1]
+            if t.numel() != 1 and (traced([t]) or not t.numel() or bool((t != one).any())):
                 raise TFMQError(
-                    f"timestep: the network was captured with one timestep per call, found {t.numel()}."
+                    f"timestep: the network was captured with one timestep per call, found {t.numel()}; give each timestep's rows "
+                    "in a call of their own."
                 )
-            return t.reshape(())
+            return one.reshape(())
         if t.dim() > 1:
             if t.numel() != t.shape[0]:
                 raise TFMQError(f"timestep: has shape {tuple(t.shape)}, but must have one value per sample.")

@@ -7,7 +7,7 @@ import inspect
 import json
 import logging
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -37,6 +37,7 @@ from tfmq_fx.calibration.calls import (
     first_overflow,
     overflow_words,
     recorded,
+    same,
 )
 from tfmq_fx.calibration.guidance import Unguided, conditional_rows, conditions, without_guidance
 from tfmq_fx.calibration.pipelines import call_pipeline, few_steps, whole_lists
@@ -53,8 +54,8 @@ MAX_MEMORY = 4 * 2**30  # bytes; larger recordings go to memory-mapped files
 class Shapes:
     """The shapes of a call's tensors, and which of them have no rows, such as position ids and rotary embeddings.
 
-    A tensor whose first dimension is the number of rows may be so by chance: two frames in a call of two rows. Then a
-    call with another number of rows shows that its shape stays the same.
+    A tensor whose first dimension is the number of rows may be so by chance: two frames in a call of two rows, a mask of
+    one picture in a call of one. Then calls with another number of rows show that its shape stays the same.
     """
 
     shared: dict[str, torch.Size]  # of tensors without rows
@@ -67,12 +68,17 @@ class Shapes:
         shared = {n: s for n, s in found.items() if not s or s[0] != rows}
         return Shapes(shared, {n: s for n, s in found.items() if n not in shared}, rows)
 
-    def see(self, call: Flat, rows: int) -> None:
-        """Move the tensors that have the same shape in a call with another number of rows to those without rows."""
-        if rows != self.rows:
-            same_shape = {n: s for n, s in self.likely.items() if isinstance(x := call.get(n), Tensor) and x.shape == s}
-            self.shared.update({n: s for n, s in same_shape.items() if s[0] not in (1, rows)})
-            self.likely = {}
+    def see(self, calls: Sequence[Flat], sizes: Sequence[int]) -> None:
+        """Move the tensors that have the same shape in calls with other numbers of rows to those without rows.
+
+        One that is the same for all rows of a call, (1, ...), but not in all calls, is left: it has rows.
+        """
+        for name, shape in self.likely.items() if self.rows not in sizes else ():
+            values = [call.get(name) for call in calls]
+            fixed = all(isinstance(x, Tensor) and x.shape == shape and shape[0] != n for x, n in zip(values, sizes, strict=True))
+            if fixed and (shape[0] > 1 or all(same(x, values[0]) for x in values)):
+                self.shared[name] = shape
+        self.likely = {}
 
 
 @dataclass(frozen=True)
@@ -283,9 +289,9 @@ def _record(session: Session, folder: Path, *, deterministic: bool, limit: float
     paths, constants = dict[str, ArgumentPath](), Constants(session.defaults)
 
     def take(calls: list[Leaves], conditional: list[bool]) -> None:
+        shapes.see([_flat(c) for c in calls], [session.size_of(_flat(c)) for c in calls])
         for call in calls:
             paths.update({n: path for n, (path, _) in call.items()})
-            shapes.see(_flat(call), session.size_of(_flat(call)))
             names = session.row_names(call, shapes.shared)
             constants.take(call, names)
             sink.append(_rows(session, _flat(call), names))
