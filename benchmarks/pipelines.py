@@ -75,9 +75,7 @@ def attempt(cls: type, row: dict[str, Any]) -> None:
                 pipe, num_samples=2, num_inference_steps=STEPS, component=name, timestep=timestep, **given
             )
             row["records"] = row.get("records", True)
-            quantized[name] = tfmq_fx.quantize(
-                network, NEAREST, calibration=data, timestep=timestep
-            )
+            quantized[name] = tfmq_fx.quantize(network, NEAREST, calibration=data, timestep=timestep)
             row.setdefault("errors", {})[name] = _error(quantized[name], network, data)
         row["quantizes"] = max(row["errors"].values()) < 0.1
         if not row["quantizes"]:
@@ -99,7 +97,9 @@ TIMESTEPS = ("timestep", "timesteps", "t", "timestep_ratio", "r")
 
 
 def _denoises(module: nn.Module) -> bool:
-    return any(takes_timestep(module, t) for t in TIMESTEPS) and not isinstance(module, diffusers.AutoencoderKLLTXVideo)
+    return any(takes_timestep(module, t) for t in TIMESTEPS) and not isinstance(
+        module, diffusers.AutoencoderKLLTXVideo
+    )
 
 
 def _drawn(pipe: Any, given: dict[str, Any]) -> list[torch.Tensor]:
@@ -183,7 +183,9 @@ def table(rows: dict[str, dict[str, Any]]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--only", nargs="+", default=[])
     parser.add_argument("--again", action="store_true", help="try classes again that have a row")
     parser.add_argument("--failed", action="store_true", help="try classes again whose row has a reason")

@@ -301,7 +301,9 @@ class BatchOfTimesteps(OneGuidance):
 
 def test_a_network_that_counts_its_timesteps_is_captured_with_one_for_all_rows():
     network = make(OneGuidance)
-    gm, _ = capture_rows(network, {"sample": torch.randn(2, 4), "timestep": torch.tensor([7.0, 9.0])}, "timestep")
+    gm, _ = capture_rows(
+        network, {"sample": torch.randn(2, 4), "timestep": torch.tensor([7.0, 9.0])}, "timestep"
+    )
     x = torch.randn(5, 4)
     with torch.no_grad():
         torch.testing.assert_close(gm(x, torch.tensor(400.0)), network(x, torch.full((5,), 400.0)))

@@ -313,7 +313,11 @@ def _not_finite(name: str) -> TFMQError:
 def _is_one_row(found: Mapping[str, Any], timestep: str) -> bool:
     """Return True if the example's batch is one. Else a first dimension of one is that of a tensor for all rows."""
     t = found[timestep]
-    return t.shape[0] == 1 if t.dim() else any(isinstance(x, Tensor) and x.shape[:1] == (1,) for x in found.values())
+    return (
+        t.shape[0] == 1
+        if t.dim()
+        else any(isinstance(x, Tensor) and x.shape[:1] == (1,) for x in found.values())
+    )
 
 
 def _example(x: Any, *, of_one: bool) -> Any:
@@ -362,8 +366,13 @@ def _plain(value: Any) -> Any:
 def captured(
     network: nn.Module, calibration: CalibrationSet, timestep: str
 ) -> tuple[GraphModule, dict[str, Any]]:
-    """Capture on the first rows of the calibration set. Return the graph and the arguments of the capture."""
-    example = calibration.arguments(slice(0, 2), beside=network)
+    """Capture on the first rows of the calibration set. Return the graph and the arguments of the capture.
+
+    As many rows as no tensor without rows has entries, so that torch.export can tell the two sizes apart.
+    """
+    taken = {x.shape[0] for x in calibration.constants.values() if isinstance(x, Tensor) and x.dim()}
+    count = next((n for n in range(2, len(calibration) + 1) if n not in taken), 2)
+    example = calibration.arguments(slice(0, count), beside=network)
     if "return_dict" in parameters_of(network):
         example["return_dict"] = False
     return capture_rows(network, example, timestep)

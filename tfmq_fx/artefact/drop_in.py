@@ -445,7 +445,9 @@ class DropIn(nn.Module):
         wants = given.get("return_dict")
         if self._output is None or (wants is not None and not wants):
             return output
-        return self._output(**output) if isinstance(output, Mapping) else self._output(*output)
+        if isinstance(output, Mapping):
+            return self._output(**output)
+        return self._output(output) if isinstance(output, Tensor) else self._output(*output)
 
     def _compute(self, inputs: list[Tensor]) -> Any:
         """Run the network, a compiled one, which keeps its precision, whatever torch is set to here."""

@@ -227,7 +227,9 @@ def output_effects(
 
     return Effects(
         timesteps=torch.stack([calibration.tensors[calibration.timestep][r[0]] for r in rows]),
-        inputs={r.input: column(r.input, sizes=(1,)) for r in readers if r.plan.activation_bits != FLOAT_BITS},
+        inputs={
+            r.input: column(r.input, sizes=(1,)) for r in readers if r.plan.activation_bits != FLOAT_BITS
+        },
         correlated={
             r.input: {c: ratio(r.input, c) for c in r.smoothing}
             for r in readers
