@@ -104,7 +104,7 @@ def _denoises(module: nn.Module) -> bool:
 
 def _drawn(pipe: Any, given: dict[str, Any]) -> list[torch.Tensor]:
     takes = inspect.signature(pipe.__call__).parameters
-    more = {"generator": torch.Generator().manual_seed(0)} if "generator" in takes else {}
+    more: dict[str, Any] = {"generator": torch.Generator().manual_seed(0)} if "generator" in takes else {}
     more |= {"output_type": "np"} if "output_type" in takes else {}
     more |= {"num_inference_steps": STEPS} if "num_inference_steps" in takes else {}
     torch.manual_seed(0)

@@ -73,8 +73,19 @@ _CASCADE = {
     "up_num_layers_per_block": (1, 1), "conditioning_dim": 16, "clip_text_pooled_in_channels": TEXT,
     "timestep_ratio_embedding_dim": 8,
 }  # fmt: skip
-_TRANSFORMER_XL = {"hidden_size": TEXT, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
-_LLM = {**_TRANSFORMER_XL, "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 512, "pad_token_id": 0}
+_TRANSFORMER_XL = {
+    "hidden_size": TEXT,
+    "intermediate_size": 32,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+}
+_LLM = {
+    **_TRANSFORMER_XL,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 512,
+    "pad_token_id": 0,
+}
 
 # Values of the config by class: diffusers' models, then transformers'.
 COMPONENTS: dict[str, dict[str, Any]] = {
@@ -431,7 +442,7 @@ def needs_picture(parameter: inspect.Parameter) -> bool:
 
 
 _MASK = {"prompt_embeds_mask": torch.ones(1, LENGTH, dtype=torch.long), "negative_prompt_embeds_mask": torch.ones(1, LENGTH, dtype=torch.long)}  # fmt: skip
-_PAIR = {n: text for n in _EMBEDS}
+_PAIR = dict.fromkeys(_EMBEDS, text)
 # By a pattern of the pipeline's name: other arguments of its call. A pipeline whose text encoder is not made gets
 # embeddings for a prompt.
 CALLS: tuple[tuple[str, dict[str, Any]], ...] = (
@@ -507,21 +518,40 @@ def _random(network: nn.Module) -> nn.Module:
     return network.eval()
 
 
-def _text_model(cls: type, more: Mapping[str, Any]) -> nn.Module:
+def _eval(module: nn.Module) -> nn.Module:
+    return module.eval()
+
+
+def _text_model(cls: Any, more: Mapping[str, Any]) -> nn.Module:
     """Make a language model by the fields that its config has."""
-    config_class: Any = cls.config_class  # type: ignore[attr-defined]
-    fields = {**_LLM, "vocab_size": 64, "query_pre_attn_scalar": 8, "bos_token_id": 0, "eos_token_id": 1, "type_vocab_size": 2, **more}
-    return cls(config_class(**fields)).eval()  # fmt: skip
+    fields = {
+        **_LLM,
+        "vocab_size": 64,
+        "query_pre_attn_scalar": 8,
+        "bos_token_id": 0,
+        "eos_token_id": 1,
+        "type_vocab_size": 2,
+        **more,
+    }
+    return _eval(cls(cls.config_class(**fields)))
 
 
-def _t5(cls: type, more: Mapping[str, Any]) -> nn.Module:
-    fields = {"vocab_size": 64, "d_model": TEXT, "d_kv": 8, "d_ff": 32, "num_layers": 1, "num_heads": 2, **more}
-    return cls(cls.config_class(**fields)).eval()  # type: ignore[attr-defined,no-any-return]
+def _t5(cls: Any, more: Mapping[str, Any]) -> nn.Module:
+    fields = {
+        "vocab_size": 64,
+        "d_model": TEXT,
+        "d_kv": 8,
+        "d_ff": 32,
+        "num_layers": 1,
+        "num_heads": 2,
+        **more,
+    }
+    return _eval(cls(cls.config_class(**fields)))
 
 
-def _vision(cls: type, more: Mapping[str, Any]) -> nn.Module:
+def _vision(cls: Any, more: Mapping[str, Any]) -> nn.Module:
     fields = {**_TRANSFORMER_XL, "image_size": PIXELS, "patch_size": 8, "projection_dim": TEXT, **more}
-    return cls(cls.config_class(**fields)).eval()  # type: ignore[attr-defined,no-any-return]
+    return _eval(cls(cls.config_class(**fields)))
 
 
 class Passing(nn.Module):
@@ -529,7 +559,7 @@ class Passing(nn.Module):
 
     device, dtype = torch.device("cpu"), torch.float32
 
-    def check_text_safety(self, prompt: str) -> bool:
+    def check_text_safety(self, _prompt: str) -> bool:
         return True
 
     def check_video_safety(self, video: Any) -> Any:
@@ -539,7 +569,7 @@ class Passing(nn.Module):
 _BASES = {"Gemma2PreTrainedModel": "Gemma2Model", "GemmaPreTrainedModel": "GemmaModel"}
 
 
-def component(cls: type, pipeline: str, name: str, folder: Path) -> Any:
+def component(cls: Any, pipeline: str, name: str, folder: Path) -> Any:
     """Return a tiny component of class `cls` for the pipeline's argument `name`. Raises KeyError if none is known."""
     title, more = cls.__name__, _named(OF_PIPELINE, pipeline).get(cls.__name__, {})
     if issubclass(cls, enum.Enum):
@@ -563,7 +593,14 @@ def component(cls: type, pipeline: str, name: str, folder: Path) -> Any:
         return _t5(cls, more)
     if "Vision" in title and issubclass(cls, transformers.PreTrainedModel):
         return _vision(cls, more)
-    if title in ("BertModel", "LlamaModel", "GlmModel", "Gemma2PreTrainedModel", "GemmaPreTrainedModel", "Qwen3Model"):
+    if title in (
+        "BertModel",
+        "LlamaModel",
+        "GlmModel",
+        "Gemma2PreTrainedModel",
+        "GemmaPreTrainedModel",
+        "Qwen3Model",
+    ):
         return _text_model(getattr(transformers, _BASES.get(title, title)), more)
     if issubclass(cls, diffusers.ModelMixin):
         return _random(cls(**{**COMPONENTS[title], **more}))
@@ -587,11 +624,11 @@ def make(pipeline: type, folder: Path) -> Any:
         if name in own:
             given[name] = own[name]()
             continue
-        if parameter.default is not parameter.empty:
-            if name not in ("transformer", "transformer_2", "motion_adapter", "safety_checker") or not allowed:
-                if name == "requires_safety_checker":
-                    given[name] = False
-                continue
+        wanted = name in OPTIONAL_BUT_MADE and allowed
+        if parameter.default is not parameter.empty and not wanted:
+            if name == "requires_safety_checker":
+                given[name] = False
+            continue
         given[name] = _first(allowed, pipeline.__name__, name, folder)
     made = pipeline(**given)
     made.set_progress_bar_config(disable=True)
@@ -601,7 +638,10 @@ def make(pipeline: type, folder: Path) -> Any:
     return made
 
 
-OPTIONAL = re.compile(r"safety_checker|feature_extractor|text_encoder|tokenizer|processor|image_encoder|watermarker|guider")
+OPTIONAL_BUT_MADE = ("transformer", "transformer_2", "motion_adapter", "safety_checker")
+OPTIONAL = re.compile(
+    r"safety_checker|feature_extractor|text_encoder|tokenizer|processor|image_encoder|watermarker|guider"
+)
 
 
 def _first(allowed: list[Any], pipeline: str, name: str, folder: Path) -> Any:

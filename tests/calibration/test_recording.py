@@ -295,7 +295,7 @@ def test_one_mask_for_all_rows_has_no_rows_but_one_number_that_changes_has():
     assert shapes.shared == {"mask": torch.Size([1, 3])}
 
 
-class Clips(diffusers.DDPMPipeline):
+class Clips(diffusers.DDPMPipeline):  # type: ignore[misc]
     """Its network takes the condition of each clip once for every one of three frames."""
 
     @torch.no_grad()

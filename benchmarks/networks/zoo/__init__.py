@@ -23,6 +23,14 @@ from benchmarks.networks.zoo.unets import UNETS_2D
 from benchmarks.networks.zoo.unets_text import UNET_KANDINSKY3, UNETS_TEXT
 from benchmarks.networks.zoo.unets_video import UNETS_VIDEO
 
-ZOO: tuple[Entry, ...] = (*UNETS_2D, *UNETS_TEXT, UNET_KANDINSKY3, *UNETS_VIDEO, *TRANSFORMERS, *RECENT, *PLAIN)
+ZOO: tuple[Entry, ...] = (
+    *UNETS_2D,
+    *UNETS_TEXT,
+    UNET_KANDINSKY3,
+    *UNETS_VIDEO,
+    *TRANSFORMERS,
+    *RECENT,
+    *PLAIN,
+)
 
 __all__ = ["ZOO", "Entry", "depends"]

@@ -26,7 +26,9 @@ from benchmarks.networks.zoo.entry import TIME, Entry, builder, noise, pair, ste
 _FLOAT = steps(17.5, 803.25)
 _WORDS = 5  # tokens of the reduced prompt
 _EMBEDDER = pair("time_text_embed.timestep_embedder")
-_SINGLE = pair("time_embed.emb.timestep_embedder")  # diffusers' AdaLayerNormSingle: its own output is a feature as well
+_SINGLE = pair(
+    "time_embed.emb.timestep_embedder"
+)  # diffusers' AdaLayerNormSingle: its own output is a feature as well
 
 
 def _of_timestep(
@@ -46,7 +48,9 @@ def _of_timestep(
     )  # fmt: skip
 
 
-def _of_images(channels: int, width: int, *, text: int = 20, scale: float = 1.0) -> Callable[[bool], dict[str, Any]]:
+def _of_images(
+    channels: int, width: int, *, text: int = 20, scale: float = 1.0
+) -> Callable[[bool], dict[str, Any]]:
     """Latents (N, C, H, W), a prompt, and a float timestep. channels, width: of the published latents and prompts."""
     return lambda real: {
         "hidden_states": noise(2, channels, 128, 128) if real else noise(2, 4, 8, 8),
@@ -66,14 +70,21 @@ def _tokens(channels: int, width: int, real: bool, *, small: int) -> dict[str, A
 
 def _flux2_inputs(real: bool) -> dict[str, Any]:
     found = _tokens(128, 15360, real, small=12)
-    ids = {"img_ids": torch.zeros(4096 if real else 16, 4), "txt_ids": torch.zeros(256 if real else _WORDS, 4)}
+    ids = {
+        "img_ids": torch.zeros(4096 if real else 16, 4),
+        "txt_ids": torch.zeros(256 if real else _WORDS, 4),
+    }
     return {**found, **ids, "guidance": torch.tensor([3.5, 4.0]), "return_dict": False}
 
 
 def _qwen_inputs(real: bool) -> dict[str, Any]:
     found = _tokens(64, 3584, real, small=16)
     mask = torch.ones(found["encoder_hidden_states"].shape[:2], dtype=torch.long)
-    return {**found, "encoder_hidden_states_mask": mask, "img_shapes": [[(1, 64, 64) if real else (1, 4, 4)]] * 2}
+    return {
+        **found,
+        "encoder_hidden_states_mask": mask,
+        "img_shapes": [[(1, 64, 64) if real else (1, 4, 4)]] * 2,
+    }
 
 
 def _ltx_inputs(real: bool) -> dict[str, Any]:
