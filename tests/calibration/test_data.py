@@ -27,9 +27,6 @@ def test_spread_takes_rows_evenly_over_timesteps():
             "'sample' holds NaN .*first in row 1",
         ),
         ({"sample": torch.zeros(2, 3), "t": torch.zeros(2)}, "no tensor named 'timestep'; found"),
-        (
-            {"sample": torch.zeros(2, 3), "timestep": torch.zeros(2, 4)},
-        ),
     ],
 )
 def test_bad_sets_are_refused(tensors, words):
