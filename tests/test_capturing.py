@@ -10,6 +10,7 @@ from torch import nn
 import tfmq_fx
 from benchmarks.networks.small import ScalarTime, TinyUNet, make
 from tfmq_fx.base.errors import TFMQError
+from tfmq_fx.capturing import capture_rows
 from tfmq_fx.graph.nodes import op_name
 
 X, T = torch.randn(2, 1, 8, 8), torch.tensor([3, 500])
@@ -287,3 +288,39 @@ def test_a_quantized_network_is_called_like_the_one_with_unnamed_arguments():
         assert torch.equal(q(x, t, y), q(sample=x, timestep=t, rest=[y]))
         # 4-bit weights, first and last layer 8: 5% of the largest output is far above their rounding
         assert (q(x, t, y) - float_output).abs().max() < 0.05 * float_output.abs().max()
+
+
+class OneGuidance(nn.Module):
+    """A list as long as the number of timesteps becomes a tensor, as in Chroma: that number is a constant in any export."""
+
+    def __init__(self):
+        super().__init__()
+        self.time, self.table, self.out = nn.Linear(1, 4), nn.Embedding(2, 4), nn.Linear(4, 4)
+
+    def forward(self, sample, timestep):
+        emb = self.time(timestep[:, None] / 1000) + self.table(torch.tensor([0] * timestep.shape[0]))
+        return self.out(sample + emb)
+
+
+class BatchOfTimesteps(OneGuidance):
+    """The sample's batch is read from the timesteps, so that one timestep for all rows would be another function."""
+
+    def forward(self, sample, timestep):
+        emb = self.table(torch.tensor([0] * timestep.shape[0])) + self.time(timestep[:, None] / 1000)
+        return self.out(sample.reshape(timestep.shape[0], -1, 4) + emb[:, None])
+
+
+def test_a_network_that_counts_its_timesteps_is_captured_with_one_for_all_rows():
+    network = make(OneGuidance)
+    gm, _ = capture_rows(
+        network, {"sample": torch.randn(2, 4), "timestep": torch.tensor([7.0, 9.0])}, "timestep"
+    )
+    x = torch.randn(5, 4)
+    with torch.no_grad():
+        torch.testing.assert_close(gm(x, torch.tensor(400.0)), network(x, torch.full((5,), 400.0)))
+
+
+def test_a_network_whose_batch_is_that_of_its_timesteps_is_refused_as_before():
+    example = {"sample": torch.randn(2, 4), "timestep": torch.tensor([7.0, 9.0])}
+    with pytest.raises(TFMQError, match="fixed the batch of 'sample' at 2"):
+        capture_rows(make(BatchOfTimesteps), example, "timestep")

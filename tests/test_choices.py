@@ -187,6 +187,19 @@ def test_constant_and_empty_inputs_get_finite_scales():
     assert torch.isfinite(q(x, t)).all()
 
 
+class Detached(Uneven):
+    """No gradient goes back to one of the layers, as in the last text branch of a ControlNet."""
+
+    def forward(self, sample, timestep):
+        h = torch.tanh(self.first(sample)) + self.time(sinusoid(timestep, 8))[:, :, None, None]
+        return self.last(self.even(h) + self.uneven(h).detach())
+
+
+def test_a_layer_to_which_no_gradient_goes_back_is_quantized_as_the_recipe_says():
+    q = tfmq_fx.quantize(make(Detached), OPEN, calibration=calibration())
+    assert "uneven.weight" in {layer["path"] for layer in q.report["layers"]}
+
+
 def test_rows_of_one_timestep_are_enough():
     data = calibration()
     one = data.rows(data.tensors["timestep"] == data.tensors["timestep"][0])

@@ -21,7 +21,7 @@ from torch.utils import _pytree as pytree
 from tfmq_fx.base.ambient import neutral, tracked
 from tfmq_fx.base.arguments import leaves
 from tfmq_fx.base.errors import TFMQError, nearest_names
-from tfmq_fx.base.signatures import call_of, hides_arguments, parameters_of, takes_any
+from tfmq_fx.base.signatures import call_of, hides_arguments, parameters_of, signature_of, takes_any
 from tfmq_fx.base.tracing import capture_error, graphs_to_log, tracing
 from tfmq_fx.calibration.data import CalibrationSet
 from tfmq_fx.calibration.ready import require_ready
@@ -37,6 +37,8 @@ from tfmq_fx.passes.clean.literal_dtypes import literal_dtypes
 from tfmq_fx.passes.clean.remove_noops import remove_noops
 from tfmq_fx.passes.clean.root_batch_size import root_batch_size
 from tfmq_fx.passes.pass_manager import PassManager
+
+ROUNDING = 1e-2  # relative; that of bfloat16 sums in another order, far below another function of the inputs
 
 
 @neutral()
@@ -78,8 +80,9 @@ def capture(
         raise TFMQError(
             f"example input {unknown[0]!r}: {type(network).__name__} takes {nearest_names(unknown[0], order)}."
         )
+    example = partial(_example, of_one=_is_one_row(found, timestep))
     inputs = {
-        n: pytree.tree_map(_example, example_inputs[n]) for n in (*order, *unknown) if n in example_inputs
+        n: pytree.tree_map(example, example_inputs[n]) for n in (*order, *unknown) if n in example_inputs
     }
     program = _exported(network, inputs)
     gm = program.module(check_guards=False)
@@ -307,12 +310,25 @@ def _not_finite(name: str) -> TFMQError:
     return TFMQError(f"weight {name}: holds NaN or infinite values; quantizing it would give wrong pictures.")
 
 
-def _example(x: Any) -> Any:
-    """Return a leaf of the example as capture needs it: tensors for autograd, with a batch of at least two."""
+def _is_one_row(found: Mapping[str, Any], timestep: str) -> bool:
+    """Return True if the example's batch is one. Else a first dimension of one is that of a tensor for all rows."""
+    t = found[timestep]
+    return (
+        t.shape[0] == 1
+        if t.dim()
+        else any(isinstance(x, Tensor) and x.shape[:1] == (1,) for x in found.values())
+    )
+
+
+def _example(x: Any, *, of_one: bool) -> Any:
+    """Return a leaf of the example as capture needs it: tensors for autograd, with a batch of at least two.
+
+    of_one: True if the example has one row.
+    """
     if not isinstance(x, Tensor):
         return x
     x = tracked(x)
-    return torch.cat([x, x]) if x.dim() > 0 and x.shape[0] == 1 else x
+    return torch.cat([x, x]) if of_one and x.dim() > 0 and x.shape[0] == 1 else x
 
 
 def _track_constants(gm: GraphModule) -> None:
@@ -350,8 +366,13 @@ def _plain(value: Any) -> Any:
 def captured(
     network: nn.Module, calibration: CalibrationSet, timestep: str
 ) -> tuple[GraphModule, dict[str, Any]]:
-    """Capture on the first rows of the calibration set. Return the graph and the arguments of the capture."""
-    example = calibration.arguments(slice(0, 2), beside=network)
+    """Capture on the first rows of the calibration set. Return the graph and the arguments of the capture.
+
+    As many rows as no tensor without rows has entries, so that torch.export can tell the two sizes apart.
+    """
+    taken = {x.shape[0] for x in calibration.constants.values() if isinstance(x, Tensor) and x.dim()}
+    count = next((n for n in range(2, len(calibration) + 1) if n not in taken), 2)
+    example = calibration.arguments(slice(0, count), beside=network)
     if "return_dict" in parameters_of(network):
         example["return_dict"] = False
     return capture_rows(network, example, timestep)
@@ -361,6 +382,8 @@ def capture_rows(
     network: nn.Module, example: dict[str, Any], timestep: str
 ) -> tuple[GraphModule, dict[str, Any]]:
     """Capture on rows with a timestep each, (N,), or on one timestep, (), if the network takes one per call.
+
+    A network that turns the number of timesteps into a Python number gets its one timestep as (1,), for all rows.
 
     Returns the graph and the arguments of the capture.
     """
@@ -374,7 +397,51 @@ def capture_rows(
             return capture(network, one, timestep=timestep), one
         except TFMQError:
             pass  # the first error is the one to show
+        try:
+            gm = capture(_with_one_timestep(network, timestep), one, timestep=timestep)
+        except TFMQError:
+            gm = None
+        if gm is not None and _computes(gm, network, one):
+            return gm, example
         raise
+
+
+def _with_one_timestep(network: nn.Module, timestep: str) -> nn.Module:
+    """Return the same network for a timestep of shape (), which it gets as (1,)."""
+    view: nn.Module = object.__new__(type(network))
+    vars(view).update(vars(network))
+    own = vars(network).get("forward") or MethodType(type(network).forward, view)
+    signature = signature_of(network)
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        given = signature.bind(*args, **kwargs)
+        given.arguments[timestep] = given.arguments[timestep].reshape(1)
+        return own(*given.args, **given.kwargs)
+
+    forward.__signature__ = signature  # type: ignore[attr-defined]
+    view.forward = forward
+    return view
+
+
+@keeps_buffers
+@torch.no_grad()
+def _computes(gm: GraphModule, network: nn.Module, one: Mapping[str, Any]) -> bool:
+    """Return True if the graph computes what the network does with that timestep for every row.
+
+    One timestep need not be the same as one for each row: a network may read its batch from there.
+    """
+    found = {n: x for n, (_, x) in leaves(one).items()}
+    timestep = str(timestep_input(gm, None).target)
+    rows = next(found[n].shape[0] for n in placeholders(gm) if n != timestep and found[n].dim())
+    given = pytree.tree_map(lambda x: x, dict(one)) | {timestep: found[timestep].expand(rows)}
+    args, kwargs = call_of(network, given)
+    expected = pytree.tree_leaves(_as_dict(network(*args, **kwargs)))
+    made = pytree.tree_leaves(gm(*[found[n] for n in placeholders(gm)]))
+    return all(
+        a.shape == b.shape and bool((a - b).norm() <= ROUNDING * b.norm())
+        for a, b in zip(made, expected, strict=True)
+        if isinstance(b, Tensor)
+    )
 
 
 @keeps_buffers

@@ -1,17 +1,24 @@
 """Rows recorded through a pipeline: any scheduler, any arguments, the cache, memory."""
 
+import dataclasses
+
 import diffusers
 import pytest
 import torch
 from torch import nn
 
+import tfmq_fx
 from benchmarks.networks.pipelines import PIPELINES, PROMPTS, saved, t5_encoder, t5_tokenizer, unet_2d
 from tfmq_fx.base.errors import TFMQError
 from tfmq_fx.calibration.calls import recorded
 from tfmq_fx.calibration.data import CalibrationSet
+from tfmq_fx.calibration.recording import Shapes
 from tfmq_fx.demo import embedded_pipeline
 
 ENTRIES = {e.name: e for e in PIPELINES}
+NEAREST = dataclasses.replace(
+    tfmq_fx.Recipe.preset("w8a8"), reconstruction=tfmq_fx.Reconstruction(method="nearest")
+)
 # diffusers' own, on this torch and numpy.
 pytestmark = [
     pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning"),
@@ -262,3 +269,61 @@ def test_the_cache_knows_arrays_within_lists_by_their_values(sd, tmp_path):
             **settings,
         )
     assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_a_table_with_as_many_entries_as_rows_by_chance_has_no_rows():
+    """Two frames' rotary embedding in a call of two rows; in one of four it still has two."""
+
+    def call(rows):
+        return {"sample": torch.zeros(rows, 3), "angles": torch.zeros(2, 5), "timestep": torch.zeros(rows)}
+
+    shapes = Shapes.of(call(2), 2, timestep="timestep")
+    assert shapes.shared == {}
+    shapes.see([call(4)], [4])
+    assert shapes.shared == {"angles": torch.Size([2, 5])}
+
+
+def test_one_mask_for_all_rows_has_no_rows_but_one_number_that_changes_has():
+    """In a call of one row, both seem to have rows."""
+
+    def call(rows, scale):
+        return {"sample": torch.zeros(rows, 3), "mask": torch.ones(1, 3), "scale": torch.full((1,), scale)}
+
+    shapes = Shapes.of(call(1, 0.5), 1, timestep="timestep")
+    assert shapes.shared == {}
+    shapes.see([call(4, 0.5), call(4, 0.7)], [4, 4])
+    assert shapes.shared == {"mask": torch.Size([1, 3])}
+
+
+class Clips(diffusers.DDPMPipeline):  # type: ignore[misc]
+    """Its network takes the condition of each clip once for every one of three frames."""
+
+    @torch.no_grad()
+    def __call__(self, batch_size=1, generator=None, num_inference_steps=2):
+        clips = torch.randn(batch_size, 3, 4, generator=generator)
+        words = torch.randn(batch_size, 5, generator=generator)
+        self.scheduler.set_timesteps(num_inference_steps)
+        for t in self.scheduler.timesteps:
+            clips = clips - 0.1 * self.unet(clips, t, words.repeat_interleave(3, 0))
+        return {"frames": clips.numpy()}
+
+
+class ClipNetwork(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.time, self.words, self.out = nn.Linear(1, 4), nn.Linear(5, 4), nn.Linear(4, 4)
+
+    def forward(self, sample, timestep, words):
+        emb = self.time((timestep / 1000).float().reshape(-1, 1)).expand(sample.shape[0], -1)
+        return self.out(sample + emb[:, None] + self.words(words).unflatten(0, sample.shape[:2]))
+
+
+def test_a_condition_for_every_frame_is_recorded_once_and_given_as_the_network_takes_it():
+    torch.manual_seed(0)
+    pipe = Clips(ClipNetwork().eval(), diffusers.DDPMScheduler())
+    data = CalibrationSet.record(pipe, num_samples=4, num_inference_steps=2)
+    assert data.tensors["words"].shape == (8, 5)
+    assert data.rows(torch.arange(3)).arguments(slice(1, 3))["words"].shape == (6, 5)
+    q = tfmq_fx.quantize(pipe, NEAREST, calibration=data)
+    x, t, words = torch.randn(5, 3, 4), torch.tensor(500), torch.randn(5, 5).repeat_interleave(3, 0)
+    assert (q(x, t, words) - pipe.unet(x, t, words)).abs().max() < 0.1  # 8 bits of values up to 4

@@ -110,6 +110,7 @@ def test_a_network_of_one_timestep_per_call_takes_any_batch_of_samples(network_c
             error = (pairs[-1][0] - network(x, t)).abs().max()
             assert 0 < error < 0.05  # 8-bit weights and activations of three layers
         assert all(torch.equal(q(x, t), q(x, 0)) for t in (0.0, TIMESTEPS[-1:], TIMESTEPS[-1:, None]))
+        assert torch.equal(q(x, TIMESTEPS[-1:].expand(size)), q(x, 0))  # one for each row, all the same
         assert moved(q(x, 900), q(x, 0))[0].all()
     assert_same_but_for_flips(pairs)
 

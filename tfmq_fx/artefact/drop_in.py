@@ -445,7 +445,9 @@ class DropIn(nn.Module):
         wants = given.get("return_dict")
         if self._output is None or (wants is not None and not wants):
             return output
-        return self._output(**output) if isinstance(output, Mapping) else self._output(*output)
+        if isinstance(output, Mapping):
+            return self._output(**output)
+        return self._output(output) if isinstance(output, Tensor) else self._output(*output)
 
     def _compute(self, inputs: list[Tensor]) -> Any:
         """Run the network, a compiled one, which keeps its precision, whatever torch is set to here."""
@@ -507,11 +509,13 @@ class DropIn(nn.Module):
             )
         t = t.to(dtype)
         if not spec["shape"]:
-            if t.numel() != 1:
+            one = t.reshape(-1)[:1]
+            if t.numel() != 1 and (traced([t]) or not t.numel() or bool((t != one).any())):
                 raise TFMQError(
-                    f"timestep: the network was captured with one timestep per call, found {t.numel()}."
+                    f"timestep: the network was captured with one timestep per call, found {t.numel()}; give each timestep's rows "
+                    "in a call of their own."
                 )
-            return t.reshape(())
+            return one.reshape(())
         if t.dim() > 1:
             if t.numel() != t.shape[0]:
                 raise TFMQError(f"timestep: has shape {tuple(t.shape)}, but must have one value per sample.")

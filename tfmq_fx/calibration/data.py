@@ -30,6 +30,7 @@ class CalibrationSet:
     inside a dict or list argument has a flat name ("added_cond_kwargs_time_ids") and its path in `paths`.
     `constants` has what is the same in every call: plain values, and tensors without rows (position ids).
     `timestep_shape` is that of a row's timestep as the network takes it: () or (1,). In `tensors` it is always ().
+    `repeats` has the tensors of which the network takes each row several times in a row (a prompt for every frame).
     `conditional` (N,) bool is False for the unconditional rows, which guidance adds. `note`: what was chosen for
     the user when the set was recorded, as the report says it.
 
@@ -46,11 +47,12 @@ class CalibrationSet:
         conditional: Tensor | None = None,
         note: str = "",
         timestep_shape: Sequence[int] = (),
+        repeats: Mapping[str, int] | None = None,
     ) -> None:
         # Rows recorded under inference_mode could not be learned from.
         self.tensors = {n: tracked(x) for n, x in tensors.items()}
         self.constants = {n: tracked(x) if isinstance(x, Tensor) else x for n, x in constants.items()}
-        self.timestep, self.note = timestep, note
+        self.timestep, self.note, self.repeats = timestep, note, dict(repeats or {})
         self.paths: dict[str, ArgumentPath] = {n: (n,) for n in (*tensors, *constants)} | dict(paths or {})
         if timestep not in self.tensors:
             raise TFMQError(
@@ -115,7 +117,7 @@ class CalibrationSet:
 
         beside: the network on whose device they will be; None leaves them where they are.
         """
-        values = {n: x[rows] for n, x in self.tensors.items()} | self.constants
+        values = {n: self._taken(n, x[rows]) for n, x in self.tensors.items()} | self.constants
         values[self.timestep] = values[self.timestep].reshape(-1, *self.timestep_shape)
         own = None if beside is None else next(iter((*beside.parameters(), *beside.buffers())), None)
         return nested(
@@ -176,7 +178,7 @@ class CalibrationSet:
         found = record(session, deterministic=deterministic, cache=folder, max_memory=max_memory)
         return CalibrationSet(
             found.rows, found.constants, timestep, found.paths, conditional=found.conditional,
-            note=OWN_PROMPTS if own else "",
+            note=OWN_PROMPTS if own else "", repeats=found.repeats,
         )  # fmt: skip
 
     @property
@@ -212,6 +214,7 @@ class CalibrationSet:
             self.paths,
             conditional=self.conditional[chosen],
             timestep_shape=self.timestep_shape,
+            repeats=self.repeats,
         )
 
     def batches(self, batch_size: int, *, one_timestep: bool = False) -> Iterator[dict[str, Tensor]]:
@@ -241,7 +244,11 @@ class CalibrationSet:
 
     def input(self, name: str, rows: Tensor) -> Any:
         """Return the rows of one input; the whole input if it has no rows."""
-        return self.constants[name] if name in self.constants else self.tensors[name][rows]
+        return self.constants[name] if name in self.constants else self._taken(name, self.tensors[name][rows])
+
+    def _taken(self, name: str, rows: Tensor) -> Tensor:
+        """Return rows as the network takes them."""
+        return rows.repeat_interleave(self.repeats[name], 0) if name in self.repeats else rows
 
 
 def inputs_of(gm: GraphModule, batch: Mapping[str, Tensor]) -> list[Tensor]:

@@ -216,8 +216,9 @@ def output_effects(
     if all(found.keys() == {POWER} for found in done):
         raise TFMQError("no gradient goes back from the network's output to its layers.")
 
-    def column(key: Any) -> Tensor:
-        none = torch.zeros_like(next((found[key] for found in done if key in found), torch.zeros(())))
+    def column(key: Any, *, sizes: tuple[int, ...] = ()) -> Tensor:
+        """sizes: of the zeros that stand for what no gradient came back to in any run."""
+        none = torch.zeros_like(next((found[key] for found in done if key in found), torch.zeros(sizes)))
         return torch.stack([found.get(key, none) for found in done]).double()
 
     def ratio(key: Any, candidate: Any) -> float:
@@ -226,7 +227,9 @@ def output_effects(
 
     return Effects(
         timesteps=torch.stack([calibration.tensors[calibration.timestep][r[0]] for r in rows]),
-        inputs={r.input: column(r.input) for r in readers if r.plan.activation_bits != FLOAT_BITS},
+        inputs={
+            r.input: column(r.input, sizes=(1,)) for r in readers if r.plan.activation_bits != FLOAT_BITS
+        },
         correlated={
             r.input: {c: ratio(r.input, c) for c in r.smoothing}
             for r in readers

@@ -7,7 +7,7 @@ import inspect
 import json
 import logging
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -37,6 +37,7 @@ from tfmq_fx.calibration.calls import (
     first_overflow,
     overflow_words,
     recorded,
+    same,
 )
 from tfmq_fx.calibration.guidance import Unguided, conditional_rows, conditions, without_guidance
 from tfmq_fx.calibration.pipelines import call_pipeline, few_steps, whole_lists
@@ -45,8 +46,54 @@ from tfmq_fx.calibration.rows import INDEX, Recording, Sink, read_recording
 log = logging.getLogger(__name__)
 
 
-FORMAT = 3  # of recordings in a cache; increased when the same arguments give other rows
+FORMAT = 4  # of recordings in a cache; increased when the same arguments give other rows
 MAX_MEMORY = 4 * 2**30  # bytes; larger recordings go to memory-mapped files
+
+
+@dataclass
+class Shapes:
+    """The shapes of a call's tensors, and which of them have no rows, such as position ids and rotary embeddings.
+
+    A tensor whose first dimension is the number of rows may be so by chance: two frames in a call of two rows, a mask of
+    one picture in a call of one. Then calls with another number of rows show that its shape stays the same.
+    """
+
+    shared: dict[str, torch.Size]  # of tensors without rows
+    likely: dict[str, torch.Size]  # of tensors that seem to have rows
+    repeats: dict[str, int]  # of those, how often each row is there: a prompt for every frame
+    rows: int  # of the call in which they do
+
+    @staticmethod
+    def of(call: Flat, rows: int, *, timestep: str) -> Shapes:
+        found = {n: x for n, x in call.items() if n != timestep and isinstance(x, Tensor)}
+        repeats = {n: k for n, x in found.items() if (k := _repeats(x, rows)) > 1}
+        shapes = {n: x.shape for n, x in found.items()}
+        shared = {n: s for n, s in shapes.items() if n not in repeats and (not s or s[0] != rows)}
+        return Shapes(shared, {n: s for n, s in shapes.items() if n not in shared}, repeats, rows)
+
+    def see(self, calls: Sequence[Flat], sizes: Sequence[int]) -> None:
+        """Move the tensors that have the same shape in calls with other numbers of rows to those without rows.
+
+        One that is the same for all rows of a call, (1, ...), but not in all calls, is left: it has rows.
+        """
+        told = self.rows not in sizes
+        for name, shape in self.likely.items():
+            values = [call.get(name) for call in calls]
+            fixed = told and all(isinstance(x, Tensor) and x.shape == shape for x in values)
+            if (fixed and (shape[0] > 1 or all(same(x, values[0]) for x in values))) or (
+                not told and name in self.repeats
+            ):
+                self.shared[name] = shape
+                self.repeats.pop(name, None)
+        self.likely = {}
+
+
+def _repeats(x: Tensor, rows: int) -> int:
+    """Return k if each of `rows` rows of a tensor is there k times in a row; 1 if they differ, or are not k * rows."""
+    if not x.dim() or not rows or x.shape[0] % rows or x.shape[0] == rows:
+        return 1
+    groups = x.unflatten(0, (rows, -1))
+    return groups.shape[1] if bool((groups == groups[:, :1]).all()) else 1
 
 
 @dataclass(frozen=True)
@@ -155,10 +202,8 @@ class Session:
             f"calibration: a call of {type(self.network).__name__} has no tensor but {self.timestep!r}."
         )
 
-    def probe(self) -> tuple[dict[str, torch.Size], Unguided | None]:
-        """Find the tensors without rows, and how to run without guidance.
-
-        Returns the shapes of tensors that have no rows, such as position ids; and None if there is no guidance.
+    def probe(self) -> tuple[Shapes, Unguided | None]:
+        """Find the tensors without rows, and how to run without guidance, None if there is no guidance.
 
         The first run takes few steps, for a number of samples other than the recording's batch size: tensors that
         do not scale with it have no rows. Other runs are the same without guidance, and have fewer rows if it was on.
@@ -167,10 +212,8 @@ class Session:
         found = self.short(size)
         calls = [_flat(call) for call in found]
         rows = self.size_of(calls[0])
-        shared = {
-            n: x.shape for n, x in calls[0].items()
-            if n != self.timestep and isinstance(x, Tensor) and (not x.dim() or x.shape[0] != rows)
-        }  # fmt: skip
+        shapes = Shapes.of(calls[0], rows, timestep=self.timestep)
+        shared = shapes.shared
         constants = Constants(self.defaults)
         for call in found:
             constants.take(call, self.row_names(call, shared))
@@ -180,9 +223,11 @@ class Session:
             if plain and sum(self.size_of(c) for c in plain) < total:
                 plain += [_flat(c) for c in self.short(size, changes=changes, seed=1)]
                 _, *names = (n for n, x in plain[0].items() if isinstance(x, Tensor) and n != self.timestep)
-                found_in = conditions(plain, [n for n in names if n not in shared])
-                return shared, Unguided(changes=changes, conditions=found_in)
-        return shared, None
+                found_in = conditions(
+                    plain, [n for n in names if n not in shared and n not in shapes.repeats]
+                )
+                return shapes, Unguided(changes=changes, conditions=found_in)
+        return shapes, None
 
     def row_names(self, call: Leaves, shared: Mapping[str, torch.Size]) -> frozenset[str]:
         """Return the names of a call's arguments that have rows. shared: the tensors that have none.
@@ -261,15 +306,16 @@ def _record(session: Session, folder: Path, *, deterministic: bool, limit: float
     paths, constants = dict[str, ArgumentPath](), Constants(session.defaults)
 
     def take(calls: list[Leaves], conditional: list[bool]) -> None:
+        shapes.see([_flat(c) for c in calls], [session.size_of(_flat(c)) for c in calls])
         for call in calls:
             paths.update({n: path for n, (path, _) in call.items()})
-            names = session.row_names(call, shared)
+            names = session.row_names(call, shapes.shared)
             constants.take(call, names)
-            sink.append(_rows(session, _flat(call), names))
+            sink.append(_rows(session, _flat(call), names, shapes.repeats))
         marks.extend(conditional)
 
     with workers(1) if deterministic else nullcontext():
-        shared, unguided = session.probe()
+        shapes, unguided = session.probe()
         found = []
         for start in track(starts, "recording trajectories"):
             if ranks.size > 1:
@@ -283,7 +329,11 @@ def _record(session: Session, folder: Path, *, deterministic: bool, limit: float
                 if batch is not None:
                     take(*batch)
     return Recording(
-        rows=sink.finish(), constants=constants.values, paths=paths, conditional=torch.tensor(marks)
+        rows=sink.finish(),
+        constants=constants.values,
+        paths=paths,
+        conditional=torch.tensor(marks),
+        repeats=shapes.repeats,
     )
 
 
@@ -291,14 +341,18 @@ def _flat(call: Leaves) -> Flat:
     return {n: value for n, (_, value) in call.items()}
 
 
-def _rows(session: Session, call: Flat, names: frozenset[str]) -> dict[str, Tensor]:
-    """Return the rows of a call. names: its arguments that have rows."""
+def _rows(
+    session: Session, call: Flat, names: frozenset[str], repeats: Mapping[str, int]
+) -> dict[str, Tensor]:
+    """Return the rows of a call. names: its arguments that have rows. repeats: how often each row is there, if not once."""
     size, rows = session.size_of(call), {}
     for name in (n for n in call if n in names):
         value = torch.as_tensor(call[name])
         if name == session.timestep:
             rows[name] = _timesteps(name, value, size)
             continue
+        if name in repeats and _repeats(value, size) == repeats[name]:
+            value = value[:: repeats[name]]
         if value.dim() and value.shape[0] == 1:
             value = value.expand(size, *value.shape[1:])
         if not value.dim() or value.shape[0] != size:
@@ -339,6 +393,7 @@ def _write(session: Session, folder: Path, *, deterministic: bool) -> None:
         "shared": {n: [str(x.dtype).removeprefix("torch."), x.tolist()] for n, x in tensors.items()},
         "paths": {n: list(path) for n, path in found.paths.items()},
         "conditional": found.conditional.int().tolist(),
+        "repeats": found.repeats,
     }
     try:
         text = json.dumps(index)

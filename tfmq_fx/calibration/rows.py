@@ -26,6 +26,7 @@ class Recording:
     constants: dict[str, Any]  # plain values, and shared tensors
     paths: dict[str, ArgumentPath]
     conditional: Tensor  # (N,) bool: False for a guided pipeline's unconditional rows
+    repeats: dict[str, int]  # how often the network takes each row, if not once: a prompt for every frame
 
 
 class Sink:
@@ -109,6 +110,7 @@ def read_recording(folder: Path) -> Recording:
             constants={**index["constants"], **shared},
             paths={n: tuple(path) for n, path in index["paths"].items()},
             conditional=torch.tensor(index["conditional"], dtype=torch.bool),
+            repeats=index["repeats"],
         )
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise TFMQError(

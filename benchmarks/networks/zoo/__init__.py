@@ -17,11 +17,20 @@ from __future__ import annotations
 from benchmarks.networks.zoo.entry import Entry
 from benchmarks.networks.zoo.oracle import depends
 from benchmarks.networks.zoo.plain import PLAIN
+from benchmarks.networks.zoo.recent import RECENT
 from benchmarks.networks.zoo.transformers import TRANSFORMERS
 from benchmarks.networks.zoo.unets import UNETS_2D
 from benchmarks.networks.zoo.unets_text import UNET_KANDINSKY3, UNETS_TEXT
 from benchmarks.networks.zoo.unets_video import UNETS_VIDEO
 
-ZOO: tuple[Entry, ...] = (*UNETS_2D, *UNETS_TEXT, UNET_KANDINSKY3, *UNETS_VIDEO, *TRANSFORMERS, *PLAIN)
+ZOO: tuple[Entry, ...] = (
+    *UNETS_2D,
+    *UNETS_TEXT,
+    UNET_KANDINSKY3,
+    *UNETS_VIDEO,
+    *TRANSFORMERS,
+    *RECENT,
+    *PLAIN,
+)
 
 __all__ = ["ZOO", "Entry", "depends"]

@@ -1,0 +1,673 @@
+"""Make a tiny instance of each component that a diffusers pipeline asks for, by the class in its signature.
+
+`COMPONENTS` says which values of a class's config make it small. A few pipelines need other values (the channels of a
+mask, two text encoders side by side): `OF_PIPELINE`, and the arguments of their calls: `CALLS`.
+"""
+
+from __future__ import annotations
+
+import enum
+import inspect
+import re
+import typing
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from types import UnionType
+from typing import Any
+
+import diffusers
+import numpy as np
+import PIL.Image
+import torch
+import transformers
+from torch import nn
+
+from benchmarks.networks.pipelines import LENGTH, clip_encoder, clip_tokenizer, t5_tokenizer
+
+TEXT = 16  # width of every text encoder's tokens
+PIXELS = 16  # height and width of what is drawn; latents have half of it
+
+_SD = {
+    "sample_size": 8, "block_out_channels": (8, 16), "layers_per_block": 1, "norm_num_groups": 4, "attention_head_dim": 2,
+    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"), "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
+    "cross_attention_dim": TEXT,
+}  # fmt: skip
+_XL = {
+    "addition_embed_type": "text_time", "addition_time_embed_dim": 4, "projection_class_embeddings_input_dim": 6 * 4 + TEXT,
+    "cross_attention_dim": 2 * TEXT, "use_linear_projection": True, "transformer_layers_per_block": 1,
+}  # fmt: skip
+_CONTROL = {n: x for n, x in _SD.items() if not n.startswith(("up_", "sample"))} | {
+    "conditioning_embedding_out_channels": (8, 8)
+}
+_VAE_2D = {
+    "block_out_channels": (8, 8), "down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2,
+    "latent_channels": 4, "norm_num_groups": 4, "sample_size": PIXELS, "layers_per_block": 1,
+}  # fmt: skip
+_UNET_3D = {
+    "block_out_channels": (8, 16), "layers_per_block": 1, "norm_num_groups": 4, "attention_head_dim": 4, "cross_attention_dim": TEXT,
+    "down_block_types": ("CrossAttnDownBlock3D", "DownBlock3D"), "up_block_types": ("UpBlock3D", "CrossAttnUpBlock3D"),
+}  # fmt: skip
+_FLUX = {
+    "patch_size": 1, "in_channels": 16, "num_layers": 1, "num_single_layers": 1, "attention_head_dim": 16,
+    "num_attention_heads": 2, "joint_attention_dim": TEXT, "axes_dims_rope": (4, 4, 8),
+}  # fmt: skip
+_SD3 = {
+    "sample_size": 8, "patch_size": 2, "in_channels": 4, "out_channels": 4, "num_layers": 2, "num_attention_heads": 2,
+    "attention_head_dim": 8, "joint_attention_dim": 2 * TEXT, "caption_projection_dim": 16, "pooled_projection_dim": 2 * TEXT,
+    "pos_embed_max_size": 16,
+}  # fmt: skip
+_WAN = {
+    "patch_size": (1, 2, 2), "num_attention_heads": 2, "attention_head_dim": 12, "text_dim": TEXT, "ffn_dim": 32, "num_layers": 2,
+    "in_channels": 16, "out_channels": 16, "freq_dim": 16,
+}  # fmt: skip
+_COG = {
+    "num_attention_heads": 2, "attention_head_dim": 16, "in_channels": 4, "out_channels": 4, "time_embed_dim": 8,
+    "text_embed_dim": TEXT, "num_layers": 1, "sample_width": 2, "sample_height": 2, "sample_frames": 5, "max_text_seq_length": LENGTH,
+}  # fmt: skip
+_HUNYUAN = {
+    "in_channels": 4, "out_channels": 4, "num_attention_heads": 2, "attention_head_dim": 8, "num_layers": 1,
+    "num_single_layers": 1, "num_refiner_layers": 1, "text_embed_dim": TEXT, "pooled_projection_dim": TEXT, "rope_axes_dim": (2, 2, 4),
+}  # fmt: skip
+_CASCADE = {
+    "block_out_channels": (8, 8), "num_attention_heads": (2, 2), "down_num_layers_per_block": (1, 1),
+    "up_num_layers_per_block": (1, 1), "conditioning_dim": 16, "clip_text_pooled_in_channels": TEXT,
+    "timestep_ratio_embedding_dim": 8,
+}  # fmt: skip
+_TRANSFORMER_XL = {
+    "hidden_size": TEXT,
+    "intermediate_size": 32,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+}
+_LLM = {
+    **_TRANSFORMER_XL,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 512,
+    "pad_token_id": 0,
+}
+
+# Values of the config by class: diffusers' models, then transformers'.
+COMPONENTS: dict[str, dict[str, Any]] = {
+    "AllegroTransformer3DModel": {
+        "num_attention_heads": 2, "attention_head_dim": 24, "num_layers": 1, "cross_attention_dim": 48, "sample_width": 8,
+        "sample_height": 8, "sample_frames": 2, "caption_channels": TEXT,
+    },
+    "AsymmetricAutoencoderKL": {},
+    "AudioLDM2UNet2DConditionModel": {**_SD, "cross_attention_dim": (TEXT, TEXT)},
+    "AuraFlowTransformer2DModel": {
+        "sample_size": 8, "num_mmdit_layers": 1, "num_single_dit_layers": 1, "attention_head_dim": 8, "num_attention_heads": 4,
+        "joint_attention_dim": TEXT, "caption_projection_dim": 32, "pos_embed_max_size": 64,
+    },
+    "AutoencoderDC": {
+        "latent_channels": 4, "attention_head_dim": 2, "encoder_block_types": ("ResBlock", "EfficientViTBlock"),
+        "decoder_block_types": ("ResBlock", "EfficientViTBlock"), "encoder_block_out_channels": (8, 8),
+        "decoder_block_out_channels": (8, 8), "encoder_qkv_multiscales": ((), (5,)), "decoder_qkv_multiscales": ((), (5,)),
+        "encoder_layers_per_block": (1, 1), "decoder_layers_per_block": (1, 1), "downsample_block_type": "conv",
+        "upsample_block_type": "interpolate", "decoder_norm_types": "rms_norm", "decoder_act_fns": "silu",
+    },
+    "AutoencoderKL": {**_VAE_2D, "shift_factor": 0.0},
+    "AutoencoderKLAllegro": {
+        "block_out_channels": (8, 8, 8, 8), "layers_per_block": 1, "norm_num_groups": 2,
+    },
+    "AutoencoderKLCogVideoX": {
+        "block_out_channels": (8, 8, 8, 8), "latent_channels": 4, "layers_per_block": 1, "norm_num_groups": 2,
+    },
+    "AutoencoderKLCosmos": {
+        "encoder_block_out_channels": (8, 8, 8, 8), "decode_block_out_channels": (8, 8, 8, 8), "resolution": 16, "num_layers": 1,
+        "attention_resolutions": (8,), "latents_mean": [0.0] * 128, "latents_std": [1.0] * 128,
+    },
+    "AutoencoderKLFlux2": {**_VAE_2D},
+    "AutoencoderKLHunyuanImage": {
+        "in_channels": 3, "out_channels": 3, "latent_channels": 4, "block_out_channels": (32, 64, 64), "layers_per_block": 1,
+        "spatial_compression_ratio": 4, "sample_size": 16, "scaling_factor": 0.5,
+    },
+    "AutoencoderKLHunyuanVideo": {
+        "latent_channels": 4, "block_out_channels": (32, 32, 32, 32), "layers_per_block": 1,
+    },
+    "AutoencoderKLHunyuanVideo15": {
+        "latent_channels": 4, "block_out_channels": (16, 16, 16, 16, 16), "layers_per_block": 1,
+    },
+    "AutoencoderKLLTXVideo": {
+        "latent_channels": 4, "block_out_channels": (8, 8, 8, 8), "decoder_block_out_channels": (8, 8, 8, 8),
+        "layers_per_block": (1, 1, 1, 1, 1), "decoder_layers_per_block": (1, 1, 1, 1, 1), "spatio_temporal_scaling": (True, True, False, False),
+        "decoder_spatio_temporal_scaling": (True, True, False, False), "patch_size": 1,
+    },
+    "AutoencoderKLMagvit": {
+        "latent_channels": 4, "block_out_channels": (8, 8, 8, 8), "layers_per_block": 1, "norm_num_groups": 2, "spatial_group_norm": False,
+    },
+    "AutoencoderKLMochi": {
+        "encoder_block_out_channels": (32, 32, 32, 32), "decoder_block_out_channels": (32, 32, 32, 32),
+        "layers_per_block": (1, 1, 1, 1, 1),
+    },
+    "AutoencoderKLQwenImage": {
+        "base_dim": 8, "z_dim": 4, "dim_mult": [1, 1], "num_res_blocks": 1, "temperal_downsample": [False],
+        "latents_mean": [0.0] * 4, "latents_std": [1.0] * 4,
+    },
+    "AutoencoderKLTemporalDecoder": {"block_out_channels": (32, 32), "down_block_types": ("DownEncoderBlock2D",) * 2},
+    "AutoencoderKLWan": {"base_dim": 4, "dim_mult": [1, 1, 1, 1], "num_res_blocks": 1},
+    "AutoencoderOobleck": {
+        "encoder_hidden_size": 8, "downsampling_ratios": [2, 4], "channel_multiples": [1, 2], "decoder_channels": 8,
+        "decoder_input_channels": 4, "sampling_rate": 32,
+    },
+    "BriaFiboTransformer2DModel": {
+        **_FLUX, "axes_dims_rope": (4, 4, 8), "text_encoder_dim": TEXT // 2, "pooled_projection_dim": None, "in_channels": 16,
+    },
+    "BriaTransformer2DModel": {**_FLUX, "pooled_projection_dim": None},
+    "CLIPImageProjection": {"hidden_size": TEXT},
+    "ChromaTransformer2DModel": {
+        **_FLUX, "approximator_num_channels": 16, "approximator_hidden_dim": 32, "approximator_layers": 1,
+    },
+    "ChronoEditTransformer3DModel": {**_WAN, "in_channels": 36, "image_dim": TEXT},
+    "CogVideoXTransformer3DModel": {**_COG},
+    "CogView3PlusTransformer2DModel": {
+        "in_channels": 4, "num_layers": 1, "attention_head_dim": 4, "num_attention_heads": 2, "out_channels": 4,
+        "text_embed_dim": TEXT, "time_embed_dim": 8, "condition_dim": 2, "pos_embed_max_size": 8, "sample_size": 8,
+    },
+    "CogView4Transformer2DModel": {
+        "in_channels": 4, "num_layers": 2, "attention_head_dim": 4, "num_attention_heads": 2, "out_channels": 4,
+        "text_embed_dim": TEXT, "time_embed_dim": 8, "condition_dim": 2,
+    },
+    "ControlNetModel": {**_CONTROL},
+    "ControlNetUnionModel": {**_CONTROL, "num_control_type": 2, "num_trans_channel": 8, "num_trans_head": 2, "num_proj_channel": 8, "addition_embed_type": "text_time"},
+    "ControlNetXSAdapter": {
+        "block_out_channels": (4, 8), "base_block_out_channels": (8, 16), "down_block_types": _SD["down_block_types"], "cross_attention_dim": TEXT,
+        "conditioning_embedding_out_channels": (8, 8), "num_attention_heads": 2, "max_norm_num_groups": 4,
+    },
+    "CosmosTransformer3DModel": {
+        "num_attention_heads": 2, "attention_head_dim": 16, "num_layers": 2, "mlp_ratio": 2.0, "text_embed_dim": TEXT,
+        "adaln_lora_dim": 4, "max_size": (4, 32, 32), "encoder_hidden_states_channels": TEXT,
+    },
+    "DiTTransformer2DModel": {
+        "sample_size": 8, "in_channels": 4, "out_channels": 8, "num_layers": 2, "num_attention_heads": 2, "attention_head_dim": 8,
+        "num_embeds_ada_norm": 1000,
+    },
+    "EasyAnimateTransformer3DModel": {
+        "num_attention_heads": 2, "attention_head_dim": 16, "in_channels": 4, "out_channels": 4, "num_layers": 1, "mmdit_layers": 1,
+        "time_embed_dim": 8, "text_embed_dim": TEXT, "sample_width": 8, "sample_height": 8, "patch_size": 2,
+    },
+    "Flux2Transformer2DModel": {
+        **_FLUX, "axes_dims_rope": (4, 4, 4, 4), "timestep_guidance_channels": 16,
+    },
+    "FluxControlNetModel": {**_FLUX, "pooled_projection_dim": TEXT},
+    "FluxTransformer2DModel": {**_FLUX, "pooled_projection_dim": TEXT, "guidance_embeds": True},
+    "HeliosTransformer3DModel": {**_WAN, "rope_dim": (4, 4, 4)},
+    "HiDreamImageTransformer2DModel": {
+        "patch_size": 2, "in_channels": 4, "out_channels": 4, "num_layers": 1, "num_single_layers": 1, "attention_head_dim": 16,
+        "num_attention_heads": 2, "caption_channels": [TEXT, TEXT], "text_emb_dim": 2 * TEXT, "axes_dims_rope": (8, 4, 4), "max_resolution": (16, 16),
+        "llama_layers": (0, 0), "force_inference_output": True,
+    },
+    "HunyuanDiT2DControlNetModel": {
+        "sample_size": 8, "patch_size": 2, "in_channels": 4, "transformer_num_layers": 2, "num_attention_heads": 2, "attention_head_dim": 8,
+        "hidden_size": 16, "cross_attention_dim": TEXT, "cross_attention_dim_t5": TEXT, "pooled_projection_dim": 16,
+        "text_len": LENGTH, "text_len_t5": LENGTH,
+    },
+    "HunyuanDiT2DModel": {
+        "sample_size": 8, "patch_size": 2, "in_channels": 4, "num_layers": 2, "num_attention_heads": 2, "attention_head_dim": 8,
+        "hidden_size": 16, "cross_attention_dim": TEXT, "cross_attention_dim_t5": TEXT, "pooled_projection_dim": 16,
+        "text_len": LENGTH, "text_len_t5": LENGTH,
+    },
+    "HunyuanImageTransformer2DModel": {
+        "in_channels": 4, "out_channels": 4, "num_attention_heads": 2, "attention_head_dim": 8, "num_layers": 1,
+        "num_single_layers": 1, "num_refiner_layers": 1, "text_embed_dim": TEXT, "text_embed_2_dim": TEXT, "rope_axes_dim": (4, 4),
+    },
+    "HunyuanVideo15Transformer3DModel": {
+        **{n: x for n, x in _HUNYUAN.items() if n not in ("num_single_layers", "pooled_projection_dim")}, "in_channels": 9,
+        "text_embed_2_dim": TEXT, "image_embed_dim": TEXT, "target_size": PIXELS, "task_type": "t2v",
+    },
+    "HunyuanVideoFramepackTransformer3DModel": {
+        **_HUNYUAN, "has_image_proj": True, "image_proj_dim": TEXT, "has_clean_x_embedder": True,
+    },
+    "HunyuanVideoTransformer3DModel": {**_HUNYUAN},
+    "I2VGenXLUNet": {**_UNET_3D, "sample_size": 8, "num_attention_heads": 2},
+    "Kandinsky3UNet": {
+        "time_embedding_dim": 16, "groups": 4, "attention_head_dim": 4, "layers_per_block": 1, "block_out_channels": (8, 16),
+        "cross_attention_dim": 16, "encoder_hid_dim": TEXT,
+    },
+    "Kandinsky5Transformer3DModel": {
+        "in_text_dim": TEXT, "in_text_dim2": TEXT, "time_dim": 16, "model_dim": 16, "ff_dim": 32, "num_text_blocks": 1,
+        "num_visual_blocks": 2, "axes_dims": (2, 2, 4),
+    },
+    "LTXVideoTransformer3DModel": {
+        "in_channels": 4, "out_channels": 4, "num_attention_heads": 2, "attention_head_dim": 8, "cross_attention_dim": 16,
+        "num_layers": 1, "caption_channels": TEXT,
+    },
+    "LatteTransformer3DModel": {
+        "sample_size": 8, "num_layers": 2, "patch_size": 2, "attention_head_dim": 8, "num_attention_heads": 2, "caption_channels": TEXT,
+        "in_channels": 4, "cross_attention_dim": 16, "out_channels": 8, "attention_bias": True, "activation_fn": "gelu-approximate",
+        "num_embeds_ada_norm": 1000, "norm_type": "ada_norm_single", "norm_elementwise_affine": False, "video_length": 5,
+    },
+    "LongCatImageTransformer2DModel": {**_FLUX, "pooled_projection_dim": TEXT},
+    "Lumina2Transformer2DModel": {
+        "sample_size": 8, "in_channels": 4, "hidden_size": 24, "num_layers": 2, "num_refiner_layers": 1, "num_attention_heads": 3,
+        "num_kv_heads": 1, "multiple_of": 2, "axes_dim_rope": (4, 2, 2), "axes_lens": (128,) * 3, "cap_feat_dim": TEXT,
+    },
+    "LuminaNextDiT2DModel": {
+        "sample_size": 8, "hidden_size": 24, "num_layers": 1, "num_attention_heads": 3, "num_kv_heads": 1, "multiple_of": 16,
+        "cross_attention_dim": TEXT,
+    },
+    "MochiTransformer3DModel": {
+        "num_attention_heads": 2, "attention_head_dim": 8, "num_layers": 2, "pooled_projection_dim": 16, "text_embed_dim": TEXT,
+        "time_embed_dim": 4, "max_sequence_length": LENGTH,
+    },
+    "MotionAdapter": {
+        "block_out_channels": (8, 16), "motion_layers_per_block": 1, "motion_norm_num_groups": 4, "motion_num_attention_heads": 2,
+    },
+    "OmniGenTransformer2DModel": {
+        "hidden_size": 16, "num_attention_heads": 2, "num_key_value_heads": 2, "intermediate_size": 32, "num_layers": 1, "vocab_size": 100,
+        "pad_token_id": 0, "time_step_dim": 16, "rope_scaling": {"long_factor": [1.0] * 4, "short_factor": [1.0] * 4},
+    },
+    "OvisImageTransformer2DModel": {**_FLUX},
+    "PRXTransformer2DModel": {
+        "in_channels": 4, "context_in_dim": TEXT, "hidden_size": 16, "mlp_ratio": 2.0, "num_heads": 2, "depth": 1, "axes_dim": [4, 4],
+    },
+    "PaellaVQModel": {"bottleneck_blocks": 1, "num_vq_embeddings": 2, "levels": 2, "embed_dim": 4},
+    "PixArtTransformer2DModel": {
+        "sample_size": 8, "in_channels": 4, "out_channels": 8, "num_layers": 2, "num_attention_heads": 2, "attention_head_dim": 8,
+        "cross_attention_dim": 16, "caption_channels": TEXT, "use_additional_conditions": False,
+    },
+    "PriorTransformer": {
+        "num_attention_heads": 2, "attention_head_dim": 8, "embedding_dim": TEXT, "num_layers": 1, "num_embeddings": LENGTH,
+    },
+    "QwenImageControlNetModel": {
+        "in_channels": 16, "out_channels": 4, "num_layers": 1, "attention_head_dim": 16, "num_attention_heads": 2,
+        "joint_attention_dim": TEXT, "axes_dims_rope": (8, 4, 4),
+    },
+    "QwenImageTransformer2DModel": {
+        "in_channels": 16, "out_channels": 4, "num_layers": 2, "attention_head_dim": 16, "num_attention_heads": 2,
+        "joint_attention_dim": TEXT, "axes_dims_rope": (8, 4, 4),
+    },
+    "SD3ControlNetModel": {n: x for n, x in _SD3.items() if n != "num_layers"} | {"num_layers": 1},
+    "SD3Transformer2DModel": {**_SD3},
+    "SanaControlNetModel": {
+        "in_channels": 4, "out_channels": 4, "num_layers": 1, "num_attention_heads": 2, "attention_head_dim": 4,
+        "num_cross_attention_heads": 2, "cross_attention_head_dim": 4, "cross_attention_dim": 8, "caption_channels": TEXT, "sample_size": 8,
+    },
+    "SanaTransformer2DModel": {
+        "in_channels": 4, "out_channels": 4, "num_layers": 1, "num_attention_heads": 2, "attention_head_dim": 4,
+        "num_cross_attention_heads": 2, "cross_attention_head_dim": 4, "cross_attention_dim": 8, "caption_channels": TEXT, "sample_size": 8,
+    },
+    "SanaVideoTransformer3DModel": {
+        "in_channels": 16, "out_channels": 16, "num_attention_heads": 2, "attention_head_dim": 12, "num_layers": 2,
+        "num_cross_attention_heads": 2, "cross_attention_head_dim": 12, "cross_attention_dim": 24, "caption_channels": TEXT, "sample_size": 8,
+    },
+    "SkyReelsV2Transformer3DModel": {**_WAN},
+    "SparseControlNetModel": {**_CONTROL, "motion_num_attention_heads": 2, "use_simplified_condition_embedding": False},
+    "StableAudioDiTModel": {
+        "sample_size": 4, "in_channels": 4, "num_layers": 2, "attention_head_dim": 4, "num_attention_heads": 2, "out_channels": 4,
+        "num_key_value_attention_heads": 2, "cross_attention_dim": 4, "time_proj_dim": 8, "global_states_input_dim": 8, "cross_attention_input_dim": 4,
+    },
+    "StableAudioProjectionModel": {"text_encoder_dim": TEXT, "conditioning_dim": 4, "min_value": 0, "max_value": 32},
+    "StableCascadeUNet": {**_CASCADE},
+    "T2IAdapter": {"in_channels": 3, "channels": [8, 16], "num_res_blocks": 1, "downscale_factor": 2, "adapter_type": "full_adapter"},
+    "UNet1DModel": {"sample_size": 64, "block_out_channels": (16, 16, 16), "extra_in_channels": 32, "sample_rate": 64},
+    "UNet2DConditionModel": {**_SD},
+    "UNet2DModel": {
+        "sample_size": 8, "block_out_channels": (8,), "layers_per_block": 1, "norm_num_groups": 4, "attention_head_dim": 8,
+        "down_block_types": ("DownBlock2D",), "up_block_types": ("UpBlock2D",),
+    },
+    "UNet3DConditionModel": {**_UNET_3D},
+    "UNetSpatioTemporalConditionModel": {
+        "block_out_channels": (32, 64), "layers_per_block": 1, "cross_attention_dim": TEXT, "num_attention_heads": 2,
+        "down_block_types": ("CrossAttnDownBlockSpatioTemporal", "DownBlockSpatioTemporal"), "sample_size": 8,
+        "up_block_types": ("UpBlockSpatioTemporal", "CrossAttnUpBlockSpatioTemporal"), "projection_class_embeddings_input_dim": 24,
+        "addition_time_embed_dim": 8,
+    },
+    "UVit2DModel": {
+        "hidden_size": 16, "cond_embed_dim": TEXT, "micro_cond_encode_dim": 2, "micro_cond_embed_dim": 10, "encoder_hidden_size": TEXT,
+        "vocab_size": 32, "codebook_size": 16, "in_channels": 8, "block_out_channels": 8, "num_res_blocks": 1, "downsample": True,
+        "upsample": True, "block_num_heads": 1, "num_hidden_layers": 1, "num_attention_heads": 1, "intermediate_size": 16, "sample_size": 8,
+    },
+    "VQModel": {
+        "block_out_channels": (8, 8), "down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2,
+        "latent_channels": 4, "num_vq_embeddings": 16, "norm_num_groups": 4, "vq_embed_dim": 4,
+    },
+    "WanAnimateTransformer3DModel": {**_WAN, "in_channels": 36, "latent_channels": 16},
+    "WanTransformer3DModel": {**_WAN},
+    "WanVACETransformer3DModel": {**_WAN, "vace_layers": [0], "vace_in_channels": 96},
+    "WuerstchenDiffNeXt": {
+        "c_cond": 4, "c_hidden": [8, 8], "nhead": [-1, 2], "blocks": [1, 1], "level_config": ["CT", "CTA"], "inject_effnet": [False, True],
+        "effnet_embd": 16, "clip_embd": TEXT, "c_r": 8,
+    },
+    "WuerstchenPrior": {"c_in": 2, "c": 8, "depth": 2, "c_cond": TEXT, "c_r": 8, "nhead": 2},
+    "ZImageTransformer2DModel": {
+        "all_patch_size": (2,), "all_f_patch_size": (1,), "in_channels": 4, "dim": 32, "n_layers": 2, "n_refiner_layers": 1, "n_heads": 2,
+        "n_kv_heads": 2, "cap_feat_dim": TEXT, "axes_dims": [8, 4, 4], "axes_lens": [256, 32, 32],
+    },
+}  # fmt: skip
+
+_FLOW = {"scheduler": diffusers.FlowMatchEulerDiscreteScheduler}
+# By a pattern of the pipeline's name: other values of its components' configs, or how one is made.
+OF_PIPELINE: tuple[tuple[str, dict[str, Any]], ...] = (
+    (
+        r"XL",
+        {"UNet2DConditionModel": _XL, "ControlNetModel": _XL, "ControlNetUnionModel": _XL, "ControlNetXSAdapter": {"cross_attention_dim": 32}},
+    ),
+    (r"Kolors", {"UNet2DConditionModel": {**_XL, "cross_attention_dim": TEXT}}),
+    (r"StableDiffusionInpaintPipeline$", {"UNet2DConditionModel": {"in_channels": 9}}),
+    (r"InstructPix2Pix|Marigold(Depth|Normals)", {"UNet2DConditionModel": {"in_channels": 8}}),
+    (r"MarigoldIntrinsics", {"UNet2DConditionModel": {"in_channels": 12, "out_channels": 8}}),
+    (r"StableDiffusionUpscale", {"UNet2DConditionModel": {"in_channels": 7, "num_class_embeds": 1000}}),
+    (r"FluxControl(Img2Img|Inpaint)?Pipeline", {"FluxTransformer2DModel": {"in_channels": 32, "out_channels": 16}}),
+    (r"FluxFill|VisualCloze", {"FluxTransformer2DModel": {"in_channels": 48, "out_channels": 16}}),
+    (r"LDMSuperResolution", {"UNet2DModel": {"in_channels": 8, "out_channels": 4}}),
+    (r"^LDMPipeline|LatentUp", {"UNet2DModel": {"in_channels": 4, "out_channels": 4}}),
+    (r"LatentConsistency", {"UNet2DConditionModel": {"time_cond_proj_dim": 8}}),
+    (r"Adapter", {"UNet2DConditionModel": {
+        "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"), "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D")}}),
+    (r"^PIA", {"UNet2DConditionModel": {"in_channels": 9}}),
+    (r"StableDiffusion3(ControlNet)?Inpaint", {
+        "SD3Transformer2DModel": {"in_channels": 16, "out_channels": 16}, "AutoencoderKL": {"latent_channels": 16},
+        "SD3ControlNetModel": {"in_channels": 16, "extra_conditioning_channels": 1}}),
+    (r"Amused", {"scheduler": lambda: diffusers.AmusedScheduler(mask_token_id=31)}),
+    (r"DanceDiffusion", {"scheduler": diffusers.IPNDMScheduler}),
+    (r"ModelEditing", {"scheduler": diffusers.PNDMScheduler}),
+    (r"SanaVideo|SanaImageToVideo", {
+        "vae": lambda: diffusers.AutoencoderKLWan(**COMPONENTS["AutoencoderKLWan"]).eval(), **_FLOW}),
+    (r"Cosmos", {"safety_checker": lambda: Passing()}),
+    (r"Cosmos2", {"CosmosTransformer3DModel": {"extra_pos_embed_type": None}}),
+    (r"^Sana(PAG|ControlNet)?Pipeline", _FLOW),
+    (r"SanaSprint", {"scheduler": diffusers.SCMScheduler, "SanaTransformer2DModel": {"guidance_embeds": True, "qk_norm": "rms_norm_across_heads"}}),
+    (r"^(Wan(ImageToVideo|VACE)?|LucyEdit)Pipeline", {"boundary_ratio": lambda: 0.9}),
+    (r"LucyEdit", {"WanTransformer3DModel": {"in_channels": 32}}),
+    (r"WanImageToVideo|SkyReelsV2(DiffusionForcing)?ImageToVideo", {"WanTransformer3DModel": {"in_channels": 36}}),
+    (r"SkyReelsV2ImageToVideo", {"SkyReelsV2Transformer3DModel": {"in_channels": 36, "image_dim": TEXT}}),
+    (r"CogVideoXImageToVideo|CogVideoXFunControl", {"CogVideoXTransformer3DModel": {"in_channels": 8}}),
+    (r"Cosmos2?VideoToWorld", {"CosmosTransformer3DModel": {"in_channels": 17}}),
+    (r"CogView4Control", {"CogView4Transformer2DModel": {"in_channels": 8}}),
+    (r"StableCascadeDecoder", {"StableCascadeUNet": {
+        "in_channels": 4, "out_channels": 4, "patch_size": 2, "effnet_in_channels": 16, "conditioning_dim": 16,
+        "timestep_conditioning_type": ("sca",), "self_attn": True}}),
+    (r"StableCascadePrior", {"StableCascadeUNet": {"clip_image_in_channels": TEXT, "clip_text_in_channels": TEXT}}),
+    (r"^KandinskyV22(Img2Img)?Pipeline", {"UNet2DConditionModel": {
+        "addition_embed_type": "image", "encoder_hid_dim": TEXT, "encoder_hid_dim_type": "image_proj", "out_channels": 8}}),
+    (r"^KandinskyV22InpaintPipeline", {"UNet2DConditionModel": {
+        "addition_embed_type": "image", "encoder_hid_dim": TEXT, "encoder_hid_dim_type": "image_proj", "in_channels": 9, "out_channels": 8}}),
+    (r"^KandinskyV22Controlnet", {"UNet2DConditionModel": {
+        "addition_embed_type": "image_hint", "encoder_hid_dim": TEXT, "encoder_hid_dim_type": "image_proj", "in_channels": 8, "out_channels": 8}}),
+    (r"^IF", {"UNet2DConditionModel": {
+        "in_channels": 3, "out_channels": 6, "encoder_hid_dim": TEXT, "encoder_hid_dim_type": "text_proj"}}),
+    (r"^IF.*SuperResolution", {"UNet2DConditionModel": {
+        "in_channels": 6, "out_channels": 6, "encoder_hid_dim": TEXT, "encoder_hid_dim_type": "text_proj", "class_embed_type": "timestep"}}),
+    (r"HunyuanVideo15ImageToVideo", {"HunyuanVideo15Transformer3DModel": {"task_type": "i2v"}}),
+    (r"^(StableDiffusion3|SD3)", {"T5EncoderModel": {"d_model": 2 * TEXT}}),
+    (r"UVit|Amused", {"VQModel": {"latent_channels": 8, "vq_embed_dim": 8, "num_vq_embeddings": 16, "lookup_from_codebook": True}}),
+    (r"PaintByExample", {"UNet2DConditionModel": {"in_channels": 9}}),
+)  # fmt: skip
+
+_EMBEDS = ("prompt_embeds", "negative_prompt_embeds")
+
+
+def picture(size: int = PIXELS) -> PIL.Image.Image:
+    values = np.random.RandomState(0).randint(0, 255, (size, size, 3), dtype=np.uint8)
+    return PIL.Image.fromarray(values)
+
+
+def _clip(size: int = PIXELS) -> list[PIL.Image.Image]:
+    return [picture(size)] * 5
+
+
+def text(*shape: int) -> torch.Tensor:
+    return torch.randn(*(shape or (1, LENGTH, TEXT)), generator=torch.Generator().manual_seed(1))
+
+
+# What a call gives by the name of the argument; only what the pipeline takes is given.
+ARGUMENTS: dict[str, Callable[[], Any]] = {
+    "prompt": lambda: "a red cat",
+    "height": lambda: PIXELS,
+    "width": lambda: PIXELS,
+    "num_frames": lambda: 5,
+    "video_length": lambda: 5,
+    "max_sequence_length": lambda: LENGTH,
+    "mask_image": lambda: picture().convert("L"),
+    "control_image": picture,
+    "conditioning_image": picture,
+    "video": _clip,
+    "clean_caption": lambda: False,
+    "use_resolution_binning": lambda: False,
+    "complex_human_instruction": lambda: None,
+    "image_embeds": lambda: text(1, TEXT),
+    "negative_image_embeds": lambda: text(1, TEXT),
+    "class_labels": lambda: [1],
+    "source_prompt": lambda: "a blue cat",
+    "decode_chunk_size": lambda: 2,
+    "strength": lambda: 0.9,
+    "control_mask": lambda: picture().convert("L"),
+}
+
+
+def needs_picture(parameter: inspect.Parameter) -> bool:
+    """Return True for an argument that is a picture and has to be given: it has no default, or a pipeline of pictures."""
+    return parameter.name in ("image", "example_image", "reference_image")
+
+
+_MASK = {"prompt_embeds_mask": torch.ones(1, LENGTH, dtype=torch.long), "negative_prompt_embeds_mask": torch.ones(1, LENGTH, dtype=torch.long)}  # fmt: skip
+_PAIR = dict.fromkeys(_EMBEDS, text)
+# By a pattern of the pipeline's name: other arguments of its call. A pipeline whose text encoder is not made gets
+# embeddings for a prompt.
+CALLS: tuple[tuple[str, dict[str, Any]], ...] = (
+    (r"QwenImage", {"prompt": None, **_PAIR, **_MASK}),
+    (r"ZImage", {"prompt": None, "prompt_embeds": lambda: [text(LENGTH, TEXT)], "negative_prompt_embeds": lambda: [text(LENGTH, TEXT)]}),
+    (r"Flux2|Klein", {"prompt": None, "prompt_embeds": text, "negative_prompt_embeds": text}),
+    (r"HunyuanImage|HunyuanVideo15", {
+        "prompt": None, **_PAIR, **_MASK, "prompt_embeds_2": text, "negative_prompt_embeds_2": text,
+        "prompt_embeds_mask_2": lambda: torch.ones(1, LENGTH, dtype=torch.long),
+        "negative_prompt_embeds_mask_2": lambda: torch.ones(1, LENGTH, dtype=torch.long)}),
+    (r"Kandinsky5", {
+        "prompt": None, "prompt_embeds_qwen": text, "prompt_embeds_clip": lambda: text(1, TEXT), "negative_prompt_embeds_qwen": text,
+        "negative_prompt_embeds_clip": lambda: text(1, TEXT), "prompt_cu_seqlens": lambda: torch.tensor([0, LENGTH], dtype=torch.int32),
+        "negative_prompt_cu_seqlens": lambda: torch.tensor([0, LENGTH], dtype=torch.int32)}),
+    (r"HiDream", {
+        "prompt": None, "prompt_embeds_t5": text, "prompt_embeds_llama3": lambda: text(2, 1, LENGTH, TEXT),
+        "negative_prompt_embeds_t5": text, "negative_prompt_embeds_llama3": lambda: text(2, 1, LENGTH, TEXT),
+        "pooled_prompt_embeds": lambda: text(1, 2 * TEXT), "negative_pooled_prompt_embeds": lambda: text(1, 2 * TEXT)}),
+    (r"HunyuanVideo(Pipeline|Framepack|ImageTo)|HunyuanSkyreels", {
+        "prompt": None, "prompt_embeds": text, "pooled_prompt_embeds": lambda: text(1, TEXT),
+        "prompt_attention_mask": lambda: torch.ones(1, LENGTH, dtype=torch.long), "negative_prompt_embeds": text,
+        "negative_pooled_prompt_embeds": lambda: text(1, TEXT), "negative_prompt_attention_mask": lambda: torch.ones(1, LENGTH, dtype=torch.long)}),
+    (r"Cosmos2_5|LongCatImage|Krea2|Ovis", {"prompt": None, **_PAIR}),
+    (r"EasyAnimate", {
+        "prompt": None, **_PAIR, "prompt_attention_mask": lambda: torch.ones(1, LENGTH, dtype=torch.long),
+        "negative_prompt_attention_mask": lambda: torch.ones(1, LENGTH, dtype=torch.long)}),
+    (r"HunyuanDiT", {
+        "prompt": None, **_PAIR, "prompt_embeds_2": text, "negative_prompt_embeds_2": text,
+        **{n: (lambda: torch.ones(1, LENGTH, dtype=torch.long)) for n in (
+            "prompt_attention_mask", "negative_prompt_attention_mask", "prompt_attention_mask_2", "negative_prompt_attention_mask_2")}}),
+    (r"SkyReels|Helios|LucyEdit|WanImageTo|ChronoEdit|WanVACE|WanVideo|PRXPixel|Ovis", {"prompt": None, "negative_prompt": None, **_PAIR}),
+    (r"Marigold", {"processing_resolution": PIXELS}),
+    (r"Allegro|PRX", {"output_type": "latent"}),
+    (r"Kontext", {"_auto_resize": False, "max_area": PIXELS**2}),
+    (r"SkyReelsV2DiffusionForcing", {"base_num_frames": 5, "ar_step": 0, "num_frames": 5, "overlap_history": None}),
+    (r"StableAudioPipeline", {"audio_end_in_s": 1.0}),
+    (r"DanceDiffusion", {"audio_length_in_s": 1.0}),
+    (r"ControlNet(Inpaint|PAGInpaint|Union)?", {"control_image": picture}),
+    (r"StableVideoDiffusion", {"decode_chunk_size": 2}),
+    (r"StableCascadeDecoder", {"image_embeddings": lambda: text(1, 16, 2, 2), "prompt": "a red cat"}),
+    (r"StableDiffusionAdapter|StableDiffusionXLAdapter", {"image": picture}),
+    (r"UnionPipeline", {"control_image": lambda: [picture()], "control_mode": lambda: [0]}),
+    (r"Union", {"control_mode": lambda: [0], "control_image": lambda: [picture()]}),
+    (r"KandinskyV22Controlnet", {"hint": lambda: text(1, 3, PIXELS, PIXELS)}),
+    (r"I2VGenXL", {"target_fps": 8, "clip_skip": None}),
+    (r"AnimateDiffSparse", {"conditioning_frames": lambda: _clip()[:1], "controlnet_frame_indices": (0,)}),
+    (r"AnimateDiff(VideoToVideo)?ControlNet", {"conditioning_frames": _clip}),
+    (r"Mochi", {"num_frames": 7}),
+    (r"^(Sana|LTX|HunyuanVideo15)", {"height": 32, "width": 32}),
+)  # fmt: skip
+
+
+def classes_of(annotation: Any) -> list[Any]:
+    """Return the classes that an annotation allows, in order."""
+    if typing.get_origin(annotation) in (typing.Union, UnionType):
+        return [c for a in typing.get_args(annotation) for c in classes_of(a)]
+    return [annotation] if isinstance(annotation, type) else []
+
+
+def _named(table: tuple[tuple[str, dict[str, Any]], ...], pipeline: str) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for pattern, values in table:
+        for key, value in values.items() if re.search(pattern, pipeline) else ():
+            found[key] = {**found.get(key, {}), **value} if isinstance(value, dict) else value
+    return found
+
+
+def _random(network: nn.Module) -> nn.Module:
+    """Randomize the parameters that start at zero or uninitialized, because they would hide the layers before them."""
+    for parameter in network.parameters():
+        if parameter.is_floating_point() and (not parameter.any() or not parameter.isfinite().all()):
+            nn.init.normal_(parameter, std=0.1)
+    return network.eval()
+
+
+def _eval(module: nn.Module) -> nn.Module:
+    return module.eval()
+
+
+def _text_model(cls: Any, more: Mapping[str, Any]) -> nn.Module:
+    """Make a language model by the fields that its config has."""
+    fields = {
+        **_LLM,
+        "vocab_size": 64,
+        "query_pre_attn_scalar": 8,
+        "bos_token_id": 0,
+        "eos_token_id": 1,
+        "type_vocab_size": 2,
+        **more,
+    }
+    return _eval(cls(cls.config_class(**fields)))
+
+
+def _t5(cls: Any, more: Mapping[str, Any]) -> nn.Module:
+    fields = {
+        "vocab_size": 64,
+        "d_model": TEXT,
+        "d_kv": 8,
+        "d_ff": 32,
+        "num_layers": 1,
+        "num_heads": 2,
+        **more,
+    }
+    return _eval(cls(cls.config_class(**fields)))
+
+
+def _vision(cls: Any, more: Mapping[str, Any]) -> nn.Module:
+    fields = {**_TRANSFORMER_XL, "image_size": PIXELS, "patch_size": 8, "projection_dim": TEXT, **more}
+    return _eval(cls(cls.config_class(**fields)))
+
+
+class Passing(nn.Module):
+    """A safety checker that lets everything pass."""
+
+    device, dtype = torch.device("cpu"), torch.float32
+
+    def check_text_safety(self, _prompt: str) -> bool:
+        return True
+
+    def check_video_safety(self, video: Any) -> Any:
+        return video
+
+
+_BASES = {"Gemma2PreTrainedModel": "Gemma2Model", "GemmaPreTrainedModel": "GemmaModel"}
+
+
+def component(cls: Any, pipeline: str, name: str, folder: Path) -> Any:
+    """Return a tiny component of class `cls` for the pipeline's argument `name`. Raises KeyError if none is known."""
+    title, more = cls.__name__, _named(OF_PIPELINE, pipeline).get(cls.__name__, {})
+    if issubclass(cls, enum.Enum):
+        return diffusers.DDIMScheduler()
+    if issubclass(cls, diffusers.SchedulerMixin):
+        return cls()
+    if title.endswith("Guidance"):
+        return cls()
+    if title.endswith(("ImageProcessor", "FeatureExtractor")):
+        size = {"size": {"height": PIXELS, "width": PIXELS}, "crop_size": {"height": PIXELS, "width": PIXELS}}
+        return cls(**size) if "CLIP" in title or "Siglip" in title else cls()
+    if title.startswith("CLIPTextModel"):
+        return clip_encoder(cls, len(clip_tokenizer(folder / "encoder")), TEXT)
+    if title == "CLIPTokenizer":
+        return clip_tokenizer(folder / name)
+    if issubclass(cls, transformers.PreTrainedTokenizerBase) or "Tokenizer" in title:
+        tokenizer = t5_tokenizer()
+        tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }} {% endfor %}"
+        return tokenizer
+    if title.endswith("T5EncoderModel"):
+        return _t5(cls, more)
+    if "Vision" in title and issubclass(cls, transformers.PreTrainedModel):
+        return _vision(cls, more)
+    if title in (
+        "BertModel",
+        "LlamaModel",
+        "GlmModel",
+        "Gemma2PreTrainedModel",
+        "GemmaPreTrainedModel",
+        "Qwen3Model",
+    ):
+        return _text_model(getattr(transformers, _BASES.get(title, title)), more)
+    if issubclass(cls, diffusers.ModelMixin):
+        return _random(cls(**{**COMPONENTS[title], **more}))
+    if title in COMPONENTS:
+        return cls(**{**COMPONENTS[title], **more})
+    raise KeyError(title)
+
+
+def make(pipeline: type, folder: Path) -> Any:
+    """Return a tiny instance of a pipeline class. Components of unknown classes are None where a text prompt can be embeddings."""
+    given: dict[str, Any] = {}
+    own = _named(OF_PIPELINE, pipeline.__name__)
+    try:
+        signature = inspect.signature(pipeline.__init__, eval_str=True)  # type: ignore[misc]
+    except NameError:  # names that are imported for type checkers alone
+        signature = inspect.signature(pipeline.__init__)  # type: ignore[misc]
+    for name, parameter in signature.parameters.items():
+        if name == "self" or parameter.kind is parameter.VAR_KEYWORD:
+            continue
+        allowed = classes_of(parameter.annotation)
+        if name in own:
+            given[name] = own[name]()
+            continue
+        wanted = name in OPTIONAL_BUT_MADE and allowed
+        if parameter.default is not parameter.empty and not wanted:
+            if name == "requires_safety_checker":
+                given[name] = False
+            continue
+        given[name] = _first(allowed, pipeline.__name__, name, folder)
+    made = pipeline(**given)
+    made.set_progress_bar_config(disable=True)
+    for module in made.components.values():
+        if isinstance(module, nn.Module):
+            module.eval()  # a UNet that the pipeline itself makes of two is in train mode
+    return made
+
+
+OPTIONAL_BUT_MADE = ("transformer", "transformer_2", "motion_adapter", "safety_checker")
+OPTIONAL = re.compile(
+    r"safety_checker|feature_extractor|text_encoder|tokenizer|processor|image_encoder|watermarker|guider"
+)
+
+
+def _first(allowed: list[Any], pipeline: str, name: str, folder: Path) -> Any:
+    """Return the first of the allowed components that can be made."""
+    reasons = []
+    for cls in allowed:
+        try:
+            return component(cls, pipeline, name, folder)
+        except KeyError as error:
+            reasons.append(error.args[0])
+    if OPTIONAL.search(name):
+        return None
+    raise LookupError(f"no tiny {' or '.join(map(str, reasons)) or 'component'} is known for {name}")
+
+
+def arguments(pipe: Any) -> dict[str, Any]:
+    """Return the arguments of a short call that draws one sample."""
+    name, takes = type(pipe).__name__, inspect.signature(pipe.__call__).parameters
+    given = {n: make_() for n, make_ in ARGUMENTS.items() if n in takes}
+    for n, parameter in takes.items():
+        if needs_picture(parameter) and (parameter.default is parameter.empty or re.search(
+            "Img2Img|ImageToVideo|Inpaint|Edit|Control|Upscale|Pix2Pix|Variation|Adapter|I2V|SuperRes|Kontext|VideoDiffusion|Fill|Cycle|I2I|Depth2Img|Example", name)):  # fmt: skip
+            given[n] = picture()
+    for n, value in _named(CALLS, name).items():
+        if n in takes:
+            given[n] = value() if callable(value) else value
+    if "image" in given and takes.get("image_embeds", takes["image"]).default is None:
+        given.pop("image_embeds", None)
+    return given
