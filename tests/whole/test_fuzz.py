@@ -4,6 +4,7 @@ Damage leaves the hashes as they were: what loads then gives the same bits. A fo
 another network, but nothing in the folder has run, nothing was written, and nothing huge was allocated.
 """
 
+import functools
 import hashlib
 import json
 import os
@@ -47,24 +48,34 @@ def folder(whole, tmp_path):
     return shutil.copytree(whole[0], tmp_path / "q")
 
 
+FORBIDDEN = (
+    "subprocess.Popen",
+    "os.system",
+    "os.exec",
+    "os.posix_spawn",
+    "socket.connect",
+    "pickle.find_class",
+)
+_watching: list[list] = []  # of the `watched` that is entered
+
+
+@functools.cache
+def _audit():
+    """Add the hook of this process, once: a hook stays for good, and id() calls all of them."""
+
+    def hook(event, args):
+        if _watching and (event in FORBIDDEN or (event == "open" and wants_to_write(args))):
+            _watching[-1].append((event, args))
+
+    sys.addaudithook(hook)
+
+
 @contextmanager
 def watched(folder):
     """No more memory than ROOM, no program, no file written, no module from the folder."""
-    events = []
-    forbidden = (
-        "subprocess.Popen",
-        "os.system",
-        "os.exec",
-        "os.posix_spawn",
-        "socket.connect",
-        "pickle.find_class",
-    )
-
-    def hook(event, args):
-        if events is not None and (event in forbidden or (event == "open" and wants_to_write(args))):
-            events.append((event, args))
-
-    sys.addaudithook(hook)  # it stays for good: `events` is None afterwards
+    _audit()
+    found = []
+    _watching.append(found)
     with open("/proc/self/statm") as file:
         used = int(file.read().split()[0]) * resource.getpagesize()
     before, modules = resource.getrlimit(resource.RLIMIT_AS), set(sys.modules)
@@ -74,7 +85,7 @@ def watched(folder):
         yield
     finally:
         resource.setrlimit(resource.RLIMIT_AS, before)
-        found, events = events, None
+        _watching.pop()
     assert not found
     assert sorted(p.name for p in folder.parent.iterdir()) == there
     new = [sys.modules[m] for m in set(sys.modules) - modules]
