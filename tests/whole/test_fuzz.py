@@ -14,6 +14,7 @@ import shutil
 import struct
 import sys
 from contextlib import contextmanager
+from typing import Any
 
 import pytest
 import torch
@@ -56,7 +57,7 @@ FORBIDDEN = (
     "socket.connect",
     "pickle.find_class",
 )
-_watching: list[list] = []  # of the `watched` that is entered
+_watching: list[list[tuple[str, tuple[Any, ...]]]] = []  # of the `watched` that is entered
 
 
 @functools.cache
