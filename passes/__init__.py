@@ -2,6 +2,7 @@
 
 from tfmq_fx.graph.state import captured_of
 from tfmq_fx.passes.clean.bind_parameters import bind_parameters
+from tfmq_fx.passes.clean.flatten_timestep import flatten_timestep
 from tfmq_fx.passes.clean.fold_parameters import fold_parameters
 from tfmq_fx.passes.clean.inline_modules import inline_modules
 from tfmq_fx.passes.clean.inline_regions import inline_regions
@@ -58,6 +59,7 @@ __all__ = [
     "find_blocks",
     "find_temporal",
     "flatten_linears",
+    "flatten_timestep",
     "float_at_unseen",
     "fold_parameters",
     "fuse_epilogues",

@@ -171,21 +171,33 @@ def _exported(network: nn.Module, inputs: dict[str, Any]) -> torch.export.Export
 
 
 def _by_name(network: nn.Module, names: Iterable[str]) -> nn.Module:
-    """Return the same network, on the same tensors and modules, whose forward takes these arguments by name.
+    """Return the same network, whose forward takes these arguments by name.
 
     torch.export numbers what only *args take, and torch 2.11 gives what only **kwargs take no dynamic batch.
+    """
+
+    def forward(own: Callable[..., Any], /, **given: Any) -> Any:
+        args, kwargs = call_of(network, given)
+        return _as_dict(own(*args, **kwargs))
+
+    named = [inspect.Parameter(n, inspect.Parameter.POSITIONAL_OR_KEYWORD) for n in names]
+    return _with_forward(network, forward, inspect.Signature(named))
+
+
+def _with_forward(network: nn.Module, forward: Callable[..., Any], signature: inspect.Signature) -> nn.Module:
+    """Return the same network, on the same tensors and modules, with another forward.
+
+    forward: gets the network's own forward, and then the arguments.
     """
     view: nn.Module = object.__new__(type(network))
     vars(view).update(vars(network))
     own = vars(network).get("forward") or MethodType(type(network).forward, view)
 
-    def forward(**given: Any) -> Any:
-        args, kwargs = call_of(network, given)
-        return _as_dict(own(*args, **kwargs))
+    def new(*args: Any, **kwargs: Any) -> Any:
+        return forward(own, *args, **kwargs)
 
-    named = [inspect.Parameter(n, inspect.Parameter.POSITIONAL_OR_KEYWORD) for n in names]
-    forward.__signature__ = inspect.Signature(named)  # type: ignore[attr-defined]
-    view.forward = forward
+    new.__signature__ = signature  # type: ignore[attr-defined]
+    view.forward = new
     return view
 
 
@@ -408,19 +420,14 @@ def capture_rows(
 
 def _with_one_timestep(network: nn.Module, timestep: str) -> nn.Module:
     """Return the same network for a timestep of shape (), which it gets as (1,)."""
-    view: nn.Module = object.__new__(type(network))
-    vars(view).update(vars(network))
-    own = vars(network).get("forward") or MethodType(type(network).forward, view)
     signature = signature_of(network)
 
-    def forward(*args: Any, **kwargs: Any) -> Any:
+    def forward(own: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
         given = signature.bind(*args, **kwargs)
         given.arguments[timestep] = given.arguments[timestep].reshape(1)
         return own(*given.args, **given.kwargs)
 
-    forward.__signature__ = signature  # type: ignore[attr-defined]
-    view.forward = forward
-    return view
+    return _with_forward(network, forward, signature)
 
 
 @keeps_buffers

@@ -42,19 +42,20 @@ def set_arguments(kernel: Node, **new: Any) -> None:
 
 def set_output(kernel: Node, *, dtype: torch.dtype, scale: float = 1.0, zero_point: int = 0) -> None:
     """Make a kernel write `dtype`: bytes with this scale and zero point, or floats."""
-    assert isinstance(kernel.target, torch._ops.OpOverload)
-    names = [a.name for a in kernel.target._schema.arguments]
-    at = next(i for i, name in enumerate(names) if name in ("output_scale", "y_scale"))
+    at = _output_at(kernel)
     kernel.args = (*kernel.args[:at], scale, zero_point, dtype, *kernel.args[at + 3 :])
 
 
 def output_dtype(kernel: Node) -> torch.dtype:
     """Return the dtype that a kernel writes."""
-    assert isinstance(kernel.target, torch._ops.OpOverload)
-    names = [a.name for a in kernel.target._schema.arguments]
-    dtype = kernel.args[next(i for i, name in enumerate(names) if name in ("output_dtype", "dtype"))]
+    dtype = kernel.args[_output_at(kernel) + 2]
     assert isinstance(dtype, torch.dtype)
     return dtype
+
+
+def _output_at(kernel: Node) -> int:
+    """Return where a kernel's arguments have the scale of its output; the zero point and the dtype follow."""
+    return next(i for i, name in enumerate(arguments_of(kernel)) if name in ("output_scale", "y_scale"))
 
 
 def why_not(gm: GraphModule, layer: Node, *, whose: str, dtype: torch.dtype) -> str:

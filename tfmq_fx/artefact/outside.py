@@ -119,7 +119,7 @@ class Outside:
 
     def to(self, device: torch.device) -> None:
         """Move the block's weights, and what its graph makes, to a device."""
-        _move(self.block, device)
+        to_device(self.block, device)
 
     def follow(self, device: torch.device) -> None:
         """Let the network be on another device: the block moves if that is its place, and tables are forgotten."""
@@ -141,7 +141,7 @@ class Outside:
         if device == self.device:
             return self.block
         copy = fresh(self.block)
-        _move(copy, device)
+        to_device(copy, device)
         return copy
 
     def taken_of(self, inputs: Mapping[str, Tensor]) -> list[Tensor]:
@@ -305,8 +305,8 @@ def require_place(place: str) -> None:
         raise TFMQError(f"block={place!r}: is unknown; use one of {', '.join(PLACES)}.")
 
 
-def _move(block: GraphModule, device: torch.device) -> None:
-    """Let a graph read its tensors, and make others, on a device."""
+def to_device(block: GraphModule, device: torch.device) -> None:
+    """Let a graph read its tensors, and make others, on a device. Those that it shares with others stay where they are."""
     _own(block, {n: x.detach().to(device) for n, x in tensors_of(block).items()})
     move_to_device(block, device=device)
 

@@ -24,16 +24,17 @@ from torch import Tensor, nn
 from torch.fx import GraphModule, Interpreter, Node
 
 from tfmq_fx.artefact.drop_in import QuantizedGraph, example_inputs
+from tfmq_fx.artefact.outside import to_device
 from tfmq_fx.artefact.program import flat_graph
 from tfmq_fx.base.arithmetic import ByteSums
 from tfmq_fx.base.errors import TFMQError, first_line
+from tfmq_fx.base.files import replace_files
 from tfmq_fx.base.int8_kernels import TILES
 from tfmq_fx.base.tracing import tracing
 from tfmq_fx.graph.fakes import fill_fake_values
 from tfmq_fx.graph.inputs import placeholders
 from tfmq_fx.graph.nodes import fresh
 from tfmq_fx.graph.written import kept, written_buffers
-from tfmq_fx.passes.clean.move_to_device import move_to_device
 from tfmq_fx.passes.int8.bfloat16_glue import bfloat16_glue
 from tfmq_fx.passes.int8.cuda_kernels import cuda_kernels
 from tfmq_fx.passes.int8.fold_weights import fold_weights, keep_what_is_read
@@ -108,8 +109,7 @@ def prepare_graph(
     PassManager([signed_activations, kernels, fuse_epilogues, share_quantized])(gm)
     fold_weights(gm)
     keep_what_is_read(gm)
-    move_to_device(gm, device=device)
-    _move(gm, device)
+    to_device(gm, device)
     inputs = {n: x.to(device) for n, x in example_inputs(model, batch=1).items()}
     dtypes = dtypes_of(gm, inputs)
     if precision == "bfloat16":
@@ -118,17 +118,6 @@ def prepare_graph(
     found = kernels_of_graph(gm, layers, PRECISIONS[precision], ByteSums.EXACT)
     keep_what_is_read(gm)
     return Prepared(gm=gm, kernels=found)
-
-
-def _move(gm: GraphModule, device: torch.device) -> None:
-    """Let the graph's tensors be on the device; those that it shares with the model stay the model's."""
-    for module in gm.modules():
-        for name, p in module._parameters.items():
-            if p is not None:
-                module._parameters[name] = nn.Parameter(p.detach().to(device), requires_grad=False)
-        for name, b in module._buffers.items():
-            if b is not None:
-                module._buffers[name] = b.to(device)
 
 
 class CudaNetwork(nn.Module):
@@ -272,8 +261,7 @@ def tiles_of(
     with torch.no_grad():
         run.run(*inputs)
     if file is not None:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(json.dumps(run.found))
+        replace_files(file, lambda new: new.write_text(json.dumps(run.found)))
     return run.found
 
 

@@ -162,21 +162,20 @@ def lower(
     """
     if target not in TARGETS:
         raise TFMQError(f"target={target!r}: unknown; use {nearest_names(str(target), TARGETS)}.")
-    on_gpu = target == "cuda"
-    gpu = cuda.require_gpu() if on_gpu else None
-    if not on_gpu and model.device.type != "cpu":
+    gpu = cuda.require_gpu() if target == "cuda" else None
+    if gpu is None and model.device.type != "cpu":
         raise TFMQError(
             f'target "cpu": the network is on {model.device}; quantize it on the CPU, or load it from disk.'
         )
     model, notes = model.closed(strict=strict)
-    sums = ByteSums.EXACT if on_gpu else byte_sums()
+    sums = byte_sums() if gpu is None else ByteSums.EXACT
     in_float32 = model.in_float32()
     _require_engine(engine, target)
-    if on_gpu:
-        engine = "cuda"
-        _require_pack(pack)
-    else:
+    _require_pack(pack)
+    if gpu is None:
         engine, compile = _engine(engine, compile=compile, pack=pack, model=in_float32, sums=sums)
+    else:
+        engine = "cuda"
     if precision not in (None, *PRECISIONS):
         raise TFMQError(f"precision={precision!r}: unknown; use {nearest_names(str(precision), PRECISIONS)}.")
     frozen = () if compile is False else frozen_buffers(model.network, strict=strict)
@@ -280,7 +279,6 @@ def _engine(
 
     Raises TFMQError for an option that the chosen engine does not have.
     """
-    _require_pack(pack)
     if engine == "openvino":
         require_openvino()
         if pack is not None:
