@@ -185,6 +185,9 @@ def test_constant_and_empty_inputs_get_finite_scales():
     assert all(torch.isfinite(x).all() for x in q.network.state_dict().values() if x.is_floating_point())
     x, t = calibration().tensors["sample"], calibration().tensors["timestep"]
     assert torch.isfinite(q(x, t)).all()
+    assert q.report["choices"]["constant_inputs"] == ["uneven.weight"]
+    (even,) = (c for c in q.report["low_bits"]["smooth"] if c["name"] == "even.weight")
+    assert even["reason"].endswith("; 1 of 8 input channels are always zero and stay as they are")
 
 
 class Detached(Uneven):
@@ -205,6 +208,8 @@ def test_rows_of_one_timestep_are_enough():
     one = data.rows(data.tensors["timestep"] == data.tensors["timestep"][0])
     q = tfmq_fx.quantize(make(TinyUNet), OPEN, calibration=one)
     assert q.report["choices"]["rows"] <= 16
+    (note,) = (n for n in q.report["notes"] if n["name"] == "calibration")
+    assert note["reason"].startswith("all rows have the timestep ") and not note["coarser"]
 
 
 class Even(nn.Module):

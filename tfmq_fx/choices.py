@@ -117,7 +117,14 @@ def choose(
         float_bytes=0.0,
         chosen=tuple(search.rules()),
     )
-    return Choices(recipe=chosen, report=search.report(before), maxima=maxima)
+    report = {**search.report(before), "constant_inputs": _constant(planned, ranges)}
+    return Choices(recipe=chosen, report=report, maxima=maxima)
+
+
+def _constant(planned: Sequence[LayerPlan], ranges: Mapping[str, tuple[Tensor, Tensor]]) -> list[str]:
+    """Return the layers whose input is the same in all rows, in every channel."""
+    # A timestep that no row has is +-inf.
+    return [p.path for p in planned if bool((ranges[p.node][0].amin(0) == ranges[p.node][1].amax(0)).all())]
 
 
 def _rows(calibration: CalibrationSet, count: int, seed: int) -> list[Tensor]:

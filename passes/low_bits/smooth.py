@@ -81,7 +81,8 @@ def smooth(
             p.rewrite(gm, lambda rows, part_C=part_C: rows / part_C.to(rows.device)[:, None])  # type: ignore[misc]
         for layer, numbers in readers:
             _multiply(layer, s_C[numbers])
-            changes.append(Change(name=layer.path, how="folded", reason=origin.words))
+            reason = origin.words + _unused(maxima[layer.node.name])
+            changes.append(Change(name=layer.path, how="folded", reason=reason))
     for group in explicit:
         own = alpha_of(group.layers[0], alpha)
         if own is None:
@@ -91,11 +92,18 @@ def smooth(
         path = _insert(group, 1 / s_C)
         for layer in group.layers:
             _multiply(layer, s_C)
-            changes.append(Change(name=layer.path, how="explicit", reason=group.reason, tensors=(path,)))
+            reason = group.reason + _unused(maxima[layer.node.name])
+            changes.append(Change(name=layer.path, how="explicit", reason=reason, tensors=(path,)))
     record_changes(gm, "smooth", changes)
     gm.graph.lint()
     gm.recompile()
     return PassResult(gm, bool(layers))
+
+
+def _unused(maxima_C: Tensor) -> str:
+    """Return words on the input channels that smoothing leaves as they are; "" if there are none."""
+    zero = int((maxima_C == 0).sum())
+    return f"; {zero} of {len(maxima_C)} input channels are always zero and stay as they are" if zero else ""
 
 
 def readers_of(

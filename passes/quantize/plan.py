@@ -14,6 +14,7 @@ from torch.fx import GraphModule, Node
 from tfmq_fx.base.arithmetic import FLOAT_BITS, fitting_group_size
 from tfmq_fx.base.errors import TFMQError, nearest_names
 from tfmq_fx.graph.nodes import (
+    aten,
     attribute,
     called_module,
     edge_layers,
@@ -94,6 +95,7 @@ def plan(gm: GraphModule, *, recipe: Recipe, temporal: TemporalBlock) -> Plan:
     used: set[Rule | None] = set()
     for node in gm.graph.nodes:
         _refuse_hidden(gm, node)
+        notes += _joined(node)
         path = weight_path(node)
         if weight_argument(node) is None:
             floats += _unweighted(node, recipe)
@@ -118,6 +120,18 @@ def plan(gm: GraphModule, *, recipe: Recipe, temporal: TemporalBlock) -> Plan:
             "the graph has no convolution or linear with a parameter weight: nothing to quantize."
         )
     return Plan(layers=tuple(layers), floats=tuple(floats), notes=tuple(notes))
+
+
+def _joined(node: Node) -> list[Note]:
+    """Return a note if the node joins integers with floating-point numbers: then they share qparams."""
+    if node.target is not aten.cat.default:
+        return []
+    dtypes = sorted({str(x.dtype).removeprefix("torch.") for x in map(meta_value, node.all_input_nodes)})
+    out = meta_value(node).dtype
+    if not out.is_floating_point or all(getattr(torch, d).is_floating_point for d in dtypes):
+        return []
+    reason = f"joins {' and '.join(dtypes)}: layers that read it quantize the integers like the rest"
+    return [Note(name=node.name, reason=reason, coarser=False)]
 
 
 _FOLDED = "a function of parameters alone: computed once, and its value is the weight or bias"

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import tfmq_fx
-from benchmarks.networks.small import TIMESTEPS, calibration, captured
+from benchmarks.networks.small import TIMESTEPS, TinyUNet, calibration, captured, make
 from tfmq_fx.base.errors import TFMQError
 
 CalibrationSet = tfmq_fx.CalibrationSet
@@ -23,3 +23,25 @@ def test_a_missing_input_is_named():
     data = CalibrationSet.from_tensors({"smple": torch.zeros(10, 1, 8, 8), "timestep": TIMESTEPS})
     with pytest.raises(TFMQError, match="the graph's input 'sample' is missing"):
         tfmq_fx.calibrate(gm, data)
+
+
+class Joined(TinyUNet):
+    """Beside the first layer, one that reads a constant, and one that reads floats joined with integers."""
+
+    def __init__(self):
+        super().__init__()
+        self.of_constant, self.of_both = torch.nn.Linear(2, 1), torch.nn.Conv2d(2, 1, 1)
+
+    def forward(self, sample, timestep):
+        numbers = torch.zeros_like(sample, dtype=torch.long) + torch.arange(sample.shape[-1])
+        sample = self.of_both(torch.cat([sample, numbers], 1))
+        return super().forward(sample + self.of_constant(torch.full((2,), 3.0)), timestep)
+
+
+def test_constant_inputs_and_integers_among_floats_are_noted_and_finite():
+    recipe = tfmq_fx.Recipe(reconstruction=tfmq_fx.Reconstruction(method="nearest"))
+    q = tfmq_fx.quantize(make(Joined), recipe, calibration=calibration())
+    notes = {n["name"]: n["reason"] for n in q.report["notes"]}
+    assert notes["of_constant.weight"].startswith("its input is 3 in all calibration data")
+    assert any("joins float32 and int64" in reason for reason in notes.values())
+    assert all(x.isfinite().all() for x in q.state_dict().values() if x.is_floating_point())

@@ -40,6 +40,7 @@ from tfmq_fx.observers.token import TokenFakeQuantize
 from tfmq_fx.observers.weight import PerChannelWeightFakeQuantize
 from tfmq_fx.passes.pass_manager import declare
 from tfmq_fx.passes.quantize.observed import observers, set_mode
+from tfmq_fx.passes.quantize.plan import Note
 from tfmq_fx.passes.quantize.state import require_stage, state_of, temporal_of
 from tfmq_fx.passes.temporal.partition_temporal import extract_temporal
 
@@ -73,8 +74,27 @@ def calibrate(gm: GraphModule, calibration: CalibrationSet, *, batch_size: int =
             _observe(gm, calibration, batches, shards, threads)
         for _, observer in found:
             observer.freeze()
+    state = state.with_notes(*_notes(gm, calibration))
     set_state(gm, dataclasses.replace(state, stage="calibrated"))
     return gm
+
+
+def _notes(gm: GraphModule, calibration: CalibrationSet) -> Iterator[Note]:
+    """Yield notes on calibration data that say less than they seem to: one timestep, and inputs that never change."""
+    t = calibration.tensors[calibration.timestep].unique()
+    if len(t) == 1:
+        reason = f"all rows have the timestep {t.item():g}: the ranges of activations are those of this one"
+        yield Note(name="calibration", reason=reason, coarser=False)
+    paths = {layer.node: layer.path for layer in state_of(gm).plan.layers}
+    for node, observer in observers(gm):
+        if isinstance(observer, PerChannelWeightFakeQuantize):
+            continue
+        kept = getattr(observer, "activation_post_process", observer)
+        low, high = getattr(kept, "min_val", None), getattr(kept, "max_val", None)
+        if low is not None and high is not None and low.numel() and low.amin() == high.amax():
+            reason = f"its input is {low.amin().item():g} in all calibration data: no other value has a range"
+            for name in (paths.get(user.name, user.name) for user in node.users):
+                yield Note(name=name, reason=reason, coarser=False)
 
 
 def _observe(
