@@ -27,7 +27,7 @@ from tfmq_fx.demo import FOLDER, embedded_pipeline  # noqa: E402
 from tfmq_fx.evaluation.sampling import sample, save_grid  # noqa: E402
 
 OUT = Path("out")
-SAMPLES = 256
+SAMPLES = 128
 
 
 def main() -> None:

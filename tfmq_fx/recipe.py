@@ -368,7 +368,7 @@ _CHOSEN: dict[str, Any] = {
     "smooth": AUTO,
     "keyed": AUTO,
     "float_flops": 0.03,
-    "double_flops": 0.05,
+    "double_flops": 0.1,
     "float_bytes": 0.02,
     "activation_observer": "minmax",
 }

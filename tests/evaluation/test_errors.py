@@ -75,3 +75,15 @@ def test_rows_whose_tensors_are_large_are_measured_in_pieces(monkeypatch):
     for a, b in zip(whole, pieces, strict=True):
         # A sum of products in another order moves few activations to the next integer.
         assert a == pytest.approx(b, rel=0.05)
+
+
+def test_a_large_network_is_measured_on_one_row_of_each_timestep(monkeypatch):
+    gm, converted, data = captured(TinyUNet), quantized("w8a8").network, calibration()
+    seen = []
+    monkeypatch.setattr(
+        errors, "inputs_of", lambda gm, batch: seen.append(len(batch["timestep"])) or inputs_of(gm, batch)
+    )
+    monkeypatch.setattr(errors, "ERROR_FLOPS", 1.0)
+    found = errors.measure_errors(gm, converted, data, block=extract_temporal(captured(), find_temporal(gm)))
+    assert sum(seen) == len(TIMESTEPS) < len(data)
+    assert all("output_relative_mse" in row for row in found.by_timestep)

@@ -23,8 +23,11 @@ from tfmq_fx.calibration.temporal_rows import (
 from tfmq_fx.graph.inputs import largest_row, placeholders
 from tfmq_fx.passes.quantize.state import state_of
 from tfmq_fx.passes.temporal.partition_temporal import temporal_block_of
+from tfmq_fx.runtimes.layers import layers_of
 
-ERROR_ROWS = 512  # calibration rows on which the output's errors are measured
+# The output's errors are measured on so many calibration rows, and fewer if that costs more than so many floating-point
+# operations; but on a row of each timestep.
+ERROR_ROWS, ERROR_FLOPS = 512, 5e11
 # Bytes. glibc maps larger tensors anew each time: on a UNet of 128 x 128, that took the kernel longer than the network took.
 LARGEST = 2**25
 
@@ -50,11 +53,17 @@ def measure_errors(
     if state_of(converted).features:  # else all come from outside
         rows = temporal_rows(converted, calibration.tensors)
         distance = temporal_distance(converted, block, rows)
-    data = calibration.spread(ERROR_ROWS, seed=seed)
+    data = calibration.spread(_rows_to_measure(gm, calibration), seed=seed)
     return Errors(
         by_timestep=errors_by_timestep(gm, converted, data, rows, distance),
         temporal_drift=temporal_drift(converted, rows, distance),
     )
+
+
+def _rows_to_measure(gm: GraphModule, calibration: CalibrationSet) -> int:
+    both = 2 * sum(layer.flops for layer in layers_of(gm))  # of a row, in float and quantized
+    timesteps = len(calibration.tensors[calibration.timestep].unique())
+    return max(timesteps, min(ERROR_ROWS, int(ERROR_FLOPS // max(both, 1))))
 
 
 def temporal_distance(
