@@ -108,32 +108,45 @@ def run_temporal(
     batch: with several timesteps per sample, the number of samples in each run; None: all in one.
     """
     inputs = {n: on_device_of(node, rows[n]) for n, node in placeholders(block).items()}
-    fakes = {n: meta_value(node) for n, node in placeholders(block).items()}
     if scalar:
-        runs = [
-            _floats(block, (_one(x[i], fakes[n]) for n, x in inputs.items()))
-            for i in range(len(next(iter(inputs.values()))))
-        ]
+        count = len(next(iter(inputs.values())))
+        runs = [_floats(block, one_sample(block, inputs, i)) for i in range(count)]
         return tuple(torch.stack(feature) for feature in zip(*runs, strict=True))
-    several = next((n for n, x in inputs.items() if x.dim() == 1 < fakes[n].dim()), None)
+    shapes = {n: _sizes_after_batch(node) for n, node in placeholders(block).items()}
+    several = next((n for n, x in inputs.items() if x.dim() == 1 and shapes[n]), None)
     if several is None:
         return _floats(block, inputs.values())
-    samples, where = packed(inputs, several, [int(d) for d in fakes[several].shape[1:]])
+    samples, where = packed(inputs, several, shapes[several])
     size = batch or len(samples[several])
     runs = []
     for part in chunks_of(samples, size):
         # The last run has as many samples as the others.
-        runs.append(_floats(block, (torch.cat([x, x[-1:].expand(size - len(x), *x.shape[1:])]) for x in part.values())))
+        filled = (torch.cat([x, x[-1:].expand(size - len(x), *x.shape[1:])]) for x in part.values())
+        runs.append(_floats(block, filled))
     found = (torch.cat(feature) for feature in zip(*runs, strict=True))
     return tuple(f[where] if len(f) > int(where.max()) else f for f in found)
+
+
+def one_sample(block: GraphModule, rows: Mapping[str, Tensor], row: int = 0) -> list[Tensor]:
+    """Return one row of a block's inputs as a call of one sample takes it.
+
+    That is a timestep of shape (), or the same one for all tokens of the sample.
+    """
+    found = []
+    for name, node in placeholders(block).items():
+        x, value = on_device_of(node, rows[name][row]), meta_value(node)
+        if not isinstance(value, Tensor) or value.dim() == x.dim() + 1:
+            x = x[None]
+        elif value.dim() > x.dim():
+            x = x.expand(1, *_sizes_after_batch(node))
+        found.append(x)
+    return found
 
 
 def _floats(block: GraphModule, inputs: Iterable[Tensor]) -> tuple[Tensor, ...]:
     return tuple(f for f in block(*inputs) if f.is_floating_point())
 
 
-def _one(x: Tensor, fake: object) -> Tensor:
-    """Return one row of an input as a call takes it alone: a timestep of shape (), or the same one for all tokens of a sample."""
-    if not isinstance(fake, Tensor) or fake.dim() == x.dim() + 1:
-        return x[None]
-    return x if fake.dim() == x.dim() else x.expand(1, *(int(d) for d in fake.shape[1:]))
+def _sizes_after_batch(node: Node) -> list[int]:
+    value = meta_value(node)
+    return [int(d) for d in value.shape[1:]] if isinstance(value, Tensor) else []
