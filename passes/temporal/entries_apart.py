@@ -8,7 +8,7 @@ from torch.fx import GraphModule
 
 from tfmq_fx.base.errors import TFMQError
 from tfmq_fx.graph.inputs import placeholders
-from tfmq_fx.graph.nodes import attribute, count, fresh, hinted_shape, meta_value
+from tfmq_fx.graph.nodes import attribute, count, fresh, hinted_shape, meta_value, weight_path
 from tfmq_fx.graph.written import keeps_buffers
 from tfmq_fx.passes.temporal.find_temporal import TemporalBlock
 from tfmq_fx.passes.temporal.partition_temporal import extract_temporal
@@ -37,6 +37,7 @@ def require_entries_apart(gm: GraphModule, temporal: TemporalBlock, timesteps: T
         return
     sizes = hinted_shape(source)
     low, high = (x.to(t.dtype).expand(sizes) for x in (timesteps.amin(), timesteps.amax()))
+    paths = {n.name: weight_path(n) or n.name for n in gm.graph.nodes if n.name in temporal.features}
     ends = [_run(block, temporal.timestep, x) for x in (low, high)]
     for mask in _masks(sizes):
         mixed = _run(block, temporal.timestep, torch.where(mask, high, low))
@@ -45,13 +46,13 @@ def require_entries_apart(gm: GraphModule, temporal: TemporalBlock, timesteps: T
             is_a, is_b = (x - a).abs() <= near, (x - b).abs() <= near
             if not (is_a | is_b).all():
                 raise TFMQError(
-                    f"feature {name}: mixes the timesteps of a sample, {temporal.timestep} of shape {_words(sizes)}; only a network "
+                    f"{paths[name]}: mixes the timesteps of a sample, {temporal.timestep} of shape {_words(sizes)}; only a network "
                     "that computes each token's or frame's features from its own timestep can have them in a table."
                 )
             by_row = count(shape[:1]) == count(t.shape)
             if by_row and not torch.where(mask.reshape(-1), _rows(is_b), _rows(is_a)).all():
                 raise TFMQError(
-                    f"feature {name}: its rows are the entries of {temporal.timestep}, of shape {_words(sizes)}, in another order; "
+                    f"{paths[name]}: its rows are the entries of {temporal.timestep}, of shape {_words(sizes)}, in another order; "
                     "flatten the timestep sample by sample."
                 )
 
