@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -62,7 +63,8 @@ def flatten_entries(gm: GraphModule, *, timestep: str | None = None) -> PassResu
 def _layouts(gm: GraphModule, source: Node) -> dict[Node, tuple[int, int]]:
     """Return layers to flatten -> (a, b): a sample's rows are (a, K, b), of which those with the same index in K are equal.
 
-    To find out, the entries of the timestep are numbered, and the graph's own views run on the numbers.
+    To find out, the entries of the timestep are numbered, and the graph's own views run on the numbers. Behind other operators
+    the shape tells; `require_entries_apart` checks it by values.
     """
     allowed = {str(source.target), *conditioning_vectors(gm, str(source.target))}
     marks, sizes = taint(gm), hinted_shape(source)
@@ -73,6 +75,8 @@ def _layouts(gm: GraphModule, source: Node) -> dict[Node, tuple[int, int]]:
     for node in gm.graph.nodes:
         if node.op == "call_function" and marks[node] <= allowed and any(n in numbers for n in node.all_input_nodes):
             rows, result = _follow(node, numbers)
+            if result is None:
+                result = _by_shape(node, meta_value(source))
             if result is not None:
                 numbers[node] = result
             layout = None if rows is None else _layout(node, rows.reshape(-1), sizes[0], total)
@@ -133,6 +137,19 @@ def _joined(node: Node, numbers: dict[Node, Any]) -> Tensor | None:
     shape = hinted_shape(node)
     result, *others = (x.expand(shape) for x in given)
     return result if all(bool((x == result).all()) for x in others) else None
+
+
+def _by_shape(node: Node, t: Tensor) -> Tensor | None:
+    """Return the numbers of a node's elements, if its first dimensions are all entries of the timestep; else None."""
+    value = meta_value(node)
+    if not isinstance(value, Tensor) or not value.dim() or fixed_size(value.shape[0]) is not None:
+        return None
+    shape, entries = hinted_shape(node), count(t.shape)
+    lead = next((k for k in range(1, len(shape) + 1) if count(value.shape[:k]) == entries), None)
+    if lead is None:
+        return None
+    numbers = torch.arange(math.prod(shape[:lead]), dtype=torch.int32)
+    return numbers.reshape(*shape[:lead], *[1] * (len(shape) - lead)).expand(shape)
 
 
 def _layout(node: Node, rows: Tensor, batch: int, total: int) -> tuple[int, int] | None:
