@@ -289,4 +289,6 @@ def rows_are_samples(x: Node, timestep: object, *, by_entry: bool = True) -> boo
     value = meta_value(x)
     if not isinstance(value, torch.Tensor) or not isinstance(timestep, torch.Tensor) or timestep.dim() == 0:
         return True
-    return value.dim() > 0 and bool(count(value.shape[:1]) == count(timestep.shape if by_entry else timestep.shape[:1]))
+    return value.dim() > 0 and bool(
+        count(value.shape[:1]) == count(timestep.shape if by_entry else timestep.shape[:1])
+    )

@@ -28,8 +28,8 @@ from tfmq_fx.passes.quantize.observed import observers, set_mode
 from tfmq_fx.passes.quantize.plan import Note, Plan
 from tfmq_fx.passes.quantize.state import State
 from tfmq_fx.passes.quantize.two_terms import add_second_terms
-from tfmq_fx.passes.temporal.find_temporal import TemporalBlock, find_temporal
 from tfmq_fx.passes.temporal.entries_apart import require_entries_apart
+from tfmq_fx.passes.temporal.find_temporal import TemporalBlock, find_temporal
 from tfmq_fx.passes.temporal.insert_step_index import insert_step_index, key_index, step_index
 from tfmq_fx.recipe import Recipe
 

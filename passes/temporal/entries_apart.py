@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.fx import GraphModule
@@ -81,8 +83,8 @@ def _masks(sizes: list[int]) -> list[Tensor]:
 
 
 def _shapes(block: GraphModule) -> list[torch.Size]:
-    features = block.graph.output_node().args[0]
-    return [meta_value(n).shape for n in features]  # type: ignore[union-attr]
+    features: Any = block.graph.output_node().args[0]
+    return [meta_value(n).shape for n in features]
 
 
 def _words(sizes: list[int]) -> str:

@@ -73,7 +73,11 @@ def _layouts(gm: GraphModule, source: Node) -> dict[Node, tuple[int, int]]:
     left = {n: len(n.users) for n in gm.graph.nodes}
     found = {}
     for node in gm.graph.nodes:
-        if node.op == "call_function" and marks[node] <= allowed and any(n in numbers for n in node.all_input_nodes):
+        if (
+            node.op == "call_function"
+            and marks[node] <= allowed
+            and any(n in numbers for n in node.all_input_nodes)
+        ):
             rows, result = _follow(node, numbers)
             if result is None:
                 result = _by_shape(node, meta_value(source))
@@ -154,7 +158,10 @@ def _by_shape(node: Node, t: Tensor) -> Tensor | None:
 
 def _layout(node: Node, rows: Tensor, batch: int, total: int) -> tuple[int, int] | None:
     """Return how the entries lie in the rows of a layer's input; None if they are its dim 0 already, or lie otherwise."""
-    x, entries = node.args[_BY_ROW[op_name(node)][0]], torch.arange(total, dtype=torch.int32).reshape(batch, -1)
+    x, entries = (
+        node.args[_BY_ROW[op_name(node)][0]],
+        torch.arange(total, dtype=torch.int32).reshape(batch, -1),
+    )
     size = entries.shape[1]
     if len(rows) % total or not isinstance(meta_value(node), Tensor):
         return None

@@ -144,7 +144,14 @@ class Loop(diffusers.DiffusionPipeline):  # type: ignore[misc]
 
     @torch.no_grad()
     def __call__(
-        self, batch_size=1, num_inference_steps=10, generator=None, in_place=True, scaled_steps=0, tokens=0, rows=None
+        self,
+        batch_size=1,
+        num_inference_steps=10,
+        generator=None,
+        in_place=True,
+        scaled_steps=0,
+        tokens=0,
+        rows=None,
     ):
         x = torch.randn(batch_size, 3, 8, 8, generator=generator)
         self.scheduler.set_timesteps(num_inference_steps)

@@ -26,7 +26,7 @@ class Tokens(nn.Module):
         self.proj = nn.Linear(64, 64)
         self.a, self.mid, self.b = nn.Linear(4, 32), nn.Linear(32, 32), nn.Linear(32, 4)
 
-    def features(self, timestep, condition):
+    def features(self, timestep, condition=None):
         n, k = timestep.shape
         if self.where == "before":
             angle = timestep[:, :, None] / 10000 ** (torch.arange(8) / 8)
@@ -47,7 +47,7 @@ class Tokens(nn.Module):
 class Frames(Tokens):
     """One timestep for each frame, (N, 1, 3, 1, 1), which every token of the frame has before a layer reads it (Cosmos)."""
 
-    def features(self, timestep, condition):
+    def features(self, timestep, *_):
         emb = self.time(sinusoid(timestep.flatten(), 16)).view(timestep.shape[0], FRAMES, 1, -1)
         return self.proj(F.silu(emb.expand(-1, -1, TOKENS // FRAMES, -1).flatten(1, 2)))
 
@@ -55,7 +55,7 @@ class Frames(Tokens):
 class Tiled(Tokens):
     """One timestep for each frame, (N, 3); the first token of every frame comes before the second."""
 
-    def features(self, timestep, condition):
+    def features(self, timestep, *_):
         emb = self.time(sinusoid(timestep.flatten(), 16)).view(timestep.shape[0], FRAMES, -1)
         return self.proj(F.silu(emb.repeat(1, TOKENS // FRAMES, 1)))
 
@@ -85,7 +85,7 @@ class Guided(Tokens):
 class Mixed(Tokens):
     """All tokens of a sample have the features of their mean timestep."""
 
-    def features(self, timestep, condition):
+    def features(self, timestep, *_):
         h = sinusoid(timestep.flatten(), 16).unflatten(0, (-1, TOKENS))
         return self.proj(F.silu(self.time(h.mean(1, keepdim=True) + 0 * h)))
 
@@ -93,7 +93,7 @@ class Mixed(Tokens):
 class Swapped(Tokens):
     """The rows of the block are the first token of every sample, then the second, .."""
 
-    def features(self, timestep, condition):
+    def features(self, timestep, *_):
         h = self.proj(F.silu(self.time(sinusoid(timestep.T.flatten(), 16))))
         return h.view(TOKENS, timestep.shape[0], -1).transpose(0, 1)
 

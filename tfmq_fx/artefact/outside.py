@@ -288,7 +288,9 @@ class Outside:
             size = max(1, MOST_ROWS // shape.numel())
         found: list[Tensor] = []
         for start in range(0, len(given[self.timestep]), size):
-            part = {n: x[start : start + size].to(self.device) for n, x in given.items() if n not in whole} | whole
+            part = {
+                n: x[start : start + size].to(self.device) for n, x in given.items() if n not in whole
+            } | whole
             features = dict(zip(self.features, self.block(*(part[n] for n in self._inputs)), strict=True))
             flat, self._columns = _side_by_side([features[n] for n in self.taken])
             found.append(flat.to(here))

@@ -50,7 +50,5 @@ def packed(
     slot = torch.cat(slots)
     where = torch.empty_like(group)
     where[slot.flip(0)] = torch.arange(len(slot)).flip(0)  # the first of several
-    samples = {
-        n: x[slot].reshape(-1, *shape) if n == timestep else x[slot[::size]] for n, x in rows.items()
-    }
+    samples = {n: x[slot].reshape(-1, *shape) if n == timestep else x[slot[::size]] for n, x in rows.items()}
     return samples, where

@@ -118,7 +118,9 @@ def errors_by_timestep(
     rows_at_once = min(128, max(1, LARGEST // max(1, largest_row(gm))))
     for batch in data.batches(rows_at_once, one_timestep=is_scalar(gm)):
         inputs = inputs_of(gm, batch)
-        outputs.append((first_tensor(converted(*inputs)), first_tensor(gm(*inputs)), per_sample(batch[data.timestep])))
+        outputs.append(
+            (first_tensor(converted(*inputs)), first_tensor(gm(*inputs)), per_sample(batch[data.timestep]))
+        )
     output = relative_mse_by_timestep(*(torch.cat(column) for column in zip(*outputs, strict=True)))
     errors = []
     for t in state_of(converted).timesteps:

@@ -76,6 +76,8 @@ def test_quantized_lowered_saved_and_precomputed(tmp_path):
 
 
 def test_one_per_token_stays_as_it_is():
-    gm = tfmq_fx.capture(Column().eval(), {"x": X[:2, None].expand(2, 4, 8), "timestep": T[:2, None].expand(2, 4, 1)})
+    gm = tfmq_fx.capture(
+        Column().eval(), {"x": X[:2, None].expand(2, 4, 8), "timestep": T[:2, None].expand(2, 4, 1)}
+    )
     assert not flatten_timestep(gm, timestep="timestep").modified
     assert meta_value(placeholders(gm)["timestep"]).dim() == 3
