@@ -15,6 +15,7 @@ from tfmq_fx.graph.fakes import fill_fake_values
 from tfmq_fx.graph.inputs import conditioning_vectors, timestep_input
 from tfmq_fx.graph.nodes import (
     MOVES,
+    ancestors,
     aten,
     count,
     fixed_size,
@@ -71,13 +72,10 @@ def _layouts(gm: GraphModule, source: Node) -> dict[Node, tuple[int, int]]:
     total = torch.Size(sizes).numel()
     numbers: dict[Node, Any] = {source: torch.arange(total, dtype=torch.int32).reshape(sizes)}
     left = {n: len(n.users) for n in gm.graph.nodes}
-    found = {}
+    layers = [n for n in gm.graph.nodes if op_name(n) in _BY_ROW and marks[n] <= allowed]
+    needed, found = ancestors(layers), {}
     for node in gm.graph.nodes:
-        if (
-            node.op == "call_function"
-            and marks[node] <= allowed
-            and any(n in numbers for n in node.all_input_nodes)
-        ):
+        if node in needed and marks[node] <= allowed and any(n in numbers for n in node.all_input_nodes):
             rows, result = _follow(node, numbers)
             if result is None:
                 result = _by_shape(node, meta_value(source))
@@ -86,7 +84,7 @@ def _layouts(gm: GraphModule, source: Node) -> dict[Node, tuple[int, int]]:
             layout = None if rows is None else _layout(node, rows.reshape(-1), sizes[0], total)
             if layout is not None:
                 found[node] = layout
-        for x in node.all_input_nodes:  # real networks have many rows
+        for x in node.all_input_nodes:  # kept no longer than needed: real networks have many rows
             left[x] -= 1
             if not left[x]:
                 numbers.pop(x, None)

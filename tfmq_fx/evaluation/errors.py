@@ -63,7 +63,7 @@ def measure_errors(
 
 def _rows_to_measure(gm: GraphModule, calibration: CalibrationSet) -> int:
     both = 2 * sum(layer.flops for layer in layers_of(gm))  # of a row, in float and quantized
-    timesteps = len(calibration.tensors[calibration.timestep].unique())
+    timesteps = len(calibration.row_timesteps.unique())
     return max(timesteps, min(ERROR_ROWS, int(ERROR_FLOPS // max(both, 1))))
 
 
