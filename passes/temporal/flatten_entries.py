@@ -72,7 +72,7 @@ def _layouts(gm: GraphModule, source: Node) -> dict[Node, tuple[int, int]]:
     total = torch.Size(sizes).numel()
     numbers: dict[Node, Any] = {source: torch.arange(total, dtype=torch.int32).reshape(sizes)}
     left = {n: len(n.users) for n in gm.graph.nodes}
-    layers = [n for n in gm.graph.nodes if op_name(n) in _BY_ROW and marks[n] <= allowed]
+    layers = [n for n in gm.graph.nodes if _is_layer(n) and marks[n] <= allowed]
     needed, found = ancestors(layers), {}
     for node in gm.graph.nodes:
         if node in needed and marks[node] <= allowed and any(n in numbers for n in node.all_input_nodes):
@@ -97,7 +97,7 @@ def _follow(node: Node, numbers: dict[Node, Any]) -> tuple[Tensor | None, Any]:
     The first is None for what is no layer, the second where it is not known.
     """
     name = op_name(node)
-    if name in _BY_ROW:
+    if _is_layer(node):
         at, mixed = _BY_ROW[name]
         x = numbers.get(node.args[at])  # type: ignore[arg-type]
         norm = name in ("layer_norm", "rms_norm") and len(node.args[1]) != 1  # type: ignore[arg-type]
@@ -111,6 +111,10 @@ def _follow(node: Node, numbers: dict[Node, Any]) -> tuple[Tensor | None, Any]:
     if is_view_or_pointwise(node) or torch.Tag.pointwise in getattr(node.target, "tags", ()):
         return None, _joined(node, numbers)
     return None, None
+
+
+def _is_layer(node: Node) -> bool:
+    return node.op == "call_function" and op_name(node) in _BY_ROW
 
 
 def _moved(node: Node, numbers: dict[Node, Any]) -> Any:

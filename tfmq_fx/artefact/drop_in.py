@@ -520,7 +520,10 @@ class DropIn(nn.Module):
             return _entries(t, spec["shape"][1:], batch)
         if t.dim() > 1:
             if t.numel() != t.shape[0]:
-                raise TFMQError(f"timestep: has shape {tuple(t.shape)}, but must have one value per sample.")
+                raise TFMQError(
+                    f"timestep: has shape {tuple(t.shape)}, but must have one value per sample, as when the network was captured; "
+                    f"{self.verb} again with {self.source} that has timesteps of this shape."
+                )
             t = t.reshape(-1)
         if t.dim() == 0 or (t.dim() == 1 and t.shape[0] == 1 and batch != 1):
             t = t.reshape(1).expand(batch)
