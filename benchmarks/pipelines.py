@@ -122,8 +122,8 @@ def _relative(a: list[torch.Tensor], b: list[torch.Tensor]) -> float:
 @torch.no_grad()
 def _error(q: nn.Module, network: nn.Module, data: tfmq_fx.CalibrationSet) -> float:
     """Return the largest relative error of an output, on the rows of each timestep together."""
-    t, found = data.tensors[data.timestep], [0.0]
-    for value in data.timesteps:
+    t, found = data.row_timesteps, [0.0]
+    for value in t.unique():
         given = data.rows(t == value).arguments(slice(0, len(data)))
         a, b = (pytree.tree_leaves(_plain(m(**given))) for m in (q, network))
         pairs = [(x.double(), y.double()) for x, y in zip(a, b, strict=True) if isinstance(x, torch.Tensor)]

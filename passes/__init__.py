@@ -38,6 +38,7 @@ from tfmq_fx.passes.quantize.open_temporal import open_temporal
 from tfmq_fx.passes.quantize.prepare import prepare, prepare_float
 from tfmq_fx.passes.quantize.state import State, state_of
 from tfmq_fx.passes.temporal.find_temporal import TemporalBlock, find_temporal
+from tfmq_fx.passes.temporal.flatten_entries import flatten_entries
 from tfmq_fx.passes.temporal.insert_step_index import insert_step_index
 from tfmq_fx.passes.temporal.partition_temporal import extract_temporal, partition_temporal
 
@@ -58,6 +59,7 @@ __all__ = [
     "extract_temporal",
     "find_blocks",
     "find_temporal",
+    "flatten_entries",
     "flatten_linears",
     "flatten_timestep",
     "float_at_unseen",

@@ -20,7 +20,7 @@ log = logging.getLogger(__name__)
 # What tidies a captured graph, in no order but before anything else.
 CLEANING = (
     "bind_parameters", "inline_modules", "inline_regions", "remove_noops", "literal_dtypes", "root_batch_size",
-    "linear_matmuls", "fold_parameters",
+    "linear_matmuls", "fold_parameters", "flatten_entries",
 )  # fmt: skip
 # What makes the float graph easier to quantize at few bits.
 LOW_BITS = ("smooth", "rotate", "low_rank")

@@ -247,7 +247,7 @@ def test_what_the_user_did_wrong():
     with pytest.raises(TFMQError, match="the network is precomputed already"):
         tfmq_fx.precompute(precomputed(), example=given, timesteps=TIMESTEPS)
     tokens = {**given, "timestep": TIMESTEPS[:6].reshape(2, 3)}
-    with pytest.raises(TFMQError, match=r"has shape \(N, 3\), one value per token"):
+    with pytest.raises(TFMQError, match=r"mixes the timesteps of a sample, timestep of shape \(N, 3\)"):
         tfmq_fx.precompute(make(Framed), example=tokens, timesteps=TIMESTEPS)
     with pytest.raises(TFMQError, match="prompt: is an argument for a pipeline"):
         tfmq_fx.precompute(network, example=given, timesteps=TIMESTEPS, prompt="a cat")

@@ -22,6 +22,7 @@ from torch.fx import GraphModule, Node
 
 from tfmq_fx.base.ambient import neutral
 from tfmq_fx.base.arithmetic import FLOAT_BITS, check_bits
+from tfmq_fx.base.entries import per_sample
 from tfmq_fx.base.errors import TFMQError
 from tfmq_fx.base.files import replace_files, update_with_tensors
 from tfmq_fx.base.metrics import relative_mse_by_timestep
@@ -182,7 +183,7 @@ def sensitivity(
         return found
     batches = list(data.batches(rows, one_timestep=is_scalar(gm)))
     exact = [first_tensor(plain(*inputs_of(plain, batch))) for batch in batches]
-    timesteps = torch.cat([batch[data.timestep] for batch in batches])
+    timesteps = torch.cat([per_sample(batch[data.timestep]) for batch in batches])
 
     def errors(network: nn.Module) -> list[float]:
         outputs = [first_tensor(network(*inputs_of(plain, batch))) for batch in batches]

@@ -37,6 +37,7 @@ from tfmq_fx.passes.clean.literal_dtypes import literal_dtypes
 from tfmq_fx.passes.clean.remove_noops import remove_noops
 from tfmq_fx.passes.clean.root_batch_size import root_batch_size
 from tfmq_fx.passes.pass_manager import PassManager
+from tfmq_fx.passes.temporal.flatten_entries import flatten_entries
 
 ROUNDING = 1e-2  # relative; that of bfloat16 sums in another order, far below another function of the inputs
 
@@ -238,6 +239,7 @@ def cleaning(timestep: str) -> list[Callable[[GraphModule], PassResult]]:
         partial(root_batch_size, timestep=timestep),
         linear_matmuls,
         fold_parameters,
+        partial(flatten_entries, timestep=timestep),
     ]
 
 

@@ -81,11 +81,13 @@ def choose(
     """
     if not is_open(recipe):
         return Choices(recipe=recipe, report={})
+    if recipe.keyed == AUTO and calibration.tensors[calibration.timestep].dim() > 1:
+        recipe = dataclasses.replace(recipe, keyed="block")  # a sample with several timesteps has no key
     planned = plan(gm, recipe=recipe, temporal=temporal).layers
     nodes = {n.name: n for n in gm.graph.nodes}
     only_size = fixed_batch(gm, calibration.constants.keys())
     rows = _rows(calibration, only_size or 1, seed)
-    at = calibration.tensors[calibration.timestep][torch.stack([r[0] for r in rows])]
+    at = calibration.row_timesteps[torch.stack([r[0] for r in rows])]
     timesteps, where_P = at.unique(return_inverse=True)
     axes = {p.node: channel_axis(nodes[p.node], attribute(gm, p.path)) for p in planned}
     ranges = input_ranges(gm, calibration, axes, timesteps, only_size=only_size, seed=seed)
@@ -103,7 +105,7 @@ def choose(
     )
     flops = {layer.node: layer.flops for layer in layers_of(gm)}
     edges = {n.name for n in edge_layers(gm, timestep=temporal.timestep)} - set(temporal.nodes)
-    steps = len(calibration.tensors[calibration.timestep].unique())
+    steps = len(calibration.row_timesteps.unique())
     repeats = dict.fromkeys(edges, steps)
     search = _Search(recipe, readers, effects, by_timestep, static, flops=flops, repeats=repeats)
     before = search.error_P()
@@ -129,7 +131,7 @@ def _constant(planned: Sequence[LayerPlan], ranges: Mapping[str, tuple[Tensor, T
 
 def _rows(calibration: CalibrationSet, count: int, seed: int) -> list[Tensor]:
     """Return the indices of the rows of each run: `count` of one timestep."""
-    t, found = calibration.tensors[calibration.timestep], []
+    t, found = calibration.row_timesteps, []
     for row in calibration.draw(ROWS, seed=seed):
         same = (t == t[row]).nonzero().flatten()
         found.append(torch.cat([row[None], same[same != row]]).repeat(count)[:count])

@@ -120,7 +120,9 @@ class RecipeQuantizer(Quantizer):  # type: ignore[misc]
             and (settings_of(self.recipe, layer.path, layer.op).keyed or self.recipe.keyed) != "all"
         ):
             return (), ""
-        if not rows_are_samples(x, batch):
+        if not layer.temporal and isinstance(batch, torch.Tensor) and batch.dim() > 1:
+            return (), "one scale per tensor: its samples have several timesteps each"
+        if not rows_are_samples(x, batch, by_entry=timestep in mark or not layer.temporal):
             return (), "one scale per tensor: its rows are not the samples of the batch"
         if not layer.temporal:
             return (timestep,), ""

@@ -16,7 +16,7 @@ from tfmq_fx.passes.pass_manager import declare
 from tfmq_fx.passes.quantize.cache_temporal import rename_layers, stand_for
 from tfmq_fx.passes.quantize.plan import Note, rows_are_samples
 from tfmq_fx.passes.quantize.state import require_stage, state_of, temporal_of
-from tfmq_fx.passes.temporal.insert_step_index import key_index
+from tfmq_fx.passes.temporal.insert_step_index import for_each_entry, key_index
 from tfmq_fx.passes.temporal.partition_temporal import separate
 
 KNOWN = "_known"  # suffix of the nodes that test if a sample's value is in its table
@@ -128,14 +128,17 @@ def _restore(gm: GraphModule, block: GraphModule, path: str) -> bool:
 def _known(gm: GraphModule) -> dict[str, Node]:
     """Return, for each finite input, a node that tests if a sample's value is in its table.
 
-    It is bool, of shape (N,), or (1,) for an input of shape ().
+    It is bool, of shape (N,), or (1,) for an input of shape (); (N * tokens,) if a timestep has an entry for each token.
     """
     call, state, found = gm.graph.call_function, state_of(gm), {}
     for name in state.sizes:
         index = key_index(gm, (name,), timestep=state.timestep, sizes=state.sizes)
         with gm.graph.inserting_before(index):
             least = call(aten.amin.default, (index.args[0], [1]))
-            found[name] = call(aten.eq.Scalar, (least, 0))
+            known = call(aten.eq.Scalar, (least, 0))
+        found[name] = known
+        if name != state.timestep:
+            found[name] = for_each_entry(gm, known, timestep=state.timestep, after=known)
         found[name].name = f"{name}{KNOWN}"
     return found
 

@@ -17,6 +17,7 @@ from tfmq_fx.graph.nodes import (
     aten,
     attribute,
     called_module,
+    count,
     edge_layers,
     matmul_inputs,
     meta_value,
@@ -279,9 +280,15 @@ def table_key(
     return key if key and (fits or key == (timestep,) == tuple(mark)) else None
 
 
-def rows_are_samples(x: Node, timestep: object) -> bool:
-    """Return True if dim 0 of x is the batch of timesteps. True for a scalar timestep, and for unknown shapes."""
+def rows_are_samples(x: Node, timestep: object, *, by_entry: bool = True) -> bool:
+    """Return True if dim 0 of x is the batch of timesteps, (N,), or all their entries, (N * tokens,).
+
+    True for a scalar timestep, and for unknown shapes. by_entry: False for what does not depend on the timestep, and so has
+    one row per sample, (N,), whatever the timestep's shape.
+    """
     value = meta_value(x)
     if not isinstance(value, torch.Tensor) or not isinstance(timestep, torch.Tensor) or timestep.dim() == 0:
         return True
-    return value.dim() > 0 and str(value.shape[0]) == str(timestep.shape[0])
+    return value.dim() > 0 and bool(
+        count(value.shape[:1]) == count(timestep.shape if by_entry else timestep.shape[:1])
+    )

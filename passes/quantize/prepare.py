@@ -17,7 +17,7 @@ from tfmq_fx.base.errors import TFMQError
 from tfmq_fx.base.mapped import require_free
 from tfmq_fx.base.parallel import workers
 from tfmq_fx.graph.inputs import placeholders, require_input, timestep_input
-from tfmq_fx.graph.nodes import attribute, fixed_size, fresh, meta_value, weight_path
+from tfmq_fx.graph.nodes import attribute, fresh, meta_value, weight_path
 from tfmq_fx.graph.state import captured_of, set_state
 from tfmq_fx.observers.temporal import TemporalObserver
 from tfmq_fx.observers.weight import PerChannelWeightFakeQuantize
@@ -28,6 +28,7 @@ from tfmq_fx.passes.quantize.observed import observers, set_mode
 from tfmq_fx.passes.quantize.plan import Note, Plan
 from tfmq_fx.passes.quantize.state import State
 from tfmq_fx.passes.quantize.two_terms import add_second_terms
+from tfmq_fx.passes.temporal.entries_apart import require_entries_apart
 from tfmq_fx.passes.temporal.find_temporal import TemporalBlock, find_temporal
 from tfmq_fx.passes.temporal.insert_step_index import insert_step_index, key_index, step_index
 from tfmq_fx.recipe import Recipe
@@ -49,7 +50,8 @@ def prepare(
         x -> linear(., w)   ==>   x -> observer(., step_index) -> linear(., integers(w))      in the block
                                   x -> fake_quantize(.)        -> linear(., integers(w))      elsewhere
 
-    timesteps (T,): the values of the schedule, distinct and finite, in any order.
+    timesteps (T,): the values of the schedule, distinct and finite, in any order. The graph may take one for each sample, one for all,
+        or one for each token or frame of a sample, (N, tokens).
     temporal: the result of `find_temporal`; None finds the block here, with the timestep name of the capture.
     finite: other inputs with finitely many values, name -> the values (K, ...): {"class_labels": range(10)}.
         Activations that depend on the timestep and on these inputs are keyed on the product, if that fits
@@ -57,7 +59,8 @@ def prepare(
         with ranges over sampled values, and the plan notes it (`state_of(gm).plan`).
     data_quantizer: another torchao Quantizer (x86, ...) for everything outside the temporal block.
 
-    Raises TFMQError for timesteps or finite values that are empty, repeated or not finite.
+    Raises TFMQError for timesteps or finite values that are empty, repeated or not finite, and for a block that mixes the timesteps
+    of a sample.
     """
     timestep, tables, temporal = _keyed(gm, timesteps, temporal, finite)
     sizes = {name: len(values) for name, values in tables.items()}
@@ -144,15 +147,12 @@ def _keyed(
     timestep = str(timestep_input(gm, temporal.timestep if temporal else None).target)
     given = {timestep: timesteps, **(finite or {})}
     tables = {n: as_values(v, "timesteps" if n == timestep else f"finite[{n!r}]") for n, v in given.items()}
-    if isinstance(t := meta_value(placeholders(gm)[timestep]), Tensor) and t.dim() > 1:
-        sizes = ", ".join("N" if fixed_size(d) is None else str(int(d)) for d in t.shape)
-        raise TFMQError(
-            f"timestep={timestep!r}: has shape ({sizes}), one value per token; only one per sample, (N,), or one for all, (), can be "
-            "in a table."
-        )
     for name, values in tables.items():
-        _check_shape(require_input(gm, name, argument="finite"), name, values)
-    return timestep, tables, temporal or find_temporal(gm, timestep=timestep, finite=finite or ())
+        if name != timestep:
+            _check_shape(require_input(gm, name, argument="finite"), name, values)
+    temporal = temporal or find_temporal(gm, timestep=timestep, finite=finite or ())
+    require_entries_apart(gm, temporal, tables[timestep])
+    return timestep, tables, temporal
 
 
 def _map_integers(weights: Sequence[tuple[PerChannelWeightFakeQuantize, Tensor]], limit: float) -> None:

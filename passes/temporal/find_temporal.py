@@ -13,6 +13,7 @@ from tfmq_fx.base.errors import TFMQError
 from tfmq_fx.graph.inputs import conditioning_vectors, placeholders, require_input, timestep_input
 from tfmq_fx.graph.nodes import (
     ancestors,
+    count,
     fixed_size,
     is_random,
     is_view_or_pointwise,
@@ -162,7 +163,7 @@ def find_temporal(
     if features is None:
         written = overwritten(gm, temporal)
         anchors = {anchor for node in frontier for anchor in _anchors(node, temporal, written)}
-        anchors = {n for n in anchors if not _is_scalar_without_layer(n, inside)} or anchors
+        anchors = {n for n in anchors if not _is_scalar_without_layer(n, source, inside)} or anchors
     else:
         anchors = {n for n in temporal if n.name in features}
     return _block(gm, flow, str(source.target), anchors=anchors, inside=inside, allowed=allowed)
@@ -252,10 +253,13 @@ def _anchors(node: Node, temporal: set[Node], written: set[Node]) -> set[Node]:
     return found
 
 
-def _is_scalar_without_layer(node: Node, inside: set[Node]) -> bool:
-    """Return True for one number per sample that no weighted layer computes, such as a sampler's 1 / (1 + sigma ** 2)."""
-    value = meta_value(node)
-    if not isinstance(value, Tensor) or any(fixed_size(size) != 1 for size in value.shape[1:]):
+def _is_scalar_without_layer(node: Node, timestep: Node, inside: set[Node]) -> bool:
+    """Return True for one number per timestep that no weighted layer computes, such as a sampler's 1 / (1 + sigma ** 2)."""
+    value, t = meta_value(node), meta_value(timestep)
+    if not isinstance(value, Tensor):
+        return False
+    by_entry = isinstance(t, Tensor) and t.dim() > 1 and count(value.shape) == count(t.shape)
+    if not by_entry and any(fixed_size(size) != 1 for size in value.shape[1:]):
         return False
     return not any(weight_argument(n) is not None for n in ancestors([node]) & inside)
 

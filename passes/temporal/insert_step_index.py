@@ -10,7 +10,7 @@ from torch.fx import GraphModule, Node
 from torch.fx.passes.infra.pass_base import PassResult
 
 from tfmq_fx.graph.inputs import placeholders, require_input, timestep_input
-from tfmq_fx.graph.nodes import aten, on_device_of, set_buffer
+from tfmq_fx.graph.nodes import aten, count, meta_value, on_device_of, set_buffer
 
 TIMESTEPS = "timestep_table"
 STEP = "step_index"
@@ -25,8 +25,8 @@ def insert_step_index(
 ) -> PassResult:
     """Insert step_index = argmin |timestep_table - timestep|: (N,) int64 indices into `timesteps` (T,).
 
-    A timestep of shape (N,) gives one index per sample, one of shape () gives a single index. Values
-    outside the table take their nearest neighbour (in L_1). Adds nodes only: outputs are bitwise unchanged.
+    A timestep of shape (N,) gives one index per sample, one of shape () a single index, and one of shape (N, tokens)
+    one for each of its entries, (N * tokens,). Values outside the table take their nearest neighbour (in L_1). Adds nodes only: outputs are bitwise unchanged.
 
     timestep: the input's name, see `timestep_input`.
     finite: other inputs with finitely many values, name -> (K, ...); each gets an index `<name>_index` likewise.
@@ -73,6 +73,8 @@ def key_index(gm: GraphModule, key: Sequence[str], *, timestep: str, sizes: Mapp
 
     ("timestep", "class_labels")   ==>   step_index * K + class_labels_index
 
+    Where a sample has several timesteps, the indices of its other inputs are repeated for each.
+
     `insert_step_index` must run first. sizes: name -> number of values, for the timestep and the finite
     inputs.
     """
@@ -87,7 +89,29 @@ def key_index(gm: GraphModule, key: Sequence[str], *, timestep: str, sizes: Mapp
             continue
         with gm.graph.inserting_after(last):
             rows = gm.graph.call_function(aten.mul.Scalar, (index, sizes[name]))
-        with gm.graph.inserting_after(rows):
-            index = last = gm.graph.call_function(aten.add.Tensor, (rows, index_of[name]))
+        other = index_of[name]
+        if key[0] == timestep:
+            other = for_each_entry(gm, other, timestep=timestep, after=rows)
+        with gm.graph.inserting_after(rows if other is index_of[name] else other):
+            index = last = gm.graph.call_function(aten.add.Tensor, (rows, other))
         index.name = f"{made}_index"
     return index
+
+
+def for_each_entry(gm: GraphModule, x: Node, *, timestep: str, after: Node) -> Node:
+    """Return x (N,), repeated for each entry that a sample's timestep has: (N * tokens,). x itself if it has one.
+
+    after: the node behind which it is inserted.
+    """
+    t, call = meta_value(placeholders(gm)[timestep]), gm.graph.call_function
+    entries = count(t.shape[1:]) if isinstance(t, Tensor) and t.dim() > 1 else 1
+    if entries == 1:
+        return x
+    for target, arguments in (
+        (aten.reshape.default, [-1, 1]),
+        (aten.expand.default, [-1, int(entries)]),
+        (aten.reshape.default, [-1]),
+    ):
+        with gm.graph.inserting_after(after):
+            x = after = call(target, (x, arguments))
+    return x

@@ -144,13 +144,20 @@ class Loop(diffusers.DiffusionPipeline):  # type: ignore[misc]
 
     @torch.no_grad()
     def __call__(
-        self, batch_size=1, num_inference_steps=10, generator=None, in_place=True, scaled_steps=0, tokens=0
+        self,
+        batch_size=1,
+        num_inference_steps=10,
+        generator=None,
+        in_place=True,
+        scaled_steps=0,
+        tokens=0,
+        rows=None,
     ):
         x = torch.randn(batch_size, 3, 8, 8, generator=generator)
         self.scheduler.set_timesteps(num_inference_steps)
         for i, t in enumerate(self.scheduler.timesteps):
             more = {"class_labels": torch.zeros(batch_size)} if i < scaled_steps else {}
-            given = t.expand(batch_size, tokens) if tokens else t
+            given = t.expand(rows or batch_size, tokens) if tokens else t
             new = self.scheduler.step(self.unet(x, given, **more).sample, t, x, return_dict=False)[0]
             x = x.copy_(new) if in_place else new
         return {"latents": x}
@@ -188,9 +195,18 @@ def test_an_argument_of_some_steps_only_is_refused():
         CalibrationSet.record(loop(), num_samples=3, num_inference_steps=4, scaled_steps=2)
 
 
-def test_a_timestep_per_token_is_refused_in_words():
-    with pytest.raises(TFMQError, match=r"the timestep 'timestep' has shape \(3, 4\) in a call of 3 rows"):
-        CalibrationSet.record(loop(), num_samples=3, num_inference_steps=2, tokens=4)
+@pytest.mark.parametrize("rows", [1, 3])
+def test_a_timestep_per_token_is_recorded_for_every_row(rows):
+    given = {"num_samples": 3, "num_inference_steps": 2, "tokens": 4}
+    data = CalibrationSet.record(loop(), rows=rows, **given)
+    assert data.tensors["timestep"].shape == (6, 4)
+    assert torch.equal(data.row_timesteps, data.timesteps.repeat_interleave(3))
+    assert data.arguments(slice(0, 5))["timestep"].shape == (5, 4)
+
+
+def test_timesteps_that_are_not_those_of_rows_are_refused():
+    with pytest.raises(TFMQError, match=r"the timestep 'timestep' has shape \(2, 4\) in a call of 3 rows"):
+        CalibrationSet.record(loop(), num_samples=3, num_inference_steps=2, tokens=4, rows=2)
 
 
 @pytest.mark.parametrize("strength", [0.6, 0.3, 0.06])

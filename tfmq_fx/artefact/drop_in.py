@@ -9,7 +9,7 @@ import json
 import logging
 import threading
 from collections import Counter
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -181,8 +181,8 @@ class DropIn(nn.Module):
     """A module that computes the network behind the float network's calling convention.
 
     `pipe.unet = model` is all a diffusers pipeline needs: arguments, outputs, `.config`, `.dtype` and
-    `.device` are the same. A timestep may be a number, or a tensor of shape (), (1,), (N,) or (N, 1); a batch may mix
-    timesteps.
+    `.device` are the same. A timestep may be a number, or a tensor of shape (), (1,), (N,) or (N, 1), and (N, tokens) if it was captured so;
+    a batch, and a sample with several, may mix timesteps.
 
     A timestep outside the table uses the qparams of its nearest neighbour and is counted in
     `report["unseen_timesteps"]`, or raises TFMQError (`Recipe(unseen="error")`). The same holds for values of
@@ -516,9 +516,14 @@ class DropIn(nn.Module):
                     "in a call of their own."
                 )
             return one.reshape(())
+        if len(spec["shape"]) > 1:
+            return _entries(t, spec["shape"][1:], batch)
         if t.dim() > 1:
             if t.numel() != t.shape[0]:
-                raise TFMQError(f"timestep: has shape {tuple(t.shape)}, but must have one value per sample.")
+                raise TFMQError(
+                    f"timestep: has shape {tuple(t.shape)}, but must have one value per sample, as when the network was captured; "
+                    f"{self.verb} again with {self.source} that has timesteps of this shape."
+                )
             t = t.reshape(-1)
         if t.dim() == 0 or (t.dim() == 1 and t.shape[0] == 1 and batch != 1):
             t = t.reshape(1).expand(batch)
@@ -563,6 +568,18 @@ class DropIn(nn.Module):
             f"{name}={value.item()}: not among the {len(table)} {what}; its neighbours are {below} and {above}. "
             f"{self.seen}."
         )
+
+
+def _entries(t: Tensor, shape: Sequence[int], batch: int) -> Tensor:
+    """Return a timestep for each token or frame of a sample, (N, *shape). One for a sample or for all is that of all its tokens."""
+    if t.dim() < 2:
+        t = t.reshape(-1, *[1] * len(shape))
+    fits = t.dim() == len(shape) + 1 and t.shape[0] in (1, batch)
+    if not fits or any(own not in (1, size) for own, size in zip(t.shape[1:], shape, strict=True)):
+        raise TFMQError(
+            f"timestep: has shape {tuple(t.shape)} for a batch of {batch}, captured with (N, {', '.join(map(str, shape))})."
+        )
+    return t.expand(batch, *shape)
 
 
 def _blank(cls: Any) -> Any:

@@ -24,6 +24,7 @@ from torch.fx import GraphModule
 
 from tfmq_fx.artefact.graph_json import tensors_of
 from tfmq_fx.artefact.known import unknown_values
+from tfmq_fx.base.entries import packed
 from tfmq_fx.base.errors import TFMQError
 from tfmq_fx.graph.inputs import placeholders
 from tfmq_fx.graph.nodes import fresh, set_buffer
@@ -171,7 +172,7 @@ class Outside:
         t = inputs[self.timestep]
         known = self.tables[self.timestep].to(t.device, torch.float64)
         step = (known - t.double().reshape(-1, 1)).abs().argmin(1)
-        keys = self._keys(inputs, rows=len(step))
+        keys = self._keys(inputs, rows=len(t))
         with self._lock:
             tables = self._tables(keys, inputs) if self._pays(keys) else None
         if tables is None:
@@ -180,7 +181,8 @@ class Outside:
         if len(distinct) == 1:
             values = tables[keys[0]][step]
         else:
-            values = torch.stack([tables[key][i] for key, i in zip(keys, step.unbind(), strict=True)])
+            own = step.reshape(len(t), -1)  # a sample may have several
+            values = torch.cat([tables[key][i] for key, i in zip(keys, own.unbind(), strict=True)])
         return _apart(values, self._columns)
 
     def rounds_at(self, inputs: Mapping[str, Tensor]) -> bool:
@@ -190,24 +192,36 @@ class Outside:
         """
         t = inputs[self.timestep]
         has_tables = len(self.features) > len(self.taken) and len(self.tables) == 1
-        plain = has_tables and t.dim() == 1 and t.device.type == self.device.type == "cpu"
+        plain = has_tables and t.dim() > 0 and t.device.type == self.device.type == "cpu"
         return plain and self.batch not in (None, len(t))
 
     @torch.no_grad()
     def at_rows(self, inputs: Mapping[str, Tensor]) -> list[Tensor]:
-        """Return all features of a call as the layers compute them for so many rows. Those of a request mean nothing."""
+        """Return all features of a call as the layers compute them for so many rows. Those of a request mean nothing.
+
+        Samples with several timesteps have room for the whole schedule, which is evaluated with the first of it.
+        """
         t, found = inputs[self.timestep], []
+        several = t.dim() > 1
         distinct, index = t.unique(return_inverse=True)
+        wanted = torch.cat([distinct, self.tables[self.timestep].to(t)]).unique() if several else distinct
+
+        def key_of(value: Tensor) -> bytes:
+            return f"rows{len(t)}".encode() + value.reshape(1).view(torch.uint8).numpy().tobytes()
+
         with self._lock:
+            missing = {key_of(x) for x in distinct} - self._requests.keys()
+            new = [x for x in wanted if key_of(x) not in self._requests] if missing else []
+            for part in torch.stack(new).split(t.numel() if several else 1) if new else ():
+                filled = part[torch.arange(t.numel()) % len(part)].reshape(t.shape)
+                made = self.evaluate({**inputs, self.timestep: filled})
+                rows, self._all_columns = _side_by_side([feature[: len(part)] for feature in made])
+                self._requests |= {key_of(x): row.clone() for x, row in zip(part, rows.split(1), strict=True)}
             for value in distinct:
-                key = f"rows{len(t)}".encode() + value.reshape(1).view(torch.uint8).numpy().tobytes()
-                if key not in self._requests:
-                    made = self.evaluate({**inputs, self.timestep: value.expand(len(t))})
-                    self._requests[key], self._all_columns = _side_by_side([feature[:1] for feature in made])
-                self._requests.move_to_end(key)
-                found.append(self._requests[key])
+                self._requests.move_to_end(key_of(value))
+                found.append(self._requests[key_of(value)])
             self._forget()
-        return _apart(torch.cat(found)[index], self._all_columns)
+        return _apart(torch.cat(found)[index.reshape(-1)], self._all_columns)
 
     @property
     def conditions(self) -> list[str]:
@@ -267,17 +281,22 @@ class Outside:
             given[name] = (
                 x[chosen.clamp(max=len(x) - 1).to(x.device)].repeat_interleave(steps, 0) if x.dim() else x
             )
-        whole = {n for n in given if not given[n].dim()}
+        whole, shape = {n: x for n, x in given.items() if not x.dim()}, inputs[self.timestep].shape[1:]
+        where, size = None, MOST_ROWS
+        if shape:  # several timesteps per sample
+            given, where = packed({n: x for n, x in given.items() if n not in whole}, self.timestep, shape)
+            size = max(1, MOST_ROWS // shape.numel())
         found: list[Tensor] = []
-        for start in range(0, steps * len(rows), MOST_ROWS):
+        for start in range(0, len(given[self.timestep]), size):
             part = {
-                n: x if n in whole else x[start : start + MOST_ROWS].to(self.device) for n, x in given.items()
-            }
+                n: x[start : start + size].to(self.device) for n, x in given.items() if n not in whole
+            } | whole
             features = dict(zip(self.features, self.block(*(part[n] for n in self._inputs)), strict=True))
             flat, self._columns = _side_by_side([features[n] for n in self.taken])
             found.append(flat.to(here))
         self.evaluations += len(rows)
-        return list(torch.cat(found).split(steps))
+        values = torch.cat(found)
+        return list((values if where is None else values[where.to(here)]).split(steps))
 
 
 def _side_by_side(features: list[Tensor]) -> tuple[Tensor, list[_Column]]:

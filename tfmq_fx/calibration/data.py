@@ -13,6 +13,7 @@ from torch.fx import GraphModule
 from tfmq_fx.base.ambient import tracked
 from tfmq_fx.base.arguments import Path as ArgumentPath
 from tfmq_fx.base.arguments import leaves, nested
+from tfmq_fx.base.entries import per_sample
 from tfmq_fx.base.errors import TFMQError, nearest_names
 from tfmq_fx.calibration.pipelines import OWN_PROMPTS, denoiser, prompts_for
 from tfmq_fx.calibration.ready import require_ready
@@ -24,12 +25,13 @@ from tfmq_fx.graph.state import captured_of
 
 
 class CalibrationSet:
-    """A set of inputs that the network received while sampling: named tensors of N rows each, one timestep per row.
+    """A set of inputs that the network received while sampling: named tensors of N rows each, with the timestep of each row.
 
     Invariants: at least one row; all tensors have the same first dimension; every value is finite. A tensor
     inside a dict or list argument has a flat name ("added_cond_kwargs_time_ids") and its path in `paths`.
     `constants` has what is the same in every call: plain values, and tensors without rows (position ids).
-    `timestep_shape` is that of a row's timestep as the network takes it: () or (1,). In `tensors` it is always ().
+    `timestep_shape` is that of a row's timestep as the network takes it: (), (1,), or (tokens,) if a row has one for each token or
+    frame. In `tensors` one alone has shape ().
     `repeats` has the tensors of which the network takes each row several times in a row (a prompt for every frame).
     `conditional` (N,) bool is False for the unconditional rows, which guidance adds. `note`: what was chosen for
     the user when the set was recorded, as the report says it.
@@ -76,13 +78,11 @@ class CalibrationSet:
                         f"calibration: tensor {name!r} holds NaN or infinite values, first in row {row}."
                     )
         t = self.tensors[timestep]
-        if t.numel() != len(t):
-            raise TFMQError(
-                f"calibration: the timestep {timestep!r} has shape {tuple(t.shape)}, {t[0].numel()} values per row; only one per "
-                "row can be in a table."
-            )
-        self.timestep_shape = (*t.shape[1:], *timestep_shape)
-        self.tensors[timestep] = t.reshape(-1)
+        if t.numel() == len(t):
+            self.timestep_shape = (*t.shape[1:], *timestep_shape)
+            self.tensors[timestep] = t.reshape(-1)
+        else:
+            self.timestep_shape = tuple(t.shape[1:])
         self.conditional = torch.ones(len(self), dtype=torch.bool) if conditional is None else conditional
         marks = self.conditional
         if not isinstance(marks, Tensor) or marks.dtype != torch.bool or marks.shape != (len(self),):
@@ -101,7 +101,7 @@ class CalibrationSet:
         """Build a set from the network's arguments by name.
 
         tensors: (N, ...) each, or dicts and lists of such tensors.
-        timestep: the name of the timesteps' tensor, (N,) or (N, 1), one per row.
+        timestep: the name of the timesteps' tensor: (N,) or (N, 1), one per row, or (N, tokens), one for each token or frame of it.
         """
         found = leaves(tensors)
         wrong = [n for n, (_, x) in found.items() if not isinstance(x, Tensor)]
@@ -183,18 +183,23 @@ class CalibrationSet:
 
     @property
     def timesteps(self) -> Tensor:
-        """Return the distinct timesteps (T,), largest first, in the order of sampling."""
+        """Return the distinct timesteps (T,), of all rows and tokens, largest first, in the order of sampling."""
         values: Tensor = torch.unique(self.tensors[self.timestep])
         return values.flip(0)
 
+    @property
+    def row_timesteps(self) -> Tensor:
+        """Return one timestep for each row (N,): the largest, if a row has several."""
+        return per_sample(self.tensors[self.timestep])
+
     def spread(self, num_samples: int, *, seed: int = 0) -> CalibrationSet:
-        """Return `num_samples` rows, drawn evenly over the timesteps, in shuffled order; all rows if there are fewer."""
+        """Return `num_samples` rows, drawn evenly over the timesteps (`row_timesteps`), in shuffled order; all rows if there are fewer."""
         return self.rows(self.draw(num_samples, seed=seed))
 
     def draw(self, num_samples: int, *, seed: int = 0) -> Tensor:
         """Return the indices (at most num_samples,) of the rows of `spread`, which may not fit in memory themselves."""
         generator = torch.Generator().manual_seed(seed)
-        t = self.tensors[self.timestep]
+        t = self.row_timesteps
         shuffled = torch.randperm(len(self), generator=generator)
         # The rank of each row among the rows of its timestep. Taking low ranks first spreads over timesteps.
         by_t = shuffled[torch.argsort(t[shuffled], stable=True)]
@@ -233,7 +238,7 @@ class CalibrationSet:
         rows: the indices of the rows to use; None for all.
         """
         rows = torch.arange(len(self)) if rows is None else rows
-        t = self.tensors[self.timestep][rows]
+        t = self.row_timesteps[rows]
         groups = [rows[t == value] for value in t.unique()] if one_timestep else [rows]
         return [batch for group in groups for batch in group.split(batch_size)]
 

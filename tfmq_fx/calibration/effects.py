@@ -23,6 +23,7 @@ from torch.fx import GraphModule, Interpreter, Node
 from torch.utils import _pytree as pytree
 
 from tfmq_fx.base.arithmetic import FLOAT_BITS, IntegerRange, choose_qparams
+from tfmq_fx.base.entries import per_sample
 from tfmq_fx.base.errors import TFMQError
 from tfmq_fx.base.parallel import workers
 from tfmq_fx.calibration.calls import overflow_words
@@ -136,7 +137,8 @@ def input_ranges(
         watch = Watch(gm)
         watch.found = {}
         watch.run(*inputs_of(gm, batch))
-        same = batch[calibration.timestep][:, None] == timesteps.to(batch[calibration.timestep])
+        t = per_sample(batch[calibration.timestep])
+        same = t[:, None] == timesteps.to(t)
         number_N = (same * torch.arange(len(timesteps), device=same.device)).sum(1)  # at most one is the same
         return torch.where(same.any(1), number_N, len(timesteps)), watch.found
 
@@ -226,7 +228,7 @@ def output_effects(
         return float((found_P / variance_P.clamp_min(1e-30)).mean().clamp_min(1.0))
 
     return Effects(
-        timesteps=torch.stack([calibration.tensors[calibration.timestep][r[0]] for r in rows]),
+        timesteps=torch.stack([calibration.row_timesteps[r[0]] for r in rows]),
         inputs={
             r.input: column(r.input, sizes=(1,)) for r in readers if r.plan.activation_bits != FLOAT_BITS
         },

@@ -365,13 +365,14 @@ def _rows(
 
 
 def _timesteps(name: str, t: Tensor, size: int) -> Tensor:
-    """Return a call's timestep as one value per row, (size,)."""
-    if t.dim() > 1 or (t.dim() and size % max(len(t), 1)):
+    """Return a call's timestep as one value per row, (size,), or one for each token or frame of it, (size, tokens)."""
+    if not t.numel() or (t.dim() and size % len(t)):
         raise TFMQError(
-            f"calibration: the timestep {name!r} has shape {tuple(t.shape)} in a call of {size} rows; only one timestep for each "
-            "row, or one for all, can be recorded."
+            f"calibration: the timestep {name!r} has shape {tuple(t.shape)} in a call of {size} rows; it must have one row for each "
+            "row of the call, or one for all."
         )
-    return t.reshape(-1).repeat(size // t.numel())
+    rows = t.reshape(1) if not t.dim() else t
+    return rows.repeat(size // len(rows), *[1] * (rows.dim() - 1))
 
 
 def _is_array(value: Any) -> bool:

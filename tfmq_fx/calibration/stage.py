@@ -188,7 +188,7 @@ def input_maxima(
     """
     timestep = str(timestep_input(gm, None).target)
     axes = {layer.node.name: layer.axis for layer in choose_layers(gm, (), timestep=timestep)[0]}
-    none = calibration.tensors[calibration.timestep][:0]  # no timestep is kept apart
+    none = calibration.row_timesteps[:0]  # no timestep is kept apart
     return largest(
         input_ranges(gm, calibration, axes, none, num_samples=num_samples, batch_size=batch_size, seed=seed)
     )
@@ -213,9 +213,10 @@ def _check_values(gm: GraphModule, calibration: CalibrationSet) -> None:
             raise TFMQError(
                 f"calibration: no tensor named {name!r}; found {nearest_names(name, calibration.tensors)}."
             )
-        common = torch.promote_types(values.dtype, calibration.tensors[name].dtype)
+        given = calibration.tensors[name]
+        common = torch.promote_types(values.dtype, given.dtype)
         known = {str(v) for v in values.to(common).tolist()}
-        data = calibration.tensors[name].to(common).unique(dim=0).tolist()
+        data = given.to(common).reshape(-1, *values.shape[1:]).unique(dim=0).tolist()
         outside = [v for v in data if str(v) not in known]
         if outside:
             what = "timesteps" if name == state.timestep else f"values of {name!r}"

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
 import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
+from tfmq_fx.base.entries import entries_of, packed
 from tfmq_fx.base.errors import TFMQError, nearest_names
 from tfmq_fx.graph.inputs import placeholders, timestep_input
 from tfmq_fx.graph.nodes import meta_value, on_device_of
@@ -51,7 +52,7 @@ def temporal_rows(gm: GraphModule, data: Mapping[str, Tensor]) -> dict[str, Tens
 
     The rows have every value of each key that selects qparams. Inputs outside the key cycle through the rows of the
     calibration set. If some feature has no table, because an input is not finite or the product is too large,
-    every distinct row of the set follows.
+    every distinct row of the set follows. Each row has one timestep, also where a sample of the set has several, (N, tokens).
 
     data: the calibration set's tensors by name, (N, ...) each. The rows are on the CPU, as the tables are. Raises TFMQError for one that is missing.
     """
@@ -70,6 +71,7 @@ def temporal_rows(gm: GraphModule, data: Mapping[str, Tensor]) -> dict[str, Tens
         raise TFMQError(
             f"calibration: no tensor named {missing[0]!r}; found {nearest_names(missing[0], data)}."
         )
+    data = entries_of({n: data[n] for n in names}, timestep)
     count = len(data[timestep])
     parts: list[dict[str, Tensor]] = []
     for key in sorted(keys):
@@ -95,23 +97,56 @@ def chunks_of(rows: Mapping[str, Tensor], size: int = 1024) -> Iterator[dict[str
 
 
 def run_temporal(
-    block: GraphModule, rows: Mapping[str, Tensor], *, scalar: bool = False
+    block: GraphModule, rows: Mapping[str, Tensor], *, scalar: bool = False, batch: int | None = None
 ) -> tuple[Tensor, ...]:
     """Return the temporal features of an extracted block on every row of its inputs: (R, ...) each.
 
-    The block may also return a step index, which is left out.
+    The block may also return a step index, which is left out. A block that takes several timesteps per sample, (N, tokens), gets
+    as many rows in one sample.
 
     scalar: True to run it once per row, as a block that was captured with a timestep of shape () must.
+    batch: with several timesteps per sample, the number of samples in each run; None: all in one.
     """
-    inputs = [on_device_of(node, rows[n]) for n, node in placeholders(block).items()]
-    if not scalar:
-        return tuple(f for f in block(*inputs) if f.is_floating_point())
-    values = [meta_value(n) for n in placeholders(block).values()]
-    out = []
-    for i in range(len(inputs[0])):
-        row = [
-            x[i] if isinstance(v, Tensor) and v.dim() == x.dim() - 1 else x[i : i + 1]
-            for x, v in zip(inputs, values, strict=True)
-        ]
-        out.append([f for f in block(*row) if f.is_floating_point()])
-    return tuple(torch.stack([row[i] for row in out]) for i in range(len(out[0])))
+    inputs = {n: on_device_of(node, rows[n]) for n, node in placeholders(block).items()}
+    if scalar:
+        count = len(next(iter(inputs.values())))
+        runs = [_floats(block, one_sample(block, inputs, i)) for i in range(count)]
+        return tuple(torch.stack(feature) for feature in zip(*runs, strict=True))
+    shapes = {n: _sizes_after_batch(node) for n, node in placeholders(block).items()}
+    several = next((n for n, x in inputs.items() if x.dim() == 1 and shapes[n]), None)
+    if several is None:
+        return _floats(block, inputs.values())
+    samples, where = packed(inputs, several, shapes[several])
+    size = batch or len(samples[several])
+    runs = []
+    for part in chunks_of(samples, size):
+        # The last run has as many samples as the others.
+        filled = (torch.cat([x, x[-1:].expand(size - len(x), *x.shape[1:])]) for x in part.values())
+        runs.append(_floats(block, filled))
+    found = (torch.cat(feature) for feature in zip(*runs, strict=True))
+    return tuple(f[where] if len(f) > int(where.max()) else f for f in found)
+
+
+def one_sample(block: GraphModule, rows: Mapping[str, Tensor], row: int = 0) -> list[Tensor]:
+    """Return one row of a block's inputs as a call of one sample takes it.
+
+    That is a timestep of shape (), or the same one for all tokens of the sample.
+    """
+    found = []
+    for name, node in placeholders(block).items():
+        x, value = on_device_of(node, rows[name][row]), meta_value(node)
+        if not isinstance(value, Tensor) or value.dim() == x.dim() + 1:
+            x = x[None]
+        elif value.dim() > x.dim():
+            x = x.expand(1, *_sizes_after_batch(node))
+        found.append(x)
+    return found
+
+
+def _floats(block: GraphModule, inputs: Iterable[Tensor]) -> tuple[Tensor, ...]:
+    return tuple(f for f in block(*inputs) if f.is_floating_point())
+
+
+def _sizes_after_batch(node: Node) -> list[int]:
+    value = meta_value(node)
+    return [int(d) for d in value.shape[1:]] if isinstance(value, Tensor) else []

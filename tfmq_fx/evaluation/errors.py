@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.fx import GraphModule
 from torch.utils import _pytree as pytree
 
+from tfmq_fx.base.entries import per_sample
 from tfmq_fx.base.metrics import cosine_distance, relative_mse_by_timestep
 from tfmq_fx.calibration.data import CalibrationSet, inputs_of
 from tfmq_fx.calibration.temporal_rows import (
@@ -62,7 +63,7 @@ def measure_errors(
 
 def _rows_to_measure(gm: GraphModule, calibration: CalibrationSet) -> int:
     both = 2 * sum(layer.flops for layer in layers_of(gm))  # of a row, in float and quantized
-    timesteps = len(calibration.tensors[calibration.timestep].unique())
+    timesteps = len(calibration.row_timesteps.unique())
     return max(timesteps, min(ERROR_ROWS, int(ERROR_FLOPS // max(both, 1))))
 
 
@@ -109,12 +110,17 @@ def errors_by_timestep(
     rows: Mapping[str, Tensor],
     distance: Tensor | None,
 ) -> list[dict[str, float]]:
-    """Return the output's relative MSE, and the features' cosine distance (mean and worst), by timestep."""
+    """Return the output's relative MSE, and the features' cosine distance (mean and worst), by timestep.
+
+    The output's is that of samples whose timestep, or whose largest one, is this.
+    """
     outputs: list[tuple[Tensor, Tensor, Tensor]] = []
     rows_at_once = min(128, max(1, LARGEST // max(1, largest_row(gm))))
     for batch in data.batches(rows_at_once, one_timestep=is_scalar(gm)):
         inputs = inputs_of(gm, batch)
-        outputs.append((first_tensor(converted(*inputs)), first_tensor(gm(*inputs)), batch[data.timestep]))
+        outputs.append(
+            (first_tensor(converted(*inputs)), first_tensor(gm(*inputs)), per_sample(batch[data.timestep]))
+        )
     output = relative_mse_by_timestep(*(torch.cat(column) for column in zip(*outputs, strict=True)))
     errors = []
     for t in state_of(converted).timesteps:

@@ -62,7 +62,7 @@ def trajectory(
 
     def keep(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         given = dict(zip(names, args, strict=False)) | kwargs
-        t = torch.as_tensor(given[model.interface.timestep]).flatten()[0].item()
+        t = torch.as_tensor(given[model.interface.timestep]).amax().item()
         kept.append((t, given[model.first_input][-num_samples:].clone()))
 
     handle = network.register_forward_pre_hook(keep, with_kwargs=True)
@@ -89,7 +89,7 @@ def output_errors(
     """Return the relative MSE of each network's output to the reference's, by timestep, on the same rows."""
     starts = range(0, len(data), ROWS)
     expected = torch.cat([_output(reference, data, i, reference) for i in starts])
-    t = data.tensors[data.timestep]
+    t = data.row_timesteps
     return {
         name: relative_mse_by_timestep(
             torch.cat([_output(f, data, i, reference) for i in starts]), expected, t

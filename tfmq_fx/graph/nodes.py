@@ -6,6 +6,7 @@ Everything here reads operator schemas and graph structure, never the name of a 
 from __future__ import annotations
 
 import builtins
+import math
 import operator
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
@@ -175,6 +176,11 @@ def fixed_size(size: int | torch.SymInt) -> int | None:
         return size
     fixed: int | None = size.node.maybe_as_int()
     return fixed
+
+
+def count(sizes: Iterable[int | torch.SymInt]) -> Any:
+    """Return the product of sizes as an expression, which equals another if capture proved the two the same."""
+    return math.prod(d.node.expr if isinstance(d, torch.SymInt) else d for d in sizes)
 
 
 def value_inputs(node: Node) -> list[Node]:

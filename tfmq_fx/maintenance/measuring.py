@@ -18,13 +18,14 @@ from tfmq_fx.calibration.data import CalibrationSet, inputs_of
 from tfmq_fx.calibration.temporal_rows import (
     chunks_of,
     is_scalar,
+    one_sample,
     require_keys_only,
     run_row_by_row,
     run_temporal,
     temporal_rows,
 )
 from tfmq_fx.graph.inputs import placeholders
-from tfmq_fx.graph.nodes import ancestors, dtype_of, meta_value, node_named, on_device_of
+from tfmq_fx.graph.nodes import ancestors, dtype_of, meta_value, node_named
 from tfmq_fx.maintenance.choice import CACHE, RECONSTRUCT, Option
 from tfmq_fx.maintenance.tables import feature_tables, float_block, key_rows
 from tfmq_fx.passes.quantize.cache_temporal import decode, encode, feature_key, is_per_row
@@ -231,13 +232,7 @@ def seconds_per_call(gm: GraphModule, block: GraphModule, *, runs: int = 21) -> 
     The minimum of `runs` runs is the one that other work on the machine disturbs least.
     """
     key = (state_of(gm).timestep,)
-    rows = {n: x[:1] for n, x in key_rows(gm, key).items()}
-    inputs = [on_device_of(node, rows[n]) for n, node in placeholders(block).items()]
-    if is_scalar(gm):
-        inputs = [
-            x[0] if meta_value(placeholders(gm)[n]).dim() == 0 else x
-            for n, x in zip(placeholders(block), inputs, strict=True)
-        ]
+    inputs = one_sample(block, key_rows(gm, key))
     taken = []
     for _ in range(runs):
         start = time.perf_counter()

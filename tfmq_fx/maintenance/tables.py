@@ -57,7 +57,12 @@ def feature_tables(
 
 
 def _in_batches(block: GraphModule, rows: Mapping[str, Tensor], batch: int) -> tuple[Tensor, ...]:
-    """Return the block's features on each row (R, ...), each computed in a batch of `batch` equal rows."""
+    """Return the block's features on each row (R, ...), each computed in a batch of `batch` equal rows.
+
+    A block that takes several timesteps per sample computes as many of them in each batch.
+    """
+    if any(meta_value(n).dim() > rows[name].dim() for name, n in placeholders(block).items()):
+        return run_temporal(block, rows, batch=batch)
     count = len(next(iter(rows.values())))
     found = []
     for i in range(count):

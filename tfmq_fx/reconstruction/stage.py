@@ -250,7 +250,7 @@ def _tune(
             chunks,
             workers=run.workers,
             ranks=run.ranks,
-            timesteps=calibration.tensors[state_of(gm).timestep][torch.cat(batches)],
+            timesteps=calibration.row_timesteps[torch.cat(batches)],
             keep_targets=keep_targets,
         )
         return tune(streams, weights, settings, iterations, run.order(index, len(chunks)))

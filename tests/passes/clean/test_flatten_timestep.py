@@ -75,8 +75,9 @@ def test_quantized_lowered_saved_and_precomputed(tmp_path):
             q(X, T.expand(40, 2))
 
 
-def test_one_per_token_is_refused_by_name():
-    with pytest.raises(
-        TFMQError, match=r"timestep 'timestep' has shape \(40, 8\), 8 values per row; only one per row"
-    ):
-        tfmq_fx.CalibrationSet.from_tensors({"x": X, "timestep": T.expand(40, 8)})
+def test_one_per_token_stays_as_it_is():
+    gm = tfmq_fx.capture(
+        Column().eval(), {"x": X[:2, None].expand(2, 4, 8), "timestep": T[:2, None].expand(2, 4, 1)}
+    )
+    assert not flatten_timestep(gm, timestep="timestep").modified
+    assert meta_value(placeholders(gm)["timestep"]).dim() == 3
