@@ -209,7 +209,8 @@ def test_rows_of_one_timestep_are_enough():
     q = tfmq_fx.quantize(make(TinyUNet), OPEN, calibration=one)
     assert q.report["choices"]["rows"] <= 16
     (note,) = (n for n in q.report["notes"] if n["name"] == "calibration")
-    assert note["reason"].startswith("all rows have the timestep ") and not note["coarser"]
+    assert note["reason"].startswith("all rows have the timestep ")
+    assert not note["coarser"]
 
 
 class Even(nn.Module):
