@@ -125,7 +125,7 @@ def _error(q: nn.Module, network: nn.Module, data: tfmq_fx.CalibrationSet) -> fl
     t, found = data.tensors[data.timestep], [0.0]
     for value in data.timesteps:
         given = data.rows(t == value).arguments(slice(0, len(data)))
-        a, b = (pytree.tree_leaves(_plain(m(**given))) for m in (q, network))
+        a, b = (pytree.tree_leaves(_plain(m(**given))) for m in (q, data.row_wise(network)))
         pairs = [(x.double(), y.double()) for x, y in zip(a, b, strict=True) if isinstance(x, torch.Tensor)]
         found += [float((x - y).norm() / y.norm().clamp(min=1e-12)) for x, y in pairs]
     return max(found)

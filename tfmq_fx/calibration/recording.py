@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from tfmq_fx.artefact.drop_in import uncounted
+from tfmq_fx.artefact.drop_in import PERTURBED, uncounted
 from tfmq_fx.base.arguments import Path as ArgumentPath
 from tfmq_fx.base.errors import TFMQError
 from tfmq_fx.base.files import replace_folder, update_with_tensors
@@ -37,9 +37,11 @@ from tfmq_fx.calibration.calls import (
     first_overflow,
     overflow_words,
     recorded,
+    repeated,
     same,
 )
 from tfmq_fx.calibration.guidance import Unguided, conditional_rows, conditions, without_guidance
+from tfmq_fx.calibration.perturbed import Perturbation, watched
 from tfmq_fx.calibration.pipelines import call_pipeline, few_steps, whole_lists
 from tfmq_fx.calibration.rows import INDEX, Recording, Sink, read_recording
 
@@ -122,13 +124,45 @@ class Session:
         """Return the defaults of the denoiser's arguments."""
         return defaults_of(self.network)
 
+    @cached_property
+    def preview(self) -> tuple[list[Leaves], Perturbation | None]:
+        """Return the calls of a whole run that computes little, and what the pipeline sets in its network meanwhile.
+
+        What the pipeline does in some steps only is seen before hours of sampling. An error that ends the run is left to
+        the runs that compute everything.
+        """
+        with repeated(self.network), watched(self.network) as watch:
+            found, _ = self._run(0, self.probed, self.num_inference_steps)
+        return [call_leaves(call, self.defaults) for call in found], watch.perturbation(self.network)
+
+    @property
+    def probed(self) -> int:
+        """Return a number of samples other than the recording's batch size."""
+        return 2 if min(self.batch_size, self.num_samples) == 1 else 1
+
     def run(
         self, first: int, size: int, steps: int, *, changes: Mapping[str, float] | None = None, seed: int = 0
     ) -> tuple[list[Call], Exception | None]:
         """Run the pipeline for samples first .. first + size - 1. Return its calls, and the error that ended it.
 
         changes: override `pipe_kwargs`. seed: added to the session's.
+
+        Raises TFMQError if the pipeline sets anything in its network that it has not set in `preview`.
         """
+        _, perturbation = self.preview
+        with watched(self.network) as watch:
+            found, error = self._run(first, size, steps, changes=changes, seed=seed)
+        if not changes:
+            watch.require({} if perturbation is None else perturbation.objects)
+        if perturbation is not None and not changes:
+            for call, own in zip(found, watch.changes, strict=True):
+                size = self.size_of(_flat(call_leaves(call, self.defaults)))
+                call[PERTURBED] = perturbation.rows(size) if own else torch.zeros(size, dtype=torch.bool)
+        return found, error
+
+    def _run(
+        self, first: int, size: int, steps: int, *, changes: Mapping[str, float] | None = None, seed: int = 0
+    ) -> tuple[list[Call], Exception | None]:
         whole = self.whole  # may run the pipeline, which must not be recorded
         generator = torch.Generator().manual_seed((self.seed + seed) * 1_000_003 + first)
         with recorded(self.network) as found, torch.random.fork_rng(devices=()):
@@ -208,15 +242,16 @@ class Session:
         The first run takes few steps, for a number of samples other than the recording's batch size: tensors that
         do not scale with it have no rows. Other runs are the same without guidance, and have fewer rows if it was on.
         """
-        size = 2 if min(self.batch_size, self.num_samples) == 1 else 1
+        size, (previewed, _) = self.probed, self.preview
         found = self.short(size)
         calls = [_flat(call) for call in found]
         rows = self.size_of(calls[0])
         shapes = Shapes.of(calls[0], rows, timestep=self.timestep)
         shared = shapes.shared
-        constants = Constants(self.defaults)
-        for call in found:
-            constants.take(call, self.row_names(call, shared))
+        for made in (found, previewed):
+            constants = Constants(self.defaults)
+            for call in made:
+                constants.take(call, self.row_names(call, shared))
         total = sum(self.size_of(c) for c in calls)
         for changes in without_guidance(inspect.signature(self.pipe.__call__).parameters, self.pipe_kwargs):
             plain = [_flat(c) for c in self.short(size, changes=changes)]
@@ -291,12 +326,22 @@ def record(session: Session, *, deterministic: bool, cache: Path | None, max_mem
     folder = cache / session.key(deterministic=deterministic)
     ranks = Ranks()
     if not all(ranks.gather((folder / INDEX).is_file())):
+        _require_plain(session, cache)
         if ranks.rank == 0:
             replace_folder(folder, lambda part: _write(session, part, deterministic=deterministic))
         else:
             _record(session, folder, deterministic=deterministic, limit=float("inf"))
         ranks.gather(None)  # the other ranks wait for the folder
     return read_recording(folder)
+
+
+def _require_plain(session: Session, cache: Path) -> None:
+    """Raise TFMQError if the pipeline sets objects in its network while it samples: JSON cannot keep them."""
+    if (perturbation := session.preview[1]) is not None:
+        raise TFMQError(
+            f"calibration: cache={str(cache)!r} cannot keep what the pipeline sets while it samples "
+            f"({next(iter(perturbation.objects))}); record without cache=."
+        )
 
 
 def _record(session: Session, folder: Path, *, deterministic: bool, limit: float) -> Recording:
@@ -334,6 +379,7 @@ def _record(session: Session, folder: Path, *, deterministic: bool, limit: float
         paths=paths,
         conditional=torch.tensor(marks),
         repeats=shapes.repeats,
+        perturbation=session.preview[1],
     )
 
 
