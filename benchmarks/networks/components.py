@@ -491,6 +491,7 @@ CALLS: tuple[tuple[str, dict[str, Any]], ...] = (
     (r"AnimateDiffSparse", {"conditioning_frames": lambda: _clip()[:1], "controlnet_frame_indices": (0,)}),
     (r"AnimateDiff(VideoToVideo)?ControlNet", {"conditioning_frames": _clip}),
     (r"Mochi", {"num_frames": 7}),
+    (r"CycleDiffusion", {"eta": 0.1}),  # it divides by eta
     (r"^(Sana|LTX|HunyuanVideo15)", {"height": 32, "width": 32}),
 )  # fmt: skip
 
