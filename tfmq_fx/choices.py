@@ -43,6 +43,7 @@ WORTH = 1e-3
 # (docs/measured/reconstruction.md).
 LEFT = {"nearest": 1.0, "gptq": 0.25, "adaround": 0.15, "gptq+adaround": 0.15}
 FLOAT_BYTES = 4  # of a weight left in float
+TERM_STEPS = 255  # of 8 bits: the second term of an activation has as many in one of the first
 ROUNDS = 3  # the weights of the timesteps depend on the choice, and the choice on them
 
 Smoothing = Mapping[Any, Tensor | None]
@@ -397,7 +398,10 @@ class _Search:
                     partial(self.wide.update, keys),
                 )
                 if all(can_have_two(r.node) and not r.plan.temporal for r in readers):
-                    left_P = torch.stack([self._input_error(key, keyed=False) for key in keys]).sum(0) / TERM_STEPS**2
+                    left_P = (
+                        torch.stack([self._input_error(key, keyed=False) for key in keys]).sum(0)
+                        / TERM_STEPS**2
+                    )
                     yield _Step(
                         saved_P - left_P,
                         {"double_flops": self._flops(readers)},

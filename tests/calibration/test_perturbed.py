@@ -74,7 +74,7 @@ class Perturbing(diffusers.DiffusionPipeline, PAGMixin):  # type: ignore[misc]
             if pag_scale and i == int(stop * num_inference_steps):
                 parts = parts[:-1]
                 put_back(self.unet, own)
-            if processor is not None:
+            if processor is not None and i > 0:
                 self.unet.mid.first.processor = processor
             t = torch.tensor(900 - 400 * i)
             new = self.unet(x.repeat(len(parts), 1, 1, 1), t, torch.cat(parts)).chunk(len(parts))

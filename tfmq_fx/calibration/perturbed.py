@@ -140,6 +140,21 @@ def held(network: nn.Module) -> Held:
     }
 
 
+def _stored(value: Any, depth: int = 2) -> str:
+    """Return the attribute of an object, or of those in it, that holds tensors; "" for none."""
+    for name, inner in vars(value).items():
+        if any(isinstance(x, Tensor) for x in pytree.tree_leaves(inner)):
+            return name
+        if (
+            depth
+            and hasattr(inner, "__dict__")
+            and not _is_no_object(inner)
+            and (found := _stored(inner, depth - 1))
+        ):
+            return f"{name}.{found}"
+    return ""
+
+
 def _is_no_object(value: Any) -> bool:
     return inspect.isroutine(value) or isinstance(value, (type, Tensor, nn.Module))
 
@@ -151,11 +166,20 @@ class Watch:
     such an object, the arguments of one call.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, network: nn.Module) -> None:
+        self.network, self.before = network, held(network)
         self.changes: list[Held] = []
         self.given: tuple[Any, Any] | None = None
 
-    def perturbation(self, network: nn.Module) -> Perturbation | None:
+    def restore(self) -> None:
+        """Put back what an error of the pipeline has left in the network."""
+        now = held(self.network)
+        for path, value in self.before.items():
+            if now.get(path) is not value:
+                owner, _, name = path.rpartition(".")
+                setattr(self.network.get_submodule(owner), name, value)
+
+    def perturbation(self) -> Perturbation | None:
         """Return what the pipeline sets; None for nothing. Raises TFMQError for what cannot be told row by row."""
         objects = next((found for found in self.changes if found), None)
         if objects is None or self.given is None:
@@ -167,9 +191,18 @@ class Watch:
                 f"calibration: the pipeline sets {path} to a {type(objects[path]).__name__} while it samples, which only its own "
                 "code can compute; switch that off (pag_scale=0), or use a processor of diffusers."
             )
-        found = Perturbation(objects, _pattern(network, path, objects, self.given))
-        _require_row_wise(network, path, found, self.given)
+        found = Perturbation(objects, _pattern(self.network, path, objects, self.given))
+        _require_row_wise(self.network, path, found, self.given)
         return found
+
+    def require_no_store(self) -> None:
+        """Raise TFMQError if the pipeline has set an object that keeps what the network computes, to read it from there."""
+        for path, value in held(self.network).items():
+            if self.before.get(path) is not value and (name := _stored(value)):
+                raise TFMQError(
+                    f"calibration: the pipeline reads {path}.{name}, which its network computes on the way; a quantized network "
+                    "has its outputs alone, so only pipelines without such attention maps can be recorded."
+                )
 
     def require(self, objects: Held) -> None:
         """Raise TFMQError if a call had others set than these, or some of these."""
@@ -187,7 +220,8 @@ class Watch:
 @contextmanager
 def watched(network: nn.Module) -> Iterator[Watch]:
     """Watch what is set in a network's modules while the context is open. Only what is as before at the end counts."""
-    before, watch = held(network), Watch()
+    watch = Watch(network)
+    before = watch.before
 
     def look(_module: nn.Module, _args: Any, _kwargs: Any) -> None:
         now = held(network)
