@@ -190,16 +190,26 @@ class Mixing(PAGIdentitySelfAttnProcessor2_0):  # type: ignore[misc]
         return attn.to_v(hidden_states) - hidden_states.mean(0)
 
 
+class Keeping(AttnProcessor2_0):  # type: ignore[misc]
+    def __call__(self, attn, hidden_states, **more):
+        self.kept = [super().__call__(attn, hidden_states, **more)]
+        return self.kept[0]
+
+
 @pytest.mark.parametrize(
     ("given", "words"),
     [
+        ({"processor": Keeping(), "pag_scale": 0.0}, "reads mid.first.processor.kept, which its network computes on the way"),
         ({"processor": PAGCFGIdentitySelfAttnProcessor2_0(), "pag_scale": 2.0}, "sets mid.first.processor otherwise in call"),
         ({"processor": Mixing(), "pag_scale": 0.0}, "to a Mixing while it samples, which only its own code can compute"),
     ],
 )  # fmt: skip
-def test_what_cannot_be_told_row_by_row_is_refused(given, words, tmp_path):
+def test_what_cannot_be_told_row_by_row_is_refused(given, words):
     with pytest.raises(TFMQError, match=words):
         CalibrationSet.record(perturbing(), num_samples=2, num_inference_steps=2, prompt=[1.0, -2.0], **given)
+
+
+def test_a_cache_cannot_keep_it(tmp_path):
     with pytest.raises(
         TFMQError, match=r"cannot keep what the pipeline sets while it samples \(mid.first.processor\)"
     ):

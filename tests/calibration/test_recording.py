@@ -188,6 +188,36 @@ def test_an_argument_of_some_steps_only_is_refused():
         CalibrationSet.record(loop(), num_samples=3, num_inference_steps=4, scaled_steps=2)
 
 
+def test_it_is_refused_before_anything_is_sampled():
+    pipe, calls = loop(), []
+    pipe.unet.unet.register_forward_hook(lambda *_: calls.append(1))
+    with pytest.raises(TFMQError, match=r"'class_labels' is given in calls 1 to 5 .* and not in call 6"):
+        CalibrationSet.record(pipe, num_samples=3, num_inference_steps=20, scaled_steps=5)
+    assert len(calls) == 2 + 2  # one call of each kind, and a short run
+
+
+class Alone(Loop):
+    """A loop for one sample: for more, it fails, or gives its network one sample and as many labels as it is asked for."""
+
+    def __call__(self, batch_size=1, num_inference_steps=10, generator=None, fails=True):
+        if batch_size > 1 and fails:
+            raise RuntimeError(f"{batch_size} samples for one picture")
+        x = torch.randn(1, 3, 8, 8, generator=generator)
+        self.scheduler.set_timesteps(num_inference_steps)
+        for t in self.scheduler.timesteps:
+            new = self.unet(x, t, torch.zeros(batch_size)).sample
+            x = self.scheduler.step(new, t, x, return_dict=False)[0]
+        return {"latents": x}
+
+
+@pytest.mark.parametrize("fails", [True, False])
+def test_a_pipeline_for_one_sample_draws_one_at_a_time(fails, caplog):
+    pipe = Alone(Unlabelled().eval(), diffusers.DDIMScheduler())
+    data = CalibrationSet.record(pipe, num_samples=3, num_inference_steps=4, fails=fails)
+    assert len(data) == 3 * 4 == len(data.tensors["sample"].flatten(1).unique(dim=0))
+    assert "one at a time" in caplog.text or "one sample at a time" in caplog.text
+
+
 def test_a_timestep_per_token_is_refused_in_words():
     with pytest.raises(TFMQError, match=r"the timestep 'timestep' has shape \(3, 4\) in a call of 3 rows"):
         CalibrationSet.record(loop(), num_samples=3, num_inference_steps=2, tokens=4)

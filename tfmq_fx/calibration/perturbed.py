@@ -163,12 +163,13 @@ class Watch:
     """Notes of what a pipeline has set in its network at each call, and only for the time of sampling.
 
     changes: for each call, the objects that are others than before and after the run. given: of the first module with
-    such an object, the arguments of one call.
+    such an object, the arguments of one call. seen: all objects that were not there before the run.
     """
 
     def __init__(self, network: nn.Module) -> None:
         self.network, self.before = network, held(network)
         self.changes: list[Held] = []
+        self.seen: Held = {}
         self.given: tuple[Any, Any] | None = None
 
     def restore(self) -> None:
@@ -197,8 +198,8 @@ class Watch:
 
     def require_no_store(self) -> None:
         """Raise TFMQError if the pipeline has set an object that keeps what the network computes, to read it from there."""
-        for path, value in held(self.network).items():
-            if self.before.get(path) is not value and (name := _stored(value)):
+        for path, value in self.seen.items():
+            if name := _stored(value):
                 raise TFMQError(
                     f"calibration: the pipeline reads {path}.{name}, which its network computes on the way; a quantized network "
                     "has its outputs alone, so only pipelines without such attention maps can be recorded."
@@ -227,6 +228,7 @@ def watched(network: nn.Module) -> Iterator[Watch]:
         now = held(network)
         changed = {p: x for p, x in now.items() if p in before and before[p] is not x}
         watch.changes.append(changed)
+        watch.seen.update(changed)
         if changed and watch.given is None:
             handles.append(_first_module(network, changed).register_forward_pre_hook(keep, with_kwargs=True))
 
