@@ -49,7 +49,7 @@ from tfmq_fx.calibration.rows import INDEX, Recording, Sink, read_recording
 log = logging.getLogger(__name__)
 
 
-FORMAT = 4  # of recordings in a cache; increased when the same arguments give other rows
+FORMAT = 5  # of recordings in a cache; increased when the same arguments give other rows
 MAX_MEMORY = 4 * 2**30  # bytes; larger recordings go to memory-mapped files
 
 
