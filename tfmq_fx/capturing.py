@@ -28,7 +28,7 @@ from tfmq_fx.base.signatures import (
     takes_any,
     with_forward,
 )
-from tfmq_fx.base.tracing import capture_error, graphs_to_log, tracing
+from tfmq_fx.base.tracing import capture_error, graphs_to_log, numpy_on_sizes, tracing
 from tfmq_fx.calibration.data import CalibrationSet
 from tfmq_fx.calibration.ready import require_ready
 from tfmq_fx.graph.inputs import choose_timestep, placeholders, require_input, timestep_input
@@ -166,7 +166,7 @@ def _exported(network: nn.Module, inputs: dict[str, Any]) -> torch.export.Export
     dynamic = pytree.tree_map(_dynamic_batch, inputs)
     try:
         # Without no_grad, activation-checkpoint code hides operators inside submodules.
-        with tracing(), graphs_to_log(), torch.no_grad(), _SymbolicRepeats():
+        with tracing(), graphs_to_log(), numpy_on_sizes(), torch.no_grad(), _SymbolicRepeats():
             return torch.export.export(
                 _by_name(network, inputs), (), inputs, dynamic_shapes=dynamic, strict=False
             )
