@@ -62,6 +62,8 @@ def attempt(cls: type, row: dict[str, Any]) -> None:
         row["built"] = True
         given = arguments(pipe)
         reference = _drawn(pipe, given)
+        if any(x.isnan().any() for x in reference):
+            raise LookupError("with these tiny components and arguments, the float sample is NaN")
         row["float"] = True
         names = [n for n, m in pipe.components.items() if isinstance(m, nn.Module) and _denoises(m)]
         if not names:
