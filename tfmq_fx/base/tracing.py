@@ -17,7 +17,7 @@ from operator import truediv
 from pathlib import Path
 from typing import Any, TextIO
 
-import sympy
+import sympy  # type: ignore[import-untyped]
 import torch
 from torch._subclasses.fake_tensor import (
     DataDependentOutputException,

@@ -144,7 +144,7 @@ def _stored(value: Any, depth: int = 2) -> str:
     """Return the attribute of an object, or of those in it, that holds tensors; "" for none."""
     for name, inner in vars(value).items():
         if any(isinstance(x, Tensor) for x in pytree.tree_leaves(inner)):
-            return name
+            return str(name)
         if (
             depth
             and hasattr(inner, "__dict__")
