@@ -62,6 +62,8 @@ def attempt(cls: type, row: dict[str, Any]) -> None:
         row["built"] = True
         given = arguments(pipe)
         reference = _drawn(pipe, given)
+        if any(x.isnan().any() for x in reference):
+            raise LookupError("with these tiny components and arguments, the float sample is NaN")
         row["float"] = True
         names = [n for n, m in pipe.components.items() if isinstance(m, nn.Module) and _denoises(m)]
         if not names:
@@ -125,7 +127,7 @@ def _error(q: nn.Module, network: nn.Module, data: tfmq_fx.CalibrationSet) -> fl
     t, found = data.row_timesteps, [0.0]
     for value in t.unique():
         given = data.rows(t == value).arguments(slice(0, len(data)))
-        a, b = (pytree.tree_leaves(_plain(m(**given))) for m in (q, network))
+        a, b = (pytree.tree_leaves(_plain(m(**given))) for m in (q, data.row_wise(network)))
         pairs = [(x.double(), y.double()) for x, y in zip(a, b, strict=True) if isinstance(x, torch.Tensor)]
         found += [float((x - y).norm() / y.norm().clamp(min=1e-12)) for x, y in pairs]
     return max(found)

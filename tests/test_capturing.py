@@ -324,3 +324,20 @@ def test_a_network_whose_batch_is_that_of_its_timesteps_is_refused_as_before():
     example = {"sample": torch.randn(2, 4), "timestep": torch.tensor([7.0, 9.0])}
     with pytest.raises(TFMQError, match="fixed the batch of 'sample' at 2"):
         capture_rows(make(BatchOfTimesteps), example, "timestep")
+
+
+class OnSizes(nn.Module):
+    """Scaled by numpy's square root of a ratio in which the batch cancels, and of the batch."""
+
+    def forward(self, sample, timestep):
+        x = sample * np.sqrt(sample[:, 0].numel() / sample.numel()) + timestep[:, None]
+        return x / np.sqrt(sample.shape[0])
+
+
+def test_numpy_functions_of_sizes_are_captured():
+    gm = tfmq_fx.capture(OnSizes().eval(), {"sample": torch.randn(2, 4), "timestep": torch.tensor([1, 2])})
+    assert 0.5 in [n.args[1] for n in gm.graph.nodes if n.target is torch.ops.aten.mul.Tensor]
+    for rows in (1, 5):
+        x, t = torch.randn(rows, 4), torch.arange(rows)
+        assert torch.equal(gm(x, t), OnSizes()(x, t))
+    assert not hasattr(torch.SymInt, "sqrt")

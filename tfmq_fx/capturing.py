@@ -6,7 +6,6 @@ import dataclasses
 import inspect
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
-from types import MethodType
 from typing import Any
 
 import torch
@@ -21,8 +20,15 @@ from torch.utils import _pytree as pytree
 from tfmq_fx.base.ambient import neutral, tracked
 from tfmq_fx.base.arguments import leaves
 from tfmq_fx.base.errors import TFMQError, nearest_names
-from tfmq_fx.base.signatures import call_of, hides_arguments, parameters_of, signature_of, takes_any
-from tfmq_fx.base.tracing import capture_error, graphs_to_log, tracing
+from tfmq_fx.base.signatures import (
+    call_of,
+    hides_arguments,
+    parameters_of,
+    signature_of,
+    takes_any,
+    with_forward,
+)
+from tfmq_fx.base.tracing import capture_error, graphs_to_log, numpy_on_sizes, tracing
 from tfmq_fx.calibration.data import CalibrationSet
 from tfmq_fx.calibration.ready import require_ready
 from tfmq_fx.graph.inputs import choose_timestep, placeholders, require_input, timestep_input
@@ -161,7 +167,7 @@ def _exported(network: nn.Module, inputs: dict[str, Any]) -> torch.export.Export
     dynamic = pytree.tree_map(_dynamic_batch, inputs)
     try:
         # Without no_grad, activation-checkpoint code hides operators inside submodules.
-        with tracing(), graphs_to_log(), torch.no_grad(), _SymbolicRepeats():
+        with tracing(), graphs_to_log(), numpy_on_sizes(), torch.no_grad(), _SymbolicRepeats():
             return torch.export.export(
                 _by_name(network, inputs), (), inputs, dynamic_shapes=dynamic, strict=False
             )
@@ -182,24 +188,7 @@ def _by_name(network: nn.Module, names: Iterable[str]) -> nn.Module:
         return _as_dict(own(*args, **kwargs))
 
     named = [inspect.Parameter(n, inspect.Parameter.POSITIONAL_OR_KEYWORD) for n in names]
-    return _with_forward(network, forward, inspect.Signature(named))
-
-
-def _with_forward(network: nn.Module, forward: Callable[..., Any], signature: inspect.Signature) -> nn.Module:
-    """Return the same network, on the same tensors and modules, with another forward.
-
-    forward: gets the network's own forward, and then the arguments.
-    """
-    view: nn.Module = object.__new__(type(network))
-    vars(view).update(vars(network))
-    own = vars(network).get("forward") or MethodType(type(network).forward, view)
-
-    def new(*args: Any, **kwargs: Any) -> Any:
-        return forward(own, *args, **kwargs)
-
-    new.__signature__ = signature  # type: ignore[attr-defined]
-    view.forward = new
-    return view
+    return with_forward(network, forward, inspect.Signature(named))
 
 
 def _as_dict(output: Any) -> Any:
@@ -389,7 +378,7 @@ def captured(
     example = calibration.arguments(slice(0, count), beside=network)
     if "return_dict" in parameters_of(network):
         example["return_dict"] = False
-    return capture_rows(network, example, timestep)
+    return capture_rows(calibration.row_wise(network), example, timestep)
 
 
 def capture_rows(
@@ -429,7 +418,7 @@ def _with_one_timestep(network: nn.Module, timestep: str) -> nn.Module:
         given.arguments[timestep] = given.arguments[timestep].reshape(1)
         return own(*given.args, **given.kwargs)
 
-    return _with_forward(network, forward, signature)
+    return with_forward(network, forward, signature)
 
 
 @keeps_buffers

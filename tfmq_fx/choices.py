@@ -43,6 +43,7 @@ WORTH = 1e-3
 # (docs/measured/reconstruction.md).
 LEFT = {"nearest": 1.0, "gptq": 0.25, "adaround": 0.15, "gptq+adaround": 0.15}
 FLOAT_BYTES = 4  # of a weight left in float
+TERM_STEPS = 255  # of 8 bits: the second term of an activation has as many in one of the first
 ROUNDS = 3  # the weights of the timesteps depend on the choice, and the choice on them
 
 Smoothing = Mapping[Any, Tensor | None]
@@ -318,9 +319,11 @@ class _Search:
 
     def _input_error(self, key: tuple[str, int], alpha: Any = None, *, keyed: bool | None = None) -> Tensor:
         alpha = self.alpha[key[1]] if alpha is None else alpha
-        if key in self.wide | self.double:  # two terms leave next to nothing
+        if key in self.wide:
             return torch.zeros_like(self.effects.power)
         by_timestep_P, static_P = self.rounding[key][alpha]
+        if key in self.double:  # with one set of qparams, as two terms have
+            return static_P / TERM_STEPS**2
         return by_timestep_P if (key in self.keyed if keyed is None else keyed) else static_P
 
     def _rounding(
@@ -397,8 +400,14 @@ class _Search:
                     partial(self.wide.update, keys),
                 )
                 if all(can_have_two(r.node) and not r.plan.temporal for r in readers):
+                    left_P = (
+                        torch.stack([self._input_error(key, keyed=False) for key in keys]).sum(0)
+                        / TERM_STEPS**2
+                    )
                     yield _Step(
-                        saved_P, {"double_flops": self._flops(readers)}, partial(self.double.update, keys)
+                        saved_P - left_P,
+                        {"double_flops": self._flops(readers)},
+                        partial(self.double.update, keys),
                     )
         for r in self.owners:
             now = self.bits[r.plan.path]

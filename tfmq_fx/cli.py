@@ -204,7 +204,7 @@ def inspect(
         network = denoiser(pipe, **which)
         arguments = pipeline_arguments(argument)
         data = CalibrationSet.record(pipe, num_samples=2, num_inference_steps=2, **which, **arguments)
-        example = data.arguments(slice(0, 2))
+        network, example = data.row_wise(network), data.arguments(slice(0, 2))
     found = describe(network, example, chosen, timestep=timestep)
     if as_json:
         print(json.dumps(found, indent=1))

@@ -173,7 +173,12 @@ def _captured(
     network = unwrapped(network, calibration.arguments(slice(0, 2), beside=network))
     config = plain_config(network)
     gm, example = captured(network, calibration, settings.timestep)
-    return network, gm, Interface.of(network, gm, example, output_of(network, example)), config
+    row_wise, set_while_sampling = calibration.row_wise(network), calibration.perturbation
+    interface = Interface.of(
+        row_wise, gm, example, output_of(row_wise, example),
+        perturbed=None if set_while_sampling is None else set_while_sampling.to_json(),
+    )  # fmt: skip
+    return network, gm, interface, config
 
 
 def _outside(

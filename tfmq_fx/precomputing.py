@@ -153,7 +153,7 @@ def _run(
         )
     rows = _samples(calls[-1], settings.timestep)
     found = data.arguments(slice(0, max(rows, 1)), beside=network)
-    return network, found, data.timesteps if timesteps is None else timesteps
+    return data.row_wise(network), found, data.timesteps if timesteps is None else timesteps
 
 
 def _samples(call: Mapping[str, Any], timestep: str) -> int:

@@ -11,6 +11,7 @@ import inspect
 import re
 import typing
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from types import UnionType
 from typing import Any
@@ -350,6 +351,8 @@ OF_PIPELINE: tuple[tuple[str, dict[str, Any]], ...] = (
     (r"StableDiffusionUpscale", {"UNet2DConditionModel": {"in_channels": 7, "num_class_embeds": 1000}}),
     (r"FluxControl(Img2Img|Inpaint)?Pipeline", {"FluxTransformer2DModel": {"in_channels": 32, "out_channels": 16}}),
     (r"FluxFill|VisualCloze", {"FluxTransformer2DModel": {"in_channels": 48, "out_channels": 16}}),
+    # With the scheduler's own default, its last step divides by zero.
+    (r"CycleDiffusion", {"scheduler": partial(diffusers.DDIMScheduler, set_alpha_to_one=False)}),
     (r"LDMSuperResolution", {"UNet2DModel": {"in_channels": 8, "out_channels": 4}}),
     (r"^LDMPipeline|LatentUp", {"UNet2DModel": {"in_channels": 4, "out_channels": 4}}),
     (r"LatentConsistency", {"UNet2DConditionModel": {"time_cond_proj_dim": 8}}),
@@ -491,6 +494,7 @@ CALLS: tuple[tuple[str, dict[str, Any]], ...] = (
     (r"AnimateDiffSparse", {"conditioning_frames": lambda: _clip()[:1], "controlnet_frame_indices": (0,)}),
     (r"AnimateDiff(VideoToVideo)?ControlNet", {"conditioning_frames": _clip}),
     (r"Mochi", {"num_frames": 7}),
+    (r"CycleDiffusion", {"eta": 0.1}),  # it divides by eta
     (r"^(Sana|LTX|HunyuanVideo15)", {"height": 32, "width": 32}),
 )  # fmt: skip
 

@@ -106,6 +106,20 @@ def test_the_pipeline_tells_which_lists_are_one_value_per_sample(arguments, whol
     assert whole_lists(Adapted(), arguments) == whole
 
 
+class Moving:
+    """A pipeline that draws one video after another, whatever number it is asked for."""
+
+    def __call__(self, video, weights, prompt, num_inference_steps=4, num_videos_per_prompt=3):  # noqa: ARG002
+        if len(video) != 6 or len(prompt) > 1:
+            raise ValueError("as many frames as in training, and one prompt")
+        return {"frames": [video]}
+
+
+def test_lists_with_which_a_pipeline_draws_its_only_sample_are_whole():
+    given = {"video": [*range(6)], "weights": [0.5, 1.0], "prompt": ["a", "b"]}
+    assert whole_lists(Moving(), given) == {"video", "weights"}
+
+
 def test_whole_lists_and_tuples_reach_the_pipeline_as_they_are():
     pipe = Adapted()
     given = {"prompt": ["a", "b", "c"], "adapters": [1.0, 0.5], "skip": (7, 8, 9)}

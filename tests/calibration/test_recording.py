@@ -209,6 +209,36 @@ def test_timesteps_that_are_not_those_of_rows_are_refused():
         CalibrationSet.record(loop(), num_samples=3, num_inference_steps=2, tokens=4, rows=2)
 
 
+def test_it_is_refused_before_anything_is_sampled():
+    pipe, calls = loop(), []
+    pipe.unet.unet.register_forward_hook(lambda *_: calls.append(1))
+    with pytest.raises(TFMQError, match=r"'class_labels' is given in calls 1 to 5 .* and not in call 6"):
+        CalibrationSet.record(pipe, num_samples=3, num_inference_steps=20, scaled_steps=5)
+    assert len(calls) == 2 + 2  # one call of each kind, and a short run
+
+
+class Alone(Loop):
+    """A loop for one sample: for more, it fails, or gives its network one sample and as many labels as it is asked for."""
+
+    def __call__(self, batch_size=1, num_inference_steps=10, generator=None, fails=True):
+        if batch_size > 1 and fails:
+            raise RuntimeError(f"{batch_size} samples for one picture")
+        x = torch.randn(1, 3, 8, 8, generator=generator)
+        self.scheduler.set_timesteps(num_inference_steps)
+        for t in self.scheduler.timesteps:
+            new = self.unet(x, t, torch.zeros(batch_size)).sample
+            x = self.scheduler.step(new, t, x, return_dict=False)[0]
+        return {"latents": x}
+
+
+@pytest.mark.parametrize("fails", [True, False])
+def test_a_pipeline_for_one_sample_draws_one_at_a_time(fails, caplog):
+    pipe = Alone(Unlabelled().eval(), diffusers.DDIMScheduler())
+    data = CalibrationSet.record(pipe, num_samples=3, num_inference_steps=4, fails=fails)
+    assert len(data) == 3 * 4 == len(data.tensors["sample"].flatten(1).unique(dim=0))
+    assert "one at a time" in caplog.text or "one sample at a time" in caplog.text
+
+
 @pytest.mark.parametrize("strength", [0.6, 0.3, 0.06])
 def test_image_to_image_takes_the_steps_that_its_strength_leaves(sd, strength):
     parts = {

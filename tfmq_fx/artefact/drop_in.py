@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import inspect
 import json
@@ -47,6 +48,9 @@ from tfmq_fx.passes.temporal.partition_temporal import BLOCK_NAME, temporal_bloc
 log = logging.getLogger(__name__)
 
 _COUNTED = ContextVar("counted", default=True)
+PERTURBED = (
+    "perturbed_rows"  # the input that says which rows are computed with what a pipeline sets while it samples
+)
 
 
 @contextmanager
@@ -77,6 +81,9 @@ class Interface:
     # Module path -> class and plain attributes of that module of the float network. Pipelines read some of
     # them, such as a layer's in_features.
     attributes: dict[str, dict[str, Any]] = field(default_factory=dict)
+    # What a pipeline sets while it samples: {"pattern": [..], "objects": facts by path}. Then the parts of a call's rows
+    # where the pattern is true are computed in another way (perturbed-attention guidance).
+    perturbed: dict[str, Any] | None = None
 
     def cast(self, now: str, new: str, *, precise: Collection[str]) -> Interface:
         """Return the interface of the network in another precision: its inputs of dtype `now` are of dtype `new`.
@@ -90,7 +97,14 @@ class Interface:
         return dataclasses.replace(self, inputs=inputs)
 
     @staticmethod
-    def of(network: nn.Module, gm: GraphModule, example: dict[str, Any], output: Any = None) -> Interface:
+    def of(
+        network: nn.Module,
+        gm: GraphModule,
+        example: dict[str, Any],
+        output: Any = None,
+        *,
+        perturbed: dict[str, Any] | None = None,
+    ) -> Interface:
         """Return the interface of `network`, which was captured as `gm`.
 
         example: the arguments of the capture. They show which arguments were constant and where each input
@@ -129,12 +143,13 @@ class Interface:
             rest=rest,
             timestep=timestep,
             attributes=facts_of(network, weights),
+            perturbed=perturbed,
         )
 
     @cached_property
     def facts(self) -> Facts:
         """Return what is kept of the float network's modules."""
-        return Facts(self.attributes)
+        return Facts(self.attributes, (self.perturbed or {}).get("objects"))
 
 
 def _item(value: Any, step: str | int) -> Any:
@@ -225,6 +240,9 @@ class DropIn(nn.Module):
         )  # pipelines replace it by this name, which it has in diffusers' networks
         self._report = report
         self._unseen = {n: Tally() for n in (interface.timestep, *self.finite)}
+        self.placed: frozenset[str] = (
+            frozenset()
+        )  # paths of what the pipeline has set, of `interface.perturbed`
         # The graph's inputs carry its device and dtype, which were fixed at capture.
         first = next(n for n in interface.inputs if n != interface.timestep)
         self._dtype: torch.dtype = getattr(torch, interface.inputs[first]["dtype"])
@@ -310,6 +328,25 @@ class DropIn(nn.Module):
         network has no such caches.
         """
         return nullcontext()
+
+    def place(self, path: str, *, other: bool) -> None:
+        """Note that an object of the float network is set: the one of `interface.perturbed`, or its own."""
+        self.placed = self.placed | {path} if other else self.placed - {path}
+
+    def named_modules(
+        self, memo: set[nn.Module] | None = None, prefix: str = "", remove_duplicate: bool | None = None
+    ) -> Iterator[tuple[str, Any]]:
+        """Yield the modules and their names, and those of the float network that hold attention processors.
+
+        Pipelines look for these to set other ones. torch's own walks, which give all arguments, do not get them.
+        """
+        yield from super().named_modules(memo, prefix, remove_duplicate is None or remove_duplicate)
+        if memo is None and remove_duplicate is None:
+            for path in self.interface.facts.holders():
+                yield path, functools.reduce(getattr, path.split("."), self._float)
+
+    def modules(self, remove_duplicate: bool = True) -> Iterator[nn.Module]:
+        return (m for _, m in self.named_modules(remove_duplicate=remove_duplicate))
 
     def set_attention_slice(self, slice_size: Any) -> None:
         """Change nothing, and log a warning: attention is part of the captured graph.
@@ -474,12 +511,33 @@ class DropIn(nn.Module):
             if value is not None and not isinstance(value, Tensor) and name != face.timestep:
                 raise TFMQError(f"forward: {name!r} must be a tensor, found {type(value).__name__}.")
             tensors[name] = value
+        if face.perturbed is not None and tensors[PERTURBED] is None:
+            tensors[PERTURBED] = self._perturbed_rows(tensors[self.first_input])
         missing = [n for n, value in tensors.items() if value is None]
         missing += [n for n in face.required if n not in names[: len(args)] and n not in kwargs]
         if missing:
             raise TFMQError(f"forward: the argument {missing[0]!r} is missing.")
         self._require_fixed(given)
         return {**given, **tensors}
+
+    def _perturbed_rows(self, x: Tensor | None) -> Tensor | None:
+        """Return which rows of a call are computed with what the pipeline has set, (N,) bool. x: the noisy sample (N, ...)."""
+        if x is None:
+            return None
+        face, rows = self.interface.facts, x.shape[0]
+        if not self.placed:
+            return torch.zeros(rows, dtype=torch.bool, device=self.device)
+        if left := sorted(face.swapped - self.placed):
+            raise TFMQError(
+                f"forward: {left[0]} is the float network's own, but was another one in calibration, with {sorted(self.placed)[0]}; "
+                f"{self.verb} again with these layers."
+            )
+        pattern = torch.tensor(self.interface.perturbed["pattern"], device=self.device)  # type: ignore[index]
+        if rows % len(pattern):
+            raise TFMQError(
+                f"forward: {rows} rows cannot be {len(pattern)} equal parts, as in calibration: {sorted(self.placed)[0]} is set."
+            )
+        return pattern.repeat_interleave(rows // len(pattern))
 
     def _require_fixed(self, given: Mapping[str, Any]) -> None:
         """Raise TFMQError for an argument that is constant in the graph but has another value here, or is left out."""

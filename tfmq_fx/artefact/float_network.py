@@ -35,11 +35,16 @@ _MISSING = object()
 class Facts:
     """The facts of a network, and the tree of its modules.
 
-    of: the plain values. children: path of a module -> names of the modules in it.
+    of: the plain values. children: path of a module -> names of the modules in it. other: facts of the objects that a
+    pipeline sets while it samples, by path; None for none.
     """
 
-    def __init__(self, of: Mapping[str, Mapping[str, Any]]) -> None:
+    def __init__(
+        self, of: Mapping[str, Mapping[str, Any]], other: Mapping[str, Mapping[str, Any]] | None = None
+    ) -> None:
         self.of, self.children = of, dict[str, list[str]]()
+        self.swapped = frozenset(other or ())
+        self.other = None if not other else Facts({**of, **other})
         for path in of:
             if path and issubclass(self.class_of(path), nn.Module):
                 parent, _, name = path.rpartition(".")
@@ -48,6 +53,13 @@ class Facts:
     def has(self, name: str) -> bool:
         """Return True if the network itself had an attribute or a module of this name."""
         return name in self.of or name in self.of.get("", {})
+
+    def holders(self) -> list[str]:
+        """Return the paths of the modules that hold an object, such as an attention processor."""
+        found = (
+            path.rpartition(".")[0] for path in self.of if not issubclass(self.class_of(path), nn.Module)
+        )
+        return list(dict.fromkeys(path for path in found if path))
 
     def class_of(self, path: str) -> type:
         """Return the class of a module or object; nn.Module if the installed libraries have none of its name."""
@@ -62,7 +74,7 @@ def facts_of(network: nn.Module, weights: Collection[str] = ()) -> dict[str, dic
     """
     found: dict[str, dict[str, Any]] = {}
     for path, module in network.named_modules():
-        found[path] = _facts(module)
+        found[path] = facts_of_object(module)
         if (
             path
             and isinstance(config := getattr(module, "config", None), Mapping)
@@ -70,8 +82,8 @@ def facts_of(network: nn.Module, weights: Collection[str] = ()) -> dict[str, dic
         ):
             found[path]["config"] = dict(config)
         for name, value in vars(module).items():
-            if not name.startswith("_") and _class_name(value) is not None:
-                found[_join(path, name)] = _facts(value)
+            if not name.startswith("_") and class_name(value) is not None:
+                found[_join(path, name)] = facts_of_object(value)
     for name, value in [*network.named_parameters(), *network.named_buffers()]:
         path, _, attribute = name.rpartition(".")
         if name not in weights and value.numel() <= MOST_VALUES and bool(value.isfinite().all()):
@@ -82,7 +94,7 @@ def facts_of(network: nn.Module, weights: Collection[str] = ()) -> dict[str, dic
     return found
 
 
-def _facts(value: Any) -> dict[str, Any]:
+def facts_of_object(value: Any) -> dict[str, Any]:
     """Return the class and the plain attributes of a module or another object."""
     found = {
         n: x for n, x in vars(value).items() if not n.startswith("_") and n != "training" and _is_plain(x)
@@ -94,7 +106,7 @@ def _facts(value: Any) -> dict[str, Any]:
             for n, x in part.items()
             if x is None
         }
-    return found if (name := _class_name(value)) is None else {CLASS: name, **found}
+    return found if (name := class_name(value)) is None else {CLASS: name, **found}
 
 
 def _is_plain(value: Any) -> bool:
@@ -106,7 +118,7 @@ def _is_plain(value: Any) -> bool:
     return is_json(value)
 
 
-def _class_name(value: Any) -> str | None:
+def class_name(value: Any) -> str | None:
     """Return the qualified name of an object's class, or None if no library that is known here has it."""
     name = f"{type(value).__module__}.{type(value).__qualname__}"
     return name if name.startswith(LIBRARIES) and hasattr(value, "__dict__") and "<" not in name else None
@@ -167,7 +179,8 @@ class FloatModule:
         if name in own:
             return _read(name, own[name], self._network)
         if inner in self._facts.of:
-            return FloatModule(self._facts, self._network, inner)
+            other = inner in self._facts.swapped and inner in self._network.placed
+            return FloatModule(self._facts.other if other else self._facts, self._network, inner)
         if name == "_modules":
             return {n: getattr(self, n) for n in self._facts.children.get(self._path, ())}
         if (
@@ -184,12 +197,17 @@ class FloatModule:
         return found.__get__(self, self.__class__) if hasattr(type(found), "__get__") else found
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if not self._path and not self._facts.has(name):
+        inner = _join(self._path, name)
+        if inner in self._facts.swapped and any(
+            _same(FloatModule(f, self._network, inner), value) for f in (self._facts, self._facts.other)
+        ):
+            self._network.place(inner, other=not _same(FloatModule(self._facts, self._network, inner), value))
+        elif not self._path and not self._facts.has(name):
             setattr(self._network, name, value)  # what is put on the network as a whole, such as hooks
         elif not _same(getattr(self, name, _MISSING), value):
             raise TFMQError(
-                f"{_join(self._path, name)}: a quantized network is fixed as it was captured, so it cannot be changed; change "
-                "the float network and quantize that."
+                f"{inner}: a quantized network is fixed as it was captured, so it cannot be changed; change the float network and "
+                "quantize that, or calibrate with a pipeline that changes it."
             )
 
     def __delattr__(self, name: str) -> None:
@@ -236,7 +254,7 @@ def _same(before: Any, now: Any) -> bool:
     """Return True if an attribute is set to what it is: the same value, or an object of equal class and attributes."""
     if isinstance(before, Tensor) and isinstance(now, Tensor):
         return torch.equal(before, now)
-    if type(now) is FloatModule or _is_plain(now) or _class_name(now) is not None:
+    if type(now) is FloatModule or _is_plain(now) or class_name(now) is not None:
         return bool(_compared(before) == _compared(now))
     return False
 
@@ -245,8 +263,8 @@ def _compared(value: Any) -> Any:
     """Return a plain value or an object's facts, with lists for tuples, as JSON gives them back."""
     if type(value) is FloatModule:
         value = value._facts.of[value._path]
-    elif _class_name(value) is not None and not isinstance(value, Mapping):
-        value = _facts(value)
+    elif class_name(value) is not None and not isinstance(value, Mapping):
+        value = facts_of_object(value)
     if isinstance(value, Mapping):
         return {n: _compared(x) for n, x in value.items()}
     return [_compared(x) for x in value] if isinstance(value, (list, tuple)) else value

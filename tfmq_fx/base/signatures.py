@@ -8,8 +8,9 @@ Such wrappers are torch's compiled modules, DataParallel, and averages of weight
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from inspect import BoundArguments, Parameter, Signature
+from types import MethodType
 from typing import Any
 
 from torch import nn
@@ -66,3 +67,20 @@ def call_of(network: nn.Module, given: Mapping[str, Any]) -> tuple[tuple[Any, ..
     extra = {n: x for n, x in given.items() if n not in known}
     bound = BoundArguments(taken, known)  # type: ignore[arg-type]
     return bound.args, {**bound.kwargs, **extra}
+
+
+def with_forward(network: nn.Module, forward: Callable[..., Any], signature: Signature) -> nn.Module:
+    """Return the same network, on the same tensors and modules, with another forward.
+
+    forward: gets the network's own forward, and then the arguments.
+    """
+    view: nn.Module = object.__new__(type(network))
+    vars(view).update(vars(network))
+    own = vars(network).get("forward") or MethodType(type(network).forward, view)
+
+    def new(*args: Any, **kwargs: Any) -> Any:
+        return forward(own, *args, **kwargs)
+
+    new.__signature__ = signature  # type: ignore[attr-defined]
+    view.forward = new
+    return view

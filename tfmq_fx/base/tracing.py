@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import logging
+import math
 import os
 import re
 import sys
@@ -11,15 +12,20 @@ import threading
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr
+from functools import partialmethod
+from operator import truediv
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
 
+import sympy  # type: ignore[import-untyped]
+import torch
 from torch._subclasses.fake_tensor import (
     DataDependentOutputException,
     DynamicOutputShapeException,
     UnsupportedOperatorException,
 )
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
+from torch.utils._sympy.functions import FloatTrueDiv, IntTrueDiv
 
 from tfmq_fx.base.errors import TFMQError, first_line
 
@@ -64,6 +70,32 @@ class _OfThisThread(io.StringIO):
 
     def write(self, text: str) -> int:
         return super().write(text) if threading.get_ident() == self._owner else self._stream.write(text)
+
+
+@contextmanager
+def numpy_on_sizes() -> Iterator[None]:
+    """Let numpy's functions take what is computed of a dynamic size, until exit: np.sqrt(n) calls n.sqrt().
+
+    Where the size cancels, as in np.sqrt(a.numel() / b.numel()), the result is a number.
+    """
+    names = [n for n in _FUNCTIONS if hasattr(torch, f"_sym_{n}")]
+    added = [(kind, n) for kind in (torch.SymFloat, torch.SymInt) for n in names if not hasattr(kind, n)]
+    for kind, name in added:
+        setattr(kind, name, partialmethod(_of_size, name))
+    try:
+        yield
+    finally:
+        for kind, name in added:
+            delattr(kind, name)
+
+
+_FUNCTIONS = ("sqrt", "log2", "sin", "cos", "tan", "sinh", "cosh", "tanh")
+
+
+def _of_size(size: torch.SymInt | torch.SymFloat, name: str) -> Any:
+    expression = size.node.expr.replace(IntTrueDiv, truediv).replace(FloatTrueDiv, truediv)
+    known = sympy.cancel(expression)
+    return getattr(math, name)(float(known)) if known.is_number else getattr(torch, f"_sym_{name}")(size)
 
 
 def capture_error(name: str, error: Exception, *, runs: bool) -> TFMQError:

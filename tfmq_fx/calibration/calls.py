@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from tfmq_fx.base.arguments import Path, flat_name, leaves, walk
 from tfmq_fx.base.errors import TFMQError
 from tfmq_fx.base.signatures import parameters_of, signature_of
+from tfmq_fx.calibration.perturbed import held
 
 Call = dict[str, Any]  # a network's arguments by name, as it was given them
 Leaves = dict[str, tuple[Path, Any]]  # flat name -> path and value
@@ -51,7 +52,7 @@ def recorded(network: nn.Module) -> Iterator[list[Call]]:
 def repeated(network: nn.Module) -> Iterator[list[Call]]:
     """Let `network` compute only its first call of each kind while the context is open, and repeat that call's output.
 
-    Calls are of one kind if their arguments have the same shapes. The schedule of a sampling run is then the pipeline's own, and its
+    Calls are of one kind if their arguments have the same shapes, and the network holds the same objects. The schedule of a sampling run is then the pipeline's own, and its
     samples mean nothing. Yields the calls' arguments, of which only the shapes hold.
     """
     made: dict[str, Any] = {}
@@ -61,7 +62,7 @@ def repeated(network: nn.Module) -> Iterator[list[Call]]:
     def repeat(*args: Any, **kwargs: Any) -> Any:
         call = _arguments(signature, args, kwargs)
         calls.append(call)
-        kind = repr([(path, _kind(x)) for path, x in walk(call)])
+        kind = repr([(path, _kind(x)) for path, x in walk(call)] + [id(x) for x in held(network).values()])
         if kind not in made:
             made[kind] = forward(*args, **kwargs)
         return deepcopy(made[kind])  # the sampling loop may write to it

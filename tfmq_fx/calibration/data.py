@@ -15,6 +15,7 @@ from tfmq_fx.base.arguments import Path as ArgumentPath
 from tfmq_fx.base.arguments import leaves, nested
 from tfmq_fx.base.entries import per_sample
 from tfmq_fx.base.errors import TFMQError, nearest_names
+from tfmq_fx.calibration.perturbed import Perturbation
 from tfmq_fx.calibration.pipelines import OWN_PROMPTS, denoiser, prompts_for
 from tfmq_fx.calibration.ready import require_ready
 from tfmq_fx.calibration.recording import MAX_MEMORY, Session, record
@@ -33,6 +34,7 @@ class CalibrationSet:
     `timestep_shape` is that of a row's timestep as the network takes it: (), (1,), or (tokens,) if a row has one for each token or
     frame. In `tensors` one alone has shape ().
     `repeats` has the tensors of which the network takes each row several times in a row (a prompt for every frame).
+    `perturbation` is what the pipeline sets in its network while it samples, for rows where `perturbed_rows` is true.
     `conditional` (N,) bool is False for the unconditional rows, which guidance adds. `note`: what was chosen for
     the user when the set was recorded, as the report says it.
 
@@ -50,11 +52,13 @@ class CalibrationSet:
         note: str = "",
         timestep_shape: Sequence[int] = (),
         repeats: Mapping[str, int] | None = None,
+        perturbation: Perturbation | None = None,
     ) -> None:
         # Rows recorded under inference_mode could not be learned from.
         self.tensors = {n: tracked(x) for n, x in tensors.items()}
         self.constants = {n: tracked(x) if isinstance(x, Tensor) else x for n, x in constants.items()}
         self.timestep, self.note, self.repeats = timestep, note, dict(repeats or {})
+        self.perturbation = perturbation
         self.paths: dict[str, ArgumentPath] = {n: (n,) for n in (*tensors, *constants)} | dict(paths or {})
         if timestep not in self.tensors:
             raise TFMQError(
@@ -111,6 +115,10 @@ class CalibrationSet:
             )
         paths = {n: path for n, (path, _) in found.items()}
         return CalibrationSet({n: x for n, (_, x) in found.items()}, {}, timestep, paths)
+
+    def row_wise(self, network: nn.Module) -> nn.Module:
+        """Return the float network as it takes these rows, each by itself: another one on its tensors, or the network."""
+        return network if self.perturbation is None else self.perturbation.row_wise(network)
 
     def arguments(self, rows: slice, *, beside: nn.Module | None = None) -> dict[str, Any]:
         """Return the network's keyword arguments for these rows, nested as it takes them, including constants.
@@ -178,7 +186,7 @@ class CalibrationSet:
         found = record(session, deterministic=deterministic, cache=folder, max_memory=max_memory)
         return CalibrationSet(
             found.rows, found.constants, timestep, found.paths, conditional=found.conditional,
-            note=OWN_PROMPTS if own else "", repeats=found.repeats,
+            note=OWN_PROMPTS if own else "", repeats=found.repeats, perturbation=found.perturbation,
         )  # fmt: skip
 
     @property
@@ -220,6 +228,7 @@ class CalibrationSet:
             conditional=self.conditional[chosen],
             timestep_shape=self.timestep_shape,
             repeats=self.repeats,
+            perturbation=self.perturbation,
         )
 
     def batches(self, batch_size: int, *, one_timestep: bool = False) -> Iterator[dict[str, Tensor]]:

@@ -168,14 +168,15 @@ def whole_lists(pipe: Any, pipe_kwargs: Mapping[str, Any]) -> frozenset[str]:
 
     The pipeline decides, in short runs. Such a list can be given as it is, and the pipeline still draws as many
     samples as it is asked for. With a list of one value per sample, it draws another number or raises an error.
-    If no choice works, all lists are one value per sample.
+    If no choice works, the pipeline may draw one sample only: then the lists with which it does so stay as they are, and
+    the others are one value per sample.
     """
     names = list(_lists(pipe_kwargs))
     trial = _Trial(pipe, dict(pipe_kwargs))
     choices = (set(c) for k in range(len(names) + 1) for c in combinations(names, k))
     whole = next((c for c in islice(choices, MOST_CHOICES) if names and trial.works(c)), None)
     if whole is None:
-        return frozenset()
+        return trial.alone() if names else frozenset()
     for name in names:
         # The last list that is left is what makes the number of samples.
         last = len(names) == len(whole) + 1 and "batch_size" not in trial.takes
@@ -195,6 +196,13 @@ class _Trial:
         lengths = [len(v) for v in self.short.values()]
         enough = range(max([1, *lengths]) + 1, 2 * LONGEST)
         self.size = next(s for s in enough if all(n == 1 or s % n for n in lengths))
+
+    def alone(self) -> frozenset[str]:
+        """Return the most lists which the pipeline takes as they are when it draws one sample."""
+        names = list(self.short)
+        self.short, self.size = _lists(self.given), 1
+        choices = (frozenset(c) for k in range(len(names), 0, -1) for c in combinations(names, k))
+        return next((c for c in islice(choices, MOST_CHOICES) if self.works(c)), frozenset())
 
     def works(self, whole: Collection[str]) -> bool:
         """Return True if the pipeline takes these lists as they are, and draws as many samples as it is asked for."""

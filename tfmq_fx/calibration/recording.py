@@ -9,7 +9,8 @@ import logging
 import tempfile
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from copy import deepcopy
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import zip_longest
 from pathlib import Path
@@ -20,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from tfmq_fx.artefact.drop_in import uncounted
+from tfmq_fx.artefact.drop_in import PERTURBED, uncounted
 from tfmq_fx.base.arguments import Path as ArgumentPath
 from tfmq_fx.base.errors import TFMQError
 from tfmq_fx.base.files import replace_folder, update_with_tensors
@@ -37,16 +38,18 @@ from tfmq_fx.calibration.calls import (
     first_overflow,
     overflow_words,
     recorded,
+    repeated,
     same,
 )
 from tfmq_fx.calibration.guidance import Unguided, conditional_rows, conditions, without_guidance
+from tfmq_fx.calibration.perturbed import Perturbation, watched
 from tfmq_fx.calibration.pipelines import call_pipeline, few_steps, whole_lists
 from tfmq_fx.calibration.rows import INDEX, Recording, Sink, read_recording
 
 log = logging.getLogger(__name__)
 
 
-FORMAT = 4  # of recordings in a cache; increased when the same arguments give other rows
+FORMAT = 5  # of recordings in a cache; increased when the same arguments give other rows
 MAX_MEMORY = 4 * 2**30  # bytes; larger recordings go to memory-mapped files
 
 
@@ -80,12 +83,16 @@ class Shapes:
         for name, shape in self.likely.items():
             values = [call.get(name) for call in calls]
             fixed = told and all(isinstance(x, Tensor) and x.shape == shape for x in values)
-            if (fixed and (shape[0] > 1 or all(same(x, values[0]) for x in values))) or (
-                not told and name in self.repeats
-            ):
+            # Groups of equal rows that differ from each other are one for each row: by chance, all rows would be equal.
+            unknown = not told and name in self.repeats and _all_equal(values[0])
+            if unknown or (fixed and (shape[0] > 1 or all(same(x, values[0]) for x in values))):
                 self.shared[name] = shape
                 self.repeats.pop(name, None)
         self.likely = {}
+
+
+def _all_equal(x: Any) -> bool:
+    return not isinstance(x, Tensor) or bool((x == x[:1]).all())
 
 
 def _repeats(x: Tensor, rows: int) -> int:
@@ -94,6 +101,15 @@ def _repeats(x: Tensor, rows: int) -> int:
         return 1
     groups = x.unflatten(0, (rows, -1))
     return groups.shape[1] if bool((groups == groups[:, :1]).all()) else 1
+
+
+@dataclass(frozen=True)
+class Preview:
+    """What a run that computes little shows."""
+
+    size: int  # the number of samples
+    calls: list[Leaves]
+    perturbation: Perturbation | None  # what the pipeline sets in its network meanwhile
 
 
 @dataclass(frozen=True)
@@ -122,13 +138,75 @@ class Session:
         """Return the defaults of the denoiser's arguments."""
         return defaults_of(self.network)
 
+    @cached_property
+    def preview(self) -> Preview:
+        """Return what a whole run for one batch shows that computes little. Its last error is left to the other runs.
+
+        What the pipeline does in some steps only is seen before hours of sampling. A pipeline that cannot draw a batch at
+        once, but one sample, draws one at a time from here on.
+        """
+        size = min(self.batch_size, self.num_samples)
+        found, why = self._previewed(size)
+        if why and size > 1:
+            alone, other = self._previewed(1)
+            if not other:
+                log.warning(
+                    "calibration: the pipeline cannot draw %d samples at once (%s), so it draws one at a time",
+                    size,
+                    why,
+                )
+                return alone
+        return found
+
+    def _previewed(self, size: int) -> tuple[Preview, str]:
+        """Return what a run for this number of samples shows, and why it cannot be recorded, or ""."""
+        with repeated(self.network), watched(self.network) as watch:
+            found, error = self._run(0, size, self.num_inference_steps)
+            watch.require_no_store()
+        if error is not None:
+            watch.restore()
+        calls = [call_leaves(call, self.defaults) for call in found]
+        try:
+            if error is not None:
+                raise error
+            for call in map(_flat, calls):
+                shapes = Shapes.of(call, self.size_of(call), timestep=self.timestep)
+                _rows(self, call, frozenset(shapes.likely), shapes.repeats)
+        except Exception as reason:  # a pipeline may raise anything
+            error = reason
+        why = "" if error is None else f"{type(error).__name__}: {error}".splitlines()[0]
+        return Preview(size, calls, watch.perturbation()), why
+
+    @property
+    def together(self) -> int:
+        """Return the number of samples that are drawn at once."""
+        return min(self.batch_size, self.preview.size)
+
     def run(
         self, first: int, size: int, steps: int, *, changes: Mapping[str, float] | None = None, seed: int = 0
     ) -> tuple[list[Call], Exception | None]:
         """Run the pipeline for samples first .. first + size - 1. Return its calls, and the error that ended it.
 
         changes: override `pipe_kwargs`. seed: added to the session's.
+
+        Raises TFMQError if the pipeline sets anything in its network that it has not set in `preview`.
         """
+        perturbation = self.preview.perturbation
+        with watched(self.network) as watch:
+            found, error = self._run(first, size, steps, changes=changes, seed=seed)
+        if error is not None:
+            watch.restore()
+        if not changes:
+            watch.require({} if perturbation is None else perturbation.objects)
+        if perturbation is not None and not changes:
+            for call, own in zip(found, watch.changes, strict=True):
+                size = self.size_of(_flat(call_leaves(call, self.defaults)))
+                call[PERTURBED] = perturbation.rows(size) if own else torch.zeros(size, dtype=torch.bool)
+        return found, error
+
+    def _run(
+        self, first: int, size: int, steps: int, *, changes: Mapping[str, float] | None = None, seed: int = 0
+    ) -> tuple[list[Call], Exception | None]:
         whole = self.whole  # may run the pipeline, which must not be recorded
         generator = torch.Generator().manual_seed((self.seed + seed) * 1_000_003 + first)
         with recorded(self.network) as found, torch.random.fork_rng(devices=()):
@@ -147,7 +225,7 @@ class Session:
 
         unguided: as `probe` returns it.
         """
-        size = min(self.batch_size, self.num_samples - first)
+        size = min(self.together, self.num_samples - first)
         plain = None if unguided is None else self.short(size, first=first, changes=unguided.changes)
         found, error = self.run(first, size, self.num_inference_steps)
         self._require_finite(found)
@@ -205,18 +283,19 @@ class Session:
     def probe(self) -> tuple[Shapes, Unguided | None]:
         """Find the tensors without rows, and how to run without guidance, None if there is no guidance.
 
-        The first run takes few steps, for a number of samples other than the recording's batch size: tensors that
-        do not scale with it have no rows. Other runs are the same without guidance, and have fewer rows if it was on.
+        The first run takes few steps, for a number of samples other than the recording's batch size, if the pipeline can:
+        tensors that do not scale with it have no rows. Other runs are the same without guidance, and have fewer rows if it was on.
         """
-        size = 2 if min(self.batch_size, self.num_samples) == 1 else 1
+        size = 2 if self.together == 1 and self._takes_two() else 1
         found = self.short(size)
         calls = [_flat(call) for call in found]
         rows = self.size_of(calls[0])
         shapes = Shapes.of(calls[0], rows, timestep=self.timestep)
         shared = shapes.shared
-        constants = Constants(self.defaults)
-        for call in found:
-            constants.take(call, self.row_names(call, shared))
+        for made in (found, self.preview.calls):
+            constants = Constants(self.defaults)
+            for call in made:
+                constants.take(call, self.row_names(call, shared))
         total = sum(self.size_of(c) for c in calls)
         for changes in without_guidance(inspect.signature(self.pipe.__call__).parameters, self.pipe_kwargs):
             plain = [_flat(c) for c in self.short(size, changes=changes)]
@@ -228,6 +307,22 @@ class Session:
                 )
                 return shapes, Unguided(changes=changes, conditions=found_in)
         return shapes, None
+
+    def _takes_two(self) -> bool:
+        """Return True if the pipeline can draw two samples at once, and its network gets more rows for them than for one."""
+        two, why = self._previewed(2)
+        return not why and self.size_of(_flat(two.calls[0])) > self.size_of(_flat(self.preview.calls[0]))
+
+    def misfit(self, shapes: Shapes) -> str:
+        """Return why a batch has no rows of these shapes, which are those for another number of samples; "" if it has."""
+        shapes, calls = deepcopy(shapes), self.preview.calls
+        try:
+            shapes.see([_flat(c) for c in calls], [self.size_of(_flat(c)) for c in calls])
+            for call in calls:
+                _rows(self, _flat(call), self.row_names(call, shapes.shared), shapes.repeats)
+        except TFMQError as error:
+            return str(error)
+        return ""
 
     def row_names(self, call: Leaves, shared: Mapping[str, torch.Size]) -> frozenset[str]:
         """Return the names of a call's arguments that have rows. shared: the tensors that have none.
@@ -291,6 +386,7 @@ def record(session: Session, *, deterministic: bool, cache: Path | None, max_mem
     folder = cache / session.key(deterministic=deterministic)
     ranks = Ranks()
     if not all(ranks.gather((folder / INDEX).is_file())):
+        _require_plain(session, cache)
         if ranks.rank == 0:
             replace_folder(folder, lambda part: _write(session, part, deterministic=deterministic))
         else:
@@ -299,9 +395,17 @@ def record(session: Session, *, deterministic: bool, cache: Path | None, max_mem
     return read_recording(folder)
 
 
+def _require_plain(session: Session, cache: Path) -> None:
+    """Raise TFMQError if the pipeline sets objects in its network while it samples: JSON cannot keep them."""
+    if (perturbation := session.preview.perturbation) is not None:
+        raise TFMQError(
+            f"calibration: cache={str(cache)!r} cannot keep what the pipeline sets while it samples "
+            f"({next(iter(perturbation.objects))}); record without cache=."
+        )
+
+
 def _record(session: Session, folder: Path, *, deterministic: bool, limit: float) -> Recording:
     ranks = Ranks()
-    starts = ranks.share(range(0, session.num_samples, session.batch_size))
     sink, marks = Sink(folder, limit), list[bool]()
     paths, constants = dict[str, ArgumentPath](), Constants(session.defaults)
 
@@ -316,7 +420,14 @@ def _record(session: Session, folder: Path, *, deterministic: bool, limit: float
 
     with workers(1) if deterministic else nullcontext():
         shapes, unguided = session.probe()
+        if session.together > 1 and (why := session.misfit(shapes)):
+            session = replace(session, batch_size=1)
+            shapes, unguided = session.probe()
+            if session.misfit(shapes):
+                raise TFMQError(why)
+            log.warning("%s So the pipeline draws one sample at a time", why)
         found = []
+        starts = ranks.share(range(0, session.num_samples, session.together))
         for start in track(starts, "recording trajectories"):
             if ranks.size > 1:
                 found.append(session.batch(start, unguided))
@@ -334,6 +445,7 @@ def _record(session: Session, folder: Path, *, deterministic: bool, limit: float
         paths=paths,
         conditional=torch.tensor(marks),
         repeats=shapes.repeats,
+        perturbation=session.preview.perturbation,
     )
 
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from tfmq_fx.base.arguments import Path as ArgumentPath
 from tfmq_fx.base.errors import TFMQError
 from tfmq_fx.base.files import raw_bytes
+from tfmq_fx.calibration.perturbed import Perturbation
 
 INDEX = "rows.json"
 
@@ -27,6 +28,7 @@ class Recording:
     paths: dict[str, ArgumentPath]
     conditional: Tensor  # (N,) bool: False for a guided pipeline's unconditional rows
     repeats: dict[str, int]  # how often the network takes each row, if not once: a prompt for every frame
+    perturbation: Perturbation | None = None
 
 
 class Sink:

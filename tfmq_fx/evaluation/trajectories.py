@@ -99,6 +99,8 @@ def output_errors(
 
 
 def _output(network: Callable[..., Any], data: CalibrationSet, start: int, beside: nn.Module) -> Tensor:
+    if isinstance(network, nn.Module) and not isinstance(network, DropIn):
+        network = data.row_wise(network)
     return first_tensor(network(**_arguments(data, slice(start, start + ROWS), beside))).float()
 
 
