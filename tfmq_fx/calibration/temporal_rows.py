@@ -99,7 +99,8 @@ def run_temporal(
 ) -> tuple[Tensor, ...]:
     """Return the temporal features of an extracted block on every row of its inputs: (R, ...) each.
 
-    The block may also return a step index, which is left out.
+    A partitioned block may also return a step index, which is left out, and what the rest reads of the conditioning
+    alone, which comes after the features.
 
     scalar: True to run it once per row, as a block that was captured with a timestep of shape () must.
     """
