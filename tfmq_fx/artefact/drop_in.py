@@ -39,6 +39,7 @@ from tfmq_fx.base.errors import TFMQError, nearest_names
 from tfmq_fx.base.signatures import parameters_of
 from tfmq_fx.graph.inputs import placeholders, timestep_input
 from tfmq_fx.graph.nodes import fixed_size
+from tfmq_fx.graph.sizes import Size, holds, shown, sizes_in, sizes_of
 from tfmq_fx.graph.state import captured_of
 from tfmq_fx.passes.quantize.cast_glue import cast_glue
 from tfmq_fx.passes.temporal.insert_step_index import TIMESTEPS
@@ -67,12 +68,14 @@ class Interface:
     required: tuple[str, ...]  # parameters without a default
     inputs: dict[
         str, dict[str, Any]
-    ]  # graph inputs -> {"dtype": .., "shape": [None or int, ..], "path": [..]}; None: any size
+    ]  # graph inputs -> {"dtype": .., "shape": [None or int, ..], "path": [..], "moves": [[dimension, size at capture], ..]};
+    # None: any size, that of the batch or one that moves
     constants: dict[str, Any] = field(default_factory=dict)  # arguments fixed at capture, by flat name
     # The class of the outputs, as `describe_output` gives it; None: a tensor, tuple, list or dict.
     output_type: str | None = None
     output_fields: tuple[str, ...] = ()
     timestep: str = "timestep"
+    conditions: tuple[Any, ...] = ()  # what holds where a size differs from the capture's; see `graph.sizes`
     rest: str | None = None  # the name of forward's *args
     # Module path -> class and plain attributes of that module of the float network. Pipelines read some of
     # them, such as a layer's in_features.
@@ -104,12 +107,15 @@ class Interface:
         found = leaves(example)
         timestep = str(timestep_input(gm, None).target)
         batch = next(n.meta["val"].shape[0] for name, n in placeholders(gm).items() if name != timestep)
+        sizes = sizes_of(gm, batch)
         for name, node in placeholders(gm).items():
             value = node.meta["val"]
+            moves = {i: size for (n, i), size in sizes.moving.items() if n == name}
             inputs[name] = {
                 "dtype": str(value.dtype).removeprefix("torch."),
-                "shape": [_size(d, batch) for d in value.shape],
+                "shape": [None if i in moves else _size(d, batch) for i, d in enumerate(value.shape)],
                 "path": list(found[name][0]),
+                **({"moves": [list(move) for move in moves.items()]} if moves else {}),
             }
         weights = {str(n.target) for n in gm.graph.find_nodes(op="get_attr")}
         weights |= {path for paths in captured_of(gm).folded.values() for path in paths}
@@ -128,8 +134,24 @@ class Interface:
             output_fields=output_fields,
             rest=rest,
             timestep=timestep,
+            conditions=sizes.conditions,
             attributes=facts_of(network, weights),
         )
+
+    def moves(self) -> dict[Size, int]:
+        """Return the sizes that may differ from the capture's, apart from the batch's, and what they were."""
+        return {(n, i): size for n, spec in self.inputs.items() for i, size in spec.get("moves", ())}
+
+    def sizes(self) -> dict[str, list[int | str]]:
+        """Return what each input's dimensions may be, for people: "N" for the batch, "any (64)" for one that was 64."""
+        moves = self.moves()
+        return {
+            n: [
+                f"any ({moves[n, i]})" if (n, i) in moves else "N" if s is None else s
+                for i, s in enumerate(spec["shape"])
+            ]
+            for n, spec in self.inputs.items()
+        }
 
     @cached_property
     def facts(self) -> Facts:
@@ -440,6 +462,7 @@ class DropIn(nn.Module):
         if not traced(inputs.values()) and _COUNTED.get():
             for name, table in {t: self.timesteps, **self.finite}.items():
                 self._look_up(name, inputs[name], table)
+        self._require_sizes(inputs)
         taken = [inputs[n] for n in self.interface.inputs]
         output = with_nan_rows(self._compute(taken), taken, batch=inputs[self.first_input].shape[0])
         wants = given.get("return_dict")
@@ -532,8 +555,9 @@ class DropIn(nn.Module):
         if value.dim() != len(shape) or any(
             e not in (None, s) for e, s in zip(shape, value.shape, strict=True)
         ):
-            shown = "(" + ", ".join("N" if e is None else str(e) for e in shape) + ")"
-            raise TFMQError(f"forward: {name!r} has shape {tuple(value.shape)}, captured with {shown}.")
+            raise TFMQError(
+                f"forward: {name!r} has shape {tuple(value.shape)}, captured with {self._shown(name)}."
+            )
         expected = getattr(torch, spec["dtype"])
         # Around a network in half precision, a pipeline has some inputs in float32.
         if {value.dtype, expected} <= {*NETWORK_DTYPES} and self.dtype != torch.float32:
@@ -541,6 +565,24 @@ class DropIn(nn.Module):
         if value.dtype != expected:
             raise TFMQError(f"forward: {name!r} is {value.dtype}, captured as {expected}.")
         return value
+
+    def _shown(self, name: str) -> str:
+        return f"({', '.join(map(str, self.interface.sizes()[name]))})"
+
+    def _require_sizes(self, inputs: Mapping[str, Tensor]) -> None:
+        """Raise TFMQError for sizes at which the network would compute by other operators than those of the graph."""
+        moves = self.interface.moves()
+        other = {(n, i) for (n, i), size in moves.items() if inputs[n].shape[i] != size}
+        if not other or traced(inputs.values()):
+            return
+        now = {(n, i): size for n, x in inputs.items() for i, size in enumerate(x.shape)}
+        for condition in self.interface.conditions:
+            if other & set(sizes_in(condition)) and not holds(condition, now):
+                name, i = min(other & set(sizes_in(condition)))
+                raise TFMQError(
+                    f"forward: {name!r} has {now[name, i]} in dimension {i}, captured with {moves[name, i]}; at this size the "
+                    f"network breaks what its capture assumed ({shown(condition)}); {self.verb} again with {self.source} of it."
+                )
 
     def _look_up(self, name: str, given: Tensor, table: Tensor) -> None:
         """Count the values outside a table, or raise TFMQError for them (`Recipe(unseen="error")`).
@@ -735,10 +777,11 @@ def _refuse_graph_alone(_network: nn.Module, _state: Any, prefix: str, *_: Any) 
 
 
 def example_inputs(model: QuantizedGraph, *, batch: int) -> dict[str, Tensor]:
-    """Return zeros in the shapes and dtypes of the graph's inputs; dimensions of any size become `batch`."""
+    """Return zeros in the shapes and dtypes of the graph's inputs; that of the batch is `batch`, others as captured."""
+    moves = model.interface.moves()
     return {
         name: torch.zeros(
-            [batch if s is None else s for s in spec["shape"]],
+            [moves.get((name, i), batch) if s is None else s for i, s in enumerate(spec["shape"])],
             dtype=getattr(torch, spec["dtype"]),
             device=model.device,
         )
