@@ -153,6 +153,7 @@ def _quantized(
         report={
             **summary(converted, network, seed=settings.seed, clock=clock, errors=errors),
             "choices": choices.report,
+            "inputs": interface.sizes(),
         },
     )
 

@@ -142,6 +142,19 @@ class Interface:
         """Return the sizes that may differ from the capture's, apart from the batch's, and what they were."""
         return {(n, i): size for n, spec in self.inputs.items() for i, size in spec.get("moves", ())}
 
+    def fixed(self) -> Interface:
+        """Return the interface of a network that takes no sizes but those of the capture, apart from the batch."""
+        moves = self.moves()
+        inputs = {
+            n: {
+                "dtype": spec["dtype"],
+                "shape": [moves.get((n, i), s) for i, s in enumerate(spec["shape"])],
+                "path": spec["path"],
+            }
+            for n, spec in self.inputs.items()
+        }
+        return dataclasses.replace(self, inputs=inputs, conditions=())
+
     def sizes(self) -> dict[str, list[int | str]]:
         """Return what each input's dimensions may be, for people: "N" for the batch, "any (64)" for one that was 64."""
         moves = self.moves()
@@ -646,6 +659,15 @@ class QuantizedGraph(DropIn):
     def in_float32(self) -> QuantizedGraph:
         """Return the same network in float32, with the same integers; itself if it is."""
         return self if self.dtype == torch.float32 else type(self)(self.network, **self.parts()).float()
+
+    def with_fixed_sizes(self) -> tuple[QuantizedGraph, tuple[str, ...]]:
+        """Return the network for no sizes but those of the capture, apart from the batch, and a note if it took others."""
+        moves = self.interface.moves()
+        if not moves:
+            return self, ()
+        model = type(self)(self.network, **{**self.parts(), "interface": self.interface.fixed()})
+        names = dict.fromkeys(name for name, _ in moves)
+        return model, (f"takes {', '.join(f'{n} as {model._shown(n)}' for n in names)} alone",)
 
     def closed(self, *, strict: bool = False) -> tuple[QuantizedGraph, tuple[str, ...]]:
         """Return the network with the temporal block in it, for what runs a graph alone, and notes on what differs.
