@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from functools import partial
 from types import MethodType
 from typing import Any
@@ -470,15 +470,54 @@ def _computes(gm: GraphModule, network: nn.Module, one: Mapping[str, Any]) -> bo
     found = {n: x for n, (_, x) in leaves(one).items()}
     timestep = str(timestep_input(gm, None).target)
     rows = next(found[n].shape[0] for n in placeholders(gm) if n != timestep and found[n].dim())
-    given = pytree.tree_map(lambda x: x, dict(one)) | {timestep: found[timestep].expand(rows)}
-    args, kwargs = call_of(network, given)
+    return _agree(gm, found, network, {**one, timestep: found[timestep].expand(rows)})
+
+
+def _agree(
+    gm: GraphModule, inputs: Mapping[str, Any], network: nn.Module, arguments: Mapping[str, Any]
+) -> bool:
+    """Return True if the graph makes of its inputs, by name, what the network makes of its arguments."""
+    args, kwargs = call_of(network, pytree.tree_map(lambda x: x, dict(arguments)))
     expected = pytree.tree_leaves(_as_dict(network(*args, **kwargs)))
-    made = pytree.tree_leaves(gm(*[found[n] for n in placeholders(gm)]))
+    made = pytree.tree_leaves(gm(*[inputs[n] for n in placeholders(gm)]))
     return all(
         a.shape == b.shape and bool((a - b).norm() <= ROUNDING * b.norm())
         for a, b in zip(made, expected, strict=True)
         if isinstance(b, Tensor)
     )
+
+
+@keeps_buffers
+@torch.no_grad()
+def lists_of_rows(network: nn.Module, gm: GraphModule, example: Mapping[str, Any]) -> dict[str, int]:
+    """Return the arguments that are lists with an equal entry for each row, such as every sample's size, and their lengths.
+
+    A call with one row more shows which are: the graph, in which they are constants, computes what the network does.
+    """
+    lists = {n: x for n, x in example.items() if isinstance(x, (list, tuple)) and _all_equal(x)}
+    if not lists:
+        return {}
+    tensors = {n: x for n, (_, x) in leaves(example).items() if isinstance(x, Tensor)}
+    first = next(n for n in placeholders(gm) if n != timestep_input(gm, None).target)
+    rows = tensors[first].shape[0] + 1
+
+    def grown(x: Any) -> Any:
+        alike = isinstance(x, Tensor) and x.shape[:1] == (rows - 1,)
+        return torch.cat([x, x[:1]]) if alike else x
+
+    more = pytree.tree_map(grown, {n: x for n, x in example.items() if n not in lists})
+    found = {n: x for n, (_, x) in leaves(more).items()}
+    try:
+        agree = _agree(gm, found, network, {**more, **{n: [x[0]] * rows for n, x in lists.items()}})
+    except Exception:  # the network's own, of any type
+        return {}
+    return {n: len(x) for n, x in lists.items()} if agree else {}
+
+
+def _all_equal(values: Sequence[Any]) -> bool:
+    """Return True for a list of the same plain values, without tensors."""
+    plain = not any(isinstance(x, Tensor) for x in pytree.tree_leaves(values))
+    return bool(values) and plain and all(x == values[0] for x in values)
 
 
 @keeps_buffers

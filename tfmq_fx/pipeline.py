@@ -24,7 +24,7 @@ from tfmq_fx.calibration.data import CalibrationSet, as_taken
 from tfmq_fx.calibration.pipelines import denoiser
 from tfmq_fx.calibration.ready import require_ready
 from tfmq_fx.calibration.stage import calibrate, input_maxima
-from tfmq_fx.capturing import capture_rows, captured, output_of, unwrapped
+from tfmq_fx.capturing import capture_rows, captured, lists_of_rows, output_of, unwrapped
 from tfmq_fx.choices import choose, is_open
 from tfmq_fx.evaluation.errors import measure_errors
 from tfmq_fx.evaluation.summary import summary
@@ -174,7 +174,8 @@ def _captured(
     network = unwrapped(network, calibration.arguments(slice(0, 2), beside=network))
     config = plain_config(network)
     gm, example = captured(network, calibration, settings.timestep)
-    return network, gm, Interface.of(network, gm, example, output_of(network, example)), config
+    interface = Interface.of(network, gm, example, output_of(network, example))
+    return network, gm, dataclasses.replace(interface, lists=lists_of_rows(network, gm, example)), config
 
 
 def _outside(

@@ -156,12 +156,45 @@ def test_a_size_at_which_the_network_would_branch_is_refused():
         q(torch.randn(2, 1, 16, 8), 300)
 
 
+class Listed(Branches):
+    """A size for each row in a list, all equal, of which the network reads the first."""
+
+    def forward(self, sample, timestep, sizes, channels):
+        height, width = sizes[0]
+        h = (
+            self.first(sample.reshape(-1, 1, height, width))
+            + self.time(sinusoid(timestep, 8))[:, :, None, None]
+        )
+        return self.last(h.relu()[:, channels])
+
+
+def test_a_list_with_an_entry_for_each_row_is_as_long_as_the_batch(tmp_path):
+    network, given = make(Listed), dict(calibration().tensors)
+    fixed = {"sizes_0_0": 8, "sizes_0_1": 8, "sizes_1_0": 8, "sizes_1_1": 8}
+    fixed |= {f"channels_{i}": i for i in range(4)}
+    paths = {n: (parts[0], *map(int, parts[1:])) for n in fixed for parts in [n.split("_")]}
+    data = tfmq_fx.CalibrationSet(given, fixed, "timestep", paths)
+    tfmq_fx.quantize(network, recipe("w8a8"), calibration=data).save_pretrained(tmp_path / "q")
+    q = tfmq_fx.load(tmp_path / "q")
+    x, t = torch.randn(5, 1, 8, 8), TIMESTEPS[:5]
+    with torch.no_grad():
+        expected = q(x, t, [(8, 8)] * 5, [0, 1, 2, 3])
+        assert torch.equal(expected, q(x, t, [(8, 8)] * 2, [0, 1, 2, 3]))
+    for sizes, channels, words in (
+        ([(8, 8)] * 4 + [(16, 4)], [0, 1, 2, 3], "'sizes_2_0' was None when .* is fixed"),
+        ([(4, 16)] * 5, [0, 1, 2, 3], "'sizes_0_0' was 8"),
+        ([(8, 8)] * 5, [0, 1, 2, 2], "'channels_3' was 3"),
+    ):
+        with pytest.raises(TFMQError, match=words):
+            q(x, t, sizes, channels)
+
+
 def test_an_artefact_from_before_keeps_its_size(tmp_path):
     quantized().save_pretrained(tmp_path / "q")
     file = tmp_path / "q" / "config.json"
     config = json.loads(file.read_text())
     face = config["quantization_config"]["interface"]
-    del face["conditions"]
+    del face["conditions"], face["lists"]
     for spec in face["inputs"].values():
         for i, size in spec.pop("moves", ()):
             spec["shape"][i] = size

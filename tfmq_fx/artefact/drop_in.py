@@ -76,6 +76,8 @@ class Interface:
     output_fields: tuple[str, ...] = ()
     timestep: str = "timestep"
     conditions: tuple[Any, ...] = ()  # what holds where a size differs from the capture's; see `graph.sizes`
+    # Constant arguments with an equal entry for each row -> their length at capture: of any length in a call.
+    lists: dict[str, int] = field(default_factory=dict)
     rest: str | None = None  # the name of forward's *args
     # Module path -> class and plain attributes of that module of the float network. Pipelines read some of
     # them, such as a layer's in_features.
@@ -514,8 +516,17 @@ class DropIn(nn.Module):
         missing += [n for n in face.required if n not in names[: len(args)] and n not in kwargs]
         if missing:
             raise TFMQError(f"forward: the argument {missing[0]!r} is missing.")
-        self._require_fixed(given)
+        self._require_fixed({**given, **self._lists(given, rows=tensors[self.first_input].shape[0])})
         return {**given, **tensors}
+
+    def _lists(self, given: Mapping[str, Any], *, rows: int) -> dict[str, Any]:
+        """Return the arguments that have an equal entry for each row, as long as they were at capture."""
+        found = {n: given[n] for n in self.interface.lists if isinstance(given.get(n), (list, tuple))}
+        return {
+            n: [x[0]] * self.interface.lists[n]
+            for n, x in found.items()
+            if len(x) == rows and all(entry == x[0] for entry in x)
+        }
 
     def _require_fixed(self, given: Mapping[str, Any]) -> None:
         """Raise TFMQError for an argument that is constant in the graph but has another value here, or is left out."""
