@@ -694,7 +694,6 @@ STYLES = (
         timestep="timesteps",
         features=("time_embed.2",),
         layers=mlp("time_embed", 0, 2),
-        keys=("y",),
     ),
     style(
         "molecule",
