@@ -245,7 +245,7 @@ class MagnitudePreserving(nn.Module):
         return c_skip * x + c_out * y.to(torch.float32)
 
     def inner(self, x: Tensor, c_noise: Tensor, labels: Tensor) -> Tensor:
-        waves = (c_noise.ger(self.freqs) + self.phases).cos() * math.sqrt(2)  # type: ignore[arg-type]
+        waves = (c_noise.ger(self.freqs) + self.phases).cos() * math.sqrt(2)  # type: ignore[arg-type, operator]
         emb = self.emb_noise(waves.to(c_noise.dtype))
         emb = mp_silu(mp_sum(emb, self.emb_label(labels * math.sqrt(labels.shape[1]))))
         x = self.enc(torch.cat([x, torch.ones_like(x[:, :1])], dim=1))
@@ -270,7 +270,8 @@ class SelfAttention(nn.Module):
         self.qkv, self.proj = nn.Linear(width, 3 * width), nn.Linear(width, width)
 
     def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = self.proj(attend(*self.qkv(x).chunk(3, -1), heads=2))
+        q, k, v = self.qkv(x).chunk(3, -1)
+        y: Tensor = self.proj(attend(q, k, v, heads=2))
         return y
 
 
@@ -310,7 +311,8 @@ class VideoBlock(nn.Module):
         h = self.attn(h.flatten(0, 1)).unflatten(0, (b, -1))
         h = (h.transpose(1, 2) if self.temporal else h).flatten(1, 2)
         x = x + h * t[:, 2:3]
-        x = x + self.proj(attend(self.q(x), *self.kv(y).chunk(2, -1), heads=2, mask=mask[:, None, None]))
+        k, v = self.kv(y).chunk(2, -1)
+        x = x + self.proj(attend(self.q(x), k, v, heads=2, mask=mask[:, None, None]))
         z: Tensor = x + self.mlp(self.modulated(frames, x, t, t0, given, (3, 4))) * t[:, 5:6]
         return z
 
@@ -356,7 +358,8 @@ class VideoTransformer(nn.Module):
         h = self.final(F.layer_norm(h, h.shape[-1:]) * (1 + scale) + shift)
         p, q = height // self.patch[1], width // self.patch[2]
         h = h.reshape(-1, frames, p, q, *self.patch[1:], 2)
-        return h.permute(0, 6, 1, 2, 4, 3, 5).reshape(-1, 2, frames, height, width)
+        z: Tensor = h.permute(0, 6, 1, 2, 4, 3, 5).reshape(-1, 2, frames, height, width)
+        return z
 
 
 # A policy of a robot: a UNet over a sequence of actions, whose FiLM layers see the step beside what was observed.

@@ -21,7 +21,7 @@ BOUND = 0.038
 
 
 @pytest.fixture(scope="module", params=STYLES, ids=[s.entry.name for s in STYLES])
-def style(request):
+def case(request):
     network = request.param.entry.build(False)
     data = tfmq_fx.CalibrationSet.from_tensors(
         request.param.inputs(ROWS), timestep=request.param.entry.timestep
@@ -29,16 +29,18 @@ def style(request):
     return request.param, network, data
 
 
-def test_the_truth_agrees_with_perturbing_the_inputs(style):
-    entry, network, _ = style[0].entry, *style[1:]
+def test_the_truth_agrees_with_perturbing_the_inputs(case):
+    style, network, _ = case
+    entry = style.entry
     reached = depends(entry, network, weighted=(*WEIGHTED, MagnitudeLayer))
     assert set(entry.pure_layers) == {path for path, by in reached.items() if by == {entry.timestep}}
     assert all(reached[path] and reached[path] <= set(entry.keys) for path in entry.layers)
     assert all(entry.timestep in reached[path] for path in entry.features)
 
 
-def test_the_block_is_the_one_written_down_and_the_graph_computes_the_network(style):
-    entry, network, data = style[0].entry, *style[1:]
+def test_the_block_is_the_one_written_down_and_the_graph_computes_the_network(case):
+    style, network, data = case
+    entry = style.entry
     gm, _ = captured(network, data, entry.timestep)
     temporal, alone = find_temporal(gm), find_temporal(gm, conditioning=())
     assert layer_paths(gm, temporal.features) == set(entry.features)
@@ -46,7 +48,7 @@ def test_the_block_is_the_one_written_down_and_the_graph_computes_the_network(st
     assert set(temporal.keys) == set(entry.keys)
     assert layer_paths(gm, alone.features) == set(entry.pure_features)
     assert layer_paths(gm, alone.nodes) == set(entry.pure_layers)
-    inputs = style[0].inputs(5)
+    inputs = style.inputs(5)
     with torch.no_grad():
         assert_equal(gm(*[inputs[n] for n in placeholders(gm)]), network(**inputs))
 
@@ -57,10 +59,11 @@ def assert_equal(a, b):
     assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
 
 
-def test_it_quantizes_saves_and_loads(style, tmp_path):
-    entry, network, data = style[0].entry, *style[1:]
+def test_it_quantizes_saves_and_loads(case, tmp_path):
+    style, network, data = case
+    entry = style.entry
     q = tfmq_fx.quantize(network, NEAREST, calibration=data, timestep=entry.timestep)
-    inputs = style[0].inputs(ROWS)
+    inputs = style.inputs(ROWS)
     with torch.no_grad():
         expected, found = pytree.tree_leaves(network(**inputs)), pytree.tree_leaves(q(**inputs))
     for x, y in zip(expected, found, strict=True):

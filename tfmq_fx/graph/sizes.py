@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import sympy
 import torch
 from torch import Tensor
 from torch.fx import GraphModule
@@ -38,48 +37,48 @@ def sizes_of(gm: GraphModule, batch: int | torch.SymInt) -> Sizes:
     Left out are those for which the trace's own conditions allow no other value.
     """
     values = {n: v for n, p in placeholders(gm).items() if isinstance(v := meta_value(p), Tensor)}
-    of_batch = batch.node.expr.free_symbols if isinstance(batch, torch.SymInt) else set()
+    of_batch: set[Any] = batch.node.expr.free_symbols if isinstance(batch, torch.SymInt) else set()
     every = {(n, i): d for n, x in values.items() for i, d in enumerate(x.shape)}
-    open_ = {at: d for at, d in every.items() if isinstance(d, torch.SymInt) and fixed_size(d) is None}
-    names: dict[sympy.Symbol, Size] = {}
+    open_: dict[Size, Any] = {at: d for at, d in every.items() if fixed_size(d) is None}  # torch.SymInt
+    names: dict[Any, Size] = {}  # sympy's symbols
     for at, d in open_.items():
         if d.node.expr.is_Symbol:
             names.setdefault(d.node.expr, at)
+    rows = batch.node.hint if isinstance(batch, torch.SymInt) else batch
     moving = {
         at: int(d.node.hint)
         for at, d in open_.items()
-        if not d.node.expr.free_symbols & of_batch and d.node.expr.free_symbols <= names.keys()
+        if not d.node.expr.free_symbols & of_batch
+        and d.node.expr.free_symbols <= names.keys()
+        and not (at[1] == 0 and d.node.hint == rows)  # rows that the trace did not compare with the others
     }
     if not moving:
         return Sizes(moving={}, conditions=())
-    conditions = tuple(_conditions(next(iter(open_.values())), names, open_))
+    conditions = tuple(_conditions(next(iter(open_.values())).node.shape_env, names, open_))
     now = {at: int(d.node.hint if isinstance(d, torch.SymInt) else d) for at, d in every.items()}
     moving = {at: size for at, size in moving.items() if _moves(at, moving, now, conditions)}
     return Sizes(moving=moving, conditions=tuple(c for c in conditions if set(sizes_in(c)) & moving.keys()))
 
 
-def _conditions(
-    one: torch.SymInt, names: Mapping[sympy.Symbol, Size], sizes: Mapping[Size, torch.SymInt]
-) -> Iterator[Condition]:
+def _conditions(env: Any, names: Mapping[Any, Size], sizes: Mapping[Size, Any]) -> Iterator[Condition]:
     """Yield what the trace assumed of the sizes: its guards, their ranges, and which sizes are functions of others."""
-    env = one.node.shape_env
     for expression in dict.fromkeys(env.replace(guard.expr) for guard in env.guards):
         yield _written(expression, names)
     for symbol, at in names.items():
         low, high = env.var_to_range[symbol].lower, env.var_to_range[symbol].upper
         yield ["GreaterThan", ["size", *at], int(low)]
-        if isinstance(high, sympy.Integer):
+        if high.is_Integer:
             yield ["LessThan", ["size", *at], int(high)]
     for at, d in sizes.items():
         if names.get(d.node.expr) != at:
             yield ["Equality", ["size", *at], _written(d.node.expr, names)]
 
 
-def _written(expression: Any, names: Mapping[sympy.Symbol, Size]) -> Condition:
+def _written(expression: Any, names: Mapping[Any, Size]) -> Condition:
     """Return a sympy expression as JSON can hold it."""
     if expression.is_Symbol:
         return ["size", *names[expression]] if expression in names else ["unknown"]
-    if expression in (sympy.true, sympy.false):
+    if expression.is_Boolean and not expression.args:  # true or false
         return int(bool(expression))
     if expression.is_Integer:
         return int(expression)
