@@ -56,6 +56,10 @@ def sizes_of(gm: GraphModule, batch: int | torch.SymInt) -> Sizes:
         return Sizes(moving={}, conditions=())
     conditions = tuple(_conditions(next(iter(open_.values())).node.shape_env, names, open_))
     now = {at: int(d.node.hint if isinstance(d, torch.SymInt) else d) for at, d in every.items()}
+    unknown = {
+        at for c in conditions if not holds(c, now) for at in sizes_in(c)
+    }  # with a size that no input has
+    moving = {at: size for at, size in moving.items() if at not in unknown}
     moving = {at: size for at, size in moving.items() if _moves(at, moving, now, conditions)}
     return Sizes(moving=moving, conditions=tuple(c for c in conditions if set(sizes_in(c)) & moving.keys()))
 
@@ -151,7 +155,6 @@ def _moves(
     """
     same = [other for other, size in moving.items() if size == moving[at]]
     about = [c for c in conditions if set(sizes_in(c)) & moving.keys()]
-    about = [c for c in about if holds(c, now)]  # one that no size of ours decides says nothing
     for changed in ([at], same, [*moving]):
         for change in _CHANGES:
             sizes = {**now, **{other: change(now[other]) for other in changed}}
