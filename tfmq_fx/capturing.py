@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -65,7 +65,8 @@ def capture(
     timestep: the argument's name; None takes "timestep", or the only tensor of shape () or (N,).
 
     The graph shares the network's parameters, copies none, and returns what the network returned, with
-    dataclass outputs as dicts. dtype, device, height and width are fixed by the example.
+    dataclass outputs as dicts. dtype and device are fixed by the example. Height, width, frames and numbers of tokens may
+    differ from it as far as torch.export can keep them open (`graph.sizes.sizes_of`); a size of one is a constant.
 
     A wrapper that only passes its arguments on is left out: the names of the parameters are those of the network
     in it. Weights that are functions of parameters alone are computed once (`fold_parameters`).
@@ -76,7 +77,6 @@ def capture(
     """
     require_ready(network)
     found = {name: value for name, (_, value) in leaves(example_inputs).items()}
-    tensors = {n for n, x in found.items() if isinstance(x, Tensor)}
     timestep = _require_timestep(timestep or choose_timestep(found), found)
     _refuse_inference_parameters(network)
     check_numbers(network)
@@ -91,22 +91,33 @@ def capture(
     inputs = {
         n: pytree.tree_map(example, example_inputs[n]) for n in (*order, *unknown) if n in example_inputs
     }
-    program = _exported(network, inputs)
-    gm = program.module(check_guards=False)
-    assert isinstance(gm, GraphModule)
-    out_spec = program.call_spec.out_spec
-    assert out_spec is not None
-    gm = _plain_signature(gm, tensors, out_spec)
-    set_state(gm, Captured(timestep=timestep))
-    for name in tensors:
-        require_input(gm, name, argument="example_inputs")
-    _require_dynamic_batch(gm, network, {n: x for n, (_, x) in leaves(inputs).items()})
+    try:
+        gm = _graph(network, inputs, timestep, all_sizes=True)
+    except TFMQError:  # some network's own numbers are no sizes
+        gm = _graph(network, inputs, timestep, all_sizes=False)
     _track_constants(gm)
     PassManager(cleaning(timestep))(gm)
     gm.graph.eliminate_dead_code()
     _check_weights(gm)
     own_written_buffers(gm)
     gm.recompile()
+    return gm
+
+
+def _graph(network: nn.Module, inputs: dict[str, Any], timestep: str, *, all_sizes: bool) -> GraphModule:
+    """Return the graph of torch.export with plain inputs and outputs. all_sizes: see `_exported`."""
+    program = _exported(network, inputs, timestep=timestep, all_sizes=all_sizes)
+    gm = program.module(check_guards=False)
+    assert isinstance(gm, GraphModule)
+    out_spec = program.call_spec.out_spec
+    assert out_spec is not None
+    example = {n: x for n, (_, x) in leaves(inputs).items()}
+    tensors = {n for n, x in example.items() if isinstance(x, Tensor)}
+    gm = _plain_signature(gm, tensors, out_spec)
+    set_state(gm, Captured(timestep=timestep))
+    for name in tensors:
+        require_input(gm, name, argument="example_inputs")
+    _require_dynamic_batch(gm, network, example)
     return gm
 
 
@@ -162,9 +173,15 @@ def _same_tensors(a: Any, b: Any) -> bool:
     return len(a) == len(b) and all(x is y for x, y in zip(a, b, strict=True))
 
 
-def _exported(network: nn.Module, inputs: dict[str, Any]) -> torch.export.ExportedProgram:
-    """Export the network with a dynamic batch. inputs: its arguments by name."""
-    dynamic = pytree.tree_map(_dynamic_batch, inputs)
+def _exported(
+    network: nn.Module, inputs: dict[str, Any], *, timestep: str, all_sizes: bool
+) -> torch.export.ExportedProgram:
+    """Export the network with a dynamic batch. inputs: its arguments by name. all_sizes: keep other sizes open, too."""
+    lengths = _lengths(inputs) if all_sizes else None
+    dynamic = {
+        n: pytree.tree_map(partial(_dynamic, lengths=None if n == timestep else lengths), x)
+        for n, x in inputs.items()
+    }
     try:
         # Without no_grad, activation-checkpoint code hides operators inside submodules.
         with tracing(), graphs_to_log(), numpy_on_sizes(), torch.no_grad(), _SymbolicRepeats():
@@ -175,6 +192,12 @@ def _exported(network: nn.Module, inputs: dict[str, Any]) -> torch.export.Export
         runs = _runs(network, *call_of(network, inputs))
         # Not the cause: torch's own text may have a thousand lines.
         raise capture_error(type(network).__name__, error, runs=runs) from None
+
+
+def _lengths(inputs: Mapping[str, Any]) -> set[int]:
+    """Return the sizes of everything that has more than rows of numbers: heights, widths, frames, numbers of tokens."""
+    tensors = [x for x in pytree.tree_leaves(inputs) if isinstance(x, Tensor)]
+    return {size for x in tensors if x.dim() > 2 for size in x.shape[1:]}
 
 
 def _by_name(network: nn.Module, names: Iterable[str]) -> nn.Module:
@@ -199,8 +222,15 @@ def _as_dict(output: Any) -> Any:
     return {f.name: getattr(output, f.name) for f in dataclasses.fields(output)}
 
 
-def _dynamic_batch(x: Any) -> Any:
-    return {0: torch.export.Dim.AUTO} if isinstance(x, Tensor) and x.dim() > 0 else None
+def _dynamic(x: Any, *, lengths: Collection[int] | None) -> Any:
+    """Return the dimensions that may differ, in torch.export's format: the first, and those of these sizes.
+
+    torch.export would make a constant of a size of one, and warn.
+    """
+    if not isinstance(x, Tensor) or not x.dim():
+        return None
+    more = (i for i in range(1, x.dim()) if x.shape[i] > 1 and x.shape[i] in (lengths or ()))
+    return dict.fromkeys((0, *more), torch.export.Dim.AUTO)
 
 
 @keeps_buffers
@@ -431,15 +461,54 @@ def _computes(gm: GraphModule, network: nn.Module, one: Mapping[str, Any]) -> bo
     found = {n: x for n, (_, x) in leaves(one).items()}
     timestep = str(timestep_input(gm, None).target)
     rows = next(found[n].shape[0] for n in placeholders(gm) if n != timestep and found[n].dim())
-    given = pytree.tree_map(lambda x: x, dict(one)) | {timestep: found[timestep].expand(rows)}
-    args, kwargs = call_of(network, given)
+    return _agree(gm, found, network, {**one, timestep: found[timestep].expand(rows)})
+
+
+def _agree(
+    gm: GraphModule, inputs: Mapping[str, Any], network: nn.Module, arguments: Mapping[str, Any]
+) -> bool:
+    """Return True if the graph makes of its inputs, by name, what the network makes of its arguments."""
+    args, kwargs = call_of(network, pytree.tree_map(lambda x: x, dict(arguments)))
     expected = pytree.tree_leaves(_as_dict(network(*args, **kwargs)))
-    made = pytree.tree_leaves(gm(*[found[n] for n in placeholders(gm)]))
+    made = pytree.tree_leaves(gm(*[inputs[n] for n in placeholders(gm)]))
     return all(
         a.shape == b.shape and bool((a - b).norm() <= ROUNDING * b.norm())
         for a, b in zip(made, expected, strict=True)
         if isinstance(b, Tensor)
     )
+
+
+@keeps_buffers
+@torch.no_grad()
+def lists_of_rows(network: nn.Module, gm: GraphModule, example: Mapping[str, Any]) -> dict[str, int]:
+    """Return the arguments that are lists with an equal entry for each row, such as every sample's size, and their lengths.
+
+    A call with one row more shows which are: the graph, in which they are constants, computes what the network does.
+    """
+    lists = {n: x for n, x in example.items() if isinstance(x, (list, tuple)) and _all_equal(x)}
+    if not lists:
+        return {}
+    tensors = {n: x for n, (_, x) in leaves(example).items() if isinstance(x, Tensor)}
+    first = next(n for n in placeholders(gm) if n != timestep_input(gm, None).target)
+    rows = tensors[first].shape[0] + 1
+
+    def grown(x: Any) -> Any:
+        alike = isinstance(x, Tensor) and x.shape[:1] == (rows - 1,)
+        return torch.cat([x, x[:1]]) if alike else x
+
+    more = pytree.tree_map(grown, {n: x for n, x in example.items() if n not in lists})
+    found = {n: x for n, (_, x) in leaves(more).items()}
+    try:
+        agree = _agree(gm, found, network, {**more, **{n: [x[0]] * rows for n, x in lists.items()}})
+    except Exception:  # the network's own, of any type
+        return {}
+    return {n: len(x) for n, x in lists.items()} if agree else {}
+
+
+def _all_equal(values: Sequence[Any]) -> bool:
+    """Return True for a list of the same plain values, without tensors."""
+    plain = not any(isinstance(x, Tensor) for x in pytree.tree_leaves(values))
+    return bool(values) and plain and all(x == values[0] for x in values)
 
 
 @keeps_buffers

@@ -219,6 +219,8 @@ def _print_description(found: Mapping[str, Any]) -> None:
         f"{found['network']}: {found['parameters'] / 1e6:.2f} M parameters, {found['nodes']} nodes; "
         f"captured in {seconds['capture']:.1f} s, block found in {seconds['find'] * 1e3:.0f} ms"
     )
+    inputs = (f"{name} ({', '.join(map(str, sizes))})" for name, sizes in found["inputs"].items())
+    out.print(f"inputs: {', '.join(inputs)}")
     out.print(
         f"temporal block: {block['nodes']} nodes, a function of {', '.join(block['keys'])}; {len(block['features'])} features:"
     )

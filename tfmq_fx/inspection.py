@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
 
+from tfmq_fx.artefact.drop_in import Interface
 from tfmq_fx.base.arguments import leaves, nested
 from tfmq_fx.base.errors import TFMQError, first_line, nearest_names
 from tfmq_fx.base.signatures import parameters_of
@@ -35,7 +36,7 @@ def describe(
 ) -> dict[str, Any]:
     """Return what quantization would do to a network, as plain JSON values.
 
-    They hold sizes, seconds, the temporal block's features with the inputs that they depend on, and the plan
+    They hold sizes, what shapes the inputs may have ("N": the batch), seconds, the temporal block's features with the inputs that they depend on, and the plan
     of the layers.
 
     example: forward's keyword arguments, as for `capture`.
@@ -45,7 +46,7 @@ def describe(
     if "return_dict" in parameters_of(network):
         example = {**example, "return_dict": False}
     started = time.monotonic()
-    gm, _ = capture_rows(
+    gm, taken = capture_rows(
         network, example, timestep or choose_timestep({n: x for n, (_, x) in leaves(example).items()})
     )
     captured = time.monotonic()
@@ -57,6 +58,7 @@ def describe(
         "network": type(network).__name__,
         "parameters": sum(p.numel() for p in network.parameters()),
         "nodes": len(gm.graph.nodes),
+        "inputs": Interface.of(network, gm, taken).sizes(),
         "seconds": {"capture": round(captured - started, 3), "find": round(found - captured, 3)},
         "temporal_block": {
             "nodes": len(temporal.nodes),

@@ -24,7 +24,7 @@ from tfmq_fx.calibration.data import CalibrationSet, as_taken
 from tfmq_fx.calibration.pipelines import denoiser
 from tfmq_fx.calibration.ready import require_ready
 from tfmq_fx.calibration.stage import calibrate, input_maxima
-from tfmq_fx.capturing import capture_rows, captured, output_of, unwrapped
+from tfmq_fx.capturing import capture_rows, captured, lists_of_rows, output_of, unwrapped
 from tfmq_fx.choices import choose, is_open
 from tfmq_fx.evaluation.errors import measure_errors
 from tfmq_fx.evaluation.summary import summary
@@ -153,6 +153,7 @@ def _quantized(
         report={
             **summary(converted, network, seed=settings.seed, clock=clock, errors=errors),
             "choices": choices.report,
+            "inputs": interface.sizes(),
         },
     )
 
@@ -178,7 +179,7 @@ def _captured(
         row_wise, gm, example, output_of(row_wise, example),
         perturbed=None if set_while_sampling is None else set_while_sampling.to_json(),
     )  # fmt: skip
-    return network, gm, interface, config
+    return network, gm, dataclasses.replace(interface, lists=lists_of_rows(row_wise, gm, example)), config
 
 
 def _outside(

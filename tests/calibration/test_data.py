@@ -26,7 +26,23 @@ def test_spread_takes_rows_evenly_over_timesteps():
             {"sample": torch.tensor([[0.0], [torch.nan]]), "timestep": torch.zeros(2)},
             "'sample' holds NaN .*first in row 1",
         ),
-        ({"sample": torch.zeros(2, 3), "t": torch.zeros(2)}, "no tensor named 'timestep'; found"),
+        (
+            {"sample": torch.zeros(2, 3), "t": torch.zeros(2)},
+            "no tensor named 'timestep'; found .* Name the timestep with timestep=",
+        ),
+        # A series of observations has a time axis of its own, which may bear the name.
+        (
+            {
+                "sample": torch.zeros(4, 3),
+                "timestep": torch.arange(12.0).reshape(4, 3),
+                "step": torch.arange(4),
+            },
+            r"'timestep' has 3 values per row, all different: that is data, .* \(step could be it\)",
+        ),
+        (
+            {"sample": torch.zeros(4, 3), "timestep": torch.arange(3.0).expand(4, 3)},
+            "'timestep' has 3 values per row, the same in every row: that is data",
+        ),
     ],
 )
 def test_bad_sets_are_refused(tensors, words):

@@ -16,7 +16,8 @@ def test_shapes_and_dtypes_are_those_of_the_capture():
     set_fake_values(
         again,
         {"sample": torch.zeros(2, 1, 8, 8), "timestep": torch.zeros(2, dtype=torch.int64)},
-        dynamic={"sample": {0}, "timestep": {0}},
+        dynamic={"sample": {0, 2, 3}, "timestep": {0}},
+        apart={("sample", 2), ("sample", 3)},
     )
     for old, new in zip(gm.graph.nodes, again.graph.nodes, strict=True):
         x, y = meta_value(old), meta_value(new)

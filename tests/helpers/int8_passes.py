@@ -15,7 +15,8 @@ from tfmq_fx.passes import rescale_temporal
 
 
 def graph(network_class=Tokens, **changes):
-    gm = program.exported(quantized(network_class, "w4a8", **changes)).module(check_guards=False)
+    model, _ = quantized(network_class, "w4a8", **changes).with_fixed_sizes()  # what unfolding needs
+    gm = program.exported(model).module(check_guards=False)
     gm.meta = {}
     rescale_temporal(gm)
     return gm

@@ -11,11 +11,11 @@ from hypothesis import strategies as st
 import tfmq_fx
 from benchmarks.networks.random_networks import LABELS, Spec, arguments, build, calibration, specs
 from benchmarks.networks.zoo import Entry, depends
+from tests.helpers.blocks import layer_paths
 from tfmq_fx.artefact.graph_json import quantized_weights, tensors_of
 from tfmq_fx.base.arguments import leaves
 from tfmq_fx.capturing import captured
 from tfmq_fx.graph.inputs import placeholders
-from tfmq_fx.graph.nodes import weight_argument
 from tfmq_fx.passes import extract_temporal, find_temporal
 
 # Relative RMS error of the output over the calibration rows, whose ranges were observed.
@@ -25,12 +25,6 @@ from tfmq_fx.passes import extract_temporal, find_temporal
 # allows for norms and gates which take away part of the signal and not of the noise.
 EXAMPLES = int(os.environ.get("TFMQ_EXAMPLES", "1"))  # a few seconds each; a sweep takes 100
 BOUND = {"w8a8": 0.16, "w8a16": 0.08, "w4a8": None}
-
-
-def layer_paths(gm, names):
-    nodes = {n.name: n for n in gm.graph.nodes}
-    layers = [(nodes[n], weight_argument(nodes[n])) for n in names]
-    return {str(n.args[i].target).removesuffix(".weight") for n, i in layers if i is not None}
 
 
 def entry_of(spec):

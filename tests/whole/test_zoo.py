@@ -7,25 +7,15 @@ from torch.utils import _pytree as pytree
 import tfmq_fx
 from benchmarks.networks.zoo import ZOO, depends
 from benchmarks.networks.zoo.recent import RECENT
+from tests.helpers.blocks import layer_paths
 from tfmq_fx.base.arguments import leaves
 from tfmq_fx.graph.inputs import placeholders
-from tfmq_fx.graph.nodes import fresh, weight_argument
+from tfmq_fx.graph.nodes import fresh
 from tfmq_fx.passes import extract_temporal, find_temporal, partition_temporal
 
 ENTRIES = {e.name: e for e in ZOO}
 # The oracle computes in float64; a network that casts to float32 inside warns of it.
 pytestmark = pytest.mark.filterwarnings("ignore:Mismatch dtype between input and weight:UserWarning")
-
-
-def layer_paths(gm, names):
-    """The module paths of the weighted layers among these nodes, in no order."""
-    nodes = {n.name: n for n in gm.graph.nodes}
-    found = set()
-    for name in names:
-        index = weight_argument(nodes[name])
-        if index is not None:
-            found.add(str(nodes[name].args[index].target).removesuffix(".weight"))
-    return found
 
 
 # Near twins of others (the same class with other widths, or one more conditioning), and those that take longest.

@@ -40,6 +40,7 @@ from tfmq_fx.base.errors import TFMQError, nearest_names
 from tfmq_fx.base.signatures import parameters_of
 from tfmq_fx.graph.inputs import placeholders, timestep_input
 from tfmq_fx.graph.nodes import fixed_size
+from tfmq_fx.graph.sizes import Size, holds, shown, sizes_in, sizes_of
 from tfmq_fx.graph.state import captured_of
 from tfmq_fx.passes.quantize.cast_glue import cast_glue
 from tfmq_fx.passes.temporal.insert_step_index import TIMESTEPS
@@ -71,12 +72,16 @@ class Interface:
     required: tuple[str, ...]  # parameters without a default
     inputs: dict[
         str, dict[str, Any]
-    ]  # graph inputs -> {"dtype": .., "shape": [None or int, ..], "path": [..]}; None: any size
+    ]  # graph inputs -> {"dtype": .., "shape": [None or int, ..], "path": [..], "moves": [[dimension, size at capture], ..]};
+    # None: any size, that of the batch or one that moves
     constants: dict[str, Any] = field(default_factory=dict)  # arguments fixed at capture, by flat name
     # The class of the outputs, as `describe_output` gives it; None: a tensor, tuple, list or dict.
     output_type: str | None = None
     output_fields: tuple[str, ...] = ()
     timestep: str = "timestep"
+    conditions: tuple[Any, ...] = ()  # what holds where a size differs from the capture's; see `graph.sizes`
+    # Constant arguments with an equal entry for each row -> their length at capture: of any length in a call.
+    lists: dict[str, int] = field(default_factory=dict)
     rest: str | None = None  # the name of forward's *args
     # Module path -> class and plain attributes of that module of the float network. Pipelines read some of
     # them, such as a layer's in_features.
@@ -118,12 +123,15 @@ class Interface:
         found = leaves(example)
         timestep = str(timestep_input(gm, None).target)
         batch = next(n.meta["val"].shape[0] for name, n in placeholders(gm).items() if name != timestep)
+        sizes = sizes_of(gm, batch)
         for name, node in placeholders(gm).items():
             value = node.meta["val"]
+            moves = {i: size for (n, i), size in sizes.moving.items() if n == name}
             inputs[name] = {
                 "dtype": str(value.dtype).removeprefix("torch."),
-                "shape": [_size(d, batch) for d in value.shape],
+                "shape": [None if i in moves else _size(d, batch) for i, d in enumerate(value.shape)],
                 "path": list(found[name][0]),
+                **({"moves": [list(move) for move in moves.items()]} if moves else {}),
             }
         weights = {str(n.target) for n in gm.graph.find_nodes(op="get_attr")}
         weights |= {path for paths in captured_of(gm).folded.values() for path in paths}
@@ -142,9 +150,38 @@ class Interface:
             output_fields=output_fields,
             rest=rest,
             timestep=timestep,
+            conditions=sizes.conditions,
             attributes=facts_of(network, weights),
             perturbed=perturbed,
         )
+
+    def moves(self) -> dict[Size, int]:
+        """Return the sizes that may differ from the capture's, apart from the batch's, and what they were."""
+        return {(n, i): size for n, spec in self.inputs.items() for i, size in spec.get("moves", ())}
+
+    def fixed(self) -> Interface:
+        """Return the interface of a network that takes no sizes but those of the capture, apart from the batch."""
+        moves = self.moves()
+        inputs = {
+            n: {
+                "dtype": spec["dtype"],
+                "shape": [moves.get((n, i), s) for i, s in enumerate(spec["shape"])],
+                "path": spec["path"],
+            }
+            for n, spec in self.inputs.items()
+        }
+        return dataclasses.replace(self, inputs=inputs, conditions=())
+
+    def sizes(self) -> dict[str, list[int | str]]:
+        """Return what each input's dimensions may be, for people: "N" for the batch, "any (64)" for one that was 64."""
+        moves = self.moves()
+        return {
+            n: [
+                f"any ({moves[n, i]})" if (n, i) in moves else "N" if s is None else s
+                for i, s in enumerate(spec["shape"])
+            ]
+            for n, spec in self.inputs.items()
+        }
 
     @cached_property
     def facts(self) -> Facts:
@@ -477,6 +514,7 @@ class DropIn(nn.Module):
         if not traced(inputs.values()) and _COUNTED.get():
             for name, table in {t: self.timesteps, **self.finite}.items():
                 self._look_up(name, inputs[name], table)
+        self._require_sizes(inputs)
         taken = [inputs[n] for n in self.interface.inputs]
         output = with_nan_rows(self._compute(taken), taken, batch=inputs[self.first_input].shape[0])
         wants = given.get("return_dict")
@@ -517,7 +555,7 @@ class DropIn(nn.Module):
         missing += [n for n in face.required if n not in names[: len(args)] and n not in kwargs]
         if missing:
             raise TFMQError(f"forward: the argument {missing[0]!r} is missing.")
-        self._require_fixed(given)
+        self._require_fixed({**given, **self._lists(given, rows=tensors[self.first_input].shape[0])})
         return {**given, **tensors}
 
     def _perturbed_rows(self, x: Tensor | None) -> Tensor | None:
@@ -538,6 +576,15 @@ class DropIn(nn.Module):
                 f"forward: {rows} rows cannot be {len(pattern)} equal parts, as in calibration: {sorted(self.placed)[0]} is set."
             )
         return pattern.repeat_interleave(rows // len(pattern))
+
+    def _lists(self, given: Mapping[str, Any], *, rows: int) -> dict[str, Any]:
+        """Return the arguments that have an equal entry for each row, as long as they were at capture."""
+        found = {n: given[n] for n in self.interface.lists if isinstance(given.get(n), (list, tuple))}
+        return {
+            n: [x[0]] * self.interface.lists[n]
+            for n, x in found.items()
+            if len(x) == rows and all(entry == x[0] for entry in x)
+        }
 
     def _require_fixed(self, given: Mapping[str, Any]) -> None:
         """Raise TFMQError for an argument that is constant in the graph but has another value here, or is left out."""
@@ -595,8 +642,9 @@ class DropIn(nn.Module):
         if value.dim() != len(shape) or any(
             e not in (None, s) for e, s in zip(shape, value.shape, strict=True)
         ):
-            shown = "(" + ", ".join("N" if e is None else str(e) for e in shape) + ")"
-            raise TFMQError(f"forward: {name!r} has shape {tuple(value.shape)}, captured with {shown}.")
+            raise TFMQError(
+                f"forward: {name!r} has shape {tuple(value.shape)}, captured with {self._shown(name)}."
+            )
         expected = getattr(torch, spec["dtype"])
         # Around a network in half precision, a pipeline has some inputs in float32.
         if {value.dtype, expected} <= {*NETWORK_DTYPES} and self.dtype != torch.float32:
@@ -604,6 +652,24 @@ class DropIn(nn.Module):
         if value.dtype != expected:
             raise TFMQError(f"forward: {name!r} is {value.dtype}, captured as {expected}.")
         return value
+
+    def _shown(self, name: str) -> str:
+        return f"({', '.join(map(str, self.interface.sizes()[name]))})"
+
+    def _require_sizes(self, inputs: Mapping[str, Tensor]) -> None:
+        """Raise TFMQError for sizes at which the network would compute by other operators than those of the graph."""
+        moves = self.interface.moves()
+        other = {(n, i) for (n, i), size in moves.items() if inputs[n].shape[i] != size}
+        if not other or traced(inputs.values()):
+            return
+        now = {(n, i): size for n, x in inputs.items() for i, size in enumerate(x.shape)}
+        for condition in self.interface.conditions:
+            if other & set(sizes_in(condition)) and not holds(condition, now):
+                name, i = min(other & set(sizes_in(condition)))
+                raise TFMQError(
+                    f"forward: {name!r} has {now[name, i]} in dimension {i}, captured with {moves[name, i]}; at this size the "
+                    f"network breaks what its capture assumed ({shown(condition)}); {self.verb} again with {self.source} of it."
+                )
 
     def _look_up(self, name: str, given: Tensor, table: Tensor) -> None:
         """Count the values outside a table, or raise TFMQError for them (`Recipe(unseen="error")`).
@@ -679,6 +745,15 @@ class QuantizedGraph(DropIn):
     def in_float32(self) -> QuantizedGraph:
         """Return the same network in float32, with the same integers; itself if it is."""
         return self if self.dtype == torch.float32 else type(self)(self.network, **self.parts()).float()
+
+    def with_fixed_sizes(self) -> tuple[QuantizedGraph, tuple[str, ...]]:
+        """Return the network for no sizes but those of the capture, apart from the batch, and a note if it took others."""
+        moves = self.interface.moves()
+        if not moves:
+            return self, ()
+        model = type(self)(self.network, **{**self.parts(), "interface": self.interface.fixed()})
+        names = dict.fromkeys(name for name, _ in moves)
+        return model, (f"takes {', '.join(f'{n} as {model._shown(n)}' for n in names)} alone",)
 
     def closed(self, *, strict: bool = False) -> tuple[QuantizedGraph, tuple[str, ...]]:
         """Return the network with the temporal block in it, for what runs a graph alone, and notes on what differs.
@@ -810,10 +885,11 @@ def _refuse_graph_alone(_network: nn.Module, _state: Any, prefix: str, *_: Any) 
 
 
 def example_inputs(model: QuantizedGraph, *, batch: int) -> dict[str, Tensor]:
-    """Return zeros in the shapes and dtypes of the graph's inputs; dimensions of any size become `batch`."""
+    """Return zeros in the shapes and dtypes of the graph's inputs; that of the batch is `batch`, others as captured."""
+    moves = model.interface.moves()
     return {
         name: torch.zeros(
-            [batch if s is None else s for s in spec["shape"]],
+            [moves.get((name, i), batch) if s is None else s for i, s in enumerate(spec["shape"])],
             dtype=getattr(torch, spec["dtype"]),
             device=model.device,
         )

@@ -85,7 +85,7 @@ def _flattened(model: QuantizedGraph) -> GraphModule | None:
     gm = GraphModule(model.network, graph)
     gm.meta = {}
     sizes = {name: {*dims} for name, dims in dynamic_shapes(model).items()}
-    set_fake_values(gm, example_inputs(model, batch=2), dynamic=sizes)
+    set_fake_values(gm, example_inputs(model, batch=2), dynamic=sizes, apart=model.interface.moves())
     return gm
 
 

@@ -199,7 +199,8 @@ def read(folder: str | Path, models: Mapping[str, type[M]], *, max_memory: float
     report = _read_json(folder / REPORT)
     with _reading(folder / CONFIG):
         face = quantization["interface"]
-        interface = Interface(**{**face, "required": tuple(face["required"])})
+        tuples = {n: tuple(face.get(n, ())) for n in ("required", "conditions")}
+        interface = Interface(**{**face, **tuples})
         timesteps = torch.tensor(quantization["timesteps"], dtype=_dtype(quantization["timesteps_dtype"]))
         finite = {
             n: torch.tensor(v["values"], dtype=_dtype(v["dtype"])) for n, v in quantization["finite"].items()

@@ -62,13 +62,15 @@ class CalibrationSet:
         self.paths: dict[str, ArgumentPath] = {n: (n,) for n in (*tensors, *constants)} | dict(paths or {})
         if timestep not in self.tensors:
             raise TFMQError(
-                f"calibration: no tensor named {timestep!r}; found {nearest_names(timestep, self.tensors)}."
+                f"calibration: no tensor named {timestep!r}; found {nearest_names(timestep, self.tensors)}. "
+                "Name the timestep with timestep=..."
             )
         sizes = {name: x.shape[0] if x.dim() else 0 for name, x in self.tensors.items()}
         if not all(sizes.values()):
             raise TFMQError(f"calibration: the set is empty (rows by tensor: {sizes}).")
         if len(set(sizes.values())) != 1:
             raise TFMQError(f"calibration: tensors have different numbers of rows: {sizes}.")
+        _require_schedule(timestep, self.tensors)
         for name, x in self.tensors.items():
             for start in (
                 range(0, len(x), 1024) if x.is_floating_point() else ()
@@ -263,6 +265,26 @@ class CalibrationSet:
     def _taken(self, name: str, rows: Tensor) -> Tensor:
         """Return rows as the network takes them."""
         return rows.repeat_interleave(self.repeats[name], 0) if name in self.repeats else rows
+
+
+def _require_schedule(timestep: str, tensors: Mapping[str, Tensor]) -> None:
+    """Raise TFMQError for a timestep of several values per row that no sampler gives: it is data, as the times of a series are.
+
+    They are the same in every row, so that no step of a sampler could be told from another, or all of them differ while
+    another tensor has one value per row.
+    """
+    t = tensors[timestep].flatten(1) if tensors[timestep].dim() > 1 else tensors[timestep][:, None]
+    if len(t) < 2 or t.shape[1] < 2:
+        return
+    others = [n for n, x in tensors.items() if n != timestep and x.numel() == len(x)]
+    same, apart = bool((t == t[:1]).all()), t.unique().numel() == t.numel()
+    if same or (apart and others):
+        found = "the same in every row" if same else "all different"
+        remedy = f" ({' or '.join(others)} could be it)" if others else ""
+        raise TFMQError(
+            f"calibration: the timestep {timestep!r} has {t.shape[1]} values per row, {found}: that is data, not a sampler's "
+            f"timestep; name that one with timestep=...{remedy}."
+        )
 
 
 def inputs_of(gm: GraphModule, batch: Mapping[str, Tensor]) -> list[Tensor]:

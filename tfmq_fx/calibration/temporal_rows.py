@@ -101,8 +101,9 @@ def run_temporal(
 ) -> tuple[Tensor, ...]:
     """Return the temporal features of an extracted block on every row of its inputs: (R, ...) each.
 
-    The block may also return a step index, which is left out. A block that takes several timesteps per sample, (N, tokens), gets
-    as many rows in one sample.
+    A partitioned block may also return a step index, which is left out, and what the rest reads of the conditioning alone,
+    which comes after the features. A block that takes several timesteps per sample, (N, tokens), gets as many rows in one
+    sample.
 
     scalar: True to run it once per row, as a block that was captured with a timestep of shape () must.
     batch: with several timesteps per sample, the number of samples in each run; None: all in one.

@@ -77,10 +77,10 @@ def temporal_distance(
     quantized = temporal_block_of(converted)
     if not placeholders(quantized).keys() <= rows.keys():
         return None
-    scalar = run_row_by_row(converted, block)
+    scalar, count = run_row_by_row(converted, block), len(state_of(converted).features)
     distances = [
         cosine_distance(
-            run_temporal(quantized, part, scalar=scalar), run_temporal(block, part, scalar=scalar)
+            run_temporal(quantized, part, scalar=scalar)[:count], run_temporal(block, part, scalar=scalar)
         )
         for part in chunks_of(rows)
     ]

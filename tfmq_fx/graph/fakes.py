@@ -20,16 +20,26 @@ from tfmq_fx.graph.nodes import attribute, meta_value
 
 
 def set_fake_values(
-    gm: GraphModule, inputs: Mapping[str, Tensor], *, dynamic: Mapping[str, Collection[int]]
+    gm: GraphModule,
+    inputs: Mapping[str, Tensor],
+    *,
+    dynamic: Mapping[str, Collection[int]],
+    apart: Collection[tuple[str, int]] = (),
 ) -> None:
     """Give every node its fake value (`meta_value`) and its "tensor_meta", as torch.export would.
 
     inputs: an example of each input by name, in the order of the graph. dynamic: by name, the dimensions that may have
-    any size; those that have one size in the example have one symbol.
+    any size; those that have one size in the example have one symbol. apart: inputs and dimensions of them that each have a
+    symbol of their own.
     """
     run = _Fakes(gm)
     with torch.no_grad():
-        run.run(*(run.symbolic(x, dynamic.get(name, ())) for name, x in inputs.items()))
+        run.run(
+            *(
+                run.symbolic(x, dynamic.get(name, ()), {i for n, i in apart if n == name})
+                for name, x in inputs.items()
+            )
+        )
 
 
 def fill_fake_values(gm: GraphModule) -> None:
@@ -57,8 +67,9 @@ class _Fakes(Interpreter):
         self.mode = FakeTensorMode(shape_env=ShapeEnv())
         self.known: dict[Hashable, Any] = {}  # what equal calls return
 
-    def symbolic(self, x: Tensor, dynamic: Collection[int]) -> Tensor:
-        sizes = [DimDynamic.DUCK if i in dynamic else DimDynamic.STATIC for i in range(x.dim())]
+    def symbolic(self, x: Tensor, dynamic: Collection[int], apart: Collection[int]) -> Tensor:
+        kinds = {**dict.fromkeys(dynamic, DimDynamic.DUCK), **dict.fromkeys(apart, DimDynamic.DYNAMIC)}
+        sizes = [kinds.get(i, DimDynamic.STATIC) for i in range(x.dim())]
         return self.mode.from_tensor(x, symbolic_context=StatelessSymbolicContext(sizes))
 
     def run(self, *args: Any, **kwargs: Any) -> Any:

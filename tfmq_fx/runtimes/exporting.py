@@ -60,6 +60,12 @@ def export(
         )
     require_writable(file)  # fail before minutes of tracing
     model, notes = model.closed(strict=strict)
+    if chosen in (
+        "aot",
+        "onnxruntime",
+    ):  # whose int8 kernels, or the graph for them, are made for known sizes
+        model, fixed = model.with_fixed_sizes()
+        notes = (*notes, *fixed)
     frozen = () if chosen == "pt2" else frozen_buffers(model.network, strict=strict)
     start = time.perf_counter()
     found = _WRITERS[chosen](model if chosen == "pt2" else model.in_float32(), file, strict)

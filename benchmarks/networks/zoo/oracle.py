@@ -45,6 +45,8 @@ def _replace(inputs: Mapping[str, Any], values: Mapping[str, Tensor], prefix: st
 
 def _perturbed(x: Tensor) -> Tensor:
     """Other values of the same kind: integers stay in their range, positive numbers stay positive."""
+    if x.dtype == torch.bool:
+        return ~x
     if not x.is_floating_point():
         return torch.where(x > 0, x - 1, x + 1)
     # No affine map: a normalization behind the input would undo one.
@@ -53,7 +55,9 @@ def _perturbed(x: Tensor) -> Tensor:
 
 
 @contextmanager
-def _recording(network: nn.Module) -> Iterator[dict[str, list[Tensor]]]:
+def _recording(
+    network: nn.Module, weighted: tuple[type[nn.Module], ...]
+) -> Iterator[dict[str, list[Tensor]]]:
     """Every weighted layer's outputs, call by call, by module path."""
     outputs: dict[str, list[Tensor]] = {}
 
@@ -67,7 +71,7 @@ def _recording(network: nn.Module) -> Iterator[dict[str, list[Tensor]]]:
 
     handles = []
     for path, layer in network.named_modules():
-        if isinstance(layer, WEIGHTED):
+        if isinstance(layer, weighted):
             outputs[path] = []
             handles.append(layer.register_forward_pre_hook(cast))
             handles.append(layer.register_forward_hook(record(path)))
@@ -88,17 +92,19 @@ def _differ(a: list[Tensor], b: list[Tensor]) -> bool:
 
 
 @torch.no_grad()
-def depends(entry: Entry, network: nn.Module) -> dict[str, frozenset[str]]:
+def depends(
+    entry: Entry, network: nn.Module, *, weighted: tuple[type[nn.Module], ...] = WEIGHTED
+) -> dict[str, frozenset[str]]:
     """For each weighted layer of the reduced network, the inputs whose values change its output.
 
-    Input names are flat, as in `Entry.keys`. A layer that never runs depends on nothing.
+    Input names are flat, as in `Entry.keys`. A layer that never runs depends on nothing. weighted: the classes of layers.
     """
     network = copy.deepcopy(network).double().eval()  # in float64 a change is not mistaken for rounding
     inputs = entry.inputs(False)
     base = {name: x.double() if x.is_floating_point() else x for name, x in flat(inputs).items()}
 
     def run(values: Mapping[str, Tensor]) -> dict[str, list[Tensor]]:
-        with _recording(network) as outputs:
+        with _recording(network, weighted) as outputs:
             network(**_replace(inputs, values))
         return outputs
 
