@@ -32,7 +32,7 @@ from tfmq_fx.base.tracing import capture_error, graphs_to_log, numpy_on_sizes, t
 from tfmq_fx.calibration.data import CalibrationSet
 from tfmq_fx.calibration.ready import require_ready
 from tfmq_fx.graph.inputs import choose_timestep, placeholders, require_input, timestep_input
-from tfmq_fx.graph.nodes import attribute, fixed_size, schema_arguments
+from tfmq_fx.graph.nodes import attribute, fixed_size, meta_value, schema_arguments
 from tfmq_fx.graph.state import Captured, set_state
 from tfmq_fx.graph.written import keeps_buffers, own_written_buffers
 from tfmq_fx.passes.clean.flatten_timestep import flatten_timestep
@@ -43,6 +43,7 @@ from tfmq_fx.passes.clean.literal_dtypes import literal_dtypes
 from tfmq_fx.passes.clean.remove_noops import remove_noops
 from tfmq_fx.passes.clean.root_batch_size import root_batch_size
 from tfmq_fx.passes.pass_manager import PassManager
+from tfmq_fx.passes.temporal.find_temporal import find_temporal
 from tfmq_fx.passes.temporal.flatten_entries import flatten_entries
 
 ROUNDING = 1e-2  # relative; that of bfloat16 sums in another order, far below another function of the inputs
@@ -94,18 +95,30 @@ def capture(
     try:
         gm = _graph(network, inputs, timestep, all_sizes=True)
     except TFMQError:  # some network's own numbers are no sizes
+        gm = None
+    if gm is None or _features_have_sizes(gm, timestep):
         gm = _graph(network, inputs, timestep, all_sizes=False)
-    _track_constants(gm)
-    PassManager(cleaning(timestep))(gm)
-    gm.graph.eliminate_dead_code()
-    _check_weights(gm)
-    own_written_buffers(gm)
-    gm.recompile()
     return gm
 
 
+def _features_have_sizes(gm: GraphModule, timestep: str) -> bool:
+    """Return True if a size that moves is one of the temporal block's: then its features would not depend on the timestep alone."""
+    rows = {symbol for n in placeholders(gm).values() for symbol in _symbols(n, slice(0, 1))}
+    try:
+        inside = set(find_temporal(gm, timestep=timestep).nodes)
+    except TFMQError:  # there is none; whoever looks for it says so
+        return False
+    return any(_symbols(n) - rows for n in gm.graph.nodes if n.name in inside)
+
+
+def _symbols(node: Node, dimensions: slice = slice(None)) -> set[Any]:
+    value = meta_value(node)
+    sizes = value.shape[dimensions] if isinstance(value, Tensor) else ()
+    return {symbol for d in sizes if isinstance(d, torch.SymInt) for symbol in d.node.expr.free_symbols}
+
+
 def _graph(network: nn.Module, inputs: dict[str, Any], timestep: str, *, all_sizes: bool) -> GraphModule:
-    """Return the graph of torch.export with plain inputs and outputs. all_sizes: see `_exported`."""
+    """Return the tidy graph of torch.export with plain inputs and outputs. all_sizes: see `_exported`."""
     program = _exported(network, inputs, timestep=timestep, all_sizes=all_sizes)
     gm = program.module(check_guards=False)
     assert isinstance(gm, GraphModule)
@@ -118,6 +131,12 @@ def _graph(network: nn.Module, inputs: dict[str, Any], timestep: str, *, all_siz
     for name in tensors:
         require_input(gm, name, argument="example_inputs")
     _require_dynamic_batch(gm, network, example)
+    _track_constants(gm)
+    PassManager(cleaning(timestep))(gm)
+    gm.graph.eliminate_dead_code()
+    _check_weights(gm)
+    own_written_buffers(gm)
+    gm.recompile()
     return gm
 
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 import dataclasses
 import warnings
 
+from torch import nn
 from torch.fx import GraphModule
 
 from tfmq_fx.base._torchao import convert_pt2e
 from tfmq_fx.base.ambient import neutral
-from tfmq_fx.graph.nodes import fresh
+from tfmq_fx.graph.nodes import fresh, plain_strides, set_buffer, set_parameter
 from tfmq_fx.graph.state import set_state
 from tfmq_fx.graph.written import keeps_buffers
 from tfmq_fx.passes.pass_manager import declare
@@ -34,6 +35,9 @@ def convert(gm: GraphModule) -> GraphModule:
     """
     state = require_stage(gm, "calibrated", "reconstructed")
     gm = to_integers(gm)
+    for path, x in [*gm.named_parameters(), *gm.named_buffers()]:  # as they are once saved and loaded
+        if (plain := plain_strides(x.detach())).stride() != x.stride():
+            (set_parameter if isinstance(x, nn.Parameter) else set_buffer)(gm, path, plain)
     gm.meta = {}  # remove torchao's marks
     set_state(gm, dataclasses.replace(state, stage="converted"))
     partition_temporal(gm, temporal=temporal_of(gm))

@@ -269,7 +269,7 @@ def test_a_target_and_its_engines():
 @torch.no_grad()
 def test_passes_make_their_constants_on_the_networks_device():
     q = quantized("w4a8", "all", shared_zero_point=False)
-    gm = flat_graph(q)
+    gm = flat_graph(q.with_fixed_sizes()[0])
     with device():
         moved(gm)
         move_to_device(gm, device=DEVICE)

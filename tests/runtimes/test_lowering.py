@@ -117,3 +117,14 @@ def test_what_an_engine_has_not_is_refused(arguments, words):
     pytest.importorskip("openvino")
     with pytest.raises(TFMQError, match=words):
         quantized().lower(**arguments)
+
+
+@needs_avx2
+def test_a_zero_point_for_each_timestep_keeps_the_calibrated_sizes():
+    q = quantized("w4a8", "all", shared_zero_point=False)
+    low = lower(q, "cpu", engine="torch", precision="float32", compile=False)
+    assert low.report["lowering"]["notes"] == ["takes sample as (N, 1, 8, 8) alone"]
+    wider = torch.zeros(1, 1, 8, 16)
+    assert q(wider, TIMESTEPS[:1]).shape == wider.shape
+    with pytest.raises(TFMQError, match=r"'sample' has shape \(1, 1, 8, 16\), captured with \(N, 1, 8, 8\)"):
+        low(wider, TIMESTEPS[:1])

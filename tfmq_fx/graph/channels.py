@@ -17,6 +17,7 @@ from tfmq_fx.graph.nodes import (
     groups_of,
     op_name,
     output_channel_axis,
+    plain_strides,
     weight_argument,
 )
 from tfmq_fx.graph.state import Change, captured_of, set_state
@@ -122,7 +123,7 @@ def set_tensor(gm: GraphModule, target: str, value: Tensor) -> None:
     *path, name = target.split(".")
     module = gm.get_submodule(".".join(path))
     old: Tensor = getattr(module, name)
-    value = value.to(old.dtype).reshape(old.shape).contiguous()
+    value = plain_strides(value.to(old.dtype).reshape(old.shape))
     if isinstance(old, nn.Parameter):
         value = nn.Parameter(value, requires_grad=old.requires_grad)
     setattr(module, name, value)

@@ -308,6 +308,16 @@ def attribute(gm: nn.Module, target: str) -> Any:
     return value
 
 
+def plain_strides(x: Tensor) -> Tensor:
+    """Return x in the layout that a file gives it back in.
+
+    `contiguous()` leaves the stride of a dimension of size one, by which torch tells channels-last weights, whose kernels
+    round differently.
+    """
+    plain = x.stride() == torch.empty(x.shape, device="meta").stride()
+    return x if plain else x.clone(memory_format=torch.contiguous_format)
+
+
 def set_buffer(gm: nn.Module, target: str, value: Tensor) -> None:
     """Register `value` as a buffer at a dotted path, in place of a tensor there.
 

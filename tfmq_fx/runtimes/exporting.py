@@ -19,6 +19,7 @@ from tfmq_fx.base.files import replace_files, require_writable
 from tfmq_fx.graph.written import frozen_buffers
 from tfmq_fx.runtimes.aot_package import export_aot
 from tfmq_fx.runtimes.exported import Exported
+from tfmq_fx.runtimes.layers import needs_sizes
 from tfmq_fx.runtimes.onnx_file import export_onnx
 from tfmq_fx.runtimes.openvino_file import export_folder
 
@@ -60,10 +61,8 @@ def export(
         )
     require_writable(file)  # fail before minutes of tracing
     model, notes = model.closed(strict=strict)
-    if chosen in (
-        "aot",
-        "onnxruntime",
-    ):  # whose int8 kernels, or the graph for them, are made for known sizes
+    # Int8 kernels of these formats, or the graph for them, are made for known sizes.
+    if chosen in ("aot", "onnxruntime") or (chosen != "pt2" and needs_sizes(model)):
         model, fixed = model.with_fixed_sizes()
         notes = (*notes, *fixed)
     frozen = () if chosen == "pt2" else frozen_buffers(model.network, strict=strict)

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch.fx import GraphModule, Node
 
+from tfmq_fx.artefact.drop_in import QuantizedGraph
 from tfmq_fx.base.arithmetic import PAIRS_FIT, centred, saturates
 from tfmq_fx.graph.nodes import (
     attribute,
@@ -133,6 +134,15 @@ def _flops(node: Node) -> int:
         keys = hinted_shape(node.args[1])[-2]
         return 2 * keys * (x[-1] + y[-1]) * torch.Size(y[:-1]).numel() // y[0]
     return 2 * x[-1] * torch.Size(y).numel() // y[0]
+
+
+def needs_sizes(model: QuantizedGraph) -> bool:
+    """Return True if the int8 form is one for known sizes of the inputs alone.
+
+    A zero point for each timestep is subtracted as a multiple of the layer's output for ones, which has borders.
+    """
+    own = [layer for layer in model.report.get("layers", ()) if layer["key"] and not layer["temporal"]]
+    return bool(own) and model.recipe.get("shared_zero_point") is False
 
 
 ops = torch.ops.quantized_decomposed

@@ -29,7 +29,7 @@ from tfmq_fx.runtimes import cuda
 from tfmq_fx.runtimes.cpu import byte_sums, int8_instructions
 from tfmq_fx.runtimes.cuda_engine import lower_cuda
 from tfmq_fx.runtimes.engine import PRECISIONS, Compilation, kernels_to_json
-from tfmq_fx.runtimes.layers import Kernel, layers_of, saturating_layers
+from tfmq_fx.runtimes.layers import Kernel, layers_of, needs_sizes, saturating_layers
 from tfmq_fx.runtimes.openvino_engine import lower_openvino
 from tfmq_fx.runtimes.openvino_file import require_openvino
 from tfmq_fx.runtimes.torch_engine import lower_torch
@@ -168,6 +168,9 @@ def lower(
             f'target "cpu": the network is on {model.device}; quantize it on the CPU, or load it from disk.'
         )
     model, notes = model.closed(strict=strict)
+    if needs_sizes(model):
+        model, fixed = model.with_fixed_sizes()
+        notes = (*notes, *fixed)
     sums = byte_sums() if gpu is None else ByteSums.EXACT
     in_float32 = model.in_float32()
     _require_engine(engine, target)

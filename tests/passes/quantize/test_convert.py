@@ -122,3 +122,16 @@ def test_constant_activations_give_finite_scales():
     q = tfmq_fx.convert(tfmq_fx.calibrate(gm, data))
     with torch.no_grad():
         assert torch.isfinite(q(torch.randn(3, 4), torch.tensor([1, 2, 2]))).all()
+
+
+def test_tensors_lie_as_they_do_once_loaded():
+    """A 1x1 weight whose strides are channels-last counts as contiguous, but torch picks other kernels for it."""
+    gm = prepared(rules=(tfmq_fx.Rule(pattern="*", weight_bits=16),))
+    for p in gm.parameters():
+        p.data = p.data.to(memory_format=torch.channels_last) if p.dim() == 4 else p.data
+    assert any(not p.is_contiguous() for p in gm.parameters())
+    q = tfmq_fx.convert(gm)
+    for x in tensors_of(q).values():
+        assert x.stride() == torch.empty(x.shape).stride()
+    with torch.no_grad():
+        torch.testing.assert_close(q(X, T), gm(X, T))
