@@ -14,6 +14,7 @@ from torch.fx import GraphModule, Node
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.node import map_arg
 from torch.fx.passes.infra.pass_base import PassResult
+from torch.utils import _pytree as pytree
 
 from tfmq_fx.graph.fakes import kind_of_call
 from tfmq_fx.graph.nodes import meta_value, mutated_inputs, paste, put_in_place, set_buffer
@@ -43,9 +44,12 @@ def decompose(gm: GraphModule, *, table: Table) -> PassResult | None:
             if any(mutated_inputs(n) for n in traced[kind].graph.nodes):
                 return None
     wanted = [(node, kind) for node, kind in wanted if not _is_same(traced[kind], node)]
+    # Inputs by their places, since two may become one when what computes them is replaced.
+    places = {node: [_flat(node).index(x) for x in node.all_input_nodes] for node, _ in wanted}
     for i, (node, kind) in enumerate(wanted):
-        inner = traced[kind]
-        taken = dict(zip(inner.graph.find_nodes(op="placeholder"), node.all_input_nodes, strict=True))
+        inner, flat = traced[kind], _flat(node)
+        inputs = [flat[place] for place in places[node]]
+        taken = dict(zip(inner.graph.find_nodes(op="placeholder"), inputs, strict=True))
         for constant in {n.target for n in inner.graph.find_nodes(op="get_attr")}:
             set_buffer(gm, f"decomposed_{i}.{constant}", getattr(inner, constant))
         with gm.graph.inserting_before(node):
@@ -56,6 +60,10 @@ def decompose(gm: GraphModule, *, table: Table) -> PassResult | None:
     gm.graph.lint()
     gm.recompile()
     return PassResult(gm, bool(wanted))
+
+
+def _flat(node: Node) -> list[Any]:
+    return pytree.tree_leaves((node.args, node.kwargs))
 
 
 def _share_sizes(gm: GraphModule) -> None:

@@ -96,3 +96,21 @@ def test_a_decomposition_that_writes_in_place_leaves_the_graph_as_it_was():
     before = str(gm.graph)
     assert decompose(gm, table={aten.silu.default: silu}) is None
     assert str(gm.graph) == before
+
+
+class Twice(nn.Module):
+    """Two inputs of an operator become one when what computes them is replaced."""
+
+    def forward(self, x):
+        return torch.baddbmm(x, F.dropout(x, training=False), F.alpha_dropout(x, training=False))
+
+
+def test_inputs_that_become_one():
+    x = torch.randn(2, 6, 6, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        of = torch.export.export(Twice(), (x,), dynamic_shapes=({0: torch.export.Dim.AUTO},), strict=False)
+    gm = fresh(graph_of(of))
+    set_fake_values(gm, {"x": x}, dynamic={"x": {0}})
+    decompose(gm, table=table())
+    assert "dropout" not in str(gm.graph)
+    torch.testing.assert_close(gm(x)[0], Twice()(x))
