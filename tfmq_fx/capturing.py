@@ -113,7 +113,7 @@ def _features_have_sizes(gm: GraphModule, timestep: str) -> bool:
 
 def _symbols(node: Node, dimensions: slice = slice(None)) -> set[Any]:
     value = meta_value(node)
-    sizes = value.shape[dimensions] if isinstance(value, Tensor) else ()
+    sizes: Sequence[Any] = value.shape[dimensions] if isinstance(value, Tensor) else ()
     return {symbol for d in sizes if isinstance(d, torch.SymInt) for symbol in d.node.expr.free_symbols}
 
 
