@@ -103,7 +103,10 @@ def capture(
 
 def _features_have_sizes(gm: GraphModule, timestep: str) -> bool:
     """Return True if a size that moves is one of the temporal block's: then its features would not depend on the timestep alone."""
-    rows = {symbol for n in placeholders(gm).values() for symbol in _symbols(n, slice(0, 1))}
+    inputs = placeholders(gm).values()
+    rows = {symbol for n in inputs for symbol in _symbols(n, slice(0, 1))}
+    if all(_symbols(n) <= rows for n in inputs):
+        return False
     try:
         inside = set(find_temporal(gm, timestep=timestep).nodes)
     except TFMQError:  # there is none; whoever looks for it says so

@@ -322,9 +322,14 @@ class _Search:
         if key in self.wide:
             return torch.zeros_like(self.effects.power)
         by_timestep_P, static_P = self.rounding[key][alpha]
-        if key in self.double:  # with one set of qparams, as two terms have
-            return static_P / TERM_STEPS**2
+        if key in self.double:
+            return self._two_terms_error(key, alpha)
         return by_timestep_P if (key in self.keyed if keyed is None else keyed) else static_P
+
+    def _two_terms_error(self, key: tuple[str, int], alpha: Any = None) -> Tensor:
+        """Return what two terms leave of an input's error. They have one set of qparams."""
+        _, static_P = self.rounding[key][self.alpha[key[1]] if alpha is None else alpha]
+        return static_P / TERM_STEPS**2
 
     def _rounding(
         self, reader: Reader, alpha: Any, step_P: Tensor, static_1: Tensor
@@ -400,10 +405,7 @@ class _Search:
                     partial(self.wide.update, keys),
                 )
                 if all(can_have_two(r.node) and not r.plan.temporal for r in readers):
-                    left_P = (
-                        torch.stack([self._input_error(key, keyed=False) for key in keys]).sum(0)
-                        / TERM_STEPS**2
-                    )
+                    left_P = torch.stack([self._two_terms_error(key) for key in keys]).sum(0)
                     yield _Step(
                         saved_P - left_P,
                         {"double_flops": self._flops(readers)},

@@ -16,11 +16,12 @@ from diffusers.pipelines.pag.pag_utils import PAGMixin
 from torch import nn
 
 import tfmq_fx
+from tests.helpers.nearest import recipe
 from tfmq_fx.base.errors import TFMQError
 from tfmq_fx.calibration.data import CalibrationSet
 from tfmq_fx.calibration.perturbed import placed
 
-NEAREST = tfmq_fx.Recipe(weight_bits=8, reconstruction=tfmq_fx.Reconstruction(method="nearest"))
+NEAREST = recipe("w8a8")
 FRAMES = 2
 
 

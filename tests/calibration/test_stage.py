@@ -5,6 +5,7 @@ import torch
 
 import tfmq_fx
 from benchmarks.networks.small import TIMESTEPS, TinyUNet, calibration, captured, make
+from tests.helpers.nearest import recipe
 from tfmq_fx.base.errors import TFMQError
 
 CalibrationSet = tfmq_fx.CalibrationSet
@@ -39,8 +40,7 @@ class Joined(TinyUNet):
 
 
 def test_constant_inputs_and_integers_among_floats_are_noted_and_finite():
-    recipe = tfmq_fx.Recipe(reconstruction=tfmq_fx.Reconstruction(method="nearest"))
-    q = tfmq_fx.quantize(make(Joined), recipe, calibration=calibration())
+    q = tfmq_fx.quantize(make(Joined), recipe("w4a8"), calibration=calibration())
     notes = {n["name"]: n["reason"] for n in q.report["notes"]}
     assert notes["of_constant.weight"].startswith("its input is 3 in all calibration data")
     assert any("joins float32 and int64" in reason for reason in notes.values())

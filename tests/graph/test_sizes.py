@@ -52,7 +52,7 @@ def test_sizes_that_depend_on_each_other_move_together():
     assert found(gm).moving == {("tokens", 1): 6, ("positions", 0): 6}
 
 
-class Repeats(nn.Module):
+class Picks(nn.Module):
     """Its rows are picked by number, so that a trace does not see that there is a timestep for each."""
 
     def __init__(self):
@@ -60,15 +60,27 @@ class Repeats(nn.Module):
         self.time, self.layer = nn.Linear(1, 4), nn.Linear(4, 4)
 
     def forward(self, tokens, timestep):
+        emb = self.time(timestep[:, None].float())[torch.arange(tokens.shape[0])]
+        return self.layer(tokens + emb[:, None])
+
+
+def test_rows_are_the_batch_even_if_nothing_compares_them():
+    gm = tfmq_fx.capture(Picks().eval(), {"tokens": torch.randn(2, 6, 4), "timestep": T})
+    batch = meta_value(placeholders(gm)["tokens"]).shape[0]
+    assert sizes_of(gm, batch).moving == {("tokens", 1): 6}
+
+
+class Repeats(Picks):
+    """The temporal block repeats its features for each token: their number is part of what leaves it."""
+
+    def forward(self, tokens, timestep):
         of = torch.arange(tokens.shape[0]).repeat_interleave(tokens.shape[1])
         emb = self.time(timestep[:, None].float())[of]
         return self.layer(tokens.flatten(0, 1) + emb).unflatten(0, tokens.shape[:2])
 
 
-def test_rows_are_the_batch_even_if_nothing_compares_them():
-    gm = tfmq_fx.capture(Repeats().eval(), {"tokens": torch.randn(2, 6, 4), "timestep": T})
-    batch = meta_value(placeholders(gm)["tokens"]).shape[0]
-    assert sizes_of(gm, batch).moving == {("tokens", 1): 6}
+def test_a_size_of_the_temporal_block_is_fixed():
+    assert found(tfmq_fx.capture(Repeats().eval(), {"tokens": torch.randn(2, 6, 4), "timestep": T})).moving == {}
 
 
 @pytest.mark.parametrize(

@@ -9,11 +9,12 @@ from benchmarks.networks.styles import STYLES, MagnitudeLayer
 from benchmarks.networks.zoo import depends
 from benchmarks.networks.zoo.oracle import WEIGHTED
 from tests.helpers.blocks import layer_paths
+from tests.helpers.nearest import recipe
 from tfmq_fx.capturing import captured
 from tfmq_fx.graph.inputs import placeholders
 from tfmq_fx.passes import find_temporal
 
-NEAREST = tfmq_fx.Recipe(weight_bits=8, reconstruction=tfmq_fx.Reconstruction(method="nearest"))
+NEAREST = recipe("w8a8")
 ROWS = 30
 # Rounding to 255 steps of a range of r standard deviations errs by r / (255 * sqrt(12)) of one: 0.7% at r = 6. Weights
 # and inputs of at most fifteen layers in a row add up as noise does: sqrt(2 * 15) * 0.7% = 3.8%.

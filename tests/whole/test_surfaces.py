@@ -26,9 +26,10 @@ from benchmarks.networks.pipelines import (
     t5_tokenizer,
     unet_text,
 )
+from tests.helpers.nearest import recipe
 from tfmq_fx.calibration.data import CalibrationSet
 
-NEAREST = tfmq_fx.Recipe(weight_bits=8, reconstruction=tfmq_fx.Reconstruction(method="nearest"))
+NEAREST = recipe("w8a8")
 STEPS = 2
 NOISE = np.random.RandomState(0).rand(16, 16, 3)
 PICTURE = Image.fromarray((NOISE * 255).astype("uint8"))

@@ -49,9 +49,8 @@ from tfmq_fx.passes.temporal.partition_temporal import BLOCK_NAME, temporal_bloc
 log = logging.getLogger(__name__)
 
 _COUNTED = ContextVar("counted", default=True)
-PERTURBED = (
-    "perturbed_rows"  # the input that says which rows are computed with what a pipeline sets while it samples
-)
+# The input that says which rows are computed with what a pipeline sets while it samples.
+PERTURBED = "perturbed_rows"
 
 
 @contextmanager
@@ -277,9 +276,7 @@ class DropIn(nn.Module):
         )  # pipelines replace it by this name, which it has in diffusers' networks
         self._report = report
         self._unseen = {n: Tally() for n in (interface.timestep, *self.finite)}
-        self.placed: frozenset[str] = (
-            frozenset()
-        )  # paths of what the pipeline has set, of `interface.perturbed`
+        self.placed: frozenset[str] = frozenset()  # paths of `interface.perturbed` that the pipeline has set
         # The graph's inputs carry its device and dtype, which were fixed at capture.
         first = next(n for n in interface.inputs if n != interface.timestep)
         self._dtype: torch.dtype = getattr(torch, interface.inputs[first]["dtype"])

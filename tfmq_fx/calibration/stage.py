@@ -81,8 +81,7 @@ def calibrate(gm: GraphModule, calibration: CalibrationSet, *, batch_size: int =
 
 def _notes(gm: GraphModule, calibration: CalibrationSet) -> Iterator[Note]:
     """Yield notes on calibration data that say less than they seem to: one timestep, and inputs that never change."""
-    t = calibration.tensors[calibration.timestep].unique()
-    if len(t) == 1:
+    if len(t := calibration.timesteps) == 1:
         reason = f"all rows have the timestep {t.item():g}: the ranges of activations are those of this one"
         yield Note(name="calibration", reason=reason, coarser=False)
     paths = {layer.node: layer.path for layer in state_of(gm).plan.layers}
