@@ -8,6 +8,7 @@ from tfmq_fx.passes.clean.inline_modules import inline_modules
 from tfmq_fx.passes.clean.inline_regions import inline_regions
 from tfmq_fx.passes.clean.linear_matmuls import linear_matmuls
 from tfmq_fx.passes.clean.literal_dtypes import literal_dtypes
+from tfmq_fx.passes.clean.merge_variants import merge_variants
 from tfmq_fx.passes.clean.move_to_device import move_to_device
 from tfmq_fx.passes.clean.remove_noops import remove_noops
 from tfmq_fx.passes.clean.root_batch_size import root_batch_size
@@ -72,6 +73,7 @@ __all__ = [
     "linear_matmuls",
     "literal_dtypes",
     "low_rank",
+    "merge_variants",
     "move_to_device",
     "onednn_kernels",
     "open_temporal",

@@ -17,6 +17,7 @@ from torch.fx.passes.infra.pass_base import PassResult
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
+from tfmq_fx.artefact.drop_in import VARIANT
 from tfmq_fx.base.ambient import neutral, tracked
 from tfmq_fx.base.arguments import leaves
 from tfmq_fx.base.errors import TFMQError, nearest_names
@@ -29,8 +30,10 @@ from tfmq_fx.base.signatures import (
     with_forward,
 )
 from tfmq_fx.base.tracing import capture_error, graphs_to_log, numpy_on_sizes, tracing
-from tfmq_fx.calibration.data import CalibrationSet
+from tfmq_fx.calibration.data import CalibrationSet, as_taken
 from tfmq_fx.calibration.ready import require_ready
+from tfmq_fx.calibration.temporal_rows import is_scalar
+from tfmq_fx.calibration.variants import Variants
 from tfmq_fx.graph.inputs import choose_timestep, placeholders, require_input, timestep_input
 from tfmq_fx.graph.nodes import attribute, fixed_size, meta_value, schema_arguments
 from tfmq_fx.graph.state import Captured, set_state
@@ -40,6 +43,7 @@ from tfmq_fx.passes.clean.fold_parameters import fold_parameters
 from tfmq_fx.passes.clean.inline_regions import inline_regions
 from tfmq_fx.passes.clean.linear_matmuls import linear_matmuls
 from tfmq_fx.passes.clean.literal_dtypes import literal_dtypes
+from tfmq_fx.passes.clean.merge_variants import merge_variants
 from tfmq_fx.passes.clean.remove_noops import remove_noops
 from tfmq_fx.passes.clean.root_batch_size import root_batch_size
 from tfmq_fx.passes.pass_manager import PassManager
@@ -276,6 +280,7 @@ def cleaning(timestep: str) -> list[Callable[[GraphModule], PassResult]]:
         inline_regions,
         remove_noops,
         literal_dtypes,
+        partial(merge_variants, kinds=VARIANT),
         partial(flatten_timestep, timestep=timestep),
         partial(root_batch_size, timestep=timestep),
         linear_matmuls,
@@ -430,7 +435,28 @@ def captured(
     example = calibration.arguments(slice(0, count), beside=network)
     if "return_dict" in parameters_of(network):
         example["return_dict"] = False
-    return capture_rows(calibration.row_wise(network), example, timestep)
+    if not calibration.others:
+        return capture_rows(calibration.row_wise(network), example, timestep)
+    gm, example = capture_rows(calibration.row_wise(network), example, timestep)
+    _require_kinds(gm, network, calibration)
+    return gm, example
+
+
+@keeps_buffers
+@torch.no_grad()
+def _require_kinds(gm: GraphModule, network: nn.Module, calibration: CalibrationSet) -> None:
+    """Raise TFMQError unless the graph computes a row of each kind of calls, beside the others, as the network does."""
+    row_wise, kinds = calibration.row_wise(network), calibration.tensors[VARIANT]
+    firsts = torch.stack([(kinds == kind).nonzero()[0, 0] for kind in kinds.unique()])
+    for rows in calibration.groups(len(firsts), rows=firsts, one_timestep=is_scalar(gm)):
+        arguments = calibration.rows(rows).arguments(slice(None), beside=network)
+        found = {n: as_taken(gm, n, x) for n, (_, x) in leaves(arguments).items() if isinstance(x, Tensor)}
+        if not _agree(gm, found, row_wise, arguments):
+            names = ", ".join(Variants(calibration.others, calibration.paths).names)
+            raise TFMQError(
+                f"{type(network).__name__}: computes rows with other values of {names} in a way that cannot be told row by row; "
+                "change the pipeline's arguments so that they stay the same."
+            )
 
 
 def capture_rows(

@@ -129,8 +129,8 @@ def _quantized(
     )
     converted = PassManager(passes, done=clock.lap)(fresh(gm)).graph_module
     assert isinstance(converted, GraphModule)
-    if calibration.note:
-        note = Note(name="calibration", reason=calibration.note, coarser=False)
+    for reason in filter(None, (calibration.note, calibration.kinds)):
+        note = Note(name="calibration", reason=reason, coarser=False)
         set_state(converted, state_of(converted).with_notes(note))
     outside, closed = _outside(converted, block, temporal, where), converted
     if outside is not None:
@@ -178,6 +178,7 @@ def _captured(
     interface = Interface.of(
         row_wise, gm, example, output_of(row_wise, example),
         perturbed=None if set_while_sampling is None else set_while_sampling.to_json(),
+        others=calibration.others,
     )  # fmt: skip
     return network, gm, dataclasses.replace(interface, lists=lists_of_rows(row_wise, gm, example)), config
 

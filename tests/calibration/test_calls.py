@@ -63,26 +63,31 @@ def test_a_none_is_kept_where_the_network_has_another_default():
     assert found["options_mask"] == (("options", "mask"), None)
 
 
-def taken(*calls):
-    """Return the constants of calls whose `x` has rows."""
-    constants = Constants(defaults_of(Popping()))
+def constants_of(*calls, others=None):
+    """Return the constants of calls whose `x` has rows, and the calls' kinds."""
+    constants, kinds = Constants(defaults_of(Popping()), others), []
     for call in calls:
         found = call_leaves({"x": torch.zeros(2), **call}, defaults_of(Popping()))
-        constants.take(found, {"x", "residuals_0"} & found.keys())
-    return constants.values
+        kinds.append(constants.take(found, {"x", "residuals_0"} & found.keys()))
+    return constants, kinds
+
+
+def taken(*calls):
+    return constants_of(*calls)[0].values
 
 
 @pytest.mark.parametrize(
     ("calls", "words"),
     [
         (
-            [{"options": {"scale": 0.5}}, {"options": {"scale": 0.5}}, {}],
-            "'options_scale' is given in calls 1 to 2 of the network and not in call 3",
+            [{"options": torch.zeros(3)}, {"options": torch.zeros(3)}, {}],
+            "'options' is given in calls 1 to 2 of the network and not in call 3",
         ),
-        ([{}, {"options": {"layers": [7]}}], "'options_layers_0' is given in call 2 .* and not in call 1;"),
         ([{}, {"residuals": [torch.ones(2)]}], "'residuals_0' is given in call 2 .* and not in call 1;"),
-        ([{"scale": 2.0}, {}], "'scale' has no rows, but is 1.0 in call 2 .* after 2.0 in call 1;"),
-        ([{"label": None}, {}], "'label' is given in call 2 .* and not in call 1;"),
+        (
+            [{"scale": float(i)} for i in range(5)],
+            "'scale' has no rows, but is 4.0 in call 5 of the network after 4 other kinds of calls;",
+        ),
         (
             [{"options": torch.zeros(3)}, {"options": torch.ones(3)}],
             r"'options' has no rows, but is a Tensor of shape \(3,\) in call 2",
@@ -92,6 +97,21 @@ def taken(*calls):
 def test_what_only_some_calls_have_is_named_with_the_calls(calls, words):
     with pytest.raises(TFMQError, match=words):
         taken(*calls)
+
+
+def test_plain_values_that_only_some_calls_have_make_kinds_of_calls():
+    calls = ({"scale": 2.0}, {"options": {"layers": [7]}}, {"scale": 2.0}, {"label": None, "scale": 2.0}, {})
+    constants, kinds = constants_of(*calls)
+    assert kinds == [0, 1, 0, 2, 3]
+    assert constants.values == {"scale": 2.0}
+    assert constants.others == [{"scale": 1.0, "options_layers_0": 7}, {"label": None}, {"scale": 1.0}]
+
+
+def test_no_kinds_are_found_beyond_those_that_are_given():
+    others = [{"label": None}]
+    assert constants_of({}, {"label": None}, others=others)[1] == [0, 1]
+    with pytest.raises(TFMQError, match=r"'label' has no rows, but is 7 in call 2 .* after 2 other kinds"):
+        constants_of({}, {"label": 7}, others=others)
 
 
 def test_what_a_call_leaves_out_may_equal_the_default():

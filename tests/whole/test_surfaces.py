@@ -126,6 +126,12 @@ def _control_sd3(parts, _):
     return pipe, ("controlnet",), {**TEXT, "control_image": PICTURE, "max_sequence_length": 8}
 
 
+def _skip_layers(parts, _):
+    pipe = diffusers.StableDiffusion3Pipeline(**parts("sd3"))
+    more = {"skip_guidance_layers": [1], "skip_layer_guidance_stop": 1.0, "max_sequence_length": 8}
+    return pipe, ("transformer",), {**TEXT, **more}
+
+
 def _control_flux(parts, _):
     net = diffusers.FluxControlNetModel(
         patch_size=1, in_channels=16, num_layers=1, num_single_layers=1, attention_head_dim=16, num_attention_heads=2,
@@ -248,8 +254,8 @@ def _aura(*_):
     return pipe, ("transformer",), {**TEXT, "max_sequence_length": 8}
 
 
-# A few of them stand for the rest: ControlNets, adapters, methods, the context of a step, true guidance.
-QUICK = (_control, _ip_adapter, _prior, _wan)
+# A few of them stand for the rest: ControlNets, adapters, methods, the context of a step, true guidance, layers to skip.
+QUICK = (_control, _ip_adapter, _prior, _wan, _skip_layers)
 SLOW = (
     _both, _controls, _control_pag, _control_image, _control_xl, _control_sd3, _control_flux, _inpaint, _edit, _lcm, _pag_off,
     _xl_inpaint, _flux_cfg, _aura,

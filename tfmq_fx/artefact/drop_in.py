@@ -51,6 +51,8 @@ log = logging.getLogger(__name__)
 _COUNTED = ContextVar("counted", default=True)
 # The input that says which rows are computed with what a pipeline sets while it samples.
 PERTURBED = "perturbed_rows"
+# The input that says which of the constants of `Interface.others` each row is computed with: 0 for none of them.
+VARIANT = "variant_rows"
 
 
 @contextmanager
@@ -88,6 +90,8 @@ class Interface:
     # What a pipeline sets while it samples: {"pattern": [..], "objects": facts by path}. Then the parts of a call's rows
     # where the pattern is true are computed in another way (perturbed-attention guidance).
     perturbed: dict[str, Any] | None = None
+    # Constants of further kinds of calls that are others than in `constants`, by flat name; None: left out (skip-layer guidance).
+    others: tuple[dict[str, Any], ...] = ()
 
     def cast(self, now: str, new: str, *, precise: Collection[str]) -> Interface:
         """Return the interface of the network in another precision: its inputs of dtype `now` are of dtype `new`.
@@ -108,6 +112,7 @@ class Interface:
         output: Any = None,
         *,
         perturbed: dict[str, Any] | None = None,
+        others: Sequence[Mapping[str, Any]] = (),
     ) -> Interface:
         """Return the interface of `network`, which was captured as `gm`.
 
@@ -152,6 +157,7 @@ class Interface:
             conditions=sizes.conditions,
             attributes=facts_of(network, weights),
             perturbed=perturbed,
+            others=tuple(map(dict, others)),
         )
 
     def moves(self) -> dict[Size, int]:
@@ -548,11 +554,15 @@ class DropIn(nn.Module):
             tensors[name] = value
         if face.perturbed is not None and tensors[PERTURBED] is None:
             tensors[PERTURBED] = self._perturbed_rows(tensors[self.first_input])
+        kind = 0
+        if face.others and tensors[VARIANT] is None and (x := tensors[self.first_input]) is not None:
+            kind = self._kind(given)
+            tensors[VARIANT] = torch.full((x.shape[0],), kind, device=self.device)
         missing = [n for n, value in tensors.items() if value is None]
         missing += [n for n in face.required if n not in names[: len(args)] and n not in kwargs]
         if missing:
             raise TFMQError(f"forward: the argument {missing[0]!r} is missing.")
-        self._require_fixed({**given, **self._lists(given, rows=tensors[self.first_input].shape[0])})
+        self._require_fixed({**given, **self._lists(given, rows=tensors[self.first_input].shape[0])}, kind)
         return {**given, **tensors}
 
     def _perturbed_rows(self, x: Tensor | None) -> Tensor | None:
@@ -583,10 +593,25 @@ class DropIn(nn.Module):
             if len(x) == rows and all(entry == x[0] for entry in x)
         }
 
-    def _require_fixed(self, given: Mapping[str, Any]) -> None:
-        """Raise TFMQError for an argument that is constant in the graph but has another value here, or is left out."""
+    def _kind(self, given: Mapping[str, Any]) -> int:
+        """Return the kind of a call: 0, or i if it has the constants `others[i - 1]`. 0 for one that has those of no kind."""
+        found = {n: v for n, (_, v) in leaves(given).items()}
+        names = [n for other in self.interface.others for n in other]
+        for kind in range(len(self.interface.others) + 1):
+            constants = self._constants(kind)
+            if not any(isinstance(found.get(n), Tensor) or found.get(n) != constants.get(n) for n in names):
+                return kind
+        return 0
+
+    def _constants(self, kind: int) -> dict[str, Any]:
+        """Return the arguments that are constant in the graph for a kind of calls, by flat name."""
         face = self.interface
-        captured = {n: v for n, (_, v) in leaves(face.arguments).items()} | face.constants
+        constants = {n: v for n, (_, v) in leaves(face.arguments).items()} | face.constants
+        return constants | (face.others[kind - 1] if kind else {})
+
+    def _require_fixed(self, given: Mapping[str, Any], kind: int) -> None:
+        """Raise TFMQError for an argument that is constant in the graph but has another value here, or is left out."""
+        face, captured = self.interface, self._constants(kind)
         found = {n: v for n, (_, v) in leaves(given).items()}
         for name in [*captured, *(n for n in found if n not in captured)]:
             fixed, value = captured.get(name), found.get(name)
@@ -594,8 +619,9 @@ class DropIn(nn.Module):
                 continue
             if isinstance(value, Tensor) or value != fixed:
                 remedy = "that has the new value" if value is not None else "without it, or give it"
+                kinds = dict.fromkeys(repr(self._constants(i).get(name)) for i in range(len(face.others) + 1))
                 raise TFMQError(
-                    f"forward: {name!r} was {fixed!r} when the network was captured and is fixed in the graph"
+                    f"forward: {name!r} was {' or '.join(kinds)} when the network was captured and is fixed in the graph"
                     f"{', but is left out here' if value is None else ''}; {self.verb} again with {self.source} {remedy}."
                 )
 

@@ -69,6 +69,24 @@ def call_of(network: nn.Module, given: Mapping[str, Any]) -> tuple[tuple[Any, ..
     return bound.args, {**bound.kwargs, **extra}
 
 
+def named_arguments(
+    signature: Signature, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Return the arguments of a call by name, those that only `**kwargs` takes among them."""
+    given = dict(signature.bind(*args, **kwargs).arguments)
+    extra = next((n for n, p in signature.parameters.items() if p.kind is p.VAR_KEYWORD), None)
+    more = {} if extra is None else given.pop(extra, {})
+    return given | more
+
+
+def with_flag(signature: Signature, name: str) -> Signature:
+    """Return a signature with one more argument, by keyword alone, whose default is None."""
+    own = list(signature.parameters.values())
+    at = len(own) - bool(own and own[-1].kind is Parameter.VAR_KEYWORD)
+    new = Parameter(name, Parameter.KEYWORD_ONLY, default=None)
+    return signature.replace(parameters=[*own[:at], new, *own[at:]])
+
+
 def with_forward(network: nn.Module, forward: Callable[..., Any], signature: Signature) -> nn.Module:
     """Return the same network, on the same tensors and modules, with another forward.
 

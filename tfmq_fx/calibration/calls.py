@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import inspect
 from collections import deque
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
 from typing import Any
@@ -13,9 +12,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from tfmq_fx.artefact.plain import is_json
 from tfmq_fx.base.arguments import Path, flat_name, leaves, walk
 from tfmq_fx.base.errors import TFMQError
-from tfmq_fx.base.signatures import parameters_of, signature_of
+from tfmq_fx.base.signatures import named_arguments, parameters_of, signature_of
 from tfmq_fx.calibration.perturbed import held
 
 Call = dict[str, Any]  # a network's arguments by name, as it was given them
@@ -25,6 +25,7 @@ Flat = dict[str, Any]  # flat name -> value
 # How many copies of an argument a new value is compared with. Guided pipelines call their network in turn with
 # and without the condition, some with a third and a fourth.
 RECENT = 4
+MAX_KINDS = 4  # of calls whose plain arguments differ: each is computed for all rows of a call
 ROWS = object()  # stands for a tensor with rows, which may differ from call to call
 
 
@@ -39,7 +40,7 @@ def recorded(network: nn.Module) -> Iterator[list[Call]]:
     signature, copies = signature_of(network), Copies()
 
     def keep(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        calls.append({n: copies.of(x, (n,)) for n, x in _arguments(signature, args, kwargs).items()})
+        calls.append({n: copies.of(x, (n,)) for n, x in named_arguments(signature, args, kwargs).items()})
 
     handle = network.register_forward_pre_hook(keep, with_kwargs=True)
     try:
@@ -60,7 +61,7 @@ def repeated(network: nn.Module) -> Iterator[list[Call]]:
     forward, own, signature = network.forward, vars(network).get("forward"), signature_of(network)
 
     def repeat(*args: Any, **kwargs: Any) -> Any:
-        call = _arguments(signature, args, kwargs)
+        call = named_arguments(signature, args, kwargs)
         calls.append(call)
         kind = repr([(path, _kind(x)) for path, x in walk(call)] + [id(x) for x in held(network).values()])
         if kind not in made:
@@ -113,14 +114,6 @@ def finite(values: Any) -> bool:
     """Return True if all floating-point tensors in an argument, however nested, are finite."""
     tensors = (x for _, x in walk(values) if isinstance(x, Tensor) and x.is_floating_point())
     return all(bool(x.isfinite().all()) for x in tensors)
-
-
-def _arguments(signature: inspect.Signature, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
-    """Return the arguments of a call by name, those that only `**kwargs` takes among them."""
-    given = dict(signature.bind(*args, **kwargs).arguments)
-    extra = next((n for n, p in signature.parameters.items() if p.kind is p.VAR_KEYWORD), None)
-    more = {} if extra is None else given.pop(extra, {})
-    return given | more
 
 
 class Copies:
@@ -178,49 +171,71 @@ def call_leaves(call: Call, defaults: Mapping[str, Any]) -> Leaves:
 
 
 class Constants:
-    """The arguments that are the same in every call of a recording.
+    """The arguments that are the same in every call of a recording, or one of a few values that JSON can hold.
 
-    values: the given ones by flat name. An argument that a call leaves out has its default there.
+    values: those of the first call, by flat name. An argument that a call leaves out has its default there.
+    others: those of each further kind of call that are others than the first's; None where a call lacks one.
     """
 
-    def __init__(self, defaults: Mapping[str, Any]) -> None:
+    def __init__(self, defaults: Mapping[str, Any], others: Sequence[Flat] | None = None) -> None:
         self.values: Flat = {}
+        self.others: list[Flat] = list(others or ())
+        self._kinds = MAX_KINDS - 1 if others is None else len(self.others)
         self._defaults = leaves(defaults)
         self._known: Flat | None = None  # all leaves of the first call, defaults included
         self._calls = 0
 
-    def take(self, call: Leaves, rows: Collection[str]) -> None:
-        """Add the constants of a call. rows: the names of its tensors that have rows.
+    def take(self, call: Leaves, rows: Collection[str]) -> int:
+        """Add the constants of a call, and return its kind: 0, or i for others[i - 1]. rows: the names of its tensors that have rows.
 
-        Raises TFMQError, with the argument's name and the numbers of the calls, if an argument is given in some
-        calls only, or if one without rows changes.
+        Raises TFMQError, with the argument's name and the numbers of the calls, for a tensor that is given in some
+        calls only, or changes without having rows, and for more kinds of calls than MAX_KINDS, or than were given.
         """
         self._calls += 1
         given = {path[0] for path, _ in call.values()}
         left_out = {n: value for n, (path, value) in self._defaults.items() if path[0] not in given}
         found = left_out | {n: ROWS if n in rows else value for n, (_, value) in call.items()}
         known = found if self._known is None else self._known
-        for name in [*known, *(n for n in found if n not in known)]:
-            if name != "return_dict":
-                self._require_same(name, known.get(name), found.get(name))
+        names = [n for n in dict.fromkeys([*known, *found]) if n != "return_dict"]
+        other = {n: found.get(n) for n in names if not _same_constant(known.get(n), found.get(n))}
         self._known = known
+        if other:
+            return self._kind(other, known)
         self.values = {n: x for n, (_, x) in call.items() if n not in rows} | self.values
+        return 0
 
-    def _require_same(self, name: str, before: Any, now: Any) -> None:
-        if before is now or (before is not ROWS and now is not ROWS and same(before, now)):
-            return
+    def _kind(self, other: Flat, known: Flat) -> int:
+        """Return the kind of a call whose constants are others than the first call's."""
+        for name, now in other.items():
+            if not is_json(now) or not is_json(known.get(name)):
+                raise self._differs(name, known.get(name), now)
+        if other not in self.others:
+            if len(self.others) == self._kinds:
+                name, now = next(iter(other.items()))
+                raise TFMQError(
+                    f"calibration: {name!r} has no rows, but is {now!r} in call {self._calls} of the network after {self._kinds + 1} "
+                    "other kinds of calls; change the pipeline's arguments so that it stays the same."
+                )
+            self.others.append(other)
+        return self.others.index(other) + 1
+
+    def _differs(self, name: str, before: Any, now: Any) -> TFMQError:
         here = f"call {self._calls}"
         earlier = "call 1" if self._calls == 2 else f"calls 1 to {self._calls - 1}"
         if before is None or now is None:
             with_it, without = (earlier, here) if now is None else (here, earlier)
-            raise TFMQError(
+            return TFMQError(
                 f"calibration: {name!r} is given in {with_it} of the network and not in {without}; change the pipeline's "
                 "arguments so that it is in every call or in none."
             )
-        raise TFMQError(
+        return TFMQError(
             f"calibration: {name!r} has no rows, but is {_shown(now)} in {here} of the network after {_shown(before)} in "
             f"{earlier}; change the pipeline's arguments so that it stays the same."
         )
+
+
+def _same_constant(a: Any, b: Any) -> bool:
+    return a is b or (a is not ROWS and b is not ROWS and same(a, b))
 
 
 def _shown(value: Any) -> str:

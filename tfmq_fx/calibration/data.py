@@ -20,6 +20,7 @@ from tfmq_fx.calibration.pipelines import OWN_PROMPTS, denoiser, prompts_for
 from tfmq_fx.calibration.ready import require_ready
 from tfmq_fx.calibration.recording import MAX_MEMORY, Session, record
 from tfmq_fx.calibration.temporal_rows import is_scalar
+from tfmq_fx.calibration.variants import Variants
 from tfmq_fx.graph.inputs import placeholders
 from tfmq_fx.graph.nodes import fixed_size, meta_value, on_device_of
 from tfmq_fx.graph.state import captured_of
@@ -35,6 +36,7 @@ class CalibrationSet:
     frame. In `tensors` one alone has shape ().
     `repeats` has the tensors of which the network takes each row several times in a row (a prompt for every frame).
     `perturbation` is what the pipeline sets in its network while it samples, for rows where `perturbed_rows` is true.
+    `others` has, for rows where `variant_rows` is i > 0, the constants others[i - 1] that differ from `constants` (`calibration.variants`).
     `conditional` (N,) bool is False for the unconditional rows, which guidance adds. `note`: what was chosen for
     the user when the set was recorded, as the report says it.
 
@@ -53,12 +55,13 @@ class CalibrationSet:
         timestep_shape: Sequence[int] = (),
         repeats: Mapping[str, int] | None = None,
         perturbation: Perturbation | None = None,
+        others: Sequence[Mapping[str, Any]] = (),
     ) -> None:
         # Rows recorded under inference_mode could not be learned from.
         self.tensors = {n: tracked(x) for n, x in tensors.items()}
         self.constants = {n: tracked(x) if isinstance(x, Tensor) else x for n, x in constants.items()}
         self.timestep, self.note, self.repeats = timestep, note, dict(repeats or {})
-        self.perturbation = perturbation
+        self.perturbation, self.others = perturbation, tuple(others)
         self.paths: dict[str, ArgumentPath] = {n: (n,) for n in (*tensors, *constants)} | dict(paths or {})
         if timestep not in self.tensors:
             raise TFMQError(
@@ -120,7 +123,15 @@ class CalibrationSet:
 
     def row_wise(self, network: nn.Module) -> nn.Module:
         """Return the float network as it takes these rows, each by itself: another one on its tensors, or the network."""
-        return network if self.perturbation is None else self.perturbation.row_wise(network)
+        if self.perturbation is not None:
+            network = self.perturbation.row_wise(network)
+        return Variants(self.others, self.paths).row_wise(network) if self.others else network
+
+    @property
+    def kinds(self) -> str:
+        """Return in words which constants differ between the calls; "" if none do."""
+        names = ", ".join(Variants(self.others, self.paths).names)
+        return f"{names}: not the same in all calls of the network; each row is computed as its call was" if names else ""
 
     def arguments(self, rows: slice, *, beside: nn.Module | None = None) -> dict[str, Any]:
         """Return the network's keyword arguments for these rows, nested as it takes them, including constants.
@@ -189,6 +200,7 @@ class CalibrationSet:
         return CalibrationSet(
             found.rows, found.constants, timestep, found.paths, conditional=found.conditional,
             note=OWN_PROMPTS if own else "", repeats=found.repeats, perturbation=found.perturbation,
+            others=found.others,
         )  # fmt: skip
 
     @property
@@ -231,6 +243,7 @@ class CalibrationSet:
             timestep_shape=self.timestep_shape,
             repeats=self.repeats,
             perturbation=self.perturbation,
+            others=self.others,
         )
 
     def batches(self, batch_size: int, *, one_timestep: bool = False) -> Iterator[dict[str, Tensor]]:

@@ -24,7 +24,7 @@ from torch.utils import _pytree as pytree
 from tfmq_fx.artefact.drop_in import PERTURBED
 from tfmq_fx.artefact.float_network import class_name, facts_of_object
 from tfmq_fx.base.errors import TFMQError
-from tfmq_fx.base.signatures import signature_of, with_forward
+from tfmq_fx.base.signatures import signature_of, with_flag, with_forward
 
 # Relative distance up to which two rows are computed in the same way: far above rounding in bfloat16, far below a row
 # without attention.
@@ -58,16 +58,13 @@ class Perturbation:
     def row_wise(self, network: nn.Module) -> nn.Module:
         """Return the same network, on the same tensors, whose argument `perturbed_rows` (N,) bool says it for each row."""
         signature = signature_of(network)
-        own = list(signature.parameters.values())
-        new = inspect.Parameter(PERTURBED, inspect.Parameter.KEYWORD_ONLY, default=None)
-        at = len(own) - bool(own and own[-1].kind is inspect.Parameter.VAR_KEYWORD)
 
         def forward(inner: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
             flags = kwargs.pop(PERTURBED)
             with self._by_row(network, flags):
                 return inner(*args, **kwargs)
 
-        return with_forward(network, forward, signature.replace(parameters=[*own[:at], new, *own[at:]]))
+        return with_forward(network, forward, with_flag(signature, PERTURBED))
 
     @contextmanager
     def _by_row(self, network: nn.Module, flags: Tensor) -> Iterator[None]:

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from tfmq_fx.artefact.drop_in import PERTURBED, uncounted
+from tfmq_fx.artefact.drop_in import PERTURBED, VARIANT, uncounted
 from tfmq_fx.base.arguments import Path as ArgumentPath
 from tfmq_fx.base.errors import TFMQError
 from tfmq_fx.base.files import replace_folder, update_with_tensors
@@ -293,9 +293,7 @@ class Session:
         shapes = Shapes.of(calls[0], rows, timestep=self.timestep)
         shared = shapes.shared
         for made in (found, self.preview.calls):
-            constants = Constants(self.defaults)
-            for call in made:
-                constants.take(call, self.row_names(call, shared))
+            self.constants_of(made, shared)
         total = sum(self.size_of(c) for c in calls)
         for changes in without_guidance(inspect.signature(self.pipe.__call__).parameters, self.pipe_kwargs):
             plain = [_flat(c) for c in self.short(size, changes=changes)]
@@ -307,6 +305,13 @@ class Session:
                 )
                 return shapes, Unguided(changes=changes, conditions=found_in)
         return shapes, None
+
+    def constants_of(self, calls: Sequence[Leaves], shared: Mapping[str, torch.Size]) -> Constants:
+        """Return the constants of the calls of one run. shared: the tensors without rows."""
+        constants = Constants(self.defaults)
+        for call in calls:
+            constants.take(call, self.row_names(call, shared))
+        return constants
 
     def _takes_two(self) -> bool:
         """Return True if the pipeline can draw two samples at once, and its network gets more rows for them than for one."""
@@ -407,15 +412,18 @@ def _require_plain(session: Session, cache: Path) -> None:
 def _record(session: Session, folder: Path, *, deterministic: bool, limit: float) -> Recording:
     ranks = Ranks()
     sink, marks = Sink(folder, limit), list[bool]()
-    paths, constants = dict[str, ArgumentPath](), Constants(session.defaults)
+    paths = dict[str, ArgumentPath]()
 
     def take(calls: list[Leaves], conditional: list[bool]) -> None:
         shapes.see([_flat(c) for c in calls], [session.size_of(_flat(c)) for c in calls])
         for call in calls:
             paths.update({n: path for n, (path, _) in call.items()})
             names = session.row_names(call, shapes.shared)
-            constants.take(call, names)
-            sink.append(_rows(session, _flat(call), names, shapes.repeats))
+            kind = constants.take(call, names)
+            rows = _rows(session, _flat(call), names, shapes.repeats)
+            if constants.others:
+                rows[VARIANT] = torch.full((session.size_of(_flat(call)),), kind)
+            sink.append(rows)
         marks.extend(conditional)
 
     with workers(1) if deterministic else nullcontext():
@@ -426,7 +434,9 @@ def _record(session: Session, folder: Path, *, deterministic: bool, limit: float
             if session.misfit(shapes):
                 raise TFMQError(why)
             log.warning("%s So the pipeline draws one sample at a time", why)
-        found = []
+        # A whole run has all kinds of calls.
+        others = session.constants_of(session.preview.calls, shapes.shared).others
+        constants, found = Constants(session.defaults, others), []
         starts = ranks.share(range(0, session.num_samples, session.together))
         for start in track(starts, "recording trajectories"):
             if ranks.size > 1:
@@ -446,6 +456,7 @@ def _record(session: Session, folder: Path, *, deterministic: bool, limit: float
         conditional=torch.tensor(marks),
         repeats=shapes.repeats,
         perturbation=session.preview.perturbation,
+        others=constants.others,
     )
 
 
@@ -507,6 +518,7 @@ def _write(session: Session, folder: Path, *, deterministic: bool) -> None:
         "paths": {n: list(path) for n, path in found.paths.items()},
         "conditional": found.conditional.int().tolist(),
         "repeats": found.repeats,
+        "others": list(found.others),
     }
     try:
         text = json.dumps(index)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,7 @@ class Recording:
     conditional: Tensor  # (N,) bool: False for a guided pipeline's unconditional rows
     repeats: dict[str, int]  # how often the network takes each row, if not once: a prompt for every frame
     perturbation: Perturbation | None = None
+    others: Sequence[Mapping[str, Any]] = ()  # the constants of further kinds of calls, where they differ
 
 
 class Sink:
@@ -113,6 +114,7 @@ def read_recording(folder: Path) -> Recording:
             paths={n: tuple(path) for n, path in index["paths"].items()},
             conditional=torch.tensor(index["conditional"], dtype=torch.bool),
             repeats=index["repeats"],
+            others=index.get("others", ()),
         )
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise TFMQError(
