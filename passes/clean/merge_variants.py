@@ -73,7 +73,9 @@ class _Merge:
         """Let `a` compute the rows of `b`, too. Return False if its arguments cannot be chosen by row."""
         if a.op == "get_attr":
             return torch.equal(attribute(self.gm, str(a.target)), attribute(self.gm, str(b.target)))
-        (mine, structure), (others, _) = (pytree.tree_flatten((n.args, n.kwargs), is_leaf=_is_node) for n in (a, b))
+        (mine, structure), (others, _) = (
+            pytree.tree_flatten((n.args, n.kwargs), is_leaf=_is_node) for n in (a, b)
+        )
         found = [self._chosen(x, y) for x, y in zip(mine, others, strict=True)]
         if any(x is None and y is not None for x, y in zip(found, mine, strict=True)):
             return False
@@ -140,7 +142,9 @@ def _uses(rows: Node) -> Iterator[Node]:
 
 def _aligned(first: list[Node], second: list[Node], gm: GraphModule) -> Iterator[tuple[Node, Node]]:
     """Yield the operators that two runs have in common, in order."""
-    match = SequenceMatcher(None, *([_key(n, gm) for n in nodes] for nodes in (first, second)), autojunk=False)
+    match = SequenceMatcher(
+        None, *([_key(n, gm) for n in nodes] for nodes in (first, second)), autojunk=False
+    )
     for a, b, size in match.get_matching_blocks():
         yield from zip(first[a : a + size], second[b : b + size], strict=True)
 
@@ -149,7 +153,9 @@ def _key(node: Node, gm: GraphModule) -> str:
     """Return what equal operators of two runs share: the operator, its literals and weights, and its result's shape."""
     if node.op == "get_attr":
         value = attribute(gm, str(node.target))
-        return f"{node.op} {tuple(value.shape)} {value.dtype}" if isinstance(value, Tensor) else str(node.target)
+        return (
+            f"{node.op} {tuple(value.shape)} {value.dtype}" if isinstance(value, Tensor) else str(node.target)
+        )
     weights = {n: str(n.target) for n in node.all_input_nodes if n.op == "get_attr" and _is_parameter(gm, n)}
     shown = map_arg((node.args, node.kwargs), lambda n: weights.get(n, ""))
     shape = hinted_shape(node) if isinstance(meta_value(node), Tensor) else ""

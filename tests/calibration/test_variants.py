@@ -122,7 +122,9 @@ def test_every_kind_of_call_is_computed_as_in_the_float_network(given, tmp_path)
 
 def test_another_value_is_refused_with_those_that_work():
     q, x = quantized(scale=0.5), torch.zeros(2, 5, 8)
-    with pytest.raises(TFMQError, match="forward: 'skip_layers_0' was None or 1 when the network was captured"):
+    with pytest.raises(
+        TFMQError, match="forward: 'skip_layers_0' was None or 1 when the network was captured"
+    ):
         q(x, torch.tensor(600), skip_layers=[2])
     with pytest.raises(TFMQError, match="forward: 'skip_layers_0' was None or 1"):
         q(x, torch.tensor(600), skip_layers=[1], options={"scale": 0.5})  # each was calibrated, not both
@@ -149,5 +151,8 @@ class Mixes(Skips):
 def test_a_network_that_mixes_rows_is_refused():
     pipe = Skipping(Mixes().eval())
     data = CalibrationSet.record(pipe, num_samples=3, num_inference_steps=3)
-    with pytest.raises(TFMQError, match="Mixes: computes rows with other values of skip_layers_0 in a way that cannot be told"):
+    with pytest.raises(
+        TFMQError,
+        match="Mixes: computes rows with other values of skip_layers_0 in a way that cannot be told",
+    ):
         tfmq_fx.quantize(pipe, recipe("w8a8"), calibration=data)

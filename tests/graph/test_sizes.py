@@ -80,7 +80,9 @@ class Repeats(Picks):
 
 
 def test_a_size_of_the_temporal_block_is_fixed():
-    assert found(tfmq_fx.capture(Repeats().eval(), {"tokens": torch.randn(2, 6, 4), "timestep": T})).moving == {}
+    assert (
+        found(tfmq_fx.capture(Repeats().eval(), {"tokens": torch.randn(2, 6, 4), "timestep": T})).moving == {}
+    )
 
 
 @pytest.mark.parametrize(

@@ -69,9 +69,7 @@ def call_of(network: nn.Module, given: Mapping[str, Any]) -> tuple[tuple[Any, ..
     return bound.args, {**bound.kwargs, **extra}
 
 
-def named_arguments(
-    signature: Signature, args: tuple[Any, ...], kwargs: Mapping[str, Any]
-) -> dict[str, Any]:
+def named_arguments(signature: Signature, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
     """Return the arguments of a call by name, those that only `**kwargs` takes among them."""
     given = dict(signature.bind(*args, **kwargs).arguments)
     extra = next((n for n, p in signature.parameters.items() if p.kind is p.VAR_KEYWORD), None)

@@ -131,7 +131,11 @@ class CalibrationSet:
     def kinds(self) -> str:
         """Return in words which constants differ between the calls; "" if none do."""
         names = ", ".join(Variants(self.others, self.paths).names)
-        return f"{names}: not the same in all calls of the network; each row is computed as its call was" if names else ""
+        return (
+            f"{names}: not the same in all calls of the network; each row is computed as its call was"
+            if names
+            else ""
+        )
 
     def arguments(self, rows: slice, *, beside: nn.Module | None = None) -> dict[str, Any]:
         """Return the network's keyword arguments for these rows, nested as it takes them, including constants.

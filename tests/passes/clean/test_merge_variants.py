@@ -33,7 +33,11 @@ def captured(*kinds):
     network = Block().eval()
     others = [{"kind": k} for k in kinds]
     view = Variants(others, {"kind": ("kind",)}).row_wise(network)
-    example = {"sample": torch.randn(2, 3, 4), "timestep": torch.tensor([3, 500]), "variant_rows": torch.tensor([0, 1])}
+    example = {
+        "sample": torch.randn(2, 3, 4),
+        "timestep": torch.tensor([3, 500]),
+        "variant_rows": torch.tensor([0, 1]),
+    }
     return network, capture(view, example)
 
 
@@ -81,7 +85,11 @@ class Tables(nn.Module):
 def test_what_has_no_rows_is_computed_for_each_kind():
     network = Tables().eval()
     view = Variants([{"table": 1}], {"table": ("table",)}).row_wise(network)
-    example = {"sample": torch.randn(2, 4), "timestep": torch.tensor([3, 500]), "variant_rows": torch.tensor([0, 1])}
+    example = {
+        "sample": torch.randn(2, 4),
+        "timestep": torch.tensor([3, 500]),
+        "variant_rows": torch.tensor([0, 1]),
+    }
     gm = capture(view, example)
     assert counts(gm) == {"linear": 2, "where": 1, "sin": 0}  # the product is chosen, after both tables' own
     assert op_name(next(n for n in gm.graph.nodes if op_name(n) == "where").args[1]) == "mul"
