@@ -57,17 +57,15 @@ class _Merge:
 
     def run(self) -> None:
         ends = [n for n in _uses(self.rows) if n.target == aten.where.self]
-        if not ends:
-            return
         order = {n: i for i, n in enumerate(self.graph.nodes)}
-        first = ancestors(n.args[2] for n in ends) - {self.rows}
-        second = ancestors(n.args[1] for n in ends) - first
-        for a, b in _aligned(*(sorted(nodes, key=order.__getitem__) for nodes in (first, second)), self.gm):
+        before, own = (ancestors(n for end in ends if isinstance(n := end.args[i], Node)) for i in (2, 1))
+        first, second = (sorted(nodes, key=order.__getitem__) for nodes in (before, own - before))
+        for a, b in _aligned(first, second, self.gm):
             if self._join(a, b):
                 b.replace_all_uses_with(a)
         for end in ends:
-            if end.args[1] is end.args[2]:
-                end.replace_all_uses_with(end.args[2])
+            if isinstance(chosen := end.args[1], Node) and chosen is end.args[2]:
+                end.replace_all_uses_with(chosen)
 
     def _join(self, a: Node, b: Node) -> bool:
         """Let `a` compute the rows of `b`, too. Return False if its arguments cannot be chosen by row."""
@@ -142,9 +140,8 @@ def _uses(rows: Node) -> Iterator[Node]:
 
 def _aligned(first: list[Node], second: list[Node], gm: GraphModule) -> Iterator[tuple[Node, Node]]:
     """Yield the operators that two runs have in common, in order."""
-    match = SequenceMatcher(
-        None, *([_key(n, gm) for n in nodes] for nodes in (first, second)), autojunk=False
-    )
+    keys = [[_key(n, gm) for n in nodes] for nodes in (first, second)]
+    match = SequenceMatcher(None, keys[0], keys[1], autojunk=False)
     for a, b, size in match.get_matching_blocks():
         yield from zip(first[a : a + size], second[b : b + size], strict=True)
 
