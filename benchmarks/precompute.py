@@ -3,6 +3,7 @@
     python -m benchmarks.precompute                   every network, on the meta device: bytes
     python -m benchmarks.precompute dit sd-3          these
     python -m benchmarks.precompute --seconds dit     and the seconds of its block, with random weights in memory
+    python -m benchmarks.precompute --run dit         the whole network before and after, in float32 with random weights
 
 Weights are bfloat16. "leaves" is what the network no longer holds; "table" is for 50 steps, of one request where it depends on one; W4 counts
 half a byte for each weight of a convolution or linear, and two for everything else. A request's seconds are those of the block at
@@ -13,10 +14,12 @@ from __future__ import annotations
 
 import argparse
 import platform
+import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain
 from typing import Any
 
 import diffusers
@@ -27,6 +30,7 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 from torch.utils import _pytree as pytree
 
+import tfmq_fx
 from benchmarks.networks.zoo import ZOO
 from tfmq_fx.artefact.graph_json import tensors_of
 from tfmq_fx.artefact.outside import Outside
@@ -192,6 +196,47 @@ def seconds(found: Found, timestep: str) -> tuple[float, float]:
     return request, min(steps)
 
 
+def run(published: Published) -> list[str]:
+    """Precompute a network in memory, in float32. Return a row of a table: bytes, seconds, milliseconds of a call, agreement.
+
+    Calls are interleaved; the first of each, which makes a request's table, is left out of the medians.
+    """
+    torch.manual_seed(0)
+    with torch.device("meta"):
+        network = published.build().eval()
+    network = network.to_empty(device="cpu")
+    for p in chain(network.parameters(), network.buffers()):
+        if p.is_floating_point():
+            p.data.normal_(std=p[0].numel() ** -0.5) if p.dim() > 1 else p.data.zero_()
+    inputs = pytree.tree_map_only(
+        Tensor,
+        lambda x: torch.randn_like(x) if x.is_floating_point() and x.dim() > 1 else x,
+        published.inputs(),
+    )
+    times = inputs[published.timestep]
+    schedule = torch.cat([times, torch.linspace(1, float(times.max()), STEPS - len(times)).to(times.dtype)])
+    start = time.perf_counter()
+    p = tfmq_fx.precompute(network, example=inputs, timesteps=schedule.unique(), timestep=published.timestep)
+    made = time.perf_counter() - start
+    results, spent = [], {True: list[float](), False: list[float]()}
+    with torch.no_grad():
+        for i in range(6):
+            start = time.perf_counter()
+            results.append((network if i % 2 else p)(**inputs))
+            spent[bool(i % 2)].append(time.perf_counter() - start)
+    new, own = (pytree.tree_leaves(x)[0] for x in results[-2:])
+    before, after = (statistics.median(spent[kind][1:]) for kind in (True, False))
+    held = (
+        sum(x.nbytes for x in network.state_dict().values()),
+        sum(x.nbytes for x in p.network.state_dict().values()),
+    )
+    off = float((new - own).abs().max() / own.abs().max())
+    return [
+        published.name, *(f"{n / 1e9:.2f}" for n in held), f"{made:.0f}", f"{spent[False][0]:.2f}", f"{before * 1e3:.0f}", f"{after * 1e3:.0f}",
+        f"{before / after:.3f}", "equal" if torch.equal(new, own) else f"{off:.1e}",
+    ]  # fmt: skip
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -200,8 +245,28 @@ def main() -> None:
     parser.add_argument(
         "--seconds", action="store_true", help="also run the block, with random weights in memory"
     )
+    parser.add_argument(
+        "--run", action="store_true", help="run the networks instead, in float32 with random weights"
+    )
     given = parser.parse_args()
     console = Console(width=150)
+    if given.run:
+        columns = (
+            "network",
+            "GB",
+            "GB after",
+            "made in s",
+            "first call s",
+            "call ms",
+            "after, ms",
+            "ratio",
+            "outputs",
+        )
+        runs = Table(*columns)
+        for name in given.networks:
+            runs.add_row(*run(NETWORKS[name]))
+        console.print(runs)
+        return
     table = Table(
         "network",
         "weights GB",
