@@ -99,8 +99,12 @@ def _is_replaced(op: Any, table: Table) -> bool:
     if not isinstance(op, OpOverload):
         return False
     aliases = any(a.alias_info is not None for a in op._schema.arguments)
-    implicit = op.has_kernel_for_dispatch_key(torch._C.DispatchKey.CompositeImplicitAutograd)
-    return op in table or (implicit and (aliases or torch.Tag.maybe_aliasing_or_mutating in op.tags))
+    return op in table or (_is_implicit(op) and (aliases or torch.Tag.maybe_aliasing_or_mutating in op.tags))
+
+
+def _is_implicit(op: OpOverload) -> bool:
+    """Return True for an operator that torch takes apart before a trace or its table sees it."""
+    return op.has_kernel_for_dispatch_key(torch._C.DispatchKey.CompositeImplicitAutograd)
 
 
 def _is_same(inner: GraphModule, node: Node) -> bool:
@@ -111,10 +115,13 @@ def _is_same(inner: GraphModule, node: Node) -> bool:
 def _traced(node: Node, table: Table) -> GraphModule:
     """Return the graph of other operators that computes this node from `all_input_nodes`."""
     inputs: Sequence[Node] = node.all_input_nodes
+    function: Any = node.target
+    if _is_implicit(function):
+        function = table.get(function, function)
 
     def compute(*values: Any) -> Any:
         args, kwargs = map_arg((node.args, node.kwargs), dict(zip(inputs, values, strict=True)).__getitem__)
-        return node.target(*args, **kwargs)  # type: ignore[operator]
+        return function(*args, **kwargs)
 
     with torch.no_grad(), enable_python_dispatcher():
         return make_fx(compute, decomposition_table=table)(*(meta_value(n) for n in inputs))

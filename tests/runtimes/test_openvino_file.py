@@ -122,3 +122,28 @@ def test_a_tensor_that_is_returned_twice_and_an_input_that_is_returned(tmp_path)
     written = openvino.Core().read_model(tmp_path / "net" / MODEL)
     assert len(written.outputs) == 4
     assert [i.get_element_type().to_string() for i in written.inputs] == ["f32", "i64"]
+
+
+class Normed(nn.Module):
+    """An instance norm and an attention by einsum, as exported networks have them."""
+
+    def __init__(self):
+        super().__init__()
+        self.net, self.norm = ScalarTime(), nn.InstanceNorm1d(2)
+
+    def forward(self, sample, timestep):
+        x = self.norm(self.net(sample, timestep).unflatten(-1, (2, 2)))
+        weights = torch.einsum("bct,bcs->bts", x, x).softmax(-1)
+        return torch.einsum("bts,bcs->bct", weights, x).flatten(1)
+
+
+def test_norms_and_products_are_openvinos_own(tmp_path):
+    q = one_timestep(Normed)
+    q.export(tmp_path / "ir")
+    model = openvino.Core().read_model(tmp_path / "ir" / MODEL)
+    kinds = [op.get_type_name() for op in model.get_ops()]
+    assert kinds.count("MVN") == 1
+    assert not {"ReduceMean", "Einsum"} & set(kinds)
+    x = torch.randn(3, 4)
+    with torch.no_grad():
+        assert_same_but_for_ties([(lower(q, engine="openvino", precision="float32")(x, 300), q(x, 300))])

@@ -29,6 +29,7 @@ from tfmq_fx.base.files import replace_folder
 from tfmq_fx.graph.inputs import placeholders
 from tfmq_fx.graph.nodes import aten, meta_value, op_name
 from tfmq_fx.passes.int8.decompose import Table
+from tfmq_fx.passes.int8.einsum_as_matmul import einsum_as_matmul
 from tfmq_fx.passes.int8.fold_weights import fold_weights
 from tfmq_fx.passes.int8.integer_weights import integer_weights
 from tfmq_fx.passes.int8.multiply_in_float import multiply_in_float
@@ -133,9 +134,9 @@ def _table() -> Table:
     from openvino.frontend.pytorch.torchdynamo.export_decompositions import ops_to_not_decompose
 
     table = torch.export.default_decompositions()
-    for op in ops_to_not_decompose():
+    for op in (*ops_to_not_decompose(), aten.instance_norm.default):
         table.pop(op, None)
-    return dict(table.items())
+    return dict(table.items()) | {aten.einsum.default: einsum_as_matmul}
 
 
 def _convert(gm: GraphModule) -> Any:
