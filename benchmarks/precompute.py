@@ -216,24 +216,24 @@ def run(published: Published) -> list[str]:
     times = inputs[published.timestep]
     schedule = torch.cat([times, torch.linspace(1, float(times.max()), STEPS - len(times)).to(times.dtype)])
     start = time.perf_counter()
-    p = tfmq_fx.precompute(network, example=inputs, timesteps=schedule.unique(), timestep=published.timestep)
+    new = tfmq_fx.precompute(network, example=inputs, timesteps=schedule.unique(), timestep=published.timestep)
     made = time.perf_counter() - start
     results, spent = [], {True: list[float](), False: list[float]()}
     with torch.no_grad():
         for i in range(6):
             start = time.perf_counter()
-            results.append((network if i % 2 else p)(**inputs))
+            results.append((network if i % 2 else new)(**inputs))
             spent[bool(i % 2)].append(time.perf_counter() - start)
-    new, own = (pytree.tree_leaves(x)[0] for x in results[-2:])
+    found, own = (pytree.tree_leaves(x)[0] for x in results[-2:])
     before, after = (statistics.median(spent[kind][1:]) for kind in (True, False))
     held = (
         sum(x.nbytes for x in network.state_dict().values()),
-        sum(x.nbytes for x in p.network.state_dict().values()),
+        sum(x.nbytes for x in new.network.state_dict().values()),
     )
-    off = float((new - own).abs().max() / own.abs().max())
+    off = float((found - own).abs().max() / own.abs().max())
     return [
         published.name, *(f"{n / 1e9:.2f}" for n in held), f"{made:.0f}", f"{spent[False][0]:.2f}", f"{before * 1e3:.0f}", f"{after * 1e3:.0f}",
-        f"{before / after:.3f}", "equal" if torch.equal(new, own) else f"{off:.1e}",
+        f"{before / after:.3f}", "equal" if torch.equal(found, own) else f"{off:.1e}",
     ]  # fmt: skip
 
 

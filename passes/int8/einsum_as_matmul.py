@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 
-def einsum_as_matmul(equation: str, operands: Sequence[Tensor], **_: Any) -> Tensor:
+def einsum_as_matmul(equation: str, operands: Sequence[Tensor], **_path: Any) -> Tensor:
     """Compute einsum("bct,bcs->bts", (q, k)) as q.transpose(1, 2) @ k. Runtimes take a transpose into their product.
 
     torch's own way permutes the operands around dimensions of one, which keeps runtimes from it: they copy the attention
