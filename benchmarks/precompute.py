@@ -216,7 +216,9 @@ def run(published: Published) -> list[str]:
     times = inputs[published.timestep]
     schedule = torch.cat([times, torch.linspace(1, float(times.max()), STEPS - len(times)).to(times.dtype)])
     start = time.perf_counter()
-    new = tfmq_fx.precompute(network, example=inputs, timesteps=schedule.unique(), timestep=published.timestep)
+    new = tfmq_fx.precompute(
+        network, example=inputs, timesteps=schedule.unique(), timestep=published.timestep
+    )
     made = time.perf_counter() - start
     results, spent = [], {True: list[float](), False: list[float]()}
     with torch.no_grad():
