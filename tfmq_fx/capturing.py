@@ -109,6 +109,7 @@ def capture(
     return gm
 
 
+@keeps_buffers
 def batched(
     network: nn.Module, example: Mapping[str, Any], timestep: str
 ) -> tuple[nn.Module, Mapping[str, Any], RowLists | None]:

@@ -19,7 +19,7 @@ from torch.utils import _pytree as pytree
 from tfmq_fx.base.errors import TFMQError
 from tfmq_fx.base.signatures import call_of, signature_of, with_forward
 
-NOISE = 2**-5  # relative: far above rounding in bfloat16, far below another row
+NOISE = 2**-5  # relative: far above rounding in bfloat16
 _ITSELF = -1  # the place of an output that is a list itself, and not a tuple or dict that holds one
 
 
@@ -217,12 +217,15 @@ def _grown(one: Any, two: Any, names: Sequence[str]) -> RowLists | None:
         rows = [(i, x, y) for i, (x, y) in enumerate(zip(a, b, strict=True)) if len(y) == 2 * len(x) == 2]
         places = [i for i, x, y in rows if _is_list(x) and _is_list(y)]
         pairs = [(x[0], *y) for _, x, y in rows]
-    same = all(_near(first, x) and not _near(second, x) for x, first, second in pairs)
-    return RowLists(tuple(names), tuple(places)) if pairs and same else None
+    alike = bool(pairs) and all(x.shape == first.shape for x, first, _ in pairs)
+    same = alike and all(_only_other(*found) for found in pairs)
+    return RowLists(tuple(names), tuple(places)) if same else None
 
 
-def _near(a: Tensor, b: Tensor) -> bool:
-    return a.shape == b.shape and bool((a - b).norm() <= NOISE * b.norm())
+def _only_other(alone: Tensor, first: Tensor, second: Tensor) -> bool:
+    """Return True if a row is the same beside another one, up to rounding, and the other differs by more than that."""
+    rounding = (first - alone).norm()
+    return bool(rounding <= NOISE * alone.norm() and (second - first).norm() > 2 * rounding)
 
 
 def _run(network: nn.Module, given: Mapping[str, Any]) -> Any:

@@ -286,9 +286,11 @@ class Session:
 
     def ragged(self) -> Collection[str]:
         """Return the tensors whose rows may differ in size: lists, but for the noisy samples, which are as large as the outputs."""
-        lists, (call, *_) = self.preview.lists, self.preview.calls
+        if (lists := self.preview.lists) is None:
+            return ()
+        call = self.preview.calls[0]
         first = next(n for n, (_, x) in call.items() if isinstance(x, Tensor) and n != self.timestep)
-        return () if lists is None else [n for n in lists.arguments if n != first]
+        return [n for n in lists.arguments if n != first]
 
     def size_of(self, call: Flat) -> int:
         """Return the number of rows of a call: that of its first tensor other than the timestep, the noisy sample."""
