@@ -41,7 +41,7 @@ class CalibrationSet:
     `repeats` has the tensors of which the network takes each row several times in a row (a prompt for every frame).
     `perturbation` is what the pipeline sets in its network while it samples, for rows where `perturbed_rows` is true.
     `others` has, for rows where `variant_rows` is i > 0, the constants others[i - 1] that differ from `constants` (`calibration.variants`).
-    `row_lists` is what the network takes as lists with an entry for each row; None finds that out where it is needed.
+    `row_lists` is what the network takes as lists with an entry for each row; None if there are none.
     `row_sizes` has the sizes of rows that differ, whose tensors are padded; None if there are none.
     `conditional` (N,) bool is False for the unconditional rows, which guidance adds. `note`: what was chosen for
     the user when the set was recorded, as the report says it.
@@ -134,6 +134,11 @@ class CalibrationSet:
         }
         sizes = {n: torch.tensor([[*e.shape] for e in x]) for n, x in lists.items()}
         differ = {n: x for n, x in sizes.items() if bool((x != x[:1]).any())}
+        noisy = next((n for n in tensors if n != timestep), None)
+        if noisy in differ:
+            raise TFMQError(
+                f"calibration: {noisy!r} has samples of {len(sizes[noisy].unique(dim=0))} sizes; calibrate on those of one size."
+            )
         found = leaves({**tensors, **{n: padded([e[None] for e in x]) for n, x in lists.items()}})
         wrong = [n for n, (_, x) in found.items() if not isinstance(x, Tensor)]
         if wrong:

@@ -118,7 +118,8 @@ _KANDINSKY5 = (
 )
 _COSMOS_NORMS = (*(f"transformer_blocks.{i}.norm{k}" for i in range(2) for k in (1, 2, 3)), "norm_out")
 
-_ZIMAGE = tuple(f"{part}.0.adaLN_modulation.0" for part in ("noise_refiner", "layers")) + (
+_ZIMAGE = (
+    *tuple(f"{part}.0.adaLN_modulation.0" for part in ("noise_refiner", "layers")),
     "all_final_layer.2-1.adaLN_modulation.1",
 )
 
