@@ -110,7 +110,7 @@ def test_a_list_that_makes_no_rows_is_refused():
     data = tfmq_fx.CalibrationSet.from_tensors(given)
     with pytest.raises(TFMQError, match="'x' has samples of 2 sizes; calibrate on those of one size"):
         tfmq_fx.CalibrationSet.from_tensors(
-            {**(other := listed(2)), "x": [other["x"][0], torch.randn(2, 4, 4)]}, timestep="t"
+            {**(other := listed(3)), "x": [*other["x"][:2], torch.randn(2, 4, 4)]}, timestep="t"
         )
     with pytest.raises(
         TFMQError, match="residuals are lists with an entry for each row, but Residuals does not compute"
