@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import logging
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -14,6 +15,8 @@ from tfmq_fx.artefact.drop_in import uncounted
 from tfmq_fx.base.errors import TFMQError
 from tfmq_fx.calibration.calls import Call, recorded
 from tfmq_fx.calibration.pipelines import call_pipeline, takes_timestep, whole_lists
+
+log = logging.getLogger(__name__)
 
 USUAL = "timestep"
 
@@ -42,6 +45,8 @@ def timestep_of(
         raise TFMQError(
             f"timestep: no network takes a {timestep!r}, and {' and '.join(found)} could be it; name it with timestep=..."
         )
+    if found:
+        log.info("calibration: the timestep is %s, which changes from call to call", next(iter(found)))
     return next(iter(found.values()), timestep)
 
 
