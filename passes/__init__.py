@@ -1,6 +1,7 @@
 """Graph passes. Each takes a GraphModule, returns a GraphModule or a finding, and can be called alone."""
 
 from tfmq_fx.graph.state import captured_of
+from tfmq_fx.passes.clean.batch_rows import batch_rows
 from tfmq_fx.passes.clean.bind_parameters import bind_parameters
 from tfmq_fx.passes.clean.flatten_timestep import flatten_timestep
 from tfmq_fx.passes.clean.fold_parameters import fold_parameters
@@ -49,6 +50,7 @@ __all__ = [
     "PassManager",
     "State",
     "TemporalBlock",
+    "batch_rows",
     "bfloat16_glue",
     "bind_parameters",
     "byte_activations",

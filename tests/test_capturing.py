@@ -131,12 +131,23 @@ def test_data_dependent_control_flow_is_refused_with_exports_words():
 def test_a_batch_size_turned_into_a_number_is_refused():
     class Counts(nn.Module):
         def forward(self, sample, timestep):
-            return sample.reshape(len(sample), -1) * timestep[:, None]
+            return sample.reshape(int(sample.shape[0]), -1) * timestep[:, None]
 
     with pytest.raises(
         TFMQError, match="fixed the batch of 'sample' at 2: Counts turns it into a Python number"
     ):
         tfmq_fx.capture(Counts().eval(), {"sample": torch.randn(2, 3), "timestep": T})
+
+
+def test_the_length_of_a_tensor_moves_with_its_batch():
+    class Counts(nn.Module):
+        def forward(self, sample, timestep):
+            return sample.reshape(len(sample), -1) * timestep[:, None]
+
+    network, x = Counts().eval(), torch.randn(5, 3)
+    gm = tfmq_fx.capture(network, {"sample": x[:2], "timestep": T})
+    assert torch.equal(gm(x, torch.arange(5.0)), network(x, torch.arange(5.0)))
+    assert "len" not in globals()  # as before the capture
 
 
 def test_the_line_of_the_control_flow_is_shown():

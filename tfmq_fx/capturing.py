@@ -17,10 +17,11 @@ from torch.fx.passes.infra.pass_base import PassResult
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
-from tfmq_fx.artefact.drop_in import VARIANT
+from tfmq_fx.artefact.drop_in import VARIANT, Interface
 from tfmq_fx.base.ambient import neutral, tracked
 from tfmq_fx.base.arguments import leaves
 from tfmq_fx.base.errors import TFMQError, nearest_names
+from tfmq_fx.base.row_lists import RowLists, row_lists
 from tfmq_fx.base.signatures import (
     call_of,
     hides_arguments,
@@ -29,15 +30,17 @@ from tfmq_fx.base.signatures import (
     takes_any,
     with_forward,
 )
-from tfmq_fx.base.tracing import capture_error, graphs_to_log, numpy_on_sizes, tracing
+from tfmq_fx.base.tracing import capture_error, graphs_to_log, numpy_on_sizes, symbolic_lengths, tracing
 from tfmq_fx.calibration.data import CalibrationSet, as_taken
 from tfmq_fx.calibration.ready import require_ready
 from tfmq_fx.calibration.temporal_rows import is_scalar
 from tfmq_fx.calibration.variants import Variants
 from tfmq_fx.graph.inputs import choose_timestep, placeholders, require_input, timestep_input
 from tfmq_fx.graph.nodes import attribute, fixed_size, meta_value, schema_arguments
+from tfmq_fx.graph.sizes import Condition, holds, sizes_in
 from tfmq_fx.graph.state import Captured, set_state
 from tfmq_fx.graph.written import keeps_buffers, own_written_buffers
+from tfmq_fx.passes.clean.batch_rows import batch_rows
 from tfmq_fx.passes.clean.flatten_timestep import flatten_timestep
 from tfmq_fx.passes.clean.fold_parameters import fold_parameters
 from tfmq_fx.passes.clean.inline_regions import inline_regions
@@ -86,6 +89,7 @@ def capture(
     _refuse_inference_parameters(network)
     check_numbers(network)
     network = unwrapped(network, example_inputs)
+    network, example_inputs, lists = batched(network, example_inputs, timestep)
     order = list(parameters_of(network))
     unknown = [n for n in example_inputs if n not in order]
     if unknown and not takes_any(network):
@@ -97,12 +101,23 @@ def capture(
         n: pytree.tree_map(example, example_inputs[n]) for n in (*order, *unknown) if n in example_inputs
     }
     try:
-        gm = _graph(network, inputs, timestep, all_sizes=True)
+        gm = _graph(network, inputs, timestep, all_sizes=True, lists=lists)
     except TFMQError:  # some network's own numbers are no sizes
         gm = None
     if gm is None or _features_have_sizes(gm, timestep):
-        gm = _graph(network, inputs, timestep, all_sizes=False)
+        gm = _graph(network, inputs, timestep, all_sizes=False, lists=lists)
     return gm
+
+
+@keeps_buffers
+def batched(
+    network: nn.Module, example: Mapping[str, Any], timestep: str
+) -> tuple[nn.Module, Mapping[str, Any], RowLists | None]:
+    """Return the network and its arguments with a tensor (N, ...) for each list of rows, and which these are."""
+    lists = row_lists(network, example, timestep)
+    return (
+        (network, example, None) if lists is None else (lists.batched(network), lists.stacked(example), lists)
+    )
 
 
 def _features_have_sizes(gm: GraphModule, timestep: str) -> bool:
@@ -124,9 +139,18 @@ def _symbols(node: Node, dimensions: slice = slice(None)) -> set[Any]:
     return {symbol for d in sizes if isinstance(d, torch.SymInt) for symbol in d.node.expr.free_symbols}
 
 
-def _graph(network: nn.Module, inputs: dict[str, Any], timestep: str, *, all_sizes: bool) -> GraphModule:
-    """Return the tidy graph of torch.export with plain inputs and outputs. all_sizes: see `_exported`."""
-    program = _exported(network, inputs, timestep=timestep, all_sizes=all_sizes)
+def _graph(
+    network: nn.Module, inputs: dict[str, Any], timestep: str, *, all_sizes: bool, lists: RowLists | None
+) -> GraphModule:
+    """Return the tidy graph of torch.export with plain inputs and outputs.
+
+    all_sizes: see `_exported`. lists: which inputs the network takes as lists of rows; then the first row is traced.
+    """
+    passes, traced = cleaning(timestep), network
+    if lists is not None:
+        passes.insert(passes.index(remove_noops) + 1, batch_rows)
+        traced = lists.first_row(network, inputs, rows=inputs[lists.arguments[0]].shape[0])
+    program = _exported(traced, inputs, timestep=timestep, all_sizes=all_sizes)
     gm = program.module(check_guards=False)
     assert isinstance(gm, GraphModule)
     out_spec = program.call_spec.out_spec
@@ -139,9 +163,14 @@ def _graph(network: nn.Module, inputs: dict[str, Any], timestep: str, *, all_siz
         require_input(gm, name, argument="example_inputs")
     _require_dynamic_batch(gm, network, example)
     _track_constants(gm)
-    PassManager(cleaning(timestep))(gm)
+    PassManager(passes)(gm)
     gm.graph.eliminate_dead_code()
     _check_weights(gm)
+    if lists is not None and not _agree(gm, example, network, inputs):
+        raise TFMQError(
+            f"{type(network).__name__}: takes lists of samples, and computes something else for several than for each by itself; "
+            "give it tensors with a batch."
+        )
     own_written_buffers(gm)
     gm.recompile()
     return gm
@@ -210,7 +239,14 @@ def _exported(
     }
     try:
         # Without no_grad, activation-checkpoint code hides operators inside submodules.
-        with tracing(), graphs_to_log(), numpy_on_sizes(), torch.no_grad(), _SymbolicRepeats():
+        with (
+            tracing(),
+            graphs_to_log(),
+            numpy_on_sizes(),
+            symbolic_lengths(network),
+            torch.no_grad(),
+            _SymbolicRepeats(),
+        ):
             return torch.export.export(
                 _by_name(network, inputs), (), inputs, dynamic_shapes=dynamic, strict=False
             )
@@ -323,7 +359,7 @@ def _require_dynamic_batch(gm: GraphModule, network: nn.Module, example: Mapping
         if size == batch and fixed_size(values[name].shape[0]) is not None:
             raise TFMQError(
                 f"torch.export fixed the batch of {name!r} at {batch}: {type(network).__name__} turns it into a Python number, as "
-                f"len({name}) does, or hard-codes it; use {name}.shape[0]. (If its first dimension is not a batch, give an "
+                f"int({name}.shape[0]) does, or hard-codes it; use {name}.shape[0]. (If its first dimension is not a batch, give an "
                 "example with another batch size.)"
             )
 
@@ -432,7 +468,7 @@ def captured(
     """
     taken = {x.shape[0] for x in calibration.constants.values() if isinstance(x, Tensor) and x.dim()}
     count = next((n for n in range(2, len(calibration) + 1) if n not in taken), 2)
-    example = calibration.arguments(slice(0, count), beside=network)
+    example = calibration.example(count, beside=network)
     if "return_dict" in parameters_of(network):
         example["return_dict"] = False
     if not calibration.others:
@@ -468,6 +504,8 @@ def capture_rows(
 
     Returns the graph and the arguments of the capture.
     """
+    network, given, _ = batched(network, example, timestep)
+    example = dict(given)
     try:
         return capture(network, example, timestep=timestep), example
     except TFMQError:
@@ -546,10 +584,7 @@ def lists_of_rows(network: nn.Module, gm: GraphModule, example: Mapping[str, Any
 
     more = pytree.tree_map(grown, {n: x for n, x in example.items() if n not in lists})
     found = {n: x for n, (_, x) in leaves(more).items()}
-    try:
-        agree = _agree(gm, found, network, {**more, **{n: [x[0]] * rows for n, x in lists.items()}})
-    except Exception:  # the network's own, of any type
-        return {}
+    agree = _agrees(gm, found, network, {**more, **{n: [x[0]] * rows for n, x in lists.items()}})
     return {n: len(x) for n, x in lists.items()} if agree else {}
 
 
@@ -557,6 +592,54 @@ def _all_equal(values: Sequence[Any]) -> bool:
     """Return True for a list of the same plain values, without tensors."""
     plain = not any(isinstance(x, Tensor) for x in pytree.tree_leaves(values))
     return bool(values) and plain and all(x == values[0] for x in values)
+
+
+MOST_TRIALS = 6  # calls at other sizes of a row, for each dimension
+
+
+@keeps_buffers
+@torch.no_grad()
+def kept_conditions(
+    network: nn.Module, gm: GraphModule, example: Mapping[str, Any], face: Interface
+) -> tuple[Condition, ...]:
+    """Return the interface's conditions on sizes without those that need not hold for rows from lists, whose sizes differ.
+
+    A call of one row at a size that breaks some shows it: the graph computes what the network does. A prompt that is padded to
+    a multiple of 32 need not lack as many tokens as the captured one, for instance.
+    """
+    left = list(face.conditions)
+    names = () if face.listed is None else face.listed.arguments
+    one = {n: x[:1] if isinstance(x, Tensor) and x.dim() else x for n, x in example.items()}
+    found = {n: x for n, (_, x) in leaves(one).items() if isinstance(x, Tensor)}
+    now = {(n, i): size for n, x in found.items() for i, size in enumerate(x.shape)}
+    for at in [at for at in face.moves() if at[0] in names]:
+        needed: list[list[Condition]] = []  # each list has one that must hold
+        for size in sorted(range(1, 2 * now[at] + 65), key=lambda size: abs(size - now[at])):
+            broken = [c for c in left if at in sizes_in(c) and not holds(c, {**now, at: size})]
+            if not broken or any(all(c in broken for c in known) for known in needed):
+                continue
+            if len(needed) == MOST_TRIALS:
+                break
+            other = _resized(one[at[0]], at[1], size)
+            if _agrees(gm, {**found, at[0]: other}, network, {**one, at[0]: other}):
+                left = [c for c in left if c not in broken]
+            else:
+                needed.append(broken)
+    return tuple(left)
+
+
+def _resized(x: Tensor, dim: int, size: int) -> Tensor:
+    return x.index_select(dim, torch.arange(size, device=x.device) % x.shape[dim])
+
+
+def _agrees(
+    gm: GraphModule, inputs: Mapping[str, Any], network: nn.Module, arguments: Mapping[str, Any]
+) -> bool:
+    """Return `_agree`; False if the network or the graph cannot compute it."""
+    try:
+        return _agree(gm, inputs, network, arguments)
+    except Exception:  # of any type, at a size that they do not take
+        return False
 
 
 @keeps_buffers

@@ -24,7 +24,15 @@ from tfmq_fx.calibration.data import CalibrationSet, as_taken
 from tfmq_fx.calibration.pipelines import denoiser
 from tfmq_fx.calibration.ready import require_ready
 from tfmq_fx.calibration.stage import calibrate, input_maxima
-from tfmq_fx.capturing import capture_rows, captured, lists_of_rows, output_of, unwrapped
+from tfmq_fx.calibration.timesteps import USUAL
+from tfmq_fx.capturing import (
+    capture_rows,
+    captured,
+    kept_conditions,
+    lists_of_rows,
+    output_of,
+    unwrapped,
+)
 from tfmq_fx.choices import choose, is_open
 from tfmq_fx.evaluation.errors import measure_errors
 from tfmq_fx.evaluation.summary import summary
@@ -73,7 +81,7 @@ def quantize(
     calibration: the calibration set. None records 64 trajectories of 50 steps with the pipeline's own
         scheduler, and 64 prompts of this library's own if the pipeline needs one.
     timesteps: the schedule (T,); None takes the timesteps of the calibration set.
-    timestep: the name of the network's argument for the timestep.
+    timestep: the name of the network's argument for the timestep; the default takes that of the calibration set.
     finite: other inputs with finitely many values, {"class_labels": range(10)}; see `prepare`.
     component: the name of the pipeline's component to quantize, if several take a timestep.
     strict: raise TFMQError, before any calibration, if something would stay in float or be quantized more
@@ -87,12 +95,18 @@ def quantize(
     settings = Settings(
         timestep=timestep, component=component, finite=finite, seed=seed, strict=strict, state=state
     )
-    network = (
-        model if isinstance(model, nn.Module) else denoiser(model, timestep=timestep, component=component)
-    )
-    require_ready(network)
+    if isinstance(model, nn.Module):
+        require_ready(model)
     # The pipeline runs under the caller's torch settings, everything else without them.
     calibration = _recorded(model, settings) if calibration is None else calibration
+    if timestep == USUAL:  # the data know its name
+        settings = dataclasses.replace(settings, timestep=calibration.timestep)
+    network = (
+        model
+        if isinstance(model, nn.Module)
+        else denoiser(model, timestep=settings.timestep, component=component)
+    )
+    require_ready(network)
     with neutral():
         return _quantized(network, recipe, calibration, timesteps, settings)
 
@@ -180,7 +194,12 @@ def _captured(
         perturbed=None if set_while_sampling is None else set_while_sampling.to_json(),
         others=calibration.others,
     )  # fmt: skip
-    return network, gm, dataclasses.replace(interface, lists=lists_of_rows(row_wise, gm, example)), config
+    interface = dataclasses.replace(
+        interface,
+        lists=lists_of_rows(row_wise, gm, example),
+        conditions=kept_conditions(row_wise, gm, example, interface),
+    )
+    return network, gm, interface, config
 
 
 def _outside(

@@ -25,7 +25,8 @@ from tfmq_fx.calibration.calls import repeated
 from tfmq_fx.calibration.data import CalibrationSet
 from tfmq_fx.calibration.pipelines import denoiser
 from tfmq_fx.calibration.ready import require_ready
-from tfmq_fx.capturing import capture_rows, output_of, unwrapped
+from tfmq_fx.calibration.timesteps import timestep_of
+from tfmq_fx.capturing import batched, capture_rows, kept_conditions, output_of, unwrapped
 from tfmq_fx.evaluation.summary import plain_maintenance, versions
 from tfmq_fx.graph.nodes import fresh
 from tfmq_fx.graph.state import set_state
@@ -90,6 +91,10 @@ def precompute(
     than the layers.
     """
     recipe = dataclasses.replace(FLOAT, unseen=unseen)
+    if not isinstance(model, nn.Module):
+        timestep = timestep_of(
+            model, timestep, component=component, steps=num_inference_steps, pipe_kwargs=pipe_kwargs
+        )
     settings = Settings(timestep=timestep, component=component, finite=finite)
     require_place(block)
     if isinstance(model, nn.Module):
@@ -151,8 +156,11 @@ def _run(
             **which,
             **pipe_kwargs,
         )
-    rows = _samples(calls[-1], settings.timestep)
-    found = data.arguments(slice(0, max(rows, 1)), beside=network)
+    listed = data.row_lists
+    rows = (
+        _samples(calls[-1], settings.timestep) if listed is None else sum(map(len, listed.groups(calls[-1])))
+    )
+    found = data.example(max(rows, 1), beside=network)
     return data.row_wise(network), found, data.timesteps if timesteps is None else timesteps
 
 
@@ -175,11 +183,14 @@ def _precomputed(
 ) -> PrecomputedModel:
     clock = Clock()
     network = unwrapped(network, example)
+    network, given, _ = batched(network, example, settings.timestep)
+    example = dict(given)
     batch = _samples(example, settings.timestep)
     if "return_dict" in parameters_of(network):
         example = {**example, "return_dict": False}
     gm, example = capture_rows(network, example, settings.timestep)
     interface = Interface.of(network, gm, example, output_of(network, example))
+    interface = dataclasses.replace(interface, conditions=kept_conditions(network, gm, example, interface))
     clock.lap("capture")
     gm, plain = prepared(gm, recipe, timesteps, settings), gm
     found = paying(gm)

@@ -174,6 +174,53 @@ class Tokens(nn.Module):
         return z
 
 
+class Listed(nn.Module):
+    """Lists of pictures (2, H, W) and of prompts (words, 6), whose sizes may differ, in and a list of pictures out.
+
+    Each prompt is padded to a multiple of four words by a word of its own, and all samples to the longest of the call.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.patches, self.words = nn.Conv2d(2, 8, 2, stride=2), nn.Linear(6, 8)
+        self.padding = nn.Parameter(torch.randn(1, 8))
+        self.time = nn.Sequential(nn.Linear(8, 16), nn.SiLU(), nn.Linear(16, 8))
+        self.q, self.k, self.v, self.out = (nn.Linear(8, 8) for _ in range(4))
+
+    def forward(self, x: list[Tensor], t: Tensor, words: list[Tensor]) -> dict[str, list[Tensor]]:
+        samples = []
+        for picture, prompt in zip(x, words, strict=True):
+            patches = self.patches(picture[None]).flatten(2).transpose(1, 2)[0]
+            missing = -len(prompt) % 4
+            prompt = self.words(prompt)
+            if missing:
+                prompt = torch.cat([prompt, self.padding.expand(missing, -1)])
+            samples.append(torch.cat([patches, prompt]))
+        lengths = [len(s) for s in samples]
+        mask = None
+        if any(n != lengths[0] for n in lengths):
+            mask = torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]
+            mask = mask[:, None]
+        h = nn.utils.rnn.pad_sequence(samples, batch_first=True) + self.time(sinusoid(t, 8))[:, None]
+        h = h + nn.functional.scaled_dot_product_attention(self.q(h), self.k(h), self.v(h), mask)
+        h = self.out(h)
+        made = []
+        for picture, sample in zip(x, h.unbind(0), strict=True):
+            rows, columns = (n // 2 for n in picture.shape[1:])
+            made.append(nn.functional.pixel_shuffle(sample[: rows * columns].T.reshape(8, rows, columns), 2))
+        return {"sample": made}
+
+
+def listed(rows: int = 24, lengths: tuple[int, ...] = (3, 7), seed: int = 0) -> dict[str, Any]:
+    """Return the arguments of `rows` samples for `Listed`, with prompts of these lengths in turn."""
+    g = torch.Generator().manual_seed(seed)
+    return {
+        "x": [torch.randn(2, 8, 8, generator=g) for _ in range(rows)],
+        "t": torch.tensor([900.0, 500.0, 100.0]).repeat(rows)[:rows],
+        "words": [torch.randn(lengths[i % len(lengths)], 6, generator=g) for i in range(rows)],
+    }
+
+
 def make(cls: type[nn.Module], seed: int = 0) -> nn.Module:
     with torch.random.fork_rng():
         torch.manual_seed(seed)

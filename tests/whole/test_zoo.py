@@ -9,6 +9,7 @@ from benchmarks.networks.zoo import ZOO, depends
 from benchmarks.networks.zoo.recent import RECENT
 from tests.helpers.blocks import layer_paths
 from tfmq_fx.base.arguments import leaves
+from tfmq_fx.base.row_lists import row_lists
 from tfmq_fx.graph.inputs import placeholders
 from tfmq_fx.graph.nodes import fresh
 from tfmq_fx.passes import extract_temporal, find_temporal, partition_temporal
@@ -83,6 +84,9 @@ def test_capture_and_partition_are_bitwise_at_another_batch_size(captured):
                 else x
             )
 
+        lists = row_lists(network, inputs, entry.timestep)
+        if lists is not None:
+            network, inputs = lists.batched(network), lists.stacked(inputs)
         inputs = pytree.tree_map(grow, inputs)
     tensors = [x for x in pytree.tree_leaves(inputs) if isinstance(x, torch.Tensor)]
     order = list(placeholders(gm))

@@ -37,6 +37,7 @@ from tfmq_fx.base.ambient import neutral, traced
 from tfmq_fx.base.arguments import leaves
 from tfmq_fx.base.arithmetic import NETWORK_DTYPES
 from tfmq_fx.base.errors import TFMQError, nearest_names
+from tfmq_fx.base.row_lists import RowLists, known_row_lists
 from tfmq_fx.base.signatures import parameters_of
 from tfmq_fx.graph.inputs import placeholders, timestep_input
 from tfmq_fx.graph.nodes import fixed_size
@@ -83,6 +84,8 @@ class Interface:
     conditions: tuple[Any, ...] = ()  # what holds where a size differs from the capture's; see `graph.sizes`
     # Constant arguments with an equal entry for each row -> their length at capture: of any length in a call.
     lists: dict[str, int] = field(default_factory=dict)
+    # Inputs and outputs that the float network has as lists with one entry for each row; see `base.row_lists`.
+    row_lists: dict[str, Any] | None = None
     rest: str | None = None  # the name of forward's *args
     # Module path -> class and plain attributes of that module of the float network. Pipelines read some of
     # them, such as a layer's in_features.
@@ -152,6 +155,7 @@ class Interface:
             | dict.fromkeys(sorted(replaced)),
             output_type=output_type,
             output_fields=output_fields,
+            row_lists=known_row_lists(network),
             rest=rest,
             timestep=timestep,
             conditions=sizes.conditions,
@@ -187,6 +191,11 @@ class Interface:
             ]
             for n, spec in self.inputs.items()
         }
+
+    @cached_property
+    def listed(self) -> RowLists | None:
+        """Return which inputs and outputs are lists of rows; None if there are none."""
+        return None if self.row_lists is None else RowLists.of_json(self.row_lists)
 
     @cached_property
     def facts(self) -> Facts:
@@ -510,6 +519,14 @@ class DropIn(nn.Module):
         }
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
+        if (listed := self.interface.listed) is not None:
+            names = list(self.interface.arguments)
+            given = {**dict(zip(names, args, strict=False)), **kwargs}
+            if listed.in_lists(given):
+                return listed.by_shape(self._forward, given)
+        return self._forward(*args, **kwargs)
+
+    def _forward(self, *args: Any, **kwargs: Any) -> Any:
         given = self._bind(args, kwargs)
         t = self.interface.timestep
         inputs = {n: self._input(n, given[n]) for n in self.interface.inputs if n != t}

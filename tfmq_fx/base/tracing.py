@@ -19,6 +19,7 @@ from typing import Any, TextIO
 
 import sympy  # type: ignore[import-untyped]
 import torch
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import (
     DataDependentOutputException,
     DynamicOutputShapeException,
@@ -87,6 +88,31 @@ def numpy_on_sizes() -> Iterator[None]:
     finally:
         for kind, name in added:
             delattr(kind, name)
+
+
+@contextmanager
+def symbolic_lengths(network: nn.Module) -> Iterator[None]:
+    """Let len(x) of a tensor be its dynamic size, in the files of the network's classes, until exit: len's own is a number."""
+    files = {
+        sys.modules[c.__module__]
+        for m in network.modules()
+        for c in type(m).__mro__
+        if c.__module__ in sys.modules
+    }
+    own = [
+        f for f in files if f.__name__.partition(".")[0] not in ("torch", "builtins") and "len" not in vars(f)
+    ]
+    for file in own:
+        vars(file)["len"] = _length
+    try:
+        yield
+    finally:
+        for file in own:
+            del vars(file)["len"]
+
+
+def _length(x: Any) -> Any:
+    return x.shape[0] if isinstance(x, Tensor) and x.dim() else len(x)
 
 
 _FUNCTIONS = ("sqrt", "log2", "sin", "cos", "tan", "sinh", "cosh", "tanh")

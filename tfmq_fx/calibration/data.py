@@ -2,24 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule
+from torch.utils import _pytree as pytree
 
 from tfmq_fx.base.ambient import tracked
 from tfmq_fx.base.arguments import Path as ArgumentPath
 from tfmq_fx.base.arguments import leaves, nested
 from tfmq_fx.base.entries import per_sample
 from tfmq_fx.base.errors import TFMQError, nearest_names
+from tfmq_fx.base.row_lists import RowLists, is_list_of_rows, row_lists
 from tfmq_fx.calibration.perturbed import Perturbation
 from tfmq_fx.calibration.pipelines import OWN_PROMPTS, denoiser, prompts_for
 from tfmq_fx.calibration.ready import require_ready
 from tfmq_fx.calibration.recording import MAX_MEMORY, Session, record
+from tfmq_fx.calibration.row_sizes import RowSizes, padded
 from tfmq_fx.calibration.temporal_rows import is_scalar
+from tfmq_fx.calibration.timesteps import timestep_of
 from tfmq_fx.calibration.variants import Variants
 from tfmq_fx.graph.inputs import placeholders
 from tfmq_fx.graph.nodes import fixed_size, meta_value, on_device_of
@@ -37,6 +41,8 @@ class CalibrationSet:
     `repeats` has the tensors of which the network takes each row several times in a row (a prompt for every frame).
     `perturbation` is what the pipeline sets in its network while it samples, for rows where `perturbed_rows` is true.
     `others` has, for rows where `variant_rows` is i > 0, the constants others[i - 1] that differ from `constants` (`calibration.variants`).
+    `row_lists` is what the network takes as lists with an entry for each row; None if there are none.
+    `row_sizes` has the sizes of rows that differ, whose tensors are padded; None if there are none.
     `conditional` (N,) bool is False for the unconditional rows, which guidance adds. `note`: what was chosen for
     the user when the set was recorded, as the report says it.
 
@@ -56,12 +62,15 @@ class CalibrationSet:
         repeats: Mapping[str, int] | None = None,
         perturbation: Perturbation | None = None,
         others: Sequence[Mapping[str, Any]] = (),
+        row_lists: RowLists | None = None,
+        row_sizes: RowSizes | None = None,
     ) -> None:
         # Rows recorded under inference_mode could not be learned from.
         self.tensors = {n: tracked(x) for n, x in tensors.items()}
         self.constants = {n: tracked(x) if isinstance(x, Tensor) else x for n, x in constants.items()}
         self.timestep, self.note, self.repeats = timestep, note, dict(repeats or {})
         self.perturbation, self.others = perturbation, tuple(others)
+        self.row_lists, self.row_sizes = row_lists, row_sizes
         self.paths: dict[str, ArgumentPath] = {n: (n,) for n in (*tensors, *constants)} | dict(paths or {})
         if timestep not in self.tensors:
             raise TFMQError(
@@ -106,26 +115,53 @@ class CalibrationSet:
         return len(self.tensors[self.timestep])
 
     @staticmethod
-    def from_tensors(tensors: Mapping[str, Any], *, timestep: str = "timestep") -> CalibrationSet:
+    def from_tensors(
+        tensors: Mapping[str, Any], *, timestep: str = "timestep", row_lists: Collection[str] | None = None
+    ) -> CalibrationSet:
         """Build a set from the network's arguments by name.
 
-        tensors: (N, ...) each, or dicts and lists of such tensors.
+        tensors: (N, ...) each, or dicts and lists of such tensors. For a network that takes lists with an entry for each row,
+            lists of N tensors without a batch, whose sizes may differ.
+        row_lists: the names of such lists; None takes those of N tensors of which not all have N rows themselves.
         timestep: the name of the timesteps' tensor: (N,) or (N, 1), one per row, or (N, tokens), one for each token or frame of it.
         """
-        found = leaves(tensors)
+        rows = tensors.get(timestep)
+        count = len(rows) if isinstance(rows, Tensor) and rows.dim() else 0
+        lists = {
+            n: x
+            for n, x in tensors.items()
+            if (is_list_of_rows(x, count) if row_lists is None else n in row_lists)
+        }
+        sizes = {n: torch.tensor([[*e.shape] for e in x]) for n, x in lists.items()}
+        differ = {n: x for n, x in sizes.items() if bool((x != x[:1]).any())}
+        noisy = next((n for n in tensors if n != timestep), None)
+        if noisy in differ:
+            raise TFMQError(
+                f"calibration: {noisy!r} has samples of {len(sizes[noisy].unique(dim=0))} sizes; calibrate on those of one size."
+            )
+        found = leaves({**tensors, **{n: padded([e[None] for e in x]) for n, x in lists.items()}})
         wrong = [n for n, (_, x) in found.items() if not isinstance(x, Tensor)]
         if wrong:
             raise TFMQError(
                 f"calibration: {wrong[0]!r} is a {type(found[wrong[0]][1]).__name__}, not a tensor."
             )
         paths = {n: path for n, (path, _) in found.items()}
-        return CalibrationSet({n: x for n, (_, x) in found.items()}, {}, timestep, paths)
+        return CalibrationSet(
+            {n: x for n, (_, x) in found.items()}, {}, timestep, paths,
+            row_lists=RowLists(tuple(lists), ()) if lists else None,
+            row_sizes=RowSizes(differ) if differ else None,
+        )  # fmt: skip
 
     def row_wise(self, network: nn.Module) -> nn.Module:
         """Return the float network as it takes these rows, each by itself: another one on its tensors, or the network."""
-        if self.perturbation is not None:
-            network = self.perturbation.row_wise(network)
-        return Variants(self.others, self.paths).row_wise(network) if self.others else network
+        found = network if self.perturbation is None else self.perturbation.row_wise(network)
+        if self.others:
+            found = Variants(self.others, self.paths).row_wise(found)
+        if self.row_lists is None:
+            return found
+        if not self.row_lists.outputs:  # the set was made without the network
+            self.row_lists = self._lists_of(found)
+        return self.row_lists.batched(found)
 
     @property
     def kinds(self) -> str:
@@ -137,20 +173,40 @@ class CalibrationSet:
             else ""
         )
 
-    def arguments(self, rows: slice, *, beside: nn.Module | None = None) -> dict[str, Any]:
-        """Return the network's keyword arguments for these rows, nested as it takes them, including constants.
+    def _lists_of(self, network: nn.Module) -> RowLists:
+        """Return which lists of rows a network takes, and returns. Raises TFMQError if it takes none of the set's."""
+        assert self.row_lists is not None
+        one = self.row_lists.listed(self.arguments(slice(0, 1), beside=network))
+        found = row_lists(network, one, self.timestep)
+        if found is None or set(found.arguments) != set(self.row_lists.arguments):
+            raise TFMQError(
+                f"calibration: {' and '.join(self.row_lists.arguments)} are lists with an entry for each row, but "
+                f"{type(network).__name__} does not compute a row for each entry; give tensors (N, ...)."
+            )
+        return found
 
+    def arguments(self, rows: slice | Tensor, *, beside: nn.Module | None = None) -> dict[str, Any]:
+        """Return the keyword arguments of the network (`row_wise`) for these rows, nested as it takes them, including constants.
+
+        rows: a slice or indices. What has rows of different sizes is a list of them.
         beside: the network on whose device they will be; None leaves them where they are.
         """
-        values = {n: self._taken(n, x[rows]) for n, x in self.tensors.items()} | self.constants
+        values = {n: self._taken(n, rows) for n in self.tensors} | self.constants
         values[self.timestep] = values[self.timestep].reshape(-1, *self.timestep_shape)
         own = None if beside is None else next(iter((*beside.parameters(), *beside.buffers())), None)
         return nested(
             {
-                self.paths[n]: x.to(own.device) if own is not None and isinstance(x, Tensor) else x
+                self.paths[n]: x
+                if own is None
+                else pytree.tree_map_only(Tensor, lambda x: x.to(own.device), x)
                 for n, x in values.items()
             }
         )
+
+    def example(self, count: int, *, beside: nn.Module | None = None) -> dict[str, Any]:
+        """Return the `arguments` of at most `count` rows, of one size: the most frequent one."""
+        rows = slice(0, count) if self.row_sizes is None else self.row_sizes.most()[:count]
+        return self.arguments(rows, beside=beside)
 
     @staticmethod
     @torch.no_grad()
@@ -175,7 +231,8 @@ class CalibrationSet:
 
         num_samples, num_inference_steps: the number of trajectories, and of sampling steps in each.
         batch_size: how many samples are drawn at once.
-        timestep: the denoiser's timestep argument. The denoiser is the component that is called with it.
+        timestep: the denoiser's timestep argument. The denoiser is the component that is called with it. If none takes a
+            "timestep", a short run shows the argument that changes from call to call.
         component: the name of the denoiser, if several components take a `timestep`.
         deterministic: run torch on one thread, so that the rows are bitwise the same on any number of threads;
             False is faster on a CPU with many cores.
@@ -192,10 +249,13 @@ class CalibrationSet:
                 f"calibration: num_samples={num_samples}, num_inference_steps={num_inference_steps} and "
                 f"batch_size={batch_size} must be positive."
             )
-        network = denoiser(pipe, timestep=timestep, component=component)
-        require_ready(network)
         own = prompts_for(pipe, pipe_kwargs)
         pipe_kwargs |= own
+        timestep = timestep_of(
+            pipe, timestep, component=component, steps=num_inference_steps, pipe_kwargs=pipe_kwargs
+        )
+        network = denoiser(pipe, timestep=timestep, component=component)
+        require_ready(network)
         session = Session(
             pipe, network, timestep, num_samples, num_inference_steps, seed, batch_size, pipe_kwargs
         )
@@ -205,6 +265,7 @@ class CalibrationSet:
             found.rows, found.constants, timestep, found.paths, conditional=found.conditional,
             note=OWN_PROMPTS if own else "", repeats=found.repeats, perturbation=found.perturbation,
             others=found.others,
+            row_lists=found.row_lists, row_sizes=found.row_sizes,
         )  # fmt: skip
 
     @property
@@ -248,6 +309,8 @@ class CalibrationSet:
             repeats=self.repeats,
             perturbation=self.perturbation,
             others=self.others,
+            row_lists=self.row_lists,
+            row_sizes=None if self.row_sizes is None else self.row_sizes.rows(chosen),
         )
 
     def batches(self, batch_size: int, *, one_timestep: bool = False) -> Iterator[dict[str, Tensor]]:
@@ -268,6 +331,8 @@ class CalibrationSet:
         rows = torch.arange(len(self)) if rows is None else rows
         t = self.row_timesteps[rows]
         groups = [rows[t == value] for value in t.unique()] if one_timestep else [rows]
+        if self.row_sizes is not None:
+            groups = [same for group in groups for same in self.row_sizes.groups(group)]
         return [batch for group in groups for batch in group.split(batch_size)]
 
     def batch(self, rows: Tensor) -> dict[str, Tensor]:
@@ -277,11 +342,14 @@ class CalibrationSet:
 
     def input(self, name: str, rows: Tensor) -> Any:
         """Return the rows of one input; the whole input if it has no rows."""
-        return self.constants[name] if name in self.constants else self._taken(name, self.tensors[name][rows])
+        return self.constants[name] if name in self.constants else self._taken(name, rows)
 
-    def _taken(self, name: str, rows: Tensor) -> Tensor:
-        """Return rows as the network takes them."""
-        return rows.repeat_interleave(self.repeats[name], 0) if name in self.repeats else rows
+    def _taken(self, name: str, rows: Tensor | slice) -> Any:
+        """Return these rows as the network takes them."""
+        x = self.tensors[name][rows]
+        if self.row_sizes is not None:
+            x = self.row_sizes.cut(name, x, rows)
+        return x.repeat_interleave(self.repeats[name], 0) if name in self.repeats else x
 
 
 def _require_schedule(timestep: str, tensors: Mapping[str, Tensor]) -> None:

@@ -7,7 +7,7 @@ import inspect
 import json
 import logging
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import nullcontext
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
@@ -27,6 +27,7 @@ from tfmq_fx.base.errors import TFMQError
 from tfmq_fx.base.files import replace_folder, update_with_tensors
 from tfmq_fx.base.parallel import Ranks, workers
 from tfmq_fx.base.progress import track
+from tfmq_fx.base.row_lists import RowLists, row_lists
 from tfmq_fx.calibration.calls import (
     Call,
     Constants,
@@ -49,7 +50,7 @@ from tfmq_fx.calibration.rows import INDEX, Recording, Sink, read_recording
 log = logging.getLogger(__name__)
 
 
-FORMAT = 5  # of recordings in a cache; increased when the same arguments give other rows
+FORMAT = 6  # of recordings in a cache; increased when the same arguments give other rows
 MAX_MEMORY = 4 * 2**30  # bytes; larger recordings go to memory-mapped files
 
 
@@ -110,6 +111,7 @@ class Preview:
     size: int  # the number of samples
     calls: list[Leaves]
     perturbation: Perturbation | None  # what the pipeline sets in its network meanwhile
+    lists: RowLists | None  # what the network takes as lists of rows
 
 
 @dataclass(frozen=True)
@@ -165,7 +167,8 @@ class Session:
             watch.require_no_store()
         if error is not None:
             watch.restore()
-        calls = [call_leaves(call, self.defaults) for call in found]
+        lists = row_lists(self.network, found[0], self.timestep) if found else None
+        calls = self._of_tensors(found, lists)
         try:
             if error is not None:
                 raise error
@@ -175,7 +178,7 @@ class Session:
         except Exception as reason:  # a pipeline may raise anything
             error = reason
         why = "" if error is None else f"{type(error).__name__}: {error}".splitlines()[0]
-        return Preview(size, calls, watch.perturbation()), why
+        return Preview(size, calls, watch.perturbation(), lists), why
 
     @property
     def together(self) -> int:
@@ -200,7 +203,7 @@ class Session:
             watch.require({} if perturbation is None else perturbation.objects)
         if perturbation is not None and not changes:
             for call, own in zip(found, watch.changes, strict=True):
-                size = self.size_of(_flat(call_leaves(call, self.defaults)))
+                size = sum(self.size_of(_flat(c)) for c in self._of_tensors([call], self.preview.lists))
                 call[PERTURBED] = perturbation.rows(size) if own else torch.zeros(size, dtype=torch.bool)
         return found, error
 
@@ -234,7 +237,12 @@ class Session:
         calls = self._leaves(found)
         if unguided is None or not plain:
             return calls, [True] * sum(self.size_of(_flat(c)) for c in calls)
-        expected = {n: x for n, x in _flat(plain[0]).items() if n in unguided.conditions}
+        start = _flat(plain[0])
+        # Rows of several sizes in the first call are several calls, of one timestep.
+        firsts = [start] if self.preview.lists is None else [
+            c for c in map(_flat, plain) if same(c[self.timestep].unique(), start[self.timestep].unique())
+        ]  # fmt: skip
+        expected = [{n: x for n, x in c.items() if n in unguided.conditions} for c in firsts]
         return calls, self._marks([_flat(c) for c in calls], expected)
 
     def _require_finite(self, calls: list[Call]) -> None:
@@ -269,7 +277,20 @@ class Session:
     def _leaves(self, calls: list[Call]) -> list[Leaves]:
         if not calls:
             raise TFMQError(f"calibration: the pipeline never called {type(self.network).__name__}.")
-        return [call_leaves(call, self.defaults) for call in calls]
+        return self._of_tensors(calls, self.preview.lists)
+
+    def _of_tensors(self, calls: list[Call], lists: RowLists | None) -> list[Leaves]:
+        """Return the leaves of calls, with tensors (N, ...) for lists of rows. A call with rows of several sizes is several calls."""
+        parts = calls if lists is None else [part for call in calls for part in lists.parts(call)]
+        return [call_leaves(call, self.defaults) for call in parts]
+
+    def ragged(self) -> Collection[str]:
+        """Return the tensors whose rows may differ in size: lists, but for the noisy samples, which are as large as the outputs."""
+        if (lists := self.preview.lists) is None:
+            return ()
+        call = self.preview.calls[0]
+        first = next(n for n, (_, x) in call.items() if isinstance(x, Tensor) and n != self.timestep)
+        return [n for n in lists.arguments if n != first]
 
     def size_of(self, call: Flat) -> int:
         """Return the number of rows of a call: that of its first tensor other than the timestep, the noisy sample."""
@@ -344,10 +365,12 @@ class Session:
                 )
         return frozenset((tensors.keys() - shared.keys()) | ({self.timestep} & call.keys()))
 
-    def _marks(self, calls: list[Flat], expected: Mapping[str, Tensor]) -> list[bool]:
-        """Return for each row of the calls whether it has the condition. expected: see `conditional_rows`."""
+    def _marks(self, calls: list[Flat], expected: Sequence[Mapping[str, Tensor]]) -> list[bool]:
+        """Return for each row of the calls whether it has one of the conditions. expected: see `conditional_rows`."""
         sizes = [self.size_of(call) for call in calls]
-        marks: list[bool] = conditional_rows(calls, sizes, expected).tolist()
+        marks: list[bool] = (
+            torch.stack([conditional_rows(calls, sizes, one) for one in expected]).any(0).tolist()
+        )
         if any(marks) and not all(marks):
             return marks
         log.warning(
@@ -411,7 +434,7 @@ def _require_plain(session: Session, cache: Path) -> None:
 
 def _record(session: Session, folder: Path, *, deterministic: bool, limit: float) -> Recording:
     ranks = Ranks()
-    sink, marks = Sink(folder, limit), list[bool]()
+    sink, marks = Sink(folder, limit, ragged=session.ragged()), list[bool]()
     paths = dict[str, ArgumentPath]()
 
     def take(calls: list[Leaves], conditional: list[bool]) -> None:
@@ -457,6 +480,8 @@ def _record(session: Session, folder: Path, *, deterministic: bool, limit: float
         repeats=shapes.repeats,
         perturbation=session.preview.perturbation,
         others=constants.others,
+        row_lists=session.preview.lists,
+        row_sizes=sink.row_sizes,
     )
 
 
@@ -519,6 +544,10 @@ def _write(session: Session, folder: Path, *, deterministic: bool) -> None:
         "conditional": found.conditional.int().tolist(),
         "repeats": found.repeats,
         "others": list(found.others),
+        "row_sizes": {}
+        if found.row_sizes is None
+        else {n: x.tolist() for n, x in found.row_sizes.of.items()},
+        "row_lists": None if found.row_lists is None else found.row_lists.to_json(),
     }
     try:
         text = json.dumps(index)

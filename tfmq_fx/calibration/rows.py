@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,9 @@ from torch import Tensor
 from tfmq_fx.base.arguments import Path as ArgumentPath
 from tfmq_fx.base.errors import TFMQError
 from tfmq_fx.base.files import raw_bytes
+from tfmq_fx.base.row_lists import RowLists
 from tfmq_fx.calibration.perturbed import Perturbation
+from tfmq_fx.calibration.row_sizes import RowSizes, padded
 
 INDEX = "rows.json"
 
@@ -30,13 +32,19 @@ class Recording:
     repeats: dict[str, int]  # how often the network takes each row, if not once: a prompt for every frame
     perturbation: Perturbation | None = None
     others: Sequence[Mapping[str, Any]] = ()  # the constants of further kinds of calls, where they differ
+    row_lists: RowLists | None = None
+    row_sizes: RowSizes | None = None  # of rows that are padded
 
 
 class Sink:
-    """A collector of rows: in memory up to `limit` bytes, beyond that in one file per tensor in `folder`."""
+    """A collector of rows: in memory up to `limit` bytes, beyond that in one file per tensor in `folder`.
 
-    def __init__(self, folder: Path, limit: float) -> None:
-        self.folder, self.limit = folder, limit
+    ragged: the names of tensors whose rows may differ in size. They are padded with zeros, and `row_sizes` has their sizes.
+    """
+
+    def __init__(self, folder: Path, limit: float, *, ragged: Collection[str] = ()) -> None:
+        self.folder, self.limit, self.ragged = folder, limit, ragged
+        self.pieces: dict[str, list[tuple[int, ...]]] = {}  # the shapes of what was added of ragged tensors
         self.kept: list[dict[str, Tensor]] = []
         self.shapes: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
         self.bytes, self.rows, self.on_disk = 0, 0, False
@@ -48,7 +56,9 @@ class Sink:
             raise TFMQError(f"calibration: some calls of the network have {wrong!r} and some do not.")
         for name, x in rows.items():
             found, expected = (x.dtype, tuple(x.shape[1:])), self.shapes.get(name)
-            if expected is not None and found != expected:
+            if name in self.ragged:
+                self.pieces.setdefault(name, []).append(tuple(x.shape))
+            elif expected is not None and found != expected:
                 raise TFMQError(
                     f"calibration: {name!r} has rows of {found[0]} {found[1]} after rows of {expected[0]} {expected[1]}; record "
                     "pictures of different sizes, or prompts of different lengths, separately."
@@ -78,13 +88,44 @@ class Sink:
 
     def finish(self) -> dict[str, Tensor]:
         """Return all rows by name, (N, ...) each, memory-mapped if they are in files."""
+        differ = self._differing()
         if not self.on_disk:
             # One tensor at a time is let go of, so that memory never holds all rows twice.
-            return {n: torch.cat([rows.pop(n) for rows in self.kept]) for n in self.shapes}
+            return {
+                n: (padded if n in differ else torch.cat)([rows.pop(n) for rows in self.kept])
+                for n in self.shapes
+            }
         return {
-            name: _mapped(self.folder / f"{i}.bin", dtype, (self.rows, *shape))
+            name: self._padded(i, name, dtype)
+            if name in differ
+            else _mapped(self.folder / f"{i}.bin", dtype, (self.rows, *shape))
             for i, (name, (dtype, shape)) in enumerate(self.shapes.items())
         }
+
+    @property
+    def row_sizes(self) -> RowSizes | None:
+        """Return the sizes of the rows of the tensors that are padded; None if there are none."""
+        sizes = {
+            n: torch.tensor([s[1:] for s in self.pieces[n] for _ in range(s[0])]) for n in self._differing()
+        }
+        return RowSizes(sizes) if sizes else None
+
+    def _differing(self) -> list[str]:
+        return [n for n, shapes in self.pieces.items() if len({s[1:] for s in shapes}) > 1]
+
+    def _padded(self, number: int, name: str, dtype: torch.dtype) -> Tensor:
+        """Rewrite a file of rows of different sizes as one of padded rows, and map it."""
+        file, shapes = self.folder / f"{number}.bin", self.pieces[name]
+        counts = [torch.Size(s).numel() for s in shapes]
+        flat = _mapped(file, dtype, (sum(counts),))
+        pieces = [x.view(s) for x, s in zip(flat.split(counts), shapes, strict=True)]
+        shape = (self.rows, *map(max, zip(*(s[1:] for s in shapes), strict=True)))
+        whole = torch.from_file(
+            str(file.with_suffix(".padded")), shared=True, size=torch.Size(shape).numel(), dtype=dtype
+        )
+        padded(pieces, out=whole.view(shape))
+        file.with_suffix(".padded").replace(file)
+        return whole.view(shape)
 
 
 def _mapped(file: Path, dtype: torch.dtype, shape: Sequence[int]) -> Tensor:
@@ -95,6 +136,10 @@ def _mapped(file: Path, dtype: torch.dtype, shape: Sequence[int]) -> Tensor:
             "again."
         )
     return torch.from_file(str(file), size=count, dtype=dtype).reshape(*shape)
+
+
+def _sizes_of(found: dict[str, list[list[int]]]) -> RowSizes | None:
+    return RowSizes({n: torch.tensor(sizes) for n, sizes in found.items()}) if found else None
 
 
 def read_recording(folder: Path) -> Recording:
@@ -115,6 +160,8 @@ def read_recording(folder: Path) -> Recording:
             conditional=torch.tensor(index["conditional"], dtype=torch.bool),
             repeats=index["repeats"],
             others=index.get("others", ()),
+            row_sizes=_sizes_of(index["row_sizes"]),
+            row_lists=None if index["row_lists"] is None else RowLists.of_json(index["row_lists"]),
         )
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise TFMQError(

@@ -13,9 +13,10 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import operator
 import re
 import xml.etree.ElementTree as ElementTree
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -104,6 +105,7 @@ def write(model: QuantizedGraph, folder: Path, *, float_share: float = 0.0) -> l
         multiply_in_float(gm, products)
     PassManager([integer_weights])(gm)
     _require_real(gm)
+    _divide_sizes(gm)
     _separate_outputs(gm)
     ir = _convert(gm)
     _name_weights(ir)
@@ -137,6 +139,26 @@ def _table() -> Table:
     for op in (*ops_to_not_decompose(), aten.instance_norm.default):
         table.pop(op, None)
     return dict(table.items()) | {aten.einsum.default: einsum_as_matmul}
+
+
+def _divide_sizes(gm: GraphModule) -> None:
+    """Compute a % b of sizes as a - a // b * b, and -a as 0 - a, which OpenVINO knows."""
+
+    def call(function: Callable[..., Any], *args: Any) -> Node:
+        new = gm.graph.call_function(function, args)
+        new.meta["val"] = function(*(meta_value(a) if isinstance(a, Node) else a for a in args))
+        return new
+
+    for node in gm.graph.find_nodes(op="call_function", target=operator.mod):
+        with gm.graph.inserting_before(node):
+            a, b = node.args
+            node.replace_all_uses_with(
+                call(operator.sub, a, call(operator.mul, call(operator.floordiv, a, b), b))
+            )
+    for node in gm.graph.find_nodes(op="call_function", target=operator.neg):
+        with gm.graph.inserting_before(node):
+            node.replace_all_uses_with(call(operator.sub, 0, *node.args))
+    gm.graph.eliminate_dead_code()
 
 
 def _convert(gm: GraphModule) -> Any:

@@ -24,20 +24,28 @@ WEIGHTED = (
 
 
 def flat(inputs: Mapping[str, Any], prefix: str = "") -> dict[str, Tensor]:
-    """The tensors among `inputs`, nested names joined by "_"."""
+    """The tensors among `inputs`, nested names joined by "_". Lists of them are one for each sample, and stacked."""
     found: dict[str, Tensor] = {}
     for name, value in inputs.items():
         if isinstance(value, Mapping):
             found |= flat(value, f"{prefix}{name}_")
         elif isinstance(value, Tensor):
             found[prefix + name] = value
+        elif _is_list(value):
+            found[prefix + name] = torch.stack(value)
     return found
+
+
+def _is_list(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(x, Tensor) and x.dim() > 1 for x in value)
 
 
 def _replace(inputs: Mapping[str, Any], values: Mapping[str, Tensor], prefix: str = "") -> dict[str, Any]:
     return {
         name: _replace(value, values, f"{prefix}{name}_")
         if isinstance(value, Mapping)
+        else list(values[prefix + name])
+        if _is_list(value)
         else values.get(prefix + name, value)
         for name, value in inputs.items()
     }

@@ -19,6 +19,7 @@ from diffusers import (
     PriorTransformer,
     QwenImageTransformer2DModel,
     SanaTransformer2DModel,
+    ZImageTransformer2DModel,
 )
 
 from benchmarks.networks.zoo.entry import TIME, Entry, builder, noise, pair, steps
@@ -116,6 +117,11 @@ _KANDINSKY5 = (
     "out_layer.modulation.out_layer",
 )
 _COSMOS_NORMS = (*(f"transformer_blocks.{i}.norm{k}" for i in range(2) for k in (1, 2, 3)), "norm_out")
+
+_ZIMAGE = (
+    *tuple(f"{part}.0.adaLN_modulation.0" for part in ("noise_refiner", "layers")),
+    "all_final_layer.2-1.adaLN_modulation.1",
+)
 
 RECENT = (
     _of_timestep(
@@ -218,5 +224,25 @@ RECENT = (
             "encoder_hidden_states": noise(2, 77, 768) if real else noise(2, _WORDS, 20),
         },
         before=TIME[:1], features=TIME[1:],  # the embedding is a token of its own
+    ),
+    Entry(
+        name="z-image",
+        build=builder(
+            ZImageTransformer2DModel, {},
+            {"in_channels": 4, "dim": 32, "n_layers": 1, "n_refiner_layers": 1, "n_heads": 2, "n_kv_heads": 2, "cap_feat_dim": 20,
+             "axes_dims": [8, 4, 4], "axes_lens": [64, 16, 16]},
+        ),
+        inputs=lambda real: {
+            "x": list(noise(2, 16, 1, 128, 128) if real else noise(2, 4, 1, 8, 8)),
+            "t": torch.tensor([0.25, 0.75]),
+            "cap_feats": list(noise(2, 250, 2560) if real else noise(2, _WORDS, 20)),
+            "return_dict": False,
+        },
+        timestep="t",
+        features=_ZIMAGE,
+        layers=("t_embedder.mlp.0", "t_embedder.mlp.2", *_ZIMAGE),
+        keys=("t",),
+        pure_features=_ZIMAGE,
+        pure_layers=("t_embedder.mlp.0", "t_embedder.mlp.2", *_ZIMAGE),
     ),
 )  # fmt: skip
