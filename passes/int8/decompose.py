@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-import operator
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any
@@ -19,7 +17,7 @@ from torch.fx.passes.infra.pass_base import PassResult
 from torch.utils import _pytree as pytree
 
 from tfmq_fx.graph.fakes import kind_of_call
-from tfmq_fx.graph.nodes import aten, fixed_size, meta_value, mutated_inputs, paste, put_in_place, set_buffer
+from tfmq_fx.graph.nodes import meta_value, mutated_inputs, paste, put_in_place, set_buffer
 
 Table = Mapping[OpOverload, Callable[..., Any]]
 
@@ -57,7 +55,6 @@ def decompose(gm: GraphModule, *, table: Table) -> PassResult | None:
         with gm.graph.inserting_before(node):
             result = paste(gm.graph, inner.graph, taken, prefix=f"decomposed_{i}")
         put_in_place(node, result)
-    _multiply_sizes(gm)
     _share_sizes(gm)
     gm.graph.eliminate_dead_code()
     gm.graph.lint()
@@ -67,22 +64,6 @@ def decompose(gm: GraphModule, *, table: Table) -> PassResult | None:
 
 def _flat(node: Node) -> list[Any]:
     return pytree.tree_leaves((node.args, node.kwargs))
-
-
-def _multiply_sizes(gm: GraphModule) -> None:
-    """Compute a tensor's number of values from its sizes: few runtimes know the operator. numel(x) ==> size(x, 0) * 3."""
-    for node in gm.graph.find_nodes(op="call_function", target=aten.sym_numel.default):
-        shape = meta_value(node.args[0]).shape
-        with gm.graph.inserting_before(node):
-            product: Any = math.prod(size for d in shape if (size := fixed_size(d)) is not None)
-            value: Any = product
-            for i, size in enumerate(shape):
-                if fixed_size(size) is None:
-                    factor = gm.graph.call_function(aten.sym_size.int, (node.args[0], i))
-                    factor.meta["val"], value = size, value * size
-                    product = gm.graph.call_function(operator.mul, (factor, product))
-                    product.meta["val"] = value
-        put_in_place(node, product)
 
 
 def _share_sizes(gm: GraphModule) -> None:

@@ -13,10 +13,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import operator
 import re
 import xml.etree.ElementTree as ElementTree
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +33,7 @@ from tfmq_fx.passes.int8.einsum_as_matmul import einsum_as_matmul
 from tfmq_fx.passes.int8.fold_weights import fold_weights
 from tfmq_fx.passes.int8.integer_weights import integer_weights
 from tfmq_fx.passes.int8.multiply_in_float import multiply_in_float
+from tfmq_fx.passes.int8.plain_sizes import plain_sizes
 from tfmq_fx.passes.int8.rescale_temporal import PRECISE
 from tfmq_fx.passes.int8.to_int8 import TO_INT8
 from tfmq_fx.passes.pass_manager import PassManager
@@ -103,9 +103,8 @@ def write(model: QuantizedGraph, folder: Path, *, float_share: float = 0.0) -> l
     if in_float and len(in_float) < len(quantized):
         fold_weights(gm, weighted)
         multiply_in_float(gm, products)
-    PassManager([integer_weights])(gm)
+    PassManager([integer_weights, plain_sizes])(gm)
     _require_real(gm)
-    _divide_sizes(gm)
     _separate_outputs(gm)
     ir = _convert(gm)
     _name_weights(ir)
@@ -139,26 +138,6 @@ def _table() -> Table:
     for op in (*ops_to_not_decompose(), aten.instance_norm.default):
         table.pop(op, None)
     return dict(table.items()) | {aten.einsum.default: einsum_as_matmul}
-
-
-def _divide_sizes(gm: GraphModule) -> None:
-    """Compute a % b of sizes as a - a // b * b, and -a as 0 - a, which OpenVINO knows."""
-
-    def call(function: Callable[..., Any], *args: Any) -> Node:
-        new = gm.graph.call_function(function, args)
-        new.meta["val"] = function(*(meta_value(a) if isinstance(a, Node) else a for a in args))
-        return new
-
-    for node in gm.graph.find_nodes(op="call_function", target=operator.mod):
-        with gm.graph.inserting_before(node):
-            a, b = node.args
-            node.replace_all_uses_with(
-                call(operator.sub, a, call(operator.mul, call(operator.floordiv, a, b), b))
-            )
-    for node in gm.graph.find_nodes(op="call_function", target=operator.neg):
-        with gm.graph.inserting_before(node):
-            node.replace_all_uses_with(call(operator.sub, 0, *node.args))
-    gm.graph.eliminate_dead_code()
 
 
 def _convert(gm: GraphModule) -> Any:

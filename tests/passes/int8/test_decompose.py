@@ -1,6 +1,5 @@
 """Operators written by others, each kind traced once: the graph and the values of torch.export's own decompositions."""
 
-import operator
 from collections import Counter
 
 import torch
@@ -113,18 +112,3 @@ def test_inputs_of_an_operator_may_become_one():
     decompose(gm, table=table())
     assert not {"contiguous", "expand_as", "baddbmm"} & {op_name(n) for n in gm.graph.nodes}
     torch.testing.assert_close(gm(x)[0], torch.baddbmm(x, x, x))
-
-
-def test_a_number_of_values_is_a_product_of_sizes():
-    """OpenVINO has no operator for it; views of a tensor whose other sizes move too come to it."""
-    graph = torch.fx.Graph()
-    given = graph.placeholder("x")
-    number = graph.call_function(aten.sym_numel.default, (given,))
-    rest = graph.call_function(operator.floordiv, (number, 36))
-    graph.output((graph.call_function(aten.view.default, (given, [rest, 36])),))
-    gm = torch.fx.GraphModule(nn.Module(), graph)
-    set_fake_values(gm, {"x": X}, dynamic={"x": {0, 1}})
-    decompose(gm, table={})
-    assert operators(gm) == {f"{operator.mul}": 2, f"{operator.floordiv}": 1, "aten.view.default": 1}
-    for x in (X, X[:1, :3]):
-        assert torch.equal(gm(x)[0], x.flatten(0, 1).flatten(1))
