@@ -106,6 +106,15 @@ MORE = (
         build=lambda: diffusers.AuraFlowTransformer2DModel(),
         inputs=lambda: _call((4, 32, 32), 32, 2048, (0.5, 0.25)),
     ),
+    Published(
+        name="z-image",
+        build=lambda: diffusers.ZImageTransformer2DModel(),
+        inputs=lambda: {
+            "x": [torch.zeros(16, 1, 16, 16)] * 2, "t": torch.tensor([0.5, 0.25]), "cap_feats": [torch.zeros(32, 2560)] * 2,
+            "return_dict": False,
+        },
+        timestep="t",
+    ),
 )  # fmt: skip
 WANTED = ("sd-1.5", "sd-xl", "dit", "pixart-512", "sd-3", "flux", "wan")
 NETWORKS = {

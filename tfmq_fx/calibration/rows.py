@@ -160,8 +160,8 @@ def read_recording(folder: Path) -> Recording:
             conditional=torch.tensor(index["conditional"], dtype=torch.bool),
             repeats=index["repeats"],
             others=index.get("others", ()),
-            row_sizes=_sizes_of(index["row_sizes"]),
-            row_lists=None if index["row_lists"] is None else RowLists.of_json(index["row_lists"]),
+            row_sizes=_sizes_of(index.get("row_sizes", {})),
+            row_lists=None if (lists := index.get("row_lists")) is None else RowLists.of_json(lists),
         )
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise TFMQError(
