@@ -519,7 +519,8 @@ class DropIn(nn.Module):
         }
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        if (listed := self.interface.listed) is not None:
+        if self.interface.row_lists is not None:  # torch.compile traces no cached properties
+            listed: Any = self.interface.listed
             names = list(self.interface.arguments)
             given = {**dict(zip(names, args, strict=False)), **kwargs}
             if listed.in_lists(given):
