@@ -34,6 +34,7 @@ import tfmq_fx
 from benchmarks.networks.zoo import ZOO
 from tfmq_fx.artefact.graph_json import tensors_of
 from tfmq_fx.artefact.outside import Outside
+from tfmq_fx.base.row_lists import RowLists
 from tfmq_fx.capturing import capture_rows
 from tfmq_fx.graph.inputs import placeholders
 from tfmq_fx.graph.nodes import attribute, fresh, meta_value, set_buffer, weight_path
@@ -54,6 +55,7 @@ class Published:
     build: Callable[[], nn.Module]
     inputs: Callable[[], dict[str, Any]]
     timestep: str = "timestep"
+    lists: RowLists | None = None  # which arguments and outputs are lists of rows; on meta, no call shows it
 
 
 def _sd35() -> nn.Module:
@@ -110,10 +112,11 @@ MORE = (
         name="z-image",
         build=lambda: diffusers.ZImageTransformer2DModel(),
         inputs=lambda: {
-            "x": [torch.zeros(16, 1, 16, 16)] * 2, "t": torch.tensor([0.5, 0.25]), "cap_feats": [torch.zeros(32, 2560)] * 2,
+            "x": torch.zeros(2, 16, 1, 16, 16), "t": torch.tensor([0.5, 0.25]), "cap_feats": torch.zeros(2, 32, 2560),
             "return_dict": False,
         },
         timestep="t",
+        lists=RowLists(("x", "cap_feats"), (0,)),
     ),
 )  # fmt: skip
 WANTED = ("sd-1.5", "sd-xl", "dit", "pixart-512", "sd-3", "flux", "wan")
@@ -142,6 +145,7 @@ def measured(published: Published) -> Found:
     """Count the bytes on the meta device."""
     with torch.device("meta"):
         network = published.build().eval().to(DTYPE)
+        network = network if published.lists is None else published.lists.batched(network)
     inputs = pytree.tree_map_only(Tensor, _on_meta, published.inputs())
     inputs[published.timestep] = inputs[published.timestep].to(torch.float32)
     plain, _ = capture_rows(network, inputs, published.timestep)

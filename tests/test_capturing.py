@@ -321,6 +321,21 @@ class BatchOfTimesteps(OneGuidance):
         return self.out(sample.reshape(timestep.shape[0], -1, 4) + emb[:, None])
 
 
+class OneTimestepAlone(OneGuidance):
+    """It takes a single timestep, (1,), and fails for any other shape."""
+
+    def forward(self, sample, timestep):
+        if timestep.shape != (1,):
+            raise ValueError("one timestep, please")
+        return super().forward(sample, timestep)
+
+
+def test_a_network_that_fails_for_a_timestep_of_each_row_is_refused_in_one_line():
+    example = {"sample": torch.randn(2, 4), "timestep": torch.tensor([7.0, 9.0])}
+    with pytest.raises(TFMQError, match="one timestep, please"):
+        capture_rows(make(OneTimestepAlone), example, "timestep")
+
+
 def test_a_network_that_counts_its_timesteps_is_captured_with_one_for_all_rows():
     network = make(OneGuidance)
     gm, _ = capture_rows(
