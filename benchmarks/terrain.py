@@ -42,6 +42,7 @@ from tfmq_fx.recipe import Recipe, Reconstruction
 
 Call = Callable[..., Tensor]
 ROWS = ("bf16", "onnxruntime", "nncf", "w8a8 plain", "w8a8", "w4a8")
+MORE = ("w3a8", "w4a4")
 
 
 def bf16(network: nn.Module) -> Call:
@@ -185,7 +186,7 @@ def draw(picture: Path, clean: dict[str, Tensor]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS))
+    parser.add_argument("--rows", nargs="+", choices=(*ROWS, *MORE), default=list(ROWS))
     parser.add_argument("--count", type=int, default=4, help="calibration rows of each noise level")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=0, help="time lowered networks in so many rounds")
