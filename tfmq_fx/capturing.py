@@ -471,10 +471,9 @@ def captured(
     example = calibration.example(count, beside=network)
     if "return_dict" in parameters_of(network):
         example["return_dict"] = False
-    if not calibration.others:
-        return capture_rows(calibration.row_wise(network), example, timestep)
     gm, example = capture_rows(calibration.row_wise(network), example, timestep)
-    _require_kinds(gm, network, calibration)
+    if calibration.others:
+        _require_kinds(gm, network, calibration)
     return gm, example
 
 

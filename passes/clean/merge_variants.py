@@ -16,7 +16,7 @@ from torch.fx.passes.tools_common import stable_topological_sort
 from torch.utils import _pytree as pytree
 
 from tfmq_fx.graph.inputs import placeholders
-from tfmq_fx.graph.nodes import ancestors, aten, attribute, hinted_shape, meta_value
+from tfmq_fx.graph.nodes import add_call, ancestors, aten, attribute, hinted_shape, meta_value
 
 _is_node: Callable[[Any], bool] = lambda x: isinstance(x, Node)  # noqa: E731
 
@@ -123,10 +123,7 @@ class _Merge:
             if user.target == target and user.args == arguments:
                 return user  # type: ignore[no-any-return]
         with self.graph.inserting_after(arguments[0]):
-            node = self.graph.call_function(target, arguments)
-        values = (meta_value(a) if isinstance(a, Node) else a for a in arguments)
-        node.meta = {"val": target(*values)}
-        return node
+            return add_call(self.graph, target, *arguments)
 
 
 def _uses(rows: Node) -> Iterator[Node]:

@@ -9,7 +9,7 @@ from typing import Any
 from torch.fx import GraphModule, Node
 from torch.fx.passes.infra.pass_base import PassResult
 
-from tfmq_fx.graph.nodes import aten, fixed_size, meta_value, put_in_place
+from tfmq_fx.graph.nodes import add_call, aten, fixed_size, meta_value, put_in_place
 
 
 def plain_sizes(gm: GraphModule) -> PassResult:
@@ -30,29 +30,27 @@ def plain_sizes(gm: GraphModule) -> PassResult:
     return PassResult(gm, modified)
 
 
-def _call(gm: GraphModule, function: Callable[..., Any], *args: Any) -> Node:
-    node = gm.graph.call_function(function, args)
-    values = (meta_value(a) if isinstance(a, Node) else a for a in args)
-    node.meta["val"] = function(*values)
-    return node
-
-
 def _numel(gm: GraphModule, x: Node) -> Any:
     product: Any = 1
     for i, size in enumerate(meta_value(x).shape):
         fixed = fixed_size(size)
-        factor = _call(gm, aten.sym_size.int, x, i) if fixed is None else fixed
+        factor = add_call(gm.graph, aten.sym_size.int, x, i) if fixed is None else fixed
         both = isinstance(factor, int) and isinstance(product, int)
-        product = factor * product if both else _call(gm, operator.mul, factor, product)
+        product = factor * product if both else add_call(gm.graph, operator.mul, factor, product)
     return product
 
 
 def _remainder(gm: GraphModule, a: Any, b: Any) -> Node:
-    return _call(gm, operator.sub, a, _call(gm, operator.mul, _call(gm, operator.floordiv, a, b), b))
+    return add_call(
+        gm.graph,
+        operator.sub,
+        a,
+        add_call(gm.graph, operator.mul, add_call(gm.graph, operator.floordiv, a, b), b),
+    )
 
 
 def _negative(gm: GraphModule, a: Any) -> Node:
-    return _call(gm, operator.sub, 0, a)
+    return add_call(gm.graph, operator.sub, 0, a)
 
 
 _WRITTEN: dict[Any, Callable[..., Any]] = {

@@ -171,11 +171,7 @@ def row_lists(network: nn.Module, given: Mapping[str, Any], timestep: str) -> Ro
     if isinstance(known, RowLists):
         return known
     t = given.get(timestep)
-    names = [
-        n
-        for n, x in given.items()
-        if isinstance(x, (list, tuple)) and x and all(isinstance(e, Tensor) for e in x)
-    ]
+    names = [n for n, x in given.items() if _is_list(x) and x]
     count = t.shape[0] if isinstance(t, Tensor) and t.dim() else len(given[names[0]]) if names else 0
     names = [n for n in names if len(given[n]) == count]
     if not names:

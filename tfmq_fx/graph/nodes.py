@@ -370,6 +370,13 @@ def paste(graph: Graph, inner: Graph, taken: dict[Node, Any], *, prefix: str) ->
     return result
 
 
+def add_call(graph: Graph, target: Callable[..., Any], *arguments: Any) -> Node:
+    """Add a call of an operator, with the fake value that it makes of its arguments' values."""
+    node = graph.call_function(target, arguments)
+    node.meta["val"] = target(*(meta_value(a) if isinstance(a, Node) else a for a in arguments))
+    return node
+
+
 def put_in_place(node: Node, result: Any) -> None:
     """Let the users of a node read the result, a node or nested nodes, instead, and erase it."""
     for user in list(node.users):
