@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import copy
 import dataclasses
+import fcntl
 import functools
 import itertools
 import json
@@ -23,6 +24,7 @@ import statistics
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -33,8 +35,9 @@ from torch.utils import _pytree as pytree
 
 import tfmq_fx
 from benchmarks.networks.zoo import ZOO
+from tfmq_fx.base.cudnn_int8 import frontend
 from tfmq_fx.base.errors import first_line
-from tfmq_fx.base.int8_kernels import TILES, stored, stored_packed
+from tfmq_fx.base.int8_kernels import CUDNN_PLANS, TILES, stored, stored_packed
 from tfmq_fx.recipe import SHARES
 from tfmq_fx.runtimes import cuda, cuda_engine
 
@@ -59,12 +62,20 @@ class Run:
         self.rounds: int = 2 if given.dry else given.rounds
         self.save: Path | None = given.save
         self.without: list[str] = given.without
+        self.artefacts: dict[str, str] = dict(pair.split("=", 1) for pair in given.artefacts)
+        self.turn: Path | None = given.turn
         self.quantized: dict[str, tfmq_fx.QuantizedModel] = {}  # recipe -> the network of this part
 
     @property
     def left(self) -> float:
         """Return the seconds that are left."""
         return float(self.end - time.monotonic())
+
+    def loaded(self, recipe: str) -> tfmq_fx.QuantizedModel | None:
+        """Return the artefact that was given for a recipe."""
+        if recipe not in self.artefacts:
+            return None
+        return tfmq_fx.load(self.artefacts[recipe]).to(self.device)
 
     def row(self, part: str, name: str, **values: Any) -> None:
         """Print and keep one result."""
@@ -73,6 +84,16 @@ class Run:
         if self.save is not None:
             with self.save.open("a") as file:
                 file.write(json.dumps({"part": part, "name": name, **values}) + "\n")
+
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """Measure while no other run with the same file measures."""
+        if self.turn is None:
+            yield
+            return
+        with self.turn.open("w") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            yield
 
     def synchronize(self) -> None:
         if not self.dry:
@@ -84,9 +105,10 @@ class Run:
             start = time.perf_counter()
             call()
             return 1e6 * (time.perf_counter() - start)
-        from triton.testing import do_bench
+        from triton.testing import do_bench_cudagraph
 
-        found: float = do_bench(call, warmup=5, rep=30, return_mode="median")
+        call()
+        found: float = do_bench_cudagraph(call, rep=10, return_mode="median")
         return 1e3 * found
 
 
@@ -128,6 +150,11 @@ def kernel_of(
     return lambda: tfmq.int8_conv2d(x, weight, packed, *parts, *twice, zero, *rest)
 
 
+def tiles(run: Run) -> list[tuple[int, ...]]:
+    """Return the tiles to check: by shape, Triton's, cuDNN's."""
+    return [(), *(TILES[:1] if run.dry else TILES), *(CUDNN_PLANS if frontend() else ())]
+
+
 def exact_sums(x: Tensor, w: Tensor, zero: int, place: tuple[int, int, int]) -> Tensor:
     """Return the sums of (x - zero) * w in float64, which holds them exactly."""
     x, w = x.double() - zero, w.double()
@@ -150,7 +177,7 @@ def correct(run: Run) -> None:
         zeros = integers(run, o, low=-3, high=18) if is_packed else None
         signed = weight if zeros is None else weight - zeros[:, None, None, None]
         expected = exact_sums(x, signed, zero, place)
-        for tile in [[], *(TILES[:1] if run.dry else TILES)]:
+        for tile in tiles(run):
             name = (
                 f"conv {n}x{c}x{h}x{w}->{o} {place} z {zero} {'int4' if is_packed else 'int8'} {list(tile)}"
             )
@@ -163,7 +190,7 @@ def correct(run: Run) -> None:
     for rows, c, o in [(5, 33, 7), (300, 640, 130)]:
         x, weight = integers(run, rows, c), integers(run, o, c)
         expected = exact_sums(x, weight, 5, (1, 0, 1))
-        for tile in [[], *(TILES[:1] if run.dry else TILES)]:
+        for tile in tiles(run):
             wrong += check(
                 run,
                 f"linear {rows}x{c}->{o} {list(tile)}",
@@ -254,8 +281,10 @@ def compare(run: Run, name: str, x: Tensor, weight: Tensor, plain: Callable[...,
     if weight.dim() == 4:
         weight_half = weight_half.contiguous(memory_format=torch.channels_last)
     found: dict[str, float] = {"bf16": run.microseconds(lambda: plain(x_half, weight_half, bias))}
-    for tile in [[], *TILES]:
-        label = "default" if not tile else "x".join(map(str, tile))
+    for tile in [[], *TILES, *(CUDNN_PLANS if frontend() else ())]:
+        label = (
+            "default" if not tile else f"cuDNN {tile[1]}" if tile in CUDNN_PLANS else "x".join(map(str, tile))
+        )
         try:
             found[label] = run.microseconds(kernel_of(x, weight, tile=list(tile), **more))
         except Exception as error:  # Triton's own types
@@ -307,9 +336,8 @@ def ours(recipe: str, **settings: Any) -> Callable[[nn.Module, Inputs, Run], Ste
     def make(network: nn.Module, inputs: Inputs, run: Run) -> Step:
         start = time.perf_counter()
         if recipe not in run.quantized:
-            run.quantized = {
-                recipe: quantized(network, inputs, recipe)
-            }  # one at a time: a large network's fills gigabytes
+            # One at a time: a large network's fills gigabytes.
+            run.quantized = {recipe: run.loaded(recipe) or quantized(network, inputs, recipe)}
         q = run.quantized[recipe]
         middle = time.perf_counter()
         wanted = settings | ({"compile": False} if run.dry else {})
@@ -375,9 +403,11 @@ def whole(run: Run, name: str) -> None:
                 step = make(network, inputs, run)
                 step()
                 run.synchronize()
-                time_step(run, name, contender, step, first=time.perf_counter() - start)
-                if contender == "bf16 compile":
-                    time_step(run, name, "bf16 compile, CUDA graph", recorded(step, run), first=0.0)
+                first = time.perf_counter() - start
+                with run.alone():
+                    time_step(run, name, contender, step, first=first)
+                    if contender == "bf16 compile":
+                        time_step(run, name, "bf16 compile, CUDA graph", recorded(step, run), first=0.0)
             except Exception as error:  # the row's result, and the next contender's turn
                 run.row(name, contender, error=f"{type(error).__name__}: {first_line(error)}"[:300])
             step = None  # type: ignore[assignment]
@@ -446,6 +476,16 @@ def main() -> None:
     )
     parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--save", type=Path)
+    parser.add_argument(
+        "--artefacts",
+        nargs="+",
+        default=[],
+        metavar="RECIPE=FOLDER",
+        help="quantized before, instead of here",
+    )
+    parser.add_argument(
+        "--turn", type=Path, help="a file: runs that were given the same one measure one after the other"
+    )
     parser.add_argument("--dry", action="store_true", help="on the CPU, in tiny sizes")
     given = parser.parse_args()
     warnings.filterwarnings("ignore")

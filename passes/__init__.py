@@ -19,6 +19,8 @@ from tfmq_fx.passes.int8.cuda_kernels import cuda_kernels
 from tfmq_fx.passes.int8.flatten_linears import flatten_linears
 from tfmq_fx.passes.int8.fuse_epilogues import fuse_epilogues
 from tfmq_fx.passes.int8.integer_weights import integer_weights
+from tfmq_fx.passes.int8.look_up_together import look_up_together
+from tfmq_fx.passes.int8.merge_linears import merge_linears
 from tfmq_fx.passes.int8.onednn_kernels import onednn_kernels
 from tfmq_fx.passes.int8.rescale_temporal import rescale_temporal
 from tfmq_fx.passes.int8.rescale_tokens import rescale_tokens
@@ -74,7 +76,9 @@ __all__ = [
     "integer_weights",
     "linear_matmuls",
     "literal_dtypes",
+    "look_up_together",
     "low_rank",
+    "merge_linears",
     "merge_variants",
     "move_to_device",
     "onednn_kernels",

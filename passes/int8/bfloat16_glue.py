@@ -20,7 +20,7 @@ from tfmq_fx.passes.pass_manager import declare
 _ARITHMETIC = ("add", "sub", "mul", "div", "clamp")
 
 
-@declare(after=("onednn_kernels", "cuda_kernels", "fuse_epilogues", "share_quantized"))
+@declare(after=("onednn_kernels", "cuda_kernels", "fuse_epilogues", "share_quantized", "merge_linears"))
 def bfloat16_glue(
     gm: GraphModule, *, dtypes: dict[Node, torch.dtype], precise: Collection[str]
 ) -> PassResult:

@@ -25,6 +25,7 @@ def fuse_epilogues(gm: GraphModule) -> PassResult:
         mul(kernel(..), s)         ==>  kernel(.., row_scale=s)     s: one number for each sample, or for each token
         add(kernel(..), b)         ==>  kernel(.., bias=b)          b: a constant for each output channel
         add(kernel(..), r)         ==>  kernel(.., residual=r)      r: any tensor that broadcasts to the output
+        div or mul(kernel(..), 1)  ==>  kernel(..)                  networks divide by factors that are 1 by default
         silu or gelu(kernel(..))   ==>  kernel(.., activation)
         quantize(mul(kernel(..), f))  ==>  quantize(kernel(.., y_factor=f))      f as s; see `share_quantized`
 
@@ -44,8 +45,8 @@ def _fuse(kernel: Node) -> int:
     fused = 0
     while len(kernel.users) == 1 and not kernel.meta.get(PRECISE):
         user = next(iter(kernel.users))
-        changes = _changes(kernel, user)
-        if not changes or not _is_alike(kernel, user):
+        changes = {} if _is_by_one(user) else _changes(kernel, user)
+        if changes is None or not _is_alike(kernel, user):
             break
         set_arguments(kernel, **changes)
         user.prepend(kernel)  # what it reads now may come later than it did
@@ -56,32 +57,36 @@ def _fuse(kernel: Node) -> int:
     return fused
 
 
+def _is_by_one(user: Node) -> bool:
+    return user.target in (aten.mul.Tensor, aten.div.Tensor) and user.args[1] == 1 and not user.kwargs
+
+
 def _is_alike(kernel: Node, user: Node) -> bool:
     x, y = meta_value(kernel), meta_value(user)
     same = isinstance(x, Tensor) and isinstance(y, Tensor) and x.dtype == y.dtype == torch.float32
     return same and hinted_shape(kernel) == hinted_shape(user)
 
 
-def _changes(kernel: Node, user: Node) -> dict[str, Any]:
-    """Return the kernel's new arguments if it can compute `user`, its only reader; {} if it cannot."""
+def _changes(kernel: Node, user: Node) -> dict[str, Any] | None:
+    """Return the kernel's new arguments if it can compute `user`, its only reader; None if it cannot."""
     done = arguments_of(kernel)
     before_factor = done["y_factor"] is None
     before_activation = before_factor and done["activation"] == "none"
     before_sums = before_activation and done["bias"] is None and done["residual"] is None
     if user.target in (aten.silu.default, aten.gelu.default):
-        return {"activation": _activation(user)} if before_activation else {}
+        return {"activation": _activation(user)} if before_activation else None
     other = _other(kernel, user)
     if other is None:
-        return {}
+        return None
     if user.target is aten.mul.Tensor and _is_by_row(kernel, other):
         if before_sums and done["row_scale"] is None:
             return {"row_scale": other}
         feeds = all(u.target is QUANTIZE for u in user.users)
-        return {"y_factor": other} if before_factor and feeds else {}
+        return {"y_factor": other} if before_factor and feeds else None
     if user.target is aten.add.Tensor and before_activation and done["residual"] is None:
         bias = _bias(kernel, other) if done["bias"] is None else None
         return {"residual": other} if bias is None else {"bias": bias}
-    return {}
+    return None
 
 
 def _activation(user: Node) -> str:

@@ -25,7 +25,7 @@ KERNELS = (
     tfmq.int4_linear.default,
     *GPU_KERNELS,
 )
-LAYER = "layer"  # in a kernel's meta: the name of the node that it replaced
+LAYER = "layer"  # in a kernel's meta: the names of the nodes that it replaced
 FALLBACK = "fallback"  # in a layer's meta: why it stayed as it was
 
 
@@ -107,7 +107,7 @@ def integers_of(gm: GraphModule, weight: Node) -> tuple[Tensor, Tensor, Tensor]:
 
 def put_kernel(layer: Node, kernel: Node) -> None:
     """Let the users of a layer read its kernel, and erase the layer."""
-    kernel.meta = {k: v for k, v in layer.meta.items() if k in ("val", PRECISE)} | {LAYER: layer.name}
+    kernel.meta = {k: v for k, v in layer.meta.items() if k in ("val", PRECISE)} | {LAYER: (layer.name,)}
     layer.replace_all_uses_with(kernel)
     layer.graph.erase_node(layer)
 

@@ -14,7 +14,7 @@ from tfmq_fx.passes.pass_manager import declare
 QUANTIZE = torch.ops.quantized_decomposed.quantize_per_tensor.default
 _BYTES = ((0, 255, torch.uint8), (-128, 127, torch.int8))
 # They move values without computing, and torch supports them for bytes.
-_MOVES = (
+MOVES = (
     aten.view.default, aten.reshape.default, aten.permute.default, aten.transpose.int, aten.unsqueeze.default,
     aten.squeeze.dim, aten.flatten.using_ints, aten.clone.default, aten.contiguous.default, aten.expand.default, aten.slice.Tensor,
 )  # fmt: skip
@@ -60,7 +60,7 @@ def _fold(quantize: Node) -> bool:
     source, scale, zero_point, low, high, dtype = quantize.args
     assert isinstance(source, Node)
     x = source
-    while x.target in _MOVES and len(x.users) == 1 and isinstance(x.args[0], Node):
+    while x.target in MOVES and len(x.users) == 1 and isinstance(x.args[0], Node):
         x = x.args[0]
     alone = len(x.users) == 1 and x.target in KERNELS and not x.meta.get(PRECISE)
     if not alone or (low, high, dtype) not in _BYTES or output_dtype(x) != torch.float32:

@@ -22,7 +22,7 @@ from tests.helpers.nearest import labelled, quantized
 from tfmq_fx.artefact.graph_json import tensors_of
 from tfmq_fx.artefact.program import flat_graph
 from tfmq_fx.base.errors import TFMQError
-from tfmq_fx.base.int8_kernels import TILES
+from tfmq_fx.base.int8_kernels import CUDNN_PLANS, TILES
 from tfmq_fx.graph.nodes import fresh
 from tfmq_fx.passes import (
     TO_INT8,
@@ -218,14 +218,35 @@ def test_tiles_are_measured_once_for_each_shape_and_kept(low, tmp_path):
         return -len(measured)  # the last is the fastest
 
     file = tmp_path / "new" / "tiles.json"
-    found = cuda_engine.tiles_of(gm, inputs, file=file, measure=measure)
+    found = cuda_engine.tiles_of(gm, inputs, TILES, file=file, measure=measure)
     assert found.keys() == {n.name for n in kernels}
     assert set(found.values()) == {TILES[-1]}
     assert len(measured) % len(TILES) == 0
     assert len(measured) < len(kernels) * len(TILES)  # some have one shape
-    assert cuda_engine.tiles_of(gm, inputs, file=file, measure=lambda _: 1 / 0) == found
+    assert cuda_engine.tiles_of(gm, inputs, TILES, file=file, measure=lambda _: 1 / 0) == found
     cuda_engine.set_tiles(gm, found)
     assert {tuple(arguments_of(n)["tile"]) for n in kernels} == {TILES[-1]}
+
+
+@torch.no_grad()
+def test_cudnn_is_a_candidate_where_it_is_installed(low, monkeypatch):
+    assert cuda_engine.candidates(False) == ((),)
+    monkeypatch.setattr(cuda_engine, "frontend", lambda: None)
+    assert (cuda_engine.candidates(None), cuda_engine.candidates(True)) == (((),), TILES)
+    monkeypatch.setattr(cuda_engine, "frontend", lambda: object())
+    assert cuda_engine.candidates(None) == ((), *CUDNN_PLANS)
+    gm, inputs = fresh(low.network.gm), [noise(2), mixed(2)]
+    expected = gm(*inputs)
+    found = cuda_engine.tiles_of(gm, inputs, CUDNN_PLANS, file=None, measure=lambda call: call().sum().item())
+    cuda_engine.set_tiles(gm, found)
+    for node in gm.graph.nodes:
+        if node.name in found:
+            given = arguments_of(node)
+            constants = [
+                gm.get_buffer(given[n].target) for n in ("correction", "bias") if given[n] is not None
+            ]
+            assert all(c.dtype == torch.float32 for c in constants)  # cuDNN takes nothing else
+    torch.testing.assert_close(gm(*inputs), expected)
 
 
 @pytest.mark.slow

@@ -12,12 +12,13 @@ out of the sum: sum((x - z) * w) = sum(x * w) - z * sum(w). A picture is padded 
 scale, correction (int32), bias: one for each output channel. row_scale, y_factor: one for each of the leading dimensions
 that they have, such as (N, 1, 1, 1) for scales by timestep or (N, L, 1) by token. residual: any shape that broadcasts to y's.
 activation: "none", "silu", "gelu" or "gelu_tanh". dtype: of y; torch.int8 writes bytes. tile: BLOCK_M, BLOCK_N, BLOCK_K, warps
-and stages of the Triton kernel; empty: by the shape.
+and stages of the Triton kernel; or 0 and the number of one of cuDNN's plans (see `cudnn_int8`); empty: Triton's, by the shape.
 
 weight: (C_out, KH, KW, C) int8, or (C_out, C) of a linear, C padded to a multiple of 16; see `stored`. With `weight_zero` (int8)
 it holds two integers in a byte, of which the kernel subtracts it, so that weights of four bits stay packed; see `stored_packed`.
 
-On a GPU they run `triton_int8`; torch.compile and AOTInductor see that kernel. Elsewhere they compute the same in float64.
+On a GPU they run `triton_int8`, and torch.compile and AOTInductor see that kernel, or cuDNN. Elsewhere they compute the same in
+float64.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from tfmq_fx.base import cudnn_int8
 from tfmq_fx.base.onednn import pack_int4
 
 CHANNELS = 16  # bytes that one load of the kernel reads: rows of weights and pixels are multiples of it
@@ -44,6 +46,7 @@ TILES = (
     (128, 256, 64, 8, 3),
     (64, 64, 128, 4, 4),
 )
+CUDNN_PLANS = tuple((0, plan) for plan in range(cudnn_int8.PLANS))
 
 
 def stored(signed: Tensor) -> Tensor:
@@ -197,6 +200,9 @@ def _product(
         return _reference(
             x, weight, *parts, y.dtype, stride, padding, dilation, activation, y_scale, y_zero_point
         )
+    if len(tile) == len(CUDNN_PLANS[0]):
+        place = (stride, padding, dilation)
+        return cudnn_product(x.contiguous(), weight, *parts[1:], y.shape, y.dtype, *place, activation, tile[1], y_scale, y_zero_point)  # fmt: skip
     from tfmq_fx.base.triton_int8 import launch  # Triton is there only where a GPU may be
 
     launch(
@@ -206,6 +212,41 @@ def _product(
         y_scale=y_scale, y_zero_point=y_zero_point,
     )  # fmt: skip
     return y
+
+
+@torch.library.custom_op("tfmq::cudnn_product", mutates_args=())
+def cudnn_product(
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    correction: Tensor | None,
+    bias: Tensor | None,
+    row_scale: Tensor | None,
+    residual: Tensor | None,
+    y_factor: Tensor | None,
+    shape: Sequence[int],
+    dtype: torch.dtype,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    activation: str,
+    plan: int,
+    y_scale: float,
+    y_zero_point: int,
+) -> Tensor:
+    """Compute what the kernels do by one of cuDNN's plans: pictures NHWC in and out. shape, dtype: of the result."""
+    y = x.new_empty(shape, dtype=dtype)
+    cudnn_int8.product(
+        x, weight, scale, correction, bias, row_scale, residual, y_factor, y,
+        stride=stride, padding=padding, dilation=dilation, activation=activation, plan=plan, y_scale=y_scale,
+        y_zero_point=y_zero_point,
+    )  # fmt: skip
+    return y
+
+
+@cudnn_product.register_fake
+def _fake_product(x, *rest):  # type: ignore[no-untyped-def]
+    return x.new_empty(rest[7], dtype=rest[8])
 
 
 _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {

@@ -276,8 +276,8 @@ class CalibrationSet:
 
     @property
     def row_timesteps(self) -> Tensor:
-        """Return one timestep for each row (N,): the largest, if a row has several."""
-        return per_sample(self.tensors[self.timestep])
+        """Return one timestep for each row (N,), on the CPU, as all indices of rows are: the largest, if a row has several."""
+        return per_sample(self.tensors[self.timestep]).cpu()
 
     def spread(self, num_samples: int, *, seed: int = 0) -> CalibrationSet:
         """Return `num_samples` rows, drawn evenly over the timesteps (`row_timesteps`), in shuffled order; all rows if there are fewer."""

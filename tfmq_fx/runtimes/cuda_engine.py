@@ -27,19 +27,22 @@ from tfmq_fx.artefact.drop_in import QuantizedGraph, example_inputs
 from tfmq_fx.artefact.outside import to_device
 from tfmq_fx.artefact.program import flat_graph
 from tfmq_fx.base.arithmetic import ByteSums
+from tfmq_fx.base.cudnn_int8 import frontend
 from tfmq_fx.base.errors import TFMQError, first_line
 from tfmq_fx.base.files import replace_files
-from tfmq_fx.base.int8_kernels import TILES
+from tfmq_fx.base.int8_kernels import CUDNN_PLANS, TILES
 from tfmq_fx.base.tracing import tracing
 from tfmq_fx.graph.fakes import fill_fake_values
 from tfmq_fx.graph.inputs import placeholders
-from tfmq_fx.graph.nodes import fresh
+from tfmq_fx.graph.nodes import attribute, fresh, set_buffer
 from tfmq_fx.graph.written import kept, written_buffers
 from tfmq_fx.passes.int8.bfloat16_glue import bfloat16_glue
 from tfmq_fx.passes.int8.cuda_kernels import cuda_kernels
 from tfmq_fx.passes.int8.fold_weights import fold_weights, keep_what_is_read
 from tfmq_fx.passes.int8.fuse_epilogues import fuse_epilogues
 from tfmq_fx.passes.int8.kernels import GPU_KERNELS, arguments_of, set_arguments
+from tfmq_fx.passes.int8.look_up_together import look_up_together
+from tfmq_fx.passes.int8.merge_linears import merge_linears
 from tfmq_fx.passes.int8.share_quantized import share_quantized
 from tfmq_fx.passes.int8.signed_activations import signed_activations
 from tfmq_fx.passes.int8.to_int8 import TO_INT8
@@ -106,7 +109,8 @@ def prepare_graph(
     layers = list(layers_of(gm))
     fill_fake_values(gm)
     kernels = functools.partial(cuda_kernels, pack=pack)
-    PassManager([signed_activations, kernels, fuse_epilogues, share_quantized])(gm)
+    passes = [signed_activations, kernels, fuse_epilogues, share_quantized, merge_linears, look_up_together]
+    PassManager(passes)(gm)
     fold_weights(gm)
     keep_what_is_read(gm)
     to_device(gm, device)
@@ -163,8 +167,9 @@ class CudaNetwork(nn.Module):
             return self._made(gm, inputs)
 
     def _made(self, gm: GraphModule, inputs: Sequence[Tensor]) -> Callable[..., Sequence[Tensor]]:
-        if self.wanted:
-            set_tiles(gm, tiles_of(gm, inputs, file=self._file(inputs)))
+        tiles = candidates(self.wanted)
+        if len(tiles) > 1:
+            set_tiles(gm, tiles_of(gm, inputs, tiles, file=self._file(inputs)))
         function = self._compiled(gm, inputs)
         with self.turn:
             try:
@@ -248,16 +253,28 @@ Tile = tuple[int, ...]
 Measure = Callable[[Callable[[], Any]], float]
 
 
+def candidates(compile: bool | None) -> tuple[Tile, ...]:
+    """Return the tiles among which each kernel's is chosen by measuring: Triton's, () being the one by shape, and cuDNN's plans."""
+    if compile is False:
+        return ((),)
+    return (*(TILES if compile else ((),)), *(CUDNN_PLANS if frontend() else ()))
+
+
 def tiles_of(
-    gm: GraphModule, inputs: Sequence[Tensor], *, file: Path | None, measure: Measure | None = None
+    gm: GraphModule,
+    inputs: Sequence[Tensor],
+    tiles: Sequence[Tile],
+    *,
+    file: Path | None,
+    measure: Measure | None = None,
 ) -> dict[str, Tile]:
-    """Return the fastest tile for every int8 kernel of the graph, by its node's name; from the file if that is there.
+    """Return the fastest of these tiles for every int8 kernel of the graph, by its node's name; from the file if that is there.
 
     Kernels of one shape are measured once. measure: returns the milliseconds of a call.
     """
     if file is not None and file.exists():
         return {name: tuple(tile) for name, tile in json.loads(file.read_text()).items()}
-    run = _Tiles(gm, measure or _milliseconds)
+    run = _Tiles(gm, tiles, measure or _milliseconds)
     with torch.no_grad():
         run.run(*inputs)
     if file is not None:
@@ -267,46 +284,70 @@ def tiles_of(
 
 def set_tiles(gm: GraphModule, tiles: dict[str, Tile]) -> None:
     """Let the int8 kernels of a graph use these tiles, by their nodes' names."""
-    for node in gm.graph.nodes:
+    for node in list(gm.graph.nodes):
         if node.name in tiles:
             set_arguments(node, tile=list(tiles[node.name]))
+            if tiles[node.name] in CUDNN_PLANS:
+                _put_in_float32(gm, node)
     gm.recompile()
 
 
-def _milliseconds(call: Callable[[], Any]) -> float:
-    from triton.testing import do_bench
+def _put_in_float32(gm: GraphModule, kernel: Node) -> None:
+    """Cast a kernel's constants here, once: cuDNN takes them in float32."""
+    for name in ("correction", "bias"):
+        constant = arguments_of(kernel)[name]
+        if constant is not None and attribute(gm, str(constant.target)).dtype != torch.float32:
+            set_buffer(gm, f"{kernel.name}_{name}_float32", attribute(gm, str(constant.target)).float())
+            with gm.graph.inserting_before(kernel):
+                set_arguments(kernel, **{name: gm.graph.get_attr(f"{kernel.name}_{name}_float32")})
 
-    found: float = do_bench(call, warmup=2, rep=10)
+
+def _milliseconds(call: Callable[[], Any]) -> float:
+    from triton.testing import do_bench_cudagraph
+
+    call()  # what cannot run must not fail while it is recorded
+    torch.cuda.synchronize()
+    found: float = do_bench_cudagraph(call, rep=2, return_mode="median")
     return found
 
 
 class _Tiles(Interpreter):
     """An interpreter that runs the graph once, and each int8 kernel of a new shape with every tile."""
 
-    def __init__(self, gm: GraphModule, measure: Measure) -> None:
+    def __init__(self, gm: GraphModule, tiles: Sequence[Tile], measure: Measure) -> None:
         super().__init__(gm)
-        self.measure = measure
+        self.tiles, self.measure = tiles, measure
         self.found: dict[str, Tile] = {}
         self.known: dict[Any, Tile] = {}
 
     def run_node(self, n: Node) -> Any:
         if n.target in GPU_KERNELS:
             args, _ = self.fetch_args_kwargs_from_env(n)
-            key = (n.target, *((x.shape, x.dtype) if isinstance(x, Tensor) else str(x) for x in args))
+            given = dict(zip(arguments_of(n), args, strict=True))
+            key = (n.target, *(_form(name, value) for name, value in given.items()))
             if key not in self.known:
-                self.known[key] = self._fastest(n, list(args))
+                self.known[key] = self._fastest(n.target, given)
             self.found[n.name] = self.known[key]
         return super().run_node(n)
 
-    def _fastest(self, kernel: Node, args: list[Any]) -> Tile:
-        at = list(arguments_of(kernel)).index("tile")
-        target: Any = kernel.target
-
+    def _fastest(self, kernel: Any, given: dict[str, Any]) -> Tile:
         def milliseconds(tile: Tile) -> float:
+            floats = ("correction", "bias") if tile in CUDNN_PLANS else ()  # see `set_tiles`
+            own = {n: x.float() if n in floats and x is not None else x for n, x in given.items()}
             try:
-                return self.measure(lambda: target(*args[:at], list(tile), *args[at + 1 :]))
+                return self.measure(lambda: kernel(*(own | {"tile": list(tile)}).values()))
             except Exception as error:  # Triton's own types: a GPU with less shared memory, for one
                 log.info("lower: tile %s cannot run here: %s", tile, first_line(error))
                 return float("inf")
 
-        return min(TILES, key=milliseconds)
+        packed = given["weight_zero"] is not None  # which cuDNN does not read
+        return min((t for t in self.tiles if not (packed and t in CUDNN_PLANS)), key=milliseconds)
+
+
+def _form(name: str, value: Any) -> Any:
+    """Return what a kernel's time depends on of one of its arguments."""
+    if isinstance(value, Tensor):
+        return value.shape, value.stride(), value.dtype
+    if name in ("y_scale", "y_zero_point"):
+        return None
+    return bool(value) if name == "x_zero_point" else str(value)

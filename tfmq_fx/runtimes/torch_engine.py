@@ -176,7 +176,7 @@ def kernels_of_graph(
     gm: the graph with the kernels. layers: those of the graph before the kernels were put in. glue: the
     precision of the layers that are not int8, by its short name.
     """
-    replaced = {n.meta[LAYER]: n for n in gm.graph.nodes if LAYER in n.meta}
+    replaced = {name: n for n in gm.graph.nodes for name in n.meta.get(LAYER, ())}
     left = {n.name: n.meta.get(FALLBACK, "") for n in gm.graph.nodes}
     found = []
     for layer in layers:

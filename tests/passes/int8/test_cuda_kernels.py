@@ -35,7 +35,7 @@ def test_layers_become_kernels_with_the_same_values(pack):
         "quantize_per_tensor", "int8_conv2d", "flatten", "transpose", "sin", "quantize_per_tensor", "int8_linear",
     ]  # fmt: skip
     kernels = [n for n in gm.graph.nodes if n.target in GPU_KERNELS]
-    assert [n.meta[LAYER] for n in kernels] == ["conv2d", "linear"]
+    assert [n.meta[LAYER] for n in kernels] == [("conv2d",), ("linear",)]
     # 120 - 128 = -8: the convolution corrects for it, the linear has nothing to correct.
     assert arguments_of(kernels[0])["x_zero_point"] == -8
     assert [arguments_of(n)["correction"] is None for n in kernels] == [False, True]
