@@ -22,6 +22,7 @@ import itertools
 import json
 import statistics
 import time
+import traceback
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -409,6 +410,7 @@ def whole(run: Run, name: str) -> None:
                     if contender == "bf16 compile":
                         time_step(run, name, "bf16 compile, CUDA graph", recorded(step, run), first=0.0)
             except Exception as error:  # the row's result, and the next contender's turn
+                traceback.print_exc(limit=-6)
                 run.row(name, contender, error=f"{type(error).__name__}: {first_line(error)}"[:300])
             step = None  # type: ignore[assignment]
             torch._dynamo.reset()

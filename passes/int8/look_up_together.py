@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ def look_up_together(gm: GraphModule) -> PassResult:
     """Look up the entries of vectors at the same index in one operation instead of one for each vector.
 
         index_select(a, 0, i), index_select(b, 0, i)  ==>  both = index_select(stack(a, b), 1, i); both[0], both[1]
+        reciprocal(view(index_select(a, 0, i)))       ==>  view(index_select(reciprocal(a), 0, i))
 
     A network with scales by timestep has hundreds of such vectors, and a GPU needs as long to start an operation on a few
     numbers as to multiply a small matrix.
@@ -35,12 +37,30 @@ def look_up_together(gm: GraphModule) -> PassResult:
                 groups[index, len(values), values.dtype, values.device].append(node)
     found = [lookups for lookups in groups.values() if len(lookups) > 1]
     for lookups in found:
-        _join(gm, lookups)
+        _join(gm, [*lookups, *(inverse for n in lookups for inverse in _inverses(gm, n))])
     if found:
         gm.graph.eliminate_dead_code()
         gm.graph.lint()
         gm.recompile()
     return PassResult(gm, bool(found))
+
+
+def _inverses(gm: GraphModule, lookup: Node) -> Iterator[Node]:
+    """Look up the reciprocals that are computed of a lookup, and yield those lookups."""
+    table, *where = lookup.args
+    for view in list(lookup.users):
+        for node in list(view.users) if view.target is aten.view.default else []:
+            if node.target is aten.reciprocal.default:
+                name = f"{node.name}_table"
+                set_buffer(gm, name, attribute(gm, str(table.target)).reciprocal())  # type: ignore[union-attr]
+                with gm.graph.inserting_before(node):
+                    inverse = gm.graph.call_function(lookup.target, (gm.graph.get_attr(name), *where))  # type: ignore[arg-type]
+                    inverse.meta = {n: v for n, v in lookup.meta.items() if n == "val"}
+                    again = gm.graph.call_function(aten.view.default, (inverse, view.args[1]))
+                again.meta = {n: v for n, v in node.meta.items() if n == "val"}
+                node.replace_all_uses_with(again)
+                gm.graph.erase_node(node)
+                yield inverse
 
 
 def _join(gm: GraphModule, lookups: list[Node]) -> None:

@@ -234,13 +234,13 @@ def pack_bits(q: Tensor, integers: IntegerRange) -> Tensor:
     flat = q.reshape(-1)
     packed = np.empty(-(-flat.numel() * integers.bits // 8), dtype=np.uint8)
     for start in range(0, flat.numel(), PACKED):
-        part = (
-            (flat[start : start + PACKED].to(torch.int16) - integers.quant_min).to(torch.uint8).cpu().numpy()
-        )
-        bits = (part[:, None] >> np.arange(integers.bits, dtype=np.uint8)) & 1
-        found = np.packbits(bits.reshape(-1), bitorder="little")
+        part = flat[start : start + PACKED].contiguous().cpu().view(torch.uint8).numpy()
+        part = part - np.uint8(integers.quant_min % 256)  # of signed bytes too: it wraps around
+        if integers.bits < 8:
+            bits = np.unpackbits(part[:, None], axis=1, count=integers.bits, bitorder="little")
+            part = np.packbits(bits.reshape(-1), bitorder="little")
         first = start * integers.bits // 8
-        packed[first : first + len(found)] = found
+        packed[first : first + len(part)] = part
     return torch.from_numpy(packed)
 
 
@@ -252,13 +252,15 @@ def unpack_bits(packed: Tensor, shape: tuple[int, ...], integers: IntegerRange) 
             f"packed weight: {packed.numel()} bytes of {packed.dtype} found, but shape {shape} at "
             f"{integers.bits} bits takes {-(-numel * integers.bits // 8)} bytes of uint8."
         )
-    found, places = torch.empty(numel, dtype=integers.dtype), np.arange(integers.bits, dtype=np.uint8)
+    found = torch.empty(numel, dtype=integers.dtype)
     for start in range(0, numel, PACKED):
         count, first = min(PACKED, numel - start), start * integers.bits // 8
         part = packed[first : first + -(-count * integers.bits // 8)].numpy()
-        bits = np.unpackbits(part, bitorder="little")[: count * integers.bits]
-        unsigned = (bits.reshape(count, integers.bits) << places).sum(1, dtype=np.uint8)
-        found[start : start + count] = torch.from_numpy(unsigned.astype(np.int16)) + integers.quant_min
+        if integers.bits < 8:
+            bits = np.unpackbits(part, bitorder="little")[: count * integers.bits]
+            part = np.packbits(bits.reshape(count, integers.bits), axis=1, bitorder="little")[:, 0]
+        part = part + np.uint8(integers.quant_min % 256)
+        found[start : start + count] = torch.from_numpy(part).view(integers.dtype)
     return found.reshape(shape)
 
 

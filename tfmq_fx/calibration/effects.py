@@ -321,7 +321,7 @@ class _Probe(Interpreter):
         limits = IntegerRange.activation(reader.plan.activation_bits)
         for candidate, s_C in reader.smoothing.items():
             scale, zero_point = self.qparams[reader.input][candidate]
-            s_C1 = torch.ones(1, 1) if s_C is None else s_C[:, None].to(x_NCK)
+            s_C1 = x_NCK.new_ones(1, 1) if s_C is None else s_C[:, None].to(x_NCK)
             y_NCK = torch.fake_quantize_per_tensor_affine(
                 x_NCK / s_C1, scale, zero_point, limits.quant_min, limits.quant_max
             )

@@ -60,6 +60,7 @@ from tfmq_fx.runtimes.engine import (
     shapes_of,
 )
 from tfmq_fx.runtimes.layers import layers_of
+from tfmq_fx.runtimes.regions import compile_regions
 from tfmq_fx.runtimes.torch_engine import Prepared, dtypes_of, kernels_of_graph, lay_out, weight_bytes
 
 log = logging.getLogger(__name__)
@@ -193,8 +194,10 @@ class CudaNetwork(nn.Module):
     def _compiled(self, gm: GraphModule, inputs: Sequence[Tensor]) -> Callable[..., Any]:
         """Return the graph compiled by Inductor; itself with compile=False, and where that fails with compile=None."""
         if self.wanted is not False:
+            one = functools.partial(compiled, folder=self.folder)
             try:
-                return compiled(gm, inputs, folder=self.folder)
+                # What writes to memory has an order, which regions do not keep.
+                return one(gm, inputs) if written_buffers(gm) else compile_regions(fresh(gm), inputs, one)
             except Exception as error:  # Inductor and Triton raise many types
                 shapes = ", ".join(map(str, shapes_of(inputs)))
                 why_not = f"compiling for inputs of {shapes}: {type(error).__name__}: {first_line(error)}"
