@@ -17,6 +17,7 @@ from tfmq_fx.passes.int8.bfloat16_glue import bfloat16_glue
 from tfmq_fx.passes.int8.byte_activations import byte_activations
 from tfmq_fx.passes.int8.cuda_kernels import cuda_kernels
 from tfmq_fx.passes.int8.flatten_linears import flatten_linears
+from tfmq_fx.passes.int8.float8_kernels import float8_kernels
 from tfmq_fx.passes.int8.fuse_epilogues import fuse_epilogues
 from tfmq_fx.passes.int8.integer_weights import integer_weights
 from tfmq_fx.passes.int8.look_up_together import look_up_together
@@ -67,6 +68,7 @@ __all__ = [
     "flatten_entries",
     "flatten_linears",
     "flatten_timestep",
+    "float8_kernels",
     "float_at_unseen",
     "fold_parameters",
     "fuse_epilogues",

@@ -59,6 +59,7 @@ def quantized_from(q: Node) -> tuple[Node, ...]:
     wide = product.args[0] if isinstance(product, Node) and product.target is aten.mul.Tensor else None
     if not isinstance(wide, Node):
         return ()
+    # A trace drops a cast to what x is.
     return (wide, product, clamp) if is_cast(wide, torch.float32) else (product, clamp)  # type: ignore[return-value]
 
 

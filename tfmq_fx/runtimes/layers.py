@@ -11,6 +11,7 @@ from torch.fx import GraphModule, Node
 
 from tfmq_fx.artefact.drop_in import QuantizedGraph
 from tfmq_fx.base.arithmetic import PAIRS_FIT, centred, saturates
+from tfmq_fx.graph.float8 import dequantized
 from tfmq_fx.graph.nodes import (
     attribute,
     hinted_shape,
@@ -36,6 +37,7 @@ class Kernel:
     reason: str  # why it is not int8; "" if it is
     fell_back: bool  # True if its inputs are quantized but it is not int8
     flops: int  # for one sample
+    float8: bool = False  # True if it multiplies float8 numbers as such
 
     @property
     def int8_flops(self) -> int:
@@ -55,10 +57,13 @@ class EngineLayer:
     float_because: str  # why no int8 kernel can run it; "" if both its inputs are quantized
     saturates: bool = False  # True if it stays in float because this CPU's int8 kernels would be wrong
 
-    def ran_as(self, kernel: str, *, precision: str, int8: bool, reason: str) -> Kernel:
+    def ran_as(
+        self, kernel: str, *, precision: str, int8: bool, reason: str, float8: bool = False
+    ) -> Kernel:
         """Return the kernel that ran this layer.
 
-        kernel: the engine's name for it. precision: of its inputs. reason: why it is not int8, "" if it is.
+        kernel: the engine's name for it. precision: of its inputs. reason: why it is not int8, "" if it is. float8: True
+        if it multiplied float8 numbers.
         """
         return Kernel(
             path=self.path or self.node,
@@ -67,8 +72,9 @@ class EngineLayer:
             precision=precision,
             int8=int8,
             reason=reason,
-            fell_back=not int8 and not self.float_because,
+            fell_back=not (int8 or float8) and not self.float_because,
             flops=self.flops,
+            float8=float8,
         )
 
 
@@ -119,7 +125,8 @@ def _is_quantized_weight(weight: Node) -> bool:
 
 
 def _is_quantized(x: Node) -> bool:
-    return (is_decomposed(x) and op_name(x).startswith("dequantize")) or bool(x.meta.get(DEQUANTIZED))
+    is_integer = (is_decomposed(x) and op_name(x).startswith("dequantize")) or bool(x.meta.get(DEQUANTIZED))
+    return is_integer or dequantized(x) is not None
 
 
 def _flops(node: Node) -> int:
@@ -157,6 +164,16 @@ def quantized_layers(gm: GraphModule) -> list[Node]:
         if weight is not None:
             x = node.args[0]
             found += [node] if x.target in pairs or x.meta.get(DEQUANTIZED) else []
+    return found
+
+
+def float8_layers(gm: GraphModule) -> list[Node]:
+    """Return the linears whose input is quantized to float8, and their weights to float8 or integers."""
+    found = []
+    for node in gm.graph.nodes:
+        index = weight_argument(node)
+        if index is not None and dequantized(node.args[0]) and _is_quantized_weight(node.args[index]):
+            found.append(node)
     return found
 
 
