@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sized
 from dataclasses import dataclass
 from typing import Any
 
@@ -56,6 +56,7 @@ class EngineLayer:
     flops: int  # for one sample; a multiplication and an addition count as two
     float_because: str  # why no int8 kernel can run it; "" if both its inputs are quantized
     saturates: bool = False  # True if it stays in float because this CPU's int8 kernels would be wrong
+    float8: bool = False  # True if its input or weight is quantized to float8
 
     def ran_as(
         self, kernel: str, *, precision: str, int8: bool, reason: str, float8: bool = False
@@ -94,6 +95,7 @@ def layers_of(gm: GraphModule) -> Iterator[EngineLayer]:
                 reasons.append("its weight is float")
         if any(not _is_quantized(x) for x in operands):
             reasons.append("its input is float" if index is not None else "its operands are float")
+        operands = operands if index is None else [*operands, node.args[index]]
         yield EngineLayer(
             node=node.name,
             weight="" if index is None else node.args[index].name,
@@ -101,6 +103,7 @@ def layers_of(gm: GraphModule) -> Iterator[EngineLayer]:
             op=op_name(node),
             flops=_flops(node),
             float_because=" and ".join(reasons),
+            float8=any(dequantized(x) for x in operands),
         )
 
 
@@ -167,6 +170,9 @@ def quantized_layers(gm: GraphModule) -> list[Node]:
     return found
 
 
+FLOAT8_IN_FLOAT = "it multiplies float8_e4m3fn, for which there is no kernel: the same numbers run in float"
+
+
 def float8_layers(gm: GraphModule) -> list[Node]:
     """Return the linears whose input is quantized to float8, and their weights to float8 or integers."""
     found = []
@@ -175,6 +181,11 @@ def float8_layers(gm: GraphModule) -> list[Node]:
         if index is not None and dequantized(node.args[0]) and _is_quantized_weight(node.args[index]):
             found.append(node)
     return found
+
+
+def float8_because(layers: Sized) -> str:
+    """Return the end of a sentence on these layers, of float8, that run in float; "" if there are none."""
+    return f"; {len(layers)} multiply float8_e4m3fn, for which there is no kernel" if len(layers) else ""
 
 
 def _dequantized_weight(layer: Any) -> Any:
