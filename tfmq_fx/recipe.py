@@ -266,6 +266,12 @@ class Recipe:
             raise TFMQError(
                 f"Recipe.temporal_observer: {self.temporal_observer!r} is not a subclass of TemporalObserver."
             )
+        if FLOAT8 in (self.linear_dtype, *(rule.linear_dtype for rule in self.rules)) and issubclass(
+            self.temporal_observer_class, TemporalKLObserver
+        ):
+            raise TFMQError(
+                f"Recipe.temporal_observer: 'kl' counts values by integer, and linear_dtype={FLOAT8!r} has none; use another."
+            )
         for name, known in (
             ("activation_observer", ACTIVATION_OBSERVERS),
             ("unseen", UNSEEN),

@@ -11,7 +11,7 @@ from torch.fx import GraphModule, Node
 from torch.fx.passes.infra.pass_base import PassResult
 
 from tfmq_fx.base.float8 import DTYPE
-from tfmq_fx.graph.float8 import dequantized, is_cast, quantized_from
+from tfmq_fx.graph.float8 import dequantized, is_cast, quantized_from, scale_nodes
 from tfmq_fx.graph.nodes import aten, attribute, is_decomposed, op_name, set_buffer, value_inputs
 from tfmq_fx.passes.int8.kernels import FLOAT8_KERNEL, KERNELS, output_dtype, set_arguments, set_output
 from tfmq_fx.passes.int8.onednn_kernels import LAY_OUT
@@ -79,9 +79,10 @@ def _of_float8(gm: GraphModule) -> set[Node]:
     found: set[Node] = set()
     for node in gm.graph.nodes:
         if is_cast(node, DTYPE):
-            found.update(quantized_from(node))
+            chain = quantized_from(node)
+            found.update((*chain, *(scale_nodes(chain[-2].args[1]) if chain else ())))
         elif (pair := dequantized(node)) is not None:
-            found.update((node, *(n for n in pair.q.users if is_cast(n))))
+            found.update((node, *(n for n in pair.q.users if is_cast(n)), *scale_nodes(pair.scale)))
     return found
 
 

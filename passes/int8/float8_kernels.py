@@ -61,6 +61,8 @@ def _merge(gm: GraphModule) -> bool:
         chain = quantized_from(node) if is_cast(node, float8.DTYPE) else ()
         if chain and isinstance(factor := chain[-2].args[1], float):
             x = chain[0].args[0]
+            while is_cast(x, torch.float32):
+                x = x.args[0]  # type: ignore[union-attr]
             other = first.setdefault((x, factor), node)
             if other is not node:
                 node.replace_all_uses_with(other)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -28,7 +29,7 @@ def quantize(x: Any, scale: Any) -> Any:
     """
     # Of a number too, the reciprocal is rounded to float32: the same scale gives the same bits in either form.
     is_number = isinstance(scale, float)
-    inverse = torch.tensor(scale).reciprocal().item() if is_number else aten.reciprocal.default(scale)
+    inverse = float(np.float32(1) / np.float32(scale)) if is_number else aten.reciprocal.default(scale)
     y = aten.mul.Tensor(aten.to.dtype(x, torch.float32), inverse)
     return aten.to.dtype(aten.clamp.default(y, -LARGEST, LARGEST), DTYPE)
 

@@ -12,7 +12,8 @@ from torch.fx import GraphModule, Node
 from tfmq_fx.base import float8
 from tfmq_fx.graph.nodes import aten, attribute, op_name
 
-_LOOKED_UP = ("view", "index_select", "reciprocal")  # between a constant scale and the products with it
+# Between a constant scale, or a token's largest magnitude, and the products with it.
+_OF_SCALES = ("view", "index_select", "reciprocal", "clamp", "div")
 
 
 class Dequantized(NamedTuple):
@@ -70,14 +71,17 @@ def float8_weights(gm: GraphModule) -> Iterator[str]:
             yield from (str(n.target) for n in module.graph.find_nodes(op="get_attr") if is_float8(n))
 
 
+def scale_nodes(scale: object) -> list[Node]:
+    """Return the nodes that compute a scale, from the last to the first, which is a constant or what is measured."""
+    found = []
+    while isinstance(scale, Node):
+        found.append(scale)
+        scale = scale.args[0] if op_name(scale) in _OF_SCALES else None
+    return found
+
+
 def float8_scales(gm: GraphModule) -> set[Node]:
     """Return the constants that are scales of float8 numbers, or tables of them."""
-    found = set()
-    for node in gm.graph.nodes:
-        pair = dequantized(node)
-        source = pair.scale if pair is not None else None
-        while isinstance(source, Node) and op_name(source) in _LOOKED_UP:
-            source = source.args[0]  # type: ignore[assignment]
-        if isinstance(source, Node) and source.op == "get_attr":
-            found.add(source)
-    return found
+    pairs = (dequantized(node) for node in gm.graph.nodes)
+    chains = (scale_nodes(pair.scale) for pair in pairs if pair is not None)
+    return {chain[-1] for chain in chains if chain and chain[-1].op == "get_attr"}
