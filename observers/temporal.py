@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
-from tfmq_fx.base._torchao import FakeQuantizeBase
 from tfmq_fx.base import float8
+from tfmq_fx.base._torchao import FakeQuantizeBase
 from tfmq_fx.base.arithmetic import (
     Float8Range,
     IntegerRange,
@@ -119,7 +119,11 @@ class TemporalObserver(KeptDtype, FakeQuantizeBase):  # type: ignore[misc]
         assert isinstance(x, Node)
         graph = model.graph
         with graph.inserting_before(node):
-            y = self._float8(model, x, step) if isinstance(self.numbers, Float8Range) else self._pair(model, x, step)
+            y = (
+                self._float8(model, x, step)
+                if isinstance(self.numbers, Float8Range)
+                else self._pair(model, x, step)
+            )
             y.meta = dict(node.meta)
         node.replace_all_uses_with(y)
         graph.erase_node(node)

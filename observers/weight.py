@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
-from tfmq_fx.base._torchao import FakeQuantizeBase
 from tfmq_fx.base import float8
+from tfmq_fx.base._torchao import FakeQuantizeBase
 from tfmq_fx.base.arithmetic import (
     Float8Range,
     IntegerRange,
@@ -152,7 +152,9 @@ class PerChannelWeightFakeQuantize(KeptDtype, FakeQuantizeBase):  # type: ignore
         assert self._floor is not None
         rounding = (torch.sigmoid(self.alpha) * (ZETA - GAMMA) + GAMMA).clamp(0, 1)
         zero_point = self.zero_point[:, None]
-        q = (self._floor + rounding * self._step + zero_point).clamp(self.numbers.quant_min, self.numbers.quant_max)
+        q = (self._floor + rounding * self._step + zero_point).clamp(
+            self.numbers.quant_min, self.numbers.quant_max
+        )
         return self._softened(q - zero_point, self.scale), rounding
 
     def stop_learning(self) -> None:

@@ -25,6 +25,7 @@ from tfmq_fx.passes.int8.merge_linears import merge_linears
 from tfmq_fx.passes.int8.onednn_kernels import onednn_kernels
 from tfmq_fx.passes.int8.rescale_temporal import rescale_temporal
 from tfmq_fx.passes.int8.rescale_tokens import rescale_tokens
+from tfmq_fx.passes.int8.round_float8 import round_float8
 from tfmq_fx.passes.int8.share_quantized import share_quantized
 from tfmq_fx.passes.int8.signed_activations import signed_activations
 from tfmq_fx.passes.int8.signed_weights import signed_weights
@@ -93,6 +94,7 @@ __all__ = [
     "rescale_tokens",
     "root_batch_size",
     "rotate",
+    "round_float8",
     "share_quantized",
     "signed_activations",
     "signed_weights",

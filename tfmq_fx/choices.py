@@ -412,7 +412,9 @@ class _Search:
                     {"float_flops": self._flops(r for r in readers if not self._is_float(r))},
                     partial(self.wide.update, keys),
                 )
-                if all(can_have_two(r.node) and not r.plan.temporal and r.plan.dtype != FLOAT8 for r in readers):
+                if all(
+                    can_have_two(r.node) and not r.plan.temporal and r.plan.dtype != FLOAT8 for r in readers
+                ):
                     left_P = torch.stack([self._two_terms_error(key) for key in keys]).sum(0)
                     yield _Step(
                         saved_P - left_P,

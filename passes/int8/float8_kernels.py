@@ -10,7 +10,7 @@ from torch.fx.passes.infra.pass_base import PassResult
 from tfmq_fx.base import float8
 from tfmq_fx.base.arithmetic import centred
 from tfmq_fx.base.float8_kernels import LEAST, MULTIPLE, padded, stored
-from tfmq_fx.graph.float8 import Dequantized, dequantized, is_cast, quantized_from
+from tfmq_fx.graph.float8 import Dequantized, dequantized, is_cast, quantized_from, scale_nodes
 from tfmq_fx.graph.nodes import aten, attribute, hinted_shape, op_name, set_buffer, weight_argument
 from tfmq_fx.passes.int8.kernels import FALLBACK, FLOAT8_KERNEL, integers_of, ops, put_kernel, set_once
 from tfmq_fx.passes.pass_manager import declare
@@ -118,13 +118,15 @@ def _replace(gm: GraphModule, layer: Node, x: Dequantized) -> None:
     set_once(gm, f"{source}{SUFFIX}", lambda: stored(numbers))
     channels = numbers.shape[0]
     wide = -(-channels // MULTIPLE) * MULTIPLE
-    row_scale = x.scale if isinstance(x.scale, Node) else None
-    scale = scale.float() if row_scale is not None else scale.float() * x.scale
+    row_scale, factor = (x.scale, 1.0) if isinstance(x.scale, Node) else (None, x.scale)
+    scale = scale.float() * factor
     set_buffer(gm, f"{layer.name}_scale", padded(scale, wide).contiguous())
     get, call = gm.graph.get_attr, gm.graph.call_function
     with gm.graph.inserting_before(layer):
         if isinstance(bias, Node) and wide != channels:
-            set_once(gm, f"{bias.target}_padded", lambda: padded(attribute(gm, str(bias.target)).detach(), wide))
+            set_once(
+                gm, f"{bias.target}_padded", lambda: padded(attribute(gm, str(bias.target)).detach(), wide)
+            )
             bias = get(f"{bias.target}_padded")
         stores = get(f"{source}{SUFFIX}"), get(f"{layer.name}_scale")
         kernel = call(torch.ops.tfmq.float8_linear.default, (x.q, *stores, row_scale, bias, torch.float32))
@@ -137,8 +139,8 @@ def _weight(gm: GraphModule, weight: Node) -> tuple[str, Tensor, Tensor]:
     """Return the name of a weight's numbers, the numbers around zero, and their scales (C_out,)."""
     pair = dequantized(weight)
     if pair is not None:
-        source = str(pair.q.target)
-        return source, attribute(gm, source), attribute(gm, str(pair.scale.args[0].target))  # type: ignore[union-attr]
+        source, constant = str(pair.q.target), scale_nodes(pair.scale)[-1]
+        return source, attribute(gm, source), attribute(gm, str(constant.target))
     q, scale, zero_point = integers_of(gm, weight)
     signed = centred(q, zero_point, 0)
     assert signed is not None

@@ -160,9 +160,7 @@ class RecipeQuantizer(Quantizer):  # type: ignore[misc]
 
     def _temporal(self, layer: LayerPlan, numbers: NumberRange, num_keys: int) -> QuantizationSpec:
         observer = self.recipe.temporal_observer_class
-        shared = (
-            {} if layer.temporal or not self.recipe.shared_zero_point else {"shared_zero_point": True}
-        )
+        shared = {} if layer.temporal or not self.recipe.shared_zero_point else {"shared_zero_point": True}
         bits = layer.activation_bits
         return _spec(numbers, observer.with_args(num_keys=num_keys, bits=bits, **shared))
 

@@ -11,7 +11,14 @@ from fnmatch import fnmatchcase
 import torch
 from torch.fx import GraphModule, Node
 
-from tfmq_fx.base.arithmetic import FLOAT8, FLOAT_BITS, INT, activation_numbers, fitting_group_size, weight_numbers
+from tfmq_fx.base.arithmetic import (
+    FLOAT8,
+    FLOAT_BITS,
+    INT,
+    activation_numbers,
+    fitting_group_size,
+    weight_numbers,
+)
 from tfmq_fx.base.errors import TFMQError, nearest_names
 from tfmq_fx.graph.nodes import (
     aten,
@@ -272,15 +279,14 @@ def _as_float8(layer: LayerPlan, rule: Rule | None) -> tuple[LayerPlan, list[Not
         raise TFMQError(
             f'{layer.path}: activation_terms={layer.activation_terms} is for integers; give it linear_dtype="int" too.'
         )
-    bits, notes = {}, []
-    for name in ("weight_bits", "activation_bits"):
+    changed, notes = layer, []
+    for name, numbers in (("weight_bits", weight_numbers), ("activation_bits", activation_numbers)):
         asked = getattr(layer, name)
-        numbers = activation_numbers if name == "activation_bits" else weight_numbers
-        bits[name] = asked if asked == FLOAT_BITS else numbers(asked, layer.dtype).bits
-        if bits[name] != asked:
-            why = f"{name.replace('_bits', '')} of 8 bits instead of {asked}: {FLOAT8} has no fewer"
+        if asked != FLOAT_BITS and (bits := numbers(asked, layer.dtype).bits) != asked:
+            why = f"{name.removesuffix('_bits')} of {bits} bits instead of {asked}: {FLOAT8} has no fewer"
             notes.append(Note(name=layer.path, reason=why, coarser=False))
-    return dataclasses.replace(layer, **bits), notes
+            changed = dataclasses.replace(changed, **{name: bits})
+    return changed, notes
 
 
 def _group_size(path: str, weight: torch.Tensor, axis: int, asked: int) -> tuple[int | None, list[Note]]:

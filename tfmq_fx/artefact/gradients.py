@@ -58,7 +58,9 @@ class _Differentiable(Interpreter):
             x, *qparams = self.fetch_args_kwargs_from_env(n)[0]
             y, _ = _StraightThrough.apply(x, n.target, _dequantize_of(n), *qparams)  # type: ignore[no-untyped-call]
             return y
-        if is_cast(n, DTYPE):  # the clamp before it, and the cast to float32 behind it, have their own gradients
+        if is_cast(
+            n, DTYPE
+        ):  # the clamp before it, and the cast to float32 behind it, have their own gradients
             return _ThroughFloat8.apply(self.fetch_args_kwargs_from_env(n)[0][0])  # type: ignore[no-untyped-call]
         if _is(n, "dequantize") and _is(n.args[0], "quantize"):
             return self.env[n.args[0]]  # type: ignore[index]

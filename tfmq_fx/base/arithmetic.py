@@ -120,7 +120,9 @@ class Float8Range(NumberRange):
         return 8
 
     def round_(self, x: Tensor) -> Tensor:
-        spacing = float8.spacing(x)  # a cast would round float64 twice, and what is beyond the range differs by version
+        spacing = float8.spacing(
+            x
+        )  # a cast would round float64 twice, and what is beyond the range differs by version
         return x.div_(spacing).round_().mul_(spacing)
 
     def spacing(self, x: Tensor) -> Tensor:

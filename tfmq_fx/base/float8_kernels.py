@@ -42,7 +42,12 @@ def stored(weight: Tensor) -> Tensor:
 
 @torch.library.triton_op("tfmq::float8_linear", mutates_args=())
 def float8_linear(
-    x: Tensor, weight: Tensor, scale: Tensor, row_scale: Tensor | None, bias: Tensor | None, dtype: torch.dtype
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    row_scale: Tensor | None,
+    bias: Tensor | None,
+    dtype: torch.dtype,
 ) -> Tensor:
     """Multiply; see the module."""
     leading = x.shape[:-1]
@@ -51,7 +56,9 @@ def float8_linear(
     if x.is_cuda and dtype != torch.float32:
         scale_a = x.new_ones((x.shape[0], 1), dtype=torch.float32) if by_row is None else by_row.contiguous()
         b = None if bias is None else bias.to(dtype)
-        y = torch._scaled_mm(x, weight.t(), scale_a, scale[None], bias=b, out_dtype=dtype, use_fast_accum=True)
+        y = torch._scaled_mm(
+            x, weight.t(), scale_a, scale[None], bias=b, out_dtype=dtype, use_fast_accum=True
+        )
         return y.reshape(*leading, -1)
     y = _sums(x, weight) * scale
     y = y if by_row is None else y * by_row

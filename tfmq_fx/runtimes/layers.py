@@ -58,9 +58,7 @@ class EngineLayer:
     saturates: bool = False  # True if it stays in float because this CPU's int8 kernels would be wrong
     float8: bool = False  # True if its input or weight is quantized to float8
 
-    def ran_as(
-        self, kernel: str, *, precision: str, int8: bool, reason: str, float8: bool = False
-    ) -> Kernel:
+    def ran_as(self, kernel: str, *, precision: str, int8: bool, reason: str, float8: bool = False) -> Kernel:
         """Return the kernel that ran this layer.
 
         kernel: the engine's name for it. precision: of its inputs. reason: why it is not int8, "" if it is. float8: True

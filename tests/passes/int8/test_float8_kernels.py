@@ -55,7 +55,9 @@ class Layers(nn.Module):
 def layers():
     torch.manual_seed(0)
     gm = exported_batch(Layers(), torch.randn(2, 3, 9), torch.tensor([0, 1]))
-    for check in gm.graph.find_nodes(op="call_function", target=torch.ops.aten._assert_tensor_metadata.default):
+    for check in gm.graph.find_nodes(
+        op="call_function", target=torch.ops.aten._assert_tensor_metadata.default
+    ):
         gm.graph.erase_node(check)  # as in every flat graph
     return gm
 
@@ -86,7 +88,9 @@ def test_linears_become_kernels_with_the_same_values():
 @torch.no_grad()
 def test_integers_of_four_bits_are_exact():
     """The sums are those of the integers: with scales of one they come back to the bit."""
-    gm = exported_batch(Float(nn.Sequential(Rounded(1.0), Weighted(nn.Linear(16, 16, bias=False)))), torch.randn(2, 16))
+    gm = exported_batch(
+        Float(nn.Sequential(Rounded(1.0), Weighted(nn.Linear(16, 16, bias=False)))), torch.randn(2, 16)
+    )
     layer = next(n for n in gm.graph.nodes if n.target is torch.ops.aten.linear.default)
     zero_point = attribute(gm, layer.args[1].args[2].target)
     attribute(gm, layer.args[1].args[1].target).fill_(1.0)
