@@ -23,7 +23,14 @@ _ARITHMETIC = ("add", "sub", "mul", "div", "clamp")
 
 
 @declare(
-    after=("onednn_kernels", "cuda_kernels", "float8_kernels", "fuse_epilogues", "share_quantized", "merge_linears")
+    after=(
+        "onednn_kernels",
+        "cuda_kernels",
+        "float8_kernels",
+        "fuse_epilogues",
+        "share_quantized",
+        "merge_linears",
+    )
 )
 def bfloat16_glue(
     gm: GraphModule, *, dtypes: dict[Node, torch.dtype], precise: Collection[str]

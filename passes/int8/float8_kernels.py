@@ -104,11 +104,12 @@ def _why_not_weight(gm: GraphModule, weight: object) -> str:
 
 def _is_by_channel(numbers: Dequantized) -> bool:
     """Return True for a constant weight (C_out, C_in) with constant scales (C_out, 1)."""
-    scale = numbers.scale
-    if not isinstance(scale, Node) or op_name(scale) != "view" or scale.args[0].op != "get_attr":  # type: ignore[union-attr]
+    q, chain = numbers.q, scale_nodes(numbers.scale)
+    if q.op != "get_attr" or [op_name(n) or n.op for n in chain] != ["view", "get_attr"]:
         return False
-    shape = list(attribute(scale.graph.owning_module, str(numbers.q.target)).shape)  # type: ignore[arg-type]
-    return numbers.q.op == "get_attr" and len(shape) == 2 and list(scale.args[1]) == [-1, 1]  # type: ignore[arg-type]
+    assert q.graph.owning_module is not None
+    rank: int = attribute(q.graph.owning_module, str(q.target)).dim()
+    return rank == 2 and list(chain[0].args[1]) == [-1, 1]  # type: ignore[arg-type]
 
 
 def _replace(gm: GraphModule, layer: Node, x: Dequantized) -> None:
@@ -144,7 +145,8 @@ def _weight(gm: GraphModule, weight: Node) -> tuple[str, Tensor, Tensor]:
     q, scale, zero_point = integers_of(gm, weight)
     signed = centred(q, zero_point, 0)
     assert signed is not None
-    return str(weight.args[0].target), signed.float(), scale  # type: ignore[union-attr]
+    (constant, *_) = weight.all_input_nodes
+    return str(constant.target), signed.float(), scale
 
 
 def _cut(kernel: Node, channels: int, wide: int) -> None:

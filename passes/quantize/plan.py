@@ -279,14 +279,15 @@ def _as_float8(layer: LayerPlan, rule: Rule | None) -> tuple[LayerPlan, list[Not
         raise TFMQError(
             f'{layer.path}: activation_terms={layer.activation_terms} is for integers; give it linear_dtype="int" too.'
         )
-    changed, notes = layer, []
-    for name, numbers in (("weight_bits", weight_numbers), ("activation_bits", activation_numbers)):
-        asked = getattr(layer, name)
-        if asked != FLOAT_BITS and (bits := numbers(asked, layer.dtype).bits) != asked:
-            why = f"{name.removesuffix('_bits')} of {bits} bits instead of {asked}: {FLOAT8} has no fewer"
+    bits: dict[str, int] = {}
+    notes = []
+    for name, numbers in (("weight", weight_numbers), ("activation", activation_numbers)):
+        wanted: int = getattr(layer, f"{name}_bits")
+        bits[name] = wanted if wanted == FLOAT_BITS else numbers(wanted, layer.dtype).bits
+        if bits[name] != wanted:
+            why = f"{name} of {bits[name]} bits instead of {wanted}: {FLOAT8} has no fewer"
             notes.append(Note(name=layer.path, reason=why, coarser=False))
-            changed = dataclasses.replace(changed, **{name: bits})
-    return changed, notes
+    return dataclasses.replace(layer, weight_bits=bits["weight"], activation_bits=bits["activation"]), notes
 
 
 def _group_size(path: str, weight: torch.Tensor, axis: int, asked: int) -> tuple[int | None, list[Note]]:

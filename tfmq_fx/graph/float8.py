@@ -13,7 +13,7 @@ from tfmq_fx.base import float8
 from tfmq_fx.graph.nodes import aten, attribute, op_name
 
 # Between a constant scale, or a token's largest magnitude, and the products with it.
-_OF_SCALES = ("view", "index_select", "reciprocal", "clamp", "div")
+_OF_SCALES = ("view", "index_select", "select", "slice", "reciprocal", "clamp", "div")
 
 
 class Dequantized(NamedTuple):
