@@ -125,10 +125,9 @@ def _replace(gm: GraphModule, layer: Node, x: Dequantized) -> None:
     get, call = gm.graph.get_attr, gm.graph.call_function
     with gm.graph.inserting_before(layer):
         if isinstance(bias, Node) and wide != channels:
-            set_once(
-                gm, f"{bias.target}_padded", lambda: padded(attribute(gm, str(bias.target)).detach(), wide)
-            )
-            bias = get(f"{bias.target}_padded")
+            name, value = f"{bias.target}_padded", attribute(gm, str(bias.target)).detach()
+            set_once(gm, name, lambda: padded(value, wide))
+            bias = get(name)
         stores = get(f"{source}{SUFFIX}"), get(f"{layer.name}_scale")
         kernel = call(torch.ops.tfmq.float8_linear.default, (x.q, *stores, row_scale, bias, torch.float32))
     put_kernel(layer, kernel)

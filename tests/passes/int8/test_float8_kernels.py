@@ -72,7 +72,7 @@ def test_linears_become_kernels_with_the_same_values():
     expected = [(b, gm(*b)) for b in batches()]
     assert float8_kernels(gm).modified
     kernels = [n for n in gm.graph.nodes if n.target is FLOAT8_KERNEL]
-    assert [n.meta[LAYER] for n in kernels] == ["linear", "linear_1", "linear_2"]
+    assert [n.meta[LAYER] for n in kernels] == [("linear",), ("linear_1",), ("linear_2",)]
     given = [arguments_of(n) for n in kernels]
     assert given[0]["x"] is given[1]["x"]  # x is rounded once
     assert [a["row_scale"] is None for a in given] == [True, True, False]
