@@ -68,6 +68,21 @@ def test_a_gpu_is_asked_for_scaled_mm_with_scales_that_it_takes(shape, dtype):
     assert scales == ([(), ()] if dtype is torch.float32 else [(rows, 1), (1, exact.shape[-1])])
 
 
+def test_a_transposed_input_is_laid_out_by_rows():
+    with FakeTensorMode():
+        x = torch.empty(32, 5, dtype=float8.DTYPE, device="cuda").t()
+        weight = torch.empty(16, 32, dtype=float8.DTYPE, device="cuda")
+        scale = torch.empty(16, device="cuda")
+        assert linear(x, weight, scale, None, None, torch.bfloat16).shape == (5, 16)
+
+        def f(*a):
+            return (linear(*a, None, None, torch.bfloat16),)
+
+        graph = aot_export_joint_simple(f, (x, weight, scale), trace_joint=False).graph
+    (product,) = [n for n in graph.nodes if n.target is torch.ops.aten._scaled_mm.default]
+    assert product.args[0].meta["val"].stride() == (32, 1)
+
+
 def on_a_gpu(shape, dtype, **settings):
     """Return the largest error of the kernel on this machine's GPU, relative to the largest exact output."""
     arguments, exact = given(*shape, **settings)

@@ -51,8 +51,8 @@ def float8_linear(
 ) -> Tensor:
     """Multiply; see the module."""
     leading = x.shape[:-1]
-    x = padded(x, weight.shape[1]).reshape(-1, weight.shape[1])
-    by_row = None if row_scale is None else row_scale.expand(*leading, 1).reshape(-1, 1)
+    x = padded(x, weight.shape[1]).reshape(-1, weight.shape[1]).contiguous()
+    by_row = None if row_scale is None else row_scale.float().expand(*leading, 1).reshape(-1, 1)
     if x.is_cuda and dtype != torch.float32:
         scale_a = x.new_ones((x.shape[0], 1), dtype=torch.float32) if by_row is None else by_row.contiguous()
         b = None if bias is None else bias.to(dtype)
