@@ -20,7 +20,7 @@ from tfmq_fx.base.arithmetic import (
     numbers_of,
 )
 from tfmq_fx.base.errors import TFMQError
-from tfmq_fx.graph.nodes import dtype_of, inline, out_dtype, set_buffer
+from tfmq_fx.graph.nodes import dtype_of, inline, meta_value, out_dtype, set_buffer
 from tfmq_fx.observers.kept_dtype import KeptDtype
 
 
@@ -149,8 +149,12 @@ class TemporalObserver(KeptDtype, FakeQuantizeBase):  # type: ignore[misc]
         return model.graph.call_function(dequantize, (q, *arguments), out_dtype(dtype_of(x)))
 
     def _float8(self, model: GraphModule, x: Node, step: Any) -> Node:
-        rank = len(x.meta["val"].shape) if self.per_sample else 1
-        dtype = dtype_of(x)
+        value, dtype = meta_value(x), dtype_of(x)
+        if self.per_sample and not isinstance(value, Tensor):
+            raise TFMQError(
+                f"node {x.name}: its shape is unknown, and float8 needs its rank; capture the network with tfmq_fx.capture."
+            )
+        rank = value.dim() if self.per_sample else 1
 
         def rounded(x: Any, scale_N: Any) -> Any:
             scale = torch.ops.aten.view.default(scale_N, [-1] + [1] * (rank - 1))

@@ -8,9 +8,9 @@ x (..., C_in) and weight (N, K) are float8_e4m3fn, with C_in and C_out padded by
 scale (N,) float32: of each output channel. row_scale: one for each of the leading dimensions that it has, such as (B, 1, 1) for
 scales by timestep or (B, L, 1) by token. bias (N,). dtype: of y, which has all N channels.
 
-torch.compile and AOTInductor see the aten._scaled_mm in it. In bfloat16 and float16, that has all scales and the bias in its
-epilogue. Its sums are then those of the tensor cores, of some 14 bits, which is more than y holds. In float32 the sums are exact
-to float32, and the rest is separate. CPUs, whose _scaled_mm takes no scales for rows before torch 2.15, compute in float64.
+torch.compile and AOTInductor see the aten._scaled_mm in it. In bfloat16, that has all scales and the bias in its
+epilogue. Its sums are then those of the tensor cores, of some 14 bits, which is more than y holds. In other dtypes the sums are
+of float32, and the rest is separate. CPUs, whose _scaled_mm takes no scales for rows before torch 2.15, compute in float64.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def float8_linear(
     leading = x.shape[:-1]
     x = padded(x, weight.shape[1]).reshape(-1, weight.shape[1]).contiguous()
     by_row = None if row_scale is None else row_scale.float().expand(*leading, 1).reshape(-1, 1)
-    if x.is_cuda and dtype != torch.float32:
+    if x.is_cuda and dtype == torch.bfloat16:  # the only dtype in which _scaled_mm has scales for rows
         scale_a = x.new_ones((x.shape[0], 1), dtype=torch.float32) if by_row is None else by_row.contiguous()
         b = None if bias is None else bias.to(dtype)
         y = torch._scaled_mm(
