@@ -46,6 +46,7 @@ def settings(names: list[str]) -> dict[str, Recipe]:
             "attention": {"attention_bits": 8},
             "all int8": {"edge_activation_bits": 8},
             "keyed": {"keyed": "all"},
+            "float8": {"linear_dtype": "float8_e4m3fn"},
         }[variant]
         found[name] = dataclasses.replace(recipe, **changes)  # type: ignore[arg-type]
     return found
@@ -150,7 +151,7 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=1024)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--settings", nargs="+", default=["w8a8", "w4a8", "w4a8 nearest"])
-    once = ["w8a8 nearest", "w8a8 all int8", "w4a8 all int8", "w4a8 attention"]
+    once = ["w8a8 nearest", "w8a8 float8", "w8a8 all int8", "w4a8 all int8", "w4a8 attention"]
     parser.add_argument("--once", nargs="*", default=once, help="settings run with the first seed only")
     parser.add_argument("--json", type=Path, help="also write every figure here")
     args = parser.parse_args()

@@ -84,7 +84,7 @@ class Run:
         others: dict[str, Any] = {}
         for change in changes:
             key, _, text = change.partition("=")
-            value = text if text.isalpha() and text not in ("true", "false") else json.loads(text)
+            value = text if text.isidentifier() and text not in ("true", "false") else json.loads(text)
             (settings if hasattr(recipe.reconstruction, key) else others)[key] = value
         reconstruction = dataclasses.replace(recipe.reconstruction, **settings)
         return dataclasses.replace(recipe, reconstruction=reconstruction, **others)

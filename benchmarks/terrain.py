@@ -42,7 +42,7 @@ from tfmq_fx.recipe import Recipe, Reconstruction
 
 Call = Callable[..., Tensor]
 ROWS = ("bf16", "onnxruntime", "nncf", "w8a8 plain", "w8a8", "w4a8")
-MORE = ("w3a8", "w4a4")
+MORE = ("w3a8", "w4a4", "w8a8 float8", "w4a8 float8")
 
 
 def bf16(network: nn.Module) -> Call:
@@ -120,8 +120,10 @@ def nncf_int8(data: Rows) -> Call:
 
 
 def ours(name: str, network: nn.Module, data: tfmq_fx.CalibrationSet) -> tfmq_fx.QuantizedModel:
-    """name: a preset; "w8a8 plain": round-to-nearest with nothing chosen."""
+    """name: a preset; "w8a8 plain": round-to-nearest with nothing chosen; "w8a8 float8": linears of float8."""
     recipe = Recipe.preset(name.split()[0])
+    if name.endswith("float8"):
+        recipe = dataclasses.replace(recipe, linear_dtype="float8_e4m3fn")
     if name.endswith("plain"):
         recipe = Recipe(weight_bits=recipe.weight_bits, reconstruction=Reconstruction(method="nearest"))
     return tfmq_fx.quantize(network, recipe, calibration=data, timestep="sigma", seed=0)

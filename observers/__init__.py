@@ -1,5 +1,6 @@
 """Observers, on torchao's base classes. Subclass `TemporalObserver` to add an estimator keyed on timestep."""
 
+from tfmq_fx.observers.float8 import Float8FakeQuantize
 from tfmq_fx.observers.minmax import TemporalMinMaxObserver
 from tfmq_fx.observers.residual import ResidualFakeQuantize
 from tfmq_fx.observers.samples import TemporalKLObserver, TemporalMSEObserver, TemporalPercentileObserver
@@ -9,6 +10,7 @@ from tfmq_fx.observers.token import TokenFakeQuantize
 from tfmq_fx.observers.weight import PerChannelWeightFakeQuantize
 
 __all__ = [
+    "Float8FakeQuantize",
     "PerChannelWeightFakeQuantize",
     "ResidualFakeQuantize",
     "StaticFakeQuantize",

@@ -61,7 +61,7 @@ class TemporalMSEObserver(TemporalSampleObserver):
     """An observer that shrinks each timestep's range to the least squared rounding error (L_2)."""
 
     def range_of(self, x_RK: Tensor) -> tuple[Tensor, Tensor]:
-        return search_range(x_RK, self.integers, p=2.0)
+        return search_range(x_RK, self.numbers, p=2.0)
 
 
 class TemporalPercentileObserver(TemporalSampleObserver):
@@ -89,7 +89,7 @@ class TemporalKLObserver(TemporalSampleObserver):
     BINS = 8  # for each integer
 
     def range_of(self, x_RK: Tensor) -> tuple[Tensor, Tensor]:
-        levels = self.integers.quant_max - self.integers.quant_min + 1
+        levels = self.numbers.quant_max - self.numbers.quant_min + 1
         bins = levels * self.BINS
         low_R1, high_R1 = x_RK.amin(1, keepdim=True), x_RK.amax(1, keepdim=True)
         width_R1 = (high_R1 - low_R1).clamp_min(1e-12)

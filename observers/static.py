@@ -87,10 +87,16 @@ class StaticFakeQuantize(KeptDtype, FakeQuantize):  # type: ignore[misc]
             raise TFMQError(
                 "calibration: an activation was never observed; run the calibration data through the prepared graph."
             )
-        scale, zero_point = observer.calculate_qparams()
+        scale, zero_point = self.qparams_of_range()
         self.scale.copy_(scale)
         self.zero_point.copy_(zero_point)
-        if observer.qscheme == torch.per_tensor_symmetric:  # torchao's is one lower for unsigned
-            self.zero_point.fill_((self.quant_min + self.quant_max + 1) // 2)
         self.disable_observer()
         self.enable_fake_quant()
+
+    def qparams_of_range(self) -> tuple[Tensor, Tensor]:
+        """Return scale and zero point (1,) for what was observed."""
+        observer = self.activation_post_process
+        scale, zero_point = observer.calculate_qparams()
+        if observer.qscheme == torch.per_tensor_symmetric:  # torchao's is one lower for unsigned
+            zero_point = torch.full_like(zero_point, (self.quant_min + self.quant_max + 1) // 2)
+        return scale, zero_point

@@ -9,10 +9,18 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
+from tfmq_fx.base import float8
 from tfmq_fx.base._torchao import FakeQuantizeBase
-from tfmq_fx.base.arithmetic import IntegerRange, choose_qparams, choose_shared_qparams, fake_quantize_rows
+from tfmq_fx.base.arithmetic import (
+    Float8Range,
+    IntegerRange,
+    choose_qparams,
+    choose_shared_qparams,
+    fake_quantize_rows,
+    numbers_of,
+)
 from tfmq_fx.base.errors import TFMQError
-from tfmq_fx.graph.nodes import dtype_of, out_dtype, set_buffer
+from tfmq_fx.graph.nodes import dtype_of, inline, meta_value, out_dtype, set_buffer
 from tfmq_fx.observers.kept_dtype import KeptDtype
 
 
@@ -32,6 +40,7 @@ class TemporalObserver(KeptDtype, FakeQuantizeBase):  # type: ignore[misc]
 
     shared_zero_point: give all keys the same zero point, so that a scale per key costs an int8 kernel only
         one multiplication.
+    dtype: torch.float8_e4m3fn for numbers of that, which have no zero point; integers otherwise.
     """
 
     seen: Tensor
@@ -39,11 +48,17 @@ class TemporalObserver(KeptDtype, FakeQuantizeBase):  # type: ignore[misc]
     zero_point: Tensor
 
     def __init__(
-        self, *, num_keys: int, bits: int = 8, shared_zero_point: bool = False, **_spec: Any
+        self,
+        *,
+        num_keys: int,
+        bits: int = 8,
+        shared_zero_point: bool = False,
+        dtype: torch.dtype | None = None,
+        **_spec: Any,
     ) -> None:
-        super().__init__()  # _spec: what torchao passes on from the QuantizationSpec; `bits` is enough
-        self.integers = IntegerRange.activation(bits)
-        self.dtype = self.integers.dtype
+        super().__init__()  # _spec: what else torchao passes on from the QuantizationSpec
+        self.numbers = numbers_of(dtype, IntegerRange.activation(bits))
+        self.dtype = self.numbers.dtype
         self.num_keys, self.shared_zero_point = num_keys, shared_zero_point
         # False when the key was captured with shape (): one row of qparams then serves the whole tensor.
         self.per_sample = True
@@ -70,7 +85,7 @@ class TemporalObserver(KeptDtype, FakeQuantizeBase):  # type: ignore[misc]
                 f"(step indices {missing[:8]}); every value must occur in the calibration data."
             )
         choose = choose_shared_qparams if self.shared_zero_point else choose_qparams
-        return choose(*self.ranges(), self.integers)
+        return choose(*self.ranges(), self.numbers)
 
     def freeze(self) -> None:
         """Stop observing and start quantizing with the qparams found."""
@@ -87,7 +102,7 @@ class TemporalObserver(KeptDtype, FakeQuantizeBase):  # type: ignore[misc]
             self.seen[step] = True
         if self.fake_quant_enabled[0]:
             flat = x if self.per_sample else x[None]
-            y = fake_quantize_rows(flat, self.scale[step], self.zero_point[step], self.integers)
+            y = fake_quantize_rows(flat, self.scale[step], self.zero_point[step], self.numbers)
             x = y if self.per_sample else y[0]
         return x
 
@@ -95,29 +110,54 @@ class TemporalObserver(KeptDtype, FakeQuantizeBase):  # type: ignore[misc]
         """Replace the observer by a table lookup and a standard quantize/dequantize pair (torchao's hook).
 
             observer(x, step)  ==>  s, z = scale[step], zero_point[step];  dequantize(quantize(x, s, z), s, z)
+                                    s = scale[step];  to(to(clamp(x / s), float8), float32) * s      in float8
 
         With a key per sample, the pair is the per-channel one on the batch axis, which makes mixed timesteps
         correct.
         """
         x, step = node.args
         assert isinstance(x, Node)
-        graph, prefix = model.graph, f"{x.name}_by_timestep"
-        ops, integers = torch.ops.quantized_decomposed, self.integers
+        graph = model.graph
         with graph.inserting_before(node):
-            qparams = []
-            for name, table in (("scale", self.scale), ("zero_point", self.zero_point)):
-                set_buffer(model, f"{prefix}.{name}", table.clone())
-                row = graph.get_attr(f"{prefix}.{name}")
-                qparams.append(graph.call_function(torch.ops.aten.index_select.default, (row, 0, step)))
-            limits: tuple[Any, ...] = (integers.quant_min, integers.quant_max, integers.dtype)
-            if self.per_sample:
-                arguments: tuple[Any, ...] = (*qparams, 0, *limits)
-                quantize, dequantize = ops.quantize_per_channel.default, ops.dequantize_per_channel.default
-            else:
-                arguments = (*qparams, *limits)
-                quantize, dequantize = ops.quantize_per_tensor.tensor, ops.dequantize_per_tensor.tensor
-            q = graph.call_function(quantize, (x, *arguments))
-            y = graph.call_function(dequantize, (q, *arguments), out_dtype(dtype_of(x)))
+            y = (
+                self._float8(model, x, step)
+                if isinstance(self.numbers, Float8Range)
+                else self._pair(model, x, step)
+            )
             y.meta = dict(node.meta)
         node.replace_all_uses_with(y)
         graph.erase_node(node)
+
+    def _row(self, model: GraphModule, x: Node, step: Any, name: str) -> Node:
+        """Return the node that looks up qparams, "scale" or "zero_point", by the step."""
+        path = f"{x.name}_by_timestep.{name}"
+        set_buffer(model, path, getattr(self, name).clone())
+        table = model.graph.get_attr(path)
+        return model.graph.call_function(torch.ops.aten.index_select.default, (table, 0, step))
+
+    def _pair(self, model: GraphModule, x: Node, step: Any) -> Node:
+        ops, numbers = torch.ops.quantized_decomposed, self.numbers
+        qparams = [self._row(model, x, step, name) for name in ("scale", "zero_point")]
+        limits: tuple[Any, ...] = (numbers.quant_min, numbers.quant_max, numbers.dtype)
+        if self.per_sample:
+            arguments: tuple[Any, ...] = (*qparams, 0, *limits)
+            quantize, dequantize = ops.quantize_per_channel.default, ops.dequantize_per_channel.default
+        else:
+            arguments = (*qparams, *limits)
+            quantize, dequantize = ops.quantize_per_tensor.tensor, ops.dequantize_per_tensor.tensor
+        q = model.graph.call_function(quantize, (x, *arguments))
+        return model.graph.call_function(dequantize, (q, *arguments), out_dtype(dtype_of(x)))
+
+    def _float8(self, model: GraphModule, x: Node, step: Any) -> Node:
+        value, dtype = meta_value(x), dtype_of(x)
+        if self.per_sample and not isinstance(value, Tensor):
+            raise TFMQError(
+                f"node {x.name}: its shape is unknown, and float8 needs its rank; capture the network with tfmq_fx.capture."
+            )
+        rank = value.dim() if self.per_sample else 1
+
+        def rounded(x: Any, scale_N: Any) -> Any:
+            scale = torch.ops.aten.view.default(scale_N, [-1] + [1] * (rank - 1))
+            return float8.dequantize(float8.quantize(x, scale), scale, dtype)
+
+        return inline(model.graph, rounded, x, self._row(model, x, step, "scale"))

@@ -12,8 +12,16 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
+from tfmq_fx.base import float8
 from tfmq_fx.base._torchao import FakeQuantizeBase
-from tfmq_fx.base.arithmetic import IntegerRange, choose_qparams, quantize_rows, search_range
+from tfmq_fx.base.arithmetic import (
+    Float8Range,
+    IntegerRange,
+    choose_qparams,
+    numbers_of,
+    quantize_rows,
+    search_range,
+)
 from tfmq_fx.base.mapped import on_disk
 from tfmq_fx.graph.nodes import attribute, inline, out_dtype, set_buffer
 from tfmq_fx.observers.kept_dtype import KeptDtype
@@ -35,6 +43,8 @@ class PerChannelWeightFakeQuantize(KeptDtype, FakeQuantizeBase):  # type: ignore
         a row; it divides the channel. None: the channel is the row. So a convolution's groups hold as many
         weights as a linear's, at the same cost in bits, and are contiguous in memory. Groups over C_in alone
         would be `kernel` times as large.
+    dtype: torch.float8_e4m3fn for numbers of that instead of integers: the row's largest magnitude is 448, and there is no
+        zero point. What is said of integers here holds for them; they are not equally far apart.
     mapped: the integers lie in files that are mapped to memory, because all of them together would take too much.
     """
 
@@ -42,15 +52,24 @@ class PerChannelWeightFakeQuantize(KeptDtype, FakeQuantizeBase):  # type: ignore
     scale: Tensor
     zero_point: Tensor
 
-    def __init__(self, *, bits: int, ch_axis: int, group_size: int | None = None, **_spec: Any) -> None:
+    def __init__(
+        self,
+        *,
+        bits: int,
+        ch_axis: int,
+        group_size: int | None = None,
+        dtype: torch.dtype | None = None,
+        **_spec: Any,
+    ) -> None:
         super().__init__()
-        self.integers = IntegerRange.weight(bits)
-        self.dtype = self.integers.dtype
+        self.numbers = numbers_of(dtype, IntegerRange.weight(bits))
+        self.dtype = self.numbers.dtype
         self.bits, self.ch_axis, self.group_size = bits, ch_axis, group_size
         self.mapped = False
         self.alpha: Tensor | None = None  # the soft rounding variable while it is being learned
         self.soft: Tensor | None = None  # the weight that the graph then computes with
         self._floor: Tensor | None = None
+        self._step: Tensor | float = 1.0  # from there to the next number
         self.steps: Tensor | None = None  # (R, K) and (R,), while integers and scales are being tuned
         self.log_growth: Tensor | None = None
         self.register_buffer("q", torch.empty(0, dtype=self.dtype))
@@ -58,11 +77,16 @@ class PerChannelWeightFakeQuantize(KeptDtype, FakeQuantizeBase):  # type: ignore
         self.register_buffer("zero_point", torch.zeros(0, dtype=torch.int32))
 
     def initialise(self, weight: Tensor) -> None:
-        """Set scales by range search (L_2.4, 80 steps) and integers by rounding to nearest."""
+        """Set scales by range search (L_2.4, 80 steps) and integers by rounding to nearest.
+
+        Numbers of float8 have the whole range: their error is relative, so that a smaller range would gain nothing.
+        """
         self.dtypes = (torch.float32, weight.dtype)
         x_RK = self._rows(weight.detach().float())
-        self.scale, self.zero_point = choose_qparams(*search_range(x_RK, self.integers), self.integers)
-        q_RK = quantize_rows(x_RK, self.scale, self.zero_point, self.integers)
+        is_float8 = isinstance(self.numbers, Float8Range)
+        low_R, high_R = (x_RK.amin(1), x_RK.amax(1)) if is_float8 else search_range(x_RK, self.numbers)
+        self.scale, self.zero_point = choose_qparams(low_R, high_R, self.numbers)
+        q_RK = quantize_rows(x_RK, self.scale, self.zero_point, self.numbers)
         self.hold(self._unrows(q_RK, weight.shape))
 
     def hold(self, q: Tensor) -> None:
@@ -85,10 +109,17 @@ class PerChannelWeightFakeQuantize(KeptDtype, FakeQuantizeBase):  # type: ignore
         """Return the integers as the artefact holds them: in rows for groups, else in the weight's shape."""
         return self.q if self.group_size is None else self._rows(self.q)
 
-    def _dequantize(self, q: Tensor, scale_R: Tensor, zero_point_R: Tensor, **out_dtype: Any) -> Tensor:
+    def _dequantize(
+        self, q: Tensor, scale_R: Tensor, zero_point_R: Tensor | None = None, **out_dtype: Any
+    ) -> Tensor:
         """Dequantize what is stored. This is called here, and also traced into the converted graph."""
         axis = self.ch_axis if self.group_size is None else 0
-        limits = (self.integers.quant_min, self.integers.quant_max, self.dtype)
+        if isinstance(self.numbers, Float8Range):
+            rank = self.q.dim() if self.group_size is None else 2
+            scale = torch.ops.aten.view.default(scale_R, [-1 if i == axis else 1 for i in range(rank)])
+            w = float8.dequantize(q, scale, out_dtype.get("out_dtype", torch.float32))
+            return w if self.group_size is None else self._unrows(w, self.q.shape)
+        limits = (self.numbers.quant_min, self.numbers.quant_max, self.dtype)
         w = torch.ops.quantized_decomposed.dequantize_per_channel.default(
             q, scale_R, zero_point_R, axis, *limits, **out_dtype
         )
@@ -103,8 +134,9 @@ class PerChannelWeightFakeQuantize(KeptDtype, FakeQuantizeBase):  # type: ignore
         h(alpha) = frac(w / s) (AdaRound, section 3).
         """
         scaled = self._rows(weight.detach().float()) / self.scale[:, None]
-        self._floor = torch.floor(scaled)
-        fraction = (scaled - self._floor).clamp(1e-4, 1 - 1e-4)
+        self._step = self.numbers.spacing(scaled)
+        self._floor = torch.floor(scaled / self._step) * self._step
+        fraction = ((scaled - self._floor) / self._step).clamp(1e-4, 1 - 1e-4)
         self.alpha = torch.logit((fraction - GAMMA) / (ZETA - GAMMA)).requires_grad_()
         self.soften()
         return self.alpha
@@ -120,7 +152,9 @@ class PerChannelWeightFakeQuantize(KeptDtype, FakeQuantizeBase):  # type: ignore
         assert self._floor is not None
         rounding = (torch.sigmoid(self.alpha) * (ZETA - GAMMA) + GAMMA).clamp(0, 1)
         zero_point = self.zero_point[:, None]
-        q = (self._floor + rounding + zero_point).clamp(self.integers.quant_min, self.integers.quant_max)
+        q = (self._floor + rounding * self._step + zero_point).clamp(
+            self.numbers.quant_min, self.numbers.quant_max
+        )
         return self._softened(q - zero_point, self.scale), rounding
 
     def stop_learning(self) -> None:
@@ -128,8 +162,9 @@ class PerChannelWeightFakeQuantize(KeptDtype, FakeQuantizeBase):  # type: ignore
         assert self.alpha is not None
         assert self._floor is not None
         up = (self.alpha.detach() >= 0).to(torch.float32)  # h(0) = 0.5
-        self._bake(self._floor + up + self.zero_point[:, None])
+        self._bake(self._floor + up * self._step + self.zero_point[:, None])
         self.alpha = self._floor = None
+        self._step = 1.0
 
     def start_tuning(self, weight: Tensor) -> tuple[Tensor, Tensor]:
         """Return variables for the integers and for the scales, starting at their current values.
@@ -140,7 +175,8 @@ class PerChannelWeightFakeQuantize(KeptDtype, FakeQuantizeBase):  # type: ignore
         """
         q_RK = self._rows(self.q.float()) - self.zero_point[:, None]
         scaled = self._rows(weight.detach().float()) / self.scale[:, None]
-        self.steps = torch.clamp(scaled, q_RK - EDGE, q_RK + EDGE).requires_grad_()
+        edge = EDGE * self.numbers.spacing(q_RK)
+        self.steps = torch.clamp(scaled, q_RK - edge, q_RK + edge).requires_grad_()
         self.log_growth = torch.zeros_like(self.scale).requires_grad_()
         return self.steps, self.log_growth
 
@@ -151,18 +187,18 @@ class PerChannelWeightFakeQuantize(KeptDtype, FakeQuantizeBase):  # type: ignore
         """
         assert self.steps is not None
         assert self.log_growth is not None
-        rounded = self.steps + (self.steps.round() - self.steps).detach()
+        rounded = self.steps + (self.numbers.nearest(self.steps.detach()) - self.steps).detach()
         zero_point = self.zero_point[:, None]
         # At a bound, torch's clamp (2.14) passes half the gradient if the bounds are tensors, and none if
         # they are numbers: then integers at the ends of the range would stay there.
-        rounded = rounded.clamp(self.integers.quant_min - zero_point, self.integers.quant_max - zero_point)
+        rounded = rounded.clamp(self.numbers.quant_min - zero_point, self.numbers.quant_max - zero_point)
         return self._softened(rounded, self.scale * self.log_growth.exp())
 
     def stop_tuning(self) -> None:
         """Turn the variables into integers and scales."""
         assert self.steps is not None
         assert self.log_growth is not None
-        self._bake(self.steps.detach().round() + self.zero_point[:, None])
+        self._bake(self.numbers.nearest(self.steps.detach()) + self.zero_point[:, None])
         self.scale = self.scale * self.log_growth.detach().exp()
         self.steps = self.log_growth = None
 
@@ -174,7 +210,7 @@ class PerChannelWeightFakeQuantize(KeptDtype, FakeQuantizeBase):  # type: ignore
 
     def _bake(self, q_RK: Tensor) -> None:
         """Store whole numbers as the integers, and let the graph compute with those again."""
-        q_RK = q_RK.clamp(self.integers.quant_min, self.integers.quant_max)
+        q_RK = q_RK.clamp(self.numbers.quant_min, self.numbers.quant_max)
         self.hold(self._unrows(q_RK, self.q.shape))
         self.soft = None
 
@@ -194,6 +230,7 @@ class PerChannelWeightFakeQuantize(KeptDtype, FakeQuantizeBase):  # type: ignore
         """Replace the observer by a dequantization of the stored integers (torchao's hook).
 
         observer(weight)  ==>  dequantize_per_channel(weight_q, weight_scale, weight_zero_point)
+                               to(weight_q, float32) * view(weight_scale)                         in float8
                                reshape(dequantize_per_channel(weight_q, ..), weight's shape)      with groups
         """
         source = node.args[0]
@@ -201,11 +238,10 @@ class PerChannelWeightFakeQuantize(KeptDtype, FakeQuantizeBase):  # type: ignore
         graph, path = model.graph, str(source.target)
         with graph.inserting_before(node):
             parts = []
-            for name, value in (
-                ("q", self._stored()),
-                ("scale", self.scale.clone()),
-                ("zero_point", self.zero_point.clone()),
-            ):
+            stored = {"q": self._stored(), "scale": self.scale.clone(), "zero_point": self.zero_point.clone()}
+            if isinstance(self.numbers, Float8Range):
+                del stored["zero_point"]
+            for name, value in stored.items():
                 # The float weight keeps `path` until it is dropped as unused, so its integers need other
                 # names.
                 set_buffer(model, f"{path}_{name}", value)

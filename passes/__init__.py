@@ -17,6 +17,7 @@ from tfmq_fx.passes.int8.bfloat16_glue import bfloat16_glue
 from tfmq_fx.passes.int8.byte_activations import byte_activations
 from tfmq_fx.passes.int8.cuda_kernels import cuda_kernels
 from tfmq_fx.passes.int8.flatten_linears import flatten_linears
+from tfmq_fx.passes.int8.float8_kernels import float8_kernels
 from tfmq_fx.passes.int8.fuse_epilogues import fuse_epilogues
 from tfmq_fx.passes.int8.integer_weights import integer_weights
 from tfmq_fx.passes.int8.look_up_together import look_up_together
@@ -24,6 +25,7 @@ from tfmq_fx.passes.int8.merge_linears import merge_linears
 from tfmq_fx.passes.int8.onednn_kernels import onednn_kernels
 from tfmq_fx.passes.int8.rescale_temporal import rescale_temporal
 from tfmq_fx.passes.int8.rescale_tokens import rescale_tokens
+from tfmq_fx.passes.int8.round_float8 import round_float8
 from tfmq_fx.passes.int8.share_quantized import share_quantized
 from tfmq_fx.passes.int8.signed_activations import signed_activations
 from tfmq_fx.passes.int8.signed_weights import signed_weights
@@ -67,6 +69,7 @@ __all__ = [
     "flatten_entries",
     "flatten_linears",
     "flatten_timestep",
+    "float8_kernels",
     "float_at_unseen",
     "fold_parameters",
     "fuse_epilogues",
@@ -91,6 +94,7 @@ __all__ = [
     "rescale_tokens",
     "root_batch_size",
     "rotate",
+    "round_float8",
     "share_quantized",
     "signed_activations",
     "signed_weights",

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
 from tfmq_fx.base.ambient import neutral
-from tfmq_fx.base.arithmetic import FLOAT_BITS, check_bits
+from tfmq_fx.base.arithmetic import FLOAT_BITS, check_bits, weight_numbers
 from tfmq_fx.base.entries import per_sample
 from tfmq_fx.base.errors import TFMQError
 from tfmq_fx.base.files import replace_files, update_with_tensors
@@ -202,7 +202,10 @@ def sensitivity(
         weight_errors = {}
         for bits in sorted(w for w in widths if w >= lowest) or [planned.weight_bits]:
             integers = PerChannelWeightFakeQuantize(
-                bits=bits, ch_axis=output_channel_axis(nodes[planned.node]), group_size=planned.group_size
+                bits=bits,
+                ch_axis=output_channel_axis(nodes[planned.node]),
+                group_size=planned.group_size,
+                dtype=weight_numbers(bits, planned.dtype).dtype,
             )
             integers.initialise(weight)
             weight_errors[bits] = errors(

@@ -14,7 +14,13 @@ from torch import Tensor
 from torch.fx import GraphModule
 
 from tfmq_fx.base.ambient import neutral
-from tfmq_fx.base.arithmetic import FLOAT_BITS, IntegerRange, choose_qparams, choose_shared_qparams
+from tfmq_fx.base.arithmetic import (
+    FLOAT8,
+    FLOAT_BITS,
+    activation_numbers,
+    choose_qparams,
+    choose_shared_qparams,
+)
 from tfmq_fx.calibration.data import CalibrationSet
 from tfmq_fx.calibration.effects import (
     ROWS,
@@ -225,7 +231,7 @@ def _qparams(
     for r in readers:
         if r.plan.activation_bits == FLOAT_BITS or r.input in by_timestep:
             continue
-        integers = IntegerRange.activation(r.plan.activation_bits)
+        numbers = activation_numbers(r.plan.activation_bits, r.plan.dtype)
         shared = recipe.shared_zero_point and not r.plan.temporal
         choose_own = choose_shared_qparams if shared else choose_qparams
         by_timestep[r.input], static[r.input] = {}, {}
@@ -234,9 +240,11 @@ def _qparams(
             low_T, high_T = low_TC.amin(1), high_TC.amax(1)
             seen_T = low_T <= high_T  # False: all rows have one of these timesteps
             low_T, high_T = low_T.where(seen_T, 0), high_T.where(seen_T, 0)
-            scale_T, zero_T = choose_own(low_T, high_T, integers)
+            scale_T, zero_T = choose_own(low_T, high_T, numbers)
+            static[r.input][candidate], _ = choose_qparams(low_T.amin()[None], high_T.amax()[None], numbers)
+            if r.plan.dtype == FLOAT8:  # its error is relative: a scale of a timestep's own saves nothing
+                scale_T = static[r.input][candidate].expand_as(scale_T)
             by_timestep[r.input][candidate] = scale_T[where_P], zero_T[where_P]
-            static[r.input][candidate], _ = choose_qparams(low_T.amin()[None], high_T.amax()[None], integers)
     return by_timestep, static
 
 
@@ -404,7 +412,9 @@ class _Search:
                     {"float_flops": self._flops(r for r in readers if not self._is_float(r))},
                     partial(self.wide.update, keys),
                 )
-                if all(can_have_two(r.node) and not r.plan.temporal for r in readers):
+                if all(
+                    can_have_two(r.node) and not r.plan.temporal and r.plan.dtype != FLOAT8 for r in readers
+                ):
                     left_P = torch.stack([self._two_terms_error(key) for key in keys]).sum(0)
                     yield _Step(
                         saved_P - left_P,

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
 
-from tfmq_fx.base.arithmetic import FLOAT_BITS, check_bits, check_group_size
+from tfmq_fx.base.arithmetic import FLOAT8, FLOAT_BITS, INT, check_bits, check_group_size
 from tfmq_fx.base.errors import TFMQError, nearest_names
 from tfmq_fx.observers.minmax import TemporalMinMaxObserver
 from tfmq_fx.observers.samples import TemporalKLObserver, TemporalMSEObserver, TemporalPercentileObserver
@@ -23,6 +23,7 @@ TEMPORAL_OBSERVERS: dict[str, type[TemporalObserver]] = {
 }
 ACTIVATION_OBSERVERS = ("minmax", "mse")
 GRANULARITIES = ("tensor", "token")
+LINEAR_DTYPES = (INT, FLOAT8)
 UNSEEN = ("nearest", "error", "float")
 KEYED = ("block", "all")
 RULES = ("rules", "chosen")  # the fields that are tuples of rules
@@ -60,6 +61,7 @@ class Rule:
     # 2: the input is a sum of two integer tensors, the second of what the rounding of the first leaves. That has
     # the precision of twice the bits, for a second product.
     activation_terms: int | None = None  # None: 1
+    linear_dtype: str | None = None  # of a linear, as in the recipe; None: as the recipe says
     smooth: float | str | None = None  # SmoothQuant's alpha, or "off"; None: as the recipe says
     keyed: str | None = None  # "all" or "block", as in the recipe; None: as the recipe says
 
@@ -73,6 +75,8 @@ class Rule:
             _check_known(
                 self.activation_granularity, GRANULARITIES, f"Rule({self.pattern!r}).activation_granularity"
             )
+        if self.linear_dtype is not None:
+            _check_known(self.linear_dtype, LINEAR_DTYPES, f"Rule({self.pattern!r}).linear_dtype")
         if self.activation_terms not in (None, 1, 2):
             raise TFMQError(
                 f"Rule({self.pattern!r}).activation_terms: {self.activation_terms!r} is not 1 or 2."
@@ -172,6 +176,12 @@ class Recipe:
     # positions in one window would have different scales within one dot product, which no integer kernel can
     # factor out.
     activation_granularity: str = "tensor"
+    # What linear layers multiply: "int", integers of weight_bits and activation_bits, or "float8_e4m3fn" (4 bits of
+    # exponent, 3 of mantissa). Then input and weight are the largest magnitude / 448 times such a number: the input with
+    # the scales that it would have as integers, the weight with one per output channel. Two exceptions: 16 bits stay
+    # float, and a weight of at most 4 bits stays integer, which is exact in float8. Other bits than 8 become 8, which the
+    # plan's notes say. Convolutions multiply integers.
+    linear_dtype: str = INT
     # Of q, k and v at attention matmuls, symmetric; 16: float. OpenVINO multiplies quantized q and k in int8.
     attention_bits: int = FLOAT_BITS
     temporal_observer: str | type[TemporalObserver] = "minmax"  # estimator inside the temporal block
@@ -256,11 +266,18 @@ class Recipe:
             raise TFMQError(
                 f"Recipe.temporal_observer: {self.temporal_observer!r} is not a subclass of TemporalObserver."
             )
+        if FLOAT8 in (self.linear_dtype, *(rule.linear_dtype for rule in self.rules)) and issubclass(
+            self.temporal_observer_class, TemporalKLObserver
+        ):
+            raise TFMQError(
+                f"Recipe.temporal_observer: 'kl' counts values by integer, and linear_dtype={FLOAT8!r} has none; use another."
+            )
         for name, known in (
             ("activation_observer", ACTIVATION_OBSERVERS),
             ("unseen", UNSEEN),
             ("keyed", (*KEYED, AUTO)),
             ("activation_granularity", GRANULARITIES),
+            ("linear_dtype", LINEAR_DTYPES),
             ("maintain", MAINTENANCES),
             ("cache_type", CACHE_TYPES),
         ):

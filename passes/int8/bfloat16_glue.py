@@ -10,8 +10,10 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 from torch.fx.passes.infra.pass_base import PassResult
 
+from tfmq_fx.base.float8 import DTYPE
+from tfmq_fx.graph.float8 import dequantized, is_cast, quantized_from, scale_nodes
 from tfmq_fx.graph.nodes import aten, attribute, is_decomposed, op_name, set_buffer, value_inputs
-from tfmq_fx.passes.int8.kernels import KERNELS, output_dtype, set_output
+from tfmq_fx.passes.int8.kernels import FLOAT8_KERNEL, KERNELS, output_dtype, set_arguments, set_output
 from tfmq_fx.passes.int8.onednn_kernels import LAY_OUT
 from tfmq_fx.passes.int8.rescale_temporal import PRECISE
 from tfmq_fx.passes.int8.share_quantized import QUANTIZE
@@ -20,7 +22,16 @@ from tfmq_fx.passes.pass_manager import declare
 _ARITHMETIC = ("add", "sub", "mul", "div", "clamp")
 
 
-@declare(after=("onednn_kernels", "cuda_kernels", "fuse_epilogues", "share_quantized", "merge_linears"))
+@declare(
+    after=(
+        "onednn_kernels",
+        "cuda_kernels",
+        "float8_kernels",
+        "fuse_epilogues",
+        "share_quantized",
+        "merge_linears",
+    )
+)
 def bfloat16_glue(
     gm: GraphModule, *, dtypes: dict[Node, torch.dtype], precise: Collection[str]
 ) -> PassResult:
@@ -39,6 +50,7 @@ def bfloat16_glue(
     their dtypes.
     """
     kept = _kept(gm, precise) | {n for n in gm.graph.nodes if _makes_float32(n) or _of_a_float_layer(n)}
+    kept |= _of_float8(gm)
     casts: dict[tuple[Node, torch.dtype], Node] = {}
     lowered: set[Node] = set()  # nodes whose dtype was float32 and is now bfloat16
     for node in list(gm.graph.nodes):
@@ -47,6 +59,13 @@ def bfloat16_glue(
         if node.target in KERNELS:
             if node not in kept and output_dtype(node) is torch.float32:
                 set_output(node, dtype=torch.bfloat16)
+                lowered.add(node)
+            continue
+        if node.target is FLOAT8_KERNEL:
+            if node not in kept:
+                bias = node.args[4]
+                bias = _cast(gm, bias, torch.bfloat16) if isinstance(bias, Node) else None
+                set_arguments(node, bias=bias, dtype=torch.bfloat16)
                 lowered.add(node)
             continue
         keeps = node in kept or node.op == "output"
@@ -60,6 +79,18 @@ def bfloat16_glue(
         gm.graph.lint()
         gm.recompile()
     return PassResult(gm, bool(lowered))
+
+
+def _of_float8(gm: GraphModule) -> set[Node]:
+    """Return the nodes that round to float8 and back: they do so in float32."""
+    found: set[Node] = set()
+    for node in gm.graph.nodes:
+        if is_cast(node, DTYPE):
+            chain = quantized_from(node)
+            found.update((*chain, *(scale_nodes(chain[-2].args[1]) if chain else ())))
+        elif (pair := dequantized(node)) is not None:
+            found.update((node, *(n for n in pair.q.users if is_cast(n)), *scale_nodes(pair.scale)))
+    return found
 
 
 def _narrow(argument: Any) -> Any:

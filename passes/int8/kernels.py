@@ -9,14 +9,16 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
-from tfmq_fx.base import int8_kernels
+from tfmq_fx.base import float8_kernels, int8_kernels
 from tfmq_fx.base.arithmetic import centred
 from tfmq_fx.base.onednn import onednn
+from tfmq_fx.graph.float8 import dequantized
 from tfmq_fx.graph.nodes import attribute, meta_value, op_name, set_buffer
 from tfmq_fx.passes.int8.rescale_temporal import PRECISE
 
 ops, tfmq = torch.ops.quantized_decomposed, torch.ops.tfmq
-assert int8_kernels  # it defines the last two
+assert int8_kernels  # it defines the last two of `KERNELS`
+assert float8_kernels
 GPU_KERNELS = (tfmq.int8_conv2d.default, tfmq.int8_linear.default)
 KERNELS = (
     onednn.qconv_pointwise.default,
@@ -25,6 +27,7 @@ KERNELS = (
     tfmq.int4_linear.default,
     *GPU_KERNELS,
 )
+FLOAT8_KERNEL = tfmq.float8_linear.default
 LAYER = "layer"  # in a kernel's meta: the names of the nodes that it replaced
 FALLBACK = "fallback"  # in a layer's meta: why it stayed as it was
 
@@ -65,6 +68,8 @@ def why_not(gm: GraphModule, layer: Node, *, whose: str, dtype: torch.dtype) -> 
     """
     x, weight, bias, *rest = [*layer.args, None][: max(3, len(layer.args))]
     name = op_name(layer)
+    if dequantized(x) is not None or dequantized(weight) is not None:
+        return f"it multiplies float8_e4m3fn: {whose} kernels multiply bytes"
     if not isinstance(weight, Node) or weight.target is not ops.dequantize_per_channel.default:
         return f"its weight has scales per group: {whose} kernels take one per output channel"
     if not isinstance(x, Node) or x.target is not ops.dequantize_per_tensor.default:

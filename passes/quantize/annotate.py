@@ -19,9 +19,18 @@ from tfmq_fx.base._torchao import (
     QuantizationSpec,
     Quantizer,
 )
-from tfmq_fx.base.arithmetic import FLOAT_BITS, IntegerRange
+from tfmq_fx.base.arithmetic import (
+    FLOAT_BITS,
+    Float8Range,
+    IntegerRange,
+    NumberRange,
+    activation_numbers,
+    token_numbers,
+    weight_numbers,
+)
 from tfmq_fx.graph.inputs import require_input
 from tfmq_fx.graph.nodes import matmul_inputs, meta_value, op_name, output_channel_axis, weight_argument
+from tfmq_fx.observers.float8 import Float8FakeQuantize
 from tfmq_fx.observers.static import StaticFakeQuantize
 from tfmq_fx.observers.token import TokenFakeQuantize
 from tfmq_fx.observers.weight import PerChannelWeightFakeQuantize
@@ -82,7 +91,7 @@ class RecipeQuantizer(Quantizer):  # type: ignore[misc]
                 why = layer.reason or "activation_bits is 16"
                 floats.append(Float(name=f"input of {layer.path}", reason=why))
             if layer.weight_bits != FLOAT_BITS:
-                specs[weight] = self._weight(layer.weight_bits, layer.group_size, output_channel_axis(node))
+                specs[weight] = self._weight(layer, output_channel_axis(node))
             else:
                 floats.append(Float(name=layer.path, reason=layer.reason or "weight_bits is 16"))
             done.append(layer)
@@ -100,13 +109,14 @@ class RecipeQuantizer(Quantizer):  # type: ignore[misc]
 
     def _activation(self, layer: LayerPlan) -> QuantizationSpec:
         if layer.activation_granularity == "token":
-            return self._token(layer.activation_bits)
+            return self._token(layer.activation_bits, layer.dtype)
+        numbers = activation_numbers(layer.activation_bits, layer.dtype)
         if layer.activation_terms == 2:  # the second term relies on the first covering the whole range
-            return self._per_tensor(IntegerRange.activation(layer.activation_bits), MinMaxObserver)
+            return self._per_tensor(numbers, MinMaxObserver)
         if not layer.key:
-            return self._static(layer.activation_bits)
+            return self._per_tensor(numbers)
         num_keys = math.prod(self.sizes[n] for n in layer.key)
-        return self._temporal(layer.activation_bits, num_keys, temporal=layer.temporal)
+        return self._temporal(layer, numbers, num_keys)
 
     def _key(self, layer: LayerPlan, x: Node, mark: frozenset[str]) -> tuple[tuple[str, ...], str]:
         """Return the key of the qparams of a layer's input, and why the key is coarser than needed, or "".
@@ -148,61 +158,51 @@ class RecipeQuantizer(Quantizer):  # type: ignore[misc]
         if specs:
             node.meta[Q_ANNOTATION_KEY] = QuantizationAnnotation(input_qspec_map=specs, _annotated=True)
 
-    def _temporal(self, bits: int, num_keys: int, *, temporal: bool) -> QuantizationSpec:
-        integers = IntegerRange.activation(bits)
+    def _temporal(self, layer: LayerPlan, numbers: NumberRange, num_keys: int) -> QuantizationSpec:
         observer = self.recipe.temporal_observer_class
-        shared = {} if temporal or not self.recipe.shared_zero_point else {"shared_zero_point": True}
-        return QuantizationSpec(
-            dtype=integers.dtype,
-            observer_or_fake_quant_ctr=observer.with_args(num_keys=num_keys, bits=bits, **shared),
-            quant_min=integers.quant_min,
-            quant_max=integers.quant_max,
-            qscheme=torch.per_tensor_affine,
-        )
-
-    def _static(self, bits: int) -> QuantizationSpec:
-        return self._per_tensor(IntegerRange.activation(bits))
+        shared = {} if layer.temporal or not self.recipe.shared_zero_point else {"shared_zero_point": True}
+        bits = layer.activation_bits
+        return _spec(numbers, observer.with_args(num_keys=num_keys, bits=bits, **shared))
 
     def _operand(self, x: Node) -> QuantizationSpec:
         """Return the spec of an operand of a product of two activations. Int8 kernels take these without zero points."""
         bits, positive = self.recipe.attention_bits, op_name(x) in ("softmax", "_softmax")
         return self._per_tensor(IntegerRange.activation(bits) if positive else IntegerRange.operand(bits))
 
-    def _per_tensor(self, integers: IntegerRange, observer: Any = None) -> QuantizationSpec:
+    def _per_tensor(self, numbers: NumberRange, observer: Any = None) -> QuantizationSpec:
         if observer is None:
             observer = MinMaxObserver if self.recipe.activation_observer == "minmax" else HistogramObserver
-        return QuantizationSpec(
-            dtype=integers.dtype,
-            observer_or_fake_quant_ctr=StaticFakeQuantize.with_args(observer=observer),
-            quant_min=integers.quant_min,
-            quant_max=integers.quant_max,
-            qscheme=torch.per_tensor_symmetric if integers.symmetric else torch.per_tensor_affine,
-        )
+        static = Float8FakeQuantize if isinstance(numbers, Float8Range) else StaticFakeQuantize
+        return _spec(numbers, static.with_args(observer=observer))
 
     @staticmethod
     @functools.cache  # with equal specs, linears that read the same tokens share one fake quantizer
-    def _token(bits: int) -> QuantizationSpec:
-        integers = IntegerRange.token(bits)
-        return QuantizationSpec(
-            dtype=integers.dtype,
-            observer_or_fake_quant_ctr=TokenFakeQuantize.with_args(bits=bits),
-            quant_min=integers.quant_min,
-            quant_max=integers.quant_max,
-            qscheme=torch.per_tensor_symmetric,
-        )
+    def _token(bits: int, dtype: str) -> QuantizationSpec:
+        return _spec(token_numbers(bits, dtype), TokenFakeQuantize.with_args(bits=bits))
 
-    def _weight(self, bits: int, group_size: int | None, axis: int) -> QuantizationSpec:
-        integers = IntegerRange.weight(bits)
-        return QuantizationSpec(
-            dtype=integers.dtype,
-            observer_or_fake_quant_ctr=PerChannelWeightFakeQuantize.with_args(
-                bits=bits, group_size=group_size
-            ),
-            quant_min=integers.quant_min,
-            quant_max=integers.quant_max,
-            qscheme=torch.per_channel_symmetric if integers.symmetric else torch.per_channel_affine,
-            ch_axis=axis,
-        )
+    @staticmethod
+    def _weight(layer: LayerPlan, axis: int) -> QuantizationSpec:
+        numbers = weight_numbers(layer.weight_bits, layer.dtype)
+        observer = PerChannelWeightFakeQuantize.with_args(bits=layer.weight_bits, group_size=layer.group_size)
+        schemes = torch.per_channel_symmetric, torch.per_channel_affine
+        return _spec(numbers, observer, schemes, ch_axis=axis)
+
+
+def _spec(
+    numbers: NumberRange,
+    observer: Any,
+    schemes: tuple[torch.qscheme, torch.qscheme] = (torch.per_tensor_symmetric, torch.per_tensor_affine),
+    **more: Any,
+) -> QuantizationSpec:
+    """Return what torchao builds an observer from. schemes: of a symmetric range, and of any other."""
+    return QuantizationSpec(
+        dtype=numbers.dtype,
+        observer_or_fake_quant_ctr=observer,
+        quant_min=numbers.quant_min,
+        quant_max=numbers.quant_max,
+        qscheme=schemes[0 if numbers.symmetric else 1],
+        **more,
+    )
 
 
 class SplitQuantizer(RecipeQuantizer):

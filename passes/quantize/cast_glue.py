@@ -13,6 +13,7 @@ from torch.fx.node import map_aggregate
 
 from tfmq_fx.base.arithmetic import NETWORK_DTYPES
 from tfmq_fx.base.errors import TFMQError
+from tfmq_fx.graph.float8 import float8_scales
 from tfmq_fx.graph.nodes import (
     aten,
     attribute,
@@ -52,7 +53,10 @@ def cast_glue(
         raise TFMQError(f"cast_glue: from {before} to {after}; both must be float32, float16 or bfloat16.")
     gm = _copied(gm)
     for module in _graphs(gm):
+        scales = float8_scales(module)
         for node in module.graph.nodes:
+            if node in scales:
+                continue
             if node.op == "get_attr" and _is_glue(module, node, before, temporal=module is not gm):
                 set_buffer(module, str(node.target), attribute(module, str(node.target)).detach().to(after))
             elif is_decomposed(node) and op_name(node).startswith("dequantize"):

@@ -11,7 +11,14 @@ from fnmatch import fnmatchcase
 import torch
 from torch.fx import GraphModule, Node
 
-from tfmq_fx.base.arithmetic import FLOAT_BITS, fitting_group_size
+from tfmq_fx.base.arithmetic import (
+    FLOAT8,
+    FLOAT_BITS,
+    INT,
+    activation_numbers,
+    fitting_group_size,
+    weight_numbers,
+)
 from tfmq_fx.base.errors import TFMQError, nearest_names
 from tfmq_fx.graph.nodes import (
     aten,
@@ -45,6 +52,7 @@ class LayerPlan:
     group_size: int | None = None  # how many weights of an output channel share qparams; None: all
     activation_granularity: str = "tensor"  # "token": qparams per token, at run time; "tensor": by `key`
     activation_terms: int = 1  # how many integer tensors its input is the sum of
+    dtype: str = INT  # of the numbers that it multiplies: "int" or "float8_e4m3fn"
     temporal: bool  # True: inside the temporal block
     # The inputs whose values select the activation's qparams; (): one set for the tensor.
     key: tuple[str, ...] = ()
@@ -107,8 +115,9 @@ def plan(gm: GraphModule, *, recipe: Recipe, temporal: TemporalBlock) -> Plan:
             used.add(rule)
             layer = _layer(node, path, recipe, edge=node in edges, temporal=node.name in inside)
             layer, found = _as_possible(layer, attribute(gm, path), output_channel_axis(node))
+            layer, of_dtype = _as_float8(layer, rule)
             layers.append(layer)
-            notes += found
+            notes += [*found, *of_dtype]
     _require_used(recipe, used, [layer.path for layer in layers])
     if strange := {c.pattern for c in recipe.chosen} - {layer.path for layer in layers}:
         raise TFMQError(
@@ -231,6 +240,7 @@ def _layer(node: Node, path: str, recipe: Recipe, *, edge: bool, temporal: bool)
         group_size=rule.group_size or recipe.group_size,
         activation_granularity=rule.activation_granularity or recipe.activation_granularity,
         activation_terms=rule.activation_terms or 1,
+        dtype=(rule.linear_dtype or recipe.linear_dtype) if op_name(node) == "linear" else INT,
         temporal=temporal,
         reason=reason,
     )
@@ -254,6 +264,30 @@ def _as_possible(layer: LayerPlan, weight: torch.Tensor, axis: int) -> tuple[Lay
         why = "one scale per tensor: scales per token would vary inside one dot product of a convolution"
         notes = [*notes, Note(name=layer.path, reason=why)]
     return dataclasses.replace(layer, group_size=group_size, activation_granularity=granularity), notes
+
+
+def _as_float8(layer: LayerPlan, rule: Rule | None) -> tuple[LayerPlan, list[Note]]:
+    """Return the layer with the bits that its numbers have, and notes where these are not what was asked for.
+
+    Raises TFMQError for an input of float8 in two terms.
+    """
+    if layer.dtype != FLOAT8:
+        asked = rule is not None and rule.linear_dtype == FLOAT8
+        why = f"{layer.op} multiplies integers: linear_dtype is for linears"
+        return layer, [Note(name=layer.path, reason=why)] if asked and layer.op != "linear" else []
+    if layer.activation_terms != 1:
+        raise TFMQError(
+            f'{layer.path}: activation_terms={layer.activation_terms} is for integers; give it linear_dtype="int" too.'
+        )
+    bits: dict[str, int] = {}
+    notes = []
+    for name, numbers in (("weight", weight_numbers), ("activation", activation_numbers)):
+        wanted: int = getattr(layer, f"{name}_bits")
+        bits[name] = wanted if wanted == FLOAT_BITS else numbers(wanted, layer.dtype).bits
+        if bits[name] != wanted:
+            why = f"{name} of {bits[name]} bits instead of {wanted}: {FLOAT8} has no fewer"
+            notes.append(Note(name=layer.path, reason=why, coarser=False))
+    return dataclasses.replace(layer, weight_bits=bits["weight"], activation_bits=bits["activation"]), notes
 
 
 def _group_size(path: str, weight: torch.Tensor, axis: int, asked: int) -> tuple[int | None, list[Note]]:

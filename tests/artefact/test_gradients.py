@@ -40,6 +40,8 @@ CASES = {
     "per timestep": {"keyed": "all"},
     "per token": {"activation_granularity": "token"},
     "4-bit weights": {"weight_bits": 4, "group_size": 8},
+    "float8": {"linear_dtype": "float8_e4m3fn"},
+    "float8 per timestep": {"linear_dtype": "float8_e4m3fn", "keyed": "all"},
 }
 
 

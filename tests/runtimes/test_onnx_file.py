@@ -136,6 +136,20 @@ def test_a_transformer_with_scales_per_token_rotation_and_a_low_rank_branch(tmp_
 
 
 @torch.no_grad()
+def test_float8_numbers_run_in_float_and_count_as_such(tmp_path):
+    recipe = tfmq_fx.Recipe(weight_bits=8, linear_dtype="float8_e4m3fn", reconstruction=NEAREST)
+    q = tfmq_fx.quantize(make(ScalarTime), recipe, calibration=vectors())
+    written = q.export(tmp_path / "net.onnx")
+    words = "2 of 2 quantized layers run in float; 2 multiply float8_e4m3fn, for which there is no kernel"
+    assert words in written.notes
+    x, t = torch.randn(10, 4), TIMESTEPS
+    (y,) = session(written.file).run(None, {"sample": x.numpy(), "timestep": t.numpy()})
+    assert_same_but_for_flips([(torch.from_numpy(y), q(x, t))])
+    with pytest.raises(TFMQError, match=f"strict: {words}"):
+        q.export(tmp_path / "strict.onnx", strict=True)
+
+
+@torch.no_grad()
 def test_a_network_of_one_timestep_per_call(tmp_path):
     q = scalar()
     net = runs(q.export(tmp_path / "net.onnx").file)

@@ -17,6 +17,8 @@ from torch.fx import GraphModule, Interpreter, Node
 
 from tfmq_fx.base.ambient import traced
 from tfmq_fx.base.errors import TFMQError
+from tfmq_fx.base.float8 import DTYPE
+from tfmq_fx.graph.float8 import is_cast
 from tfmq_fx.graph.nodes import is_decomposed, op_name
 
 _BEYOND = 2**24  # integers that a float32 holds exactly, and more than any range of ours
@@ -56,6 +58,10 @@ class _Differentiable(Interpreter):
             x, *qparams = self.fetch_args_kwargs_from_env(n)[0]
             y, _ = _StraightThrough.apply(x, n.target, _dequantize_of(n), *qparams)  # type: ignore[no-untyped-call]
             return y
+        if is_cast(
+            n, DTYPE
+        ):  # the clamp before it, and the cast to float32 behind it, have their own gradients
+            return _ThroughFloat8.apply(self.fetch_args_kwargs_from_env(n)[0][0])  # type: ignore[no-untyped-call]
         if _is(n, "dequantize") and _is(n.args[0], "quantize"):
             return self.env[n.args[0]]  # type: ignore[index]
         return super().run_node(n)
@@ -93,6 +99,26 @@ class _StraightThrough(torch.autograd.Function):
     def jvp(ctx: Any, *tangents: Any) -> Any:
         (inside,) = ctx.saved_tensors
         return tangents[0] * inside, None
+
+
+class _ThroughFloat8(torch.autograd.Function):
+    """A cast to float8 and back to float32, with the gradient of the identity: torch would cast that to float8 too."""
+
+    @staticmethod
+    def forward(x: Tensor) -> Tensor:
+        return x.to(DTYPE).float()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Any:  # noqa: ARG004
+        return gradients[0]
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Any:  # noqa: ARG004
+        return tangents[0].clone()
 
 
 def _is(node: Any, what: str) -> bool:

@@ -1,4 +1,4 @@
-"""Integer arithmetic: scales and zero points from ranges, quantize and dequantize, rounding, bit packing.
+"""Arithmetic of integers and 8-bit floats: scales and zero points from ranges, quantize and dequantize, rounding, bit packing.
 
 Legend: R rows that each own one (scale, zero_point): the output channels of a weight or the groups in them, the
 timesteps of an activation in the temporal block, the tokens of an activation. All functions are pure.
@@ -6,6 +6,7 @@ timesteps of an activation in the temporal block, the tokens of an activation. A
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any
@@ -14,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from tfmq_fx.base import float8
 from tfmq_fx.base._torchao import MappingType, choose_qparams_affine_with_min_max
 from tfmq_fx.base.errors import TFMQError
 
@@ -32,7 +34,36 @@ PACKED = 2**20
 
 
 @dataclass(frozen=True, kw_only=True)
-class IntegerRange:
+class NumberRange(ABC):
+    """The numbers that a value is rounded to: quant_min <= q <= quant_max, stored as `dtype`, around a zero point.
+
+    symmetric: the zero point is the middle of the range.
+    """
+
+    quant_min: int
+    quant_max: int
+    symmetric: bool
+    dtype: torch.dtype
+
+    @property
+    @abstractmethod
+    def bits(self) -> int: ...
+
+    @abstractmethod
+    def round_(self, x: Tensor) -> Tensor:
+        """Round float32 or float64 to the nearest number, in place. Values outside the range may stay outside."""
+
+    @abstractmethod
+    def spacing(self, x: Tensor) -> Tensor | float:
+        """Return the distance between the two numbers next to each value."""
+
+    def nearest(self, x: Tensor) -> Tensor:
+        """Return x rounded as by `round_`."""
+        return self.round_(x.clone())
+
+
+@dataclass(frozen=True, kw_only=True)
+class IntegerRange(NumberRange):
     """The range of integers that a value may take: quant_min <= q <= quant_max, stored as `dtype`.
 
     Weights of at most 7 bits are affine, with a zero point per channel. Their q - zero_point still fits in a
@@ -44,11 +75,6 @@ class IntegerRange:
     operands of a product of two activations are symmetric about 2**(bits - 1): int8 kernels take these
     without zero points.
     """
-
-    quant_min: int
-    quant_max: int
-    symmetric: bool
-    dtype: torch.dtype
 
     @staticmethod
     def weight(bits: int) -> IntegerRange:
@@ -72,6 +98,62 @@ class IntegerRange:
     @property
     def bits(self) -> int:
         return (self.quant_max - self.quant_min).bit_length()
+
+    def round_(self, x: Tensor) -> Tensor:
+        return x.round_()
+
+    def spacing(self, x: Tensor) -> float:  # noqa: ARG002
+        return 1.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Float8Range(NumberRange):
+    """The numbers of float8_e4m3fn, from -448 to 448, with zero point 0: for weights and activations alike."""
+
+    quant_min: int = -int(float8.LARGEST)
+    quant_max: int = int(float8.LARGEST)
+    symmetric: bool = True
+    dtype: torch.dtype = float8.DTYPE
+
+    @property
+    def bits(self) -> int:
+        return 8
+
+    def round_(self, x: Tensor) -> Tensor:
+        spacing = float8.spacing(
+            x
+        )  # a cast would round float64 twice, and what is beyond the range differs by version
+        return x.div_(spacing).round_().mul_(spacing)
+
+    def spacing(self, x: Tensor) -> Tensor:
+        return float8.spacing(x)
+
+
+INT, FLOAT8 = "int", "float8_e4m3fn"  # what a linear may multiply
+
+
+def numbers_of(dtype: torch.dtype | None, integers: IntegerRange) -> NumberRange:
+    """Return what is stored as `dtype`: the numbers of float8_e4m3fn, or else these integers."""
+    return Float8Range() if dtype == float8.DTYPE else integers
+
+
+def weight_numbers(bits: int, dtype: str) -> NumberRange:
+    """Return what the weights of a layer with numbers of `dtype` are rounded to.
+
+    Integers of at most 4 bits are exact in float8_e4m3fn, so a layer of that dtype may have them too.
+    """
+    floats = dtype == FLOAT8 and bits > float8.EXACT_BITS
+    return Float8Range() if floats else IntegerRange.weight(bits)
+
+
+def activation_numbers(bits: int, dtype: str) -> NumberRange:
+    """Return what the input of a layer with numbers of `dtype` is rounded to, with one scale per tensor or timestep."""
+    return Float8Range() if dtype == FLOAT8 else IntegerRange.activation(bits)
+
+
+def token_numbers(bits: int, dtype: str) -> NumberRange:
+    """Return the same for an input with one scale per token."""
+    return Float8Range() if dtype == FLOAT8 else IntegerRange.token(bits)
 
 
 def centred(q: Tensor, zero_point: Tensor, axis: int) -> Tensor | None:
@@ -138,8 +220,8 @@ def fitting_group_size(group_size: int, columns: int) -> int | None:
     return max(divisors, key=lambda d: (group_size % d == 0, d), default=None)
 
 
-def choose_qparams(min_R: Tensor, max_R: Tensor, integers: IntegerRange) -> tuple[Tensor, Tensor]:
-    """Return scale (R,) float32 > 0 and zero_point (R,) int32, within `integers`, for rows in [min, max].
+def choose_qparams(min_R: Tensor, max_R: Tensor, numbers: NumberRange) -> tuple[Tensor, Tensor]:
+    """Return scale (R,) float32 > 0 and zero_point (R,) int32, within `numbers`, for rows in [min, max].
 
     Zero is always representable: the range is extended to include it, so one-signed, constant and all-zero
     rows get finite scales and in-range zero points.
@@ -147,24 +229,26 @@ def choose_qparams(min_R: Tensor, max_R: Tensor, integers: IntegerRange) -> tupl
     return choose_qparams_affine_with_min_max(  # type: ignore[no-any-return]
         min_R.float(),
         max_R.float(),
-        MappingType.SYMMETRIC if integers.symmetric else MappingType.ASYMMETRIC,
+        MappingType.SYMMETRIC if numbers.symmetric else MappingType.ASYMMETRIC,
         (1,),
-        integers.dtype,
-        integers.quant_min,
-        integers.quant_max,
+        numbers.dtype,
+        numbers.quant_min,
+        numbers.quant_max,
         scale_dtype=torch.float32,
         zero_point_dtype=torch.int32,
     )
 
 
-def choose_shared_qparams(min_R: Tensor, max_R: Tensor, integers: IntegerRange) -> tuple[Tensor, Tensor]:
+def choose_shared_qparams(min_R: Tensor, max_R: Tensor, numbers: NumberRange) -> tuple[Tensor, Tensor]:
     """Return qparams as `choose_qparams` does, but with one zero point shared by all rows.
 
     The scales cover each row. The zero point minimises the mean over rows of (scale / the row's own best
-    scale) ** 2, to which the squared rounding error is proportional.
+    scale) ** 2, to which the squared rounding error is proportional. A symmetric range has one zero point anyway.
     """
+    if numbers.symmetric:
+        return choose_qparams(min_R, max_R, numbers)
     low_R, high_R = min_R.float().clamp_max(0), max_R.float().clamp_min(0)
-    steps = integers.quant_max - integers.quant_min
+    steps = numbers.quant_max - numbers.quant_min
     below_Z1 = torch.arange(steps + 1, device=low_R.device)[:, None]
 
     def needed(bound_R: Tensor, count_Z1: Tensor) -> Tensor:
@@ -174,35 +258,49 @@ def choose_shared_qparams(min_R: Tensor, max_R: Tensor, integers: IntegerRange) 
     worse_ZR = torch.where(high_R > low_R, scale_ZR * steps / (high_R - low_R), 1.0)
     best = int(worse_ZR.square().mean(1).argmin())
     scale_R = scale_ZR[best].clamp_min(torch.finfo(torch.float32).tiny)
-    zero_point_R = torch.full_like(scale_R, integers.quant_min + best, dtype=torch.int32)
+    zero_point_R = torch.full_like(scale_R, numbers.quant_min + best, dtype=torch.int32)
     return scale_R, zero_point_R
 
 
 def quantize_rows(
-    x: Tensor, scale_R: Tensor, zero_point_R: Tensor, integers: IntegerRange, axis: int = 0
+    x: Tensor, scale_R: Tensor, zero_point_R: Tensor, numbers: NumberRange, axis: int = 0
 ) -> Tensor:
     """Return q = clamp(round(x / scale) + zero_point), in x's shape, with qparams per index of `axis`."""
+    if isinstance(numbers, Float8Range):
+        return float8.quantize(x, _along(scale_R, axis, x.dim()))  # type: ignore[no-any-return]
     return torch.ops.quantized_decomposed.quantize_per_channel(  # type: ignore[no-any-return]
-        x, scale_R, zero_point_R, axis, integers.quant_min, integers.quant_max, integers.dtype
+        x, scale_R, zero_point_R, axis, numbers.quant_min, numbers.quant_max, numbers.dtype
     )
 
 
 def dequantize_rows(
-    q: Tensor, scale_R: Tensor, zero_point_R: Tensor, integers: IntegerRange, axis: int = 0
+    q: Tensor, scale_R: Tensor, zero_point_R: Tensor, numbers: NumberRange, axis: int = 0
 ) -> Tensor:
-    """Return (q - zero_point) * scale in float32, by the converted graph's own operator: bitwise equal."""
+    """Return (q - zero_point) * scale in float32, by the converted graph's own operators: bitwise equal."""
+    if isinstance(numbers, Float8Range):
+        return float8.dequantize(q, _along(scale_R, axis, q.dim()))  # type: ignore[no-any-return]
     return torch.ops.quantized_decomposed.dequantize_per_channel(  # type: ignore[no-any-return]
-        q, scale_R, zero_point_R, axis, integers.quant_min, integers.quant_max, integers.dtype
+        q, scale_R, zero_point_R, axis, numbers.quant_min, numbers.quant_max, numbers.dtype
     )
 
 
+def _along(scale_R: Tensor, axis: int, rank: int) -> Tensor:
+    return scale_R.reshape([-1 if i == axis else 1 for i in range(rank)])
+
+
 def search_range(
-    x_RK: Tensor, integers: IntegerRange, *, p: float = 2.4, steps: int = 80, smallest: float = 0.2
+    x_RK: Tensor,
+    numbers: NumberRange,
+    *,
+    p: float = 2.4,
+    steps: int = 80,
+    smallest: float = 0.2,
+    weight_K: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Return the range (min_R, max_R) of each row, shrunk to minimise the L_p error of rounding.
 
     `steps` candidates shrink the row's own range linearly, down to a share `smallest` of it. p = 2.4 and 80
-    steps are the reference implementation's values.
+    steps are the reference implementation's values. weight_K: how much each column's error counts; None: all alike.
     """
     shrink_S1 = torch.tensor([[1.0 - (1.0 - smallest) * i / steps] for i in range(steps)], device=x_RK.device)
     low_R, high_R = x_RK.amin(1), x_RK.amax(1)
@@ -212,15 +310,17 @@ def search_range(
     workspace = x_RK.new_empty(steps * rows * x_RK.shape[1])
     for x_CK, low_C, high_C in zip(x_RK.split(rows), low_R.split(rows), high_R.split(rows), strict=True):
         low_SC, high_SC = low_C * shrink_S1, high_C * shrink_S1
-        qparams = choose_qparams(low_SC.flatten(), high_SC.flatten(), integers)
+        qparams = choose_qparams(low_SC.flatten(), high_SC.flatten(), numbers)
         scale, zero_point = (v.view(steps, -1, 1) for v in qparams)
         y_SCK = workspace[: steps * x_CK.numel()].view(steps, *x_CK.shape)
-        torch.div(x_CK, scale, out=y_SCK).round_().add_(zero_point)
-        y_SCK.clamp_(integers.quant_min, integers.quant_max)
+        torch.div(x_CK, scale, out=y_SCK)
+        numbers.round_(y_SCK).add_(zero_point)
+        y_SCK.clamp_(numbers.quant_min, numbers.quant_max)
         y_SCK.sub_(zero_point).mul_(scale).sub_(x_CK).abs_()
         # |error| ** p via logarithms, which handle 0 too: torch's pow takes 2.7 times as long, most of the
         # search time.
-        error_SC = y_SCK.log2_().mul_(p).exp2_().sum(2)
+        y_SCK.log2_().mul_(p).exp2_()
+        error_SC = y_SCK.sum(2) if weight_K is None else y_SCK @ weight_K
         # Candidates that overflow are skipped. Ties go to the first candidate: the whole range, if all
         # overflow.
         best_1C = error_SC.nan_to_num(torch.inf, torch.inf).argmin(0, keepdim=True)
@@ -273,13 +373,13 @@ class _FakeQuantizeRows(torch.autograd.Function):
         x: Tensor,
         scale_R: Tensor,
         zero_point_R: Tensor,
-        integers: IntegerRange,
+        numbers: NumberRange,
     ) -> Tensor:
         shape = [-1] + [1] * (x.dim() - 1)
-        q = torch.round(x * (1.0 / scale_R.view(shape))) + zero_point_R.view(shape)
-        ctx.save_for_backward((q >= integers.quant_min) & (q <= integers.quant_max))
+        q = numbers.round_(x * (1.0 / scale_R.view(shape))) + zero_point_R.view(shape)
+        ctx.save_for_backward((q >= numbers.quant_min) & (q <= numbers.quant_max))
         return dequantize_rows(
-            quantize_rows(x, scale_R, zero_point_R, integers), scale_R, zero_point_R, integers
+            quantize_rows(x, scale_R, zero_point_R, numbers), scale_R, zero_point_R, numbers
         ).to(x.dtype)
 
     @staticmethod
@@ -288,12 +388,19 @@ class _FakeQuantizeRows(torch.autograd.Function):
         return grad * inside, None, None, None
 
 
-def fake_quantize_rows(x: Tensor, scale_R: Tensor, zero_point_R: Tensor, integers: IntegerRange) -> Tensor:
+def fake_quantize_rows(x: Tensor, scale_R: Tensor, zero_point_R: Tensor, numbers: NumberRange) -> Tensor:
     """Return x rounded to the quantization grid, with qparams per index of dim 0; differentiable in x."""
-    return _FakeQuantizeRows.apply(x, scale_R, zero_point_R, integers)  # type: ignore[no-any-return, no-untyped-call]
+    return _FakeQuantizeRows.apply(x, scale_R, zero_point_R, numbers)  # type: ignore[no-any-return, no-untyped-call]
 
 
-def quantize_tokens(x: Tensor, integers: IntegerRange, dtype: torch.dtype = torch.float32) -> Tensor:
+def fake_quantize(x: Tensor, scale: float, zero_point: int, numbers: NumberRange) -> Tensor:
+    """Return x rounded to the quantization grid, with one scale."""
+    if isinstance(numbers, Float8Range):
+        return float8.dequantize(float8.quantize(x, scale), scale)  # type: ignore[no-any-return]
+    return torch.fake_quantize_per_tensor_affine(x, scale, zero_point, numbers.quant_min, numbers.quant_max)
+
+
+def quantize_tokens(x: Tensor, numbers: NumberRange, dtype: torch.dtype = torch.float32) -> Tensor:
     """Return x, rounded per token: scale = max |x| / quant_max over the last dim, in float32, zero point 0.
 
     dtype: of x and of the result.
@@ -303,12 +410,14 @@ def quantize_tokens(x: Tensor, integers: IntegerRange, dtype: torch.dtype = torc
     bits only, and its meta kernel declares dtypes (float64, int64) that it does not return.
     """
     aten, decomposed = torch.ops.aten, torch.ops.quantized_decomposed
-    limits = (integers.quant_min, integers.quant_max, integers.dtype)
+    limits = (numbers.quant_min, numbers.quant_max, numbers.dtype)
     largest = aten.amax.default(aten.abs.default(x), [-1], True)
     if dtype != torch.float32:
         largest = aten._to_copy.default(largest, dtype=torch.float32)
     # A token of zeros, usually padding, gets a finite scale too.
-    scale = aten.clamp.default(aten.div.Tensor(largest, integers.quant_max), torch.finfo(torch.float32).eps)
+    scale = aten.clamp.default(aten.div.Tensor(largest, numbers.quant_max), torch.finfo(torch.float32).eps)
+    if isinstance(numbers, Float8Range):
+        return float8.dequantize(float8.quantize(x, scale), scale, dtype)  # type: ignore[no-any-return]
     zero_point = aten.zeros_like.default(scale, dtype=torch.int32)
     q = decomposed.quantize_per_token.default(x, scale, zero_point, *limits)
     return decomposed.dequantize_per_token.default(q, scale, zero_point, *limits, dtype)  # type: ignore[no-any-return]
@@ -317,18 +426,18 @@ def quantize_tokens(x: Tensor, integers: IntegerRange, dtype: torch.dtype = torc
 class _FakeQuantizeTokens(torch.autograd.Function):
     @staticmethod
     def forward(  # type: ignore[override]
-        _ctx: torch.autograd.function.FunctionCtx, x: Tensor, integers: IntegerRange
+        _ctx: torch.autograd.function.FunctionCtx, x: Tensor, numbers: NumberRange
     ) -> Tensor:
-        return quantize_tokens(x, integers, x.dtype)
+        return quantize_tokens(x, numbers, x.dtype)
 
     @staticmethod
     def backward(_ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         return grad, None
 
 
-def fake_quantize_tokens(x: Tensor, integers: IntegerRange) -> Tensor:
+def fake_quantize_tokens(x: Tensor, numbers: NumberRange) -> Tensor:
     """Return `quantize_tokens(x)` with a straight-through gradient.
 
     The gradient is 1 everywhere, because no value lies outside its own token's range.
     """
-    return _FakeQuantizeTokens.apply(x, integers)  # type: ignore[no-any-return, no-untyped-call]
+    return _FakeQuantizeTokens.apply(x, numbers)  # type: ignore[no-any-return, no-untyped-call]

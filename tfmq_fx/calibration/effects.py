@@ -22,7 +22,13 @@ from torch import Tensor
 from torch.fx import GraphModule, Interpreter, Node
 from torch.utils import _pytree as pytree
 
-from tfmq_fx.base.arithmetic import FLOAT_BITS, IntegerRange, choose_qparams
+from tfmq_fx.base.arithmetic import (
+    FLOAT_BITS,
+    activation_numbers,
+    choose_qparams,
+    fake_quantize,
+    weight_numbers,
+)
 from tfmq_fx.base.entries import per_sample
 from tfmq_fx.base.errors import TFMQError
 from tfmq_fx.base.parallel import workers
@@ -318,14 +324,11 @@ class _Probe(Interpreter):
     def _judge_input(self, reader: Reader, x: Tensor, g: Tensor) -> None:
         x_NCK, g_NCK = by_channel(x.float(), reader.axis), by_channel(g.float(), reader.axis)
         self.found[reader.input] = energy_C = g_NCK.square().sum((0, 2)).cpu()
-        limits = IntegerRange.activation(reader.plan.activation_bits)
+        numbers = activation_numbers(reader.plan.activation_bits, reader.plan.dtype)
         for candidate, s_C in reader.smoothing.items():
             scale, zero_point = self.qparams[reader.input][candidate]
             s_C1 = x_NCK.new_ones(1, 1) if s_C is None else s_C[:, None].to(x_NCK)
-            y_NCK = torch.fake_quantize_per_tensor_affine(
-                x_NCK / s_C1, scale, zero_point, limits.quant_min, limits.quant_max
-            )
-            error_NCK = y_NCK.mul_(s_C1).sub_(x_NCK)
+            error_NCK = fake_quantize(x_NCK / s_C1, scale, zero_point, numbers).mul_(s_C1).sub_(x_NCK)
             self.found[reader.input, candidate] = (
                 torch.vdot(error_NCK.flatten(), g_NCK.flatten()).square().cpu()
             )
@@ -343,8 +346,8 @@ class _Probe(Interpreter):
 
 def _steps(w: Tensor, reader: Reader, bits: int) -> Tensor:
     """Return the rounding step of every weight, in the weight's shape, if each row of weights covers its range."""
-    moved, integers = w.movedim(output_channel_axis(reader.node), 0), IntegerRange.weight(bits)
+    moved, numbers = w.movedim(output_channel_axis(reader.node), 0), weight_numbers(bits, reader.plan.dtype)
     rows = moved.reshape(-1, reader.plan.group_size or moved[0].numel())
-    scale_R, _ = choose_qparams(rows.amin(1), rows.amax(1), integers)
-    steps = scale_R[:, None].expand_as(rows).reshape(moved.shape)
+    scale_R1 = choose_qparams(rows.amin(1), rows.amax(1), numbers)[0][:, None]
+    steps = (scale_R1 * numbers.spacing(rows / scale_R1)).expand_as(rows).reshape(moved.shape)
     return steps.movedim(0, output_channel_axis(reader.node))

@@ -14,6 +14,7 @@ from torch.fx import GraphModule
 from tfmq_fx.artefact.graph_json import packed_tensors, quantized_weights, tensors_of
 from tfmq_fx.base.progress import Clock
 from tfmq_fx.evaluation.errors import Errors
+from tfmq_fx.graph.float8 import float8_weights
 from tfmq_fx.passes.quantize.results import Maintenance
 from tfmq_fx.passes.quantize.state import State, state_of
 
@@ -26,7 +27,7 @@ def summary(
     network: the float network, for its parameters. clock: the times of the stages.
     """
     state = state_of(gm)
-    quantized, tensors = quantized_weights(gm), tensors_of(gm)
+    quantized, tensors = {*quantized_weights(gm), *float8_weights(gm)}, tensors_of(gm)
     layers = {layer.path for layer in state.plan.layers if f"{layer.path}_q" in quantized}
     folded = {path for paths in state.folded.values() for path in paths} - state.folded.keys()
     gone = {*state.removed, *(folded - tensors.keys())}

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.fx import Node
 from torch.nn import functional as F
 
-from tfmq_fx.base.arithmetic import IntegerRange
+from tfmq_fx.base.arithmetic import NumberRange
 from tfmq_fx.base.errors import TFMQError
 from tfmq_fx.base.parallel import Ranks, Workers
 from tfmq_fx.graph.nodes import convolution_arguments, groups_of, op_name
@@ -199,7 +199,7 @@ def gptq(
     moments: Moments,
     scale_GCB: Tensor,
     zero_point_GCB: Tensor,
-    integers: IntegerRange,
+    numbers: NumberRange,
     *,
     damping: float = 0.01,
 ) -> Tensor:
@@ -226,7 +226,8 @@ def gptq(
         scales, zero_points = scale_GCB.gather(2, blocks), zero_point_GCB.gather(2, blocks)
         for k in range(start, end):
             column, scale, zero_point = w[:, :, k], scales[:, :, k - start], zero_points[:, :, k - start]
-            rounded = (torch.round(column / scale) + zero_point).clamp(integers.quant_min, integers.quant_max)
+            rounded = numbers.round_(column / scale) + zero_point
+            rounded.clamp_(numbers.quant_min, numbers.quant_max)
             q[:, :, k] = rounded
             error = (column - (rounded - zero_point) * scale) / upper[:, k, k, None]
             w[:, :, k:end] -= error[:, :, None] * upper[:, None, k, k:end]

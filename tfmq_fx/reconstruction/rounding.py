@@ -215,7 +215,7 @@ def _second_order(
             last[2],
             parted(scale, pieces),
             parted(zero_point, pieces),
-            observer.integers,
+            observer.numbers,
             damping=settings.damping,
         )
         observer.hold(joined(q, pieces).reshape(weight.shape))

@@ -41,7 +41,7 @@ from tfmq_fx.passes.int8.to_int8 import TO_INT8
 from tfmq_fx.passes.pass_manager import PassManager
 from tfmq_fx.runtimes.cpu import byte_sums
 from tfmq_fx.runtimes.exported import fallen_back
-from tfmq_fx.runtimes.layers import quantized_layers, saturating_layers
+from tfmq_fx.runtimes.layers import float8_because, float8_layers, quantized_layers, saturating_layers
 from tfmq_fx.runtimes.torch_engine import OPTIONS
 
 log = logging.getLogger(__name__)
@@ -77,12 +77,14 @@ def export_aot(model: QuantizedGraph, file: Path, *, strict: bool) -> dict[str, 
         )
     gm = graph_of(exported(model))
     PassManager([*TO_INT8, signed_weights, flatten_linears])(gm)
-    wanted, saturating = len(quantized_layers(gm)), saturating_layers(gm)
-    because, elsewhere, stored = "", "", wanted
+    bytes_, floats, saturating = len(quantized_layers(gm)), float8_layers(gm), saturating_layers(gm)
+    wanted = bytes_ + len(floats)
+    because, elsewhere, stored = float8_because(floats), "", bytes_
+    fold_weights(gm, floats)
     if saturating and byte_sums() is not ByteSums.EXACT:
         fold_weights(gm, saturating)
         stored -= len(saturating)
-        because = f"; {len(saturating)} would saturate: {NO_INT8}"
+        because += f"; {len(saturating)} would saturate: {NO_INT8}"
     elif saturating:
         elsewhere = f"{len(saturating)} of {wanted} quantized layers saturate on a CPU without VNNI or AMX; to run there, compile on such a CPU"
     inputs = example_inputs(model, batch=2)

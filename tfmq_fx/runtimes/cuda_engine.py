@@ -38,6 +38,7 @@ from tfmq_fx.graph.nodes import attribute, fresh, set_buffer
 from tfmq_fx.graph.written import kept, written_buffers
 from tfmq_fx.passes.int8.bfloat16_glue import bfloat16_glue
 from tfmq_fx.passes.int8.cuda_kernels import cuda_kernels
+from tfmq_fx.passes.int8.float8_kernels import float8_kernels
 from tfmq_fx.passes.int8.fold_weights import fold_weights, keep_what_is_read
 from tfmq_fx.passes.int8.fuse_epilogues import fuse_epilogues
 from tfmq_fx.passes.int8.kernels import GPU_KERNELS, arguments_of, set_arguments
@@ -73,7 +74,9 @@ def lower_cuda(model: QuantizedGraph, wanted: Compilation) -> Lowered:
     gpu = cuda.require_gpu()
     start = time.perf_counter()
     precision = choose_precision(wanted.precision, has_bfloat16=True)
-    prepared = prepare_graph(model, precision=precision, pack=wanted.pack, device=gpu.device)
+    prepared = prepare_graph(
+        model, precision=precision, pack=wanted.pack, device=gpu.device, capability=gpu.capability
+    )
     folder = None
     if wanted.keep:
         folder = wanted.root / cache_key(model, json.dumps([gpu.name, precision, wanted.pack]))
@@ -99,19 +102,25 @@ def lower_cuda(model: QuantizedGraph, wanted: Compilation) -> Lowered:
 
 
 def prepare_graph(
-    model: QuantizedGraph, *, precision: str, pack: str | None, device: torch.device
+    model: QuantizedGraph,
+    *,
+    precision: str,
+    pack: str | None,
+    device: torch.device,
+    capability: tuple[int, int] | None = None,
 ) -> Prepared:
     """Return the flat graph of torch's operators and int8 kernels, on the device. The model stays where it is.
 
-    precision, pack: as in `lower`. Raises TFMQError naming a node that cannot run.
+    precision, pack: as in `lower`. capability: as in `float8_kernels`. Raises TFMQError naming a node that cannot run.
     """
     gm = flat_graph(model)
     PassManager(TO_INT8)(gm)
     layers = list(layers_of(gm))
     fill_fake_values(gm)
     kernels = functools.partial(cuda_kernels, pack=pack)
-    passes = [signed_activations, kernels, fuse_epilogues, share_quantized, merge_linears, look_up_together]
-    PassManager(passes)(gm)
+    of_float8 = functools.partial(float8_kernels, capability=capability)
+    after = [fuse_epilogues, share_quantized, merge_linears, look_up_together]
+    PassManager([signed_activations, kernels, of_float8, *after])(gm)
     fold_weights(gm)
     keep_what_is_read(gm)
     to_device(gm, device)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sized
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +11,7 @@ from torch.fx import GraphModule, Node
 
 from tfmq_fx.artefact.drop_in import QuantizedGraph
 from tfmq_fx.base.arithmetic import PAIRS_FIT, centred, saturates
+from tfmq_fx.graph.float8 import dequantized
 from tfmq_fx.graph.nodes import (
     attribute,
     hinted_shape,
@@ -36,6 +37,7 @@ class Kernel:
     reason: str  # why it is not int8; "" if it is
     fell_back: bool  # True if its inputs are quantized but it is not int8
     flops: int  # for one sample
+    float8: bool = False  # True if it multiplies float8 numbers as such
 
     @property
     def int8_flops(self) -> int:
@@ -54,11 +56,13 @@ class EngineLayer:
     flops: int  # for one sample; a multiplication and an addition count as two
     float_because: str  # why no int8 kernel can run it; "" if both its inputs are quantized
     saturates: bool = False  # True if it stays in float because this CPU's int8 kernels would be wrong
+    float8: bool = False  # True if its input or weight is quantized to float8
 
-    def ran_as(self, kernel: str, *, precision: str, int8: bool, reason: str) -> Kernel:
+    def ran_as(self, kernel: str, *, precision: str, int8: bool, reason: str, float8: bool = False) -> Kernel:
         """Return the kernel that ran this layer.
 
-        kernel: the engine's name for it. precision: of its inputs. reason: why it is not int8, "" if it is.
+        kernel: the engine's name for it. precision: of its inputs. reason: why it is not int8, "" if it is. float8: True
+        if it multiplied float8 numbers.
         """
         return Kernel(
             path=self.path or self.node,
@@ -67,8 +71,9 @@ class EngineLayer:
             precision=precision,
             int8=int8,
             reason=reason,
-            fell_back=not int8 and not self.float_because,
+            fell_back=not (int8 or float8) and not self.float_because,
             flops=self.flops,
+            float8=float8,
         )
 
 
@@ -88,6 +93,7 @@ def layers_of(gm: GraphModule) -> Iterator[EngineLayer]:
                 reasons.append("its weight is float")
         if any(not _is_quantized(x) for x in operands):
             reasons.append("its input is float" if index is not None else "its operands are float")
+        operands = operands if index is None else [*operands, node.args[index]]
         yield EngineLayer(
             node=node.name,
             weight="" if index is None else node.args[index].name,
@@ -95,6 +101,7 @@ def layers_of(gm: GraphModule) -> Iterator[EngineLayer]:
             op=op_name(node),
             flops=_flops(node),
             float_because=" and ".join(reasons),
+            float8=any(dequantized(x) for x in operands),
         )
 
 
@@ -119,7 +126,8 @@ def _is_quantized_weight(weight: Node) -> bool:
 
 
 def _is_quantized(x: Node) -> bool:
-    return (is_decomposed(x) and op_name(x).startswith("dequantize")) or bool(x.meta.get(DEQUANTIZED))
+    is_integer = (is_decomposed(x) and op_name(x).startswith("dequantize")) or bool(x.meta.get(DEQUANTIZED))
+    return is_integer or dequantized(x) is not None
 
 
 def _flops(node: Node) -> int:
@@ -158,6 +166,24 @@ def quantized_layers(gm: GraphModule) -> list[Node]:
             x = node.args[0]
             found += [node] if x.target in pairs or x.meta.get(DEQUANTIZED) else []
     return found
+
+
+FLOAT8_IN_FLOAT = "it multiplies float8_e4m3fn, for which there is no kernel: the same numbers run in float"
+
+
+def float8_layers(gm: GraphModule) -> list[Node]:
+    """Return the linears whose input is quantized to float8, and their weights to float8 or integers."""
+    found = []
+    for node in gm.graph.nodes:
+        index = weight_argument(node)
+        if index is not None and dequantized(node.args[0]) and _is_quantized_weight(node.args[index]):
+            found.append(node)
+    return found
+
+
+def float8_because(layers: Sized) -> str:
+    """Return the end of a sentence on these layers, of float8, that run in float; "" if there are none."""
+    return f"; {len(layers)} multiply float8_e4m3fn, for which there is no kernel" if len(layers) else ""
 
 
 def _dequantized_weight(layer: Any) -> Any:

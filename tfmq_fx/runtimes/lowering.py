@@ -205,7 +205,7 @@ def lower(
         **_machine(gpu, sums),
         "pack": pack,
         **lowered.details,
-        "flops": {"total": total, "int8": int8},
+        "flops": {"total": total, "int8": int8, **_float8_flops(lowered.kernels)},
         "kernels": kernels_to_json(lowered.kernels),
     }
     if found := [*notes, *(frozen if lowering["compiled"] else ())]:
@@ -259,6 +259,12 @@ def _checked(kernels: Sequence[Kernel], *, strict: bool) -> tuple[int, int]:
             + ("; ..." if len(fallen) > 8 else ".")
         )
     return total, int8
+
+
+def _float8_flops(kernels: Sequence[Kernel]) -> dict[str, int]:
+    """Return the report's entry on the FLOPs in float8, if there are any."""
+    found = sum(k.flops for k in kernels if k.float8)
+    return {"float8": found} if found else {}
 
 
 def _require_engine(engine: str | None, target: str) -> None:

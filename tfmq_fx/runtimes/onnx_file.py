@@ -45,7 +45,7 @@ from tfmq_fx.passes.int8.to_int8 import TO_INT8
 from tfmq_fx.passes.int8.unfold_convolutions import unfold_convolutions
 from tfmq_fx.passes.pass_manager import PassManager
 from tfmq_fx.runtimes.exported import fallen_back
-from tfmq_fx.runtimes.layers import quantized_layers
+from tfmq_fx.runtimes.layers import float8_because, float8_layers, quantized_layers
 from tfmq_fx.runtimes.onnx_weights import store_weights
 
 log = logging.getLogger(__name__)
@@ -95,7 +95,8 @@ def export_onnx(model: QuantizedGraph, file: Path, *, for_onnxruntime: bool, str
     gm = graph_of(exported(model))
     PassManager([*TO_INT8, *([unfold_convolutions] if for_onnxruntime else [])])(gm)
     _four_dimensional_attention(gm)
-    wanted = len(quantized_layers(gm))
+    floats = float8_layers(gm)
+    wanted, because = len(quantized_layers(gm)) + len(floats), float8_because(floats)
     inputs = example_inputs(model, batch=2)
     with tracing(), torch.no_grad():
         program = torch.export.export(gm, (), inputs, dynamic_shapes=dynamic_shapes(model), strict=False)
@@ -112,7 +113,7 @@ def export_onnx(model: QuantizedGraph, file: Path, *, for_onnxruntime: bool, str
                 raise TFMQError(f'strict: {error}; pip install "tfmq_fx[onnx]".') from error
             found["notes"] = ("onnxruntime is not installed: which kernels it runs is not known",)
         else:
-            found["notes"] = fallen_back(found["kernels"], wanted, strict=strict)
+            found["notes"] = fallen_back(found["kernels"], wanted, strict=strict, because=because)
 
     replace_files(file, write)
     return found

@@ -30,7 +30,7 @@ from tfmq_fx.runtimes.engine import (
     folder_for,
     shapes_of,
 )
-from tfmq_fx.runtimes.layers import EngineLayer, Kernel
+from tfmq_fx.runtimes.layers import FLOAT8_IN_FLOAT, EngineLayer, Kernel
 from tfmq_fx.runtimes.openvino_file import (
     FLOAT,
     MODEL,
@@ -107,7 +107,8 @@ def _kernel(layer: EngineLayer, executions: list[Execution]) -> Kernel:
     if not products:
         reason = "not among the nodes that OpenVINO executes: folded, or fused under another name"
     elif not int8:
-        reason = layer.float_because or (SATURATES if layer.saturates else "OpenVINO chose a float kernel")
+        chose = FLOAT8_IN_FLOAT if layer.float8 else "OpenVINO chose a float kernel"
+        reason = layer.float_because or (SATURATES if layer.saturates else chose)
     return layer.ran_as(kernel, precision=precision, int8=int8, reason=reason)
 
 

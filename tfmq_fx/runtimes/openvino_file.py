@@ -35,6 +35,7 @@ from tfmq_fx.passes.int8.integer_weights import integer_weights
 from tfmq_fx.passes.int8.multiply_in_float import multiply_in_float
 from tfmq_fx.passes.int8.plain_sizes import plain_sizes
 from tfmq_fx.passes.int8.rescale_temporal import PRECISE
+from tfmq_fx.passes.int8.round_float8 import round_float8
 from tfmq_fx.passes.int8.to_int8 import TO_INT8
 from tfmq_fx.passes.pass_manager import PassManager
 from tfmq_fx.runtimes.layers import EngineLayer, layers_of, saturating_layers, saturating_products
@@ -103,7 +104,7 @@ def write(model: QuantizedGraph, folder: Path, *, float_share: float = 0.0) -> l
     if in_float and len(in_float) < len(quantized):
         fold_weights(gm, weighted)
         multiply_in_float(gm, products)
-    PassManager([integer_weights, plain_sizes])(gm)
+    PassManager([round_float8, integer_weights, plain_sizes])(gm)
     _require_real(gm)
     _separate_outputs(gm)
     ir = _convert(gm)

@@ -20,13 +20,13 @@ from torch.fx.passes.utils.fuser_utils import fuse_by_partitions
 from torch.utils import _pytree as pytree
 
 from tfmq_fx.graph.nodes import aten, set_buffer
-from tfmq_fx.passes.int8.kernels import GPU_KERNELS, arguments_of, set_arguments
+from tfmq_fx.passes.int8.kernels import FLOAT8_KERNEL, GPU_KERNELS, arguments_of, set_arguments
 from tfmq_fx.passes.int8.share_quantized import QUANTIZE
 
 log = logging.getLogger(__name__)
 Compile = Callable[[GraphModule, Sequence[Tensor]], Callable[..., Any]]
 
-KERNELS = (*GPU_KERNELS, aten.scaled_dot_product_attention.default)
+KERNELS = (*GPU_KERNELS, FLOAT8_KERNEL, aten.scaled_dot_product_attention.default)
 FORM = "form"  # in a node's meta, while it is compiled: the form of its value
 ALIGNMENT = 16  # bytes
 

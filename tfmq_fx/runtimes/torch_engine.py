@@ -38,7 +38,7 @@ from tfmq_fx.graph.inputs import placeholders
 from tfmq_fx.graph.written import keeps_buffers, kept, written_buffers
 from tfmq_fx.passes.int8.bfloat16_glue import bfloat16_glue
 from tfmq_fx.passes.int8.fold_weights import fold, fold_weights, keep_what_is_read
-from tfmq_fx.passes.int8.kernels import FALLBACK, GPU_KERNELS, KERNELS, LAYER
+from tfmq_fx.passes.int8.kernels import FALLBACK, FLOAT8_KERNEL, GPU_KERNELS, KERNELS, LAYER
 from tfmq_fx.passes.int8.onednn_kernels import LAY_OUT, onednn_kernels
 from tfmq_fx.passes.int8.share_quantized import QUANTIZE, share_quantized
 from tfmq_fx.passes.int8.to_int8 import TO_INT8
@@ -181,8 +181,7 @@ def kernels_of_graph(
     found = []
     for layer in layers:
         if (node := replaced.get(layer.node)) is not None:
-            bytes_ = "i8" if node.target in GPU_KERNELS else "u8"
-            found.append(layer.ran_as(f"{node.target}", precision=bytes_, int8=True, reason=""))
+            found.append(_replaced(layer, node.target))
             continue
         reason = layer.float_because or left.get(layer.node, "")
         if not reason and layer.node in left:
@@ -195,6 +194,14 @@ def kernels_of_graph(
             layer.ran_as(f"aten.{layer.op}", precision=glue, int8=False, reason=reason or "not in the graph")
         )
     return found
+
+
+def _replaced(layer: EngineLayer, kernel: Any) -> Kernel:
+    if kernel is FLOAT8_KERNEL:
+        words = "it multiplies float8_e4m3fn"
+        return layer.ran_as(f"{kernel}", precision="f8e4m3fn", int8=False, float8=True, reason=words)
+    bytes_ = "i8" if kernel in GPU_KERNELS else "u8"
+    return layer.ran_as(f"{kernel}", precision=bytes_, int8=True, reason="")
 
 
 def lay_out(gm: GraphModule) -> GraphModule:
