@@ -346,7 +346,7 @@ class _Search:
         energy_PC, s_C = self.effects.inputs[reader.input], reader.smoothing[alpha]
         error_P = (energy_PC if s_C is None else energy_PC * s_C.double().square()).sum(1) / 12
         error_P = error_P * self.effects.correlated[reader.input][alpha]
-        return error_P * step_P.double().square(), error_P * static_1.double().square()
+        return error_P * step_P.cpu().double().square(), error_P * static_1.cpu().double().square()
 
     def _weight_error(self, reader: Reader, alpha: Any = None, bits: int | None = None) -> Tensor:
         alpha = self.alpha[reader.group] if alpha is None else alpha

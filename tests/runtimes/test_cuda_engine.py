@@ -230,11 +230,10 @@ def test_tiles_are_measured_once_for_each_shape_and_kept(low, tmp_path):
 
 @torch.no_grad()
 def test_cudnn_is_a_candidate_where_it_is_installed(low, monkeypatch):
-    assert cuda_engine.candidates(False) == ((),)
     monkeypatch.setattr(cuda_engine, "frontend", lambda: None)
-    assert (cuda_engine.candidates(None), cuda_engine.candidates(True)) == (((),), TILES)
+    assert [cuda_engine.candidates(c) for c in (False, None, True)] == [((),), ((),), TILES]
     monkeypatch.setattr(cuda_engine, "frontend", lambda: object())
-    assert cuda_engine.candidates(None) == ((), *CUDNN_PLANS)
+    assert [cuda_engine.candidates(c) for c in (False, None, True)] == [((),), ((),), (*TILES, *CUDNN_PLANS)]
     gm, inputs = fresh(low.network.gm), [noise(2), mixed(2)]
     expected = gm(*inputs)
     found = cuda_engine.tiles_of(gm, inputs, CUDNN_PLANS, file=None, measure=lambda call: call().sum().item())

@@ -334,8 +334,8 @@ def pack_bits(q: Tensor, integers: IntegerRange) -> Tensor:
     flat = q.reshape(-1)
     packed = np.empty(-(-flat.numel() * integers.bits // 8), dtype=np.uint8)
     for start in range(0, flat.numel(), PACKED):
-        part = flat[start : start + PACKED].contiguous().cpu().view(torch.uint8).numpy()
-        part = part - np.uint8(integers.quant_min % 256)  # of signed bytes too: it wraps around
+        part = flat[start : start + PACKED].to(torch.uint8).cpu().numpy()
+        part = part - np.uint8(integers.quant_min % 256)  # both of these wrap around
         if integers.bits < 8:
             bits = np.unpackbits(part[:, None], axis=1, count=integers.bits, bitorder="little")
             part = np.packbits(bits.reshape(-1), bitorder="little")
@@ -359,8 +359,11 @@ def unpack_bits(packed: Tensor, shape: tuple[int, ...], integers: IntegerRange) 
         if integers.bits < 8:
             bits = np.unpackbits(part, bitorder="little")[: count * integers.bits]
             part = np.packbits(bits.reshape(count, integers.bits), axis=1, bitorder="little")[:, 0]
-        part = part + np.uint8(integers.quant_min % 256)
-        found[start : start + count] = torch.from_numpy(part).view(integers.dtype)
+        wide = found.itemsize > 1  # zero points
+        unsigned = torch.from_numpy(part.astype(np.int16) if wide else part) + integers.quant_min % (
+            65536 if wide else 256
+        )
+        found[start : start + count] = unsigned if wide else unsigned.view(integers.dtype)
     return found.reshape(shape)
 
 

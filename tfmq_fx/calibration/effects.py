@@ -333,7 +333,7 @@ class _Probe(Interpreter):
                 torch.vdot(error_NCK.flatten(), g_NCK.flatten()).square().cpu()
             )
             variance = (energy_C * s_C1[:, 0].cpu().square()).sum() * scale**2 / 12
-            self.found[reader.input, candidate, VARIANCE] = variance
+            self.found[reader.input, candidate, VARIANCE] = variance.cpu()
 
     def _judge_weight(self, reader: Reader, w: Tensor, g: Tensor) -> None:
         energy, w = g.float().square(), w.float()

@@ -266,10 +266,11 @@ Measure = Callable[[Callable[[], Any]], float]
 
 
 def candidates(compile: bool | None) -> tuple[Tile, ...]:
-    """Return the tiles among which each kernel's is chosen by measuring: Triton's, () being the one by shape, and cuDNN's plans."""
-    if compile is False:
-        return ((),)
-    return (*(TILES if compile else ((),)), *(CUDNN_PLANS if frontend() else ()))
+    """Return the tiles among which each kernel's is chosen: Triton's and cuDNN's plans if `compile`, else () alone, by shape.
+
+    cuDNN compiles a kernel for every shape and epilogue, in about a second each.
+    """
+    return (*TILES, *(CUDNN_PLANS if frontend() else ())) if compile else ((),)
 
 
 def tiles_of(
