@@ -76,7 +76,8 @@ class Run:
         """Return the artefact that was given for a recipe."""
         if recipe not in self.artefacts:
             return None
-        return tfmq_fx.load(self.artefacts[recipe]).to(self.device)
+        found: tfmq_fx.QuantizedModel = tfmq_fx.load(self.artefacts[recipe]).to(self.device)
+        return found
 
     def row(self, part: str, name: str, **values: Any) -> None:
         """Print and keep one result."""

@@ -58,7 +58,8 @@ def _fuse(kernel: Node) -> int:
 
 
 def _is_by_one(user: Node) -> bool:
-    return user.target in (aten.mul.Tensor, aten.div.Tensor) and user.args[1] == 1 and not user.kwargs
+    scales = user.target in (aten.mul.Tensor, aten.div.Tensor) and not user.kwargs
+    return scales and isinstance(user.args[1], (int, float)) and user.args[1] == 1
 
 
 def _is_alike(kernel: Node, user: Node) -> bool:

@@ -33,6 +33,14 @@ class Value:
     set_stride = set_output
 
 
+def of_two(operation):
+    return lambda _, *, a, b: Value(lambda p: operation(a.compute(p), b.compute(p)))
+
+
+def of_one(operation):
+    return lambda _, x: Value(lambda p: operation(x.compute(p)))
+
+
 class Graph:
     """cuDNN's graph, by the names of its frontend."""
 
@@ -48,15 +56,9 @@ class Graph:
         assert compute_data_type == "INT32"
         return Value(lambda p: F.conv2d(image.compute(p), weight.compute(p), None, stride, padding, dilation))
 
-    def _two(operation):
-        return lambda _, *, a, b: Value(lambda p: operation(a.compute(p), b.compute(p)))
-
-    add, sub, mul = _two(torch.add), _two(torch.sub), _two(torch.mul)
-
-    def _one(operation):
-        return lambda _, x: Value(lambda p: operation(x.compute(p)))
-
-    swish, gelu, gelu_approx_tanh = _one(F.silu), _one(F.gelu), _one(lambda v: F.gelu(v, approximate="tanh"))
+    add, sub, mul = of_two(torch.add), of_two(torch.sub), of_two(torch.mul)
+    swish, gelu = of_one(F.silu), of_one(F.gelu)
+    gelu_approx_tanh = of_one(lambda v: F.gelu(v, approximate="tanh"))
 
     def nothing(self, *_):
         return 0

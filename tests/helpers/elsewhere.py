@@ -15,14 +15,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 DEVICE = torch.device("meta")  # torch needs nothing for it
 aten = torch.ops.aten
-# CUDA takes indices and sources of copies from the CPU.
-MIXES = {
-    aten.index.Tensor,
-    aten.index_put_.default,
-    aten.index_put.default,
-    aten.copy_.default,
-    aten._to_copy.default,
-}
+# CUDA takes sources of copies from the CPU, and indices, but no indices to what is there.
+INDEXES = {aten.index.Tensor, aten.index_put_.default, aten.index_put.default}
+MIXES = {*INDEXES, aten.copy_.default, aten._to_copy.default}
 
 
 class Elsewhere(Tensor):
@@ -55,7 +50,8 @@ def dispatch(func, args, kwargs):
     flat = [x for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
     there = [x for x in flat if isinstance(x, Elsewhere)]
     here = [x for x in flat if not isinstance(x, Elsewhere) and x.dim()]
-    if there and here and func not in MIXES:
+    of_here = func in INDEXES and here and here[0] is flat[0]
+    if there and here and (func not in MIXES or of_here):
         raise MixedDevices(f"{func}: {[(tuple(x.shape), str(x.device)) for x in flat]}")
     if any(x.is_meta for x in flat if not isinstance(x, Elsewhere)):
         raise MixedDevices(f"{func}: a tensor without values; index with a tensor instead of a list")

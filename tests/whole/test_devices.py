@@ -44,6 +44,13 @@ RECIPES = {
     "keyed": {"keyed": "all", "shared_zero_point": True, "unseen": "float", "group_size": 8},
     "cached": {"maintain": "cache", "cache_type": "int8", "activation_granularity": "token"},
     "chosen": {"maintain": "auto", "attention_bits": 8},
+    "looking": {
+        "smooth": "auto",
+        "keyed": "auto",
+        "float_flops": 0.1,
+        "double_flops": 0.1,
+        "float_bytes": 0.1,
+    },
     "two terms": {"rules": (tfmq_fx.Rule(pattern="mid*", activation_terms=2),)},
     **{name: {"temporal_observer": name} for name in ("mse", "kl", "percentile")},
 }
@@ -53,6 +60,7 @@ CASES = [
     (Labelled, "two terms", NEAREST),
     (Labelled, "cached", LEARNED),
     (Labelled, "chosen", NEAREST),
+    (Labelled, "looking", NEAREST),
     (Sized, "default", NEAREST),
     (Tokens, "w4a4", NEAREST),
     *((Labelled, name, NEAREST) for name in ("mse", "kl", "percentile")),
@@ -87,6 +95,21 @@ def run(gm, cls, recipe):
     converted = PassManager(passes)(fresh(gm)).graph_module
     assert isinstance(converted, GraphModule)
     return converted, measure_errors(gm, converted, data, block=block)
+
+
+def test_rows_that_lie_there_are_drawn_and_grouped():
+    data = CALIBRATION[TinyUNet]()
+    with device():
+        there = tfmq_fx.CalibrationSet.from_tensors({n: x.to(DEVICE) for n, x in data.tensors.items()})
+        for one_timestep in (False, True):
+            pairs = zip(
+                there.batches(7, one_timestep=one_timestep),
+                data.batches(7, one_timestep=one_timestep),
+                strict=True,
+            )
+            for batch, expected in pairs:
+                assert all(torch.equal(batch[n].cpu(), x) for n, x in expected.items())
+        assert torch.equal(there.draw(11, seed=3), data.draw(11, seed=3))
 
 
 @pytest.mark.parametrize(("cls", "name", "reconstruction"), CASES)

@@ -29,7 +29,7 @@ _own = threading.local()  # a handle belongs to one thread at a time
 def frontend() -> Any:
     """Return cuDNN's Python frontend; None where it is not installed or cannot be loaded."""
     try:
-        import cudnn
+        import cudnn  # type: ignore[import-not-found, unused-ignore]
     except Exception:  # of its own libraries, which may be missing or too old
         return None
     return cudnn

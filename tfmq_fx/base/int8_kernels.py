@@ -202,7 +202,10 @@ def _product(
         )
     if len(tile) == len(CUDNN_PLANS[0]):
         place = (stride, padding, dilation)
-        return cudnn_product(x.contiguous(), weight, *parts[1:], y.shape, y.dtype, *place, activation, tile[1], y_scale, y_zero_point)  # fmt: skip
+        made: Tensor = cudnn_product(
+            x.contiguous(), weight, *parts[1:], y.shape, y.dtype, *place, activation, tile[1], y_scale, y_zero_point
+        )  # fmt: skip
+        return made
     from tfmq_fx.base.triton_int8 import launch  # Triton is there only where a GPU may be
 
     launch(

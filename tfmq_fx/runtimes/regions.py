@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from operator import getitem
 from typing import Any, NamedTuple
 
@@ -42,7 +43,7 @@ class Form(NamedTuple):
 
     @staticmethod
     def of(x: Tensor) -> Form:
-        aligned = x.storage_offset() * x.itemsize % ALIGNMENT == 0
+        aligned = bool(x.storage_offset() * x.itemsize % ALIGNMENT == 0)
         return Form(tuple(x.shape), x.stride(), x.dtype, x.device, aligned)
 
     def example(self) -> Tensor:
@@ -127,7 +128,7 @@ def _lay_out_pictures(gm: GraphModule) -> None:
             with gm.graph.inserting_after(x):
                 y = gm.graph.call_function(aten.constant_pad_nd.default, (x, pads, value)) if pads else x
             with gm.graph.inserting_after(y):
-                last = {"memory_format": torch.channels_last}
+                last: dict[str, Any] = {"memory_format": torch.channels_last}
                 made[key] = gm.graph.call_function(aten.contiguous.default, (y,), last)
         set_arguments(node, x=made[key], **({"padding": [0, 0], "x_zero_point": 0} if pads else {}))
 
@@ -167,10 +168,13 @@ def _fold_numbers(gm: GraphModule, numbers: dict[Node, Any]) -> None:
     """Write sizes, which are known now, into what reads them."""
     for node in [*reversed(numbers)]:
         for user in list(node.users):
-            user.args, user.kwargs = map_arg(
-                (user.args, user.kwargs), lambda x, node=node: numbers[node] if x is node else x
-            )
+            known = partial(_written, node=node, number=numbers[node])
+            user.args, user.kwargs = map_arg((user.args, user.kwargs), known)
         gm.graph.erase_node(node)
+
+
+def _written(x: Node, *, node: Node, number: Any) -> Any:
+    return number if x is node else x
 
 
 def _regions(gm: GraphModule, views: set[Node]) -> Iterator[list[Node]]:
