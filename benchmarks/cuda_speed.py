@@ -20,6 +20,7 @@ import fcntl
 import functools
 import itertools
 import json
+import logging
 import statistics
 import time
 import traceback
@@ -36,11 +37,14 @@ from torch.utils import _pytree as pytree
 
 import tfmq_fx
 from benchmarks.networks.zoo import ZOO
+from tfmq_fx.base.arguments import leaves
 from tfmq_fx.base.cudnn_int8 import frontend
 from tfmq_fx.base.errors import first_line
 from tfmq_fx.base.int8_kernels import CUDNN_PLANS, TILES, stored, stored_packed
+from tfmq_fx.graph.nodes import fresh
 from tfmq_fx.recipe import SHARES
 from tfmq_fx.runtimes import cuda, cuda_engine
+from tfmq_fx.runtimes.torch_engine import lay_out
 
 tfmq = torch.ops.tfmq
 NETWORKS = ("ddpm-cifar10", "sd-1.5", "sd-xl")
@@ -64,6 +68,7 @@ class Run:
         self.save: Path | None = given.save
         self.without: list[str] = given.without
         self.artefacts: dict[str, str] = dict(pair.split("=", 1) for pair in given.artefacts)
+        self.prepared: dict[str, str] = dict(pair.split("=", 1) for pair in given.prepared)
         self.turn: Path | None = given.turn
         self.quantized: dict[str, tfmq_fx.QuantizedModel] = {}  # recipe -> the network of this part
 
@@ -337,6 +342,8 @@ def recorded(step: Step, run: Run) -> Step:
 def ours(recipe: str, **settings: Any) -> Callable[[nn.Module, Inputs, Run], Step]:
     def make(network: nn.Module, inputs: Inputs, run: Run) -> Step:
         start = time.perf_counter()
+        if recipe in run.prepared:
+            return prepared_step(run, recipe, inputs, settings)
         if recipe not in run.quantized:
             # One at a time: a large network's fills gigabytes.
             run.quantized = {recipe: run.loaded(recipe) or quantized(network, inputs, recipe)}
@@ -359,6 +366,36 @@ def ours(recipe: str, **settings: Any) -> Callable[[nn.Module, Inputs, Run], Ste
         return lambda: low(**inputs)
 
     return make
+
+
+class AsItIs:
+    """The calling convention of a prepared graph: its outputs in a row."""
+
+    def of(self, outputs: Any) -> Any:
+        return outputs
+
+
+def prepared_step(run: Run, recipe: str, inputs: Inputs, settings: Mapping[str, Any]) -> Step:
+    """Return a call of a network that `benchmarks.prepared` wrote."""
+    from benchmarks import prepared
+
+    start = time.perf_counter()
+    gm = prepared.read(Path(run.prepared[recipe]), run.device)
+    read = time.perf_counter()
+    by_name = {n: x for n, (_, x) in leaves(dict(inputs)).items()}
+    tensors = [by_name[str(n.target)] for n in gm.graph.find_nodes(op="placeholder")]
+    compile = False if run.dry else settings.get("compile")
+    nesting: Any = AsItIs()
+    low = cuda_engine.CudaNetwork(gm, nesting=nesting, compile=compile, folder=None, device=run.device)
+    got = pytree.tree_leaves(low(*tensors))[0].float()
+    lowered = time.perf_counter()
+    expected = pytree.tree_leaves(lay_out(fresh(gm))(*tensors))[0].float()
+    error = ((got - expected).square().mean() / expected.square().mean()).sqrt().item()
+    run.row(
+        recipe, f"prepared, lowered {dict(settings) or ''}", reading_s=read - start, lowering_s=lowered - read,
+        error_to_node_by_node=error, because=low.not_compiled_because or low.not_recorded_because,
+    )  # fmt: skip
+    return lambda: low(*tensors)
 
 
 def quantized(network: nn.Module, inputs: Inputs, recipe: str) -> tfmq_fx.QuantizedModel:
@@ -487,11 +524,16 @@ def main() -> None:
         help="quantized before, instead of here",
     )
     parser.add_argument(
+        "--prepared", nargs="+", default=[], metavar="RECIPE=FILE", help="written by benchmarks.prepared"
+    )
+    parser.add_argument(
         "--turn", type=Path, help="a file: runs that were given the same one measure one after the other"
     )
     parser.add_argument("--dry", action="store_true", help="on the CPU, in tiny sizes")
     given = parser.parse_args()
     warnings.filterwarnings("ignore")
+    logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(message)s")
+    logging.getLogger("tfmq_fx.runtimes").setLevel(logging.INFO)  # what a run that is cut short was at
     run = Run(given)
     if given.dry:
         stand_in()

@@ -13,7 +13,7 @@ from torch._subclasses import FakeTensorMode
 from torch.nn import functional as F
 
 from tfmq_fx.base import int8_kernels
-from tfmq_fx.base.int8_kernels import LONGEST_SUM, stored, stored_packed, tile_for
+from tfmq_fx.base.int8_kernels import LONGEST_SUM, TILES, fitted, stored, stored_packed, tile_for
 
 tfmq = torch.ops.tfmq
 needs_triton = pytest.mark.skipif(
@@ -322,6 +322,11 @@ def test_tiles_by_the_shape():
         assert {block_m, block_n} <= {64, 128}
         assert (block_m + block_n) * block_k * stages <= 200 * 1024  # of Hopper's 227 KiB
         assert warps in (4, 8)
+        for memory, packed in itertools.product((99 * 1024, 163 * 1024), (False, True)):
+            *_, fewer = fitted((block_m, block_n, block_k, warps, stages), memory=memory, packed=packed)
+            assert 1 <= fewer <= stages
+            assert (block_m * (1 + packed) + block_n) * block_k * fewer <= memory
+    assert tile_for(2048, 1280, 1280, taps=9) == TILES[2]
 
 
 def test_the_longest_sum_fits():
