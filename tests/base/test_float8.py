@@ -3,9 +3,9 @@
 import pytest
 import torch
 
+from tests.helpers.float8_numbers import ALL, NUMBERS, values
 from tfmq_fx.base import float8
 from tfmq_fx.base.arithmetic import (
-    Float8Range,
     IntegerRange,
     choose_qparams,
     choose_shared_qparams,
@@ -13,19 +13,6 @@ from tfmq_fx.base.arithmetic import (
     quantize_tokens,
     search_range,
 )
-
-NUMBERS = Float8Range()
-# All numbers, in order; the two zeros once.
-ALL = torch.arange(256, dtype=torch.uint8).view(float8.DTYPE).double()
-ALL = ALL[ALL.isfinite()].unique()
-
-
-def values(dtype=torch.float32):
-    """Values of all sizes, the numbers themselves and the ties between them."""
-    found = torch.cat([ALL, (ALL[1:] + ALL[:-1]) / 2])
-    given = torch.Generator().manual_seed(0)
-    random = [torch.randn(5000, dtype=torch.float64, generator=given) * s for s in (150, 1, 0.01, 0.001)]
-    return torch.cat([found, *random]).clamp(-448, 448).to(dtype)
 
 
 def test_there_are_so_many_numbers_and_integers_of_four_bits_are_among_them():

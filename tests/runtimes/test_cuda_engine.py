@@ -1,4 +1,5 @@
 """The engine for GPUs, with the CPU in a GPU's place: the operators' reference implementations, and recordings in Python."""
+# ruff: noqa: F811
 
 import functools
 import threading
@@ -9,6 +10,7 @@ import torch
 from benchmarks.networks.small import TIMESTEPS
 from tests.helpers.agreement import moved as difference
 from tests.helpers.elsewhere import DEVICE, Elsewhere, device, moved
+from tests.helpers.gpu import CPU, gpu  # noqa: F401  (the latter is a fixture)
 from tests.helpers.lowered import (
     BFLOAT16,
     assert_every_batch_size_and_step_agrees,
@@ -35,45 +37,8 @@ from tfmq_fx.passes import (
 )
 from tfmq_fx.passes.int8.fold_weights import fold_weights
 from tfmq_fx.passes.int8.kernels import GPU_KERNELS, arguments_of
-from tfmq_fx.runtimes import cuda, cuda_engine
+from tfmq_fx.runtimes import cuda_engine
 from tfmq_fx.runtimes.engine import Nesting
-
-CPU = cuda.Gpu(device=torch.device("cpu"), name="stand-in", capability=(9, 0))
-
-
-class Recordings:
-    """Stands for CUDA graphs: a recording has buffers for inputs and outputs, which its replays read and overwrite."""
-
-    def __init__(self):
-        self.made, self.replayed, self.inside = 0, 0, 0
-
-    def record(self, function, inputs, *, pool):
-        self.made += 1
-        taken = [x.clone() for x in inputs]
-        results = [y.clone() for y in function(*taken)]
-
-        def replayed(*given):
-            self.inside += 1
-            assert self.inside == 1  # nobody else writes to the buffers meanwhile
-            self.replayed += 1
-            for own, x in zip(taken, given, strict=True):
-                own.copy_(x)
-            for own, y in zip(results, function(*taken), strict=True):
-                own.copy_(y)
-            outputs = [y.clone() for y in results]
-            self.inside -= 1
-            return outputs
-
-        return replayed, pool or "pool"
-
-
-@pytest.fixture(scope="module")
-def gpu():
-    found = Recordings()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cuda, "require_gpu", lambda: CPU)
-        patch.setattr(cuda_engine, "record", found.record)
-        yield found
 
 
 def lower(q, **settings):

@@ -10,9 +10,9 @@ from safetensors.torch import load_file
 
 import tfmq_fx
 from benchmarks.networks.small import FAST, TIMESTEPS, TinyUNet, calibration, captured, make
+from tests.helpers.gpu import gpu  # noqa: F401  (a fixture)
 from tests.helpers.lowered import assert_same_but_for_ties, kernels_of, lower, mixed, noise
 from tests.helpers.nearest import quantized, recipe
-from tests.runtimes.test_cuda_engine import gpu  # noqa: F401  (a fixture)
 from tfmq_fx.base import float8
 from tfmq_fx.base.errors import TFMQError
 from tfmq_fx.graph.float8 import dequantized, float8_weights

@@ -2,7 +2,7 @@
 
 import torch
 
-from tests.base.test_float8 import values
+from tests.helpers.float8_numbers import values
 from tests.helpers.int8_passes import exported_batch, operators
 from tfmq_fx.base import float8
 from tfmq_fx.passes import convert, round_float8
