@@ -1,3 +1,6 @@
+import dataclasses
+
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -86,8 +89,12 @@ def test_packing_round_trips_at_its_size(numel, bits, seed):
         integers.dtype
     )
     packed = pack_bits(q, integers)
-    assert packed.numel() == -(-numel * bits // 8)
+    places = (q.int()[:, None] - integers.quant_min >> torch.arange(bits)) & 1
+    assert packed.tolist() == np.packbits(places.numpy().astype(np.uint8), bitorder="little").tolist()
     assert torch.equal(unpack_bits(packed, (numel,), integers), q)
+    wide = dataclasses.replace(integers, dtype=torch.int32)  # as zero points are
+    assert torch.equal(pack_bits(q.int(), wide), packed)
+    assert torch.equal(unpack_bits(packed, (numel,), wide), q.int())
 
 
 def test_a_stream_of_the_wrong_length_is_refused():

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from tfmq_fx.base import float8
@@ -329,18 +330,43 @@ def search_range(
     return low_R, high_R
 
 
+def _bytes_of(values: NDArray[np.uint8], bits: int) -> NDArray[np.uint8]:
+    """Return values of so many bits each in a little-endian stream."""
+    each = 8 // bits
+    if each * bits != 8:
+        return np.packbits(
+            np.unpackbits(values[:, None], axis=1, count=bits, bitorder="little").reshape(-1),
+            bitorder="little",
+        )
+    columns = np.pad(values, (0, -len(values) % each)).reshape(-1, each)
+    found = columns[:, 0].copy()
+    for i in range(1, each):
+        found |= columns[:, i] << (i * bits)
+    return found
+
+
+def _values_of(stream: NDArray[np.uint8], bits: int) -> NDArray[np.uint8]:
+    """Invert `_bytes_of`. There may be more values at the end, of the last byte's other bits."""
+    each = 8 // bits
+    if each * bits != 8:
+        flat = np.unpackbits(stream, bitorder="little")
+        rows = flat[: len(flat) // bits * bits].reshape(-1, bits)
+        return np.packbits(rows, axis=1, bitorder="little")[:, 0]
+    found = np.empty((len(stream), each), dtype=np.uint8)
+    for i in range(each):
+        found[:, i] = stream >> (i * bits) & (2**bits - 1)
+    return found.reshape(-1)
+
+
 def pack_bits(q: Tensor, integers: IntegerRange) -> Tensor:
     """Pack integers into a little-endian bit stream of `bits` each: ceil(numel * bits / 8) bytes of uint8."""
     flat = q.reshape(-1)
     packed = np.empty(-(-flat.numel() * integers.bits // 8), dtype=np.uint8)
     for start in range(0, flat.numel(), PACKED):
         part = flat[start : start + PACKED].to(torch.uint8).cpu().numpy()
-        part = part - np.uint8(integers.quant_min % 256)  # both of these wrap around
-        if integers.bits < 8:
-            bits = np.unpackbits(part[:, None], axis=1, count=integers.bits, bitorder="little")
-            part = np.packbits(bits.reshape(-1), bitorder="little")
+        stream = _bytes_of(part - np.uint8(integers.quant_min % 256), integers.bits)  # it wraps around
         first = start * integers.bits // 8
-        packed[first : first + len(part)] = part
+        packed[first : first + len(stream)] = stream
     return torch.from_numpy(packed)
 
 
@@ -355,15 +381,12 @@ def unpack_bits(packed: Tensor, shape: tuple[int, ...], integers: IntegerRange) 
     found = torch.empty(numel, dtype=integers.dtype)
     for start in range(0, numel, PACKED):
         count, first = min(PACKED, numel - start), start * integers.bits // 8
-        part = packed[first : first + -(-count * integers.bits // 8)].numpy()
-        if integers.bits < 8:
-            bits = np.unpackbits(part, bitorder="little")[: count * integers.bits]
-            part = np.packbits(bits.reshape(count, integers.bits), axis=1, bitorder="little")[:, 0]
-        wide = found.itemsize > 1  # zero points
-        unsigned = torch.from_numpy(part.astype(np.int16) if wide else part) + integers.quant_min % (
-            65536 if wide else 256
-        )
-        found[start : start + count] = unsigned if wide else unsigned.view(integers.dtype)
+        stream = packed[first : first + -(-count * integers.bits // 8)].numpy()
+        unsigned = torch.from_numpy(_values_of(stream, integers.bits)[:count])
+        if found.itemsize == 1:  # it wraps around
+            found[start : start + count] = (unsigned + integers.quant_min % 256).view(integers.dtype)
+        else:  # zero points
+            found[start : start + count] = unsigned.to(integers.dtype) + integers.quant_min
     return found.reshape(shape)
 
 
