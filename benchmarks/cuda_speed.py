@@ -38,7 +38,6 @@ from torch.utils import _pytree as pytree
 import tfmq_fx
 from benchmarks.networks.zoo import ZOO
 from tfmq_fx.base.arguments import leaves
-from tfmq_fx.base.cudnn_int8 import frontend
 from tfmq_fx.base.errors import first_line
 from tfmq_fx.base.int8_kernels import CUDNN_PLANS, TILES, stored, stored_packed
 from tfmq_fx.graph.nodes import fresh
@@ -159,7 +158,7 @@ def kernel_of(
 
 def tiles(run: Run) -> list[tuple[int, ...]]:
     """Return the tiles to check: by shape, Triton's, cuDNN's."""
-    return [(), *(TILES[:1] if run.dry else TILES), *(CUDNN_PLANS if frontend() else ())]
+    return [(), *(TILES[:1] if run.dry else cuda_engine.candidates(True))]
 
 
 def exact_sums(x: Tensor, w: Tensor, zero: int, place: tuple[int, int, int]) -> Tensor:
@@ -288,7 +287,7 @@ def compare(run: Run, name: str, x: Tensor, weight: Tensor, plain: Callable[...,
     if weight.dim() == 4:
         weight_half = weight_half.contiguous(memory_format=torch.channels_last)
     found: dict[str, float] = {"bf16": run.microseconds(lambda: plain(x_half, weight_half, bias))}
-    for tile in [[], *TILES, *(CUDNN_PLANS if frontend() else ())]:
+    for tile in [(), *cuda_engine.candidates(True)]:
         label = (
             "default" if not tile else f"cuDNN {tile[1]}" if tile in CUDNN_PLANS else "x".join(map(str, tile))
         )
@@ -360,12 +359,17 @@ def ours(recipe: str, **settings: Any) -> Callable[[nn.Module, Inputs, Run], Ste
             weight_MB=report["weight_bytes"] / 1e6, compiled=report["compiled"], recorded=report["recorded"],
             because=report.get("not_compiled_because", report.get("not_recorded_because", "")), fell_back=sorted(reasons),
         )  # fmt: skip
-        got, expected = (pytree.tree_leaves(m(**inputs))[0].float() for m in (low, q))
-        error = ((got - expected).square().mean() / expected.square().mean()).sqrt().item()
-        run.row(recipe, "lowered against q", relative_error=error)
+        run.row(recipe, "lowered against q", relative_error=relative_error(low(**inputs), q(**inputs)))
         return lambda: low(**inputs)
 
     return make
+
+
+def relative_error(output: Any, reference: Any) -> float:
+    """Return the root mean squared error of a network's first output, relative to the reference's size."""
+    got, expected = (pytree.tree_leaves(y)[0].float() for y in (output, reference))
+    error: float = ((got - expected).square().mean() / expected.square().mean()).sqrt().item()
+    return error
 
 
 class AsItIs:
@@ -387,10 +391,9 @@ def prepared_step(run: Run, recipe: str, inputs: Inputs, settings: Mapping[str, 
     compile = False if run.dry else settings.get("compile")
     nesting: Any = AsItIs()
     low = cuda_engine.CudaNetwork(gm, nesting=nesting, compile=compile, folder=None, device=run.device)
-    got = pytree.tree_leaves(low(*tensors))[0].float()
+    got = low(*tensors)
     lowered = time.perf_counter()
-    expected = pytree.tree_leaves(lay_out(fresh(gm))(*tensors))[0].float()
-    error = ((got - expected).square().mean() / expected.square().mean()).sqrt().item()
+    error = relative_error(got, lay_out(fresh(gm))(*tensors))
     run.row(
         recipe, f"prepared, lowered {dict(settings) or ''}", reading_s=read - start, lowering_s=lowered - read,
         error_to_node_by_node=error, because=low.not_compiled_because or low.not_recorded_because,

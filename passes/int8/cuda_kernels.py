@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from tfmq_fx.base.arithmetic import centred
 from tfmq_fx.base.int8_kernels import LONGEST_SUM, stored, stored_packed
 from tfmq_fx.graph.nodes import convolution_arguments, op_name, set_buffer, weight_argument
 from tfmq_fx.passes.int8.integer_weights import SUFFIX
-from tfmq_fx.passes.int8.kernels import FALLBACK, integers_of, put_kernel, set_once, why_not
+from tfmq_fx.passes.int8.kernels import integers_of, put_kernel, replace_layers, set_once, why_not
 from tfmq_fx.passes.pass_manager import declare
 
 tfmq = torch.ops.tfmq
@@ -33,15 +34,8 @@ def cuda_kernels(gm: GraphModule, *, pack: str | None = None) -> PassResult:
     product. The difference is some float32 steps of the largest output. Packed and unpacked weights give the
     same bits.
     """
-    modified = False
-    for node in list(gm.graph.nodes):
-        if weight_argument(node) is not None:
-            reason = _why_not(gm, node)
-            if reason:
-                node.meta[FALLBACK] = reason
-            else:
-                _replace(gm, node, pack=pack)
-                modified = True
+    layers = [n for n in gm.graph.nodes if weight_argument(n) is not None]
+    modified = replace_layers(layers, partial(_why_not, gm), partial(_replace, gm, pack=pack))
     if modified:
         gm.graph.eliminate_dead_code()
         gm.graph.lint()

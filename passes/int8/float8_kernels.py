@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
@@ -12,7 +14,7 @@ from tfmq_fx.base.arithmetic import centred
 from tfmq_fx.base.float8_kernels import LEAST, MULTIPLE, padded, stored
 from tfmq_fx.graph.float8 import Dequantized, dequantized, is_cast, quantized_from, scale_nodes
 from tfmq_fx.graph.nodes import aten, attribute, hinted_shape, op_name, set_buffer, weight_argument
-from tfmq_fx.passes.int8.kernels import FALLBACK, FLOAT8_KERNEL, integers_of, ops, put_kernel, set_once
+from tfmq_fx.passes.int8.kernels import FLOAT8_KERNEL, integers_of, ops, put_kernel, replace_layers, set_once
 from tfmq_fx.passes.pass_manager import declare
 
 SUFFIX = "_float8"  # of the buffer that holds the numbers as the kernel reads them
@@ -37,15 +39,12 @@ def float8_kernels(gm: GraphModule, *, capability: tuple[int, int] | None = None
     Numerics: the float layer rounds each product to float32; the kernel's are exact, and are scaled once. A weight of 4 bits
     takes 8 in memory.
     """
-    modified = _merge(gm)
-    for node in list(gm.graph.nodes):
-        if weight_argument(node) is not None and (x := dequantized(node.args[0])) is not None:
-            reason = _why_not(gm, node, x, capability)
-            if reason:
-                node.meta[FALLBACK] = reason
-            else:
-                _replace(gm, node, x)
-                modified = True
+    merged = _merge(gm)
+    layers = [
+        n for n in gm.graph.nodes if weight_argument(n) is not None and dequantized(n.args[0]) is not None
+    ]
+    replaced = replace_layers(layers, partial(_why_not, gm, capability=capability), partial(_replace, gm))
+    modified = merged or replaced
     if modified:
         gm.graph.eliminate_dead_code()
         gm.graph.lint()
@@ -70,9 +69,10 @@ def _merge(gm: GraphModule) -> bool:
     return merged
 
 
-def _why_not(gm: GraphModule, layer: Node, x: Dequantized, capability: tuple[int, int] | None) -> str:
+def _why_not(gm: GraphModule, layer: Node, *, capability: tuple[int, int] | None) -> str:
     """Return why no kernel can take a layer with a float8 input; "" if one can."""
-    _, weight, bias = (*layer.args, None)[:3]
+    x, (_, weight, bias) = dequantized(layer.args[0]), (*layer.args, None)[:3]
+    assert x is not None
     if capability is not None and capability < LEAST:
         found, least = (".".join(map(str, c)) for c in (capability, LEAST))
         return f"float8 kernels need compute capability {least}, and this GPU has {found}"
@@ -112,8 +112,9 @@ def _is_by_channel(numbers: Dequantized) -> bool:
     return rank == 2 and list(chain[0].args[1]) == [-1, 1]  # type: ignore[arg-type]
 
 
-def _replace(gm: GraphModule, layer: Node, x: Dequantized) -> None:
-    _, weight, bias = (*layer.args, None)[:3]
+def _replace(gm: GraphModule, layer: Node) -> None:
+    x, (_, weight, bias) = dequantized(layer.args[0]), (*layer.args, None)[:3]
+    assert x is not None
     assert isinstance(weight, Node)
     source, numbers, scale = _weight(gm, weight)
     set_once(gm, f"{source}{SUFFIX}", lambda: stored(numbers))

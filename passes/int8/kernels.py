@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -108,6 +108,23 @@ def integers_of(gm: GraphModule, weight: Node) -> tuple[Tensor, Tensor, Tensor]:
     """Return q, scale and zero point of a weight."""
     q, scale, zero_point = (attribute(gm, str(a.target)) for a in weight.args[:3] if isinstance(a, Node))
     return q, scale, zero_point
+
+
+def replace_layers(
+    layers: Iterable[Node], why_not: Callable[[Node], str], replace: Callable[[Node], None]
+) -> bool:
+    """Replace layers by kernels, and return True if any was.
+
+    why_not: returns why no kernel can take a layer, which its node's meta then says (FALLBACK); "" if one can.
+    """
+    modified = False
+    for layer in layers:
+        if reason := why_not(layer):
+            layer.meta[FALLBACK] = reason
+        else:
+            replace(layer)
+            modified = True
+    return modified
 
 
 def put_kernel(layer: Node, kernel: Node) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from tfmq_fx.base.arithmetic import SATURATES, ByteSums, centred, saturates
 from tfmq_fx.base.onednn import FLOAT, NO_POST_OP, onednn, pack_int4
 from tfmq_fx.graph.nodes import convolution_arguments, hinted_shape, op_name, weight_argument
 from tfmq_fx.passes.int8.integer_weights import SUFFIX
-from tfmq_fx.passes.int8.kernels import FALLBACK, integers_of, put_kernel, set_once, why_not
+from tfmq_fx.passes.int8.kernels import integers_of, put_kernel, replace_layers, set_once, why_not
 from tfmq_fx.passes.pass_manager import declare
 
 ops, tfmq = torch.ops.quantized_decomposed, torch.ops.tfmq
@@ -36,15 +37,8 @@ def onednn_kernels(
     product. The difference is some float32 steps of the largest output. Packed and unpacked weights give the
     same bits.
     """
-    before = len(gm.graph.nodes)
-    for node in list(gm.graph.nodes):
-        if weight_argument(node) is not None:
-            reason = _why_not(gm, node, sums)
-            if reason:
-                node.meta[FALLBACK] = reason
-            else:
-                _replace(gm, node, pack=pack)
-    modified = len(gm.graph.nodes) != before
+    layers = [n for n in gm.graph.nodes if weight_argument(n) is not None]
+    modified = replace_layers(layers, partial(_why_not, gm, sums=sums), partial(_replace, gm, pack=pack))
     if modified:
         gm.graph.eliminate_dead_code()
         gm.graph.lint()

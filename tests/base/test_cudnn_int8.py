@@ -121,14 +121,13 @@ def test_the_graph_computes_what_the_kernels_do(activation, rows, residual, dtyp
     expected = tfmq.int8_conv2d(
         x, weight, None, *parts.values(), [1, 1], [1, 1], [1, 1], 0, activation, [], 0.05, -7, dtype
     )
-    y = torch.empty(2, 5, 3, 8, dtype=dtype)
     flat = {
         n: None if t is None else t.reshape(-1) for n, t in parts.items() if n in ("row_scale", "y_factor")
     }
     picture = None if parts["residual"] is None else parts["residual"].permute(0, 2, 3, 1)
-    cudnn_int8.product(
-        x.permute(0, 2, 3, 1), weight, **(parts | flat | {"residual": picture}), y=y, stride=(1, 1), padding=(1, 1),
-        dilation=(1, 1), plan=0, **settings,
+    y = cudnn_int8.product(
+        x.permute(0, 2, 3, 1), weight, **(parts | flat | {"residual": picture}), shape=(2, 5, 3, 8), dtype=dtype,
+        stride=(1, 1), padding=(1, 1), dilation=(1, 1), plan=0, **settings,
     )  # fmt: skip
     bound = {"rtol": 1e-5, "atol": 1e-4} if dtype == torch.float32 else {"rtol": 2**-7, "atol": 2**-7}
     if dtype == torch.int8:
@@ -142,7 +141,7 @@ def test_scales_by_token_and_a_plan_that_is_not_there():
         torch.randint(-128, 128, (2, 1, 3, 16), dtype=torch.int8),
         torch.ones(8, 1, 1, 16, dtype=torch.int8),
     )
-    y, tokens = torch.empty(2, 1, 3, 8), torch.arange(1.0, 7.0)
+    tokens = torch.arange(1.0, 7.0)
     place = {"stride": (1, 1), "padding": (0, 0), "dilation": (1, 1)}
     rest = {
         "correction": None,
@@ -152,8 +151,10 @@ def test_scales_by_token_and_a_plan_that_is_not_there():
         "activation": "none",
         "y_scale": 1.0,
         "y_zero_point": 0,
+        "shape": (2, 1, 3, 8),
+        "dtype": torch.float32,
     }
-    cudnn_int8.product(x, weight, torch.ones(8), row_scale=tokens, y=y, plan=0, **place, **rest)
+    y = cudnn_int8.product(x, weight, torch.ones(8), row_scale=tokens, plan=0, **place, **rest)
     torch.testing.assert_close(y[..., 0], x.float().sum(-1) * tokens.reshape(2, 1, 3))
     with pytest.raises(TFMQError, match="cuDNN has no plan 5 for this product: plan index out of range"):
-        cudnn_int8.product(x, weight, torch.ones(8), row_scale=tokens, y=y, plan=5, **place, **rest)
+        cudnn_int8.product(x, weight, torch.ones(8), row_scale=tokens, plan=5, **place, **rest)

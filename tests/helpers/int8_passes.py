@@ -138,6 +138,17 @@ class Weighted(nn.Module):
         return convolve(x, weight, self.bias, *place)
 
 
+class Float(nn.Module):
+    """A layer as `exported_batch` takes it."""
+
+    def __init__(self, layer):
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, *x):
+        return self.layer(x[0])
+
+
 def exported_batch(module, *inputs):
     """Return the graph of a module whose inputs' first dimension, two in the example, may have any size."""
     dynamic = tuple({0: torch.export.Dim.AUTO} for _ in inputs)

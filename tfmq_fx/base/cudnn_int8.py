@@ -35,6 +35,7 @@ def frontend() -> Any:
     return cudnn
 
 
+@torch.library.custom_op("tfmq::cudnn_product", mutates_args=())
 def product(
     x: Tensor,
     weight: Tensor,
@@ -44,8 +45,8 @@ def product(
     row_scale: Tensor | None,
     residual: Tensor | None,
     y_factor: Tensor | None,
-    y: Tensor,
-    *,
+    shape: Sequence[int],
+    dtype: torch.dtype,
     stride: Sequence[int],
     padding: Sequence[int],
     dilation: Sequence[int],
@@ -53,12 +54,13 @@ def product(
     plan: int,
     y_scale: float,
     y_zero_point: int,
-) -> None:
-    """Fill y (N, OH, OW, C_out) from x (N, H, W, C_in), both contiguous, and weight (C_out, KH, KW, C_in); as `triton_int8.launch`.
+) -> Tensor:
+    """Return y (N, OH, OW, C_out) of this shape and dtype, from x (N, H, W, C_in), contiguous, and weight (C_out, KH, KW, C_in).
 
-    plan: which of cuDNN's plans. What belongs to channels is best given in float32, which is what cuDNN takes: a call casts
-    the rest. Raises TFMQError where cuDNN has no such plan.
+    The rest as in `triton_int8.launch`. plan: which of cuDNN's plans. What belongs to channels is best given in float32, which
+    is what cuDNN takes: a call casts the rest. Raises TFMQError where cuDNN has no such plan.
     """
+    y = x.new_empty(shape, dtype=dtype)
     given = {
         "x": x.permute(0, 3, 1, 2),
         "weight": weight.permute(0, 3, 1, 2),
@@ -79,6 +81,12 @@ def product(
     with _lock:
         built = _built(forms, place, activation, plan, x.device)
     built.run(tensors, _handle(x.device))
+    return y
+
+
+@product.register_fake
+def _fake(x, *rest):  # type: ignore[no-untyped-def]
+    return x.new_empty(rest[7], dtype=rest[8])
 
 
 def _by_channel(t: Tensor | None) -> Tensor | None:

@@ -219,9 +219,9 @@ def _product(
         return _reference(
             x, weight, *parts, y.dtype, stride, padding, dilation, activation, y_scale, y_zero_point
         )
-    if len(tile) == len(CUDNN_PLANS[0]):
+    if tuple(tile) in CUDNN_PLANS:
         place = (stride, padding, dilation)
-        made: Tensor = cudnn_product(
+        made: Tensor = cudnn_int8.product(
             x.contiguous(), weight, *parts[1:], y.shape, y.dtype, *place, activation, tile[1], y_scale, y_zero_point
         )  # fmt: skip
         return made
@@ -237,41 +237,6 @@ def _product(
         y_scale=y_scale, y_zero_point=y_zero_point,
     )  # fmt: skip
     return y
-
-
-@torch.library.custom_op("tfmq::cudnn_product", mutates_args=())
-def cudnn_product(
-    x: Tensor,
-    weight: Tensor,
-    scale: Tensor,
-    correction: Tensor | None,
-    bias: Tensor | None,
-    row_scale: Tensor | None,
-    residual: Tensor | None,
-    y_factor: Tensor | None,
-    shape: Sequence[int],
-    dtype: torch.dtype,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    activation: str,
-    plan: int,
-    y_scale: float,
-    y_zero_point: int,
-) -> Tensor:
-    """Compute what the kernels do by one of cuDNN's plans: pictures NHWC in and out. shape, dtype: of the result."""
-    y = x.new_empty(shape, dtype=dtype)
-    cudnn_int8.product(
-        x, weight, scale, correction, bias, row_scale, residual, y_factor, y,
-        stride=stride, padding=padding, dilation=dilation, activation=activation, plan=plan, y_scale=y_scale,
-        y_zero_point=y_zero_point,
-    )  # fmt: skip
-    return y
-
-
-@cudnn_product.register_fake
-def _fake_product(x, *rest):  # type: ignore[no-untyped-def]
-    return x.new_empty(rest[7], dtype=rest[8])
 
 
 _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {

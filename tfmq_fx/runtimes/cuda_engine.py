@@ -66,6 +66,7 @@ from tfmq_fx.runtimes.torch_engine import Prepared, dtypes_of, kernels_of_graph,
 
 log = logging.getLogger(__name__)
 
+IN_FLOAT32 = ("correction", "bias")  # of a kernel's constants: what cuDNN takes in no other dtype
 WARM_UP = 2  # calls before a recording: libraries choose their kernels, and Triton compiles
 
 
@@ -306,8 +307,8 @@ def set_tiles(gm: GraphModule, tiles: dict[str, Tile]) -> None:
 
 
 def _put_in_float32(gm: GraphModule, kernel: Node) -> None:
-    """Cast a kernel's constants here, once: cuDNN takes them in float32."""
-    for name in ("correction", "bias"):
+    """Cast a kernel's constants here, once."""
+    for name in IN_FLOAT32:
         constant = arguments_of(kernel)[name]
         if constant is not None and attribute(gm, str(constant.target)).dtype != torch.float32:
             set_buffer(gm, f"{kernel.name}_{name}_float32", attribute(gm, str(constant.target)).float())
@@ -345,7 +346,7 @@ class _Tiles(Interpreter):
 
     def _fastest(self, kernel: Any, given: dict[str, Any]) -> Tile:
         def milliseconds(tile: Tile) -> float:
-            floats = ("correction", "bias") if tile in CUDNN_PLANS else ()  # see `set_tiles`
+            floats = IN_FLOAT32 if tile in CUDNN_PLANS else ()
             own = {n: x.float() if n in floats and x is not None else x for n, x in given.items()}
             try:
                 return self.measure(lambda: kernel(*(own | {"tile": list(tile)}).values()))

@@ -10,7 +10,6 @@ from __future__ import annotations
 import logging
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from functools import partial
 from operator import getitem
 from typing import Any, NamedTuple
 
@@ -20,7 +19,7 @@ from torch.fx import GraphModule, Interpreter, Node, map_arg
 from torch.fx.passes.utils.fuser_utils import fuse_by_partitions
 from torch.utils import _pytree as pytree
 
-from tfmq_fx.graph.nodes import aten, set_buffer
+from tfmq_fx.graph.nodes import aten, put_in_place, set_buffer
 from tfmq_fx.passes.int8.kernels import FLOAT8_KERNEL, GPU_KERNELS, arguments_of, set_arguments
 from tfmq_fx.passes.int8.share_quantized import QUANTIZE
 
@@ -67,7 +66,8 @@ def compile_regions(gm: GraphModule, inputs: Sequence[Tensor], compile: Compile)
     run = _Recorded(gm)
     with torch.no_grad():
         run.run(*inputs)
-    _fold_numbers(gm, run.numbers)
+    for node, number in reversed(run.numbers.items()):  # sizes, which are known now
+        put_in_place(node, number)
     regions = list(_regions(gm, run.views))
     fuse_by_partitions(gm, [dict.fromkeys(r) for r in regions], prefix="region_", always_return_tuple=True)
     known: dict[Any, nn.Module] = {}
@@ -164,19 +164,6 @@ def _memory(x: Tensor) -> int:
     return x.untyped_storage().data_ptr()
 
 
-def _fold_numbers(gm: GraphModule, numbers: dict[Node, Any]) -> None:
-    """Write sizes, which are known now, into what reads them."""
-    for node in [*reversed(numbers)]:
-        for user in list(node.users):
-            known = partial(_written, node=node, number=numbers[node])
-            user.args, user.kwargs = map_arg((user.args, user.kwargs), known)
-        gm.graph.erase_node(node)
-
-
-def _written(x: Node, *, node: Node, number: Any) -> Any:
-    return number if x is node else x
-
-
 def _regions(gm: GraphModule, views: set[Node]) -> Iterator[list[Node]]:
     """Yield sets of nodes that can be one function each: connected, and no path between them leads through a kernel.
 
@@ -227,8 +214,7 @@ class _Joined:
 
     def root(self, x: Any) -> Any:
         while (above := self.above.setdefault(x, x)) is not x:
-            self.above[x] = self.above.setdefault(above, above)
-            x = above
+            self.above[x] = x = self.above[above]
         return x
 
     def join(self, a: Any, b: Any) -> None:

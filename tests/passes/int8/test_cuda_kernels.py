@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from tests.helpers.agreement import CLOSE, moved
-from tests.helpers.int8_passes import Weighted, exported_batch, operators, pair
+from tests.helpers.int8_passes import Float, Weighted, exported_batch, operators, pair
 from tfmq_fx.graph.nodes import attribute
 from tfmq_fx.passes import cuda_kernels
 from tfmq_fx.passes.int8.kernels import FALLBACK, GPU_KERNELS, LAYER, arguments_of
@@ -63,15 +63,6 @@ def test_packed_weights_give_the_same_bits_and_eight_bits_are_not_packed():
     gm = exported_batch(Layers(8), torch.randn(2, 5, 8, 8))
     cuda_kernels(gm, pack="int4")
     assert {arguments_of(n)["weight_zero"] for n in gm.graph.nodes if n.target in GPU_KERNELS} == {None}
-
-
-class Float(nn.Module):
-    def __init__(self, layer):
-        super().__init__()
-        self.layer = layer
-
-    def forward(self, *x):
-        return self.layer(x[0])
 
 
 def quantized(layer):

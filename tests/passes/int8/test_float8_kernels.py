@@ -6,7 +6,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from tests.helpers.agreement import CLOSE, moved
-from tests.helpers.int8_passes import Weighted, exported_batch, operators
+from tests.helpers.int8_passes import Float, Weighted, exported_batch, operators
 from tests.helpers.int8_passes import pair as byte_pair
 from tfmq_fx.base import float8
 from tfmq_fx.base.float8_kernels import LEAST
@@ -125,15 +125,6 @@ def test_between_kernels_bfloat16_and_float32_inside_the_rounding():
     assert found[kernels[2].args[3]] is torch.float32
     # The sine's bfloat16 moves some of its values to the next number, 1/16 of themselves: 5% of the largest output measured.
     assert moved(gm(x, step), expected)[1] <= 0.1
-
-
-class Float(nn.Module):
-    def __init__(self, layer):
-        super().__init__()
-        self.layer = layer
-
-    def forward(self, *x):
-        return self.layer(x[0])
 
 
 @pytest.mark.parametrize(
