@@ -15,7 +15,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import importlib.metadata
-import platform
+import itertools
 import statistics
 import tempfile
 import time
@@ -41,6 +41,7 @@ from benchmarks.networks.terrain import (
 from tfmq_fx.recipe import Recipe, Reconstruction
 
 Call = Callable[..., Tensor]
+FLOAT = "float, torch, float32"  # what times are compared with
 ROWS = ("bf16", "onnxruntime", "nncf", "w8a8 plain", "w8a8", "w4a8")
 MORE = ("w3a8", "w4a4", "w8a8 float8", "w4a8 float8")
 
@@ -101,22 +102,33 @@ def onnxruntime_int8(data: Rows, folder: Path) -> Call:
     return onnx_session(folder / "int8.onnx")
 
 
-def openvino_call(model: Any) -> Call:
+def precisions() -> tuple[str, ...]:
+    """Return what OpenVINO may compute in between int8 kernels here: bfloat16 where the CPU has it."""
     import openvino
 
-    threads = {"INFERENCE_NUM_THREADS": torch.get_num_threads(), "INFERENCE_PRECISION_HINT": "f32"}
-    compiled = openvino.Core().compile_model(model, "CPU", threads)
+    can = openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+    return ("float32", "bfloat16") if "BF16" in can else ("float32",)
+
+
+def openvino_call(model: Any, precision: str = "float32") -> Call:
+    import openvino
+
+    settings = {
+        "INFERENCE_NUM_THREADS": torch.get_num_threads(),
+        "INFERENCE_PRECISION_HINT": {"float32": "f32", "bfloat16": "bf16"}[precision],
+    }
+    compiled = openvino.Core().compile_model(model, "CPU", settings)
     return lambda *given: torch.from_numpy(compiled([x.numpy() for x in given])[0].copy())
 
 
-def nncf_int8(data: Rows) -> Call:
-    """Return NNCF's default post-training quantization in OpenVINO."""
+def nncf_int8(data: Rows) -> Any:
+    """Return NNCF's default post-training quantization, a model of OpenVINO's."""
     import nncf
     import openvino
 
     samples = [[x.numpy() for x in row] for row in zip(*(x.split(1) for x in data), strict=True)]
     model = openvino.Core().read_model(onnx_file())
-    return openvino_call(nncf.quantize(model, nncf.Dataset(samples), subset_size=len(samples)))
+    return nncf.quantize(model, nncf.Dataset(samples), subset_size=len(samples))
 
 
 def ours(name: str, network: nn.Module, data: tfmq_fx.CalibrationSet) -> tfmq_fx.QuantizedModel:
@@ -129,8 +141,11 @@ def ours(name: str, network: nn.Module, data: tfmq_fx.CalibrationSet) -> tfmq_fx
     return tfmq_fx.quantize(network, recipe, calibration=data, timestep="sigma", seed=0)
 
 
-def contender(name: str, network: nn.Module, given: Rows, folder: Path) -> Call:
-    """Return what computes a row of the table. given: the calibration rows. Raises ImportError for a missing package."""
+def contender(name: str, network: nn.Module, given: Rows, folder: Path) -> Any:
+    """Return what computes a row of the table, or NNCF's model. given: the calibration rows.
+
+    Raises ImportError for a missing package.
+    """
     if name == "bf16":
         return bf16(network)
     if name == "onnxruntime":
@@ -149,9 +164,30 @@ class Row:
     note: str = ""
 
 
-def lowered(q: tfmq_fx.QuantizedModel) -> Iterator[tuple[str, Call]]:
-    for engine in ("openvino", "torch"):
-        yield engine, q.lower("cpu", engine=engine, precision="float32", batch=1)
+def lowered(name: str, made: Any) -> Iterator[tuple[str, Call]]:
+    """Yield what is timed of a row, by its name in the table."""
+    if isinstance(made, tfmq_fx.QuantizedModel):
+        for engine, precision in itertools.product(("openvino", "torch"), precisions()):
+            step = made.lower("cpu", engine=engine, precision=precision, batch=1)
+            yield f"{name}, {engine}, {precision}", step
+    elif name == "nncf":
+        for precision in precisions():
+            yield f"nncf, {precision}", openvino_call(made, precision)
+    elif name == "onnxruntime":
+        yield name, made
+
+
+def lowered_float(network: nn.Module) -> Iterator[tuple[str, Call]]:
+    """Yield what the float network runs in, by its name in the table."""
+    import openvino
+
+    yield FLOAT, network
+    yield "float, onnxruntime", onnx_session(onnx_file())
+    for precision in precisions():
+        yield (
+            f"float, openvino, {precision}",
+            openvino_call(openvino.Core().read_model(onnx_file()), precision),
+        )
 
 
 def time_all(calls: dict[str, Call], example: Rows, rounds: int) -> dict[str, float]:
@@ -201,26 +237,24 @@ def main() -> None:
     found, clean, calls = [], {"float": reference[:4]}, {}
     with tempfile.TemporaryDirectory() as folder:
         if args.rounds:
-            calls = {"float, torch": network, "float, onnxruntime": onnx_session(onnx_file())}
+            calls = dict(lowered_float(network))
         for name in args.rows:
             started = time.process_time()
             try:
-                call = contender(name, network, given, Path(folder))
+                made = contender(name, network, given, Path(folder))
             except ImportError as error:
                 found.append(Row(name, [], note=f"not installed: {error.name}"))
                 continue
             seconds = time.process_time() - started
-            y = outputs(call, held)
+            y = outputs(openvino_call(made) if name == "nncf" else made, held)
             clean[name] = y[:4]
             found.append(Row(name, psnr_by_sigma(y, reference), seconds))
-            if isinstance(call, tfmq_fx.QuantizedModel):
-                if report := call.report["choices"]:
-                    found[-1].note = f"{100 * report['float_flops']:.1f}% of FLOPs in float"
-                for engine, step in lowered(call) if args.rounds else ():
-                    calls[f"{name}, {engine}"] = step
-                    found.append(Row(f"{name}, {engine}", psnr_by_sigma(outputs(step, held, 1), reference)))
-            elif name != "bf16":
-                calls[f"{name} int8"] = call
+            if isinstance(made, tfmq_fx.QuantizedModel) and (report := made.report["choices"]):
+                found[-1].note = f"{100 * report['float_flops']:.1f}% of FLOPs in float"
+            for label, step in lowered(name, made) if args.rounds else ():
+                calls[label] = step
+                if step is not made:
+                    found.append(Row(label, psnr_by_sigma(outputs(step, held, 1), reference)))
             Console(stderr=True).print(found[-1], highlight=False)
         times = time_all(calls, tuple(x[:1] for x in held), args.rounds) if args.rounds else {}  # type: ignore[arg-type]
     show(found, times)
@@ -241,11 +275,13 @@ def show(found: list[Row], times: dict[str, float]) -> None:
     if times:
         table = Table("one call, batch 1", "ms", "times as fast as float, torch")
         for name, ms in times.items():
-            table.add_row(name, f"{ms:.0f}", f"{times['float, torch'] / ms:.2f}")
+            table.add_row(name, f"{ms:.0f}", f"{times[FLOAT] / ms:.2f}")
         console.print(table)
-    versions = ", ".join(f"{p} {importlib.metadata.version(p)}" for p in ("torch", "torchao", "onnxruntime"))
+    versions = ", ".join(
+        f"{p} {importlib.metadata.version(p)}" for p in ("torch", "torchao", "onnxruntime", "openvino")
+    )
     console.print(
-        f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} thread(s), {versions}"
+        f"{torch.cpu.get_capabilities()['cpu_name']}, {torch.get_num_threads()} thread(s), {versions}"
     )
 
 

@@ -22,6 +22,7 @@ from tfmq_fx.passes.int8.fuse_epilogues import fuse_epilogues
 from tfmq_fx.passes.int8.integer_weights import integer_weights
 from tfmq_fx.passes.int8.look_up_together import look_up_together
 from tfmq_fx.passes.int8.merge_linears import merge_linears
+from tfmq_fx.passes.int8.norms_by_channel import norms_by_channel
 from tfmq_fx.passes.int8.onednn_kernels import onednn_kernels
 from tfmq_fx.passes.int8.rescale_temporal import rescale_temporal
 from tfmq_fx.passes.int8.rescale_tokens import rescale_tokens
@@ -84,6 +85,7 @@ __all__ = [
     "merge_linears",
     "merge_variants",
     "move_to_device",
+    "norms_by_channel",
     "onednn_kernels",
     "open_temporal",
     "partition_temporal",

@@ -69,6 +69,38 @@ def test_bfloat16_stays_within_its_rounding():
     assert moved(low(noise(10), TIMESTEPS), q(noise(10), TIMESTEPS))[1] <= BFLOAT16
 
 
+class Scaled(nn.Module):
+    """A group norm between two convolutions, scaled and shifted by temporal features."""
+
+    def __init__(self):
+        super().__init__()
+        self.emb, self.norm = nn.Linear(16, 2 * 32), nn.GroupNorm(4, 32)
+        self.first, self.second, self.last = (
+            nn.Conv2d(a, b, 3, padding=1) for a, b in ((1, 32), (32, 32), (32, 1))
+        )
+
+    def forward(self, sample, timestep):
+        scale, shift = self.emb(sinusoid(timestep, 16))[:, :, None, None].chunk(2, dim=1)
+        h = self.norm(self.first(sample)) * (1 + scale) + shift
+        return self.last(self.second(nn.functional.silu(h)))
+
+
+@needs_kernels
+@pytest.mark.parametrize("precision", ["float32", pytest.param("bfloat16", marks=needs_bfloat16)])
+@torch.no_grad()
+def test_norms_leave_pictures_where_convolutions_read_them(precision):
+    """A picture viewed as groups, or in two types, would be moved from pixel by pixel to channel by channel and back."""
+    q = quantized("w8a8", network_class=Scaled)
+    low = lower(q, "cpu", precision=precision)
+    found, expected = low(noise(1), TIMESTEPS[3]), q(noise(1), TIMESTEPS[3])
+    assert moved(found, expected)[1] <= (
+        BFLOAT16 if precision == "bfloat16" else 1e-2
+    )  # float32: rounding ties
+    ops = low.network.networks.latest().compiled.get_runtime_model().get_ordered_ops()
+    moves = [op for op in ops if op.get_rt_info()["layerType"].astype(str) == "Reorder"]
+    assert not [op for op in moves if list(op.output(0).get_shape()) == [1, 32, 8, 8]]
+
+
 @needs_bfloat16
 def test_what_follows_from_the_timestep_is_computed_in_float32():
     """bfloat16 has no 901; the step index would be another timestep's."""

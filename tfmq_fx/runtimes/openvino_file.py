@@ -6,7 +6,7 @@
 OpenVINO fuses FakeQuantize and the int8 constants into int8 kernels when it compiles. On a CPU with bfloat16
 it computes everything else in that type, unless a layer is marked `precise` in the file. Timesteps up to 1000
 and the sums that cancel a zero point do not fit in bfloat16's eight bits. So the layers that depend on the
-timestep alone are marked, and those that `rescale_temporal` put in.
+timestep alone are marked, up to its last products, and those that `rescale_temporal` put in.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ from tfmq_fx.passes.int8.einsum_as_matmul import einsum_as_matmul
 from tfmq_fx.passes.int8.fold_weights import fold_weights
 from tfmq_fx.passes.int8.integer_weights import integer_weights
 from tfmq_fx.passes.int8.multiply_in_float import multiply_in_float
+from tfmq_fx.passes.int8.norms_by_channel import norms_by_channel
 from tfmq_fx.passes.int8.plain_sizes import plain_sizes
 from tfmq_fx.passes.int8.rescale_temporal import PRECISE
 from tfmq_fx.passes.int8.round_float8 import round_float8
@@ -104,7 +105,7 @@ def write(model: QuantizedGraph, folder: Path, *, float_share: float = 0.0) -> l
     if in_float and len(in_float) < len(quantized):
         fold_weights(gm, weighted)
         multiply_in_float(gm, products)
-    PassManager([round_float8, integer_weights, plain_sizes])(gm)
+    PassManager([norms_by_channel, round_float8, integer_weights, plain_sizes])(gm)
     _require_real(gm)
     _separate_outputs(gm)
     ir = _convert(gm)
@@ -240,24 +241,40 @@ def _is_complex(node: Node) -> bool:
     return any(isinstance(x, torch.Tensor) and x.is_complex() for x in values)
 
 
-def mark_precise(file: Path, *, inputs: Iterable[str], nodes: Iterable[str]) -> None:
-    """Mark layers as `precise` in OpenVINO's XML: those that depend on `inputs` alone or come from `nodes`.
+_PRODUCTS = ("MatMul", "Convolution", "GroupConvolution")
 
-    A shape says nothing about values: a layer that reads only the shape of an input does not depend on that
-    input.
+
+def mark_precise(file: Path, *, inputs: Iterable[str], nodes: Iterable[str]) -> None:
+    """Mark layers as `precise` in OpenVINO's XML: those that depend on `inputs` alone, and those that come from `nodes`.
+
+    What only follows the last products of `inputs` is not marked: it is as coarse as they are, and its float32 would
+    spread to the pictures that it scales. A shape says nothing about values: a layer that reads only the shape of an
+    input does not depend on that input.
     """
     tree = ElementTree.parse(file)
     sources: dict[str, list[str]] = {}
     for edge in tree.iterfind("./edges/edge"):
         sources.setdefault(edge.attrib["to-layer"], []).append(edge.attrib["from-layer"])
     inputs, nodes = set(inputs), set(nodes)
+    layers = {
+        layer.attrib["id"]: layer for layer in tree.iterfind("./layers/layer")
+    }  # in the order of the graph
     marks: dict[str, set[str]] = {}
-    for layer in tree.iterfind("./layers/layer"):  # in the order of the graph
-        key, name, kind = (layer.attrib[a] for a in ("id", "name", "type"))
-        above = [marks[source] for source in sources.get(key, [])]
-        marks[key] = {name} if kind == "Parameter" else set().union(*above) if kind != "ShapeOf" else set()
-        alone = bool(marks[key]) and marks[key] <= inputs and kind != "Parameter"
-        if alone or name.partition("/")[0] in nodes:
+    products: set[str] = set()  # and what follows them
+    for key, layer in layers.items():
+        above, kind = sources.get(key, []), layer.attrib["type"]
+        reads = set().union(*(marks[source] for source in above)) if kind != "ShapeOf" else set()
+        marks[key] = {layer.attrib["name"]} if kind == "Parameter" else reads
+        if kind in _PRODUCTS or not products.isdisjoint(above):
+            products.add(key)
+    alone = {k for k in marks if marks[k] and marks[k] <= inputs and layers[k].attrib["type"] != "Parameter"}
+    read: set[str] = set()  # products of `alone`, and what they read
+    for key in reversed(layers):
+        if key in alone and (key in read or layers[key].attrib["type"] in _PRODUCTS):
+            read |= {key, *sources.get(key, [])}
+    fine = {k for k in alone if k in read or k not in products}
+    for key, layer in layers.items():
+        if key in fine or layer.attrib["name"].partition("/")[0] in nodes:
             info = layer.find("rt_info")
             if info is None:
                 info = ElementTree.Element("rt_info")
