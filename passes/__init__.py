@@ -15,6 +15,7 @@ from tfmq_fx.passes.clean.remove_noops import remove_noops
 from tfmq_fx.passes.clean.root_batch_size import root_batch_size
 from tfmq_fx.passes.int8.bfloat16_glue import bfloat16_glue
 from tfmq_fx.passes.int8.byte_activations import byte_activations
+from tfmq_fx.passes.int8.complex_as_real import complex_as_real
 from tfmq_fx.passes.int8.cuda_kernels import cuda_kernels
 from tfmq_fx.passes.int8.flatten_linears import flatten_linears
 from tfmq_fx.passes.int8.float8_kernels import float8_kernels
@@ -62,6 +63,7 @@ __all__ = [
     "cache_temporal",
     "captured_of",
     "cast_glue",
+    "complex_as_real",
     "convert",
     "cuda_kernels",
     "extract_temporal",

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from benchmarks.networks.small import ScalarTime
+from tests.helpers.exported import session
 from tests.helpers.lowered import INT8, assert_same_but_for_ties, lower, mixed, noise
 from tests.helpers.nearest import one_timestep, quantized
 from tfmq_fx.base.errors import TFMQError
@@ -41,21 +42,20 @@ class Strange(nn.Module):
         return torch.special.bessel_j0(self.net(sample, timestep))
 
 
-class Rotary(nn.Module):
-    """It multiplies complex numbers, as rotary embeddings do; OpenVINO has real ones."""
+class Filtered(nn.Module):
+    """It multiplies a spectrum by complex numbers. OpenVINO has real products, and fft."""
 
     def __init__(self):
         super().__init__()
         self.net = ScalarTime()
-        self.register_buffer("turn", torch.polar(torch.ones(2), torch.rand(2)))
+        self.register_buffer("turn", torch.polar(torch.ones(4), torch.rand(4)))
 
     def forward(self, sample, timestep):
-        pairs = torch.view_as_complex(self.net(sample, timestep).unflatten(-1, (2, 2)))
-        return torch.view_as_real(pairs * self.turn).flatten(-2)
+        return torch.fft.ifft(torch.fft.fft(self.net(sample, timestep)) * self.turn).real
 
 
 def test_what_openvino_lacks_names_the_engine_that_has_it():
-    q = one_timestep(Rotary)
+    q = one_timestep(Filtered)
     with pytest.raises(
         TFMQError, match=r"aten\.mul\.Tensor of complex numbers; q\.lower\(.*engine=\"torch\"\)"
     ):
@@ -122,6 +122,29 @@ def test_a_tensor_that_is_returned_twice_and_an_input_that_is_returned(tmp_path)
     written = openvino.Core().read_model(tmp_path / "net" / MODEL)
     assert len(written.outputs) == 4
     assert [i.get_element_type().to_string() for i in written.inputs] == ["f32", "i64"]
+
+
+class Rotary(nn.Module):
+    """It multiplies complex numbers, as rotary embeddings do."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = ScalarTime()
+        self.register_buffer("turn", torch.polar(torch.ones(2), torch.rand(2)))
+
+    def forward(self, sample, timestep):
+        pairs = torch.view_as_complex(self.net(sample, timestep).unflatten(-1, (2, 2)))
+        return torch.view_as_real(pairs * self.turn).flatten(-2)
+
+
+@torch.no_grad()
+def test_rotary_embeddings_are_computed_in_their_parts(tmp_path):
+    q, x = one_timestep(Rotary), torch.randn(3, 4)
+    assert_same_but_for_ties([(lower(q, engine="openvino", precision="float32")(x, 300), q(x, 300))])
+    q.export(tmp_path / "net.onnx")
+    given = {"sample": x.numpy(), "timestep": torch.tensor(300).numpy()}
+    (found,) = session(tmp_path / "net.onnx").run(None, given)
+    assert_same_but_for_ties([(torch.from_numpy(found), q(x, 300))])
 
 
 class Normed(nn.Module):

@@ -370,10 +370,11 @@ def paste(graph: Graph, inner: Graph, taken: dict[Node, Any], *, prefix: str) ->
     return result
 
 
-def add_call(graph: Graph, target: Callable[..., Any], *arguments: Any) -> Node:
+def add_call(graph: Graph, target: Callable[..., Any], *arguments: Any, **named: Any) -> Node:
     """Add a call of an operator, with the fake value that it makes of its arguments' values."""
-    node = graph.call_function(target, arguments)
-    node.meta["val"] = target(*(meta_value(a) if isinstance(a, Node) else a for a in arguments))
+    node = graph.call_function(target, arguments, named)
+    args, kwargs = map_arg((node.args, node.kwargs), meta_value)
+    node.meta["val"] = target(*args, **kwargs)
     return node
 
 
