@@ -138,7 +138,9 @@ _CHECK = aten._assert_tensor_metadata.default  # of the dtype
 
 
 def _parts(call: Call, x: Any) -> Parts:
-    return x if isinstance(x, tuple) else (x, call(aten.mul.Tensor, x, 0.0))
+    if isinstance(x, tuple):
+        return x
+    return x, call(aten.zeros_like.default, x) if isinstance(x, Node) else 0.0
 
 
 def _full(call: Call, size: Any, value: float, *, dtype: torch.dtype, **given: Any) -> Parts:

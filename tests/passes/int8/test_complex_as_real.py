@@ -34,7 +34,7 @@ def looked_up(x, table):
 def parts(x, table):
     z = torch.complex(x[:, :3], x[:, 3:]) + table[0] - table[1].conj() * 0.5
     turned = torch.polar(x[:, :3].abs(), x[:, 3:]) * x[:, :1]
-    return torch.cat([z.real, z.imag, z.abs(), turned.angle(), (z + x[:, :3]).real], -1)
+    return torch.cat([z.real, z.imag, z.abs(), turned.angle(), (z + x[:, :3] - 1.5).real], -1)
 
 
 def created(x, table):
