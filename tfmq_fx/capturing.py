@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import itertools
+import logging
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._ops import OpOverload
 from torch._subclasses import FakeTensor
 from torch.fx import Graph, GraphModule, Node
 from torch.fx.graph import CodeGen
@@ -21,6 +24,7 @@ from tfmq_fx.artefact.drop_in import VARIANT, Interface
 from tfmq_fx.base.ambient import neutral, tracked
 from tfmq_fx.base.arguments import leaves
 from tfmq_fx.base.errors import TFMQError, nearest_names
+from tfmq_fx.base.filled import Filled
 from tfmq_fx.base.row_lists import RowLists, row_lists
 from tfmq_fx.base.signatures import (
     call_of,
@@ -32,6 +36,7 @@ from tfmq_fx.base.signatures import (
 )
 from tfmq_fx.base.tracing import capture_error, graphs_to_log, numpy_on_sizes, symbolic_lengths, tracing
 from tfmq_fx.calibration.data import CalibrationSet, as_taken
+from tfmq_fx.calibration.padding import without_padding
 from tfmq_fx.calibration.ready import require_ready
 from tfmq_fx.calibration.temporal_rows import is_scalar
 from tfmq_fx.calibration.variants import Variants
@@ -49,9 +54,12 @@ from tfmq_fx.passes.clean.literal_dtypes import literal_dtypes
 from tfmq_fx.passes.clean.merge_variants import merge_variants
 from tfmq_fx.passes.clean.remove_noops import remove_noops
 from tfmq_fx.passes.clean.root_batch_size import root_batch_size
+from tfmq_fx.passes.clean.values_of_copies import values_of_copies
 from tfmq_fx.passes.pass_manager import PassManager
 from tfmq_fx.passes.temporal.find_temporal import find_temporal
 from tfmq_fx.passes.temporal.flatten_entries import flatten_entries
+
+log = logging.getLogger(__name__)
 
 ROUNDING = 1e-2  # relative; that of bfloat16 sums in another order, far below another function of the inputs
 
@@ -148,9 +156,12 @@ def _graph(
     """
     passes, traced = cleaning(timestep), network
     if lists is not None:
-        passes.insert(passes.index(remove_noops) + 1, batch_rows)
+        at = passes.index(remove_noops) + 1
+        passes[at:at] = [values_of_copies, batch_rows]
         traced = lists.first_row(network, inputs, rows=inputs[lists.arguments[0]].shape[0])
     program = _exported(traced, inputs, timestep=timestep, all_sizes=all_sizes)
+    if lists is not None and _writes(program.graph):
+        program = program.run_decompositions({})  # the same operators, without writes
     gm = program.module(check_guards=False)
     assert isinstance(gm, GraphModule)
     out_spec = program.call_spec.out_spec
@@ -174,6 +185,11 @@ def _graph(
     own_written_buffers(gm)
     gm.recompile()
     return gm
+
+
+def _writes(graph: Graph) -> bool:
+    """Return True if a graph has operators that change their inputs."""
+    return any(isinstance(n.target, OpOverload) and n.target._schema.is_mutable for n in graph.nodes)
 
 
 def _require_timestep(timestep: str, found: Mapping[str, Any]) -> str:
@@ -246,6 +262,7 @@ def _exported(
             symbolic_lengths(network),
             torch.no_grad(),
             _SymbolicRepeats(),
+            Filled(),
         ):
             return torch.export.export(
                 _by_name(network, inputs), (), inputs, dynamic_shapes=dynamic, strict=False
@@ -461,13 +478,36 @@ def _plain(value: Any) -> Any:
 
 def captured(
     network: nn.Module, calibration: CalibrationSet, timestep: str
+) -> tuple[GraphModule, dict[str, Any], CalibrationSet]:
+    """Capture on rows of the calibration set. Return the graph, the arguments of the capture, and the set as the graph takes it.
+
+    A network that reads the lengths of padded rows as numbers is captured without padding, if it computes the same so.
+    """
+    try:
+        return *_captured(network, calibration, timestep), calibration
+    except TFMQError:
+        cut = without_padding(network, calibration)
+        if cut is None:
+            raise
+        try:
+            gm, example = _captured(network, cut, timestep)
+        except TFMQError as error:
+            log.info("%s cannot be captured without padding: %s", type(network).__name__, error)
+            gm = None
+        if gm is None or not _agree_on_padding(gm, network, cut, calibration):
+            raise
+        return gm, example, cut
+
+
+def _captured(
+    network: nn.Module, calibration: CalibrationSet, timestep: str
 ) -> tuple[GraphModule, dict[str, Any]]:
-    """Capture on the first rows of the calibration set. Return the graph and the arguments of the capture.
+    """Return the graph and the arguments of the capture.
 
     As many rows as no tensor without rows has entries, so that torch.export can tell the two sizes apart.
     """
     taken = {x.shape[0] for x in calibration.constants.values() if isinstance(x, Tensor) and x.dim()}
-    count = next((n for n in range(2, len(calibration) + 1) if n not in taken), 2)
+    count = next(n for n in itertools.count(2) if n not in taken)
     example = calibration.example(count, beside=network)
     if "return_dict" in parameters_of(network):
         example["return_dict"] = False
@@ -475,6 +515,23 @@ def captured(
     if calibration.others:
         _require_kinds(gm, network, calibration)
     return gm, example
+
+
+@keeps_buffers
+@torch.no_grad()
+def _agree_on_padding(
+    gm: GraphModule, network: nn.Module, cut: CalibrationSet, padded: CalibrationSet
+) -> bool:
+    """Return True if the graph computes of rows of each length, without padding, what the network does of the padded ones."""
+    assert cut.row_sizes is not None
+    kinds = cut.row_sizes.kinds
+    for rows in [(kinds == kind).nonzero()[:2, 0] for kind in kinds.unique()[:MOST_TRIALS]]:
+        for alike in cut.groups(2, rows=rows, one_timestep=is_scalar(gm)):
+            inputs = cut.arguments(alike, beside=network)
+            found = {n: as_taken(gm, n, x) for n, (_, x) in leaves(inputs).items() if isinstance(x, Tensor)}
+            if not _agrees(gm, found, padded.row_wise(network), padded.arguments(alike, beside=network)):
+                return False
+    return True
 
 
 @keeps_buffers

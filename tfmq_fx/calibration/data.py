@@ -159,7 +159,7 @@ class CalibrationSet:
             found = Variants(self.others, self.paths).row_wise(found)
         if self.row_lists is None:
             return found
-        if not self.row_lists.outputs:  # the set was made without the network
+        if not self.row_lists.known:  # the set was made without the network
             self.row_lists = self._lists_of(found)
         return self.row_lists.batched(found)
 
@@ -204,8 +204,9 @@ class CalibrationSet:
         )
 
     def example(self, count: int, *, beside: nn.Module | None = None) -> dict[str, Any]:
-        """Return the `arguments` of at most `count` rows, of one size: the most frequent one."""
-        rows = slice(0, count) if self.row_sizes is None else self.row_sizes.most()[:count]
+        """Return the `arguments` of `count` rows, of one size: the most frequent one. If there are fewer, they are repeated."""
+        rows = torch.arange(min(count, len(self))) if self.row_sizes is None else self.row_sizes.most()
+        rows = rows[torch.arange(count) % len(rows)]
         return self.arguments(rows, beside=beside)
 
     @staticmethod

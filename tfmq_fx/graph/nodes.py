@@ -373,7 +373,7 @@ def paste(graph: Graph, inner: Graph, taken: dict[Node, Any], *, prefix: str) ->
 def add_call(graph: Graph, target: Callable[..., Any], *arguments: Any) -> Node:
     """Add a call of an operator, with the fake value that it makes of its arguments' values."""
     node = graph.call_function(target, arguments)
-    node.meta["val"] = target(*(meta_value(a) if isinstance(a, Node) else a for a in arguments))
+    node.meta["val"] = target(*map_arg(arguments, meta_value))
     return node
 
 
