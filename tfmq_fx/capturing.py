@@ -6,7 +6,7 @@ import dataclasses
 import inspect
 import itertools
 import logging
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -25,6 +25,7 @@ from tfmq_fx.base.ambient import neutral, tracked
 from tfmq_fx.base.arguments import leaves
 from tfmq_fx.base.errors import TFMQError, nearest_names
 from tfmq_fx.base.filled import Filled
+from tfmq_fx.base.masked_rows import MaskedRows
 from tfmq_fx.base.row_lists import RowLists, row_lists
 from tfmq_fx.base.signatures import (
     call_of,
@@ -42,7 +43,7 @@ from tfmq_fx.calibration.temporal_rows import is_scalar
 from tfmq_fx.calibration.variants import Variants
 from tfmq_fx.graph.inputs import choose_timestep, placeholders, require_input, timestep_input
 from tfmq_fx.graph.nodes import attribute, fixed_size, meta_value, schema_arguments
-from tfmq_fx.graph.sizes import Condition, holds, sizes_in
+from tfmq_fx.graph.sizes import Condition, Size, holds, sizes_in
 from tfmq_fx.graph.state import Captured, set_state
 from tfmq_fx.graph.written import keeps_buffers, own_written_buffers
 from tfmq_fx.passes.clean.batch_rows import batch_rows
@@ -486,17 +487,24 @@ def captured(
     try:
         return *_captured(network, calibration, timestep), calibration
     except TFMQError:
-        cut = without_padding(network, calibration)
-        if cut is None:
-            raise
-        try:
-            gm, example = _captured(network, cut, timestep)
-        except TFMQError as error:
-            log.info("%s cannot be captured without padding: %s", type(network).__name__, error)
-            gm = None
-        if gm is None or not _agree_on_padding(gm, network, cut, calibration):
-            raise
-        return gm, example, cut
+        for zeros in (False, True):
+            cut = without_padding(network, calibration, zeros=zeros)
+            found = None if cut is None else _captured_cut(network, cut, calibration, timestep)
+            if cut is not None and found is not None:
+                return *found, cut
+        raise
+
+
+def _captured_cut(
+    network: nn.Module, cut: CalibrationSet, padded: CalibrationSet, timestep: str
+) -> tuple[GraphModule, dict[str, Any]] | None:
+    """Return what `_captured` does of rows without padding; None if they cannot be captured, or the graph is not right."""
+    try:
+        gm, example = _captured(network, cut, timestep)
+    except TFMQError as error:
+        log.info("%s cannot be captured without padding: %s", type(network).__name__, error)
+        return None
+    return (gm, example) if _agree_on_padding(gm, network, cut, padded) else None
 
 
 def _captured(
@@ -681,7 +689,31 @@ def kept_conditions(
                 left = [c for c in left if c not in broken]
             else:
                 needed.append(broken)
-    return tuple(left)
+    short = _short_rows(network, gm, one, face.listed, face.moves()) if face.listed is not None else ()
+    return (*left, *short)
+
+
+def _short_rows(
+    network: nn.Module,
+    gm: GraphModule,
+    one: Mapping[str, Any],
+    lists: RowLists,
+    moves: Mapping[Size, int],
+) -> Iterator[Condition]:
+    """Yield which lengths below two padded rows must not have: torch.export did not trace those.
+
+    A call with a mask of so many ones shows if the graph computes what the network does. one: its arguments, of one row.
+    """
+    found = {n: x for n, (_, x) in leaves(one).items() if isinstance(x, Tensor)}
+    for name, (dtype, marked) in lists.masks.items() if isinstance(lists, MaskedRows) else ():
+        for length in (1, 0):
+            mask = torch.zeros(1, found[marked[0]].shape[1], dtype=getattr(torch, dtype))
+            mask[:, :length] = 1
+            cut = {n: found[n][:, :length] for n in marked}
+            given = {**one, name: mask.to(found[marked[0]].device)}
+            if all((n, 1) in moves for n in marked) and not _agrees(gm, {**found, **cut}, network, given):
+                yield from (["GreaterThan", ["size", n, 1], length + 1] for n in marked)
+                break
 
 
 def _resized(x: Tensor, dim: int, size: int) -> Tensor:

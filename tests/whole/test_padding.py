@@ -147,3 +147,31 @@ def test_masks_with_holes_are_no_lengths(network):
     holes["mask"][0, 0] = 0
     found = without_padding(network, tfmq_fx.CalibrationSet.from_tensors(holes))
     assert set(found.row_lists.masks) == {"names_mask"}
+
+
+class Pictured(Joined):
+    """Looks at a picture beside the others only if there is one: which a pipeline without pictures says by zeros."""
+
+    def __init__(self):
+        super().__init__()
+        self.see = nn.Linear(6, 8)
+
+    def forward(self, x, timestep, words, mask, names, names_mask, picture=None):
+        if torch.all(picture == 0):
+            picture, x = picture * 0, x + 1
+        seen = self.see(picture).mean(1, keepdim=True)
+        return super().forward(x, timestep, words, mask, names, names_mask) + seen
+
+
+@pytest.mark.slow
+def test_what_is_zero_everywhere_is_fixed_and_no_names_at_all_are_taken():
+    network, call = make(Pictured), {**given(named=(0,)), "picture": torch.zeros(24, 3, 6)}
+    q = tfmq_fx.quantize(network, recipe("w8a8"), calibration=tfmq_fx.CalibrationSet.from_tensors(call))
+    call = {**given(6, (2, 7, 5), (0,), seed=1), "picture": torch.zeros(6, 3, 6)}
+    with torch.no_grad():
+        assert off(q(**call), network(**call)) < 0.05  # 8 bits
+    assert torch.equal(q(**{**call, "picture": None}), q(**call))
+    with pytest.raises(TFMQError, match="'picture' was 0 everywhere when the network was captured"):
+        q(**{**call, "picture": torch.ones(6, 3, 6)})
+    with pytest.raises(TFMQError, match=r"'names' has shape \(1, 2, 4\), captured with \(N, 0, 4\)"):
+        q(**{**call, "names_mask": given(6, named=(2, 0))["names_mask"]})

@@ -149,10 +149,12 @@ class Interface:
         # The network's defaults that the example replaces: by None, or by a dict or list without them.
         replaced = {n for n, (path, _) in leaves(arguments).items() if path[0] in example and n not in found}
         lists = known_row_lists(network)
-        optional = {rest, *(lists or {}).get("masks", ())}  # without a mask, all tokens are there
+        left_out = [n for kind in ("masks", "zeros") for n in (lists or {}).get(kind, ())]
         return Interface(
             arguments=arguments,
-            required=tuple(n for n, p in parameters.items() if p.default is p.empty and n not in optional),
+            required=tuple(
+                n for n, p in parameters.items() if p.default is p.empty and n not in (rest, *left_out)
+            ),
             inputs=inputs,
             constants={k: v for k, (_, v) in found.items() if k not in inputs and is_json(v)}
             | dict.fromkeys(sorted(replaced)),

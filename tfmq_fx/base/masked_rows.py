@@ -27,9 +27,16 @@ class MaskedRows(RowLists):
 
     arguments: the names of the padded tensors, (N, M, ...). In their place, a call may have lists of rows (L, ...).
     masks: mask's name -> its dtype, and the tensors whose tokens it marks. The first L of a row are there.
+    zeros: the name of a tensor that is 0 everywhere in every call, and may be left out -> its dtype, and the shape of a row.
     """
 
     masks: Mapping[str, tuple[str, tuple[str, ...]]] = field(default_factory=dict)
+    zeros: Mapping[str, tuple[str, tuple[int, ...]]] = field(default_factory=dict)
+
+    @property
+    def left_out(self) -> tuple[str, ...]:
+        """Return the names of the arguments that are no inputs of the graph."""
+        return (*self.masks, *self.zeros)
 
     @property
     def known(self) -> bool:
@@ -37,8 +44,12 @@ class MaskedRows(RowLists):
         return True
 
     def listed(self, given: Mapping[str, Any]) -> dict[str, Any]:
-        """Return a call's arguments with a mask of ones for each that it lacks."""
-        found = dict(given)
+        """Return a call's arguments with a mask of ones for each that it lacks, and zeros where those are left out."""
+        found, first = dict(given), given[self.arguments[0]]
+        for name, (dtype, shape) in self.zeros.items():
+            if found.get(name) is None:
+                kind = getattr(torch, dtype)
+                found[name] = torch.zeros((first.shape[0], *shape), dtype=kind, device=first.device)
         for name, (dtype, marked) in self.masks.items():
             if found.get(name) is None:
                 x = found[marked[0]]
@@ -47,7 +58,7 @@ class MaskedRows(RowLists):
 
     def in_lists(self, given: Mapping[str, Any]) -> bool:
         """Return True if a call has masks, or lists of rows."""
-        return super().in_lists(given) or any(given.get(n) is not None for n in self.masks)
+        return super().in_lists(given) or any(given.get(n) is not None for n in self.left_out)
 
     def by_shape(self, network: Callable[..., Any], given: Mapping[str, Any]) -> Any:
         """Return what a network without masks makes of padded rows: rows of equal lengths together, the others by themselves."""
@@ -61,8 +72,15 @@ class MaskedRows(RowLists):
         return made[0] if len(made) == 1 else pytree.tree_map(joined, *made)
 
     def cut(self, given: Mapping[str, Any]) -> dict[str, Any]:
-        """Return a call's arguments without masks, and lists of rows without padding. Raises TFMQError for other masks."""
-        found = {n: x for n, x in given.items() if n not in self.masks}
+        """Return a call's arguments without masks and zeros, with lists of rows without padding. Raises TFMQError for other ones."""
+        found = {n: x for n, x in given.items() if n not in self.left_out}
+        for name in self.zeros:
+            x = given.get(name)
+            if x is not None and not (isinstance(x, Tensor) and bool((x == 0).all())):
+                raise TFMQError(
+                    f"forward: {name!r} was 0 everywhere when the network was captured and is fixed in the graph; quantize again "
+                    "with calibration data that has the new values."
+                )
         for name, (_, marked) in self.masks.items():
             mask = given.get(name)
             for tensor in marked:
@@ -111,7 +129,8 @@ class MaskedRows(RowLists):
     def to_json(self) -> dict[str, Any]:
         """Return what an artefact keeps."""
         masks = {n: [dtype, list(marked)] for n, (dtype, marked) in self.masks.items()}
-        return {**super().to_json(), "masks": masks}
+        zeros = {n: [dtype, list(shape)] for n, (dtype, shape) in self.zeros.items()}
+        return {**super().to_json(), "masks": masks, "zeros": zeros}
 
 
 def lengths_of(mask: Tensor) -> Tensor | None:
@@ -129,4 +148,5 @@ def lists_of_json(found: Mapping[str, Any]) -> RowLists:
     if masks is None:
         return own
     kept = {n: (dtype, tuple(marked)) for n, (dtype, marked) in masks.items()}
-    return MaskedRows(own.arguments, own.outputs, own.shared, masks=kept)
+    zeros = {n: (dtype, tuple(shape)) for n, (dtype, shape) in found.get("zeros", {}).items()}
+    return MaskedRows(own.arguments, own.outputs, own.shared, masks=kept, zeros=zeros)

@@ -18,11 +18,15 @@ LEAK = 1e-3  # relative to the effect of a token that is there: that of one that
 
 
 @torch.no_grad()
-def without_padding(network: nn.Module, data: CalibrationSet) -> CalibrationSet | None:
+def without_padding(
+    network: nn.Module, data: CalibrationSet, *, zeros: bool = False
+) -> CalibrationSet | None:
     """Return the set with rows of their own lengths, for a network that computes the same without padding; None for another one.
 
     A mask (N, M) has ones for the first tokens of a row, then zeros. It marks a tensor (N, M, ...) if the network's output
     depends on the tensor's last tokens with a mask of ones, and does not once zeros are in their place.
+
+    zeros: leave out tensors (N, M, ...) that are 0 everywhere, too, such as those of a picture that is not given.
     """
     if data.row_lists is not None:
         return None
@@ -43,7 +47,14 @@ def without_padding(network: nn.Module, data: CalibrationSet) -> CalibrationSet 
         return None
     masks = {n: (str(data.tensors[n].dtype).removeprefix("torch."), marked) for n, marked in marks.items()}
     shared = tuple(n for n, x in data.constants.items() if isinstance(x, Tensor))
-    lists = MaskedRows(tuple(marked_names), (), shared, masks=masks)
+    fixed = [n for n in names if n not in masks and data.tensors[n].dim() > 2 and not data.tensors[n].any()]
+    if zeros and not (fixed := [n for n in fixed if n not in marked_names]):
+        return None
+    blank = {
+        n: (str(data.tensors[n].dtype).removeprefix("torch."), tuple(data.tensors[n].shape[1:]))
+        for n in fixed
+    }
+    lists = MaskedRows(tuple(marked_names), (), shared, masks=masks, zeros=blank if zeros else {})
     return _cut(data, lists, {n: lengths[mask] for mask, marked in marks.items() for n in marked})
 
 
@@ -54,10 +65,10 @@ def _cut(data: CalibrationSet, lists: MaskedRows, lengths: Mapping[str, Tensor])
         for n, length in lengths.items()
     }  # fmt: skip
     return CalibrationSet(
-        {n: x for n, x in data.tensors.items() if n not in lists.masks},
+        {n: x for n, x in data.tensors.items() if n not in lists.left_out},
         data.constants,
         data.timestep,
-        {n: path for n, path in data.paths.items() if n not in lists.masks},
+        {n: path for n, path in data.paths.items() if n not in lists.left_out},
         conditional=data.conditional,
         note=data.note,
         timestep_shape=data.timestep_shape,
