@@ -31,7 +31,9 @@ def without_padding(
     if data.row_lists is not None:
         return None
     names = [
-        n for n in data.tensors if n != data.timestep and data.paths[n] == (n,) and n not in data.repeats
+        n
+        for n in data.tensors
+        if n != data.timestep and data.paths[n] == (n,) and n not in {*data.repeats, *data.folded}
     ]
     lengths = {n: found for n in names if (found := lengths_of(data.tensors[n])) is not None}
     if not lengths:
@@ -73,6 +75,7 @@ def _cut(data: CalibrationSet, lists: MaskedRows, lengths: Mapping[str, Tensor])
         note=data.note,
         timestep_shape=data.timestep_shape,
         repeats=data.repeats,
+        folded=data.folded,
         perturbation=data.perturbation,
         others=data.others,
         row_lists=lists,

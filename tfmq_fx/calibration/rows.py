@@ -30,6 +30,9 @@ class Recording:
     paths: dict[str, ArgumentPath]
     conditional: Tensor  # (N,) bool: False for a guided pipeline's unconditional rows
     repeats: dict[str, int]  # how often the network takes each row, if not once: a prompt for every frame
+    folded: Collection[
+        str
+    ] = ()  # tensors with several entries for each row, which the network takes in one dimension
     perturbation: Perturbation | None = None
     others: Sequence[Mapping[str, Any]] = ()  # the constants of further kinds of calls, where they differ
     row_lists: RowLists | None = None
@@ -159,6 +162,7 @@ def read_recording(folder: Path) -> Recording:
             paths={n: tuple(path) for n, path in index["paths"].items()},
             conditional=torch.tensor(index["conditional"], dtype=torch.bool),
             repeats=index["repeats"],
+            folded=index.get("folded", ()),
             others=index.get("others", ()),
             row_sizes=_sizes_of(index.get("row_sizes", {})),
             row_lists=None if (lists := index.get("row_lists")) is None else RowLists.of_json(lists),
