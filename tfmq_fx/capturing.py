@@ -113,9 +113,30 @@ def capture(
         gm = _graph(network, inputs, timestep, all_sizes=True, lists=lists)
     except TFMQError:  # some network's own numbers are no sizes
         gm = None
-    if gm is None or _features_have_sizes(gm, timestep):
-        gm = _graph(network, inputs, timestep, all_sizes=False, lists=lists)
-    return gm
+    if gm is not None and not _features_have_sizes(gm, timestep):
+        return gm
+    try:
+        return _graph(network, inputs, timestep, all_sizes=False, lists=lists)
+    except _FixedBatchError:
+        gm = None if lists is not None else _graph_of_each_row(network, inputs, timestep)
+        if gm is None:
+            raise
+        return gm
+
+
+class _FixedBatchError(TFMQError):
+    """A network turns its batch into a number."""
+
+
+def _graph_of_each_row(network: nn.Module, inputs: dict[str, Any], timestep: str) -> GraphModule | None:
+    """Return the graph that computes each row as the network does one alone; None if that is not what it does of several."""
+    alone = MaskedRows((), ())
+    try:
+        gm = _graph(network, inputs, timestep, all_sizes=True, lists=alone)
+        return None if _features_have_sizes(gm, timestep) else gm
+    except TFMQError as error:
+        log.info("%s cannot be captured row by row: %s", type(network).__name__, error)
+        return None
 
 
 @keeps_buffers
@@ -159,7 +180,7 @@ def _graph(
     if lists is not None:
         at = passes.index(remove_noops) + 1
         passes[at:at] = [values_of_copies, batch_rows]
-        traced = lists.first_row(network, inputs, rows=inputs[lists.arguments[0]].shape[0])
+        traced = lists.first_row(network, inputs, rows=_rows_of(inputs, timestep))
     program = _exported(traced, inputs, timestep=timestep, all_sizes=all_sizes)
     if lists is not None and _writes(program.graph):
         program = program.run_decompositions({})  # the same operators, without writes
@@ -372,14 +393,20 @@ def _require_dynamic_batch(gm: GraphModule, network: nn.Module, example: Mapping
     """
     values = {n: node.meta["val"] for n, node in placeholders(gm).items()}
     sizes = {n: example[n].shape[0] for n in values if example[n].dim()}
-    batch = sizes.get(str(timestep_input(gm, None).target), max(sizes.values(), default=0))
+    batch = sizes.get(timestep := str(timestep_input(gm, None).target), _rows_of(example, timestep))
     for name, size in sizes.items():
         if size == batch and fixed_size(values[name].shape[0]) is not None:
-            raise TFMQError(
+            raise _FixedBatchError(
                 f"torch.export fixed the batch of {name!r} at {batch}: {type(network).__name__} turns it into a Python number, as "
                 f"int({name}.shape[0]) does, or hard-codes it; use {name}.shape[0]. (If its first dimension is not a batch, give an "
                 "example with another batch size.)"
             )
+
+
+def _rows_of(example: Mapping[str, Any], timestep: str) -> int:
+    """Return the number of rows of an example: that of its first tensor other than the timestep, the noisy sample."""
+    found = {n: x for n, (_, x) in leaves(example).items() if isinstance(x, Tensor)}
+    return next((x.shape[0] for n, x in found.items() if n != timestep and x.dim()), 0)
 
 
 def _refuse_inference_parameters(network: nn.Module) -> None:
