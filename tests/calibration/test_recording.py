@@ -426,3 +426,29 @@ def test_frames_of_which_a_network_mixes_the_clips_are_refused():
     pipe.last = True
     with pytest.raises(TFMQError, match="'frames' has no rows, but is a Tensor of shape"):
         CalibrationSet.record(pipe, num_samples=4, num_inference_steps=2)
+
+
+class Sized(diffusers.DDPMPipeline):  # type: ignore[misc]
+    """Its network tells a size, a tuple, from a list of several."""
+
+    @torch.no_grad()
+    def __call__(self, batch_size=1, generator=None, num_inference_steps=2):
+        x = torch.randn(batch_size, 6, 4, generator=generator)
+        self.scheduler.set_timesteps(num_inference_steps)
+        for t in self.scheduler.timesteps:
+            x = x - 0.1 * self.unet(x, t, [(2, 3)])
+        return {"frames": x.numpy()}
+
+
+class SizedNetwork(ClipNetwork):
+    def forward(self, sample, timestep, sizes):
+        (height, width) = sizes[0] if isinstance(sizes[0], tuple) else sizes[0][0]
+        emb = self.time((timestep / 1000).float().reshape(-1, 1)).expand(sample.shape[0], -1)
+        return self.out(sample.unflatten(1, (height, width)).flip(1).flatten(1, 2) + emb[:, None])
+
+
+def test_tuples_stay_tuples(tmp_path):
+    pipe = Sized(SizedNetwork().eval(), diffusers.DDPMScheduler())
+    for _ in range(2):  # the second one is read from the cache
+        data = CalibrationSet.record(pipe, num_samples=2, num_inference_steps=2, cache=tmp_path)
+        assert data.arguments(slice(0, 1))["sizes"] == [(2, 3)]

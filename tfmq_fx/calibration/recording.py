@@ -23,7 +23,7 @@ from torch.utils import _pytree as pytree
 
 from tfmq_fx.artefact.drop_in import PERTURBED, VARIANT, uncounted
 from tfmq_fx.base.arguments import Path as ArgumentPath
-from tfmq_fx.base.arguments import nested
+from tfmq_fx.base.arguments import nested, path_to_json
 from tfmq_fx.base.errors import TFMQError
 from tfmq_fx.base.files import replace_folder, update_with_tensors
 from tfmq_fx.base.parallel import Ranks, workers
@@ -608,7 +608,7 @@ def _write(session: Session, folder: Path, *, deterministic: bool) -> None:
         "rows": [[n, str(x.dtype).removeprefix("torch."), list(x.shape)] for n, x in found.rows.items()],
         "constants": plain,
         "shared": {n: [str(x.dtype).removeprefix("torch."), x.tolist()] for n, x in tensors.items()},
-        "paths": {n: list(path) for n, path in found.paths.items()},
+        "paths": {n: path_to_json(path) for n, path in found.paths.items()},
         "conditional": found.conditional.int().tolist(),
         "repeats": found.repeats,
         "folded": list(found.folded),

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from tfmq_fx.base.arguments import Path as ArgumentPath
+from tfmq_fx.base.arguments import path_of_json
 from tfmq_fx.base.errors import TFMQError
 from tfmq_fx.base.files import raw_bytes
 from tfmq_fx.base.row_lists import RowLists
@@ -159,7 +160,7 @@ def read_recording(folder: Path) -> Recording:
         return Recording(
             rows=rows,
             constants={**index["constants"], **shared},
-            paths={n: tuple(path) for n, path in index["paths"].items()},
+            paths={n: path_of_json(path) for n, path in index["paths"].items()},
             conditional=torch.tensor(index["conditional"], dtype=torch.bool),
             repeats=index["repeats"],
             folded=index.get("folded", ()),
