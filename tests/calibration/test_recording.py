@@ -452,3 +452,31 @@ def test_tuples_stay_tuples(tmp_path):
     for _ in range(2):  # the second one is read from the cache
         data = CalibrationSet.record(pipe, num_samples=2, num_inference_steps=2, cache=tmp_path)
         assert data.arguments(slice(0, 1))["sizes"] == [(2, 3)]
+
+
+class Weighted(Sized):
+    """Draws one sample at a time, and its network takes a tensor of one number for each of its layers, of which there is one."""
+
+    @torch.no_grad()
+    def __call__(self, generator=None, num_inference_steps=2):
+        x = torch.randn(1, 6, 4, generator=generator)
+        self.scheduler.set_timesteps(num_inference_steps)
+        for t in self.scheduler.timesteps:
+            x = x - 0.1 * self.unet(x, t, torch.tensor([0.5]))
+        return {"frames": x.numpy()}
+
+
+class WeightedNetwork(ClipNetwork):
+    def forward(self, sample, timestep, scales):
+        (scale,) = scales.unbind()
+        emb = self.time((timestep / 1000).float().reshape(-1, 1)).expand(sample.shape[0], -1)
+        return self.out(sample * scale + emb[:, None])
+
+
+def test_a_tensor_of_one_entry_of_which_a_network_takes_no_second_one_is_that_of_all_rows():
+    pipe = Weighted(WeightedNetwork().eval(), diffusers.DDPMScheduler())
+    data = CalibrationSet.record(pipe, num_samples=3, num_inference_steps=2)
+    assert torch.equal(data.constants["scales"], torch.tensor([0.5]))
+    q = tfmq_fx.quantize(pipe, NEAREST, calibration=data)
+    x, t, scales = torch.randn(2, 6, 4), torch.tensor(500), torch.tensor([0.5])
+    assert (q(x, t, scales) - pipe.unet(x, t, scales)).abs().max() < 0.1  # 8 bits of values up to 4

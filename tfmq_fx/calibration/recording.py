@@ -339,6 +339,8 @@ class Session:
         folded = shapes.may_be_folded([_flat(call) for call in seen], self.size_of)
         if folded and self._apart(found[0], shapes, folded):
             shapes.folded = folded
+        for name in self._of_all_rows(seen, shapes):
+            shapes.shared[name] = shapes.likely.pop(name)
         shared = shapes.shared = {n: x for n, x in shapes.shared.items() if n not in shapes.folded}
         for made in (found, self.preview.calls):
             self.constants_of(made, shared)
@@ -366,36 +368,64 @@ class Session:
         two, why = self._previewed(2)
         return not why and self.size_of(_flat(two.calls[0])) > self.size_of(_flat(self.preview.calls[0]))
 
-    @torch.no_grad()
     def _apart(self, call: Leaves, shapes: Shapes, folded: Mapping[str, int]) -> bool:
         """Return True if the first k entries of each folded tensor are the first row's, and no other row's.
 
         The network shows it: a row is the same by itself, beside another one with other entries, and in its call.
         """
-        rows = self.size_of(_flat(call))
-
-        def run(count: int, change: Callable[[Tensor], Tensor] = lambda x: x) -> Tensor:
-            def taken(name: str, x: Any) -> Any:
-                if name in folded or name in shapes.repeats:
-                    first, other = x[: len(x) // rows], change(x[: len(x) // rows])
-                    return torch.cat([first, other][:count]) if name in folded else torch.cat([first] * count)
-                has_rows = isinstance(x, Tensor) and x.shape[:1] == (rows,) and name not in shapes.shared
-                return torch.cat([x[:1]] * count) if has_rows else x
-
-            given = nested({path: taken(n, x) for n, (path, x) in call.items()})
-            return next(x for x in pytree.tree_leaves(self.network(**given)) if isinstance(x, Tensor))
-
-        try:
-            alone, both = run(1), run(2, lambda x: 1 - x.flip(-1) / 2)
-            whole = next(
-                x
-                for x in pytree.tree_leaves(self.network(**nested(dict(call.values()))))
-                if isinstance(x, Tensor)
-            )
-        except Exception:  # the network's own, of any type
+        alone = self._repeated(call, shapes, 1, folded=folded)
+        both = self._repeated(call, shapes, 2, folded=folded, change=lambda x: 1 - x.flip(-1) / 2)
+        whole = self._computed(nested(dict(call.values())))
+        if alone is None or both is None or whole is None:
             return False
         effect = (both[1:] - alone).norm()
         return bool(effect > 0 and all((x[:1] - alone).norm() <= 0.1 * effect for x in (both, whole)))
+
+    def _of_all_rows(self, seen: Sequence[Leaves], shapes: Shapes) -> set[str]:
+        """Return which tensors (1, ...) of calls of one row are the same for all rows: the network takes no second one of them."""
+        first, calls = seen[0], [_flat(call) for call in seen]
+        if any(self.size_of(call) != 1 for call in calls):
+            return set()
+        _, *names = [n for n in shapes.likely if first[n][1].shape[:1] == (1,)]
+        fixed = [n for n in names if all(same(call.get(n), calls[0][n]) for call in calls)]
+        if not fixed or self._repeated(first, shapes, 2) is not None:
+            return set()
+        return {n for n in fixed if self._repeated(first, shapes, 2, single=(n,)) is not None}
+
+    def _repeated(
+        self,
+        call: Leaves,
+        shapes: Shapes,
+        count: int,
+        *,
+        folded: Collection[str] = (),
+        change: Callable[[Tensor], Tensor] = lambda x: x,
+        single: Collection[str] = (),
+    ) -> Tensor | None:
+        """Return what the network computes of the first row of a call, `count` times; None if it fails.
+
+        folded: the names of tensors with several entries for each row, which `change` makes others for the second row.
+        single: the names of those that are there once.
+        """
+        rows = self.size_of(_flat(call))
+
+        def taken(name: str, x: Any) -> Any:
+            if name in folded:
+                return torch.cat([x[: len(x) // rows], change(x[: len(x) // rows])][:count])
+            if name in shapes.repeats:
+                return torch.cat([x[: len(x) // rows]] * count)
+            has_rows = isinstance(x, Tensor) and x.shape[:1] == (rows,) and name not in shapes.shared
+            return torch.cat([x[:1]] * count) if has_rows and name not in single else x
+
+        return self._computed(nested({path: taken(n, x) for n, (path, x) in call.items()}))
+
+    @torch.no_grad()
+    def _computed(self, given: dict[str, Any]) -> Tensor | None:
+        """Return the network's first output; None if it fails."""
+        try:
+            return next(x for x in pytree.tree_leaves(self.network(**given)) if isinstance(x, Tensor))
+        except Exception:  # the network's own, of any type
+            return None
 
     def misfit(self, shapes: Shapes) -> str:
         """Return why a batch has no rows of these shapes, which are those for another number of samples; "" if it has."""
