@@ -146,6 +146,20 @@ def test_a_batch_turned_into_a_number_is_that_of_one_row():
     assert torch.equal(gm(x, t), Counts()(x, t))
 
 
+class Mixes(Counts):
+    """Compares its rows with each other, a little."""
+
+    def forward(self, sample, timestep):
+        return super().forward(sample + 0.01 * (sample - sample.mean(0)), timestep)
+
+
+@pytest.mark.parametrize("rows", [1, 2])
+def test_a_network_that_counts_and_mixes_its_rows_is_refused(rows):
+    example = {"sample": torch.randn(rows, 3), "timestep": torch.arange(1.0, rows + 1)}
+    with pytest.raises(TFMQError, match="fixed the batch of 'sample' at 2: Mixes"):
+        tfmq_fx.capture(Mixes().eval(), example)
+
+
 def test_a_network_that_computes_with_its_batch_as_a_number_is_refused():
     divides = Counts().eval()
     divides.mean = True
