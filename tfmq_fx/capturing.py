@@ -87,6 +87,8 @@ def capture(
     dataclass outputs as dicts. dtype and device are fixed by the example. Height, width, frames and numbers of tokens may
     differ from it as far as torch.export can keep them open (`graph.sizes.sizes_of`); a size of one is a constant.
 
+    A network that turns its batch into a number is traced for one row, if it computes each row by itself.
+
     A wrapper that only passes its arguments on is left out: the names of the parameters are those of the network
     in it. Weights that are functions of parameters alone are computed once (`fold_parameters`).
 
@@ -183,7 +185,7 @@ def _graph(
         at = passes.index(remove_noops) + 1
         passes[at:at] = [values_of_copies, batch_rows]
         traced = lists.first_row(network, inputs, rows=_rows_of(inputs, timestep))
-    program = _exported(traced, inputs, timestep=timestep, all_sizes=all_sizes)
+    program = _exported(traced, inputs, timestep=timestep, all_sizes=all_sizes, checked=lists is not None)
     if lists is not None and _writes(program.graph):
         program = program.run_decompositions({})  # the same operators, without writes
     gm = program.module(check_guards=False)
@@ -271,9 +273,12 @@ def _same_tensors(a: Any, b: Any) -> bool:
 
 
 def _exported(
-    network: nn.Module, inputs: dict[str, Any], *, timestep: str, all_sizes: bool
+    network: nn.Module, inputs: dict[str, Any], *, timestep: str, all_sizes: bool, checked: bool
 ) -> torch.export.ExportedProgram:
-    """Export the network with a dynamic batch. inputs: its arguments by name. all_sizes: keep other sizes open, too."""
+    """Export the network with a dynamic batch.
+
+    inputs: its arguments by name. all_sizes: keep other sizes open, too. checked: whether the graph will be compared with the network.
+    """
     lengths = _lengths(inputs) if all_sizes else None
     dynamic = {
         n: pytree.tree_map(partial(_dynamic, lengths=None if n == timestep else lengths), x)
@@ -285,7 +290,7 @@ def _exported(
             tracing(),
             graphs_to_log(),
             numpy_on_sizes(),
-            symbolic_lengths(network),
+            symbolic_lengths(network, sets=checked),
             torch.no_grad(),
             _SymbolicRepeats(),
             Filled(),

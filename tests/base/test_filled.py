@@ -59,7 +59,7 @@ class Sums(nn.Module):
 
 def test_sizes_that_are_read_of_them_stay_open():
     given = {"x": torch.randn(1, 4, 3)}
-    with symbolic_lengths(Sums()), Filled():
+    with symbolic_lengths(Sums(), sets=True), Filled():
         program = torch.export.export(
             Sums(), (), given, dynamic_shapes={"x": {1: torch.export.Dim.AUTO}}, strict=False
         )
@@ -75,7 +75,7 @@ class Differs(nn.Module):
 def test_a_set_of_sizes_has_those_that_differ():
     given = {"a": torch.randn(4), "b": torch.randn(6)}
     sizes = {n: {0: torch.export.Dim.AUTO} for n in given}
-    with symbolic_lengths(Differs()), Filled():
+    with symbolic_lengths(Differs(), sets=True), Filled():
         program = torch.export.export(Differs(), (), given, dynamic_shapes=sizes, strict=False)
     assert torch.equal(program.module()(**given), given["a"][:1] * 3)
     with pytest.raises(Exception, match="Guard"):

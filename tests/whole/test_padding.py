@@ -28,7 +28,8 @@ class Joined(nn.Module):
 
     def forward(self, x, timestep, words, mask, names, names_mask):
         lengths = mask.sum(dim=1).tolist()
-        h, pixels = self.pixels(x) + self.time(timestep[:, None] / 1000)[:, None], x.shape[1]
+        time = self.time((timestep[:, None] / 1000).to(x.dtype))
+        h, pixels = self.pixels(x) + time[:, None], x.shape[1]
         words = self.words(words)
         joined, there = (
             h.new_zeros(len(x), max(lengths) + pixels, 8),

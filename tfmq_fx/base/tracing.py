@@ -91,10 +91,11 @@ def numpy_on_sizes() -> Iterator[None]:
 
 
 @contextmanager
-def symbolic_lengths(network: nn.Module) -> Iterator[None]:
-    """Let `len` and `set` work on dynamic sizes in the files of the network's classes, until exit.
+def symbolic_lengths(network: nn.Module, *, sets: bool = False) -> Iterator[None]:
+    """Let `len`, and `set` with `sets`, work on dynamic sizes in the files of the network's classes, until exit.
 
-    Python's own len(x) of a tensor is a number, and its sets take no dynamic size.
+    Python's own len(x) of a tensor is a number, and its sets take no dynamic size. What is put in place of `set` is another
+    type, which a network might ask for: use it where the graph is compared with the network.
     """
     files = {
         sys.modules[c.__module__]
@@ -103,7 +104,8 @@ def symbolic_lengths(network: nn.Module) -> Iterator[None]:
         if c.__module__ in sys.modules
     }
     own = [f for f in files if f.__name__.partition(".")[0] not in ("torch", "builtins")]
-    placed = [(vars(f), n, value) for f in own for n, value in _OF_SIZES.items() if n not in vars(f)]
+    new: dict[str, Any] = {"len": _length, **({"set": _Set} if sets else {})}
+    placed = [(vars(f), n, value) for f in own for n, value in new.items() if n not in vars(f)]
     for names, name, value in placed:
         names[name] = value
     try:
@@ -139,7 +141,6 @@ def _distinct(values: list[Any]) -> list[Any]:
     return found
 
 
-_OF_SIZES: dict[str, Any] = {"len": _length, "set": _Set}
 _FUNCTIONS = ("sqrt", "log2", "sin", "cos", "tan", "sinh", "cosh", "tanh")
 
 
