@@ -51,7 +51,7 @@ def main() -> None:
     pipe.set_progress_bar_config(disable=True)
     data = tfmq_fx.CalibrationSet.record(pipe, num_samples=64, num_inference_steps=STEPS, seed=0)
     recipe = tfmq_fx.Recipe(reconstruction=tfmq_fx.Reconstruction(method="nearest"))
-    gm, _ = captured(pipe.unet, data, "timestep")
+    gm, _, _ = captured(pipe.unet, data, "timestep")
     prepared = tfmq_fx.calibrate(tfmq_fx.prepare(gm, recipe, timesteps=data.timesteps), data)
     start = time.process_time()
     found = tfmq_fx.sensitivity(prepared, data)

@@ -13,6 +13,7 @@ from tfmq_fx.passes.clean.merge_variants import merge_variants
 from tfmq_fx.passes.clean.move_to_device import move_to_device
 from tfmq_fx.passes.clean.remove_noops import remove_noops
 from tfmq_fx.passes.clean.root_batch_size import root_batch_size
+from tfmq_fx.passes.clean.values_of_copies import values_of_copies
 from tfmq_fx.passes.int8.bfloat16_glue import bfloat16_glue
 from tfmq_fx.passes.int8.byte_activations import byte_activations
 from tfmq_fx.passes.int8.complex_as_real import complex_as_real
@@ -105,4 +106,5 @@ __all__ = [
     "smooth",
     "state_of",
     "unfold_convolutions",
+    "values_of_copies",
 ]

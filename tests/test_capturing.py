@@ -128,15 +128,45 @@ def test_data_dependent_control_flow_is_refused_with_exports_words():
         tfmq_fx.capture(Branches().eval(), {"sample": torch.randn(2), "timestep": T})
 
 
-def test_a_batch_size_turned_into_a_number_is_refused():
-    class Counts(nn.Module):
-        def forward(self, sample, timestep):
-            return sample.reshape(int(sample.shape[0]), -1) * timestep[:, None]
+class Counts(nn.Module):
+    """Turns its batch into a number, and may divide by it."""
 
+    mean = False
+
+    def forward(self, sample, timestep):
+        rows = int(sample.shape[0])
+        sizes = [tuple(x.shape) for x in [sample[0]] * rows]
+        parts = [x.reshape(size) * 2 for x, size in zip(sample, sizes, strict=True)]
+        return torch.stack(parts) * timestep[:, None] / (rows if self.mean else 1)
+
+
+def test_a_batch_turned_into_a_number_is_that_of_one_row():
+    gm = tfmq_fx.capture(Counts().eval(), {"sample": torch.randn(2, 3), "timestep": T})
+    x, t = torch.randn(5, 3), torch.arange(5)
+    assert torch.equal(gm(x, t), Counts()(x, t))
+
+
+class Mixes(Counts):
+    """Compares its rows with each other, a little."""
+
+    def forward(self, sample, timestep):
+        return super().forward(sample + 0.01 * (sample - sample.mean(0)), timestep)
+
+
+@pytest.mark.parametrize("rows", [1, 2])
+def test_a_network_that_counts_and_mixes_its_rows_is_refused(rows):
+    example = {"sample": torch.randn(rows, 3), "timestep": torch.arange(1.0, rows + 1)}
+    with pytest.raises(TFMQError, match="fixed the batch of 'sample' at 2: Mixes"):
+        tfmq_fx.capture(Mixes().eval(), example)
+
+
+def test_a_network_that_computes_with_its_batch_as_a_number_is_refused():
+    divides = Counts().eval()
+    divides.mean = True
     with pytest.raises(
         TFMQError, match="fixed the batch of 'sample' at 2: Counts turns it into a Python number"
     ):
-        tfmq_fx.capture(Counts().eval(), {"sample": torch.randn(2, 3), "timestep": T})
+        tfmq_fx.capture(divides, {"sample": torch.randn(2, 3), "timestep": T})
 
 
 def test_the_length_of_a_tensor_moves_with_its_batch():
@@ -313,12 +343,19 @@ class OneGuidance(nn.Module):
         return self.out(sample + emb)
 
 
+class OneGuidanceForAll(OneGuidance):
+    """Its rows are not by themselves, either."""
+
+    def forward(self, sample, timestep):
+        return super().forward(sample - sample.median(), timestep)
+
+
 class BatchOfTimesteps(OneGuidance):
     """The sample's batch is read from the timesteps, so that one timestep for all rows would be another function."""
 
     def forward(self, sample, timestep):
         emb = self.table(torch.tensor([0] * timestep.shape[0])) + self.time(timestep[:, None] / 1000)
-        return self.out(sample.reshape(timestep.shape[0], -1, 4) + emb[:, None])
+        return self.out(sample.reshape(timestep.shape[0], -1, 4) - sample.median() + emb[:, None])
 
 
 class OneTimestepAlone(OneGuidance):
@@ -336,8 +373,16 @@ def test_a_network_that_fails_for_a_timestep_of_each_row_is_refused_in_one_line(
         capture_rows(make(OneTimestepAlone), example, "timestep")
 
 
-def test_a_network_that_counts_its_timesteps_is_captured_with_one_for_all_rows():
-    network = make(OneGuidance)
+def test_a_network_that_counts_its_timesteps_is_captured_with_one_for_each_row():
+    network, t = make(OneGuidance), torch.tensor([7.0, 9.0])
+    gm, _ = capture_rows(network, {"sample": torch.randn(2, 4), "timestep": t}, "timestep")
+    x, t = torch.randn(5, 4), torch.rand(5)
+    with torch.no_grad():
+        torch.testing.assert_close(gm(x, t), network(x, t))
+
+
+def test_a_network_that_counts_its_timesteps_and_mixes_rows_is_captured_with_one_for_all_rows():
+    network = make(OneGuidanceForAll)
     gm, _ = capture_rows(
         network, {"sample": torch.randn(2, 4), "timestep": torch.tensor([7.0, 9.0])}, "timestep"
     )

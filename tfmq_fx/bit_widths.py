@@ -290,7 +290,7 @@ def mixed_precision(
         model if isinstance(model, nn.Module) else denoiser(model, timestep=timestep, component=component)
     )
     plain = dataclasses.replace(recipe, smooth=None, rotate=None, low_rank=None)
-    gm, _ = captured(network, calibration, timestep)
+    gm, _, calibration = captured(network, calibration, timestep)
     prepared = prepare(gm, plain, timesteps=calibration.timesteps, finite=finite)
     calibrate(prepared, calibration)
     found = sensitivity(prepared, calibration, widths=widths, rows=rows, seed=seed, cache=cache)

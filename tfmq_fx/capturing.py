@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+import itertools
+import logging
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._ops import OpOverload
 from torch._subclasses import FakeTensor
 from torch.fx import Graph, GraphModule, Node
 from torch.fx.graph import CodeGen
@@ -21,6 +24,8 @@ from tfmq_fx.artefact.drop_in import VARIANT, Interface
 from tfmq_fx.base.ambient import neutral, tracked
 from tfmq_fx.base.arguments import leaves
 from tfmq_fx.base.errors import TFMQError, nearest_names
+from tfmq_fx.base.filled import Filled
+from tfmq_fx.base.masked_rows import MaskedRows
 from tfmq_fx.base.row_lists import RowLists, row_lists
 from tfmq_fx.base.signatures import (
     call_of,
@@ -32,12 +37,13 @@ from tfmq_fx.base.signatures import (
 )
 from tfmq_fx.base.tracing import capture_error, graphs_to_log, numpy_on_sizes, symbolic_lengths, tracing
 from tfmq_fx.calibration.data import CalibrationSet, as_taken
+from tfmq_fx.calibration.padding import without_padding
 from tfmq_fx.calibration.ready import require_ready
 from tfmq_fx.calibration.temporal_rows import is_scalar
 from tfmq_fx.calibration.variants import Variants
 from tfmq_fx.graph.inputs import choose_timestep, placeholders, require_input, timestep_input
 from tfmq_fx.graph.nodes import attribute, fixed_size, meta_value, schema_arguments
-from tfmq_fx.graph.sizes import Condition, holds, sizes_in
+from tfmq_fx.graph.sizes import Condition, Size, holds, sizes_in
 from tfmq_fx.graph.state import Captured, set_state
 from tfmq_fx.graph.written import keeps_buffers, own_written_buffers
 from tfmq_fx.passes.clean.batch_rows import batch_rows
@@ -49,11 +55,16 @@ from tfmq_fx.passes.clean.literal_dtypes import literal_dtypes
 from tfmq_fx.passes.clean.merge_variants import merge_variants
 from tfmq_fx.passes.clean.remove_noops import remove_noops
 from tfmq_fx.passes.clean.root_batch_size import root_batch_size
+from tfmq_fx.passes.clean.values_of_copies import values_of_copies
 from tfmq_fx.passes.pass_manager import PassManager
 from tfmq_fx.passes.temporal.find_temporal import find_temporal
 from tfmq_fx.passes.temporal.flatten_entries import flatten_entries
 
-ROUNDING = 1e-2  # relative; that of bfloat16 sums in another order, far below another function of the inputs
+log = logging.getLogger(__name__)
+
+# Relative: that of sums in another order, far below another function of the inputs.
+ROUNDING = {torch.float32: 1e-3, torch.float64: 1e-3}
+COARSE_ROUNDING = 1e-2  # in bfloat16 and float16
 
 
 @neutral()
@@ -75,6 +86,8 @@ def capture(
     The graph shares the network's parameters, copies none, and returns what the network returned, with
     dataclass outputs as dicts. dtype and device are fixed by the example. Height, width, frames and numbers of tokens may
     differ from it as far as torch.export can keep them open (`graph.sizes.sizes_of`); a size of one is a constant.
+
+    A network that turns its batch into a number is traced for one row, if it computes each row by itself.
 
     A wrapper that only passes its arguments on is left out: the names of the parameters are those of the network
     in it. Weights that are functions of parameters alone are computed once (`fold_parameters`).
@@ -104,9 +117,30 @@ def capture(
         gm = _graph(network, inputs, timestep, all_sizes=True, lists=lists)
     except TFMQError:  # some network's own numbers are no sizes
         gm = None
-    if gm is None or _features_have_sizes(gm, timestep):
-        gm = _graph(network, inputs, timestep, all_sizes=False, lists=lists)
-    return gm
+    if gm is not None and not _features_have_sizes(gm, timestep):
+        return gm
+    try:
+        return _graph(network, inputs, timestep, all_sizes=False, lists=lists)
+    except _FixedBatchError:
+        gm = None if lists is not None else _graph_of_each_row(network, inputs, timestep)
+        if gm is None:
+            raise
+        return gm
+
+
+class _FixedBatchError(TFMQError):
+    """A network turns its batch into a number."""
+
+
+def _graph_of_each_row(network: nn.Module, inputs: dict[str, Any], timestep: str) -> GraphModule | None:
+    """Return the graph that computes each row as the network does one alone; None if that is not what it does of several."""
+    alone = MaskedRows((), ())
+    try:
+        gm = _graph(network, inputs, timestep, all_sizes=True, lists=alone)
+        return None if _features_have_sizes(gm, timestep) else gm
+    except TFMQError as error:
+        log.info("%s cannot be captured row by row: %s", type(network).__name__, error)
+        return None
 
 
 @keeps_buffers
@@ -148,9 +182,12 @@ def _graph(
     """
     passes, traced = cleaning(timestep), network
     if lists is not None:
-        passes.insert(passes.index(remove_noops) + 1, batch_rows)
-        traced = lists.first_row(network, inputs, rows=inputs[lists.arguments[0]].shape[0])
-    program = _exported(traced, inputs, timestep=timestep, all_sizes=all_sizes)
+        at = passes.index(remove_noops) + 1
+        passes[at:at] = [values_of_copies, batch_rows]
+        traced = lists.first_row(network, inputs, rows=_rows_of(inputs, timestep))
+    program = _exported(traced, inputs, timestep=timestep, all_sizes=all_sizes, checked=lists is not None)
+    if lists is not None and _writes(program.graph):
+        program = program.run_decompositions({})  # the same operators, without writes
     gm = program.module(check_guards=False)
     assert isinstance(gm, GraphModule)
     out_spec = program.call_spec.out_spec
@@ -166,7 +203,9 @@ def _graph(
     PassManager(passes)(gm)
     gm.graph.eliminate_dead_code()
     _check_weights(gm)
-    if lists is not None and not _agree(gm, example, network, inputs):
+    if lists is not None and not (
+        _agree(gm, example, network, inputs) and _agree_on_other_rows(gm, network, inputs)
+    ):
         raise TFMQError(
             f"{type(network).__name__}: takes lists of samples, and computes something else for several than for each by itself; "
             "give it tensors with a batch."
@@ -174,6 +213,11 @@ def _graph(
     own_written_buffers(gm)
     gm.recompile()
     return gm
+
+
+def _writes(graph: Graph) -> bool:
+    """Return True if a graph has operators that change their inputs."""
+    return any(isinstance(n.target, OpOverload) and n.target._schema.is_mutable for n in graph.nodes)
 
 
 def _require_timestep(timestep: str, found: Mapping[str, Any]) -> str:
@@ -229,9 +273,12 @@ def _same_tensors(a: Any, b: Any) -> bool:
 
 
 def _exported(
-    network: nn.Module, inputs: dict[str, Any], *, timestep: str, all_sizes: bool
+    network: nn.Module, inputs: dict[str, Any], *, timestep: str, all_sizes: bool, checked: bool
 ) -> torch.export.ExportedProgram:
-    """Export the network with a dynamic batch. inputs: its arguments by name. all_sizes: keep other sizes open, too."""
+    """Export the network with a dynamic batch.
+
+    inputs: its arguments by name. all_sizes: keep other sizes open, too. checked: whether the graph will be compared with the network.
+    """
     lengths = _lengths(inputs) if all_sizes else None
     dynamic = {
         n: pytree.tree_map(partial(_dynamic, lengths=None if n == timestep else lengths), x)
@@ -243,9 +290,10 @@ def _exported(
             tracing(),
             graphs_to_log(),
             numpy_on_sizes(),
-            symbolic_lengths(network),
+            symbolic_lengths(network, sets=checked),
             torch.no_grad(),
             _SymbolicRepeats(),
+            Filled(),
         ):
             return torch.export.export(
                 _by_name(network, inputs), (), inputs, dynamic_shapes=dynamic, strict=False
@@ -354,14 +402,20 @@ def _require_dynamic_batch(gm: GraphModule, network: nn.Module, example: Mapping
     """
     values = {n: node.meta["val"] for n, node in placeholders(gm).items()}
     sizes = {n: example[n].shape[0] for n in values if example[n].dim()}
-    batch = sizes.get(str(timestep_input(gm, None).target), max(sizes.values(), default=0))
+    batch = sizes.get(timestep := str(timestep_input(gm, None).target), _rows_of(example, timestep))
     for name, size in sizes.items():
         if size == batch and fixed_size(values[name].shape[0]) is not None:
-            raise TFMQError(
+            raise _FixedBatchError(
                 f"torch.export fixed the batch of {name!r} at {batch}: {type(network).__name__} turns it into a Python number, as "
                 f"int({name}.shape[0]) does, or hard-codes it; use {name}.shape[0]. (If its first dimension is not a batch, give an "
                 "example with another batch size.)"
             )
+
+
+def _rows_of(example: Mapping[str, Any], timestep: str) -> int:
+    """Return the number of rows of an example: that of its first tensor other than the timestep, the noisy sample."""
+    found = {n: x for n, (_, x) in leaves(example).items() if isinstance(x, Tensor)}
+    return next((x.shape[0] for n, x in found.items() if n != timestep and x.dim()), 0)
 
 
 def _refuse_inference_parameters(network: nn.Module) -> None:
@@ -461,13 +515,43 @@ def _plain(value: Any) -> Any:
 
 def captured(
     network: nn.Module, calibration: CalibrationSet, timestep: str
+) -> tuple[GraphModule, dict[str, Any], CalibrationSet]:
+    """Capture on rows of the calibration set. Return the graph, the arguments of the capture, and the set as the graph takes it.
+
+    A network that reads the lengths of padded rows as numbers is captured without padding, if it computes the same so.
+    """
+    try:
+        return *_captured(network, calibration, timestep), calibration
+    except TFMQError:
+        for zeros in (False, True):
+            cut = without_padding(network, calibration, zeros=zeros)
+            found = None if cut is None else _captured_cut(network, cut, calibration, timestep)
+            if cut is not None and found is not None:
+                return *found, cut
+        raise
+
+
+def _captured_cut(
+    network: nn.Module, cut: CalibrationSet, padded: CalibrationSet, timestep: str
+) -> tuple[GraphModule, dict[str, Any]] | None:
+    """Return what `_captured` does of rows without padding; None if they cannot be captured, or the graph is not right."""
+    try:
+        gm, example = _captured(network, cut, timestep)
+    except TFMQError as error:
+        log.info("%s cannot be captured without padding: %s", type(network).__name__, error)
+        return None
+    return (gm, example) if _agree_on_padding(gm, network, cut, padded) else None
+
+
+def _captured(
+    network: nn.Module, calibration: CalibrationSet, timestep: str
 ) -> tuple[GraphModule, dict[str, Any]]:
-    """Capture on the first rows of the calibration set. Return the graph and the arguments of the capture.
+    """Return the graph and the arguments of the capture.
 
     As many rows as no tensor without rows has entries, so that torch.export can tell the two sizes apart.
     """
     taken = {x.shape[0] for x in calibration.constants.values() if isinstance(x, Tensor) and x.dim()}
-    count = next((n for n in range(2, len(calibration) + 1) if n not in taken), 2)
+    count = next(n for n in itertools.count(2) if n not in taken)
     example = calibration.example(count, beside=network)
     if "return_dict" in parameters_of(network):
         example["return_dict"] = False
@@ -475,6 +559,23 @@ def captured(
     if calibration.others:
         _require_kinds(gm, network, calibration)
     return gm, example
+
+
+@keeps_buffers
+@torch.no_grad()
+def _agree_on_padding(
+    gm: GraphModule, network: nn.Module, cut: CalibrationSet, padded: CalibrationSet
+) -> bool:
+    """Return True if the graph computes of rows of each length, without padding, what the network does of the padded ones."""
+    assert cut.row_sizes is not None
+    kinds = cut.row_sizes.kinds
+    for rows in [(kinds == kind).nonzero()[:2, 0] for kind in kinds.unique()[:MOST_TRIALS]]:
+        for alike in cut.groups(2, rows=rows, one_timestep=is_scalar(gm)):
+            inputs = cut.arguments(alike, beside=network)
+            found = {n: as_taken(gm, n, x) for n, (_, x) in leaves(inputs).items() if isinstance(x, Tensor)}
+            if not _agrees(gm, found, padded.row_wise(network), padded.arguments(alike, beside=network)):
+                return False
+    return True
 
 
 @keeps_buffers
@@ -557,10 +658,26 @@ def _agree(
     expected = pytree.tree_leaves(_as_dict(network(*args, **kwargs)))
     made = pytree.tree_leaves(gm(*[inputs[n] for n in placeholders(gm)]))
     return all(
-        a.shape == b.shape and (b.is_meta or bool((a - b).norm() <= ROUNDING * b.norm()))
+        a.shape == b.shape
+        and (b.is_meta or bool((a - b).norm() <= ROUNDING.get(b.dtype, COARSE_ROUNDING) * b.norm()))
         for a, b in zip(made, expected, strict=True)
         if isinstance(b, Tensor)
     )
+
+
+@keeps_buffers
+@torch.no_grad()
+def _agree_on_other_rows(gm: GraphModule, network: nn.Module, inputs: Mapping[str, Any]) -> bool:
+    """Return True if they agree where all rows differ: what mixes rows may make the same of equal ones, as an example may have."""
+    rows = _rows_of(inputs, str(timestep_input(gm, None).target))
+
+    def other(x: Any) -> Any:
+        if not isinstance(x, Tensor) or x.shape[:1] != (rows,) or not x.is_floating_point():
+            return x
+        return x * (1 + torch.arange(rows, device=x.device).to(x.dtype).view(-1, *[1] * (x.dim() - 1)) / 4)
+
+    changed = pytree.tree_map(other, dict(inputs))
+    return _agrees(gm, {n: x for n, (_, x) in leaves(changed).items()}, network, changed)
 
 
 @keeps_buffers
@@ -624,7 +741,31 @@ def kept_conditions(
                 left = [c for c in left if c not in broken]
             else:
                 needed.append(broken)
-    return tuple(left)
+    short = _short_rows(network, gm, one, face.listed, face.moves()) if face.listed is not None else ()
+    return (*left, *short)
+
+
+def _short_rows(
+    network: nn.Module,
+    gm: GraphModule,
+    one: Mapping[str, Any],
+    lists: RowLists,
+    moves: Mapping[Size, int],
+) -> Iterator[Condition]:
+    """Yield which lengths below two padded rows must not have: torch.export did not trace those.
+
+    A call with a mask of so many ones shows if the graph computes what the network does. one: its arguments, of one row.
+    """
+    found = {n: x for n, (_, x) in leaves(one).items() if isinstance(x, Tensor)}
+    for name, (dtype, marked) in lists.masks.items() if isinstance(lists, MaskedRows) else ():
+        for length in (1, 0):
+            mask = torch.zeros(1, found[marked[0]].shape[1], dtype=getattr(torch, dtype))
+            mask[:, :length] = 1
+            cut = {n: found[n][:, :length] for n in marked}
+            given = {**one, name: mask.to(found[marked[0]].device)}
+            if all((n, 1) in moves for n in marked) and not _agrees(gm, {**found, **cut}, network, given):
+                yield from (["GreaterThan", ["size", n, 1], length + 1] for n in marked)
+                break
 
 
 def _resized(x: Tensor, dim: int, size: int) -> Tensor:

@@ -124,7 +124,7 @@ def _quantized(
         # Its features stay tables, and its block stays where it is.
         recipe = dataclasses.replace(recipe, maintain="cache")
         where = {"place": network.outside.place, "most_bytes": network.outside.most_bytes}
-    network, gm, interface, config = _captured(network, calibration, settings)
+    network, gm, interface, config, calibration = _captured(network, calibration, settings)
     temporal = find_temporal(gm, timestep=settings.timestep, finite=settings.finite or ())
     block = extract_temporal(fresh(gm), temporal)
     clock.lap("capture")
@@ -174,8 +174,8 @@ def _quantized(
 
 def _captured(
     network: nn.Module, calibration: CalibrationSet, settings: Settings
-) -> tuple[nn.Module, GraphModule, Interface, dict[str, Any]]:
-    """Return the network that is captured, its graph, how it is called, and its config.
+) -> tuple[nn.Module, GraphModule, Interface, dict[str, Any], CalibrationSet]:
+    """Return the network that is captured, its graph, how it is called, its config, and the set as the graph takes it.
 
     Of a precomputed network, that is the float network it was made from.
     """
@@ -184,10 +184,10 @@ def _captured(
         rows = calibration.batch(torch.arange(min(2, len(calibration))))
         example = {n: as_taken(restored, n, rows[n]) for n in placeholders(restored)}
         gm, _ = capture_rows(restored, example, settings.timestep)
-        return restored, gm, network.interface, network.parts()["config"]
+        return restored, gm, network.interface, network.parts()["config"], calibration
     network = unwrapped(network, calibration.arguments(slice(0, 2), beside=network))
     config = plain_config(network)
-    gm, example = captured(network, calibration, settings.timestep)
+    gm, example, calibration = captured(network, calibration, settings.timestep)
     row_wise, set_while_sampling = calibration.row_wise(network), calibration.perturbation
     interface = Interface.of(
         row_wise, gm, example, output_of(row_wise, example),
@@ -199,7 +199,7 @@ def _captured(
         lists=lists_of_rows(row_wise, gm, example),
         conditions=kept_conditions(row_wise, gm, example, interface),
     )
-    return network, gm, interface, config
+    return network, gm, interface, config, calibration
 
 
 def _outside(

@@ -392,6 +392,7 @@ OF_PIPELINE: tuple[tuple[str, dict[str, Any]], ...] = (
         "in_channels": 3, "out_channels": 6, "encoder_hid_dim": TEXT, "encoder_hid_dim_type": "text_proj"}}),
     (r"^IF.*SuperResolution", {"UNet2DConditionModel": {
         "in_channels": 6, "out_channels": 6, "encoder_hid_dim": TEXT, "encoder_hid_dim_type": "text_proj", "class_embed_type": "timestep"}}),
+    (r"HunyuanDiTControlNet", {"HunyuanDiT2DModel": {"num_layers": 4}, "HunyuanDiT2DControlNetModel": {"transformer_num_layers": 4}}),
     (r"HunyuanVideo15ImageToVideo", {"HunyuanVideo15Transformer3DModel": {"task_type": "i2v"}}),
     (r"^(StableDiffusion3|SD3)", {"T5EncoderModel": {"d_model": 2 * TEXT}}),
     (r"UVit|Amused", {"VQModel": {"latent_channels": 8, "vq_embed_dim": 8, "num_vq_embeddings": 16, "lookup_from_codebook": True}}),

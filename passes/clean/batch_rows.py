@@ -23,6 +23,8 @@ from tfmq_fx.passes.pass_manager import declare
 # What aten's schemas call the dimensions that an operator works on, and the sizes that it gives a tensor.
 _DIMS = ("dim", "dims", "dim0", "dim1", "start_dim", "end_dim", "source", "destination", "axis0", "axis1")
 _SIZES = {"view": "size", "_unsafe_view": "size", "reshape": "shape", "expand": "size", "repeat": "repeats"}
+_NEW = ("new_zeros", "new_ones", "new_full", "new_empty")
+_JOINS = ("cat", "stack", "slice_scatter", "select_scatter")  # of tensors that must all have rows
 _ADDS_A_DIM = ("unsqueeze", "stack")  # their `dim` counts that of the result
 _OF_ALL = {
     aten.sum.default: aten.sum.dim_IntList,
@@ -121,6 +123,9 @@ class _Rows:
         with self.graph.inserting_before(node):
             if node.target is aten.sym_size.int:
                 self._measure(node)
+            elif op_name(node) in _NEW:  # reads the dtype and the device alone
+                (x,) = node.all_input_nodes[:1]
+                node.replace_input_with(x, self.full(x))
             elif node.target is operator.getitem:
                 self._get(node)
             elif not self._moved(node):
@@ -215,7 +220,7 @@ class _Rows:
             given[argument] = dims[0] if one else dims or list(range(1, rank + 1))  # none stand for all
         aligned = name in ("expand", "repeat") or _is_pointwise(node)
         of = (lambda n: self._aligned(n, rank)) if aligned else self.full
-        self._made(node, self._mapped(given, of, repeats=name in ("cat", "stack")), flat=False)
+        self._made(node, self._mapped(given, of, repeats=name in _JOINS), flat=False)
 
     def _own_batch(self, node: Node) -> None:
         """Call the operator on one batch of all rows' own batches, or on the rows as a batch if they have none."""

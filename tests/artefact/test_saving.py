@@ -9,6 +9,7 @@ from safetensors import safe_open
 import tfmq_fx
 from benchmarks.networks.small import TIMESTEPS, calibration
 from tests.helpers.artefacts import edit
+from tests.helpers.nearest import recipe
 from tests.helpers.processes import start
 from tfmq_fx.artefact.saving import CONFIG, GRAPH, REPORT, WEIGHTS
 from tfmq_fx.base.errors import TFMQError
@@ -157,3 +158,30 @@ def test_a_killed_writer_leaves_the_folder_absent_or_whole(folder, tmp_path):
         process.join()
         if target.exists():
             tfmq_fx.load(target)
+
+
+class Turns(torch.nn.Module):
+    """Rotates by a table of complex numbers in double precision, which safetensors does not know."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear, self.time = torch.nn.Linear(8, 8), torch.nn.Linear(1, 8)
+        self.turns = torch.polar(torch.ones(4).double(), torch.arange(4.0).double())
+
+    def forward(self, sample, timestep):
+        h = self.linear(sample) + self.time(timestep[:, None] / 1000)
+        turned = torch.view_as_complex(h.unflatten(-1, (4, 2))) * self.turns
+        return torch.view_as_real(turned).flatten(-2).to(sample.dtype)
+
+
+def test_double_complex_constants_are_kept_exactly(tmp_path):
+    given = {"sample": torch.randn(12, 8), "timestep": torch.tensor([900.0, 600, 300]).repeat(4)}
+    q = tfmq_fx.quantize(
+        Turns().eval(), recipe("w8a8"), calibration=tfmq_fx.CalibrationSet.from_tensors(given)
+    )
+    q.save_pretrained(tmp_path)
+    loaded = tfmq_fx.load(tmp_path)
+    assert torch.equal(loaded(**given), q(**given))
+    assert any(x.dtype == torch.complex128 for x in loaded.network.buffers())
+    one = {n: x[:1] for n, x in given.items()}  # products of one row depend on where the memory is
+    assert torch.equal(loaded(**one), q(**one))

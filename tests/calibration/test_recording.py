@@ -373,3 +373,110 @@ def test_a_condition_for_every_frame_is_recorded_once_and_given_as_the_network_t
     q = tfmq_fx.quantize(pipe, NEAREST, calibration=data)
     x, t, words = torch.randn(5, 3, 4), torch.tensor(500), torch.randn(5, 5).repeat_interleave(3, 0)
     assert (q(x, t, words) - pipe.unet(x, t, words)).abs().max() < 0.1  # 8 bits of values up to 4
+
+
+class Controlled(diffusers.DDPMPipeline):  # type: ignore[misc]
+    """Its network takes what another one makes of each frame: the frames of all clips as one dimension, clips first or last."""
+
+    last = False
+
+    @torch.no_grad()
+    def __call__(self, batch_size=1, generator=None, num_inference_steps=2):
+        clips = torch.randn(batch_size, 3, 4, generator=generator)
+        self.scheduler.set_timesteps(num_inference_steps)
+        for t in self.scheduler.timesteps:
+            more = (clips.transpose(0, 1) if self.last else clips).flatten(0, 1).sin()
+            clips = clips - 0.1 * self.unet(clips, t, more)
+        return {"frames": clips.numpy()}
+
+
+class ControlledNetwork(ClipNetwork):
+    def __init__(self, last):
+        super().__init__()
+        self.last = last
+
+    def forward(self, sample, timestep, frames):
+        clips, count, _ = sample.shape
+        frames = (
+            frames.unflatten(0, (count, clips)).transpose(0, 1)
+            if self.last
+            else frames.unflatten(0, (clips, count))
+        )
+        emb = self.time((timestep / 1000).float().reshape(-1, 1)).expand(clips, -1)
+        return self.out(sample + emb[:, None] + frames * frames.roll(1, dims=1))
+
+
+def test_what_each_frame_of_a_clip_has_is_recorded_with_its_clip(tmp_path):
+    torch.manual_seed(0)
+    pipe = Controlled(ControlledNetwork(last=False).eval(), diffusers.DDPMScheduler())
+    data = CalibrationSet.record(pipe, num_samples=4, num_inference_steps=2, cache=tmp_path)
+    assert data.tensors["frames"].shape == (8, 3, 4)
+    assert torch.equal(data.tensors["frames"], data.tensors["sample"].sin())
+    again = CalibrationSet.record(pipe, num_samples=4, num_inference_steps=2, cache=tmp_path)
+    chosen = again.rows(torch.tensor([6, 1])).arguments(slice(0, 2))
+    assert torch.equal(chosen["frames"], data.tensors["frames"][[6, 1]].flatten(0, 1))
+    q = tfmq_fx.quantize(pipe, NEAREST, calibration=data)
+    x, t, frames = torch.randn(5, 3, 4), torch.tensor(500), torch.randn(15, 4).sin()
+    assert (q(x, t, frames) - pipe.unet(x, t, frames)).abs().max() < 0.1  # 8 bits of values up to 4
+
+
+def test_frames_of_which_a_network_mixes_the_clips_are_refused():
+    torch.manual_seed(0)
+    pipe = Controlled(ControlledNetwork(last=True).eval(), diffusers.DDPMScheduler())
+    pipe.last = True
+    with pytest.raises(TFMQError, match="'frames' has no rows, but is a Tensor of shape"):
+        CalibrationSet.record(pipe, num_samples=4, num_inference_steps=2)
+
+
+class Sized(diffusers.DDPMPipeline):  # type: ignore[misc]
+    """Its network tells a size, a tuple, from a list of several."""
+
+    @torch.no_grad()
+    def __call__(self, batch_size=1, generator=None, num_inference_steps=2):
+        x = torch.randn(batch_size, 6, 4, generator=generator)
+        self.scheduler.set_timesteps(num_inference_steps)
+        for t in self.scheduler.timesteps:
+            x = x - 0.1 * self.unet(x, t, [(2, 3)])
+        return {"frames": x.numpy()}
+
+
+class SizedNetwork(ClipNetwork):
+    def forward(self, sample, timestep, sizes):
+        (height, width) = sizes[0] if isinstance(sizes[0], tuple) else sizes[0][0]
+        emb = self.time((timestep / 1000).float().reshape(-1, 1)).expand(sample.shape[0], -1)
+        return self.out(sample.unflatten(1, (height, width)).flip(1).flatten(1, 2) + emb[:, None])
+
+
+def test_tuples_stay_tuples(tmp_path):
+    pipe = Sized(SizedNetwork().eval(), diffusers.DDPMScheduler())
+    for _ in range(2):  # the second one is read from the cache
+        data = CalibrationSet.record(pipe, num_samples=2, num_inference_steps=2, cache=tmp_path)
+        assert data.arguments(slice(0, 1))["sizes"] == [(2, 3)]
+
+
+class Weighted(Sized):
+    """Draws one sample at a time, and its network takes a tensor of one number for each of its layers, of which there is one."""
+
+    @torch.no_grad()
+    def __call__(self, generator=None, num_inference_steps=2):
+        x = torch.randn(1, 6, 4, generator=generator)
+        self.scheduler.set_timesteps(num_inference_steps)
+        for t in self.scheduler.timesteps:
+            x = x - 0.1 * self.unet(x, t, torch.tensor([0.5]))
+        return {"frames": x.numpy()}
+
+
+class WeightedNetwork(ClipNetwork):
+    def forward(self, sample, timestep, scales):
+        (scale,) = scales.unbind()
+        emb = self.time((timestep / 1000).float().reshape(-1, 1)).expand(sample.shape[0], -1)
+        return self.out(sample * scale + emb[:, None])
+
+
+def test_a_tensor_of_one_entry_of_which_a_network_takes_no_second_one_is_that_of_all_rows():
+    pipe = Weighted(WeightedNetwork().eval(), diffusers.DDPMScheduler())
+    data = CalibrationSet.record(pipe, num_samples=3, num_inference_steps=2)
+    assert torch.equal(data.constants["scales"], torch.tensor([0.5]))
+    q = tfmq_fx.quantize(pipe, NEAREST, calibration=data)
+    x, t, scales = torch.randn(2, 6, 4), torch.tensor(500), torch.tensor([0.5])
+    assert (q(x, t, scales) - pipe.unet(x, t, scales)).abs().max() < 0.1  # 8 bits of values up to 4

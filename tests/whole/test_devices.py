@@ -70,8 +70,8 @@ CASES = [
 def graphs(cls):
     """The captured network on the CPU, and on the other device."""
     data = CALIBRATION[cls]()
-    here, _ = captured(make(cls), data, "timestep")
-    there, _ = captured(make(cls).to(DEVICE), data, "timestep")
+    here, _, _ = captured(make(cls), data, "timestep")
+    there, _, _ = captured(make(cls).to(DEVICE), data, "timestep")
     for target in {str(n.target) for n in there.graph.find_nodes(op="get_attr")}:
         *path, name = target.split(".")
         setattr(there.get_submodule(".".join(path)), name, attribute(here, target))

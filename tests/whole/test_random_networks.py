@@ -104,7 +104,7 @@ def test_capture_find_quantize_save_and_load(spec: Spec, recipe: tfmq_fx.Recipe)
 def check(spec, recipe):
     """Raise AssertionError for a property that does not hold; the output's relative error."""
     network, data = build(spec), calibration(spec)
-    gm, _ = captured(network, data, "timestep")
+    gm, _, _ = captured(network, data, "timestep")
     inputs = calls(spec)
     with torch.no_grad():
         expected = [network(**call) for call in inputs]

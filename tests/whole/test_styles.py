@@ -42,7 +42,7 @@ def test_the_truth_agrees_with_perturbing_the_inputs(case):
 def test_the_block_is_the_one_written_down_and_the_graph_computes_the_network(case):
     style, network, data = case
     entry = style.entry
-    gm, _ = captured(network, data, entry.timestep)
+    gm, _, _ = captured(network, data, entry.timestep)
     temporal, alone = find_temporal(gm), find_temporal(gm, conditioning=())
     assert layer_paths(gm, temporal.features) == set(entry.features)
     assert layer_paths(gm, temporal.nodes) == set(entry.layers)

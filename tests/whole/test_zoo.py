@@ -6,6 +6,7 @@ from torch.utils import _pytree as pytree
 
 import tfmq_fx
 from benchmarks.networks.zoo import ZOO, depends
+from benchmarks.networks.zoo.newest import NEWEST
 from benchmarks.networks.zoo.recent import RECENT
 from tests.helpers.blocks import layer_paths
 from tfmq_fx.base.arguments import leaves
@@ -16,7 +17,12 @@ from tfmq_fx.passes import extract_temporal, find_temporal, partition_temporal
 
 ENTRIES = {e.name: e for e in ZOO}
 # The oracle computes in float64; a network that casts to float32 inside warns of it.
-pytestmark = pytest.mark.filterwarnings("ignore:Mismatch dtype between input and weight:UserWarning")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:Mismatch dtype between input and weight:UserWarning"),
+    # diffusers' own
+    pytest.mark.filterwarnings("ignore:.*is deprecated:FutureWarning"),
+    pytest.mark.filterwarnings("ignore:In CPU autocast, but the target dtype is not supported:UserWarning"),
+]
 
 
 # Near twins of others (the same class with other widths, or one more conditioning), and those that take longest.
@@ -33,7 +39,7 @@ TWINS = (
 )
 LONG = ("kandinsky-3", "text-to-video", "stable-video-diffusion", "sd-xl", "latent-diffusion", "pixart-1024")
 IN_CI = ("ltx", "unclip-prior")  # of the recent ones, which are many
-SLOW = (*TWINS, *LONG, *(e.name for e in RECENT if e.name not in IN_CI))
+SLOW = (*TWINS, *LONG, *(e.name for e in (*RECENT, *NEWEST) if e.name not in IN_CI))
 NAMES = [pytest.param(n, marks=pytest.mark.slow if n in SLOW else ()) for n in ENTRIES]
 
 

@@ -37,6 +37,7 @@ from tfmq_fx.base.ambient import neutral, traced
 from tfmq_fx.base.arguments import leaves
 from tfmq_fx.base.arithmetic import NETWORK_DTYPES
 from tfmq_fx.base.errors import TFMQError, nearest_names
+from tfmq_fx.base.masked_rows import lists_of_json
 from tfmq_fx.base.row_lists import RowLists, known_row_lists
 from tfmq_fx.base.signatures import parameters_of
 from tfmq_fx.graph.inputs import placeholders, timestep_input
@@ -147,15 +148,19 @@ class Interface:
         arguments |= {n: None for n in example if n not in parameters}
         # The network's defaults that the example replaces: by None, or by a dict or list without them.
         replaced = {n for n, (path, _) in leaves(arguments).items() if path[0] in example and n not in found}
+        lists = known_row_lists(network)
+        left_out = [n for kind in ("masks", "zeros") for n in (lists or {}).get(kind, ())]
         return Interface(
             arguments=arguments,
-            required=tuple(n for n, p in parameters.items() if p.default is p.empty and n != rest),
+            required=tuple(
+                n for n, p in parameters.items() if p.default is p.empty and n not in (rest, *left_out)
+            ),
             inputs=inputs,
             constants={k: v for k, (_, v) in found.items() if k not in inputs and is_json(v)}
             | dict.fromkeys(sorted(replaced)),
             output_type=output_type,
             output_fields=output_fields,
-            row_lists=known_row_lists(network),
+            row_lists=lists,
             rest=rest,
             timestep=timestep,
             conditions=sizes.conditions,
@@ -195,7 +200,7 @@ class Interface:
     @cached_property
     def listed(self) -> RowLists | None:
         """Return which inputs and outputs are lists of rows; None if there are none."""
-        return None if self.row_lists is None else RowLists.of_json(self.row_lists)
+        return None if self.row_lists is None else lists_of_json(self.row_lists)
 
     @cached_property
     def facts(self) -> Facts:

@@ -71,7 +71,8 @@ CONFIG, WEIGHTS, GRAPH, REPORT = (
     "report.json",
 )
 BLOCK_WEIGHTS, BLOCK_GRAPH = "temporal_block.safetensors", "temporal_block.json"
-# Bytes. Larger packed tensors wait in mapped files until all of them are written: safetensors takes all at once.
+# Bytes. Larger packed tensors wait in mapped files until all of them are written: safetensors takes all at once. Smaller float
+# tensors are copied when they are read.
 MAPPED = 2**20
 MAX_MEMORY = 8.0  # GiB of unpacked integers that a loaded network holds in memory
 
@@ -117,7 +118,7 @@ def _write(model: QuantizedGraph, folder: Path) -> None:
         if not is_tensor_name(name):
             raise TFMQError(f"tensor {name!r}: a name with quotes or control characters cannot be saved.")
         manifest[name] = {"shape": list(value.shape), "dtype": _dtype_name(value.dtype)}
-        tensors[name] = value.contiguous().cpu()
+        tensors[name] = _stored(value)
         if name in packed:
             low, high = packed[name]
             span = _integers(low, high, value.dtype)
@@ -149,10 +150,16 @@ def _write(model: QuantizedGraph, folder: Path) -> None:
     _dump(folder / CONFIG, config)
 
 
+def _stored(value: Tensor) -> Tensor:
+    """Return a tensor as safetensors takes it, which knows no complex128: its real and imaginary parts, (..., 2)."""
+    value = value.contiguous().cpu()
+    return torch.view_as_real(value) if value.dtype == torch.complex128 else value
+
+
 def _write_outside(outside: Outside, folder: Path) -> dict[str, Any]:
     """Write the temporal block that is outside the network, and return what else is needed to read it."""
-    tensors = {n: x.contiguous().cpu() for n, x in tensors_of(outside.block).items()}
-    save_file(tensors, folder / BLOCK_WEIGHTS, metadata={"format": "pt"})
+    tensors = tensors_of(outside.block)
+    save_file({n: _stored(x) for n, x in tensors.items()}, folder / BLOCK_WEIGHTS, metadata={"format": "pt"})
     _dump(folder / BLOCK_GRAPH, graph_to_json(outside.block))
     manifest = {n: {"shape": list(x.shape), "dtype": _dtype_name(x.dtype)} for n, x in tensors.items()}
     return {**outside.settings(), "tensors": manifest}
@@ -295,6 +302,12 @@ def _read_tensors(file: Path, manifest: dict[str, dict[str, Any]], limit: float)
                 raise TFMQError(f"{file}: tensor {name!r} has too few bytes for the shape in {CONFIG}.")
             value = unpack_bits(value, shape, span)
             value = on_disk(value) if size > limit and value.numel() > MAPPED else value
+        if dtype == torch.complex128 and value.dtype == torch.float64 and value.shape[-1:] == (2,):
+            value = torch.view_as_complex(value)
+        if value.data_ptr() % 64 and value.is_floating_point() and value.nbytes <= MAPPED:
+            value = (
+                value.clone()
+            )  # torch's products of one row round in another way where memory is not aligned
         if tuple(value.shape) != shape or value.dtype != dtype:
             raise TFMQError(
                 f"{file}: tensor {name!r} is {value.dtype} {tuple(value.shape)}, but {CONFIG} says {dtype} {shape}."

@@ -14,6 +14,10 @@ from tfmq_fx.base.errors import TFMQError
 Path = tuple[str | int, ...]
 
 
+class InTuple(int):
+    """A step into a tuple. Other integer steps are into lists: networks tell (1, 64, 64), a size, from [..], several."""
+
+
 def leaves(arguments: Mapping[str, Any]) -> dict[str, tuple[Path, Any]]:
     """Return flat name -> (path, value) for every leaf that is not None.
 
@@ -38,8 +42,9 @@ def walk(value: Any, path: Path = ()) -> Iterator[tuple[Path, Any]]:
         for key, item in value.items():
             yield from walk(item, (*path, key))
     elif isinstance(value, (list, tuple)):
+        step = int if isinstance(value, list) else InTuple
         for i, item in enumerate(value):
-            yield from walk(item, (*path, i))
+            yield from walk(item, (*path, step(i)))
     else:
         yield path, value
 
@@ -50,7 +55,7 @@ def flat_name(path: Path) -> str:
 
 
 def nested(flat: Mapping[Path, Any]) -> dict[str, Any]:
-    """Invert `leaves`: build the nested arguments from leaves given by path, with lists for integer steps."""
+    """Invert `leaves`: build the nested arguments from leaves given by path, with lists or tuples for integer steps."""
     root: dict[str, Any] = {}
     for path, value in flat.items():
         at: dict[Any, Any] = root
@@ -64,4 +69,17 @@ def _lists(value: Any) -> Any:
     if not isinstance(value, dict):
         return value
     items = {k: _lists(v) for k, v in value.items()}
-    return [items[i] for i in sorted(items)] if items and all(isinstance(k, int) for k in items) else items
+    if not items or not all(isinstance(k, int) for k in items):
+        return items
+    found = [items[i] for i in sorted(items)]
+    return tuple(found) if isinstance(next(iter(items)), InTuple) else found
+
+
+def path_to_json(path: Path) -> list[Any]:
+    """Return a path as JSON can hold it: a step into a tuple is a list of one."""
+    return [[int(step)] if isinstance(step, InTuple) else step for step in path]
+
+
+def path_of_json(found: list[Any]) -> Path:
+    """Return what `path_to_json` gave."""
+    return tuple(InTuple(step[0]) if isinstance(step, list) else step for step in found)

@@ -28,11 +28,17 @@ class RowLists:
     """What of a network's arguments and outputs are lists with one entry for each row.
 
     arguments: their names. outputs: their places among the outputs; -1 if the output itself is the list; none if they are not
-    known yet.
+    known yet. shared: the names of arguments that are the same for all rows, whatever their size.
     """
 
     arguments: tuple[str, ...]
     outputs: tuple[int, ...]
+    shared: tuple[str, ...] = ()
+
+    @property
+    def known(self) -> bool:
+        """Return True if the outputs are known."""
+        return bool(self.outputs)
 
     def stacked(self, given: Mapping[str, Any]) -> dict[str, Any]:
         """Return a call's arguments with a tensor (N, ...) for each list. Raises TFMQError for rows of different sizes."""
@@ -65,7 +71,8 @@ class RowLists:
         rows = sum(map(len, groups))
 
         def of(chosen: list[int]) -> dict[str, Any]:
-            part = pytree.tree_map(lambda x: x[chosen] if _has_rows(x, rows) else x, dict(given))
+            of_rows = {n: x for n, x in given.items() if n not in self.shared}
+            part = dict(given) | pytree.tree_map(lambda x: x[chosen] if _has_rows(x, rows) else x, of_rows)
             return {**part, **{n: torch.stack([given[n][i] for i in chosen]) for n in lists}}
 
         return [of(chosen) if len(groups) > 1 else self.stacked(given) for chosen in groups]
@@ -104,9 +111,11 @@ class RowLists:
             output = own(*given.args, **given.kwargs)
             return self.outputs_of(output, torch.stack) if stacks else output
 
-        view = with_forward(network, forward, signature)
-        vars(view)[_KNOWN] = self
-        return view
+        return known_as(with_forward(network, forward, signature), self)
+
+    def alone(self, name: str) -> bool:
+        """Return True if a single row of an argument is a list of one."""
+        return name in self.arguments
 
     def first_row(self, network: nn.Module, example: Mapping[str, Any], rows: int) -> nn.Module:
         """Return the same network, which takes tensors (N, ...), and computes the first row of its outputs alone.
@@ -117,15 +126,16 @@ class RowLists:
         has_rows = pytree.tree_map(lambda x: _has_rows(x, rows), dict(example))
 
         def forward(own: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
-            given = signature.bind(*args, **kwargs)
+            given = signature.bind_partial(*args, **kwargs)
             of_rows = [x for n, has in has_rows.items() for x in _chosen(given.arguments[n], has)]
             if any(x.shape[0] != of_rows[0].shape[0] for x in of_rows):
                 raise TFMQError(f"forward: {[x.shape[0] for x in of_rows]} rows.")
             for name, has in has_rows.items():
                 first = pytree.tree_map(lambda x, h: x[0] if h else x, given.arguments[name], has)
-                alone = name in self.arguments
                 given.arguments[name] = (
-                    [first] if alone else pytree.tree_map(lambda x, h: x[None] if h else x, first, has)
+                    [first]
+                    if self.alone(name)
+                    else pytree.tree_map(lambda x, h: x[None] if h else x, first, has)
                 )
             output = self.outputs_of(own(*given.args, **given.kwargs), lambda x: x[0][None])
             return pytree.tree_map(lambda x: x[0] if isinstance(x, Tensor) else x, output)
@@ -135,11 +145,12 @@ class RowLists:
     @staticmethod
     def of_json(found: Mapping[str, Any]) -> RowLists:
         """Return what `to_json` gave."""
-        return RowLists(tuple(found["arguments"]), tuple(found["outputs"]))
+        return RowLists(tuple(found["arguments"]), tuple(found["outputs"]), tuple(found.get("shared", ())))
 
-    def to_json(self) -> dict[str, list[Any]]:
+    def to_json(self) -> dict[str, Any]:
         """Return what an artefact keeps."""
-        return {"arguments": list(self.arguments), "outputs": list(self.outputs)}
+        more = {"shared": list(self.shared)} if self.shared else {}
+        return {"arguments": list(self.arguments), "outputs": list(self.outputs), **more}
 
 
 def is_list_of_rows(value: Any, rows: int) -> bool:
@@ -150,7 +161,13 @@ def is_list_of_rows(value: Any, rows: int) -> bool:
     )  # fmt: skip
 
 
-def known_row_lists(network: nn.Module) -> dict[str, list[Any]] | None:
+def known_as(view: nn.Module, lists: RowLists) -> nn.Module:
+    """Return a `batched` network, of which the lists are known from here on."""
+    vars(view)[_KNOWN] = lists
+    return view
+
+
+def known_row_lists(network: nn.Module) -> dict[str, Any] | None:
     """Return the row lists of a `batched` network, as an artefact keeps them; None for another one."""
     known = vars(network).get(_KNOWN)
     return known.to_json() if isinstance(known, RowLists) else None

@@ -10,7 +10,7 @@ import re
 import sys
 import threading
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, redirect_stderr
 from functools import partialmethod
 from operator import truediv
@@ -91,28 +91,54 @@ def numpy_on_sizes() -> Iterator[None]:
 
 
 @contextmanager
-def symbolic_lengths(network: nn.Module) -> Iterator[None]:
-    """Let len(x) of a tensor be its dynamic size, in the files of the network's classes, until exit: len's own is a number."""
+def symbolic_lengths(network: nn.Module, *, sets: bool = False) -> Iterator[None]:
+    """Let `len`, and `set` with `sets`, work on dynamic sizes in the files of the network's classes, until exit.
+
+    Python's own len(x) of a tensor is a number, and its sets take no dynamic size. What is put in place of `set` is another
+    type, which a network might ask for: use it where the graph is compared with the network.
+    """
     files = {
         sys.modules[c.__module__]
         for m in network.modules()
         for c in type(m).__mro__
         if c.__module__ in sys.modules
     }
-    own = [
-        f for f in files if f.__name__.partition(".")[0] not in ("torch", "builtins") and "len" not in vars(f)
-    ]
-    for file in own:
-        vars(file)["len"] = _length
+    own = [f for f in files if f.__name__.partition(".")[0] not in ("torch", "builtins")]
+    new: dict[str, Any] = {"len": _length, **({"set": _Set} if sets else {})}
+    placed = [(vars(f), n, value) for f in own for n, value in new.items() if n not in vars(f)]
+    for names, name, value in placed:
+        names[name] = value
     try:
         yield
     finally:
-        for file in own:
-            del vars(file)["len"]
+        for names, name, _ in placed:
+            del names[name]
 
 
 def _length(x: Any) -> Any:
     return x.shape[0] if isinstance(x, Tensor) and x.dim() else len(x)
+
+
+class _IsSet(type):
+    def __instancecheck__(cls, x: Any) -> bool:
+        return isinstance(x, set)
+
+
+class _Set(set[Any], metaclass=_IsSet):
+    """Python's own set, but of dynamic sizes a list of those that differ."""
+
+    def __new__(cls, values: Iterable[Any] = ()) -> Any:
+        values = list(values)
+        return _distinct(values) if any(isinstance(x, torch.SymInt) for x in values) else set(values)
+
+
+def _distinct(values: list[Any]) -> list[Any]:
+    """Return the values that differ from each other, in order. The trace notes which are equal."""
+    found: list[Any] = []
+    for x in values:
+        if all(x != y for y in found):
+            found.append(x)
+    return found
 
 
 _FUNCTIONS = ("sqrt", "log2", "sin", "cos", "tan", "sinh", "cosh", "tanh")

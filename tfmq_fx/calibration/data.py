@@ -39,6 +39,7 @@ class CalibrationSet:
     `timestep_shape` is that of a row's timestep as the network takes it: (), (1,), or (tokens,) if a row has one for each token or
     frame. In `tensors` one alone has shape ().
     `repeats` has the tensors of which the network takes each row several times in a row (a prompt for every frame).
+    `folded` has the tensors (N, k, ...) that the network takes as (N * k, ...): what it has for each frame of a row.
     `perturbation` is what the pipeline sets in its network while it samples, for rows where `perturbed_rows` is true.
     `others` has, for rows where `variant_rows` is i > 0, the constants others[i - 1] that differ from `constants` (`calibration.variants`).
     `row_lists` is what the network takes as lists with an entry for each row; None if there are none.
@@ -60,6 +61,7 @@ class CalibrationSet:
         note: str = "",
         timestep_shape: Sequence[int] = (),
         repeats: Mapping[str, int] | None = None,
+        folded: Collection[str] = (),
         perturbation: Perturbation | None = None,
         others: Sequence[Mapping[str, Any]] = (),
         row_lists: RowLists | None = None,
@@ -69,6 +71,7 @@ class CalibrationSet:
         self.tensors = {n: tracked(x) for n, x in tensors.items()}
         self.constants = {n: tracked(x) if isinstance(x, Tensor) else x for n, x in constants.items()}
         self.timestep, self.note, self.repeats = timestep, note, dict(repeats or {})
+        self.folded = frozenset(folded)
         self.perturbation, self.others = perturbation, tuple(others)
         self.row_lists, self.row_sizes = row_lists, row_sizes
         self.paths: dict[str, ArgumentPath] = {n: (n,) for n in (*tensors, *constants)} | dict(paths or {})
@@ -159,7 +162,7 @@ class CalibrationSet:
             found = Variants(self.others, self.paths).row_wise(found)
         if self.row_lists is None:
             return found
-        if not self.row_lists.outputs:  # the set was made without the network
+        if not self.row_lists.known:  # the set was made without the network
             self.row_lists = self._lists_of(found)
         return self.row_lists.batched(found)
 
@@ -204,8 +207,9 @@ class CalibrationSet:
         )
 
     def example(self, count: int, *, beside: nn.Module | None = None) -> dict[str, Any]:
-        """Return the `arguments` of at most `count` rows, of one size: the most frequent one."""
-        rows = slice(0, count) if self.row_sizes is None else self.row_sizes.most()[:count]
+        """Return the `arguments` of `count` rows, of one size: the most frequent one. If there are fewer, they are repeated."""
+        rows = torch.arange(min(count, len(self))) if self.row_sizes is None else self.row_sizes.most()
+        rows = rows[torch.arange(count) % len(rows)]
         return self.arguments(rows, beside=beside)
 
     @staticmethod
@@ -263,7 +267,8 @@ class CalibrationSet:
         found = record(session, deterministic=deterministic, cache=folder, max_memory=max_memory)
         return CalibrationSet(
             found.rows, found.constants, timestep, found.paths, conditional=found.conditional,
-            note=OWN_PROMPTS if own else "", repeats=found.repeats, perturbation=found.perturbation,
+            note=OWN_PROMPTS if own else "", repeats=found.repeats, folded=found.folded,
+            perturbation=found.perturbation,
             others=found.others,
             row_lists=found.row_lists, row_sizes=found.row_sizes,
         )  # fmt: skip
@@ -307,6 +312,7 @@ class CalibrationSet:
             conditional=self.conditional[chosen],
             timestep_shape=self.timestep_shape,
             repeats=self.repeats,
+            folded=self.folded,
             perturbation=self.perturbation,
             others=self.others,
             row_lists=self.row_lists,
@@ -349,6 +355,8 @@ class CalibrationSet:
         x = self.tensors[name][rows]
         if self.row_sizes is not None:
             x = self.row_sizes.cut(name, x, rows)
+        if name in self.folded:
+            return x.flatten(0, 1)
         return x.repeat_interleave(self.repeats[name], 0) if name in self.repeats else x
 
 

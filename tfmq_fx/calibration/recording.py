@@ -7,7 +7,7 @@ import inspect
 import json
 import logging
 import tempfile
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import nullcontext
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
@@ -23,6 +23,7 @@ from torch.utils import _pytree as pytree
 
 from tfmq_fx.artefact.drop_in import PERTURBED, VARIANT, uncounted
 from tfmq_fx.base.arguments import Path as ArgumentPath
+from tfmq_fx.base.arguments import nested, path_to_json
 from tfmq_fx.base.errors import TFMQError
 from tfmq_fx.base.files import replace_folder, update_with_tensors
 from tfmq_fx.base.parallel import Ranks, workers
@@ -66,6 +67,9 @@ class Shapes:
     likely: dict[str, torch.Size]  # of tensors that seem to have rows
     repeats: dict[str, int]  # of those, how often each row is there: a prompt for every frame
     rows: int  # of the call in which they do
+    folded: dict[str, int] = field(
+        default_factory=dict
+    )  # of other tensors, (rows * k, ...): k, such as frames
 
     @staticmethod
     def of(call: Flat, rows: int, *, timestep: str) -> Shapes:
@@ -90,6 +94,23 @@ class Shapes:
                 self.shared[name] = shape
                 self.repeats.pop(name, None)
         self.likely = {}
+
+    def may_be_folded(self, calls: Sequence[Flat], size_of: Callable[[Flat], int]) -> dict[str, int]:
+        """Return the tensors that have k entries for each row of all calls, and k, and are not the same in all of them.
+
+        size_of: the number of rows of a call.
+        """
+        found = {n: s[0] // self.rows for n, s in self.shared.items() if s and s[0] > self.rows}
+
+        def fits(name: str, k: int) -> bool:
+            values = [call.get(name) for call in calls]
+            moves = any(not same(values[0], x) for x in values)
+            return moves and all(
+                isinstance(x, Tensor) and x.shape[:1] == (k * size_of(call),)
+                for x, call in zip(values, calls, strict=True)
+            )
+
+        return {n: k for n, k in found.items() if fits(n, k)}
 
 
 def _all_equal(x: Any) -> bool:
@@ -312,7 +333,15 @@ class Session:
         calls = [_flat(call) for call in found]
         rows = self.size_of(calls[0])
         shapes = Shapes.of(calls[0], rows, timestep=self.timestep)
-        shared = shapes.shared
+        seen = [*found, *self.preview.calls]
+        if len(seen) <= 2:  # of one step
+            seen += self.short(size, seed=1)
+        folded = shapes.may_be_folded([_flat(call) for call in seen], self.size_of)
+        if folded and self._apart(found[0], shapes, folded):
+            shapes.folded = folded
+        for name in self._of_all_rows(seen, shapes):
+            shapes.shared[name] = shapes.likely.pop(name)
+        shared = shapes.shared = {n: x for n, x in shapes.shared.items() if n not in shapes.folded}
         for made in (found, self.preview.calls):
             self.constants_of(made, shared)
         total = sum(self.size_of(c) for c in calls)
@@ -322,7 +351,7 @@ class Session:
                 plain += [_flat(c) for c in self.short(size, changes=changes, seed=1)]
                 _, *names = (n for n, x in plain[0].items() if isinstance(x, Tensor) and n != self.timestep)
                 found_in = conditions(
-                    plain, [n for n in names if n not in shared and n not in shapes.repeats]
+                    plain, [n for n in names if n not in {*shared, *shapes.repeats, *shapes.folded}]
                 )
                 return shapes, Unguided(changes=changes, conditions=found_in)
         return shapes, None
@@ -339,13 +368,72 @@ class Session:
         two, why = self._previewed(2)
         return not why and self.size_of(_flat(two.calls[0])) > self.size_of(_flat(self.preview.calls[0]))
 
+    def _apart(self, call: Leaves, shapes: Shapes, folded: Mapping[str, int]) -> bool:
+        """Return True if the first k entries of each folded tensor are the first row's, and no other row's.
+
+        The network shows it: a row is the same by itself, beside another one with other entries, and in its call.
+        """
+        alone = self._repeated(call, shapes, 1, folded=folded)
+        both = self._repeated(call, shapes, 2, folded=folded, change=lambda x: 1 - x.flip(-1) / 2)
+        whole = self._computed(nested(dict(call.values())))
+        if alone is None or both is None or whole is None:
+            return False
+        effect = (both[1:] - alone).norm()
+        return bool(effect > 0 and all((x[:1] - alone).norm() <= 0.1 * effect for x in (both, whole)))
+
+    def _of_all_rows(self, seen: Sequence[Leaves], shapes: Shapes) -> set[str]:
+        """Return which tensors (1, ...) of calls of one row are the same for all rows: the network takes no second one of them."""
+        first, calls = seen[0], [_flat(call) for call in seen]
+        if any(self.size_of(call) != 1 for call in calls):
+            return set()
+        _, *names = [n for n in shapes.likely if first[n][1].shape[:1] == (1,)]
+        fixed = [n for n in names if all(same(call.get(n), calls[0][n]) for call in calls)]
+        if not fixed or self._repeated(first, shapes, 2) is not None:
+            return set()
+        return {n for n in fixed if self._repeated(first, shapes, 2, single=(n,)) is not None}
+
+    def _repeated(
+        self,
+        call: Leaves,
+        shapes: Shapes,
+        count: int,
+        *,
+        folded: Collection[str] = (),
+        change: Callable[[Tensor], Tensor] = lambda x: x,
+        single: Collection[str] = (),
+    ) -> Tensor | None:
+        """Return what the network computes of the first row of a call, `count` times; None if it fails.
+
+        folded: the names of tensors with several entries for each row, which `change` makes others for the second row.
+        single: the names of those that are there once.
+        """
+        rows = self.size_of(_flat(call))
+
+        def taken(name: str, x: Any) -> Any:
+            if name in folded:
+                return torch.cat([x[: len(x) // rows], change(x[: len(x) // rows])][:count])
+            if name in shapes.repeats:
+                return torch.cat([x[: len(x) // rows]] * count)
+            has_rows = isinstance(x, Tensor) and x.shape[:1] == (rows,) and name not in shapes.shared
+            return torch.cat([x[:1]] * count) if has_rows and name not in single else x
+
+        return self._computed(nested({path: taken(n, x) for n, (path, x) in call.items()}))
+
+    @torch.no_grad()
+    def _computed(self, given: dict[str, Any]) -> Tensor | None:
+        """Return the network's first output; None if it fails."""
+        try:
+            return next(x for x in pytree.tree_leaves(self.network(**given)) if isinstance(x, Tensor))
+        except Exception:  # the network's own, of any type
+            return None
+
     def misfit(self, shapes: Shapes) -> str:
         """Return why a batch has no rows of these shapes, which are those for another number of samples; "" if it has."""
         shapes, calls = deepcopy(shapes), self.preview.calls
         try:
             shapes.see([_flat(c) for c in calls], [self.size_of(_flat(c)) for c in calls])
             for call in calls:
-                _rows(self, _flat(call), self.row_names(call, shapes.shared), shapes.repeats)
+                _rows(self, _flat(call), self.row_names(call, shapes.shared), shapes.repeats, shapes.folded)
         except TFMQError as error:
             return str(error)
         return ""
@@ -443,7 +531,7 @@ def _record(session: Session, folder: Path, *, deterministic: bool, limit: float
             paths.update({n: path for n, (path, _) in call.items()})
             names = session.row_names(call, shapes.shared)
             kind = constants.take(call, names)
-            rows = _rows(session, _flat(call), names, shapes.repeats)
+            rows = _rows(session, _flat(call), names, shapes.repeats, shapes.folded)
             if constants.others:
                 rows[VARIANT] = torch.full((session.size_of(_flat(call)),), kind)
             sink.append(rows)
@@ -478,6 +566,7 @@ def _record(session: Session, folder: Path, *, deterministic: bool, limit: float
         paths=paths,
         conditional=torch.tensor(marks),
         repeats=shapes.repeats,
+        folded=tuple(shapes.folded),
         perturbation=session.preview.perturbation,
         others=constants.others,
         row_lists=session.preview.lists,
@@ -490,9 +579,16 @@ def _flat(call: Leaves) -> Flat:
 
 
 def _rows(
-    session: Session, call: Flat, names: frozenset[str], repeats: Mapping[str, int]
+    session: Session,
+    call: Flat,
+    names: frozenset[str],
+    repeats: Mapping[str, int],
+    folded: Collection[str] = (),
 ) -> dict[str, Tensor]:
-    """Return the rows of a call. names: its arguments that have rows. repeats: how often each row is there, if not once."""
+    """Return the rows of a call. names: its arguments that have rows.
+
+    repeats: how often each row is there, if not once. folded: the names of tensors with several entries for each row.
+    """
     size, rows = session.size_of(call), {}
     for name in (n for n in call if n in names):
         value = torch.as_tensor(call[name])
@@ -501,6 +597,8 @@ def _rows(
             continue
         if name in repeats and _repeats(value, size) == repeats[name]:
             value = value[:: repeats[name]]
+        if name in folded and value.shape[0] % size == 0:
+            value = value.unflatten(0, (size, -1))
         if value.dim() and value.shape[0] == 1:
             value = value.expand(size, *value.shape[1:])
         if not value.dim() or value.shape[0] != size:
@@ -540,9 +638,10 @@ def _write(session: Session, folder: Path, *, deterministic: bool) -> None:
         "rows": [[n, str(x.dtype).removeprefix("torch."), list(x.shape)] for n, x in found.rows.items()],
         "constants": plain,
         "shared": {n: [str(x.dtype).removeprefix("torch."), x.tolist()] for n, x in tensors.items()},
-        "paths": {n: list(path) for n, path in found.paths.items()},
+        "paths": {n: path_to_json(path) for n, path in found.paths.items()},
         "conditional": found.conditional.int().tolist(),
         "repeats": found.repeats,
+        "folded": list(found.folded),
         "others": list(found.others),
         "row_sizes": {}
         if found.row_sizes is None

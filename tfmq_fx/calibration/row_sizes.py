@@ -36,8 +36,10 @@ class RowSizes:
         return [rows[kinds == k] for k in dict.fromkeys(kinds.tolist())]
 
     def most(self) -> Tensor:
-        """Return the indices of the rows of the most frequent kind."""
-        found: Tensor = (self.kinds == self.kinds.mode().values).nonzero().flatten()
+        """Return the indices of the rows of the most frequent kind, of those without sizes of one, which traces make constants."""
+        larger = torch.stack([(sizes > 1).all(1) for sizes in self.of.values()]).all(0)
+        kinds = self.kinds[larger] if bool(larger.any()) else self.kinds
+        found: Tensor = (self.kinds == kinds.mode().values).nonzero().flatten()
         return found
 
     def cut(self, name: str, padded: Tensor, rows: Tensor | slice) -> Any:

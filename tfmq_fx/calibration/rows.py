@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from tfmq_fx.base.arguments import Path as ArgumentPath
+from tfmq_fx.base.arguments import path_of_json
 from tfmq_fx.base.errors import TFMQError
 from tfmq_fx.base.files import raw_bytes
 from tfmq_fx.base.row_lists import RowLists
@@ -30,6 +31,9 @@ class Recording:
     paths: dict[str, ArgumentPath]
     conditional: Tensor  # (N,) bool: False for a guided pipeline's unconditional rows
     repeats: dict[str, int]  # how often the network takes each row, if not once: a prompt for every frame
+    folded: Collection[
+        str
+    ] = ()  # tensors with several entries for each row, which the network takes in one dimension
     perturbation: Perturbation | None = None
     others: Sequence[Mapping[str, Any]] = ()  # the constants of further kinds of calls, where they differ
     row_lists: RowLists | None = None
@@ -156,9 +160,10 @@ def read_recording(folder: Path) -> Recording:
         return Recording(
             rows=rows,
             constants={**index["constants"], **shared},
-            paths={n: tuple(path) for n, path in index["paths"].items()},
+            paths={n: path_of_json(path) for n, path in index["paths"].items()},
             conditional=torch.tensor(index["conditional"], dtype=torch.bool),
             repeats=index["repeats"],
+            folded=index.get("folded", ()),
             others=index.get("others", ()),
             row_sizes=_sizes_of(index.get("row_sizes", {})),
             row_lists=None if (lists := index.get("row_lists")) is None else RowLists.of_json(lists),

@@ -15,6 +15,7 @@ watches which layers' outputs change.
 from __future__ import annotations
 
 from benchmarks.networks.zoo.entry import Entry
+from benchmarks.networks.zoo.newest import NEWEST
 from benchmarks.networks.zoo.oracle import depends
 from benchmarks.networks.zoo.plain import PLAIN
 from benchmarks.networks.zoo.recent import RECENT
@@ -30,6 +31,7 @@ ZOO: tuple[Entry, ...] = (
     *UNETS_VIDEO,
     *TRANSFORMERS,
     *RECENT,
+    *NEWEST,
     *PLAIN,
 )
 

@@ -32,7 +32,7 @@ _SINGLE = pair(
 )  # diffusers' AdaLayerNormSingle: its own output is a feature as well
 
 
-def _of_timestep(
+def of_timestep(
     name: str,
     make: Callable[..., Any],
     small: dict[str, Any],
@@ -41,11 +41,13 @@ def _of_timestep(
     before: tuple[str, ...],
     features: tuple[str, ...],
     published: dict[str, Any] | None = None,
+    bitwise_note: str = "",
 ) -> Entry:
     """A network whose block depends on the timestep alone. before: the layers ahead of the features."""
     return Entry(
         name=name, build=builder(make, published or {}, small), inputs=lambda real: {**inputs(real), "return_dict": False},
         features=features, layers=(*before, *features), keys=("timestep",), pure_features=features, pure_layers=(*before, *features),
+        bitwise_note=bitwise_note,
     )  # fmt: skip
 
 
@@ -124,7 +126,7 @@ _ZIMAGE = (
 )
 
 RECENT = (
-    _of_timestep(
+    of_timestep(
         "auraflow", AuraFlowTransformer2DModel,
         {"sample_size": 8, "num_mmdit_layers": 1, "num_single_dit_layers": 1, "attention_head_dim": 8, "num_attention_heads": 2,
          "joint_attention_dim": 20, "caption_projection_dim": 16, "pos_embed_max_size": 16},
@@ -145,7 +147,7 @@ RECENT = (
         pure_layers=_FLUX2_TIME,
         bitwise_note="one modulation for all blocks of a kind",
     ),
-    _of_timestep(
+    of_timestep(
         "qwen-image", QwenImageTransformer2DModel,
         {"in_channels": 16, "out_channels": 4, "num_layers": 2, "attention_head_dim": 16, "num_attention_heads": 2,
          "joint_attention_dim": 20, "axes_dims_rope": (8, 4, 4)},
@@ -168,13 +170,13 @@ RECENT = (
         pure_features=("time_condition_embed.timestep_embedder.linear_2",),
         pure_layers=_COGVIEW4_TIME,
     ),
-    _of_timestep(
+    of_timestep(
         "ltx", LTXVideoTransformer3DModel,
         {"in_channels": 4, "out_channels": 4, "num_attention_heads": 2, "attention_head_dim": 8, "cross_attention_dim": 16,
          "num_layers": 2, "caption_channels": 20},
         _ltx_inputs, before=_SINGLE[:1], features=(_SINGLE[1], "time_embed.linear"),
     ),
-    _of_timestep(
+    of_timestep(
         "sana", SanaTransformer2DModel,
         {"in_channels": 4, "out_channels": 4, "num_layers": 2, "num_attention_heads": 2, "attention_head_dim": 4,
          "num_cross_attention_heads": 2, "cross_attention_head_dim": 4, "cross_attention_dim": 8, "caption_channels": 20, "sample_size": 8},
@@ -203,7 +205,7 @@ RECENT = (
         pure_layers=_KANDINSKY5_TIME,
         bitwise_note="the places of frames, rows and columns have no batch",
     ),
-    _of_timestep(
+    of_timestep(
         "cosmos", CosmosTransformer3DModel,
         {"in_channels": 4, "out_channels": 4, "num_attention_heads": 2, "attention_head_dim": 16, "num_layers": 2, "mlp_ratio": 2.0,
          "text_embed_dim": 20, "adaln_lora_dim": 4, "max_size": (4, 8, 8)},
@@ -216,7 +218,7 @@ RECENT = (
         features=("time_embed.t_embedder.linear_2", *(f"{n}.linear_2" for n in _COSMOS_NORMS)),
         published={"extra_pos_embed_type": None, "concat_padding_mask": False},  # Cosmos 2 has no learnable positions
     ),
-    _of_timestep(
+    of_timestep(
         "unclip-prior", PriorTransformer,
         {"num_attention_heads": 2, "attention_head_dim": 8, "embedding_dim": 20, "num_layers": 2, "num_embeddings": _WORDS},
         lambda real: {

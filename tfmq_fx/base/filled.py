@@ -1,0 +1,193 @@
+"""Follow tensors that hold one known value everywhere while a network is traced, so that what it reads of them is no data.
+
+mask = torch.ones(1, n)                        # n: a size that moves
+length = int(mask.sum())                       # n, and not a value that only a call knows
+x[:, :length]; x[mask.bool()]; mask.nonzero()  # slices of x and a range, of known sizes
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from torch.utils import _pytree as pytree
+from torch.utils.weak import WeakIdKeyDictionary
+
+# By the names of torch's functions and methods. What makes a filled tensor: its value, or which argument has it.
+_ONES, _ZEROS = ("ones", "ones_like", "new_ones"), ("zeros", "zeros_like", "new_zeros")
+_FULL = {"full": 1, "full_like": 1, "new_full": 2}
+# What only moves elements, drops some, or gives them another dtype.
+_MOVED = (
+    "to", "type", "type_as", "float", "double", "half", "bfloat16", "int", "long", "clone", "contiguous", "detach", "view", "reshape",
+    "flatten", "unflatten", "expand", "expand_as", "repeat", "unsqueeze", "squeeze", "transpose", "permute", "unbind", "select",
+    "narrow", "chunk", "split", "cat", "concat", "stack", "__getitem__",
+)  # fmt: skip
+_POINTWISE: dict[str, Callable[..., Any]] = {
+    "bool": bool, "logical_not": operator.not_,
+    **{n: getattr(operator, n) for n in ("eq", "ne", "lt", "le", "gt", "ge", "add", "sub", "mul")},
+    "rsub": lambda a, b: b - a,
+    "logical_and": lambda a, b: bool(a) and bool(b), "logical_or": lambda a, b: bool(a) or bool(b),
+}  # fmt: skip
+_BITWISE: dict[str, Callable[..., Any]] = {  # of tensors of bool
+    "invert": operator.not_, "bitwise_not": operator.not_, "and": operator.and_, "or": operator.or_,
+    "bitwise_and": operator.and_, "bitwise_or": operator.or_,
+}  # fmt: skip
+_NUMBERS: dict[str, Callable[..., Any]] = {
+    "item": lambda x: x, "__index__": lambda x: x, "__int__": int, "__float__": float, "__bool__": bool,
+}  # fmt: skip
+_WRITES = (
+    "__setitem__",
+    "__iadd__",
+    "__isub__",
+    "__imul__",
+    "__itruediv__",
+    "__iand__",
+    "__ior__",
+    "__ixor__",
+)
+
+
+class Filled(TorchFunctionMode):
+    """A mode that knows which tensors have one value everywhere: a number, or a size that moves.
+
+    What a network reads of them as numbers is that value, and what it picks by them is a slice. Everything else is computed
+    as without the mode.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._known: Any = WeakIdKeyDictionary()
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if torch.compiler.is_dynamo_compiling():  # the branches of torch.cond
+            return func(*args, **kwargs)
+        name = getattr(func, "__name__", "")
+        first: Any = args[0] if args else None
+        if first in self and name in _NUMBERS and first.numel() == 1:
+            return _NUMBERS[name](self._known[first])
+        if first in self and name == "tolist" and all(isinstance(d, int) for d in first.shape):
+            return _nested(self._known[first], first.shape)
+        if first in self and name == "nonzero" and len(args) == 1 and first.dim() == 1:
+            return self._nonzero(first, **kwargs)
+        if name == "__getitem__" and isinstance(first, Tensor):
+            if isinstance(mask := args[1], Tensor) and mask.dtype == torch.bool and mask in self:
+                return self._picked(first, mask)
+            args = (first, self._sliced(args[1]))
+        result = func(*args, **kwargs)
+        if (
+            name in _WRITES
+            or (name.endswith("_") and not name.endswith("__"))
+            or kwargs.get("out") is not None
+        ):
+            self._forget(kwargs.get("out", first))
+        elif (value := self._value(name, args, kwargs)) is not None:
+            for made in pytree.tree_leaves(result):
+                if isinstance(made, Tensor) and (own := _as_held(value, made.dtype)) is not None:
+                    self._known[made] = own
+        return result
+
+    def __contains__(self, x: Any) -> bool:
+        return isinstance(x, Tensor) and x in self._known
+
+    def _value(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Return the value that a function's result has everywhere; None if it is not known to have one."""
+        if name in _ONES + _ZEROS:
+            return int(name in _ONES)
+        if name in _FULL:
+            given = args[_FULL[name]] if len(args) > _FULL[name] else kwargs.get("fill_value")
+            return given if isinstance(given, (bool, int, float)) else None
+        given = pytree.tree_leaves(args)
+        tensors = [x for x in given if isinstance(x, Tensor)]
+        if (
+            not tensors
+            or not all(x in self for x in tensors)
+            or any(isinstance(x, Tensor) for x in kwargs.values())
+        ):
+            return None
+        values = [self._known[x] for x in tensors]
+        if name in _MOVED:
+            return values[0] if all(_equal(v, values[0]) for v in values) else None
+        if name == "pad":
+            return values[0] if _equal(kwargs.get("value") or 0, values[0]) and len(args) == 2 else None
+        if name in ("sum", "all", "any"):
+            return self._reduced(name, *args, **kwargs)
+        operation, bits = name.strip("_"), all(x.dtype == torch.bool for x in tensors)
+        compute = _BITWISE.get(operation) if bits else None
+        compute = compute or _POINTWISE.get(operation)
+        numbers = [self._known[x] if isinstance(x, Tensor) else x for x in args]
+        plain = all(isinstance(x, (bool, int, float, torch.SymInt)) for x in numbers)
+        return compute(*numbers) if compute is not None and plain and not kwargs else None
+
+    def _reduced(
+        self,
+        name: str,
+        x: Tensor,
+        dim: Any = None,
+        keepdim: bool = False,
+        *,
+        dtype: torch.dtype | None = None,
+    ) -> Any:
+        del keepdim
+        value = self._known[x] if dtype is None else _as_held(self._known[x], dtype)
+        if name != "sum" or value is None:
+            return None if value is None else bool(value)
+        dims = range(x.dim()) if dim is None else dim if isinstance(dim, Sequence) else [dim]
+        whole = int(value) if isinstance(value, (bool, float)) and value == int(value) else value
+        return whole * math.prod(x.shape[d] for d in dims)
+
+    def _sliced(self, index: Any) -> Any:
+        """Return an index whose slices end at numbers, where they would end at filled tensors."""
+        if isinstance(index, tuple):
+            return tuple(map(self._sliced, index))
+        ends = (index.start, index.stop, index.step) if isinstance(index, slice) else ()
+        return (
+            slice(*(self._known[e] if e in self else e for e in ends))
+            if any(e in self for e in ends)
+            else index
+        )
+
+    def _picked(self, x: Tensor, mask: Tensor) -> Tensor:
+        """Return x[mask]: all of it, or nothing."""
+        flat = x.flatten(0, mask.dim() - 1) if mask.dim() > 1 else x
+        made = flat.clone() if self._known[mask] else flat[:0]
+        if x in self:
+            self._known[made] = self._known[x]
+        return made
+
+    def _nonzero(self, x: Tensor, as_tuple: bool = False) -> Any:
+        found = torch.arange(x.shape[0] if self._known[x] else 0, device=x.device)
+        return (found,) if as_tuple else found[:, None]
+
+    def _forget(self, written: Any) -> None:
+        """Know nothing any more of what shares memory with a tensor that was written to."""
+        storages = {x.untyped_storage()._cdata for x in pytree.tree_leaves(written) if isinstance(x, Tensor)}
+        for x in [x for x in self._known if x.untyped_storage()._cdata in storages]:
+            del self._known[x]
+
+
+def _as_held(value: Any, dtype: torch.dtype) -> Any:
+    """Return a number as a tensor of this type holds it; None if it may be rounded."""
+    if dtype == torch.bool:
+        return bool(value)
+    if dtype in (torch.int16, torch.int32, torch.int64):
+        return torch.sym_int(value)
+    plain = isinstance(value, (bool, int, float))
+    if dtype in (torch.float32, torch.float64):
+        return float(value) if plain else torch.sym_float(value)
+    return float(value) if plain and value in (0, 1) else None
+
+
+def _equal(a: Any, b: Any) -> bool:
+    return a is b or bool(a == b)
+
+
+def _nested(value: Any, shape: Sequence[int]) -> Any:
+    return [_nested(value, shape[1:]) for _ in range(shape[0])] if shape else value
