@@ -124,10 +124,9 @@ def test_all_stages_give_the_same_integers(cls, name, reconstruction):
     assert {x.device for x in tensors.values()} == {DEVICE}
     for path, x in tensors_of(expected).items():
         y = tensors[path].cpu()
-        # Attention has another kernel there: scales that depend on it differ in their last bits.
-        assert torch.equal(x, y) or (x.is_floating_point() and torch.allclose(x, y, rtol=1e-4, atol=1e-6)), (
-            path
-        )
+        # Attention has another kernel there: scales and factors that depend on it differ in their last bits.
+        rtol = max(1e-4, torch.finfo(x.dtype).eps) if x.is_floating_point() else 0.0
+        assert torch.equal(x, y) or (rtol and torch.allclose(x, y, rtol=rtol, atol=1e-6)), path
     for a, b in zip(found_errors.by_timestep, errors.by_timestep, strict=True):
         assert a == pytest.approx(b, rel=1e-2, abs=1e-9)
 
@@ -152,8 +151,9 @@ def test_a_quantized_network_is_called_and_saved_there(tmp_path):
             parts[place] = q(x, 300).cpu()
             assert q.device == x.device
             q.save_pretrained(tmp_path / place)
-    assert torch.equal(parts["here"], parts["there"])
-    assert torch.equal(tfmq_fx.load(tmp_path / "there")(data.tensors["sample"][:4], 300), parts["here"])
+    torch.testing.assert_close(parts["there"], parts["here"])  # attention has another kernel there
+    loaded = tfmq_fx.load(tmp_path / "there")(data.tensors["sample"][:4], 300)
+    torch.testing.assert_close(loaded, parts["here"])
 
 
 @pytest.mark.parametrize("place", ["cpu", "device"])

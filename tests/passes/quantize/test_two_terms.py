@@ -112,7 +112,7 @@ def test_torchs_int8_kernels_run_both_products():
     rule = Rule(pattern=LAYER, activation_terms=2)
     w4a8 = tfmq_fx.Recipe(edge_weight_bits=4, rules=(rule,), reconstruction=NEAREST)  # AVX2 takes these too
     q = tfmq_fx.quantize(make(TinyUNet), w4a8, calibration=DATA)
-    low = q.lower("cpu", engine="torch", compile=False)
+    low = q.lower("cpu", engine="torch", precision="float32", compile=False)
     kernels = [k for k in low.report["lowering"]["kernels"] if k["path"] == LAYER]
     assert [k["int8"] for k in kernels] == [True, True]
     torch.testing.assert_close(low(*INPUTS), q(*INPUTS), rtol=1e-4, atol=1e-5)
