@@ -218,6 +218,9 @@ def test_the_timestep_and_the_component_have_names(monkeypatch, capsys, tmp_path
     code, _, err = run(monkeypatch, capsys, *quantize, "--timestep", "t")
     assert code == 2
     assert "2 components take a 't' (other, unet)" in err
+    code, out, err = run(monkeypatch, capsys, "inspect", "--component", "unet")  # sees which argument changes
+    assert code == 0, err
+    assert "time_emb_proj" in out
     code, _, err = run(monkeypatch, capsys, *quantize, *named)
     assert code == 0, err
     for command in ("sample", "evaluate", "report"):

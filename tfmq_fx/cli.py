@@ -200,11 +200,12 @@ def inspect(
         )
     else:
         pipe = load_pipeline(model)
-        which: dict[str, Any] = {"timestep": timestep or "timestep", "component": component}
-        network = denoiser(pipe, **which)
+        which: dict[str, Any] = {"component": component, **({"timestep": timestep} if timestep else {})}
         arguments = pipeline_arguments(argument)
         data = CalibrationSet.record(pipe, num_samples=2, num_inference_steps=2, **which, **arguments)
-        network, example = data.row_wise(network), data.arguments(slice(0, 2))
+        timestep = data.timestep  # found by what changes from call to call, if it has another name
+        network = data.row_wise(denoiser(pipe, timestep=timestep, component=component))
+        example = data.arguments(slice(0, 2))
     found = describe(network, example, chosen, timestep=timestep)
     if as_json:
         print(json.dumps(found, indent=1))

@@ -145,8 +145,13 @@ def test_every_error_is_one_line(monkeypatch, capsys, place, args, words):
     assert [p for p in sorted(place.rglob("*")) if p not in before] == []
 
 
+class Empty(SimpleNamespace):
+    def __call__(self, num_inference_steps=50):
+        raise NotImplementedError
+
+
 def test_a_pipeline_without_a_denoiser_is_one_line(monkeypatch, capsys):
-    pipe = SimpleNamespace(components={"scheduler": None})
+    pipe = Empty(components={"scheduler": None})
     monkeypatch.setattr(cli, "load_pipeline", lambda *_: pipe)
     code, out, err = run(monkeypatch, capsys, "inspect")
     assert (code, out, len(err.splitlines())) == (2, "", 1)
