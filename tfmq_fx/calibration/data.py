@@ -303,21 +303,31 @@ class CalibrationSet:
 
     def rows(self, chosen: Tensor) -> CalibrationSet:
         """Return the set of these rows, given by index or by mask: `data.rows(data.conditional)`."""
-        tensors = {n: x[chosen] for n, x in self.tensors.items()}
-        return CalibrationSet(
-            tensors,
-            self.constants,
-            self.timestep,
-            self.paths,
+        return self.changed(
+            tensors={n: x[chosen] for n, x in self.tensors.items()},
             conditional=self.conditional[chosen],
-            timestep_shape=self.timestep_shape,
-            repeats=self.repeats,
-            folded=self.folded,
-            perturbation=self.perturbation,
-            others=self.others,
-            row_lists=self.row_lists,
             row_sizes=None if self.row_sizes is None else self.row_sizes.rows(chosen),
+            note="",
         )
+
+    def changed(self, **changes: Any) -> CalibrationSet:
+        """Return the set with some of what it was made of, by the names of its arguments, replaced."""
+        own = {
+            "tensors": self.tensors,
+            "constants": self.constants,
+            "timestep": self.timestep,
+            "paths": self.paths,
+            "conditional": self.conditional,
+            "note": self.note,
+            "timestep_shape": self.timestep_shape,
+            "repeats": self.repeats,
+            "folded": self.folded,
+            "perturbation": self.perturbation,
+            "others": self.others,
+            "row_lists": self.row_lists,
+            "row_sizes": self.row_sizes,
+        }
+        return CalibrationSet(**{**own, **changes})
 
     def batches(self, batch_size: int, *, one_timestep: bool = False) -> Iterator[dict[str, Tensor]]:
         """Yield batches of at most `batch_size` rows, each along with the tensors that have no rows.

@@ -66,18 +66,9 @@ def _cut(data: CalibrationSet, lists: MaskedRows, lengths: Mapping[str, Tensor])
         n: torch.cat([length[:, None], torch.tensor([data.tensors[n].shape[2:]] * len(length)).view(len(length), -1)], 1)
         for n, length in lengths.items()
     }  # fmt: skip
-    return CalibrationSet(
-        {n: x for n, x in data.tensors.items() if n not in lists.left_out},
-        data.constants,
-        data.timestep,
-        {n: path for n, path in data.paths.items() if n not in lists.left_out},
-        conditional=data.conditional,
-        note=data.note,
-        timestep_shape=data.timestep_shape,
-        repeats=data.repeats,
-        folded=data.folded,
-        perturbation=data.perturbation,
-        others=data.others,
+    return data.changed(
+        tensors={n: x for n, x in data.tensors.items() if n not in lists.left_out},
+        paths={n: path for n, path in data.paths.items() if n not in lists.left_out},
         row_lists=lists,
         row_sizes=RowSizes(sizes),
     )
