@@ -209,8 +209,8 @@ def test_a_hessian_past_the_limit_is_cut_into_pieces_of_columns_each_on_its_own(
     w, x, _, _ = problem(3, columns=16)
     scale, zero_point = choose_qparams(*search_range(w[0].reshape(6 * blocks, -1), INT4), INT4)
     scale, zero_point = scale.reshape(1, 6, blocks), zero_point.reshape(1, 6, blocks)
-    assert column_pieces(1, 16, blocks, 48 * 16**2) == 1
-    assert column_pieces(1, 16, blocks, 48 * 16**2 - 1) == 2
+    assert column_pieces(1, 16, blocks, 40 * 16**2) == 1
+    assert column_pieces(1, 16, blocks, 40 * 16**2 - 1) == 2
     assert column_pieces(1, 16, 4, 1) == 4, "a piece holds whole blocks"
     assert torch.equal(joined(parted(x, 2), 2), x)
     halves = Moments(2, 8, pieces=2)

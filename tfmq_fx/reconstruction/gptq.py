@@ -23,7 +23,7 @@ from tfmq_fx.base.parallel import Ranks, Workers
 from tfmq_fx.graph.nodes import convolution_arguments, groups_of, op_name
 
 PRODUCTS = 2**28  # the most float32 numbers to hold in products at once
-COLUMNS = 128  # columns whose updates of the later columns are applied at once (GPTQ, section 3.3, step 2)
+COLUMNS = 16  # rounded one by one; their errors are carried to the others in ever larger products
 
 
 class Moments:
@@ -92,17 +92,25 @@ class Moments:
         self.d_GKK += d_GKK.double()
         self._factors.clear()
 
-    def factors(self, damping: float) -> tuple[Tensor, Tensor]:
-        """Return the columns by decreasing diag H (G, K), and the upper Cholesky factor of the damped H's inverse.
+    def factor(self, damping: float) -> tuple[Tensor, Tensor]:
+        """Return the columns by increasing diag H (G, K), and the lower Cholesky factor of the damped H.
 
         The factor (G, K, K) has its columns in this order.
+
+        Raises TFMQError if H is not finite.
         """
         if damping not in self._factors:
+            if not torch.isfinite(self.h_GKK).all():
+                raise TFMQError(
+                    "gptq: the layer's inputs have NaN or infinite values; check the calibration data."
+                )
             diagonal = torch.diagonal(self.h_GKK, dim1=1, dim2=2)
-            order = torch.argsort(diagonal, dim=1, descending=True, stable=True)
+            order = torch.argsort(diagonal, dim=1, descending=True, stable=True).flip(1)
             h = torch.stack([h[o][:, o] for h, o in zip(self.h_GKK, order, strict=True)])
-            inverse = torch.cholesky_inverse(_cholesky(h, damping))
-            self._factors[damping] = order, torch.linalg.cholesky(inverse, upper=True)
+            diagonal = torch.diagonal(h, dim1=1, dim2=2)
+            diagonal += damping * diagonal.mean(1, keepdim=True)
+            diagonal[diagonal == 0] = 1.0  # so that dead inputs affect no other column
+            self._factors[damping] = order, torch.linalg.cholesky(h)
         return self._factors[damping]
 
 
@@ -124,7 +132,7 @@ def column_pieces(groups: int, columns: int, blocks: int, limit: float) -> int:
     """
     for pieces in range(1, columns + 1):
         whole = columns % pieces == 0 and (blocks == 1 or blocks % pieces == 0)
-        if whole and 48 * groups * columns**2 / pieces <= limit:  # six matrices of float64
+        if whole and 40 * groups * columns**2 / pieces <= limit:  # five matrices of float64
             return pieces
     return columns if blocks == 1 else blocks
 
@@ -189,9 +197,10 @@ def corrected(w_GCK: Tensor, moments: Moments, *, damping: float) -> Tensor:
     argmin over V of ||W X - V Xq||^2 + damping ||W - V||^2 = W + W D H^-1, with H damped (GPTAQ, Li et al. 2025,
     asymmetric calibration, in closed form).
     """
+    order, lower = moments.factor(damping)
     w = w_GCK.double()
-    factor = _cholesky(moments.h_GKK, damping)
-    return w + torch.cholesky_solve((w @ moments.d_GKK).transpose(1, 2), factor).transpose(1, 2)
+    change_GKC = torch.cholesky_solve(_ordered((w @ moments.d_GKK).mT, order), lower)
+    return w + _ordered(change_GKC, order.argsort(1)).mT
 
 
 def gptq(
@@ -205,7 +214,9 @@ def gptq(
 ) -> Tensor:
     """Return integers (G, C, K) that preserve W Xq (GPTQ, Frantar et al. 2023, algorithm 1, by decreasing diag H).
 
-    The weights of dead inputs, which are always zero, are rounded to nearest.
+    With H = L L^T and the last column first, GPTQ is Babai's nearest plane (Chen et al. 2025, arXiv 2507.18553): column k
+    rounds w_k + sum over i > k of e_i L_ik / L_kk, where e_i is what rounding column i left. So H is factored once, and
+    not inverted. The weights of dead inputs, which are always zero, are rounded to nearest.
 
     scale_GCB, zero_point_GCB: for B groups of K / B consecutive columns each. The order in which columns are rounded
         does not change their group.
@@ -213,41 +224,32 @@ def gptq(
 
     Raises TFMQError if H is not finite.
     """
-    order, upper = moments.factors(damping)
-    groups, channels, columns = w_GCK.shape
-    w = torch.gather(w_GCK.double(), 2, order[:, None].expand(-1, channels, -1)).clone()
-    scale_GCB, zero_point_GCB = scale_GCB.double(), zero_point_GCB.double()
-    block_GCK = (order // (columns // scale_GCB.shape[2]))[:, None].expand(-1, channels, -1)
-    q = torch.empty_like(w)
-    for start in range(0, columns, COLUMNS):
-        end = min(start + COLUMNS, columns)
-        errors = w.new_empty(groups, channels, end - start)
-        blocks = block_GCK[:, :, start:end]
-        scales, zero_points = scale_GCB.gather(2, blocks), zero_point_GCB.gather(2, blocks)
-        for k in range(start, end):
-            column, scale, zero_point = w[:, :, k], scales[:, :, k - start], zero_points[:, :, k - start]
-            rounded = numbers.round_(column / scale) + zero_point
-            rounded.clamp_(numbers.quant_min, numbers.quant_max)
-            q[:, :, k] = rounded
-            error = (column - (rounded - zero_point) * scale) / upper[:, k, k, None]
-            w[:, :, k:end] -= error[:, :, None] * upper[:, None, k, k:end]
-            errors[:, :, k - start] = error
-        w[:, :, end:] -= errors @ upper[:, start:end, end:]
-    back = torch.argsort(order, dim=1)
-    return torch.gather(q, 2, back[:, None].expand(-1, channels, -1))
+    order, lower = moments.factor(damping)
+    w_GKC = _ordered(w_GCK.double().mT, order)
+    block_GK = order // (w_GKC.shape[1] // scale_GCB.shape[2])
+    scale_GKC, zero_point_GKC = (_ordered(x.double().mT, block_GK) for x in (scale_GCB, zero_point_GCB))
+    carried, error, q = torch.zeros_like(w_GKC), torch.empty_like(w_GKC), torch.empty_like(w_GKC)
+
+    def choose(start: int, end: int) -> None:
+        if end - start > COLUMNS:
+            middle = (start + end) // 2
+            choose(middle, end)
+            carried[:, start:middle].baddbmm_(lower[:, middle:end, start:middle].mT, error[:, middle:end])
+            choose(start, middle)
+            return
+        for k in reversed(range(start, end)):
+            scale, zero_point = scale_GKC[:, k], zero_point_GKC[:, k]
+            rounded = (
+                numbers.round_((w_GKC[:, k] + carried[:, k] / lower[:, k, k, None]) / scale) + zero_point
+            )
+            q[:, k] = rounded.clamp_(numbers.quant_min, numbers.quant_max)
+            error[:, k] = w_GKC[:, k] - (q[:, k] - zero_point) * scale
+            carried[:, start:k] += lower[:, k, start:k, None] * error[:, k, None]
+
+    choose(0, w_GKC.shape[1])
+    return _ordered(q, order.argsort(1)).mT
 
 
-def _cholesky(h_GKK: Tensor, damping: float) -> Tensor:
-    """Return the Cholesky factor of H + damping mean(diag H) I.
-
-    Where this diagonal is zero, it is set to one, so that dead inputs affect no other column.
-    """
-    if not torch.isfinite(h_GKK).all():
-        raise TFMQError("gptq: the layer's inputs have NaN or infinite values; check the calibration data.")
-    h = h_GKK.clone()
-    diagonal = torch.diagonal(h, dim1=1, dim2=2)
-    mean = diagonal.mean(1, keepdim=True)
-    diagonal += damping * mean
-    diagonal[diagonal == 0] = 1.0
-    factor: Tensor = torch.linalg.cholesky(h)
-    return factor
+def _ordered(x_GKC: Tensor, order_GK: Tensor) -> Tensor:
+    """Return each group's columns in an order of its own."""
+    return torch.stack([x[o] for x, o in zip(x_GKC, order_GK, strict=True)])
