@@ -152,13 +152,18 @@ def quantize(name: str, source: Path, target: Path, method: str, rows: int, max_
             method=method, tune_iterations=0, max_memory=max_memory, gptq_memory=1.0, batch_size=2
         ),
     )
+    state = target.with_name(f"{target.name}-state")  # an interrupted run goes on from there
     q = tfmq_fx.quantize(
-        network, recipe, calibration=tfmq_fx.CalibrationSet(data, constants, "timestep", paths)
+        network,
+        recipe,
+        calibration=tfmq_fx.CalibrationSet(data, constants, "timestep", paths),
+        state=None if method == "nearest" else state,
     )
     print("seconds:", ", ".join(f"{stage} {s:.0f}" for stage, s in q.report["seconds"].items()))
     print(f"{q.report['sizes']['quantized_weights'] / 1e9:.2f} G quantized weights")
     started = time.monotonic()
     q.save_pretrained(target)
+    shutil.rmtree(state, ignore_errors=True)
     print(f"save {time.monotonic() - started:.0f} s")
 
 

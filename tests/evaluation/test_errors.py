@@ -9,6 +9,7 @@ from benchmarks.networks.small import TIMESTEPS, TinyUNet, calibration, captured
 from tests.helpers.nearest import quantized, recipe
 from tfmq_fx.calibration.data import inputs_of
 from tfmq_fx.evaluation import errors
+from tfmq_fx.graph import inputs
 from tfmq_fx.graph.inputs import largest_row
 from tfmq_fx.passes import extract_temporal, find_temporal
 from tfmq_fx.passes.temporal.partition_temporal import temporal_block_of
@@ -69,7 +70,7 @@ def test_rows_whose_tensors_are_large_are_measured_in_pieces(monkeypatch):
     )
     with torch.no_grad():
         whole = errors.errors_by_timestep(gm, converted, data, {}, None)
-        monkeypatch.setattr(errors, "LARGEST", 3 * largest_row(gm))
+        monkeypatch.setattr(inputs, "LARGEST", 3 * largest_row(gm))
         pieces = errors.errors_by_timestep(gm, converted, data, {}, None)
     assert seen == [40, *[3] * 13, 1]
     for a, b in zip(whole, pieces, strict=True):

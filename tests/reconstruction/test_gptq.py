@@ -187,8 +187,8 @@ def test_the_corrected_weight_is_the_least_squares_one():
     for part in (slice(0, 25), slice(25, 60)):
         moments.add(x[:, part], seen[:, part])
     best = torch.linalg.lstsq(seen[0].double(), (x[0] @ w[0].T).double()).solution.T
-    torch.testing.assert_close(corrected(w, moments, damping=0.0)[0], best, rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(corrected(w, moments, damping=1e9)[0], w[0].double(), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(corrected(w, moments, damping=0.0)[0], best.float(), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(corrected(w, moments, damping=1e9)[0], w[0], rtol=1e-4, atol=1e-5)
 
 
 def test_linear_of_quantized_inputs_is_nearer_after_correction():

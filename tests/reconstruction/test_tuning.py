@@ -307,7 +307,7 @@ def scalar_time():
         (TinyUNet, calibration, {"unseen": "float"}, 2e-2),
         (Ids, with_ids, {}, 5e-3),
         (Labelled, labelled, {}, 5e-3),
-        (ScalarTime, scalar_time, {}, 2e-2),
+        (ScalarTime, scalar_time, {}, 1e-2),
     ],
 )
 def test_networks_and_recipes_of_every_kind(network, data, changes, rate):

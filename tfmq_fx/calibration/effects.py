@@ -36,6 +36,7 @@ from tfmq_fx.calibration.calls import overflow_words
 from tfmq_fx.calibration.data import CalibrationSet, inputs_of
 from tfmq_fx.calibration.temporal_rows import is_scalar
 from tfmq_fx.graph.channels import ParameterLayer, channel_axis
+from tfmq_fx.graph.inputs import rows_at_once
 from tfmq_fx.graph.nodes import attribute, dtype_of, output_channel_axis, weight_argument
 from tfmq_fx.graph.written import keeps_buffers
 from tfmq_fx.passes.quantize.plan import LayerPlan
@@ -149,7 +150,8 @@ def input_ranges(
         return torch.where(same.any(1), number_N, len(timesteps)), watch.found
 
     data = calibration.spread(num_samples, seed=seed)
-    batches = data.batches(only_size or batch_size, one_timestep=is_scalar(gm))
+    size = only_size or rows_at_once(gm, batch_size, data.constants.keys())
+    batches = data.batches(size, one_timestep=is_scalar(gm))
     whole = [b for b in batches if only_size in (None, len(b[calibration.timestep]))]
     with workers(8) as threads:
         found = threads.map(observe, whole)

@@ -29,7 +29,7 @@ from tfmq_fx.calibration.temporal_rows import (
     temporal_rows,
 )
 from tfmq_fx.graph.channels import choose_layers
-from tfmq_fx.graph.inputs import timestep_input
+from tfmq_fx.graph.inputs import rows_at_once, timestep_input
 from tfmq_fx.graph.nodes import dtype_of, fresh
 from tfmq_fx.graph.state import set_state
 from tfmq_fx.graph.written import keeps_buffers
@@ -70,7 +70,8 @@ def calibrate(gm: GraphModule, calibration: CalibrationSet, *, batch_size: int =
             for _, observer in observers(block):
                 set_mode(observer, observe=False, quantize=False)
         if any(_observing(m) for m in gm.modules()):
-            batches = calibration.groups(batch_size, one_timestep=is_scalar(gm))
+            size = rows_at_once(gm, batch_size, calibration.constants.keys())
+            batches = calibration.groups(size, one_timestep=is_scalar(gm))
             _observe(gm, calibration, batches, shards, threads)
         for _, observer in found:
             observer.freeze()

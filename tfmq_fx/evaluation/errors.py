@@ -21,7 +21,7 @@ from tfmq_fx.calibration.temporal_rows import (
     run_temporal,
     temporal_rows,
 )
-from tfmq_fx.graph.inputs import largest_row, placeholders
+from tfmq_fx.graph.inputs import placeholders, rows_at_once
 from tfmq_fx.passes.quantize.state import state_of
 from tfmq_fx.passes.temporal.partition_temporal import temporal_block_of
 from tfmq_fx.runtimes.layers import layers_of
@@ -29,8 +29,6 @@ from tfmq_fx.runtimes.layers import layers_of
 # The output's errors are measured on so many calibration rows, and fewer if that costs more than so many floating-point
 # operations; but on a row of each timestep.
 ERROR_ROWS, ERROR_FLOPS = 512, 5e11
-# Bytes. glibc maps larger tensors anew each time: on a UNet of 128 x 128, that took the kernel longer than the network took.
-LARGEST = 2**25
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,8 +113,8 @@ def errors_by_timestep(
     The output's is that of samples whose timestep, or whose largest one, is this.
     """
     outputs: list[tuple[Tensor, Tensor, Tensor]] = []
-    rows_at_once = min(128, max(1, LARGEST // max(1, largest_row(gm))))
-    for batch in data.batches(rows_at_once, one_timestep=is_scalar(gm)):
+    size = rows_at_once(gm, 128, data.constants.keys())
+    for batch in data.batches(size, one_timestep=is_scalar(gm)):
         inputs = inputs_of(gm, batch)
         outputs.append(
             (first_tensor(converted(*inputs)), first_tensor(gm(*inputs)), per_sample(batch[data.timestep]))

@@ -95,7 +95,7 @@ class Moments:
     def factor(self, damping: float) -> tuple[Tensor, Tensor]:
         """Return the columns by increasing diag H (G, K), and the lower Cholesky factor of the damped H.
 
-        The factor (G, K, K) has its columns in this order.
+        The factor (G, K, K) has its columns in this order. It is computed in float64, and returned in float32.
 
         Raises TFMQError if H is not finite.
         """
@@ -110,7 +110,7 @@ class Moments:
             diagonal = torch.diagonal(h, dim1=1, dim2=2)
             diagonal += damping * diagonal.mean(1, keepdim=True)
             diagonal[diagonal == 0] = 1.0  # so that dead inputs affect no other column
-            self._factors[damping] = order, torch.linalg.cholesky(h)
+            self._factors[damping] = order, torch.linalg.cholesky(h).float()
         return self._factors[damping]
 
 
@@ -192,14 +192,14 @@ def _drawn(count: int, wanted: int | None) -> Tensor | None:
 
 
 def corrected(w_GCK: Tensor, moments: Moments, *, damping: float) -> Tensor:
-    """Return the weights that best reproduce the float outputs from the quantized inputs, (G, C, K) in float64.
+    """Return the weights that best reproduce the float outputs from the quantized inputs, (G, C, K) in float32.
 
     argmin over V of ||W X - V Xq||^2 + damping ||W - V||^2 = W + W D H^-1, with H damped (GPTAQ, Li et al. 2025,
     asymmetric calibration, in closed form).
     """
     order, lower = moments.factor(damping)
-    w = w_GCK.double()
-    change_GKC = torch.cholesky_solve(_ordered((w @ moments.d_GKK).mT, order), lower)
+    w = w_GCK.float()
+    change_GKC = torch.cholesky_solve(_ordered((w @ moments.d_GKK.float()).mT, order), lower)
     return w + _ordered(change_GKC, order.argsort(1)).mT
 
 
@@ -225,9 +225,9 @@ def gptq(
     Raises TFMQError if H is not finite.
     """
     order, lower = moments.factor(damping)
-    w_GKC = _ordered(w_GCK.double().mT, order)
+    w_GKC = _ordered(w_GCK.float().mT, order)
     block_GK = order // (w_GKC.shape[1] // scale_GCB.shape[2])
-    scale_GKC, zero_point_GKC = (_ordered(x.double().mT, block_GK) for x in (scale_GCB, zero_point_GCB))
+    scale_GKC, zero_point_GKC = (_ordered(x.float().mT, block_GK) for x in (scale_GCB, zero_point_GCB))
     carried, error, q = torch.zeros_like(w_GKC), torch.empty_like(w_GKC), torch.empty_like(w_GKC)
 
     def choose(start: int, end: int) -> None:

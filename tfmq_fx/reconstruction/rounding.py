@@ -69,6 +69,8 @@ def choose_rounding(
         found = streams.error()
         if found < error:
             best, kept, error = state(), name, found
+            return
+        streams.kept = False
         for (observer, _), q in zip(weights, best, strict=False):
             observer.q = q
         for fake_quantize, scale in zip(scales, best[len(weights) :], strict=True):
@@ -221,7 +223,7 @@ def _second_order(
         observer.hold(joined(q, pieces).reshape(weight.shape))
         done.add(observer)
         if keep:
-            targets[observer] = joined(w_GCK, pieces).reshape(weight.shape).float()
+            targets[observer] = joined(w_GCK, pieces).reshape(weight.shape)
     return targets, most
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+import math
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -12,6 +13,7 @@ from torch.fx import GraphModule
 
 from tfmq_fx.base.errors import TFMQError, first_line
 from tfmq_fx.base.parallel import Ranks, Workers
+from tfmq_fx.graph.inputs import fixed_batch, rows_at_once
 from tfmq_fx.passes.quantize.results import BlockResult
 from tfmq_fx.recipe import Reconstruction
 from tfmq_fx.reconstruction.resume import Finished
@@ -28,6 +30,17 @@ class Run:
     finished: Finished
     workers: Workers
     ranks: Ranks
+
+    def parts(self, gm: GraphModule, shared: Collection[str]) -> int:
+        """Return how many parts a mini-batch is computed in: its shards, each in as many as `rows_at_once` makes of it.
+
+        It is one part if the graph takes only one batch size. shared: names of the inputs that have no rows.
+        """
+        if fixed_batch(gm, shared):
+            return 1
+        shards = self.settings.shards
+        rows = math.ceil(self.settings.batch_size / shards)
+        return shards * math.ceil(rows / rows_at_once(gm, rows, shared))
 
     def split(self, chunks: Iterable[Tensor], parts: int) -> tuple[list[list[Part]], list[Tensor]]:
         """Split each chunk of row indices into `parts` parts.

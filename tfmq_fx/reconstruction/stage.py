@@ -236,7 +236,7 @@ def _tune(
     keep_targets = memory.needed(count * at_once, targets=len(drawn)) <= limit
     room = limit - memory.needed(0, targets=len(drawn) if keep_targets else 0)
     pieces = math.ceil(memory.row * settings.batch_size / max(room, 1))
-    parts = 1 if whole else settings.shards * max(1, pieces)
+    parts = 1 if whole else max(settings.shards * pieces, run.parts(gm, calibration.constants.keys()))
 
     def learn() -> BlockResult:
         chunks, rows = run.split(batches, parts)

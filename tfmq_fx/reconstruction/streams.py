@@ -33,7 +33,12 @@ class Streams:
     run(module, part, quantized) -> the module's outputs, on its inputs in the quantized or the float network. Several
         threads call it at once.
     target(part): returns the block's float outputs if they are kept elsewhere; None computes them.
+    keep(part, outputs): takes the quantized block's outputs whenever `error` computes them.
+
+    kept: whether the outputs that `keep` took are those of the block as it is now.
     """
+
+    kept: bool = False
 
     # Float outputs are kept for at most this many parts. With more (a product of keys) they might not fit in memory, and
     # are computed each time.
@@ -48,8 +53,9 @@ class Streams:
         workers: Workers,
         ranks: Ranks,
         target: Callable[[Part], Outputs] | None = None,
+        keep: Callable[[Part, Outputs], None] | None = None,
     ) -> None:
-        self.block, self.run, self.chunks, self._given = block, run, chunks, target
+        self.block, self.run, self.chunks, self._given, self._keep = block, run, chunks, target, keep
         self.workers, self.ranks = workers, ranks
         self.parts = [part for chunk in chunks for part in chunk]
         self._float = without_observers(block)
@@ -119,7 +125,10 @@ class Streams:
 
         def of_part(part: Part) -> Tensor:
             total = torch.zeros(2, dtype=torch.float64)
-            for y, x in zip(self.outputs(part), self.target(part), strict=True):
+            outputs = self.outputs(part)
+            if self._keep is not None:
+                self._keep(part, outputs)
+            for y, x in zip(outputs, self.target(part), strict=True):
                 if x.is_floating_point():
                     total += torch.stack(
                         [difference(y, x).square().sum().double().cpu(), torch.tensor(float(x.numel()))]
@@ -127,6 +136,7 @@ class Streams:
             return total
 
         found = self.workers.map(of_part, self.parts)
+        self.kept = self._keep is not None
         (sums,) = self.ranks.sum([_sum(found) if found else torch.zeros(2, dtype=torch.float64)])
         return float(sums[0] / sums[1])
 

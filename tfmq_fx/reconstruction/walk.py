@@ -19,7 +19,7 @@ from tfmq_fx.base.mapped import require_free
 from tfmq_fx.base.progress import track
 from tfmq_fx.calibration.data import CalibrationSet, as_taken, inputs_of
 from tfmq_fx.calibration.temporal_rows import is_scalar
-from tfmq_fx.graph.inputs import fixed_batch, placeholders
+from tfmq_fx.graph.inputs import placeholders
 from tfmq_fx.graph.nodes import fresh, hinted_shape, meta_value, weight_argument
 from tfmq_fx.observers.weight import PerChannelWeightFakeQuantize
 from tfmq_fx.passes.quantize.find_blocks import find_blocks
@@ -69,8 +69,7 @@ class Walk:
         self.data = data
         drawn = data.draw(run.settings.block_samples, seed=run.seed)
         batches = data.groups(run.settings.batch_size, rows=drawn, one_timestep=is_scalar(gm))
-        parts = 1 if fixed_batch(gm, data.constants.keys()) else run.settings.shards
-        self.chunks, self.rows = run.split(batches, parts)
+        self.chunks, self.rows = run.split(batches, run.parts(gm, data.constants.keys()))
         for rows in {len(rows): rows for rows in self.rows}.values():
             inputs_of(gm, data.batch(rows))  # raises for inputs that are missing or have another shape
         self.interpreter = Interpreter(self.gm)
@@ -231,16 +230,23 @@ class Walk:
         def target(part: Part) -> Outputs:
             return tuple(envs.float[part.index][n] for n in unit.outputs)
 
+        def keep(part: Part, outputs: Outputs, *, quantized: bool = True) -> None:
+            held = (envs.quantized if quantized else envs.float)[part.index]
+            held.update(zip(unit.outputs, outputs, strict=True))
+
         streams = Streams(
-            unit.module, run, self.chunks, workers=self.config.workers, ranks=self.config.ranks, target=target
+            unit.module,
+            run,
+            self.chunks,
+            workers=self.config.workers,
+            ranks=self.config.ranks,
+            target=target,
+            keep=keep,
         )
         in_float = without_observers(unit.module)
-
-        def keep(part: Part, env: list[Values]) -> None:
-            values = run(in_float, part, False) if env is envs.float else streams.outputs(part)
-            env[part.index].update(zip(unit.outputs, values, strict=True))
-
-        self.config.workers.map(partial(keep, env=envs.float), streams.parts)
+        self.config.workers.map(
+            lambda part: keep(part, run(in_float, part, False), quantized=False), streams.parts
+        )
         results = []
         if any(isinstance(o, PerChannelWeightFakeQuantize) for _, o in observers(unit.module)):
             settings = self.config.settings
@@ -249,7 +255,8 @@ class Walk:
                     unit.name, index, streams, method=settings.method, iterations=settings.iterations
                 )
             )
-        self.config.workers.map(partial(keep, env=envs.quantized), streams.parts)
+        if not streams.kept:
+            self.config.workers.map(lambda part: keep(part, streams.outputs(part)), streams.parts)
         return results
 
 
