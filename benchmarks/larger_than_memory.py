@@ -34,7 +34,7 @@ from benchmarks.networks.zoo import ZOO
 from tfmq_fx.base import arithmetic
 from tfmq_fx.base.arguments import leaves, nested
 from tfmq_fx.observers import weight
-from tfmq_fx.recipe import Recipe, Reconstruction
+from tfmq_fx.recipe import PRESETS, Recipe, Reconstruction
 
 NETWORKS = ("sd-1.5", "sd-xl", "flux")
 SHARD = 2 * 2**30  # bytes
@@ -54,6 +54,8 @@ def fast_products() -> Any:
 
     On CPUs without bfloat16 instructions, torch's own kernels take up to 100 times as long. Returns what must be kept.
     """
+    if torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        return None
     aten, library = torch.ops.aten, torch.library.Library("aten", "IMPL")
 
     def linear(x: Tensor, w: Tensor, b: Tensor | None = None) -> Tensor:
@@ -74,7 +76,15 @@ def fast_products() -> Any:
         settings = [[v, v] if isinstance(v, int) else v for v in (stride, padding, dilation)]
         return aten.convolution.default(*given, *settings, False, [0, 0], groups).to(x.dtype)  # type: ignore[no-any-return]
 
+    def linear_backward(
+        x: Tensor, y: Tensor, w: Tensor, mask: list[bool]
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        if mask[1] or mask[2]:
+            raise NotImplementedError("only the gradient of the input is computed here")
+        return (y.float().flatten(0, -2) @ w.float()).to(x.dtype).reshape(x.shape), None, None
+
     library.impl("linear", linear, "CPU")
+    library.impl("linear_backward", linear_backward, "CPU")
     library.impl("conv2d", conv2d, "CPU")
     return library
 
@@ -146,12 +156,14 @@ def quantize(name: str, source: Path, target: Path, method: str, rows: int, max_
     }
     constants: dict[str, Any] = {n: x for n, (_, x) in found.items() if n in WITHOUT_ROWS}
     paths = {n: path for n, (path, _) in found.items()}
-    recipe = dataclasses.replace(
-        Recipe(),
-        reconstruction=Reconstruction(
-            method=method, tune_iterations=0, max_memory=max_memory, gptq_memory=1.0, batch_size=2
-        ),
+    if method in PRESETS:
+        recipe = Recipe.preset(method)
+    else:
+        recipe = Recipe(reconstruction=Reconstruction(method=method, tune_iterations=0))
+    reconstruction = dataclasses.replace(
+        recipe.reconstruction, max_memory=max_memory, gptq_memory=1.0, batch_size=2
     )
+    recipe = dataclasses.replace(recipe, reconstruction=reconstruction)
     state = target.with_name(f"{target.name}-state")  # an interrupted run goes on from there
     q = tfmq_fx.quantize(
         network,
@@ -187,7 +199,9 @@ def size_of(folder: Path) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("network", choices=NETWORKS)
-    parser.add_argument("--method", default="nearest", choices=("nearest", "gptq"))
+    parser.add_argument(
+        "--method", default="nearest", choices=("nearest", "gptq", "w4a8"), help="w4a8: the preset"
+    )
     parser.add_argument("--layers", type=float, default=1.0, help="share of the layers of a transformer")
     parser.add_argument(
         "--candidates",

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,8 +11,10 @@ from torch import nn
 import tfmq_fx
 from benchmarks.networks.small import TIMESTEPS, TinyUNet, calibration, captured, make, sinusoid
 from tfmq_fx.base.errors import TFMQError
-from tfmq_fx.calibration.effects import Reader, input_ranges, output_effects
+from tfmq_fx.calibration.effects import Reader, _Probe, input_ranges, output_effects
 from tfmq_fx.choices import choose, is_open
+from tfmq_fx.graph.channels import count_readers, layer_of
+from tfmq_fx.graph.nodes import weight_argument
 from tfmq_fx.passes import find_temporal
 from tfmq_fx.passes.quantize.plan import plan
 from tfmq_fx.recipe import AUTO, Recipe, Rule
@@ -83,6 +86,29 @@ def test_the_effect_of_a_last_layers_input_is_that_of_its_weights():
     expected = (w.square().sum((0, 2, 3)) * taps).double()
     # 400 rows of 64 outputs: the sum of squares of normal numbers is within 5%.
     torch.testing.assert_close(effects.inputs[reader.input].mean(0), expected, rtol=0.1, atol=0)
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+@pytest.mark.parametrize("kernel", [None, 3])
+def test_effects_of_rounding_weights_by_output_channel_are_those_weight_by_weight(groups, kernel):
+    layer = nn.Linear(8, 6) if kernel is None else nn.Conv2d(8, 6, kernel, groups=groups)
+    x = torch.randn(4, 8) if kernel is None else torch.randn(4, 8, 5, 5)
+    gm = torch.export.export(layer, (x,), strict=False).module()
+    (node,) = [n for n in gm.graph.nodes if n.op == "call_function" and weight_argument(n) is not None]
+    path = next(n for n in gm.graph.nodes if n.target == "weight").target
+    plan = SimpleNamespace(path=path, dtype=None, group_size=None, activation_bits=8)
+    smoothing = {"off": None, 0.5: torch.rand(8, dtype=torch.float64) + 0.5}
+    parameter = layer_of(gm, node, count_readers(gm))
+    reader = Reader(plan=plan, node=node, layer=parameter, group=0, smoothing=smoothing, weight_bits=(4, 8))
+    found = []
+    for plain in (True, False):
+        probe = _Probe(gm, [reader], {}, {})
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(Reader, "plain", plain)
+            probe._judge_weight(reader, layer.weight.detach(), layer.weight.detach().sin())
+        found.append(probe.found)
+    assert len(found[0]) == 4
+    torch.testing.assert_close(found[0], found[1])
 
 
 def test_estimates_tell_the_measured_error():

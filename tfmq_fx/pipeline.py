@@ -286,20 +286,21 @@ def low_bits(
     maxima: of the layers' inputs, for `smooth`; None measures them.
     """
     found: list[Stage] = []
+    limit = recipe.reconstruction.max_memory
     if any(
         s not in (None, OFF) for s in (recipe.smooth, *(r.smooth for r in (*recipe.rules, *recipe.chosen)))
     ):
         measured = maxima or partial(input_maxima, calibration=calibration, seed=seed)
         alpha = partial(smoothing_of, recipe=recipe)
-        found.append(partial(smooth, maxima=measured, alpha=alpha, temporal=temporal))
+        found.append(partial(smooth, maxima=measured, alpha=alpha, temporal=temporal, max_memory=limit))
     if recipe.rotate is not None:
-        found.append(partial(rotate, block=recipe.rotate, temporal=temporal))
+        found.append(partial(rotate, block=recipe.rotate, temporal=temporal, max_memory=limit))
     if recipe.low_rank is not None:
         # The error of coarse activations is proportional to what is left of W. So then the branch must take
         # the largest part of W itself.
         weights_alone = recipe.weight_bits < 8 <= recipe.activation_bits
         bits = recipe.weight_bits if weights_alone else None
-        found.append(partial(low_rank, rank=recipe.low_rank, bits=bits, temporal=temporal))
+        found.append(partial(low_rank, rank=recipe.low_rank, bits=bits, temporal=temporal, max_memory=limit))
     return found
 
 

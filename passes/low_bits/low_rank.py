@@ -13,6 +13,7 @@ from tfmq_fx.base.parallel import workers
 from tfmq_fx.graph.channels import (
     ParameterLayer,
     choose_layers,
+    outgrow,
     record_changes,
     require_float_graph,
     set_tensor,
@@ -34,6 +35,7 @@ def low_rank(
     rank: int = 16,
     bits: int | None = None,
     temporal: TemporalBlock | None = None,
+    max_memory: float = 8.0,
 ) -> PassResult:
     """Add a branch of rank r to every layer outside the temporal block but the first and last.
 
@@ -49,6 +51,7 @@ def low_rank(
         do the least harm. A number is the bit width that the weights will have. It takes, layer by layer,
         either that SVD or the SVD of the rounding error W - Q(W) (LoftQ, Li et al. 2023, one alternation),
         whichever leaves a residual that rounds to nearest with less error.
+    max_memory: GiB; if the weights take more, the new ones on the CPU lie in temporary files, mapped to memory.
 
     The graph's state says what was done to each layer (`low_bits`); a graph that has it stays as it is.
     Left as they are: grouped and transposed convolutions, and layers whose branch would hold as many
@@ -61,6 +64,7 @@ def low_rank(
         return PassResult(gm, False)
     temporal = temporal or find_temporal(gm)
     layers, changes = choose_layers(gm, temporal.nodes, timestep=temporal.timestep)
+    mapped = outgrow(layers, max_memory)
     for layer in layers:
         out, *rest = layer.weight.shape
         numbers = rank * (out + torch.Size(rest).numel())
@@ -73,7 +77,7 @@ def low_rank(
                 f"a branch of rank {rank} would hold {numbers} numbers, the weight has {layer.weight.numel()}"
             )
         else:
-            tensors = _split(gm, layer, rank, bits)
+            tensors = _split(gm, layer, rank, bits, mapped=mapped)
             changes.append(Change(name=layer.path, how="explicit", tensors=tensors))
             continue
         changes.append(Change(name=layer.path, how="left", reason=reason))
@@ -97,7 +101,9 @@ def is_branch_sum(node: Node) -> bool:
     return op_name(node) == "add" and isinstance(other, Node) and branch_weight(other) is not None
 
 
-def _split(gm: GraphModule, layer: ParameterLayer, rank: int, bits: int | None) -> tuple[str, ...]:
+def _split(
+    gm: GraphModule, layer: ParameterLayer, rank: int, bits: int | None, *, mapped: bool
+) -> tuple[str, ...]:
     w_OK = layer.weight.double().flatten(1)
     l1, l2 = _factors(w_OK, rank)
     if bits is not None:
@@ -105,7 +111,7 @@ def _split(gm: GraphModule, layer: ParameterLayer, rank: int, bits: int | None) 
         left = [_rounding_error(w_OK - a.double() @ b.double(), bits).norm() for a, b in ((l1, l2), other)]
         if left[1] < left[0]:
             l1, l2 = other
-    set_tensor(gm, layer.path, w_OK - l1.double() @ l2.double())
+    set_tensor(gm, layer.path, w_OK - l1.double() @ l2.double(), mapped=mapped)
     kernel = layer.weight.shape[2:]
     node, dtype = layer.node, layer.weight.dtype
     operator = node.target

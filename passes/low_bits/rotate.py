@@ -9,7 +9,7 @@ from torch.fx.passes.infra.pass_base import PassResult
 
 from tfmq_fx.base.errors import TFMQError
 from tfmq_fx.base.parallel import workers
-from tfmq_fx.graph.channels import choose_layers, record_changes, require_float_graph, set_tensor
+from tfmq_fx.graph.channels import choose_layers, outgrow, record_changes, require_float_graph, set_tensor
 from tfmq_fx.graph.nodes import aten, set_buffer
 from tfmq_fx.graph.origins import Explicit, Origin, find_origins
 from tfmq_fx.graph.state import Change, captured_of
@@ -19,7 +19,13 @@ from tfmq_fx.passes.temporal.find_temporal import TemporalBlock, find_temporal
 
 @declare(after=(*CLEANING, "smooth"))
 @workers(1)  # on any number of threads the same bits
-def rotate(gm: GraphModule, *, block: int = 16, temporal: TemporalBlock | None = None) -> PassResult:
+def rotate(
+    gm: GraphModule,
+    *,
+    block: int = 16,
+    temporal: TemporalBlock | None = None,
+    max_memory: float = 8.0,
+) -> PassResult:
     """Rotate the input channels of every layer outside the temporal block but the first and last.
 
     By block Hadamard matrices (QuaRot, Ashkboos et al. 2024):
@@ -32,6 +38,7 @@ def rotate(gm: GraphModule, *, block: int = 16, temporal: TemporalBlock | None =
     read x. Reassociation only.
 
     block: b, a power of two. A layer is left as it is if b does not divide its input channels (of one group).
+    max_memory: GiB; if the weights take more, the new ones on the CPU lie in temporary files, mapped to memory.
 
     The graph's state says what was done to each layer (`low_bits`); a graph that has it stays as it is.
     Raises TFMQError for a prepared graph and for another block size.
@@ -50,9 +57,10 @@ def rotate(gm: GraphModule, *, block: int = 16, temporal: TemporalBlock | None =
             reason = f"{channels} input channels are not divisible by {block}"
             changes.append(Change(name=layer.path, how="left", reason=reason))
     layers = [layer for layer in layers if layer.node in fits]
+    mapped = outgrow(layers, max_memory)
     origins, explicit = find_origins(gm, layers, temporal=inside, block=block)
     for origin in origins:
-        _fold(gm, origin, h)
+        _fold(gm, origin, h, mapped=mapped)
         changes += [
             Change(name=layer.path, how="folded", reason=origin.words)
             for layer in layers
@@ -66,7 +74,7 @@ def rotate(gm: GraphModule, *, block: int = 16, temporal: TemporalBlock | None =
         ]
     for layer in layers:
         rows = layer.by_input().double().unflatten(0, (-1, block))  # blocks, b, the rest
-        set_tensor(gm, layer.path, layer.from_input((h.to(rows.device) @ rows).flatten(0, 1)))
+        set_tensor(gm, layer.path, layer.from_input((h.to(rows.device) @ rows).flatten(0, 1)), mapped=mapped)
     record_changes(gm, "rotate", changes)
     gm.graph.lint()
     gm.recompile()
@@ -96,7 +104,7 @@ def hadamard(order: int) -> Tensor:
     return result
 
 
-def _fold(gm: GraphModule, origin: Origin, h: Tensor) -> None:
+def _fold(gm: GraphModule, origin: Origin, h: Tensor, *, mapped: bool) -> None:
     """Multiply the blocks' output channels of each producer by H^T."""
     blocks = torch.cat([v.unflatten(0, (-1, len(h))) for v in origin.read.values()]).unique(dim=0)
     for p in origin.producers:
@@ -107,7 +115,7 @@ def _fold(gm: GraphModule, origin: Origin, h: Tensor) -> None:
             rows[own] = h.T.to(rows.device) @ rows[own]
             return rows
 
-        p.rewrite(gm, change)
+        p.rewrite(gm, change, mapped=mapped)
 
 
 def _insert(group: Explicit, h: Tensor) -> str:

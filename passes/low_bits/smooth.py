@@ -13,6 +13,7 @@ from tfmq_fx.base.errors import TFMQError
 from tfmq_fx.graph.channels import (
     ParameterLayer,
     choose_layers,
+    outgrow,
     record_changes,
     require_float_graph,
     set_tensor,
@@ -33,6 +34,7 @@ def smooth(
     maxima: Mapping[str, Tensor] | Callable[[GraphModule], Mapping[str, Tensor]],
     alpha: float | Mapping[str, float] | Callable[[GraphModule], Mapping[str, float]] = 0.5,
     temporal: TemporalBlock | None = None,
+    max_memory: float = 8.0,
 ) -> PassResult:
     """Smooth every layer outside the temporal block but the first and last.
 
@@ -49,6 +51,7 @@ def smooth(
         is not smoothed. Layers that share s take the alpha of the first of them.
     maxima: layer's node name -> max|X_j| over the calibration data (C_in,), or what measures them on the graph;
         see `calibration.stage.input_maxima`.
+    max_memory: GiB; if the weights take more, the new ones on the CPU lie in temporary files, mapped to memory.
 
     The graph's state says what was done to each layer (`low_bits`); a graph that has it stays as it is.
     Raises TFMQError for a prepared graph, for an alpha outside [0, 1], and for a layer whose maxima are
@@ -68,6 +71,7 @@ def smooth(
     inside = temporal.nodes
     layers, changes = choose_layers(gm, inside, timestep=temporal.timestep)
     _check(layers, maxima)
+    mapped = outgrow(layers, max_memory)
     origins, explicit = find_origins(gm, layers, temporal=inside)
     for origin in origins:
         readers = readers_of(origin, layers)
@@ -78,9 +82,13 @@ def smooth(
         s_C = smoothing_scale(readers, maxima, sum(p.channels for p in origin.producers), own)
         for p in origin.producers:
             part_C = s_C[p.start : p.start + p.channels]
-            p.rewrite(gm, lambda rows, part_C=part_C: rows / part_C.to(rows.device)[:, None])  # type: ignore[misc]
+            p.rewrite(
+                gm,
+                lambda rows, part_C=part_C: rows / part_C.to(rows.device)[:, None],  # type: ignore[misc]
+                mapped=mapped,
+            )
         for layer, numbers in readers:
-            _multiply(layer, s_C[numbers])
+            _multiply(layer, s_C[numbers], mapped=mapped)
             reason = origin.words + _unused(maxima[layer.node.name])
             changes.append(Change(name=layer.path, how="folded", reason=reason))
     for group in explicit:
@@ -91,7 +99,7 @@ def smooth(
         s_C = smoothing_scale(readers_of(group, layers), maxima, len(group.layers[0].by_input()), own)
         path = _insert(group, 1 / s_C)
         for layer in group.layers:
-            _multiply(layer, s_C)
+            _multiply(layer, s_C, mapped=mapped)
             reason = group.reason + _unused(maxima[layer.node.name])
             changes.append(Change(name=layer.path, how="explicit", reason=reason, tensors=(path,)))
     record_changes(gm, "smooth", changes)
@@ -135,10 +143,10 @@ def smoothing_scale(
     return torch.where((x_C > 0) & (w_C > 0), s_C, 1.0)
 
 
-def _multiply(layer: ParameterLayer, s_C: Tensor) -> None:
+def _multiply(layer: ParameterLayer, s_C: Tensor, *, mapped: bool) -> None:
     """Multiply the weight by s, a factor for each input channel."""
     rows = layer.by_input().double()
-    set_tensor(layer.gm, layer.path, layer.from_input(rows * s_C.to(rows.device)[:, None]))
+    set_tensor(layer.gm, layer.path, layer.from_input(rows * s_C.to(rows.device)[:, None]), mapped=mapped)
 
 
 def _insert(group: Explicit, factor_C: Tensor) -> str:

@@ -30,7 +30,7 @@ def on_disk(x: Tensor, folder: Path | None = None) -> Tensor:
             flat = torch.from_file(file.name, shared=False, size=x.numel(), dtype=x.dtype)
     except OSError as error:
         raise TFMQError(
-            f"{folder or tempfile.gettempdir()}: integers of the weights cannot be written there ({os.strerror(error.errno or 0)}); "
+            f"{folder or tempfile.gettempdir()}: weights cannot be written there ({os.strerror(error.errno or 0)}); "
             "take a larger disk (TMPDIR for temporary files), or raise max_memory."
         ) from error
     return flat.reshape(x.shape)

@@ -24,6 +24,7 @@ from torch.utils import _pytree as pytree
 
 from tfmq_fx.base.arithmetic import (
     FLOAT_BITS,
+    IntegerRange,
     activation_numbers,
     choose_qparams,
     fake_quantize,
@@ -84,6 +85,12 @@ class Reader:
     def axis(self) -> int:
         """Return the channel dimension of its input, counted from the end."""
         return channel_axis(self.node, self.weight_value)
+
+    @property
+    def plain(self) -> bool:
+        """Return True if all integers of an output channel, which is dim 0 of the weight, share one scale."""
+        integers = isinstance(weight_numbers(8, self.plan.dtype), IntegerRange)
+        return integers and self.plan.group_size is None and output_channel_axis(self.node) == 0
 
     def by_input(self, s_C: Tensor) -> Tensor:
         """Return s in the shape of the weight, which it multiplies."""
@@ -212,12 +219,14 @@ def output_effects(
     Raises TFMQError if no gradient goes back from the output to any of the readers.
     """
 
+    steps: dict[str, Tensor] = {}
+
     def run(i: int) -> dict[Any, Tensor]:
         own = {
             key: {c: (float(scale[i]), int(zero[i])) for c, (scale, zero) in of.items()}
             for key, of in qparams.items()
         }
-        probe = _Probe(gm, readers, own)
+        probe = _Probe(gm, readers, own, steps)
         probe.measure(inputs_of(gm, calibration.batch(rows[i])), seed=seed + i)
         return probe.found
 
@@ -272,16 +281,20 @@ class _Listening(torch.autograd.Function):
 
 
 class _Probe(Interpreter):
-    """A run of the float graph that hears the gradient of each quantized input and weight as it comes back."""
+    """A run of the float graph that hears the gradient of each quantized input and weight as it comes back.
+
+    steps: path -> the rounding steps of `plain` weights (`_row_steps`), which runs share.
+    """
 
     def __init__(
         self,
         gm: GraphModule,
         readers: Sequence[Reader],
         qparams: Mapping[tuple[str, int], Mapping[Any, tuple[float, int]]],
+        steps: dict[str, Tensor],
     ) -> None:
         super().__init__(gm)
-        self.readers, self.qparams = {r.node: r for r in readers}, qparams
+        self.readers, self.qparams, self.steps = {r.node: r for r in readers}, qparams, steps
         self.found: dict[Any, Tensor] = {}
         self._heard: dict[Any, Tensor] = {}
         # What is heard depends on it, so that gradients are asked for it alone: the network's parameters get none.
@@ -338,12 +351,42 @@ class _Probe(Interpreter):
             self.found[reader.input, candidate, VARIANCE] = variance.cpu()
 
     def _judge_weight(self, reader: Reader, w: Tensor, g: Tensor) -> None:
-        energy, w = g.float().square(), w.float()
+        energy, w, path = g.float().square(), w.float(), reader.plan.path
+        if reader.plain:
+            if path not in self.steps:
+                self.steps[path] = _row_steps(w, reader)
+            found_SB = _plain_effects(energy, reader, self.steps[path]).cpu()
+            for candidate, found_B in zip(reader.smoothing, found_SB, strict=True):
+                for bits, found in zip(reader.weight_bits, found_B, strict=True):
+                    self.found[path, candidate, bits] = found
+            return
         for candidate, s_C in reader.smoothing.items():
             scale = 1.0 if s_C is None else reader.by_input(s_C).to(w)
             for bits in reader.weight_bits:
                 step = _steps(w * scale, reader, bits) / scale
-                self.found[reader.plan.path, candidate, bits] = (step.square() * energy).sum().cpu() / 12
+                self.found[path, candidate, bits] = (step.square() * energy).sum().cpu() / 12
+
+
+def _row_steps(w: Tensor, reader: Reader) -> Tensor:
+    """Return the step (S, B, O) that all weights of an output channel share, by smoothing and bits."""
+    found = []
+    for s_C in reader.smoothing.values():
+        rows = (w if s_C is None else w * reader.by_input(s_C).to(w)).flatten(1)
+        low, high = rows.amin(1), rows.amax(1)
+        numbers = [weight_numbers(bits, reader.plan.dtype) for bits in reader.weight_bits]
+        found.append(torch.stack([choose_qparams(low, high, n)[0] for n in numbers]))
+    return torch.stack(found)
+
+
+def _plain_effects(energy: Tensor, reader: Reader, step_SBO: Tensor) -> Tensor:
+    """Return (S, B): the sum over weights of the variance of rounding, step^2 / 12 / s^2, times `energy`."""
+    groups = reader.layer.groups if reader.layer else 1
+    energy_GOI = energy.flatten(2).sum(2) if energy.dim() > 2 else energy
+    energy_GOI = energy_GOI.unflatten(0, (groups, -1))
+    ones = energy.new_ones(groups * energy.shape[1])
+    inverse_SGI = torch.stack([ones if s is None else s.to(ones).pow(-2) for s in reader.smoothing.values()])
+    energy_SO = torch.einsum("goi,sgi->sgo", energy_GOI, inverse_SGI.unflatten(1, (groups, -1))).flatten(1)
+    return torch.einsum("so,sbo->sb", energy_SO, step_SBO.square()) / 12
 
 
 def _steps(w: Tensor, reader: Reader, bits: int) -> Tensor:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
 from tfmq_fx.base.errors import TFMQError
+from tfmq_fx.base.mapped import on_disk, require_free
 from tfmq_fx.graph.nodes import (
     attribute,
     edge_layers,
@@ -118,15 +119,32 @@ def record_changes(gm: GraphModule, step: str, changes: Iterable[Change]) -> Non
     set_state(gm, dataclasses.replace(state, low_bits={**state.low_bits, step: tuple(changes)}))
 
 
-def set_tensor(gm: GraphModule, target: str, value: Tensor) -> None:
-    """Replace the tensor that a get_attr of `target` returns, in this graph module only; the dtype stays."""
+def set_tensor(gm: GraphModule, target: str, value: Tensor, *, mapped: bool = False) -> None:
+    """Replace the tensor that a get_attr of `target` returns, in this graph module only; the dtype stays.
+
+    mapped: let it lie in a file that is mapped to memory (`outgrow`).
+    """
     *path, name = target.split(".")
     module = gm.get_submodule(".".join(path))
     old: Tensor = getattr(module, name)
     value = plain_strides(value.to(old.dtype).reshape(old.shape))
+    if mapped and value.device.type == "cpu":
+        value = on_disk(value)
     if isinstance(old, nn.Parameter):
         value = nn.Parameter(value, requires_grad=old.requires_grad)
     setattr(module, name, value)
+
+
+def outgrow(layers: Iterable[ParameterLayer], max_memory: float) -> bool:
+    """Return True if the layers' weights on the CPU take more than `max_memory` GiB: rewritten ones then lie on disk.
+
+    Raises TFMQError if the disk is too small.
+    """
+    size = sum(w.nbytes for layer in layers if (w := layer.weight).device.type == "cpu")
+    if size > max_memory * 2**30:
+        require_free(size, "the rewritten weights need", "raise Reconstruction.max_memory")
+        return True
+    return False
 
 
 def count_readers(gm: GraphModule) -> Counter[str]:

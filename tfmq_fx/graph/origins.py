@@ -46,14 +46,14 @@ class Producer:
     axis: int  # the channel dimension of its output, from the end
     weight_axis: int  # the channel dimension of its weight
 
-    def rewrite(self, gm: GraphModule, change: Callable[[Tensor], Tensor]) -> None:
-        """Apply `change` to the weight's and the bias's rows (channels, ...), in float64."""
+    def rewrite(self, gm: GraphModule, change: Callable[[Tensor], Tensor], *, mapped: bool) -> None:
+        """Apply `change` to the weight's and the bias's rows (channels, ...), in float64. mapped: see `set_tensor`."""
         for path in self.paths:
             old = attribute(gm, path).detach()
             axis = self.weight_axis if old.dim() > 1 else 0
             rows = old.double().movedim(axis, 0)
             new = change(rows.flatten(1) if rows.dim() > 1 else rows[:, None])
-            set_tensor(gm, path, new.reshape(rows.shape).movedim(0, axis))
+            set_tensor(gm, path, new.reshape(rows.shape).movedim(0, axis), mapped=mapped)
 
 
 @dataclass(frozen=True, kw_only=True)

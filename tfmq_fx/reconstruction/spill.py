@@ -44,9 +44,10 @@ class _Shared:
     value: Any
 
 
-# When large values are freed but small ones between them stay, glibc keeps the holes: gigabytes of memory. A walk that
-# spills returns them to the system each time it has read and computed this many bytes, which bounds their size.
-TRIM_AFTER = 128 * 2**20
+# When large values are freed but small ones between them stay, glibc keeps the holes: gigabytes of memory. A walk
+# returns them to the system each time it has read and computed this many bytes, which bounds their size; more of them while
+# it does not spill, since pages that are returned must be mapped anew.
+TRIM_AFTER, TRIM_AFTER_IN_MEMORY = 2**27, 2**30
 _trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
 
 
@@ -76,10 +77,10 @@ class Budget:
         """Count `size` bytes as allocated, most of which will be freed soon. Trim the heap when it is time."""
         with self._lock:
             self._passed += size
-            full = self._passed > TRIM_AFTER
+            full = self._passed > (TRIM_AFTER if self.spilled else TRIM_AFTER_IN_MEMORY)
             if full:
                 self._passed = 0
-        if full and self.spilled and _trim is not None:
+        if full and _trim is not None:
             _trim(0)
 
     def spill(self, x: Tensor) -> _Spilled:
