@@ -107,6 +107,7 @@ def test_its_integers_are_integers_of_the_range(seed):
     q = gptq(w, moments, scale, zero_point, INT4)
     assert ((q >= 0) & (q <= 15)).all()
     assert torch.equal(q, q.round())
+    assert q.is_contiguous()  # as after an interruption, when it comes from a file
 
 
 def test_it_beats_rounding_to_nearest_on_correlated_inputs():

@@ -247,7 +247,8 @@ def gptq(
             carried[:, start:k] += lower[:, k, start:k, None] * error[:, k, None]
 
     choose(0, w_GKC.shape[1])
-    return _ordered(q, order.argsort(1)).mT
+    # As files hold them: products of weights that lie in memory otherwise round otherwise.
+    return _ordered(q, order.argsort(1)).mT.contiguous()
 
 
 def _ordered(x_GKC: Tensor, order_GK: Tensor) -> Tensor:
