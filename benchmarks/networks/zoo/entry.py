@@ -55,6 +55,25 @@ def builder(
     return build
 
 
+def of_timestep(
+    name: str,
+    make: Callable[..., Any],
+    small: dict[str, Any],
+    inputs: Callable[[bool], dict[str, Any]],
+    *,
+    before: tuple[str, ...],
+    features: tuple[str, ...],
+    published: dict[str, Any] | None = None,
+    bitwise_note: str = "",
+) -> Entry:
+    """A network whose block depends on the timestep alone. before: the layers ahead of the features."""
+    return Entry(
+        name=name, build=builder(make, published or {}, small), inputs=lambda real: {**inputs(real), "return_dict": False},
+        features=features, layers=(*before, *features), keys=("timestep",), pure_features=features, pure_layers=(*before, *features),
+        bitwise_note=bitwise_note,
+    )  # fmt: skip
+
+
 def noise(*shape: int) -> Tensor:
     """Fixed numbers without a generator, so that this works on the meta device and on fake tensors too."""
     k = torch.arange(1, math.prod(shape) + 1, dtype=torch.float64)
@@ -84,3 +103,5 @@ def pair(module: str) -> tuple[str, str]:
 
 TIME = pair("time_embedding")
 ADD = pair("add_embedding")
+FLOAT = steps(17.5, 803.25)
+WORDS = 5  # tokens of the reduced prompt

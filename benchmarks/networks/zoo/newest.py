@@ -24,11 +24,18 @@ from diffusers import (
 )
 from torch import Tensor
 
-from benchmarks.networks.zoo.entry import TIME, Entry, builder, noise, pair, resnets, steps
-from benchmarks.networks.zoo.recent import of_timestep
-
-_FLOAT = steps(17.5, 803.25)
-_WORDS = 5  # tokens of the reduced prompt
+from benchmarks.networks.zoo.entry import (
+    FLOAT,
+    TIME,
+    WORDS,
+    Entry,
+    builder,
+    noise,
+    of_timestep,
+    pair,
+    resnets,
+    steps,
+)
 
 
 def _ones(tokens: Tensor) -> Tensor:
@@ -75,7 +82,7 @@ class HunyuanVideo15(HunyuanVideo15Transformer3DModel):  # type: ignore[misc]
 
 
 def _words(real: bool, width: int, *, small: int = 20) -> Tensor:
-    return noise(2, 256, width) if real else noise(2, _WORDS, small)
+    return noise(2, 256, width) if real else noise(2, WORDS, small)
 
 
 def _glyphs(real: bool, width: int) -> Tensor:
@@ -85,7 +92,7 @@ def _glyphs(real: bool, width: int) -> Tensor:
 def _flux_ids(real: bool) -> dict[str, Tensor]:
     return {
         "img_ids": torch.zeros(4096 if real else 16, 3),
-        "txt_ids": torch.zeros(256 if real else _WORDS, 3),
+        "txt_ids": torch.zeros(256 if real else WORDS, 3),
     }
 
 
@@ -136,7 +143,7 @@ NEWEST = (
         "chroma", ChromaTransformer2DModel,
         {**_FLUX_SMALL, "approximator_num_channels": 16, "approximator_hidden_dim": 32, "approximator_layers": 1},
         lambda real: {
-            "hidden_states": _tokens(real), "encoder_hidden_states": _words(real, 4096), "timestep": _FLOAT / 1000, **_flux_ids(real)
+            "hidden_states": _tokens(real), "encoder_hidden_states": _words(real, 4096), "timestep": FLOAT / 1000, **_flux_ids(real)
         },
         before=(f"{_CHROMA}.in_proj", f"{_CHROMA}.layers.0.linear_1", f"{_CHROMA}.layers.0.linear_2"),
         features=(f"{_CHROMA}.out_proj",),
@@ -146,7 +153,7 @@ NEWEST = (
         {"sample_size": 8, "in_channels": 4, "hidden_size": 24, "num_layers": 1, "num_refiner_layers": 1, "num_attention_heads": 3,
          "num_kv_heads": 1, "multiple_of": 2, "axes_dim_rope": (4, 2, 2), "axes_lens": (64,) * 3, "cap_feat_dim": 20},
         lambda real: {
-            "hidden_states": noise(2, 16, 128, 128) if real else noise(2, 4, 8, 8), "timestep": _FLOAT / 1000,
+            "hidden_states": noise(2, 16, 128, 128) if real else noise(2, 4, 8, 8), "timestep": FLOAT / 1000,
             "encoder_hidden_states": _words(real, 1024),
         },
         before=pair("time_caption_embed.timestep_embedder"),
@@ -157,12 +164,12 @@ NEWEST = (
         "hunyuan-dit", HunyuanDiT2DModel,
         {"sample_size": 8, "patch_size": 2, "in_channels": 4, "num_layers": 2, "num_attention_heads": 2, "attention_head_dim": 8,
          "hidden_size": 16, "cross_attention_dim": 16, "cross_attention_dim_t5": 16, "pooled_projection_dim": 16,
-         "text_len": _WORDS, "text_len_t5": _WORDS, "use_style_cond_and_image_meta_size": False},
+         "text_len": WORDS, "text_len_t5": WORDS, "use_style_cond_and_image_meta_size": False},
         lambda real: {
-            "hidden_states": noise(2, 4, 128, 128) if real else noise(2, 4, 8, 8), "timestep": _FLOAT,
+            "hidden_states": noise(2, 4, 128, 128) if real else noise(2, 4, 8, 8), "timestep": FLOAT,
             "encoder_hidden_states": noise(2, 77, 1024) if real else _words(real, 0, small=16),
-            "text_embedding_mask": torch.ones(2, 77 if real else _WORDS), "encoder_hidden_states_t5": _words(real, 2048, small=16),
-            "text_embedding_mask_t5": torch.ones(2, 256 if real else _WORDS),
+            "text_embedding_mask": torch.ones(2, 77 if real else WORDS), "encoder_hidden_states_t5": _words(real, 2048, small=16),
+            "text_embedding_mask_t5": torch.ones(2, 256 if real else WORDS),
             "image_rotary_emb": [noise(4096 if real else 16, 88 if real else 8) for _ in range(2)],
         },
         # The pooled prompt is data, and joins it before each block's own layer.
@@ -173,7 +180,7 @@ NEWEST = (
         "hunyuan-image", HunyuanImage,
         {**_HUNYUAN_SMALL, "num_single_layers": 1, "text_embed_2_dim": 12, "rope_axes_dim": (4, 4)},
         lambda real: {
-            "hidden_states": noise(2, 64, 64, 64) if real else noise(2, 4, 4, 4), "timestep": _FLOAT,
+            "hidden_states": noise(2, 64, 64, 64) if real else noise(2, 4, 4, 4), "timestep": FLOAT,
             "encoder_hidden_states": _words(real, 3584), "glyphs": _glyphs(real, 1472),
         },
         before=(_HUNYUAN_WORDS[0], *pair("time_guidance_embed.timestep_embedder")), features=(_HUNYUAN_WORDS[1], *_HUNYUAN),
@@ -186,7 +193,7 @@ NEWEST = (
             {**_HUNYUAN_SMALL, "num_single_layers": 1, "pooled_projection_dim": 28, "rope_axes_dim": (2, 2, 4)},
         ),
         inputs=lambda real: {
-            "hidden_states": _video(real, 16, small=4), "timestep": _FLOAT, "encoder_hidden_states": _words(real, 4096),
+            "hidden_states": _video(real, 16, small=4), "timestep": FLOAT, "encoder_hidden_states": _words(real, 4096),
             "encoder_attention_mask": _ones(_words(real, 4096)), "pooled_projections": noise(2, 768 if real else 28),
             "guidance": torch.tensor([3000.0, 6000.0]), "return_dict": False,
         },
@@ -201,7 +208,7 @@ NEWEST = (
         {**_HUNYUAN_SMALL, "in_channels": 9, "text_embed_2_dim": 12, "image_embed_dim": 16, "target_size": 16,
          "rope_axes_dim": (2, 2, 4)},
         lambda real: {
-            "hidden_states": _video(real, 65, small=9), "timestep": _FLOAT, "encoder_hidden_states": _words(real, 3584),
+            "hidden_states": _video(real, 65, small=9), "timestep": FLOAT, "encoder_hidden_states": _words(real, 3584),
             "glyphs": _glyphs(real, 1472),
         },
         before=(_HUNYUAN_WORDS[0], *pair("time_embed.timestep_embedder")), features=(_HUNYUAN_WORDS[1], *_DOUBLE, "norm_out.linear"),
@@ -210,9 +217,9 @@ NEWEST = (
     of_timestep(
         "mochi", Mochi,
         {"num_attention_heads": 2, "attention_head_dim": 8, "num_layers": 2, "pooled_projection_dim": 16, "text_embed_dim": 16,
-         "time_embed_dim": 4, "max_sequence_length": _WORDS},
+         "time_embed_dim": 4, "max_sequence_length": WORDS},
         lambda real: {
-            "hidden_states": _video(real, 12, small=12), "encoder_hidden_states": _words(real, 4096, small=16), "timestep": _FLOAT,
+            "hidden_states": _video(real, 12, small=12), "encoder_hidden_states": _words(real, 4096, small=16), "timestep": FLOAT,
         },
         # The pooled prompt is data, and joins it before each block's own layer.
         before=("time_embed.timestep_embedder.linear_1",), features=("time_embed.timestep_embedder.linear_2",),
@@ -265,7 +272,7 @@ NEWEST = (
         build=builder(FluxControlNetModel, {}, {**_FLUX_SMALL, "pooled_projection_dim": 28}),
         inputs=lambda real: {
             "hidden_states": _tokens(real), "controlnet_cond": _tokens(real), "encoder_hidden_states": _words(real, 4096),
-            "pooled_projections": noise(2, 768 if real else 28), "timestep": _FLOAT / 1000, **_flux_ids(real), "return_dict": False,
+            "pooled_projections": noise(2, 768 if real else 28), "timestep": FLOAT / 1000, **_flux_ids(real), "return_dict": False,
         },
         features=_CONTROL_FLUX, layers=(*_FLUX_TIME, *_FLUX_POOLED, *_CONTROL_FLUX), keys=("timestep", "pooled_projections"),
         pure_features=_FLUX_TIME[1:], pure_layers=_FLUX_TIME,

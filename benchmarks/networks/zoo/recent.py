@@ -22,33 +22,12 @@ from diffusers import (
     ZImageTransformer2DModel,
 )
 
-from benchmarks.networks.zoo.entry import TIME, Entry, builder, noise, pair, steps
+from benchmarks.networks.zoo.entry import FLOAT, TIME, WORDS, Entry, builder, noise, of_timestep, pair, steps
 
-_FLOAT = steps(17.5, 803.25)
-_WORDS = 5  # tokens of the reduced prompt
 _EMBEDDER = pair("time_text_embed.timestep_embedder")
 _SINGLE = pair(
     "time_embed.emb.timestep_embedder"
 )  # diffusers' AdaLayerNormSingle: its own output is a feature as well
-
-
-def of_timestep(
-    name: str,
-    make: Callable[..., Any],
-    small: dict[str, Any],
-    inputs: Callable[[bool], dict[str, Any]],
-    *,
-    before: tuple[str, ...],
-    features: tuple[str, ...],
-    published: dict[str, Any] | None = None,
-    bitwise_note: str = "",
-) -> Entry:
-    """A network whose block depends on the timestep alone. before: the layers ahead of the features."""
-    return Entry(
-        name=name, build=builder(make, published or {}, small), inputs=lambda real: {**inputs(real), "return_dict": False},
-        features=features, layers=(*before, *features), keys=("timestep",), pure_features=features, pure_layers=(*before, *features),
-        bitwise_note=bitwise_note,
-    )  # fmt: skip
 
 
 def _of_images(
@@ -57,8 +36,8 @@ def _of_images(
     """Latents (N, C, H, W), a prompt, and a float timestep. channels, width: of the published latents and prompts."""
     return lambda real: {
         "hidden_states": noise(2, channels, 128, 128) if real else noise(2, 4, 8, 8),
-        "encoder_hidden_states": noise(2, 256, width) if real else noise(2, _WORDS, text),
-        "timestep": _FLOAT * scale,
+        "encoder_hidden_states": noise(2, 256, width) if real else noise(2, WORDS, text),
+        "timestep": FLOAT * scale,
     }
 
 
@@ -66,8 +45,8 @@ def _tokens(channels: int, width: int, real: bool, *, small: int) -> dict[str, A
     """Latents as tokens (N, L, C), and a prompt."""
     return {
         "hidden_states": noise(2, 4096, channels) if real else noise(2, 16, small),
-        "encoder_hidden_states": noise(2, 256, width) if real else noise(2, _WORDS, 20),
-        "timestep": _FLOAT / 1000,
+        "encoder_hidden_states": noise(2, 256, width) if real else noise(2, WORDS, 20),
+        "timestep": FLOAT / 1000,
     }
 
 
@@ -75,7 +54,7 @@ def _flux2_inputs(real: bool) -> dict[str, Any]:
     found = _tokens(128, 15360, real, small=12)
     ids = {
         "img_ids": torch.zeros(4096 if real else 16, 4),
-        "txt_ids": torch.zeros(256 if real else _WORDS, 4),
+        "txt_ids": torch.zeros(256 if real else WORDS, 4),
     }
     return {**found, **ids, "guidance": torch.tensor([3.5, 4.0]), "return_dict": False}
 
@@ -94,9 +73,9 @@ def _ltx_inputs(real: bool) -> dict[str, Any]:
     frames, side = (7, 16) if real else (2, 2)
     return {
         "hidden_states": noise(2, frames * side * side, 128 if real else 4),
-        "encoder_hidden_states": noise(2, 128, 4096) if real else noise(2, _WORDS, 20),
-        "timestep": _FLOAT,
-        "encoder_attention_mask": torch.ones(2, 128 if real else _WORDS),
+        "encoder_hidden_states": noise(2, 128, 4096) if real else noise(2, WORDS, 20),
+        "timestep": FLOAT,
+        "encoder_attention_mask": torch.ones(2, 128 if real else WORDS),
         "num_frames": frames, "height": side, "width": side,
     }  # fmt: skip
 
@@ -191,11 +170,11 @@ RECENT = (
         ),
         inputs=lambda real: {
             "hidden_states": noise(2, 5, 32, 32, 4) if real else noise(2, 3, 8, 6, 4),
-            "encoder_hidden_states": noise(2, 256, 3584) if real else noise(2, _WORDS, 20),
-            "timestep": _FLOAT,
+            "encoder_hidden_states": noise(2, 256, 3584) if real else noise(2, WORDS, 20),
+            "timestep": FLOAT,
             "pooled_projections": noise(2, 768 if real else 28),
             "visual_rope_pos": [torch.arange(n) for n in ((5, 16, 16) if real else (3, 4, 3))],
-            "text_rope_pos": torch.arange(256 if real else _WORDS),
+            "text_rope_pos": torch.arange(256 if real else WORDS),
             "return_dict": False,
         },
         features=_KANDINSKY5,
@@ -211,8 +190,8 @@ RECENT = (
          "text_embed_dim": 20, "adaln_lora_dim": 4, "max_size": (4, 8, 8)},
         lambda real: {
             "hidden_states": noise(2, 16, 4, 64, 64) if real else noise(2, 4, 2, 4, 4),
-            "timestep": _FLOAT,
-            "encoder_hidden_states": noise(2, 512, 1024) if real else noise(2, _WORDS, 20),
+            "timestep": FLOAT,
+            "encoder_hidden_states": noise(2, 512, 1024) if real else noise(2, WORDS, 20),
         },
         before=("time_embed.t_embedder.linear_1", *(f"{n}.linear_1" for n in _COSMOS_NORMS)),
         features=("time_embed.t_embedder.linear_2", *(f"{n}.linear_2" for n in _COSMOS_NORMS)),
@@ -220,10 +199,10 @@ RECENT = (
     ),
     of_timestep(
         "unclip-prior", PriorTransformer,
-        {"num_attention_heads": 2, "attention_head_dim": 8, "embedding_dim": 20, "num_layers": 2, "num_embeddings": _WORDS},
+        {"num_attention_heads": 2, "attention_head_dim": 8, "embedding_dim": 20, "num_layers": 2, "num_embeddings": WORDS},
         lambda real: {
             "hidden_states": noise(2, 768 if real else 20), "timestep": steps(), "proj_embedding": noise(2, 768 if real else 20),
-            "encoder_hidden_states": noise(2, 77, 768) if real else noise(2, _WORDS, 20),
+            "encoder_hidden_states": noise(2, 77, 768) if real else noise(2, WORDS, 20),
         },
         before=TIME[:1], features=TIME[1:],  # the embedding is a token of its own
     ),
@@ -237,7 +216,7 @@ RECENT = (
         inputs=lambda real: {
             "x": list(noise(2, 16, 1, 128, 128) if real else noise(2, 4, 1, 8, 8)),
             "t": torch.tensor([0.25, 0.75]),
-            "cap_feats": list(noise(2, 250, 2560) if real else noise(2, _WORDS, 20)),
+            "cap_feats": list(noise(2, 250, 2560) if real else noise(2, WORDS, 20)),
             "return_dict": False,
         },
         timestep="t",
