@@ -16,8 +16,8 @@ def linear_matmuls(gm: GraphModule) -> PassResult:
     """Make products with parameters linear layers: matmul(x, w) ==> linear(x, t(w)). Bitwise unchanged.
 
     w: (C_in, C_out), a parameter or a function of parameters alone. Tables of numbers, such as the frequencies
-    of a timestep's embedding, are no weights: what is computed from buffers alone stays a product. A graph
-    without shape metadata stays as it is.
+    of a timestep's embedding, are no weights: what is computed from buffers alone stays a product, and so does
+    one with a single row, which sums nothing. A graph without shape metadata stays as it is.
     """
     fixed, modified = constants(gm), False
     for node in list(gm.graph.nodes):
@@ -47,4 +47,4 @@ def linear_matmuls(gm: GraphModule) -> PassResult:
 
 def _is_matrix(node: Node) -> bool:
     value = meta_value(node)
-    return isinstance(value, Tensor) and value.dim() == 2 and value.is_floating_point()
+    return isinstance(value, Tensor) and value.dim() == 2 and value.shape[0] > 1 and value.is_floating_point()

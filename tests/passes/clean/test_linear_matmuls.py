@@ -11,15 +11,17 @@ X, T = torch.randn(2, 5, 4), torch.tensor([1, 2])
 
 
 class Products(nn.Module):
-    """One by a parameter, one by a transposed and scaled one, one by a table, one of two activations."""
+    """One by a parameter, one by a transposed and scaled one, two by tables, one of them learned, and one of two activations."""
 
     def __init__(self):
         super().__init__()
         self.w, self.v = nn.Parameter(torch.randn(4, 6)), nn.Parameter(torch.randn(4, 6))
         self.register_buffer("frequencies", torch.randn(1, 6))
+        self.learned = nn.Parameter(torch.randn(6))
 
     def forward(self, sample, timestep):
-        emb = (timestep[:, None].float() @ self.frequencies).sin()
+        t = timestep[:, None].float()
+        emb = (t @ self.frequencies).sin() + (t @ self.learned[None]).cos()
         h = sample @ self.w + emb[:, None]
         return (h @ (self.v / 2).t()) @ (h.transpose(1, 2) @ h)[:, :4, :4]
 
@@ -38,8 +40,8 @@ def operators(gm):
 def test_products_with_parameters_are_linear():
     _, gm = graph()
     assert linear_matmuls(gm).modified
-    # a table has no parameter under it, and the last two are products of activations
-    assert operators(gm) == ["matmul", "linear", "linear", "matmul", "matmul"]
+    # a table has no parameter under it, or one row, and the last two are products of activations
+    assert operators(gm) == ["matmul", "matmul", "linear", "linear", "matmul", "matmul"]
 
 
 def test_the_values_are_bitwise_the_same():
