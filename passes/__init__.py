@@ -50,6 +50,7 @@ from tfmq_fx.passes.temporal.find_temporal import TemporalBlock, find_temporal
 from tfmq_fx.passes.temporal.flatten_entries import flatten_entries
 from tfmq_fx.passes.temporal.insert_step_index import insert_step_index
 from tfmq_fx.passes.temporal.partition_temporal import extract_temporal, partition_temporal
+from tfmq_fx.passes.temporal.undo_joins import undo_joins
 
 __all__ = [
     "TO_INT8",
@@ -105,6 +106,7 @@ __all__ = [
     "signed_weights",
     "smooth",
     "state_of",
+    "undo_joins",
     "unfold_convolutions",
     "values_of_copies",
 ]

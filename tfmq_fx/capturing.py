@@ -59,6 +59,7 @@ from tfmq_fx.passes.clean.values_of_copies import values_of_copies
 from tfmq_fx.passes.pass_manager import PassManager
 from tfmq_fx.passes.temporal.find_temporal import find_temporal
 from tfmq_fx.passes.temporal.flatten_entries import flatten_entries
+from tfmq_fx.passes.temporal.undo_joins import undo_joins
 
 log = logging.getLogger(__name__)
 
@@ -363,6 +364,7 @@ def cleaning(timestep: str) -> list[Callable[[GraphModule], PassResult]]:
     return [
         inline_regions,
         remove_noops,
+        undo_joins,
         literal_dtypes,
         partial(merge_variants, kinds=VARIANT),
         partial(flatten_timestep, timestep=timestep),
