@@ -19,6 +19,7 @@ from tfmq_fx.graph.nodes import (
     is_view_or_pointwise,
     meta_value,
     mutated_inputs,
+    op_name,
     value_inputs,
     viewed_inputs,
     weight_argument,
@@ -130,10 +131,10 @@ def find_temporal(
                     `------------------- the block ------------------------'
                                                     feature i ---^
 
-    A *feature* is the weighted layer whose output, through views and pointwise operators, first meets a value
-    that depends on data: on anything but the timestep, conditioning and parameters. Numbers by which a sampler
-    scales the data, one per sample and computed without a layer, are not features: they stay where they are, in float.
-    They are where nothing else meets data.
+    A *feature* is the weighted layer whose output, through views, pointwise operators and choices that the
+    timestep does not make, first meets a value that depends on data: on anything but the timestep, conditioning
+    and parameters. Numbers by which a sampler scales the data, one per sample and computed without a layer, are not
+    features: they stay where they are, in float. They are where nothing else meets data.
 
     timestep: the input's name; None takes what capture recorded, "timestep", or the only input that can be it.
     conditioning: inputs that may join the timestep inside the block (class labels, pooled text, size ids,
@@ -233,7 +234,7 @@ def _require_path(gm: GraphModule, source: Node, marks: dict[Node, frozenset[str
 
 
 def _anchors(node: Node, temporal: set[Node], written: set[Node]) -> set[Node]:
-    """Return the nodes that reach `node` by views and pointwise operators alone, usually embedding layers.
+    """Return the nodes that reach `node` by views, pointwise operators and choices alone, usually embedding layers.
 
     The walk back stops at memory that is written in place, because its value cannot be recomputed outside.
     """
@@ -246,11 +247,17 @@ def _anchors(node: Node, temporal: set[Node], written: set[Node]) -> set[Node]:
             continue
         seen.add(current)
         sources = [n for n in value_inputs(current) if n in temporal]
-        if sources and is_view_or_pointwise(current) and current not in written:
+        passed = is_view_or_pointwise(current) or _chooses(current, temporal)
+        if sources and passed and current not in written:
             stack.extend(sources)
         else:
             found.add(current)
     return found
+
+
+def _chooses(node: Node, temporal: set[Node]) -> bool:
+    """Return True for a choice between values that the timestep does not make, such as one for each token."""
+    return op_name(node) == "where" and node.args[0] not in temporal
 
 
 def _is_scalar_without_layer(node: Node, timestep: Node, inside: set[Node]) -> bool:

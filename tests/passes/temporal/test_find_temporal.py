@@ -132,6 +132,26 @@ def test_the_scalars_by_which_a_sampler_scales_the_data_are_no_features(learned)
     assert not [n for n in block.graph.nodes if op_name(n) in ("rsqrt", "reciprocal")]
 
 
+class Chosen(nn.Module):
+    """Tokens to draw have one modulation, those of a picture to edit another; `late` adds a number from some timestep on."""
+
+    def __init__(self):
+        super().__init__()
+        self.time, self.mod = nn.Linear(8, 8), nn.Linear(8, 3)
+        self.register_buffer("given", torch.tensor([False, False, True, True, True])[:, None])
+
+    def forward(self, sample, timestep):
+        emb = self.time(sinusoid(timestep, 8))
+        drawn, given = self.mod(emb)[:, None], self.mod(torch.zeros_like(emb))[:, None]
+        late = torch.where(timestep > 400, 1.5, 0.5)
+        return sample * torch.where(self.given, given, drawn) * late[:, None, None]
+
+
+def test_what_is_chosen_of_layers_for_each_token_is_no_feature_but_the_layers_are():
+    gm, temporal = find(Chosen(), sample=torch.randn(2, 5, 3))
+    assert feature_paths(gm, temporal) == ["mod"]
+
+
 class TwoTimes(nn.Module):
     def __init__(self):
         super().__init__()
