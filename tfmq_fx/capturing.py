@@ -134,14 +134,20 @@ class _FixedBatchError(TFMQError):
 
 
 def _graph_of_each_row(network: nn.Module, inputs: dict[str, Any], timestep: str) -> GraphModule | None:
-    """Return the graph that computes each row as the network does one alone; None if that is not what it does of several."""
+    """Return the graph that computes each row as the network does one alone; None if that is not what it does of several.
+
+    Lists with an equal entry for each row are given as they are, or with one entry if that fails.
+    """
     alone = MaskedRows((), ())
-    try:
-        gm = _graph(network, inputs, timestep, all_sizes=True, lists=alone)
+    equal = tuple(n for n, x in _equal_lists(inputs).items() if len(x) == _rows_of(inputs, timestep))
+    for cut in dict.fromkeys(((), equal)):
+        try:
+            gm = _graph(network, inputs, timestep, all_sizes=True, lists=alone, cut=cut)
+        except TFMQError as error:
+            log.info("%s cannot be captured row by row: %s", type(network).__name__, error)
+            continue
         return None if _features_have_sizes(gm, timestep) else gm
-    except TFMQError as error:
-        log.info("%s cannot be captured row by row: %s", type(network).__name__, error)
-        return None
+    return None
 
 
 @keeps_buffers
@@ -175,17 +181,24 @@ def _symbols(node: Node, dimensions: slice = slice(None)) -> set[Any]:
 
 
 def _graph(
-    network: nn.Module, inputs: dict[str, Any], timestep: str, *, all_sizes: bool, lists: RowLists | None
+    network: nn.Module,
+    inputs: dict[str, Any],
+    timestep: str,
+    *,
+    all_sizes: bool,
+    lists: RowLists | None,
+    cut: tuple[str, ...] = (),
 ) -> GraphModule:
     """Return the tidy graph of torch.export with plain inputs and outputs.
 
     all_sizes: see `_exported`. lists: which inputs the network takes as lists of rows; then the first row is traced.
+    cut: the lists of plain values of which that row has the first entry alone.
     """
     passes, traced = cleaning(timestep), network
     if lists is not None:
         at = passes.index(remove_noops) + 1
         passes[at:at] = [values_of_copies, batch_rows]
-        traced = lists.first_row(network, inputs, rows=_rows_of(inputs, timestep))
+        traced = lists.first_row(network, inputs, rows=_rows_of(inputs, timestep), cut=cut)
     program = _exported(traced, inputs, timestep=timestep, all_sizes=all_sizes, checked=lists is not None)
     if lists is not None and _writes(program.graph):
         program = program.run_decompositions({})  # the same operators, without writes
@@ -689,7 +702,7 @@ def lists_of_rows(network: nn.Module, gm: GraphModule, example: Mapping[str, Any
 
     A call with one row more shows which are: the graph, in which they are constants, computes what the network does.
     """
-    lists = {n: x for n, x in example.items() if isinstance(x, (list, tuple)) and _all_equal(x)}
+    lists = _equal_lists(example)
     if not lists:
         return {}
     tensors = {n: x for n, (_, x) in leaves(example).items() if isinstance(x, Tensor)}
@@ -704,6 +717,10 @@ def lists_of_rows(network: nn.Module, gm: GraphModule, example: Mapping[str, Any
     found = {n: x for n, (_, x) in leaves(more).items()}
     agree = _agrees(gm, found, network, {**more, **{n: [x[0]] * rows for n, x in lists.items()}})
     return {n: len(x) for n, x in lists.items()} if agree else {}
+
+
+def _equal_lists(example: Mapping[str, Any]) -> dict[str, Sequence[Any]]:
+    return {n: x for n, x in example.items() if isinstance(x, (list, tuple)) and _all_equal(x)}
 
 
 def _all_equal(values: Sequence[Any]) -> bool:

@@ -189,6 +189,29 @@ def test_a_list_with_an_entry_for_each_row_is_as_long_as_the_batch(tmp_path):
             q(x, t, sizes, channels)
 
 
+class EachListed(Branches):
+    """It makes a tensor of the list, with a row for each of the batch."""
+
+    def forward(self, sample, timestep, sizes):
+        emb = self.time(
+            torch.cat([sinusoid(timestep, 6), torch.tensor([[h / 8, w / 8] for h, w in sizes])], 1)
+        )
+        return self.last((self.first(sample) + emb[:, :, None, None]).relu())
+
+
+def test_a_list_that_the_network_makes_a_tensor_of_is_as_long_as_the_batch(tmp_path):
+    network, fixed = make(EachListed), {f"sizes_{i}_{j}": 8 for i in range(2) for j in range(2)}
+    paths = {n: ("sizes", int(n[-3]), int(n[-1])) for n in fixed}
+    data = tfmq_fx.CalibrationSet(dict(calibration().tensors), fixed, "timestep", paths)
+    tfmq_fx.quantize(network, recipe("w8a8"), calibration=data).save_pretrained(tmp_path / "q")
+    q = tfmq_fx.load(tmp_path / "q")
+    x, t, sizes = torch.randn(5, 1, 8, 8), TIMESTEPS[:5], [(8, 8)] * 5
+    with torch.no_grad():
+        assert (q(x, t, sizes) - network(x, t, sizes)).norm() < BOUND * network(x, t, sizes).norm()
+    with pytest.raises(TFMQError, match="'sizes_0_0' was 8"):
+        q(x, t, [(4, 16)] * 5)
+
+
 def test_an_artefact_from_before_keeps_its_size(tmp_path):
     quantized().save_pretrained(tmp_path / "q")
     file = tmp_path / "q" / "config.json"

@@ -117,10 +117,12 @@ class RowLists:
         """Return True if a single row of an argument is a list of one."""
         return name in self.arguments
 
-    def first_row(self, network: nn.Module, example: Mapping[str, Any], rows: int) -> nn.Module:
+    def first_row(
+        self, network: nn.Module, example: Mapping[str, Any], rows: int, *, cut: Sequence[str] = ()
+    ) -> nn.Module:
         """Return the same network, which takes tensors (N, ...), and computes the first row of its outputs alone.
 
-        example: arguments in which tensors of `rows` rows have one for each.
+        example: arguments in which tensors of `rows` rows have one for each. cut: lists of plain values, likewise.
         """
         signature = signature_of(network)
         has_rows = pytree.tree_map(lambda x: _has_rows(x, rows), dict(example))
@@ -133,7 +135,9 @@ class RowLists:
             for name, has in has_rows.items():
                 first = pytree.tree_map(lambda x, h: x[0] if h else x, given.arguments[name], has)
                 given.arguments[name] = (
-                    [first]
+                    first[:1]
+                    if name in cut
+                    else [first]
                     if self.alone(name)
                     else pytree.tree_map(lambda x, h: x[None] if h else x, first, has)
                 )
