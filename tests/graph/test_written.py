@@ -5,6 +5,7 @@ import dataclasses
 import pytest
 import torch
 from torch import nn
+from torch._subclasses import FakeTensorMode
 
 import tfmq_fx
 from benchmarks.networks.small import make
@@ -79,6 +80,12 @@ def test_a_function_that_runs_a_network_leaves_its_buffers_even_if_it_fails():
     with torch.no_grad(), pytest.raises(ZeroDivisionError):
         run(network)
     assert not network.mean.any()
+
+
+def test_buffers_without_values_are_not_compared():
+    with FakeTensorMode():
+        network = nn.BatchNorm1d(3)
+        assert keeps_buffers(lambda network, x: network(x).shape)(network, torch.zeros(2, 3)) == (2, 3)
 
 
 def test_compiled_forms_say_that_they_keep_the_buffer(tmp_path):

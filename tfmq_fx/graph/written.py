@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses import FakeTensor
 from torch.fx import GraphModule, Node
 
 from tfmq_fx.base.errors import TFMQError
@@ -49,8 +50,8 @@ def kept(tensors: Mapping[str, Tensor]) -> Iterator[None]:
 
 
 def _without_values(x: Tensor) -> bool:
-    """Return True for a plain tensor on the meta device. A subclass may have values there."""
-    return x.is_meta and type(x) in (Tensor, nn.Parameter)
+    """Return True for a fake tensor, and a plain one on the meta device. Another subclass may have values there."""
+    return isinstance(x, FakeTensor) or (x.is_meta and type(x) in (Tensor, nn.Parameter))
 
 
 def keeps_buffers(function: F) -> F:
