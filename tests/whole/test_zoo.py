@@ -6,6 +6,7 @@ from torch.utils import _pytree as pytree
 
 import tfmq_fx
 from benchmarks.networks.zoo import ZOO, depends
+from benchmarks.networks.zoo.joint import JOINT
 from benchmarks.networks.zoo.newest import NEWEST
 from benchmarks.networks.zoo.recent import RECENT
 from tests.helpers.blocks import layer_paths
@@ -39,7 +40,7 @@ TWINS = (
 )
 LONG = ("kandinsky-3", "text-to-video", "stable-video-diffusion", "sd-xl", "latent-diffusion", "pixart-1024")
 IN_CI = ("ltx", "unclip-prior")  # of the recent ones, which are many
-SLOW = (*TWINS, *LONG, *(e.name for e in (*RECENT, *NEWEST) if e.name not in IN_CI))
+SLOW = (*TWINS, *LONG, *(e.name for e in (*RECENT, *NEWEST, *JOINT) if e.name not in IN_CI))
 NAMES = [pytest.param(n, marks=pytest.mark.slow if n in SLOW else ()) for n in ENTRIES]
 
 
@@ -89,6 +90,9 @@ def test_capture_and_partition_are_bitwise_at_another_batch_size(captured):
                 if isinstance(x, torch.Tensor) and x.shape[:1] == (batch,)
                 else x
             )
+
+        if "img_shapes" in inputs:  # a plain list with an entry for each row
+            inputs["img_shapes"] = inputs["img_shapes"][:1] * (batch + 1)
 
         lists = row_lists(network, inputs, entry.timestep)
         if lists is not None:

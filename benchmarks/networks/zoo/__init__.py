@@ -15,6 +15,7 @@ watches which layers' outputs change.
 from __future__ import annotations
 
 from benchmarks.networks.zoo.entry import Entry
+from benchmarks.networks.zoo.joint import JOINT
 from benchmarks.networks.zoo.newest import NEWEST
 from benchmarks.networks.zoo.oracle import depends
 from benchmarks.networks.zoo.plain import PLAIN
@@ -32,6 +33,7 @@ ZOO: tuple[Entry, ...] = (
     *TRANSFORMERS,
     *RECENT,
     *NEWEST,
+    *JOINT,
     *PLAIN,
 )
 

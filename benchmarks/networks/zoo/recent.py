@@ -24,7 +24,7 @@ from diffusers import (
 
 from benchmarks.networks.zoo.entry import FLOAT, TIME, WORDS, Entry, builder, noise, of_timestep, pair, steps
 
-_EMBEDDER = pair("time_text_embed.timestep_embedder")
+EMBEDDER = pair("time_text_embed.timestep_embedder")
 _SINGLE = pair(
     "time_embed.emb.timestep_embedder"
 )  # diffusers' AdaLayerNormSingle: its own output is a feature as well
@@ -87,7 +87,11 @@ def _sizes(value: float) -> torch.Tensor:
 _AURA = ("joint_transformer_blocks.0.norm1.linear", "joint_transformer_blocks.0.norm1_context.linear", "single_transformer_blocks.0.norm1.linear", "norm_out.linear")  # fmt: skip
 _FLUX2 = ("double_stream_modulation_img.linear", "double_stream_modulation_txt.linear", "single_stream_modulation.linear", "norm_out.linear")  # fmt: skip
 _FLUX2_TIME = pair("time_guidance_embed.timestep_embedder")
-_QWEN = (*(f"transformer_blocks.{i}.{m}_mod.1" for i in range(2) for m in ("img", "txt")), "norm_out.linear")
+QWEN_SMALL = {
+    "in_channels": 16, "out_channels": 4, "num_layers": 2, "attention_head_dim": 16, "num_attention_heads": 2,
+    "joint_attention_dim": 20, "axes_dims_rope": (8, 4, 4),
+}  # fmt: skip
+QWEN = (*(f"transformer_blocks.{i}.{m}_mod.1" for i in range(2) for m in ("img", "txt")), "norm_out.linear")
 _COGVIEW4 = ("transformer_blocks.0.norm1.linear", "transformer_blocks.1.norm1.linear", "norm_out.linear")
 _COGVIEW4_TIME = pair("time_condition_embed.timestep_embedder")
 _KANDINSKY5_TIME = ("time_embeddings.in_layer", "time_embeddings.out_layer")
@@ -127,10 +131,7 @@ RECENT = (
         bitwise_note="one modulation for all blocks of a kind",
     ),
     of_timestep(
-        "qwen-image", QwenImageTransformer2DModel,
-        {"in_channels": 16, "out_channels": 4, "num_layers": 2, "attention_head_dim": 16, "num_attention_heads": 2,
-         "joint_attention_dim": 20, "axes_dims_rope": (8, 4, 4)},
-        _qwen_inputs, before=_EMBEDDER, features=_QWEN,
+        "qwen-image", QwenImageTransformer2DModel, QWEN_SMALL, _qwen_inputs, before=EMBEDDER, features=QWEN,
     ),
     Entry(
         name="cogview4",
