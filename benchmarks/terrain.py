@@ -43,7 +43,9 @@ from tfmq_fx.recipe import Recipe, Reconstruction
 Call = Callable[..., Tensor]
 FLOAT = "float, torch, float32"  # what times are compared with
 ROWS = ("bf16", "onnxruntime", "nncf", "w8a8 plain", "w8a8", "w4a8")
-MORE = ("w3a8", "w4a4", "w8a8 float8", "w4a8 float8")
+MORE = ("w3a8", "w3a8 unchosen", "w4a4", "w4a4 unchosen", "w8a8 float8", "w4a8 float8")
+# What the presets choose is left out; w4a4 was smoothed by one exponent for all before it chose.
+UNCHOSEN: dict[str, Any] = {"keyed": "block", "float_flops": 0.0, "double_flops": 0.0, "float_bytes": 0.0}
 
 
 def bf16(network: nn.Module) -> Call:
@@ -132,8 +134,15 @@ def nncf_int8(data: Rows) -> Any:
 
 
 def ours(name: str, network: nn.Module, data: tfmq_fx.CalibrationSet) -> tfmq_fx.QuantizedModel:
-    """name: a preset; "w8a8 plain": round-to-nearest with nothing chosen; "w8a8 float8": linears of float8."""
+    """name: a preset; "w8a8 plain": round-to-nearest with nothing chosen; "w8a8 float8": linears of float8; "w3a8 unchosen":
+    the preset's method and branches alone.
+    """
     recipe = Recipe.preset(name.split()[0])
+    if name.endswith("unchosen"):
+        smooth = 0.5 if recipe.activation_bits < 8 else None
+        recipe = dataclasses.replace(
+            recipe, smooth=smooth, activation_observer=Recipe().activation_observer, **UNCHOSEN
+        )
     if name.endswith("float8"):
         recipe = dataclasses.replace(recipe, linear_dtype="float8_e4m3fn")
     if name.endswith("plain"):
@@ -249,8 +258,10 @@ def main() -> None:
             y = outputs(openvino_call(made) if name == "nncf" else made, held)
             clean[name] = y[:4]
             found.append(Row(name, psnr_by_sigma(y, reference), seconds))
-            if isinstance(made, tfmq_fx.QuantizedModel) and (report := made.report["choices"]):
-                found[-1].note = f"{100 * report['float_flops']:.1f}% of FLOPs in float"
+            if isinstance(made, tfmq_fx.QuantizedModel):
+                found[-1].note = f"{made.report['sizes']['quantized_bytes'] / 1e6:.2f} MB"
+                if report := made.report["choices"]:
+                    found[-1].note += f", {100 * report['float_flops']:.1f}% of FLOPs in float"
             for label, step in lowered(name, made) if args.rounds else ():
                 calls[label] = step
                 if step is not made:

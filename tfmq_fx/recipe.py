@@ -389,24 +389,24 @@ _CHOSEN: dict[str, Any] = {
     "float_bytes": 0.02,
     "activation_observer": "minmax",
 }
-# Methods that learn are tuned by default. At 8 bits the gain is hardly visible (docs/measured/reconstruction.md).
-_GPTQ, _UNTUNED = Reconstruction(method="gptq"), Reconstruction(method="gptq", tune_iterations=0)
+# At few bits, a weight of 8 bits costs little. Tuned for half a minute of a CPU core: a small network gains from it, a large
+# one would take hours.
+_FEW: dict[str, Any] = {
+    **_CHOSEN,
+    "float_bytes": 0.05,
+    "reconstruction": Reconstruction(method="gptq", tune_flops=5e11),
+}
+# At 8 bits the gain of tuning is hardly visible (docs/measured/reconstruction.md).
+_UNTUNED = Reconstruction(method="gptq", tune_iterations=0)
 PRESETS = {
     "w8a8": Recipe(
         weight_bits=8, activation_bits=8, reconstruction=Reconstruction(method="nearest"), **_CHOSEN
     ),
-    # Tuned for half a minute of a CPU core: a small network gains from it, a large one would take hours. A weight of 8
-    # bits instead of 4 costs little.
-    "w4a8": Recipe(
-        weight_bits=4,
-        activation_bits=8,
-        reconstruction=Reconstruction(method="gptq", tune_flops=5e11),
-        **{**_CHOSEN, "float_bytes": 0.05},
-    ),
+    "w4a8": Recipe(weight_bits=4, activation_bits=8, **_FEW),
     "w8a16": Recipe(weight_bits=8, activation_bits=FLOAT_BITS, reconstruction=_UNTUNED),
     "w4a16": Recipe(weight_bits=4, activation_bits=FLOAT_BITS),
-    # As measured in docs/measured/low_bits.md.
-    "w4a4": Recipe(weight_bits=4, activation_bits=4, smooth=0.5, low_rank=8, reconstruction=_GPTQ),
-    "w3a8": Recipe(weight_bits=3, activation_bits=8, low_rank=8, reconstruction=_GPTQ),
-    "w2a8": Recipe(weight_bits=2, activation_bits=8, low_rank=8, reconstruction=_GPTQ),
+    # The branches as measured in docs/measured/low_bits.md, the choices in docs/measured/terrain.md.
+    "w4a4": Recipe(weight_bits=4, activation_bits=4, low_rank=8, **_FEW),
+    "w3a8": Recipe(weight_bits=3, activation_bits=8, low_rank=8, **_FEW),
+    "w2a8": Recipe(weight_bits=2, activation_bits=8, low_rank=8, **_FEW),
 }
