@@ -17,6 +17,7 @@ import statistics
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -25,6 +26,7 @@ from torch import Tensor, nn
 
 import tfmq_fx
 from benchmarks.digits import NUM_CLASSES, recognise, train_classifier
+from benchmarks.recipes import unchosen
 from tfmq_fx.base.metrics import psnr, psnr_by_image
 from tfmq_fx.demo import embedded_pipeline
 from tfmq_fx.evaluation.sampling import sample
@@ -40,15 +42,16 @@ def settings(names: list[str]) -> dict[str, Recipe]:
     for name in names:
         base, _, variant = name.partition(" ")
         recipe = Recipe.preset(base)
-        changes = {
+        changes: dict[str, Any] = {
             "": {},
+            "unchosen": vars(unchosen(recipe)),
             "nearest": {"reconstruction": nearest},
             "attention": {"attention_bits": 8},
             "all int8": {"edge_activation_bits": 8},
             "keyed": {"keyed": "all"},
             "float8": {"linear_dtype": "float8_e4m3fn"},
         }[variant]
-        found[name] = dataclasses.replace(recipe, **changes)  # type: ignore[arg-type]
+        found[name] = dataclasses.replace(recipe, **changes)
     return found
 
 

@@ -38,14 +38,13 @@ from benchmarks.networks.terrain import (
     psnr_by_sigma,
     rows,
 )
+from benchmarks.recipes import unchosen
 from tfmq_fx.recipe import Recipe, Reconstruction
 
 Call = Callable[..., Tensor]
 FLOAT = "float, torch, float32"  # what times are compared with
 ROWS = ("bf16", "onnxruntime", "nncf", "w8a8 plain", "w8a8", "w4a8")
 MORE = ("w3a8", "w3a8 unchosen", "w4a4", "w4a4 unchosen", "w8a8 float8", "w4a8 float8")
-# What the presets choose is left out; w4a4 was smoothed by one exponent for all before it chose.
-UNCHOSEN: dict[str, Any] = {"keyed": "block", "float_flops": 0.0, "double_flops": 0.0, "float_bytes": 0.0}
 
 
 def bf16(network: nn.Module) -> Call:
@@ -139,10 +138,7 @@ def ours(name: str, network: nn.Module, data: tfmq_fx.CalibrationSet) -> tfmq_fx
     """
     recipe = Recipe.preset(name.split()[0])
     if name.endswith("unchosen"):
-        smooth = 0.5 if recipe.activation_bits < 8 else None
-        recipe = dataclasses.replace(
-            recipe, smooth=smooth, activation_observer=Recipe().activation_observer, **UNCHOSEN
-        )
+        recipe = unchosen(recipe)
     if name.endswith("float8"):
         recipe = dataclasses.replace(recipe, linear_dtype="float8_e4m3fn")
     if name.endswith("plain"):
