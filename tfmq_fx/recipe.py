@@ -389,24 +389,21 @@ _CHOSEN: dict[str, Any] = {
     "float_bytes": 0.02,
     "activation_observer": "minmax",
 }
-# At few bits, a weight of 8 bits costs little. Tuned for half a minute of a CPU core: a small network gains from it, a large
-# one would take hours.
-_FEW: dict[str, Any] = {
-    **_CHOSEN,
-    "float_bytes": 0.05,
-    "reconstruction": Reconstruction(method="gptq", tune_flops=5e11),
-}
+_FEW: dict[str, Any] = {**_CHOSEN, "float_bytes": 0.05}  # at few bits, a weight of 8 bits costs little
+# Tuned for half a minute of a CPU core, and three times as long below W4A8: a small network gains from it, a large one would take hours.
+_TUNED = Reconstruction(method="gptq", tune_flops=5e11)
+_LONGER = Reconstruction(method="gptq", tune_flops=1.5e12)
 # At 8 bits the gain of tuning is hardly visible (docs/measured/reconstruction.md).
 _UNTUNED = Reconstruction(method="gptq", tune_iterations=0)
 PRESETS = {
     "w8a8": Recipe(
         weight_bits=8, activation_bits=8, reconstruction=Reconstruction(method="nearest"), **_CHOSEN
     ),
-    "w4a8": Recipe(weight_bits=4, activation_bits=8, **_FEW),
+    "w4a8": Recipe(weight_bits=4, activation_bits=8, reconstruction=_TUNED, **_FEW),
     "w8a16": Recipe(weight_bits=8, activation_bits=FLOAT_BITS, reconstruction=_UNTUNED),
     "w4a16": Recipe(weight_bits=4, activation_bits=FLOAT_BITS),
     # The branches as measured in docs/measured/low_bits.md, the choices in docs/measured/terrain.md.
-    "w4a4": Recipe(weight_bits=4, activation_bits=4, low_rank=8, **_FEW),
-    "w3a8": Recipe(weight_bits=3, activation_bits=8, low_rank=8, **_FEW),
-    "w2a8": Recipe(weight_bits=2, activation_bits=8, low_rank=8, **_FEW),
+    "w4a4": Recipe(weight_bits=4, activation_bits=4, low_rank=8, reconstruction=_LONGER, **_FEW),
+    "w3a8": Recipe(weight_bits=3, activation_bits=8, low_rank=8, reconstruction=_LONGER, **_FEW),
+    "w2a8": Recipe(weight_bits=2, activation_bits=8, low_rank=8, reconstruction=_LONGER, **_FEW),
 }
