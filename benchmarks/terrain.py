@@ -142,7 +142,7 @@ def ours(name: str, network: nn.Module, data: tfmq_fx.CalibrationSet) -> tfmq_fx
     if name.endswith("float8"):
         recipe = dataclasses.replace(recipe, linear_dtype="float8_e4m3fn")
     if name.endswith("plain"):
-        recipe = Recipe(weight_bits=recipe.weight_bits, reconstruction=Reconstruction(method="nearest"))
+        recipe = dataclasses.replace(unchosen(recipe), reconstruction=Reconstruction(method="nearest"))
     return tfmq_fx.quantize(network, recipe, calibration=data, timestep="sigma", seed=0)
 
 

@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch._ops import OpOverload
-from torch._subclasses import FakeTensor
 from torch.fx import Graph, GraphModule, Node
 from torch.fx.graph import CodeGen
 from torch.fx.passes.infra.pass_base import PassResult
@@ -21,7 +20,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from tfmq_fx.artefact.drop_in import VARIANT, Interface
-from tfmq_fx.base.ambient import neutral, tracked
+from tfmq_fx.base.ambient import has_values, neutral, tracked
 from tfmq_fx.base.arguments import leaves
 from tfmq_fx.base.errors import TFMQError, nearest_names
 from tfmq_fx.base.filled import Filled
@@ -468,7 +467,7 @@ _WEIGHTS = ("weight", "bias", "running_mean", "running_var")  # what aten's sche
 
 def _is_real(x: Tensor) -> bool:
     """Return True for floating-point numbers that are in memory."""
-    return x.is_floating_point() and not x.is_meta and not isinstance(x, FakeTensor)
+    return x.is_floating_point() and has_values(x)
 
 
 def _not_finite(name: str) -> TFMQError:
@@ -674,11 +673,7 @@ def _agree(
     made = pytree.tree_leaves(gm(*[inputs[n] for n in placeholders(gm)]))
     return all(
         a.shape == b.shape
-        and (
-            b.is_meta
-            or isinstance(b, FakeTensor)
-            or bool((a - b).norm() <= ROUNDING.get(b.dtype, COARSE_ROUNDING) * b.norm())
-        )
+        and (not has_values(b) or bool((a - b).norm() <= ROUNDING.get(b.dtype, COARSE_ROUNDING) * b.norm()))
         for a, b in zip(made, expected, strict=True)
         if isinstance(b, Tensor)
     )

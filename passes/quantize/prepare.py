@@ -14,7 +14,7 @@ from tfmq_fx.base._torchao import Quantizer, prepare_pt2e
 from tfmq_fx.base.ambient import neutral
 from tfmq_fx.base.arithmetic import NETWORK_DTYPES
 from tfmq_fx.base.errors import TFMQError
-from tfmq_fx.base.mapped import require_free
+from tfmq_fx.base.mapped import outgrows
 from tfmq_fx.base.parallel import workers
 from tfmq_fx.graph.inputs import placeholders, require_input, timestep_input
 from tfmq_fx.graph.nodes import attribute, fresh, meta_value, weight_path
@@ -162,8 +162,7 @@ def _map_integers(weights: Sequence[tuple[PerChannelWeightFakeQuantize, Tensor]]
     """
     on_cpu = [(observer, w) for observer, w in weights if w.device.type == "cpu"]
     size = sum(w.numel() for _, w in on_cpu)
-    if size > limit:
-        require_free(size, "prepare: the weights' integers need", "raise Reconstruction.max_memory")
+    if outgrows(size, limit, "prepare: the weights' integers need", "raise Reconstruction.max_memory"):
         for observer, _ in on_cpu:
             observer.mapped = True
 

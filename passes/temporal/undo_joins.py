@@ -48,10 +48,10 @@ def _whole_part(piece: Node) -> Node | None:
     assert isinstance(pieces, Node)
     assert isinstance(index, int)
     dim = _dim(join)
-    span = None if dim is None or _dim(pieces) != dim else _span(pieces, index, dim)
-    part = None if dim is None or span is None else dict(_parts(join, dim, 0)).get(span)
-    same = part is not None and meta_value(part).dtype == meta_value(piece).dtype
-    return part if same else None
+    if dim is None or _dim(pieces) != dim or (span := _span(pieces, index, dim)) is None:
+        return None
+    part = dict(_parts(join, dim, 0)).get(span)
+    return part if part is not None and meta_value(part).dtype == meta_value(piece).dtype else None
 
 
 def _dim(node: Node) -> int | None:

@@ -14,9 +14,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses import FakeTensor
 
 from tfmq_fx.artefact.plain import is_json
+from tfmq_fx.base.ambient import has_values
 from tfmq_fx.base.errors import TFMQError
 
 CLASS = "__class__"  # the attribute that holds the qualified name of a class
@@ -87,17 +87,13 @@ def facts_of(network: nn.Module, weights: Collection[str] = ()) -> dict[str, dic
                 found[_join(path, name)] = facts_of_object(value)
     for name, value in [*network.named_parameters(), *network.named_buffers()]:
         path, _, attribute = name.rpartition(".")
-        if name not in weights and value.numel() <= MOST_VALUES and _is_finite(value):
+        known = name not in weights and value.numel() <= MOST_VALUES and has_values(value)
+        if known and bool(value.isfinite().all()):
             found[path][attribute] = {
                 TENSOR: value.tolist(),
                 "dtype": str(value.dtype).removeprefix("torch."),
             }
     return found
-
-
-def _is_finite(x: Tensor) -> bool:
-    """Return True for a tensor that has values, all of them finite."""
-    return not x.is_meta and not isinstance(x, FakeTensor) and bool(x.isfinite().all())
 
 
 def facts_of_object(value: Any) -> dict[str, Any]:

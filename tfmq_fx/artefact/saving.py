@@ -54,7 +54,7 @@ from tfmq_fx.artefact.outside import Outside
 from tfmq_fx.base.arithmetic import IntegerRange, pack_bits, unpack_bits
 from tfmq_fx.base.errors import TFMQError, first_line
 from tfmq_fx.base.files import finite_json, replace_folder, require_writable, sha256_of
-from tfmq_fx.base.mapped import on_disk, require_free
+from tfmq_fx.base.mapped import on_disk, outgrows
 from tfmq_fx.graph.inputs import placeholders
 
 M = TypeVar("M", bound=QuantizedGraph)
@@ -290,8 +290,7 @@ def _read_tensors(file: Path, manifest: dict[str, dict[str, Any]], limit: float)
         raise TFMQError(f"{file}: tensor {wrong[:80]!r} is not both in the file and in {CONFIG}.")
     tensors = {}
     size = sum(8 * stored[n].numel() // spec["bits"] for n, spec in manifest.items() if spec.get("bits"))
-    if size > limit:
-        require_free(size, f"{file}: the unpacked integers need", "raise max_memory")
+    mapped = outgrows(size, limit, f"{file}: the unpacked integers need", "raise max_memory")
     for name, spec in manifest.items():
         if not is_tensor_name(name):
             raise TFMQError(f"{file}: {name[:80]!r} is not a valid tensor name.")
@@ -301,7 +300,7 @@ def _read_tensors(file: Path, manifest: dict[str, dict[str, Any]], limit: float)
             if len(shape) > 64 or math.prod(shape) * span.bits > 8 * value.numel():  # before allocating
                 raise TFMQError(f"{file}: tensor {name!r} has too few bytes for the shape in {CONFIG}.")
             value = unpack_bits(value, shape, span)
-            value = on_disk(value) if size > limit and value.numel() > MAPPED else value
+            value = on_disk(value) if mapped and value.numel() > MAPPED else value
         if dtype == torch.complex128 and value.dtype == torch.float64 and value.shape[-1:] == (2,):
             value = torch.view_as_complex(value)
         if value.data_ptr() % 64 and value.is_floating_point() and value.nbytes <= MAPPED:

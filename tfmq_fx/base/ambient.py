@@ -66,6 +66,11 @@ def traced(tensors: Iterable[Tensor]) -> bool:
     return torch.compiler.is_dynamo_compiling() or any(isinstance(x, FakeTensor) for x in tensors)
 
 
+def has_values(x: Tensor) -> bool:
+    """Return False for a tensor of shape alone: on the meta device, or fake."""
+    return not x.is_meta and not isinstance(x, FakeTensor)
+
+
 class _Float32:
     """The default dtype float32, for as long as any thread holds it. The last one restores what was there."""
 

@@ -36,6 +36,13 @@ def on_disk(x: Tensor, folder: Path | None = None) -> Tensor:
     return flat.reshape(x.shape)
 
 
+def outgrows(size: float, limit: float, what: str, remedy: str) -> bool:
+    """Return True if `size` bytes are more than `limit`, so that they must lie on disk; see `require_free`."""
+    if size > limit:
+        require_free(size, what, remedy)
+    return size > limit
+
+
 def require_free(size: float, what: str, remedy: str) -> None:
     """Raise TFMQError if the system's temporary folder has less than `size` bytes free. what: needs them; remedy: the end."""
     folder = tempfile.gettempdir()

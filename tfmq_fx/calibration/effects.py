@@ -25,6 +25,7 @@ from torch.utils import _pytree as pytree
 from tfmq_fx.base.arithmetic import (
     FLOAT_BITS,
     IntegerRange,
+    NumberRange,
     activation_numbers,
     choose_qparams,
     fake_quantize,
@@ -372,10 +373,14 @@ def _row_steps(w: Tensor, reader: Reader) -> Tensor:
     found = []
     for s_C in reader.smoothing.values():
         rows = (w if s_C is None else w * reader.by_input(s_C).to(w)).flatten(1)
-        low, high = rows.amin(1), rows.amax(1)
         numbers = [weight_numbers(bits, reader.plan.dtype) for bits in reader.weight_bits]
-        found.append(torch.stack([choose_qparams(low, high, n)[0] for n in numbers]))
+        found.append(torch.stack([_scale(rows, n) for n in numbers]))
     return torch.stack(found)
+
+
+def _scale(rows: Tensor, numbers: NumberRange) -> Tensor:
+    """Return the scale (R,) of rows (R, K) of weights, each over its own range."""
+    return choose_qparams(rows.amin(1), rows.amax(1), numbers)[0]
 
 
 def _plain_effects(energy: Tensor, reader: Reader, step_SBO: Tensor) -> Tensor:
@@ -393,6 +398,6 @@ def _steps(w: Tensor, reader: Reader, bits: int) -> Tensor:
     """Return the rounding step of every weight, in the weight's shape, if each row of weights covers its range."""
     moved, numbers = w.movedim(output_channel_axis(reader.node), 0), weight_numbers(bits, reader.plan.dtype)
     rows = moved.reshape(-1, reader.plan.group_size or moved[0].numel())
-    scale_R1 = choose_qparams(rows.amin(1), rows.amax(1), numbers)[0][:, None]
+    scale_R1 = _scale(rows, numbers)[:, None]
     steps = (scale_R1 * numbers.spacing(rows / scale_R1)).expand_as(rows).reshape(moved.shape)
     return steps.movedim(0, output_channel_axis(reader.node))

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
 from tfmq_fx.base.errors import TFMQError
-from tfmq_fx.base.mapped import on_disk, require_free
+from tfmq_fx.base.mapped import on_disk, outgrows
 from tfmq_fx.graph.nodes import (
     attribute,
     edge_layers,
@@ -141,10 +141,7 @@ def outgrow(layers: Iterable[ParameterLayer], max_memory: float) -> bool:
     Raises TFMQError if the disk is too small.
     """
     size = sum(w.nbytes for layer in layers if (w := layer.weight).device.type == "cpu")
-    if size > max_memory * 2**30:
-        require_free(size, "the rewritten weights need", "raise Reconstruction.max_memory")
-        return True
-    return False
+    return outgrows(size, max_memory * 2**30, "the rewritten weights need", "raise Reconstruction.max_memory")
 
 
 def count_readers(gm: GraphModule) -> Counter[str]:

@@ -64,13 +64,14 @@ def of_timestep(
     before: tuple[str, ...],
     features: tuple[str, ...],
     published: dict[str, Any] | None = None,
+    timestep: str = "timestep",
     bitwise_note: str = "",
 ) -> Entry:
     """A network whose block depends on the timestep alone. before: the layers ahead of the features."""
     return Entry(
         name=name, build=builder(make, published or {}, small), inputs=lambda real: {**inputs(real), "return_dict": False},
-        features=features, layers=(*before, *features), keys=("timestep",), pure_features=features, pure_layers=(*before, *features),
-        bitwise_note=bitwise_note,
+        timestep=timestep, features=features, layers=(*before, *features), keys=(timestep,), pure_features=features,
+        pure_layers=(*before, *features), bitwise_note=bitwise_note,
     )  # fmt: skip
 
 

@@ -154,40 +154,34 @@ JOINT = (
         "qwen-image-edit-2511", QwenImageTransformer2DModel, QWEN_SMALL, _edit_inputs, before=EMBEDDER, features=QWEN,
         published={"zero_cond_t": True}, bitwise_note="twice as many embeddings as rows: those of the picture to edit are of time 0",
     ),
-    Entry(
-        name="stable-cascade-prior",
-        build=builder(
-            StableCascadeUNet,
-            {**_cascade((_ALL, _ALL)), "clip_text_in_channels": 1280, "clip_image_in_channels": 768, "switch_level": [False]},
-            {**_CASCADE_SMALL, "clip_text_in_channels": 20, "clip_image_in_channels": 12},
-        ),
-        inputs=lambda real: {
+    of_timestep(
+        "stable-cascade-prior", StableCascadeUNet, {**_CASCADE_SMALL, "clip_text_in_channels": 20, "clip_image_in_channels": 12},
+        lambda real: {
             "sample": noise(2, 16, 24, 24) if real else noise(2, 4, 4, 4), "timestep_ratio": torch.tensor([0.25, 0.75]),
             "clip_text_pooled": noise(2, 1, 1280 if real else 20), "clip_text": noise(2, 77, 1280) if real else noise(2, WORDS, 20),
-            "clip_img": noise(2, 1, 768 if real else 12), "return_dict": False,
+            "clip_img": noise(2, 1, 768 if real else 12),
         },
-        timestep="timestep_ratio", features=_CASCADE, layers=_CASCADE, keys=("timestep_ratio",), pure_features=_CASCADE,
-        pure_layers=_CASCADE, bitwise_note="two more embeddings, of zeros, lie beside that of the timestep",
+        before=(), features=_CASCADE, timestep="timestep_ratio",
+        published={**_cascade((_ALL, _ALL)), "clip_text_in_channels": 1280, "clip_image_in_channels": 768, "switch_level": [False]},
+        bitwise_note="two more embeddings, of zeros, lie beside that of the timestep",
     ),
-    Entry(
-        name="stable-cascade",
-        build=builder(
-            StableCascadeUNet,
-            {**_cascade((_ALL[:2], _ALL[:2], _ALL, _ALL)), "in_channels": 4, "out_channels": 4, "patch_size": 2, "conditioning_dim": 1280,
-             "block_out_channels": (320, 640, 1280, 1280), "num_attention_heads": (0, 0, 20, 20),
-             "down_num_layers_per_block": (2, 6, 28, 6), "up_num_layers_per_block": (6, 28, 6, 2),
-             "down_blocks_repeat_mappers": (1, 1, 1, 1), "up_blocks_repeat_mappers": (3, 3, 2, 2), "effnet_in_channels": 16,
-             "pixel_mapper_in_channels": 3, "dropout": (0.0, 0.0, 0.1, 0.1), "timestep_conditioning_type": ("sca",)},
-            {**_cascade((_ALL[:2], _ALL)), **_CASCADE_SMALL, "num_attention_heads": (0, 2), "effnet_in_channels": 4,
-             "down_blocks_repeat_mappers": (1, 1), "up_blocks_repeat_mappers": (3, 2), "dropout": (0.0, 0.1)},
-        ),
-        inputs=lambda real: {
+    of_timestep(
+        "stable-cascade", StableCascadeUNet,
+        {**_cascade((_ALL[:2], _ALL)), **_CASCADE_SMALL, "num_attention_heads": (0, 2), "effnet_in_channels": 4,
+         "down_blocks_repeat_mappers": (1, 1), "up_blocks_repeat_mappers": (3, 2), "dropout": (0.0, 0.1)},
+        lambda real: {
             "sample": noise(2, 4, 256, 256) if real else noise(2, 4, 8, 8), "timestep_ratio": torch.tensor([0.25, 0.75]),
             "clip_text_pooled": noise(2, 1, 1280 if real else 20), "effnet": noise(2, 16, 24, 24) if real else noise(2, 4, 2, 2),
-            "return_dict": False,
         },
-        timestep="timestep_ratio", features=_CASCADE, layers=_CASCADE, keys=("timestep_ratio",), pure_features=_CASCADE,
-        pure_layers=_CASCADE, bitwise_note="the blocks on the way up run two and three times",
+        before=(), features=_CASCADE, timestep="timestep_ratio",
+        published={
+            **_cascade((_ALL[:2], _ALL[:2], _ALL, _ALL)), "in_channels": 4, "out_channels": 4, "patch_size": 2, "conditioning_dim": 1280,
+            "block_out_channels": (320, 640, 1280, 1280), "num_attention_heads": (0, 0, 20, 20),
+            "down_num_layers_per_block": (2, 6, 28, 6), "up_num_layers_per_block": (6, 28, 6, 2),
+            "down_blocks_repeat_mappers": (1, 1, 1, 1), "up_blocks_repeat_mappers": (3, 3, 2, 2), "effnet_in_channels": 16,
+            "pixel_mapper_in_channels": 3, "dropout": (0.0, 0.0, 0.1, 0.1), "timestep_conditioning_type": ("sca",),
+        },
+        bitwise_note="the blocks on the way up run two and three times",
     ),
     Entry(
         name="unidiffuser",
