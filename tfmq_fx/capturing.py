@@ -25,6 +25,7 @@ from tfmq_fx.base.arguments import leaves
 from tfmq_fx.base.errors import TFMQError, nearest_names
 from tfmq_fx.base.filled import Filled
 from tfmq_fx.base.masked_rows import MaskedRows
+from tfmq_fx.base.routed import Routed
 from tfmq_fx.base.row_lists import RowLists, row_lists
 from tfmq_fx.base.signatures import (
     call_of,
@@ -307,6 +308,7 @@ def _exported(
             torch.no_grad(),
             _SymbolicRepeats(),
             Filled(),
+            Routed(),
         ):
             return torch.export.export(
                 _by_name(network, inputs), (), inputs, dynamic_shapes=dynamic, strict=False

@@ -1,8 +1,9 @@
-"""Follow tensors that hold one known value everywhere while a network is traced, so that what it reads of them is no data.
+"""Follow tensors that hold known numbers while a network is traced, so that what it reads of them is no data.
 
-mask = torch.ones(1, n)                        # n: a size that moves
+mask = torch.ones(1, n)                        # one value everywhere; n: a size that moves
 length = int(mask.sum())                       # n, and not a value that only a call knows
 x[:, :length]; x[mask.bool()]; mask.nonzero()  # slices of x and a range, of known sizes
+for h, w in torch.tensor([[n, m]]): x[:h * w]  # a few numbers
 """
 
 from __future__ import annotations
@@ -12,15 +13,17 @@ import operator
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils.weak import WeakIdKeyDictionary
 
 # By the names of torch's functions and methods. What makes a filled tensor: its value, or which argument has it.
 _ONES, _ZEROS = ("ones", "ones_like", "new_ones"), ("zeros", "zeros_like", "new_zeros")
-_FULL = {"full": 1, "full_like": 1, "new_full": 2}
+_FULL = {"full": 1, "full_like": 1, "new_full": 2, "scalar_tensor": 0}
 # What only moves elements, drops some, or gives them another dtype.
 _MOVED = (
     "to", "type", "type_as", "float", "double", "half", "bfloat16", "int", "long", "clone", "contiguous", "detach", "view", "reshape",
@@ -40,6 +43,7 @@ _BITWISE: dict[str, Callable[..., Any]] = {  # of tensors of bool
 _NUMBERS: dict[str, Callable[..., Any]] = {
     "item": lambda x: x, "__index__": lambda x: x, "__int__": int, "__float__": float, "__bool__": bool,
 }  # fmt: skip
+_OWN = ("detach_", "requires_grad_")  # write nothing, for all their names
 _WRITES = (
     "__setitem__",
     "__iadd__",
@@ -52,8 +56,12 @@ _WRITES = (
 )
 
 
+MOST_NUMBERS = 64  # of a tensor of several
+_SHAPES = ("view", "reshape", "expand", "repeat", "unflatten")  # what takes sizes
+
+
 class Filled(TorchFunctionMode):
-    """A mode that knows which tensors have one value everywhere: a number, or a size that moves.
+    """A mode that knows which tensors have one value everywhere, a number or a size that moves, and which are lists of a few.
 
     What a network reads of them as numbers is that value, and what it picks by them is a slice. Everything else is computed
     as without the mode.
@@ -62,6 +70,7 @@ class Filled(TorchFunctionMode):
     def __init__(self) -> None:
         super().__init__()
         self._known: Any = WeakIdKeyDictionary()
+        self._several: Any = WeakIdKeyDictionary()  # -> an array of integers, of the tensor's shape
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -81,13 +90,25 @@ class Filled(TorchFunctionMode):
             if isinstance(mask := args[1], Tensor) and mask.dtype == torch.bool and mask in self:
                 return self._picked(first, mask)
             args = (first, self._sliced(args[1]))
+        if name in _SHAPES:
+            args = (first, *pytree.tree_map(self._number, args[1:]))
+        if isinstance(first, Tensor) and name == "tolist" and first in self._several:
+            return self._several[first].tolist()
         result = func(*args, **kwargs)
+        if name in _OWN:
+            return result
         if (
             name in _WRITES
             or (name.endswith("_") and not name.endswith("__"))
             or kwargs.get("out") is not None
         ):
             self._forget(kwargs.get("out", first))
+        elif name == "tensor":
+            self._note(result, np.array(first, dtype=object))
+        elif name == "stack" and result.dim() == 1 and all(x in self for x in first):
+            self._note(result, np.array([self._known[x] for x in first], dtype=object))
+        elif isinstance(first, Tensor) and first in self._several and name in _MOVED:
+            self._move(func, args, kwargs, result)
         elif (value := self._value(name, args, kwargs)) is not None:
             for made in pytree.tree_leaves(result):
                 if isinstance(made, Tensor) and (own := _as_held(value, made.dtype)) is not None:
@@ -97,13 +118,41 @@ class Filled(TorchFunctionMode):
     def __contains__(self, x: Any) -> bool:
         return isinstance(x, Tensor) and x in self._known
 
+    def _number(self, x: Any) -> Any:
+        """Return the number that a tensor of one holds, if it is known, and everything else as it is."""
+        return self._known[x] if x in self and x.dim() == 0 else x
+
+    def _note(self, x: Tensor, values: np.ndarray[Any, Any]) -> None:
+        """Know a tensor of integers by its values, as far as they are numbers and few."""
+        whole = all(isinstance(v, (int, torch.SymInt)) and not isinstance(v, bool) for v in values.flat)
+        if x.dtype not in (torch.int32, torch.int64) or not whole or not 1 <= values.size <= MOST_NUMBERS:
+            return
+        if values.size == 1:
+            self._known[x] = values.flat[0]
+        else:
+            self._several[x] = values
+
+    def _move(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
+        """Know what is made of a tensor of several numbers by moving them: the same is done to their places."""
+        values = self._several[args[0]]
+        given = [x for x in pytree.tree_leaves((args[1:], kwargs)) if isinstance(x, (Tensor, torch.SymInt))]
+        if given:
+            return
+        kwargs = {n: x for n, x in kwargs.items() if n != "device"}
+        with _disable_current_modes():
+            moved = func(torch.arange(values.size).reshape(values.shape), *args[1:], **kwargs)
+            places = [x.long().numpy() for x in pytree.tree_leaves(moved)]
+        for x, where in zip(pytree.tree_leaves(result), places, strict=True):
+            if where.size <= MOST_NUMBERS:
+                self._note(x, np.asarray(values.reshape(-1)[where], dtype=object))
+
     def _value(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Return the value that a function's result has everywhere; None if it is not known to have one."""
         if name in _ONES + _ZEROS:
             return int(name in _ONES)
         if name in _FULL:
             given = args[_FULL[name]] if len(args) > _FULL[name] else kwargs.get("fill_value")
-            return given if isinstance(given, (bool, int, float)) else None
+            return given if isinstance(given, (bool, int, float, torch.SymInt)) else None
         given = pytree.tree_leaves(args)
         tensors = [x for x in given if isinstance(x, Tensor)]
         if (
@@ -169,8 +218,9 @@ class Filled(TorchFunctionMode):
     def _forget(self, written: Any) -> None:
         """Know nothing any more of what shares memory with a tensor that was written to."""
         storages = {x.untyped_storage()._cdata for x in pytree.tree_leaves(written) if isinstance(x, Tensor)}
-        for x in [x for x in self._known if x.untyped_storage()._cdata in storages]:
-            del self._known[x]
+        for known in (self._known, self._several):
+            for x in [x for x in known if x.untyped_storage()._cdata in storages]:
+                del known[x]
 
 
 def _as_held(value: Any, dtype: torch.dtype) -> Any:
