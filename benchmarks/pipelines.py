@@ -126,8 +126,9 @@ def _error(q: nn.Module, network: nn.Module, data: tfmq_fx.CalibrationSet) -> fl
     """Return the largest relative error of an output, on the rows of each timestep together."""
     t, found = data.row_timesteps, [0.0]
     for value in t.unique():
-        given = data.rows(t == value).arguments(slice(0, len(data)))
-        a, b = (pytree.tree_leaves(_plain(m(**given))) for m in (q, data.row_wise(network)))
+        rows, whole = data.rows(t == value), slice(0, len(data))
+        a = pytree.tree_leaves(_plain(q(**rows.arguments(whole))))
+        b = pytree.tree_leaves(_plain(data.row_wise(network)(**rows.arguments(whole, rows_first=True))))
         pairs = [(x.double(), y.double()) for x, y in zip(a, b, strict=True) if isinstance(x, torch.Tensor)]
         found += [float((x - y).norm() / y.norm().clamp(min=1e-12)) for x, y in pairs]
     return max(found)

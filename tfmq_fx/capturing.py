@@ -26,7 +26,8 @@ from tfmq_fx.base.errors import TFMQError, nearest_names
 from tfmq_fx.base.filled import Filled
 from tfmq_fx.base.masked_rows import MaskedRows
 from tfmq_fx.base.routed import Routed
-from tfmq_fx.base.row_lists import RowLists, row_lists
+from tfmq_fx.base.row_lists import RowLists, known_lists
+from tfmq_fx.base.second_rows import rows_of_call
 from tfmq_fx.base.signatures import (
     call_of,
     hides_arguments,
@@ -103,7 +104,8 @@ def capture(
     _refuse_inference_parameters(network)
     check_numbers(network)
     network = unwrapped(network, example_inputs)
-    network, example_inputs, lists = batched(network, example_inputs, timestep)
+    network, example_inputs, found_lists = batched(network, example_inputs, timestep)
+    lists = found_lists if found_lists is not None and found_lists.by_row else None
     order = list(parameters_of(network))
     unknown = [n for n in example_inputs if n not in order]
     if unknown and not takes_any(network):
@@ -154,10 +156,12 @@ def _graph_of_each_row(network: nn.Module, inputs: dict[str, Any], timestep: str
 def batched(
     network: nn.Module, example: Mapping[str, Any], timestep: str
 ) -> tuple[nn.Module, Mapping[str, Any], RowLists | None]:
-    """Return the network and its arguments with a tensor (N, ...) for each list of rows, and which these are."""
-    lists = row_lists(network, example, timestep)
+    """Return the network and its arguments with tensors (N, ...), and which were lists of rows, or had rows elsewhere."""
+    if (known := known_lists(network)) is not None:
+        return network, known.stacked(example), known
+    lists = rows_of_call(network, example, timestep)
     return (
-        (network, example, None) if lists is None else (lists.batched(network), lists.stacked(example), lists)
+        (network, example, None) if lists is None else (lists.batched(network), lists.taken(example), lists)
     )
 
 
@@ -601,7 +605,7 @@ def _require_kinds(gm: GraphModule, network: nn.Module, calibration: Calibration
     row_wise, kinds = calibration.row_wise(network), calibration.tensors[VARIANT]
     firsts = torch.stack([(kinds == kind).nonzero()[0, 0] for kind in kinds.unique()])
     for rows in calibration.groups(len(firsts), rows=firsts, one_timestep=is_scalar(gm)):
-        arguments = calibration.rows(rows).arguments(slice(None), beside=network)
+        arguments = calibration.rows(rows).arguments(slice(None), beside=network, rows_first=True)
         found = {n: as_taken(gm, n, x) for n, (_, x) in leaves(arguments).items() if isinstance(x, Tensor)}
         if not _agree(gm, found, row_wise, arguments):
             names = ", ".join(Variants(calibration.others, calibration.paths).names)
@@ -744,7 +748,7 @@ def kept_conditions(
     a multiple of 32 need not lack as many tokens as the captured one, for instance.
     """
     left = list(face.conditions)
-    names = () if face.listed is None else face.listed.arguments
+    names = () if face.listed is None else face.listed.ragged
     one = {n: x[:1] if isinstance(x, Tensor) and x.dim() else x for n, x in example.items()}
     found = {n: x for n, (_, x) in leaves(one).items() if isinstance(x, Tensor)}
     now = {(n, i): size for n, x in found.items() for i, size in enumerate(x.shape)}

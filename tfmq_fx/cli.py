@@ -205,7 +205,7 @@ def inspect(
         data = CalibrationSet.record(pipe, num_samples=2, num_inference_steps=2, **which, **arguments)
         timestep = data.timestep  # found by what changes from call to call, if it has another name
         network = data.row_wise(denoiser(pipe, timestep=timestep, component=component))
-        example = data.arguments(slice(0, 2))
+        example = data.arguments(slice(0, 2), rows_first=True)
     found = describe(network, example, chosen, timestep=timestep)
     if as_json:
         print(json.dumps(found, indent=1))

@@ -6,12 +6,13 @@ from torch.utils import _pytree as pytree
 
 import tfmq_fx
 from benchmarks.networks.zoo import ZOO, depends
+from benchmarks.networks.zoo.experts import EXPERTS
 from benchmarks.networks.zoo.joint import JOINT
 from benchmarks.networks.zoo.newest import NEWEST
 from benchmarks.networks.zoo.recent import RECENT
 from tests.helpers.blocks import layer_paths
 from tfmq_fx.base.arguments import leaves
-from tfmq_fx.base.row_lists import row_lists
+from tfmq_fx.base.second_rows import rows_of_call
 from tfmq_fx.graph.inputs import placeholders
 from tfmq_fx.graph.nodes import fresh
 from tfmq_fx.passes import extract_temporal, find_temporal, partition_temporal
@@ -40,7 +41,7 @@ TWINS = (
 )
 LONG = ("kandinsky-3", "text-to-video", "stable-video-diffusion", "sd-xl", "latent-diffusion", "pixart-1024")
 IN_CI = ("ltx", "unclip-prior")  # of the recent ones, which are many
-SLOW = (*TWINS, *LONG, *(e.name for e in (*RECENT, *NEWEST, *JOINT) if e.name not in IN_CI))
+SLOW = (*TWINS, *LONG, *(e.name for e in (*RECENT, *NEWEST, *JOINT, *EXPERTS) if e.name not in IN_CI))
 NAMES = [pytest.param(n, marks=pytest.mark.slow if n in SLOW else ()) for n in ENTRIES]
 
 
@@ -94,9 +95,9 @@ def test_capture_and_partition_are_bitwise_at_another_batch_size(captured):
         if "img_shapes" in inputs:  # a plain list with an entry for each row
             inputs["img_shapes"] = inputs["img_shapes"][:1] * (batch + 1)
 
-        lists = row_lists(network, inputs, entry.timestep)
+        lists = rows_of_call(network, inputs, entry.timestep)
         if lists is not None:
-            network, inputs = lists.batched(network), lists.stacked(inputs)
+            network, inputs = lists.batched(network), lists.taken(inputs)
         inputs = pytree.tree_map(grow, inputs)
     tensors = [x for x in pytree.tree_leaves(inputs) if isinstance(x, torch.Tensor)]
     order = list(placeholders(gm))

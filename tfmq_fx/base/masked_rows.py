@@ -18,6 +18,7 @@ from torch.utils import _pytree as pytree
 
 from tfmq_fx.base.errors import TFMQError
 from tfmq_fx.base.row_lists import RowLists, known_as
+from tfmq_fx.base.second_rows import SecondRows
 from tfmq_fx.base.signatures import signature_of, with_forward
 
 
@@ -143,8 +144,10 @@ def lengths_of(mask: Tensor) -> Tensor | None:
 
 
 def lists_of_json(found: Mapping[str, Any]) -> RowLists:
-    """Return what `to_json` of either kind gave."""
+    """Return what `to_json` of any kind gave."""
     own, masks = RowLists.of_json(found), found.get("masks")
+    if found.get("second"):
+        return SecondRows(own.arguments, own.outputs)
     if masks is None:
         return own
     kept = {n: (dtype, tuple(marked)) for n, (dtype, marked) in masks.items()}

@@ -18,10 +18,7 @@ ranges nor its reconstruction sees them.
 
 from __future__ import annotations
 
-import operator
-from collections.abc import Callable
-from dataclasses import dataclass, replace
-from functools import cached_property
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -38,7 +35,11 @@ _MOVED = (
     "expand", "expand_as", "repeat",
 )  # fmt: skip
 _QUOTIENTS = ("__floordiv__", "floor_divide", "div")
-_SUMS = {"scatter_add_": None, "index_add_": None, "scatter_reduce_": "sum"}  # -> what it must be told, besides
+_SUMS = {
+    "scatter_add_": None,
+    "index_add_": None,
+    "scatter_reduce_": "sum",
+}  # -> what it must be told, besides
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,10 +48,15 @@ class _Choice:
 
     indices: Tensor
     experts: int
+    masks: dict[tuple[int | None, torch.dtype], tuple[Tensor, Tensor]] = field(default_factory=dict)
 
-    def mask(self, expert: int) -> Tensor:
-        """Return where a token has this expert, (tokens, k) bool."""
-        return self.indices == expert
+    def mask(self, part: _Order, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Return 1 where a token has the part's expert, and 0 elsewhere: by choice, (tokens, k), and by token, (tokens,)."""
+        at = part.expert, dtype
+        if at not in self.masks:
+            by_choice = (self.indices == part.expert).to(dtype)
+            self.masks[at] = by_choice, by_choice.sum(1)
+        return self.masks[at]
 
 
 @dataclass(frozen=True, eq=False)
@@ -118,13 +124,23 @@ class Routed(TorchFunctionMode):
         kwargs = kwargs or {}
         if torch.compiler.is_dynamo_compiling():  # the branches of torch.cond
             return func(*args, **kwargs)
-        name, first = getattr(func, "__name__", ""), args[0] if args else None
+        name = getattr(func, "__name__", "")
+        first: Any = args[0] if args else None
         fact = self._known.get(first) if isinstance(first, Tensor) else None
         if fact is not None and (made := self._of_known(name, first, fact, args[1:], kwargs)) is not None:
             return made
-        if name == "__getitem__" and isinstance(first, Tensor) and isinstance(part := self._part(args[1]), _Order):
+        if (
+            name == "__getitem__"
+            and isinstance(first, Tensor)
+            and isinstance(part := self._part(args[1]), _Order)
+        ):
             return self._taken(first, part)
-        if name in _SUMS and len(args) >= 4 and isinstance(part := self._part(args[2]), _Order) and part.tokens:
+        if (
+            name in _SUMS
+            and len(args) >= 4
+            and isinstance(part := self._part(args[2]), _Order)
+            and part.tokens
+        ):
             reduce = args[4] if len(args) > 4 else kwargs.get("reduce")
             if args[1] == 0 and reduce == _SUMS[name] and kwargs.get("include_self", True):
                 return first.add_(self._masked(args[3], part))
@@ -175,21 +191,17 @@ class Routed(TorchFunctionMode):
         self._known[x] = fact
         return x
 
-    def _taken(self, x: Tensor, part: _Order) -> Tensor:
+    def _taken(self, x: Tensor, part: _Order) -> Any:
         """Return x[part] for all tokens, of which those that the expert lacks are 0."""
         if part.tokens:
             return self._masked(x, part)
-        mask = part.choice.mask(part.expert or 0)
+        mask, _ = part.choice.mask(part, x.dtype)
         of_each = x.unflatten(0, (-1, mask.shape[1]))
-        return (of_each * _like(mask, of_each)).sum(1)
+        return (of_each * mask.reshape(*mask.shape, *[1] * (x.dim() - 1))).sum(1)
 
     def _masked(self, x: Tensor, part: _Order) -> Tensor:
-        return x * _like(part.choice.mask(part.expert or 0).any(1), x)
-
-
-def _like(mask: Tensor, x: Tensor) -> Tensor:
-    """Return a mask of the first dimensions of a tensor as numbers of its type, which broadcast."""
-    return mask.reshape(*mask.shape, *[1] * (x.dim() - mask.dim())).to(x.dtype)
+        _, mask = part.choice.mask(part, x.dtype)
+        return x * mask.reshape(-1, *[1] * (x.dim() - 1))
 
 
 def _expert_of(index: Any, choice: _Choice) -> int | None:
@@ -197,7 +209,9 @@ def _expert_of(index: Any, choice: _Choice) -> int | None:
     if not isinstance(index, slice) or index.step is not None:
         return None
     start, stop = index.start, index.stop
-    before = start.last if isinstance(start, Place) and start.first == 0 else 0 if start in (None, 0) else None
+    before = (
+        start.last if isinstance(start, Place) and start.first == 0 else 0 if start in (None, 0) else None
+    )
     if not isinstance(stop, Place) or stop.first != 0 or stop.choice is not choice or stop.last - 1 != before:
         return None
     return before

@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -34,6 +34,12 @@ class RowLists:
     arguments: tuple[str, ...]
     outputs: tuple[int, ...]
     shared: tuple[str, ...] = ()
+    by_row: ClassVar[bool] = True  # the graph is traced for one row
+
+    @property
+    def ragged(self) -> tuple[str, ...]:
+        """Return the names of the arguments whose rows may differ in size."""
+        return self.arguments
 
     @property
     def known(self) -> bool:
@@ -43,6 +49,10 @@ class RowLists:
     def stacked(self, given: Mapping[str, Any]) -> dict[str, Any]:
         """Return a call's arguments with a tensor (N, ...) for each list. Raises TFMQError for rows of different sizes."""
         return {n: _stacked(n, x) if n in self.arguments else x for n, x in given.items()}
+
+    def taken(self, given: Mapping[str, Any]) -> dict[str, Any]:
+        """Return a call's arguments as the `batched` network takes them. Raises TFMQError for rows of different sizes."""
+        return self.stacked(given)
 
     def listed(self, given: Mapping[str, Any]) -> dict[str, Any]:
         """Return the arguments of a call of the network, from those with tensors (N, ...)."""
@@ -173,8 +183,14 @@ def known_as(view: nn.Module, lists: RowLists) -> nn.Module:
 
 def known_row_lists(network: nn.Module) -> dict[str, Any] | None:
     """Return the row lists of a `batched` network, as an artefact keeps them; None for another one."""
+    known = known_lists(network)
+    return None if known is None else known.to_json()
+
+
+def known_lists(network: nn.Module) -> RowLists | None:
+    """Return the row lists of a `batched` network; None for another one."""
     known = vars(network).get(_KNOWN)
-    return known.to_json() if isinstance(known, RowLists) else None
+    return known if isinstance(known, RowLists) else None
 
 
 _KNOWN = "known_row_lists"  # the attribute of `batched` networks that holds their lists
@@ -188,8 +204,7 @@ def row_lists(network: nn.Module, given: Mapping[str, Any], timestep: str) -> Ro
 
     given: the arguments of a call.
     """
-    known = vars(network).get(_KNOWN)
-    if isinstance(known, RowLists):
+    if (known := known_lists(network)) is not None:
         return known
     t = given.get(timestep)
     names = [n for n, x in given.items() if _is_list(x) and x]
@@ -205,8 +220,8 @@ def row_lists(network: nn.Module, given: Mapping[str, Any], timestep: str) -> Ro
     if "return_dict" in signature_of(network).parameters:
         one["return_dict"] = False
     try:
-        alone = _run(network, one)
-        found = [_grown(alone, _run(network, _with_another(one, names, changed=n)), names) for n in names]
+        alone = run(network, one)
+        found = [_grown(alone, run(network, _with_another(one, names, changed=n)), names) for n in names]
     except Exception:  # the network's own, of any type
         return None
     return found[0] if all(x is not None and x == found[0] for x in found) else None
@@ -235,17 +250,18 @@ def _grown(one: Any, two: Any, names: Sequence[str]) -> RowLists | None:
         places = [i for i, x, y in rows if _is_list(x) and _is_list(y)]
         pairs = [(x[0], *y) for _, x, y in rows]
     alike = bool(pairs) and all(x.shape == first.shape for x, first, _ in pairs)
-    same = alike and all(_only_other(*found) for found in pairs)
+    same = alike and all(only_other(*found) for found in pairs)
     return RowLists(tuple(names), tuple(places)) if same else None
 
 
-def _only_other(alone: Tensor, first: Tensor, second: Tensor) -> bool:
+def only_other(alone: Tensor, first: Tensor, second: Tensor) -> bool:
     """Return True if a row is the same beside another one, up to rounding, and the other differs by more than that."""
     rounding = (first - alone).norm()
     return bool(rounding <= NOISE * alone.norm() and (second - first).norm() > 2 * rounding)
 
 
-def _run(network: nn.Module, given: Mapping[str, Any]) -> Any:
+def run(network: nn.Module, given: Mapping[str, Any]) -> Any:
+    """Return what a network makes of a call's arguments."""
     args, kwargs = call_of(network, pytree.tree_map(lambda x: x, dict(given)))
     return network(*args, **kwargs)
 

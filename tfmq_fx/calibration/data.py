@@ -17,6 +17,7 @@ from tfmq_fx.base.arguments import leaves, nested
 from tfmq_fx.base.entries import per_sample
 from tfmq_fx.base.errors import TFMQError, nearest_names
 from tfmq_fx.base.row_lists import RowLists, is_list_of_rows, row_lists
+from tfmq_fx.base.second_rows import SecondRows
 from tfmq_fx.calibration.perturbed import Perturbation
 from tfmq_fx.calibration.pipelines import OWN_PROMPTS, denoiser, prompts_for
 from tfmq_fx.calibration.ready import require_ready
@@ -124,7 +125,8 @@ class CalibrationSet:
         """Build a set from the network's arguments by name.
 
         tensors: (N, ...) each, or dicts and lists of such tensors. For a network that takes lists with an entry for each row,
-            lists of N tensors without a batch, whose sizes may differ.
+            lists of N tensors without a batch, whose sizes may differ. For one that takes rows in the second dimension,
+            (K, N, ...), with K other than N.
         row_lists: the names of such lists; None takes those of N tensors of which not all have N rows themselves.
         timestep: the name of the timesteps' tensor: (N,) or (N, 1), one per row, or (N, tokens), one for each token or frame of it.
         """
@@ -142,6 +144,8 @@ class CalibrationSet:
             raise TFMQError(
                 f"calibration: {noisy!r} has samples of {len(sizes[noisy].unique(dim=0))} sizes; calibrate on those of one size."
             )
+        second = SecondRows(tuple(n for n, x in tensors.items() if _is_second(x, count)), ())
+        tensors = second.taken(tensors)
         found = leaves({**tensors, **{n: padded([e[None] for e in x]) for n, x in lists.items()}})
         wrong = [n for n, (_, x) in found.items() if not isinstance(x, Tensor)]
         if wrong:
@@ -151,7 +155,7 @@ class CalibrationSet:
         paths = {n: path for n, (path, _) in found.items()}
         return CalibrationSet(
             {n: x for n, (_, x) in found.items()}, {}, timestep, paths,
-            row_lists=RowLists(tuple(lists), ()) if lists else None,
+            row_lists=RowLists(tuple(lists), ()) if lists else second if second.arguments else None,
             row_sizes=RowSizes(differ) if differ else None,
         )  # fmt: skip
 
@@ -188,16 +192,19 @@ class CalibrationSet:
             )
         return found
 
-    def arguments(self, rows: slice | Tensor, *, beside: nn.Module | None = None) -> dict[str, Any]:
-        """Return the keyword arguments of the network (`row_wise`) for these rows, nested as it takes them, including constants.
+    def arguments(
+        self, rows: slice | Tensor, *, beside: nn.Module | None = None, rows_first: bool = False
+    ) -> dict[str, Any]:
+        """Return the keyword arguments of the network for these rows, nested as it takes them, including constants.
 
         rows: a slice or indices. What has rows of different sizes is a list of them.
         beside: the network on whose device they will be; None leaves them where they are.
+        rows_first: what the network takes with rows in the second dimension, (K, N, ...), has them in the first, as `row_wise` takes it.
         """
         values = {n: self._taken(n, rows) for n in self.tensors} | self.constants
         values[self.timestep] = values[self.timestep].reshape(-1, *self.timestep_shape)
         own = None if beside is None else next(iter((*beside.parameters(), *beside.buffers())), None)
-        return nested(
+        found = nested(
             {
                 self.paths[n]: x
                 if own is None
@@ -205,12 +212,14 @@ class CalibrationSet:
                 for n, x in values.items()
             }
         )
+        second = isinstance(self.row_lists, SecondRows) and not rows_first
+        return self.row_lists.listed(found) if self.row_lists is not None and second else found
 
     def example(self, count: int, *, beside: nn.Module | None = None) -> dict[str, Any]:
-        """Return the `arguments` of `count` rows, of one size: the most frequent one. If there are fewer, they are repeated."""
+        """Return the `arguments` of `row_wise` for `count` rows, of one size: the most frequent one. If there are fewer, they are repeated."""
         rows = torch.arange(min(count, len(self))) if self.row_sizes is None else self.row_sizes.most()
         rows = rows[torch.arange(count) % len(rows)]
-        return self.arguments(rows, beside=beside)
+        return self.arguments(rows, beside=beside, rows_first=True)
 
     @staticmethod
     @torch.no_grad()
@@ -368,6 +377,10 @@ class CalibrationSet:
         if name in self.folded:
             return x.flatten(0, 1)
         return x.repeat_interleave(self.repeats[name], 0) if name in self.repeats else x
+
+
+def _is_second(x: Any, count: int) -> bool:
+    return isinstance(x, Tensor) and x.dim() > 2 and x.shape[0] != count == x.shape[1]
 
 
 def _require_schedule(timestep: str, tensors: Mapping[str, Tensor]) -> None:

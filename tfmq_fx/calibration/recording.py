@@ -28,7 +28,8 @@ from tfmq_fx.base.errors import TFMQError
 from tfmq_fx.base.files import replace_folder, update_with_tensors
 from tfmq_fx.base.parallel import Ranks, workers
 from tfmq_fx.base.progress import track
-from tfmq_fx.base.row_lists import RowLists, row_lists
+from tfmq_fx.base.row_lists import RowLists
+from tfmq_fx.base.second_rows import rows_of_call
 from tfmq_fx.calibration.calls import (
     Call,
     Constants,
@@ -188,7 +189,7 @@ class Session:
             watch.require_no_store()
         if error is not None:
             watch.restore()
-        lists = row_lists(self.network, found[0], self.timestep) if found else None
+        lists = rows_of_call(self.network, found[0], self.timestep) if found else None
         calls = self._of_tensors(found, lists)
         try:
             if error is not None:
@@ -311,7 +312,7 @@ class Session:
             return ()
         call = self.preview.calls[0]
         first = next(n for n, (_, x) in call.items() if isinstance(x, Tensor) and n != self.timestep)
-        return [n for n in lists.arguments if n != first]
+        return [n for n in lists.ragged if n != first]
 
     def size_of(self, call: Flat) -> int:
         """Return the number of rows of a call: that of its first tensor other than the timestep, the noisy sample."""
@@ -422,8 +423,10 @@ class Session:
     @torch.no_grad()
     def _computed(self, given: dict[str, Any]) -> Tensor | None:
         """Return the network's first output; None if it fails."""
+        lists = self.preview.lists
+        network = self.network if lists is None else lists.batched(self.network)
         try:
-            return next(x for x in pytree.tree_leaves(self.network(**given)) if isinstance(x, Tensor))
+            return next(x for x in pytree.tree_leaves(network(**given)) if isinstance(x, Tensor))
         except Exception:  # the network's own, of any type
             return None
 

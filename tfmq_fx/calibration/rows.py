@@ -15,6 +15,7 @@ from tfmq_fx.base.arguments import Path as ArgumentPath
 from tfmq_fx.base.arguments import path_of_json
 from tfmq_fx.base.errors import TFMQError
 from tfmq_fx.base.files import raw_bytes
+from tfmq_fx.base.masked_rows import lists_of_json
 from tfmq_fx.base.row_lists import RowLists
 from tfmq_fx.calibration.perturbed import Perturbation
 from tfmq_fx.calibration.row_sizes import RowSizes, padded
@@ -166,7 +167,7 @@ def read_recording(folder: Path) -> Recording:
             folded=index.get("folded", ()),
             others=index.get("others", ()),
             row_sizes=_sizes_of(index.get("row_sizes", {})),
-            row_lists=None if (lists := index.get("row_lists")) is None else RowLists.of_json(lists),
+            row_lists=None if (lists := index.get("row_lists")) is None else lists_of_json(lists),
         )
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise TFMQError(

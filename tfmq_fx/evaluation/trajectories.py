@@ -99,15 +99,20 @@ def output_errors(
 
 
 def _output(network: Callable[..., Any], data: CalibrationSet, start: int, beside: nn.Module) -> Tensor:
+    of_rows = False
     if isinstance(network, nn.Module) and not isinstance(network, DropIn):
-        network = data.row_wise(network)
-    return first_tensor(network(**_arguments(data, slice(start, start + ROWS), beside))).float()
+        network, of_rows = data.row_wise(network), True
+    arguments = _arguments(data, slice(start, start + ROWS), beside, rows_first=of_rows)
+    return first_tensor(network(**arguments)).float()
 
 
-def _arguments(data: CalibrationSet, rows: slice, network: nn.Module | None) -> dict[str, Any]:
+def _arguments(
+    data: CalibrationSet, rows: slice, network: nn.Module | None, *, rows_first: bool = False
+) -> dict[str, Any]:
     """Return a network's arguments of these rows, for a call that returns plain tuples."""
     takes = network is not None and "return_dict" in parameters_of(network)
-    return data.arguments(rows, beside=network) | ({"return_dict": False} if takes else {})
+    found = data.arguments(rows, beside=network, rows_first=rows_first)
+    return found | ({"return_dict": False} if takes else {})
 
 
 def in_bfloat16(network: nn.Module) -> Callable[..., Any]:

@@ -15,6 +15,7 @@ watches which layers' outputs change.
 from __future__ import annotations
 
 from benchmarks.networks.zoo.entry import Entry
+from benchmarks.networks.zoo.experts import EXPERTS
 from benchmarks.networks.zoo.joint import JOINT
 from benchmarks.networks.zoo.newest import NEWEST
 from benchmarks.networks.zoo.oracle import depends
@@ -34,6 +35,7 @@ ZOO: tuple[Entry, ...] = (
     *RECENT,
     *NEWEST,
     *JOINT,
+    *EXPERTS,
     *PLAIN,
 )
 
