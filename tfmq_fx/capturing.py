@@ -36,7 +36,14 @@ from tfmq_fx.base.signatures import (
     takes_any,
     with_forward,
 )
-from tfmq_fx.base.tracing import capture_error, graphs_to_log, numpy_on_sizes, symbolic_lengths, tracing
+from tfmq_fx.base.tracing import (
+    capture_error,
+    graphs_to_log,
+    numpy_on_sizes,
+    symbolic_lengths,
+    tracing,
+    without_caches,
+)
 from tfmq_fx.calibration.data import CalibrationSet, as_taken
 from tfmq_fx.calibration.padding import without_padding
 from tfmq_fx.calibration.ready import require_ready
@@ -309,6 +316,7 @@ def _exported(
             graphs_to_log(),
             numpy_on_sizes(),
             symbolic_lengths(network, sets=checked),
+            without_caches(network),
             torch.no_grad(),
             _SymbolicRepeats(),
             Filled(),

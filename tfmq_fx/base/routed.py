@@ -54,7 +54,7 @@ class _Choice:
         """Return 1 where a token has the part's expert, and 0 elsewhere: by choice, (tokens, k), and by token, (tokens,)."""
         at = part.expert, dtype
         if at not in self.masks:
-            by_choice = (self.indices == part.expert).to(dtype)
+            by_choice = torch.eq(self.indices, part.expert or 0).to(dtype)
             self.masks[at] = by_choice, by_choice.sum(1)
         return self.masks[at]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import io
 import logging
 import math
@@ -15,6 +16,7 @@ from contextlib import contextmanager, redirect_stderr
 from functools import partialmethod
 from operator import truediv
 from pathlib import Path
+from types import ModuleType
 from typing import Any, TextIO
 
 import sympy  # type: ignore[import-untyped]
@@ -97,15 +99,8 @@ def symbolic_lengths(network: nn.Module, *, sets: bool = False) -> Iterator[None
     Python's own len(x) of a tensor is a number, and its sets take no dynamic size. What is put in place of `set` is another
     type, which a network might ask for: use it where the graph is compared with the network.
     """
-    files = {
-        sys.modules[c.__module__]
-        for m in network.modules()
-        for c in type(m).__mro__
-        if c.__module__ in sys.modules
-    }
-    own = [f for f in files if f.__name__.partition(".")[0] not in ("torch", "builtins")]
     new: dict[str, Any] = {"len": _length, **({"set": _Set} if sets else {})}
-    placed = [(vars(f), n, value) for f in own for n, value in new.items() if n not in vars(f)]
+    placed = [(vars(f), n, value) for f in _files(network) for n, value in new.items() if n not in vars(f)]
     for names, name, value in placed:
         names[name] = value
     try:
@@ -113,6 +108,36 @@ def symbolic_lengths(network: nn.Module, *, sets: bool = False) -> Iterator[None
     finally:
         for names, name, _ in placed:
             del names[name]
+
+
+@contextmanager
+def without_caches(network: nn.Module) -> Iterator[None]:
+    """Let what functools caches in the files of the network's classes be computed anew, until exit.
+
+    Such a cache would keep the tensors of a trace, which hold no values, and give them to the network's next call.
+    """
+    files = _files(network)
+    owners = [
+        *files,
+        *(c for f in files for c in vars(f).values() if isinstance(c, type) and c.__module__ == f.__name__),
+    ]
+    cached = [
+        (o, n, f) for o in owners for n, f in vars(o).items() if isinstance(f, functools._lru_cache_wrapper)
+    ]
+    for owner, name, function in cached:
+        setattr(owner, name, function.__wrapped__)
+    try:
+        yield
+    finally:
+        for owner, name, function in cached:
+            setattr(owner, name, function)
+
+
+def _files(network: nn.Module) -> list[ModuleType]:
+    """Return the Python modules that define a network's classes, apart from torch's."""
+    names = {c.__module__: None for m in network.modules() for c in type(m).__mro__}
+    own = [n for n in names if n in sys.modules and n.partition(".")[0] not in ("torch", "builtins")]
+    return [sys.modules[n] for n in own]
 
 
 def _length(x: Any) -> Any:
