@@ -1,3 +1,4 @@
+import functools
 import logging
 import threading
 
@@ -12,6 +13,7 @@ from benchmarks.networks.small import ScalarTime, TinyUNet, make
 from tfmq_fx.base.errors import TFMQError
 from tfmq_fx.capturing import capture_rows
 from tfmq_fx.graph.nodes import op_name
+from tfmq_fx.graph.written import writing_nodes
 
 X, T = torch.randn(2, 1, 8, 8), torch.tensor([3, 500])
 
@@ -412,3 +414,63 @@ def test_numpy_functions_of_sizes_are_captured():
         x, t = torch.randn(rows, 4), torch.arange(rows)
         assert torch.equal(gm(x, t), OnSizes()(x, t))
     assert not hasattr(torch.SymInt, "sqrt")
+
+
+class InPlace(nn.Module):
+    """Adds to a value that other layers read, and fills a part of one of zeros."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.last, self.time = nn.Linear(4, 8), nn.Linear(8, 4), nn.Linear(1, 8)
+        self.layers = nn.ModuleList(nn.Linear(8, 8) for _ in range(3))
+
+    def forward(self, sample, timestep):
+        h = self.first(sample) + self.time(timestep[:, None] / 1000)
+        part = torch.zeros_like(h)
+        part[:, 2:5] = h[:, :3].double()
+        for layer in self.layers:
+            h += torch.relu_(layer(h))
+        return self.last(h + part)
+
+
+def test_the_graph_of_a_network_that_writes_in_place_does_not():
+    network, given = make(InPlace), {"sample": torch.randn(2, 4), "timestep": torch.tensor([3.0, 500])}
+    gm = tfmq_fx.capture(network, given)
+    assert not writing_nodes(gm)
+    x, t = torch.randn(5, 4), torch.arange(5.0)
+    with torch.no_grad():
+        assert torch.equal(gm(x, t), network(x.clone(), t))
+    gm(x, t).sum().backward()  # for what is learned
+    assert network.first.weight.grad is not None
+
+
+@functools.lru_cache(maxsize=8)
+def frequencies(size):
+    return torch.exp(torch.arange(size) * -1.0)
+
+
+class Remembers(nn.Module):
+    """Caches what it computes of sizes, by functions that Python's own functools remember."""
+
+    def __init__(self):
+        super().__init__()
+        self.time, self.last = nn.Linear(4, 8), nn.Linear(8, 8)
+        self.table = torch.randn(16, 8)
+
+    @functools.lru_cache(maxsize=8)  # noqa: B019
+    def rows(self, count):
+        return self.table[:count] * 2
+
+    def forward(self, sample, timestep):
+        emb = self.time(torch.sin(timestep[:, None] * frequencies(4)))[:, None]
+        return self.last(sample + emb + self.rows(sample.shape[1]))
+
+
+def test_what_a_network_remembers_of_a_trace_is_not_given_to_its_next_call():
+    network, given = make(Remembers), {"sample": torch.randn(2, 6, 8), "timestep": torch.tensor([3.0, 500])}
+    gm = tfmq_fx.capture(network, given)
+    with torch.no_grad():
+        found = network(**given)  # for the first time
+        assert torch.equal(gm(*given.values()), found)
+    assert frequencies.cache_info().currsize == 1
+    assert type(frequencies(4)) is torch.Tensor

@@ -53,7 +53,7 @@ from tfmq_fx.graph.inputs import choose_timestep, placeholders, require_input, t
 from tfmq_fx.graph.nodes import attribute, fixed_size, meta_value, schema_arguments
 from tfmq_fx.graph.sizes import Condition, Size, holds, sizes_in
 from tfmq_fx.graph.state import Captured, set_state
-from tfmq_fx.graph.written import keeps_buffers, own_written_buffers
+from tfmq_fx.graph.written import keeps_buffers, own_written_buffers, writing_nodes
 from tfmq_fx.passes.clean.batch_rows import batch_rows
 from tfmq_fx.passes.clean.flatten_timestep import flatten_timestep
 from tfmq_fx.passes.clean.fold_parameters import fold_parameters
@@ -210,11 +210,15 @@ def _graph(
         at = passes.index(remove_noops) + 1
         passes[at:at] = [values_of_copies, batch_rows]
         traced = lists.first_row(network, inputs, rows=_rows_of(inputs, timestep), cut=cut)
-    program = _exported(traced, inputs, timestep=timestep, all_sizes=all_sizes, checked=lists is not None)
-    if lists is not None and _writes(program.graph):
-        program = program.run_decompositions({})  # the same operators, without writes
-    gm = program.module(check_guards=False)
-    assert isinstance(gm, GraphModule)
+    routed = Routed()
+    program = _exported(
+        traced, inputs, timestep=timestep, all_sizes=all_sizes, checked=lists is not None, routed=routed
+    )
+    gm = _module(program)
+    if writing_nodes(gm) or (lists is not None and _writes(program.graph)):
+        # The same operators, without writes. A functional copy has no derivative.
+        program = program.run_decompositions({torch.ops.aten.copy.default: _copied})
+        gm = _module(program)
     out_spec = program.call_spec.out_spec
     assert out_spec is not None
     example = {n: x for n, (_, x) in leaves(inputs).items()}
@@ -235,8 +239,23 @@ def _graph(
             f"{type(network).__name__}: takes lists of samples, and computes something else for several than for each by itself; "
             "give it tensors with a batch."
         )
+    if routed.used and not _agree(gm, example, network, inputs):
+        raise TFMQError(
+            f"{type(network).__name__}: sends tokens to experts in a way that cannot be computed with masks; give its experts all "
+            "tokens, or hand the passes a torch.fx.GraphModule you captured yourself."
+        )
     own_written_buffers(gm)
     gm.recompile()
+    return gm
+
+
+def _copied(x: Tensor, source: Tensor, non_blocking: bool = False) -> Tensor:  # noqa: ARG001
+    return source.to(x.dtype).expand(x.shape)
+
+
+def _module(program: torch.export.ExportedProgram) -> GraphModule:
+    gm = program.module(check_guards=False)
+    assert isinstance(gm, GraphModule)
     return gm
 
 
@@ -298,11 +317,18 @@ def _same_tensors(a: Any, b: Any) -> bool:
 
 
 def _exported(
-    network: nn.Module, inputs: dict[str, Any], *, timestep: str, all_sizes: bool, checked: bool
+    network: nn.Module,
+    inputs: dict[str, Any],
+    *,
+    timestep: str,
+    all_sizes: bool,
+    checked: bool,
+    routed: Routed,
 ) -> torch.export.ExportedProgram:
     """Export the network with a dynamic batch.
 
     inputs: its arguments by name. all_sizes: keep other sizes open, too. checked: whether the graph will be compared with the network.
+    routed: the mode that follows tokens to experts.
     """
     lengths = _lengths(inputs) if all_sizes else None
     dynamic = {
@@ -320,7 +346,7 @@ def _exported(
             torch.no_grad(),
             _SymbolicRepeats(),
             Filled(),
-            Routed(),
+            routed,
         ):
             return torch.export.export(
                 _by_name(network, inputs), (), inputs, dynamic_shapes=dynamic, strict=False

@@ -221,6 +221,53 @@ def listed(rows: int = 24, lengths: tuple[int, ...] = (3, 7), seed: int = 0) -> 
     }
 
 
+class Experts(nn.Module):
+    """Tokens (N, T, 8) that go to two of four experts each, and layers (K, N, words, 6) of a language model, samples second."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(8, 16), nn.Linear(16, 8)
+        self.time = nn.Sequential(nn.Linear(8, 16), nn.SiLU(), nn.Linear(16, 16))
+        self.words = nn.ModuleList(nn.Linear(6, 16) for _ in range(2))
+        self.gate = nn.Linear(16, 4, bias=False)
+        self.experts = nn.ModuleList(
+            nn.Sequential(nn.Linear(16, 24), nn.SiLU(), nn.Linear(24, 16)) for _ in range(4)
+        )
+
+    def forward(self, x: Tensor, timestep: Tensor, layers: Tensor) -> Tensor:
+        h = self.first(x) + self.time(sinusoid(timestep, 8))[:, None]
+        for words, layer in zip(self.words, (layers[0], layers[2]), strict=True):
+            h = h + words(layer).mean(1, keepdim=True)
+        out: Tensor = self.last(h + self.routed(h))
+        return out
+
+    def routed(self, h: Tensor) -> Tensor:
+        tokens = h.reshape(-1, 16)
+        weights, chosen = torch.topk(self.gate(tokens).softmax(-1), 2)
+        order = chosen.flatten().argsort()
+        made, first = torch.zeros_like(tokens), 0
+        for expert, last in zip(
+            self.experts, chosen.flatten().bincount(minlength=4).cumsum(0).tolist(), strict=True
+        ):
+            own = order[first:last] // 2
+            y = expert(tokens[own]) * weights.reshape(-1, 1)[order[first:last]]
+            made.index_add_(0, own, y)
+            first = last
+        return made.view_as(h)
+
+
+def experts(
+    rows: int = 24, layers: int = 3, words: int = 5, tokens: int = 12, seed: int = 0
+) -> dict[str, Any]:
+    """Return the arguments of `rows` samples for `Experts`."""
+    g = torch.Generator().manual_seed(seed)
+    return {
+        "x": torch.randn(rows, tokens, 8, generator=g),
+        "timestep": torch.tensor([900.0, 500.0, 100.0]).repeat(rows)[:rows],
+        "layers": torch.randn(layers, rows, words, 6, generator=g),
+    }
+
+
 def make(cls: type[nn.Module], seed: int = 0) -> nn.Module:
     with torch.random.fork_rng():
         torch.manual_seed(seed)

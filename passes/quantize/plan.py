@@ -25,6 +25,7 @@ from tfmq_fx.graph.nodes import (
     attribute,
     called_module,
     count,
+    deciding_layers,
     edge_layers,
     matmul_inputs,
     meta_value,
@@ -98,6 +99,7 @@ class Plan:
 def plan(gm: GraphModule, *, recipe: Recipe, temporal: TemporalBlock) -> Plan:
     """Apply the recipe to every weighted layer of the graph. Raises TFMQError for a rule that matches nothing."""
     edges, inside = edge_layers(gm, timestep=temporal.timestep), set(temporal.nodes)
+    deciding = deciding_layers(gm)
     layers: list[LayerPlan] = []
     floats: list[Float] = []
     notes: list[Note] = []
@@ -114,6 +116,8 @@ def plan(gm: GraphModule, *, recipe: Recipe, temporal: TemporalBlock) -> Plan:
             rule = _rule_for(recipe, path, op_name(node))
             used.add(rule)
             layer = _layer(node, path, recipe, edge=node in edges, temporal=node.name in inside)
+            if node in deciding:
+                layer = _as_deciding(layer, rule)
             layer, found = _as_possible(layer, attribute(gm, path), output_channel_axis(node))
             layer, of_dtype = _as_float8(layer, rule)
             layers.append(layer)
@@ -243,6 +247,20 @@ def _layer(node: Node, path: str, recipe: Recipe, *, edge: bool, temporal: bool)
         dtype=(rule.linear_dtype or recipe.linear_dtype) if op_name(node) == "linear" else INT,
         temporal=temporal,
         reason=reason,
+    )
+
+
+def _as_deciding(layer: LayerPlan, rule: Rule | None) -> LayerPlan:
+    """Return the plan of a layer that decides what is taken: in float, but for what a rule asks of it."""
+    asked = rule or Rule(pattern="")
+    return dataclasses.replace(
+        layer,
+        weight_bits=asked.weight_bits or FLOAT_BITS,
+        activation_bits=asked.activation_bits or FLOAT_BITS,
+        activation_terms=asked.activation_terms or 1,
+        reason=layer.reason
+        if asked.pattern
+        else "decides what is taken (topk): rounded, it would take others",
     )
 
 

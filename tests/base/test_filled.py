@@ -81,3 +81,45 @@ def test_a_set_of_sizes_has_those_that_differ():
     with pytest.raises(Exception, match="Guard"):
         program.module()(a=torch.randn(6), b=torch.randn(6))
     assert "set" not in vars(__import__(Differs.__module__, fromlist=["x"]))
+
+
+class Sized(nn.Module):
+    """Reads the height and width of each picture of a table of them, as numbers."""
+
+    def forward(self, x):
+        height, width = x.shape[1:3]
+        table = torch.tensor([height // 2, width // 2], dtype=torch.int64, device=x.device).reshape(-1)
+        made, flat = [], x.flatten(1, 2)
+        for i, size in enumerate(table.unsqueeze(0).repeat(x.shape[0], 1)):
+            rows, columns = size
+            made.append(flat[i, : rows * columns].reshape(1, rows, columns, -1))
+        return torch.cat(made)
+
+
+def test_sizes_that_are_read_of_a_small_table_stay_open():
+    size = {1: torch.export.Dim.AUTO, 2: torch.export.Dim.AUTO}
+    with Filled():
+        program = torch.export.export(
+            Sized(), (), {"x": torch.randn(1, 8, 6, 3)}, dynamic_shapes={"x": size}, strict=False
+        )
+    other = torch.randn(1, 6, 10, 3)
+    found = program.module()(x=other)
+    assert found.shape == (1, 3, 5, 3)
+    assert torch.equal(found, Sized()(other))
+
+
+def test_a_small_table_is_known_by_what_moves_it_and_forgotten_when_written():
+    with Filled() as mode:
+        table = torch.tensor([[3, 4], [5, 6]])
+        assert table.t()[0].tolist() == [3, 5]
+        assert int(table[1, 0]) == 5
+        first, second = table.long().clone().unbind()
+        assert (first[1] + second[0]) in mode
+        assert [int(a * b) for a, b in table] == [12, 30]
+        view, copy = table[0], table.clone()
+        table.mul_(2)
+        assert view.tolist() == [6, 8]
+        assert copy[0].tolist() == [3, 4]
+        assert torch.tensor([0.5, 1.5])[0] not in mode
+        assert torch.arange(1000).reshape(2, -1)[0] not in mode
+        assert table[torch.tensor([1])].tolist() == [[10, 12]]

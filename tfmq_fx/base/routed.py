@@ -150,7 +150,7 @@ class Routed(TorchFunctionMode):
             size = first.shape[-1]
             if dim in (-1, first.dim() - 1) and isinstance(size, int):
                 self._known[result.indices] = _Choice(result.indices.flatten(0, -2), size)
-        elif fact is not None and name in _MOVED and result.numel() is not None:
+        elif fact is not None and name in _MOVED:
             self._known[result] = fact
         return result
 
@@ -163,10 +163,11 @@ class Routed(TorchFunctionMode):
         self, name: str, x: Tensor, fact: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
         """Return what a function makes of a tensor that is known, where that is not what torch makes of it; None elsewhere."""
-        if isinstance(fact, _Choice) and x.dim() == 1 and not kwargs:
-            if name == "bincount" and not args:
-                return self._note(x.new_zeros(fact.experts), _Counts(fact))
-            if name == "argsort" and not args:
+        if isinstance(fact, _Choice) and x.dim() == 1:
+            if name == "bincount" and (*args, *kwargs.values()) in ((), (fact.experts,)):
+                every = torch.arange(fact.experts, device=x.device)
+                return self._note((x[:, None] == every).sum(0), _Counts(fact))
+            if name == "argsort" and not args and not kwargs:
                 return self._note(torch.argsort(x), _Order(fact))
         if isinstance(fact, _Order) and not fact.tokens:
             by = args[0] if args else None
@@ -180,11 +181,17 @@ class Routed(TorchFunctionMode):
                 return self._note(x[: fact.choice.indices.shape[0]], replace(fact, expert=expert))
         if isinstance(fact, _Counts):
             if name == "cumsum" and (args[0] if args else kwargs.get("dim")) in (0, -1) and not fact.ends:
-                return self._note(x.clone(), replace(fact, ends=True))
+                return self._note(x.cumsum(0), replace(fact, ends=True))
             if name == "tolist":
                 return fact.numbers()
             if name == "numpy":
                 return np.array(fact.numbers(), dtype=object)
+            if name == "unbind":  # of a loop over it, or of FakeTensor.tolist
+                return tuple(map(self._note, x.unbind(), fact.numbers()))
+            if name == "__getitem__" and isinstance(args[0], int):
+                return self._note(x[args[0]], fact.numbers()[args[0]])
+        if isinstance(fact, Place) and name in ("item", "tolist", "__index__"):
+            return fact
         return None
 
     def _note(self, x: Tensor, fact: Any) -> Tensor:

@@ -422,6 +422,32 @@ def edge_layers(gm: GraphModule, *, timestep: str) -> set[Node]:
     return found | layers if len(layers) <= 2 else found
 
 
+_DECISIONS = ("topk", "argmax", "argmin")
+
+
+def deciding_layers(gm: GraphModule) -> set[Node]:
+    """Return the weighted layers that decide which of several things is taken, such as a token's experts: a rounded one takes others.
+
+    Nothing but views and pointwise functions lies between them and the choice.
+    """
+    found: set[Node] = set()
+    stack = [n for n in gm.graph.nodes if op_name(n) in _DECISIONS and _takes_places(n)]
+    seen = set(stack)
+    while stack:
+        for x in value_inputs(stack.pop()):
+            if weight_argument(x) is not None:
+                found.add(x)
+            elif x not in seen and is_view_or_pointwise(x):
+                seen.add(x)
+                stack.append(x)
+    return found
+
+
+def _takes_places(node: Node) -> bool:
+    """Return True if anything reads the places of what is chosen, and not its values alone."""
+    return op_name(node) != "topk" or any(u.args[1:] == (1,) and u.users for u in node.users)
+
+
 def _first_weighted(start: Iterable[Node], *, forward: bool) -> set[Node]:
     found: set[Node] = set()
     seen: set[Node] = set(start)

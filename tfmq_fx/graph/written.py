@@ -13,7 +13,7 @@ from torch._subclasses import FakeTensor
 from torch.fx import GraphModule, Node
 
 from tfmq_fx.base.errors import TFMQError
-from tfmq_fx.graph.nodes import attribute, meta_value, mutated_inputs, set_buffer, viewed_inputs
+from tfmq_fx.graph.nodes import attribute, meta_value, mutated_inputs, op_name, set_buffer, viewed_inputs
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -27,6 +27,15 @@ def written_buffers(gm: GraphModule) -> dict[str, Tensor]:
                 for target in _constants_under(mutated_inputs(node)):
                     found[f"{path}.{target}" if path else target] = attribute(module, target)
     return found
+
+
+def writing_nodes(gm: GraphModule) -> list[Node]:
+    """Return the nodes that change a value which the graph computed, or an input, in place: `x += y`."""
+    return [
+        n
+        for n in gm.graph.nodes
+        if op_name(n) != "detach" and any(not _constants_under([x]) for x in mutated_inputs(n))
+    ]
 
 
 def own_written_buffers(gm: GraphModule) -> None:
@@ -83,14 +92,20 @@ def frozen_buffers(gm: GraphModule, *, strict: bool) -> tuple[str, ...]:
     return (note,)
 
 
-def _constants_under(nodes: list[Node]) -> Iterator[str]:
-    """Yield the targets of the constants that these nodes are, or are views of."""
+def _constants_under(nodes: list[Node]) -> list[str]:
+    """Return the targets of the constants that these nodes are, or are views of."""
+    return [str(n.target) for n in roots(nodes) if n.op == "get_attr"]
+
+
+def roots(nodes: list[Node]) -> Iterator[Node]:
+    """Yield the nodes that hold the memory of these nodes: themselves, or what they are views of."""
     pending = list(nodes)
     while pending:
         node = pending.pop()
-        if node.op == "get_attr":
-            yield str(node.target)
-        pending.extend(x for x in viewed_inputs(node) if not _casts(x, node))
+        viewed = [x for x in viewed_inputs(node) if not _casts(x, node)]
+        if not viewed:
+            yield node
+        pending.extend(viewed)
 
 
 def _casts(x: Node, y: Node) -> bool:

@@ -22,10 +22,12 @@ from tfmq_fx.base.parallel import Ranks, workers
 from tfmq_fx.calibration.data import CalibrationSet, inputs_of
 from tfmq_fx.calibration.temporal_rows import is_scalar, require_keys_only, run_temporal, temporal_rows
 from tfmq_fx.graph.inputs import fixed_batch
+from tfmq_fx.graph.nodes import mutated_inputs
 from tfmq_fx.graph.state import set_state
-from tfmq_fx.graph.written import keeps_buffers, written_buffers
+from tfmq_fx.graph.written import keeps_buffers, roots, writing_nodes, written_buffers
 from tfmq_fx.observers.weight import PerChannelWeightFakeQuantize
 from tfmq_fx.passes.pass_manager import declare
+from tfmq_fx.passes.quantize.find_blocks import find_blocks
 from tfmq_fx.passes.quantize.observed import observers, set_mode
 from tfmq_fx.passes.quantize.plan import Note
 from tfmq_fx.passes.quantize.results import BlockResult
@@ -75,6 +77,7 @@ def reconstruct(
     _refuse_written(gm, iterations)
     if settings.method == temporal_method(settings) == "nearest" and not iterations:
         return gm
+    _refuse_writes_to_others(gm)
     ranks = Ranks()
     if settings.shards % ranks.size:
         settings = dataclasses.replace(settings, shards=-(-settings.shards // ranks.size) * ranks.size)
@@ -119,6 +122,19 @@ def _refuse_written(gm: GraphModule, iterations: int) -> None:
             f"reconstruct: the network updates {names[0]} at each call, so its blocks cannot be tuned together; "
             "use Reconstruction(tune_iterations=0)."
         )
+
+
+def _refuse_writes_to_others(gm: GraphModule) -> None:
+    """Raise TFMQError if a block writes to a value from outside of it: it is run several times, and each would change the value again."""
+    block_of = {n: i for i, block in enumerate(find_blocks(gm)) for n in block.nodes}
+    for node in writing_nodes(gm):
+        for root in roots(mutated_inputs(node)):
+            apart = node in block_of and block_of[node] != block_of.get(root)
+            if apart or root.op == "placeholder":
+                raise TFMQError(
+                    f"reconstruct: node {node.name} ({node.target}) changes {root.name} in place, which others read; capture the "
+                    "network with tfmq_fx.capture, or use torch.export's run_decompositions({}), which has no such operators."
+                )
 
 
 @contextmanager
