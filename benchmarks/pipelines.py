@@ -31,7 +31,7 @@ from benchmarks.networks.components import arguments, make
 from tfmq_fx.calibration.pipelines import takes_timestep
 
 ROWS = Path(__file__).with_suffix(".jsonl")
-SECONDS, MEMORY = 100, 12 * 2**30
+SECONDS, MEMORY = 200, 12 * 2**30
 STEPS = 2
 COLUMNS = ("built", "float", "records", "quantizes", "drops in", "saves")
 NEAREST = dataclasses.replace(

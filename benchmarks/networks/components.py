@@ -274,6 +274,11 @@ COMPONENTS: dict[str, dict[str, Any]] = {
         "in_channels": 16, "out_channels": 4, "num_layers": 1, "attention_head_dim": 16, "num_attention_heads": 2,
         "joint_attention_dim": TEXT, "axes_dims_rope": (8, 4, 4),
     },
+    "NucleusMoEImageTransformer2DModel": {
+        "in_channels": 16, "out_channels": 4, "num_layers": 2, "attention_head_dim": 16, "num_attention_heads": 4, "num_key_value_heads": 1,
+        "joint_attention_dim": TEXT, "axes_dims_rope": (4, 6, 6), "num_experts": 4, "moe_intermediate_dim": 32, "capacity_factors": 2.0,
+        "dense_moe_strategy": "leave_first_block_dense",
+    },
     "QwenImageTransformer2DModel": {
         "in_channels": 16, "out_channels": 4, "num_layers": 2, "attention_head_dim": 16, "num_attention_heads": 2,
         "joint_attention_dim": TEXT, "axes_dims_rope": (8, 4, 4),
@@ -450,7 +455,7 @@ _PAIR = dict.fromkeys(_EMBEDS, text)
 # By a pattern of the pipeline's name: other arguments of its call. A pipeline whose text encoder is not made gets
 # embeddings for a prompt.
 CALLS: tuple[tuple[str, dict[str, Any]], ...] = (
-    (r"QwenImage", {"prompt": None, **_PAIR, **_MASK}),
+    (r"QwenImage|NucleusMoE", {"prompt": None, **_PAIR, **_MASK}),
     (r"ZImage", {"prompt": None, "prompt_embeds": lambda: [text(LENGTH, TEXT)], "negative_prompt_embeds": lambda: [text(LENGTH, TEXT)]}),
     (r"Flux2|Klein", {"prompt": None, "prompt_embeds": text, "negative_prompt_embeds": text}),
     (r"HunyuanImage|HunyuanVideo15", {
@@ -518,7 +523,7 @@ def _named(table: tuple[tuple[str, dict[str, Any]], ...], pipeline: str) -> dict
 def _random(network: nn.Module) -> nn.Module:
     """Randomize the parameters that start at zero or uninitialized, because they would hide the layers before them."""
     for parameter in network.parameters():
-        if parameter.is_floating_point() and (not parameter.any() or not parameter.isfinite().all()):
+        if parameter.is_floating_point() and not 1e-6 < float(parameter.abs().max()) < 1e3:
             nn.init.normal_(parameter, std=0.1)
     return network.eval()
 
