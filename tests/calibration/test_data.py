@@ -48,3 +48,11 @@ def test_spread_takes_rows_evenly_over_timesteps():
 def test_bad_sets_are_refused(tensors, words):
     with pytest.raises(TFMQError, match=words):
         CalibrationSet.from_tensors(tensors)
+
+
+def test_a_part_of_a_set_may_have_the_rows_of_one_step():
+    """Frames of a video with a timestep each: those of one step of the sampler are the same in every row."""
+    t = torch.tensor([900.0, 600, 300]).repeat(2)[:, None].expand(6, 3).clone()
+    t[:, 0] = 0
+    data = CalibrationSet.from_tensors({"sample": torch.randn(6, 3, 2), "timestep": t})
+    assert data.rows(data.row_timesteps == 600).tensors["timestep"].tolist() == [[0, 600, 600]] * 2

@@ -86,7 +86,6 @@ class CalibrationSet:
             raise TFMQError(f"calibration: the set is empty (rows by tensor: {sizes}).")
         if len(set(sizes.values())) != 1:
             raise TFMQError(f"calibration: tensors have different numbers of rows: {sizes}.")
-        _require_schedule(timestep, self.tensors)
         for name, x in self.tensors.items():
             for start in (
                 range(0, len(x), 1024) if x.is_floating_point() else ()
@@ -153,11 +152,13 @@ class CalibrationSet:
                 f"calibration: {wrong[0]!r} is a {type(found[wrong[0]][1]).__name__}, not a tensor."
             )
         paths = {n: path for n, (path, _) in found.items()}
-        return CalibrationSet(
+        made = CalibrationSet(
             {n: x for n, (_, x) in found.items()}, {}, timestep, paths,
             row_lists=RowLists(tuple(lists), ()) if lists else second if second.arguments else None,
             row_sizes=RowSizes(differ) if differ else None,
         )  # fmt: skip
+        _require_schedule(made)
+        return made
 
     def row_wise(self, network: nn.Module) -> nn.Module:
         """Return the float network as it takes these rows, each by itself: another one on its tensors, or the network."""
@@ -274,13 +275,15 @@ class CalibrationSet:
         )
         folder = None if cache is None else Path(cache)
         found = record(session, deterministic=deterministic, cache=folder, max_memory=max_memory)
-        return CalibrationSet(
+        made = CalibrationSet(
             found.rows, found.constants, timestep, found.paths, conditional=found.conditional,
             note=OWN_PROMPTS if own else "", repeats=found.repeats, folded=found.folded,
             perturbation=found.perturbation,
             others=found.others,
             row_lists=found.row_lists, row_sizes=found.row_sizes,
         )  # fmt: skip
+        _require_schedule(made)
+        return made
 
     @property
     def timesteps(self) -> Tensor:
@@ -383,12 +386,13 @@ def _is_second(x: Any, count: int) -> bool:
     return isinstance(x, Tensor) and x.dim() > 2 and x.shape[0] != count == x.shape[1]
 
 
-def _require_schedule(timestep: str, tensors: Mapping[str, Tensor]) -> None:
+def _require_schedule(data: CalibrationSet) -> None:
     """Raise TFMQError for a timestep of several values per row that no sampler gives: it is data, as the times of a series are.
 
     They are the same in every row, so that no step of a sampler could be told from another, or all of them differ while
-    another tensor has one value per row.
+    another tensor has one value per row. Not asked of a part of a set, which may have the rows of one step.
     """
+    timestep, tensors = data.timestep, data.tensors
     t = tensors[timestep].flatten(1) if tensors[timestep].dim() > 1 else tensors[timestep][:, None]
     if len(t) < 2 or t.shape[1] < 2:
         return
