@@ -15,13 +15,13 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.table import Table
-from torch import Tensor, nn
+from torch import nn
 from torch._subclasses import FakeTensorMode
 from torch.utils import _pytree as pytree
 
 import tfmq_fx
 from benchmarks.networks.zoo import ZOO, Entry
-from tfmq_fx.base.arguments import leaves
+from benchmarks.networks.zoo.grown import by_name, grown
 from tfmq_fx.graph.inputs import placeholders
 from tfmq_fx.graph.nodes import fresh
 from tfmq_fx.passes import find_temporal, partition_temporal
@@ -34,8 +34,9 @@ def main(names: list[str]) -> None:
     )
     for entry in ZOO:
         if not names or entry.name in names:
-            table.add_row(*_row(entry, real=False))
-            table.add_row(*_row(entry, real=True))
+            for real in (False, True):
+                table.add_row(*_row(entry, real=real))
+                print(entry.name, real, file=sys.stderr, flush=True)
     Console(width=150).print(table)
     print(
         "pass s: find_temporal and partition_temporal. bitwise: capture and partition against the network, a batch of 3; fake "
@@ -80,15 +81,8 @@ def _measure(entry: Entry, network: nn.Module, inputs: dict[str, Any], *, size: 
 
 @torch.no_grad()
 def _bitwise(entry: Entry, network: nn.Module, *graphs: torch.fx.GraphModule) -> bool:
-    inputs = entry.inputs(False)
-    batch = next(x.shape[0] for x in pytree.tree_leaves(inputs) if isinstance(x, Tensor) and x.dim() > 1)
-    if inputs[entry.timestep].dim():
-        inputs = pytree.tree_map(
-            lambda x: torch.cat([x, x[:1]]) if isinstance(x, Tensor) and x.shape[:1] == (batch,) else x,
-            inputs,
-        )
-    expected = pytree.tree_leaves(network(**inputs))[0]
-    given = {n: x for n, (_, x) in leaves(inputs).items()}
+    network, inputs = grown(entry, network)
+    expected, given = pytree.tree_leaves(network(**inputs))[0], by_name(inputs)
     return all(
         torch.equal(pytree.tree_leaves(g(*[given[n] for n in placeholders(g)]))[0], expected) for g in graphs
     )

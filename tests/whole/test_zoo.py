@@ -7,12 +7,11 @@ from torch.utils import _pytree as pytree
 import tfmq_fx
 from benchmarks.networks.zoo import ZOO, depends
 from benchmarks.networks.zoo.experts import EXPERTS
+from benchmarks.networks.zoo.grown import by_name, grown
 from benchmarks.networks.zoo.joint import JOINT
 from benchmarks.networks.zoo.newest import NEWEST
 from benchmarks.networks.zoo.recent import RECENT
 from tests.helpers.blocks import layer_paths
-from tfmq_fx.base.arguments import leaves
-from tfmq_fx.base.second_rows import rows_of_call
 from tfmq_fx.graph.inputs import placeholders
 from tfmq_fx.graph.nodes import fresh
 from tfmq_fx.passes import extract_temporal, find_temporal, partition_temporal
@@ -81,31 +80,13 @@ def test_the_part_of_the_timestep_alone_is_the_one_written_down(captured):
 
 def test_capture_and_partition_are_bitwise_at_another_batch_size(captured):
     entry, network, gm = captured
-    inputs = dict(entry.inputs(False))
-    if inputs[entry.timestep].dim():
-        batch = inputs[entry.timestep].shape[0]
-
-        def grow(x):
-            return (
-                torch.cat([x, x.flip(0)[:1]])
-                if isinstance(x, torch.Tensor) and x.shape[:1] == (batch,)
-                else x
-            )
-
-        if "img_shapes" in inputs:  # a plain list with an entry for each row
-            inputs["img_shapes"] = inputs["img_shapes"][:1] * (batch + 1)
-
-        lists = rows_of_call(network, inputs, entry.timestep)
-        if lists is not None:
-            network, inputs = lists.batched(network), lists.taken(inputs)
-        inputs = pytree.tree_map(grow, inputs)
+    network, inputs = grown(entry, network)
     tensors = [x for x in pytree.tree_leaves(inputs) if isinstance(x, torch.Tensor)]
-    order = list(placeholders(gm))
     with torch.no_grad():
         expected = pytree.tree_leaves(network(**inputs))[0]
-        flat = {n: x for n, (_, x) in leaves(inputs).items() if isinstance(x, torch.Tensor)}
+        flat = by_name(inputs)
         assert len(flat) == len(tensors)
-        values = [flat[n] for n in order]
+        values = [flat[n] for n in placeholders(gm)]
         assert torch.equal(pytree.tree_leaves(gm(*values))[0], expected)
         temporal = find_temporal(gm)
         block = extract_temporal(gm, temporal)
