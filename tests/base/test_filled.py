@@ -121,5 +121,7 @@ def test_a_small_table_is_known_by_what_moves_it_and_forgotten_when_written():
         assert view.tolist() == [6, 8]
         assert copy[0].tolist() == [3, 4]
         assert torch.tensor([0.5, 1.5])[0] not in mode
+        assert torch.tensor(data=[7, 8])[0].item() == 7
+        assert torch.stack(tensors=[torch.tensor(1), torch.tensor(2)]).tolist() == [1, 2]
         assert torch.arange(1000).reshape(2, -1)[0] not in mode
         assert table[torch.tensor([1])].tolist() == [[10, 12]]

@@ -21,7 +21,7 @@ def ends(found):
 
 
 class Experts(nn.Module):
-    """By counts, or by where each expert's tokens end; sums by three operators."""
+    """By counts, or by where each expert's tokens end; sums by several operators."""
 
     def __init__(self, *, experts=4, chosen=2, style="counts", sums="index_add"):
         super().__init__()
@@ -52,6 +52,8 @@ class Experts(nn.Module):
     def added(self, made, own, y):
         if self.sums == "index_add":
             return made.index_add_(0, own, y)
+        if self.sums == "functional":
+            return made.index_add(0, own, y)
         index = own.view(-1, 1).repeat(1, 6)
         if self.sums == "scatter_add":
             return made.scatter_add_(0, index, y)
@@ -64,7 +66,7 @@ class Experts(nn.Module):
     chosen=st.integers(1, 3),
     tokens=st.integers(1, 20),
     style=st.sampled_from(["counts", "ends"]),
-    sums=st.sampled_from(["index_add", "scatter_add", "scatter_reduce"]),
+    sums=st.sampled_from(["index_add", "functional", "scatter_add", "scatter_reduce"]),
     seed=st.integers(0, 99),
 )
 def test_each_token_gets_what_its_own_experts_make_of_it(experts, chosen, tokens, style, sums, seed):

@@ -13,6 +13,7 @@ from tests.helpers.nearest import recipe
 from tfmq_fx.base.errors import TFMQError
 from tfmq_fx.base.masked_rows import lengths_of
 from tfmq_fx.calibration.padding import without_padding
+from tfmq_fx.graph.nodes import op_name
 
 
 class Joined(nn.Module):
@@ -176,3 +177,43 @@ def test_what_is_zero_everywhere_is_fixed_and_no_names_at_all_are_taken():
         q(**{**call, "picture": torch.ones(6, 3, 6)})
     with pytest.raises(TFMQError, match=r"'names' has shape \(1, 2, 4\), captured with \(N, 0, 4\)"):
         q(**{**call, "names_mask": given(6, named=(2, 0))["names_mask"]})
+
+
+class Asks(nn.Module):
+    """Asks whether there is a picture, by its values."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.last, self.time = nn.Linear(6, 8), nn.Linear(8, 6), nn.Linear(1, 8)
+        self.picture, self.none = nn.Linear(5, 8), nn.Linear(6, 8)
+
+    def forward(self, x, timestep, picture):  # (N, T, 6), (N,), (N, M, 5)
+        h = self.first(x) + self.time(timestep[:, None] / 1000)[:, None]
+        if torch.all(picture == 0):
+            return self.last(h + self.none(x))
+        return self.last(h + self.picture(picture).mean(1, keepdim=True))
+
+
+def test_a_network_that_asks_whether_there_is_a_picture_is_captured_with_one(tmp_path):
+    network = Asks().eval()
+    given = {
+        "x": torch.randn(24, 3, 6),
+        "timestep": torch.tensor([900.0, 600, 300]).repeat(8),
+        "picture": torch.randn(24, 4, 5),
+    }
+    given["picture"][5] = 0  # one without, beside others with
+    data = tfmq_fx.CalibrationSet.from_tensors(given)
+    nearest = tfmq_fx.Recipe(weight_bits=8, reconstruction=tfmq_fx.Reconstruction(method="nearest"))
+    q = tfmq_fx.quantize(network, nearest, calibration=data)
+    assert q.interface.nonzero == ("picture",)
+    q.save_pretrained(tmp_path)
+    with torch.no_grad():
+        expected = network(**given)
+    for model in (q, tfmq_fx.load(tmp_path)):
+        assert (model(**given) - expected).norm() < 0.02 * expected.norm()
+        with pytest.raises(
+            TFMQError, match=r"'picture' is 0 everywhere, and was not when the network was captured"
+        ):
+            model(given["x"][:2], given["timestep"][:2], torch.zeros(2, 4, 5))
+    gm = tfmq_fx.capture(network, data.arguments(slice(0, 2)))
+    assert not [n for n in gm.graph.nodes if op_name(n) in ("eq", "all", "item")]

@@ -83,6 +83,9 @@ class Interface:
     output_fields: tuple[str, ...] = ()
     timestep: str = "timestep"
     conditions: tuple[Any, ...] = ()  # what holds where a size differs from the capture's; see `graph.sizes`
+    nonzero: tuple[
+        str, ...
+    ] = ()  # inputs that must not be 0 everywhere: the network would compute something else
     # Constant arguments with an equal entry for each row -> their length at capture: of any length in a call.
     lists: dict[str, int] = field(default_factory=dict)
     # Inputs and outputs that the float network has as lists with one entry for each row; see `base.row_lists`.
@@ -164,6 +167,7 @@ class Interface:
             rest=rest,
             timestep=timestep,
             conditions=sizes.conditions,
+            nonzero=captured_of(gm).nonzero,
             attributes=facts_of(network, weights),
             perturbed=perturbed,
             others=tuple(map(dict, others)),
@@ -541,6 +545,7 @@ class DropIn(nn.Module):
             for name, table in {t: self.timesteps, **self.finite}.items():
                 self._look_up(name, inputs[name], table)
         self._require_sizes(inputs)
+        self._require_nonzero(inputs)
         taken = [inputs[n] for n in self.interface.inputs]
         output = with_nan_rows(self._compute(taken), taken, batch=inputs[self.first_input].shape[0])
         wants = given.get("return_dict")
@@ -715,6 +720,15 @@ class DropIn(nn.Module):
                 raise TFMQError(
                     f"forward: {name!r} has {now[name, i]} in dimension {i}, captured with {moves[name, i]}; at this size the "
                     f"network breaks what its capture assumed ({shown(condition)}); {self.verb} again with {self.source} of it."
+                )
+
+    def _require_nonzero(self, inputs: Mapping[str, Tensor]) -> None:
+        """Raise TFMQError for an input of zeros, of which the network asks whether it is one."""
+        for name in self.interface.nonzero:
+            if not traced(inputs.values()) and not bool(inputs[name].any()):
+                raise TFMQError(
+                    f"forward: {name!r} is 0 everywhere, and was not when the network was captured, which asks for it and then computes "
+                    f"something else; {self.verb} again with {self.source} of such calls."
                 )
 
     def _look_up(self, name: str, given: Tensor, table: Tensor) -> None:

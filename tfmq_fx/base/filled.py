@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -21,6 +21,8 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils.weak import WeakIdKeyDictionary
 
+from tfmq_fx.base.arguments import leaves
+
 # By the names of torch's functions and methods. What makes a filled tensor: its value, or which argument has it.
 _ONES, _ZEROS = ("ones", "ones_like", "new_ones"), ("zeros", "zeros_like", "new_zeros")
 _FULL = {"full": 1, "full_like": 1, "new_full": 2, "scalar_tensor": 0}
@@ -29,6 +31,10 @@ _MOVED = (
     "to", "type", "type_as", "float", "double", "half", "bfloat16", "int", "long", "clone", "contiguous", "detach", "view", "reshape",
     "flatten", "unflatten", "expand", "expand_as", "repeat", "unsqueeze", "squeeze", "transpose", "permute", "unbind", "select",
     "narrow", "chunk", "split", "cat", "concat", "stack", "__getitem__",
+)  # fmt: skip
+_WHOLE = (  # of these, what drops no element
+    "to", "type_as", "float", "double", "half", "bfloat16", "clone", "contiguous", "detach", "view", "reshape", "flatten", "unflatten", "unsqueeze",
+    "squeeze", "transpose", "permute",
 )  # fmt: skip
 _POINTWISE: dict[str, Callable[..., Any]] = {
     "bool": bool, "logical_not": operator.not_,
@@ -65,10 +71,20 @@ class Filled(TorchFunctionMode):
 
     What a network reads of them as numbers is that value, and what it picks by them is a slice. Everything else is computed
     as without the mode.
+
+    nonzero: the names of the arguments that are not 0 everywhere in the example. A network that asks whether one is gets that answer;
+    `asked` has those of which it did.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, nonzero: Collection[str] = ()) -> None:
         super().__init__()
+        self.nonzero, self.asked = frozenset(nonzero), set[str]()
+        self._arguments: Any = (
+            WeakIdKeyDictionary()
+        )  # -> its name; also of what is made of one by moving elements
+        self._zeros: Any = (
+            WeakIdKeyDictionary()
+        )  # whether an argument is 0, at each place or everywhere -> its name
         self._known: Any = WeakIdKeyDictionary()
         self._several: Any = WeakIdKeyDictionary()  # -> an array of integers, of the tensor's shape
 
@@ -80,6 +96,8 @@ class Filled(TorchFunctionMode):
             return func(*args, **kwargs)
         name = getattr(func, "__name__", "")
         first: Any = args[0] if args else None
+        if (found := self._of_zeros(name, args)) is not None:
+            return found
         if first in self and name in _NUMBERS and first.numel() == 1:
             return _NUMBERS[name](self._known[first])
         if first in self and name == "tolist" and all(isinstance(d, int) for d in first.shape):
@@ -95,6 +113,8 @@ class Filled(TorchFunctionMode):
         if isinstance(first, Tensor) and name == "tolist" and first in self._several:
             return self._several[first].tolist()
         result = func(*args, **kwargs)
+        if isinstance(result, Tensor) and isinstance(first, Tensor):
+            self._follow(name, args, kwargs, result)
         if name in _OWN:
             return result
         if (
@@ -103,10 +123,10 @@ class Filled(TorchFunctionMode):
             or kwargs.get("out") is not None
         ):
             self._forget(kwargs.get("out", first))
-        elif name == "tensor":
-            self._note(result, np.array(first, dtype=object))
-        elif name == "stack" and result.dim() == 1 and all(x in self for x in first):
-            self._note(result, np.array([self._known[x] for x in first], dtype=object))
+        elif name == "tensor" and isinstance(first, (list, tuple)):
+            self._note(result, first)
+        elif name == "stack" and isinstance(first, (list, tuple)) and all(self._is_number(x) for x in first):
+            self._note(result, [self._known[x] for x in first])
         elif isinstance(first, Tensor) and first in self._several and name in _MOVED:
             self._move(func, args, kwargs, result)
         elif (value := self._value(name, args, kwargs)) is not None:
@@ -115,36 +135,73 @@ class Filled(TorchFunctionMode):
                     self._known[made] = own
         return result
 
+    def name_arguments(self, given: Mapping[str, Any]) -> None:
+        """Note the tensors that a call gives, by the arguments' names."""
+        for name, (_, x) in leaves(given).items():
+            if isinstance(x, Tensor) and name in self.nonzero:
+                self._arguments[x] = name
+
+    def _of_zeros(self, name: str, args: tuple[Any, ...]) -> bool | None:
+        """Return whether an argument is 0 everywhere, if that is what a function asks: it is not."""
+        first = args[0] if args else None
+        if (
+            name not in ("__bool__", "item")
+            or not isinstance(first, Tensor)
+            or first.dim()
+            or first not in self._zeros
+        ):
+            return None
+        self.asked.add(self._zeros[first])
+        return False
+
+    def _follow(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
+        """Note what is made of an argument, or of where it is 0, that still tells whether it is 0 everywhere."""
+        first, *rest = args
+        if first in self._zeros:
+            if name == "all" and not rest and not kwargs:
+                self._zeros[result] = self._zeros[first]
+        elif first not in self._arguments:
+            return
+        elif name in ("eq", "__eq__") and isinstance(rest[0], (int, float)) and rest[0] == 0:
+            self._zeros[result] = self._arguments[first]
+        elif result.is_floating_point() and (
+            name in _WHOLE or (name == "__getitem__" and _is_first(rest[0]))
+        ):
+            self._arguments[result] = self._arguments[first]  # an integer of 0.3 would be 0
+
     def __contains__(self, x: Any) -> bool:
         return isinstance(x, Tensor) and x in self._known
 
-    def _number(self, x: Any) -> Any:
-        """Return the number that a tensor of one holds, if it is known, and everything else as it is."""
-        return self._known[x] if x in self and x.dim() == 0 else x
+    def _is_number(self, x: Any) -> bool:
+        """Return True for a tensor of shape () whose value is known."""
+        return x in self and x.dim() == 0
 
-    def _note(self, x: Tensor, values: np.ndarray[Any, Any]) -> None:
-        """Know a tensor of integers by its values, as far as they are numbers and few."""
-        whole = all(isinstance(v, (int, torch.SymInt)) and not isinstance(v, bool) for v in values.flat)
-        if x.dtype not in (torch.int32, torch.int64) or not whole or not 1 <= values.size <= MOST_NUMBERS:
+    def _number(self, x: Any) -> Any:
+        """Return the number that a tensor of shape () holds, if it is known, and everything else as it is."""
+        return self._known[x] if self._is_number(x) else x
+
+    def _note(self, x: Tensor, given: Any) -> None:
+        """Know a tensor of integers by its values, nested as it is, as far as they are numbers and few."""
+        values = pytree.tree_leaves(given)
+        whole = all(isinstance(v, (int, torch.SymInt)) and not isinstance(v, bool) for v in values)
+        if x.dtype not in (torch.int32, torch.int64) or not whole or not 1 <= len(values) <= MOST_NUMBERS:
             return
-        if values.size == 1:
-            self._known[x] = values.flat[0]
+        if len(values) == 1:
+            self._known[x] = values[0]
         else:
-            self._several[x] = values
+            self._several[x] = np.array(values, dtype=object).reshape(tuple(x.shape))
 
     def _move(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
         """Know what is made of a tensor of several numbers by moving them: the same is done to their places."""
         values = self._several[args[0]]
-        given = [x for x in pytree.tree_leaves((args[1:], kwargs)) if isinstance(x, (Tensor, torch.SymInt))]
-        if given:
+        if any(isinstance(x, (Tensor, torch.SymInt)) for x in pytree.tree_leaves((args[1:], kwargs))):
             return
         kwargs = {n: x for n, x in kwargs.items() if n != "device"}
         with _disable_current_modes():
             moved = func(torch.arange(values.size).reshape(values.shape), *args[1:], **kwargs)
             places = [x.long().numpy() for x in pytree.tree_leaves(moved)]
         for x, where in zip(pytree.tree_leaves(result), places, strict=True):
-            if where.size <= MOST_NUMBERS:
-                self._note(x, np.asarray(values.reshape(-1)[where], dtype=object))
+            self._note(x, [values.flat[i] for i in where.flat])
 
     def _value(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Return the value that a function's result has everywhere; None if it is not known to have one."""
@@ -218,9 +275,14 @@ class Filled(TorchFunctionMode):
     def _forget(self, written: Any) -> None:
         """Know nothing any more of what shares memory with a tensor that was written to."""
         storages = {x.untyped_storage()._cdata for x in pytree.tree_leaves(written) if isinstance(x, Tensor)}
-        for known in (self._known, self._several):
+        for known in (self._known, self._several, self._arguments, self._zeros):
             for x in [x for x in known if x.untyped_storage()._cdata in storages]:
                 del known[x]
+
+
+def _is_first(index: Any) -> bool:
+    """Return True for what picks the first row, or makes a batch of one: a network is traced so for one row."""
+    return index is None or (isinstance(index, int) and index == 0)
 
 
 def _as_held(value: Any, dtype: torch.dtype) -> Any:

@@ -35,11 +35,7 @@ _MOVED = (
     "expand", "expand_as", "repeat",
 )  # fmt: skip
 _QUOTIENTS = ("__floordiv__", "floor_divide", "div")
-_SUMS = {
-    "scatter_add_": None,
-    "index_add_": None,
-    "scatter_reduce_": "sum",
-}  # -> what it must be told, besides
+_SUMS = {"scatter_add": None, "index_add": None, "scatter_reduce": "sum"}  # -> what it must be told, besides
 
 
 @dataclass(frozen=True, eq=False)
@@ -135,15 +131,8 @@ class Routed(TorchFunctionMode):
             and isinstance(part := self._part(args[1]), _Order)
         ):
             return self._taken(first, part)
-        if (
-            name in _SUMS
-            and len(args) >= 4
-            and isinstance(part := self._part(args[2]), _Order)
-            and part.tokens
-        ):
-            reduce = args[4] if len(args) > 4 else kwargs.get("reduce")
-            if args[1] == 0 and reduce == _SUMS[name] and kwargs.get("include_self", True):
-                return first.add_(self._masked(args[3], part))
+        if name.removesuffix("_") in _SUMS and (added := self._added(name, args, kwargs)) is not None:
+            return added
         result = func(*args, **kwargs)
         if name == "topk" and isinstance(first, Tensor):
             dim = args[2] if len(args) > 2 else kwargs.get("dim", -1)
@@ -153,6 +142,19 @@ class Routed(TorchFunctionMode):
         elif fact is not None and name in _MOVED:
             self._known[result] = fact
         return result
+
+    def _added(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Return a sum with what an expert made of its tokens; None if it is another sum."""
+        if len(args) < 4 or args[1] != 0 or not kwargs.keys() <= {"reduce", "include_self"}:
+            return None
+        total: Any = args[0]
+        part, made = self._part(args[2]), args[3]
+        reduce = args[4] if len(args) > 4 else kwargs.get("reduce")
+        plain = reduce == _SUMS[name.removesuffix("_")] and kwargs.get("include_self", True)
+        if part is None or not part.tokens or not plain:
+            return None
+        masked = self._masked(made, part)
+        return total.add_(masked) if name.endswith("_") else total + masked
 
     def _part(self, x: Any) -> _Order | None:
         """Return which expert's part of an order a tensor is; None if it is none."""

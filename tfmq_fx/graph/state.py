@@ -32,6 +32,9 @@ class Captured:
     inputs: tuple[int, ...] | None = (
         None  # what `bind_parameters` left of the inputs: their old positions; None: all
     )
+    nonzero: tuple[
+        str, ...
+    ] = ()  # inputs of which the network asked, while it was traced, whether they are 0 everywhere
     # What `fold_parameters` computed: the new parameter's path -> those of the parameters it is a function of.
     folded: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     low_bits: Mapping[str, tuple[Change, ...]] = field(
