@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import dataclasses
 import inspect
 import itertools
 import logging
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -19,7 +18,18 @@ from torch.fx.passes.infra.pass_base import PassResult
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
-from tfmq_fx.artefact.drop_in import VARIANT, Interface
+from tfmq_fx.agreement import (
+    REROUTED,
+    agree,
+    agree_on_other_rows,
+    agree_on_padding,
+    agrees,
+    as_dict,
+    equal_lists,
+    require_kinds,
+    rows_of,
+)
+from tfmq_fx.artefact.drop_in import VARIANT
 from tfmq_fx.base.ambient import has_values, neutral, tracked
 from tfmq_fx.base.arguments import leaves
 from tfmq_fx.base.errors import TFMQError, nearest_names
@@ -44,14 +54,11 @@ from tfmq_fx.base.tracing import (
     tracing,
     without_caches,
 )
-from tfmq_fx.calibration.data import CalibrationSet, as_taken
+from tfmq_fx.calibration.data import CalibrationSet
 from tfmq_fx.calibration.padding import without_padding
 from tfmq_fx.calibration.ready import require_ready
-from tfmq_fx.calibration.temporal_rows import is_scalar
-from tfmq_fx.calibration.variants import Variants
 from tfmq_fx.graph.inputs import choose_timestep, placeholders, require_input, timestep_input
 from tfmq_fx.graph.nodes import attribute, fixed_size, meta_value, schema_arguments
-from tfmq_fx.graph.sizes import Condition, Size, holds, sizes_in
 from tfmq_fx.graph.state import Captured, set_state
 from tfmq_fx.graph.written import keeps_buffers, own_written_buffers, writing_nodes
 from tfmq_fx.passes.clean.batch_rows import batch_rows
@@ -70,11 +77,6 @@ from tfmq_fx.passes.temporal.flatten_entries import flatten_entries
 from tfmq_fx.passes.temporal.undo_joins import undo_joins
 
 log = logging.getLogger(__name__)
-
-# Relative: that of sums in another order, far below another function of the inputs.
-ROUNDING = {torch.float32: 1e-3, torch.float64: 1e-3}
-COARSE_ROUNDING = 1e-2  # in bfloat16 and float16
-REROUTED = 32.0  # times as much where tokens choose experts: of two that are as good as equal, rounding takes the other
 
 
 @neutral()
@@ -149,7 +151,7 @@ def _graph_of_each_row(network: nn.Module, inputs: dict[str, Any], timestep: str
     Lists with an equal entry for each row are given as they are, or with one entry if that fails.
     """
     alone = MaskedRows((), ())
-    equal = tuple(n for n, x in _equal_lists(inputs).items() if len(x) == _rows_of(inputs, timestep))
+    equal = tuple(n for n, x in equal_lists(inputs).items() if len(x) == rows_of(inputs, timestep))
     for cut in dict.fromkeys(((), equal)):
         try:
             gm = _graph(network, inputs, timestep, all_sizes=True, lists=alone, cut=cut)
@@ -210,7 +212,7 @@ def _graph(
     if lists is not None:
         at = passes.index(remove_noops) + 1
         passes[at:at] = [values_of_copies, batch_rows]
-        traced = lists.first_row(network, inputs, rows=_rows_of(inputs, timestep), cut=cut)
+        traced = lists.first_row(network, inputs, rows=rows_of(inputs, timestep), cut=cut)
     routed, filled = Routed(), Filled(_not_zero(inputs))
     modes = (filled, routed)
     program = _exported(
@@ -237,14 +239,14 @@ def _graph(
     _check_weights(gm)
     share = REROUTED if routed.used else 1.0
     if lists is not None and not (
-        _agree(gm, example, network, inputs, share=share)
-        and _agree_on_other_rows(gm, network, inputs, share=share)
+        agree(gm, example, network, inputs, share=share)
+        and agree_on_other_rows(gm, network, inputs, share=share)
     ):
         raise TFMQError(
             f"{type(network).__name__}: takes lists of samples, and computes something else for several than for each by itself; "
             "give it tensors with a batch."
         )
-    if routed.used and not _agree(gm, example, network, inputs, share=share):
+    if routed.used and not agree(gm, example, network, inputs, share=share):
         raise TFMQError(
             f"{type(network).__name__}: sends tokens to experts in a way that cannot be computed with masks; give its experts all "
             "tokens, or hand the passes a torch.fx.GraphModule you captured yourself."
@@ -385,18 +387,10 @@ def _by_name(
     def forward(own: Callable[..., Any], /, **given: Any) -> Any:
         called(given)
         args, kwargs = call_of(network, given)
-        return _as_dict(own(*args, **kwargs))
+        return as_dict(own(*args, **kwargs))
 
     named = [inspect.Parameter(n, inspect.Parameter.POSITIONAL_OR_KEYWORD) for n in names]
     return with_forward(network, forward, inspect.Signature(named))
-
-
-def _as_dict(output: Any) -> Any:
-    """Return an output as a dict if it is a dataclass that torch.export does not know."""
-    known = isinstance(output, (Mapping, tuple, list))
-    if known or not dataclasses.is_dataclass(output) or isinstance(output, type):
-        return output
-    return {f.name: getattr(output, f.name) for f in dataclasses.fields(output)}
 
 
 def _dynamic(x: Any, *, lengths: Collection[int] | None) -> Any:
@@ -470,7 +464,7 @@ def _require_dynamic_batch(gm: GraphModule, network: nn.Module, example: Mapping
     """
     values = {n: node.meta["val"] for n, node in placeholders(gm).items()}
     sizes = {n: example[n].shape[0] for n in values if example[n].dim()}
-    batch = sizes.get(timestep := str(timestep_input(gm, None).target), _rows_of(example, timestep))
+    batch = sizes.get(timestep := str(timestep_input(gm, None).target), rows_of(example, timestep))
     for name, size in sizes.items():
         if size == batch and fixed_size(values[name].shape[0]) is not None:
             raise _FixedBatchError(
@@ -478,12 +472,6 @@ def _require_dynamic_batch(gm: GraphModule, network: nn.Module, example: Mapping
                 f"int({name}.shape[0]) does, or hard-codes it; use {name}.shape[0]. (If its first dimension is not a batch, give an "
                 "example with another batch size.)"
             )
-
-
-def _rows_of(example: Mapping[str, Any], timestep: str) -> int:
-    """Return the number of rows of an example: that of its first tensor other than the timestep, the noisy sample."""
-    found = {n: x for n, (_, x) in leaves(example).items() if isinstance(x, Tensor)}
-    return next((x.shape[0] for n, x in found.items() if n != timestep and x.dim()), 0)
 
 
 def _refuse_inference_parameters(network: nn.Module) -> None:
@@ -608,7 +596,7 @@ def _captured_cut(
     except TFMQError as error:
         log.info("%s cannot be captured without padding: %s", type(network).__name__, error)
         return None
-    return (gm, example) if _agree_on_padding(gm, network, cut, padded) else None
+    return (gm, example) if agree_on_padding(gm, network, cut, padded) else None
 
 
 def _captured(
@@ -625,42 +613,8 @@ def _captured(
         example["return_dict"] = False
     gm, example = capture_rows(calibration.row_wise(network), example, timestep)
     if calibration.others:
-        _require_kinds(gm, network, calibration)
+        require_kinds(gm, network, calibration)
     return gm, example
-
-
-@keeps_buffers
-@torch.no_grad()
-def _agree_on_padding(
-    gm: GraphModule, network: nn.Module, cut: CalibrationSet, padded: CalibrationSet
-) -> bool:
-    """Return True if the graph computes of rows of each length, without padding, what the network does of the padded ones."""
-    assert cut.row_sizes is not None
-    kinds = cut.row_sizes.kinds
-    for rows in [(kinds == kind).nonzero()[:2, 0] for kind in kinds.unique()[:MOST_TRIALS]]:
-        for alike in cut.groups(2, rows=rows, one_timestep=is_scalar(gm)):
-            inputs = cut.arguments(alike, beside=network)
-            found = {n: as_taken(gm, n, x) for n, (_, x) in leaves(inputs).items() if isinstance(x, Tensor)}
-            if not _agrees(gm, found, padded.row_wise(network), padded.arguments(alike, beside=network)):
-                return False
-    return True
-
-
-@keeps_buffers
-@torch.no_grad()
-def _require_kinds(gm: GraphModule, network: nn.Module, calibration: CalibrationSet) -> None:
-    """Raise TFMQError unless the graph computes a row of each kind of calls, beside the others, as the network does."""
-    row_wise, kinds = calibration.row_wise(network), calibration.tensors[VARIANT]
-    firsts = torch.stack([(kinds == kind).nonzero()[0, 0] for kind in kinds.unique()])
-    for rows in calibration.groups(len(firsts), rows=firsts, one_timestep=is_scalar(gm)):
-        arguments = calibration.rows(rows).arguments(slice(None), beside=network, rows_first=True)
-        found = {n: as_taken(gm, n, x) for n, (_, x) in leaves(arguments).items() if isinstance(x, Tensor)}
-        if not _agree(gm, found, row_wise, arguments):
-            names = ", ".join(Variants(calibration.others, calibration.paths).names)
-            raise TFMQError(
-                f"{type(network).__name__}: computes rows with other values of {names} in a way that cannot be told row by row; "
-                "change the pipeline's arguments so that they stay the same."
-            )
 
 
 def capture_rows(
@@ -715,167 +669,4 @@ def _computes(gm: GraphModule, network: nn.Module, one: Mapping[str, Any]) -> bo
     found = {n: x for n, (_, x) in leaves(one).items()}
     timestep = str(timestep_input(gm, None).target)
     rows = next(found[n].shape[0] for n in placeholders(gm) if n != timestep and found[n].dim())
-    return _agrees(gm, found, network, {**one, timestep: found[timestep].expand(rows)})
-
-
-def _agree(
-    gm: GraphModule,
-    inputs: Mapping[str, Any],
-    network: nn.Module,
-    arguments: Mapping[str, Any],
-    *,
-    share: float = 1.0,
-) -> bool:
-    """Return True if the graph makes of its inputs, by name, what the network makes of its arguments; without values, in shape alone.
-
-    share: how many times the rounding of sums in another order they may differ.
-    """
-    args, kwargs = call_of(network, pytree.tree_map(lambda x: x, dict(arguments)))
-    expected = pytree.tree_leaves(_as_dict(network(*args, **kwargs)))
-    made = pytree.tree_leaves(gm(*[inputs[n] for n in placeholders(gm)]))
-    return all(
-        a.shape == b.shape
-        and (
-            not has_values(b)
-            or bool((a - b).norm() <= share * ROUNDING.get(b.dtype, COARSE_ROUNDING) * b.norm())
-        )
-        for a, b in zip(made, expected, strict=True)
-        if isinstance(b, Tensor)
-    )
-
-
-@keeps_buffers
-@torch.no_grad()
-def _agree_on_other_rows(
-    gm: GraphModule, network: nn.Module, inputs: Mapping[str, Any], *, share: float
-) -> bool:
-    """Return True if they agree where all rows differ: what mixes rows may make the same of equal ones, as an example may have."""
-    rows = _rows_of(inputs, str(timestep_input(gm, None).target))
-
-    def other(x: Any) -> Any:
-        if not isinstance(x, Tensor) or x.shape[:1] != (rows,) or not x.is_floating_point():
-            return x
-        return x * (1 + torch.arange(rows, device=x.device).to(x.dtype).view(-1, *[1] * (x.dim() - 1)) / 4)
-
-    changed = pytree.tree_map(other, dict(inputs))
-    return _agrees(gm, {n: x for n, (_, x) in leaves(changed).items()}, network, changed, share=share)
-
-
-@keeps_buffers
-@torch.no_grad()
-def lists_of_rows(network: nn.Module, gm: GraphModule, example: Mapping[str, Any]) -> dict[str, int]:
-    """Return the arguments that are lists with an equal entry for each row, such as every sample's size, and their lengths.
-
-    A call with one row more shows which are: the graph, in which they are constants, computes what the network does.
-    """
-    lists = _equal_lists(example)
-    if not lists:
-        return {}
-    tensors = {n: x for n, (_, x) in leaves(example).items() if isinstance(x, Tensor)}
-    first = next(n for n in placeholders(gm) if n != timestep_input(gm, None).target)
-    rows = tensors[first].shape[0] + 1
-
-    def grown(x: Any) -> Any:
-        alike = isinstance(x, Tensor) and x.shape[:1] == (rows - 1,)
-        return torch.cat([x, x[:1]]) if alike else x
-
-    more = pytree.tree_map(grown, {n: x for n, x in example.items() if n not in lists})
-    found = {n: x for n, (_, x) in leaves(more).items()}
-    agree = _agrees(gm, found, network, {**more, **{n: [x[0]] * rows for n, x in lists.items()}})
-    return {n: len(x) for n, x in lists.items()} if agree else {}
-
-
-def _equal_lists(example: Mapping[str, Any]) -> dict[str, Sequence[Any]]:
-    return {n: x for n, x in example.items() if isinstance(x, (list, tuple)) and _all_equal(x)}
-
-
-def _all_equal(values: Sequence[Any]) -> bool:
-    """Return True for a list of the same plain values, without tensors."""
-    plain = not any(isinstance(x, Tensor) for x in pytree.tree_leaves(values))
-    return bool(values) and plain and all(x == values[0] for x in values)
-
-
-MOST_TRIALS = 6  # calls at other sizes of a row, for each dimension
-
-
-@keeps_buffers
-@torch.no_grad()
-def kept_conditions(
-    network: nn.Module, gm: GraphModule, example: Mapping[str, Any], face: Interface
-) -> tuple[Condition, ...]:
-    """Return the interface's conditions on sizes without those that need not hold for rows from lists, whose sizes differ.
-
-    A call of one row at a size that breaks some shows it: the graph computes what the network does. A prompt that is padded to
-    a multiple of 32 need not lack as many tokens as the captured one, for instance.
-    """
-    left = list(face.conditions)
-    names = () if face.listed is None else face.listed.ragged
-    one = {n: x[:1] if isinstance(x, Tensor) and x.dim() else x for n, x in example.items()}
-    found = {n: x for n, (_, x) in leaves(one).items() if isinstance(x, Tensor)}
-    now = {(n, i): size for n, x in found.items() for i, size in enumerate(x.shape)}
-    for at in [at for at in face.moves() if at[0] in names]:
-        needed: list[list[Condition]] = []  # each list has one that must hold
-        for size in sorted(range(1, 2 * now[at] + 65), key=lambda size: abs(size - now[at])):
-            broken = [c for c in left if at in sizes_in(c) and not holds(c, {**now, at: size})]
-            if not broken or any(all(c in broken for c in known) for known in needed):
-                continue
-            if len(needed) == MOST_TRIALS:
-                break
-            other = _resized(one[at[0]], at[1], size)
-            if _agrees(gm, {**found, at[0]: other}, network, {**one, at[0]: other}):
-                left = [c for c in left if c not in broken]
-            else:
-                needed.append(broken)
-    short = _short_rows(network, gm, one, face.listed, face.moves()) if face.listed is not None else ()
-    return (*left, *short)
-
-
-def _short_rows(
-    network: nn.Module,
-    gm: GraphModule,
-    one: Mapping[str, Any],
-    lists: RowLists,
-    moves: Mapping[Size, int],
-) -> Iterator[Condition]:
-    """Yield which lengths below two padded rows must not have: torch.export did not trace those.
-
-    A call with a mask of so many ones shows if the graph computes what the network does. one: its arguments, of one row.
-    """
-    found = {n: x for n, (_, x) in leaves(one).items() if isinstance(x, Tensor)}
-    for name, (dtype, marked) in lists.masks.items() if isinstance(lists, MaskedRows) else ():
-        for length in (1, 0):
-            mask = torch.zeros(1, found[marked[0]].shape[1], dtype=getattr(torch, dtype))
-            mask[:, :length] = 1
-            cut = {n: found[n][:, :length] for n in marked}
-            given = {**one, name: mask.to(found[marked[0]].device)}
-            if all((n, 1) in moves for n in marked) and not _agrees(gm, {**found, **cut}, network, given):
-                yield from (["GreaterThan", ["size", n, 1], length + 1] for n in marked)
-                break
-
-
-def _resized(x: Tensor, dim: int, size: int) -> Tensor:
-    return x.index_select(dim, torch.arange(size, device=x.device) % x.shape[dim])
-
-
-def _agrees(
-    gm: GraphModule,
-    inputs: Mapping[str, Any],
-    network: nn.Module,
-    arguments: Mapping[str, Any],
-    *,
-    share: float = 1.0,
-) -> bool:
-    """Return `_agree`; False if the network or the graph cannot compute it."""
-    try:
-        return _agree(gm, inputs, network, arguments, share=share)
-    except Exception:  # of any type, at a size that they do not take
-        return False
-
-
-@keeps_buffers
-@torch.no_grad()
-def output_of(network: nn.Module, example: dict[str, Any]) -> Any:
-    """Return what the network returns by default for the arguments of the capture."""
-    given = pytree.tree_map(lambda x: x, example)  # the network may empty the lists that it is given
-    args, kwargs = call_of(network, {k: v for k, v in given.items() if k != "return_dict"})
-    return network(*args, **kwargs)
+    return agrees(gm, found, network, {**one, timestep: found[timestep].expand(rows)})

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
+from tfmq_fx.agreement import kept_conditions, lists_of_rows, output_of
 from tfmq_fx.artefact.drop_in import Interface
 from tfmq_fx.artefact.forms import closed_graph
 from tfmq_fx.artefact.graph_json import tensors_of
@@ -25,14 +26,7 @@ from tfmq_fx.calibration.pipelines import denoiser
 from tfmq_fx.calibration.ready import require_ready
 from tfmq_fx.calibration.stage import calibrate, input_maxima
 from tfmq_fx.calibration.timesteps import USUAL
-from tfmq_fx.capturing import (
-    capture_rows,
-    captured,
-    kept_conditions,
-    lists_of_rows,
-    output_of,
-    unwrapped,
-)
+from tfmq_fx.capturing import capture_rows, captured, unwrapped
 from tfmq_fx.choices import choose, is_open
 from tfmq_fx.evaluation.errors import measure_errors
 from tfmq_fx.evaluation.summary import summary

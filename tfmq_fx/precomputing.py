@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
+from tfmq_fx.agreement import kept_conditions, output_of
 from tfmq_fx.artefact.drop_in import Interface
 from tfmq_fx.artefact.graph_json import tensors_of
 from tfmq_fx.artefact.outside import REQUEST_BYTES, Outside, require_place
@@ -26,7 +27,7 @@ from tfmq_fx.calibration.data import CalibrationSet
 from tfmq_fx.calibration.pipelines import denoiser
 from tfmq_fx.calibration.ready import require_ready
 from tfmq_fx.calibration.timesteps import timestep_of
-from tfmq_fx.capturing import batched, capture_rows, kept_conditions, output_of, unwrapped
+from tfmq_fx.capturing import batched, capture_rows, unwrapped
 from tfmq_fx.evaluation.summary import plain_maintenance, versions
 from tfmq_fx.graph.nodes import fresh
 from tfmq_fx.graph.state import set_state
