@@ -22,6 +22,7 @@ from torch.utils import _pytree as pytree
 import tfmq_fx
 from benchmarks.networks.zoo import ZOO, Entry
 from benchmarks.networks.zoo.grown import by_name, grown
+from tfmq_fx.base.second_rows import rows_of_call
 from tfmq_fx.graph.inputs import placeholders
 from tfmq_fx.graph.nodes import fresh
 from tfmq_fx.passes import find_temporal, partition_temporal
@@ -45,11 +46,15 @@ def main(names: list[str]) -> None:
 
 
 def _row(entry: Entry, *, real: bool) -> tuple[str, ...]:
+    network, inputs = entry.build(False), entry.inputs(False)
     if real:
+        # Which arguments are lists of samples, or have them second, is seen by values, of which fake weights have none.
+        lists = rows_of_call(network, inputs, entry.timestep)
         with FakeTensorMode(allow_non_fake_inputs=True):
             network, inputs = entry.build(True), entry.inputs(True)
+            if lists is not None:
+                network, inputs = lists.batched(network), lists.taken(inputs)
             return _measure(entry, network, inputs, size="published")
-    network, inputs = entry.build(False), entry.inputs(False)
     return _measure(entry, network, inputs, size="reduced")
 
 

@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._dispatch.python import enable_python_dispatcher
-from torch._guards import detect_fake_mode
 from torch._ops import OpOverload
 from torch.fx import GraphModule, Node
 from torch.fx.node import map_arg
@@ -17,7 +16,7 @@ from torch.fx.passes.infra.pass_base import PassResult
 
 from tfmq_fx.base.errors import TFMQError, first_line
 from tfmq_fx.graph.inputs import placeholders
-from tfmq_fx.graph.nodes import aten, fixed_size, meta_value, op_name
+from tfmq_fx.graph.nodes import aten, fake_mode_of, fixed_size, meta_value, op_name
 from tfmq_fx.passes.pass_manager import declare
 
 # What aten's schemas call the dimensions that an operator works on, and the sizes that it gives a tensor.
@@ -90,7 +89,7 @@ class _Rows:
 
     def __init__(self, gm: GraphModule, firsts: Sequence[Node]) -> None:
         self.graph = gm.graph
-        self.mode = detect_fake_mode([meta_value(n) for n in gm.graph.nodes])
+        self.mode = fake_mode_of(gm)
         self._full: dict[Node, Node] = {}
         self._flat: dict[Node, Node] = {}
         self._lists: dict[Node, tuple[Node, bool]] = {}  # of tensors: the node, and if it has flat values
@@ -300,7 +299,6 @@ class _Rows:
             self._lists[node] = new, flat
 
     def _value(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> Any:
-        assert self.mode is not None
         taken, named = map_arg((args, kwargs or {}), meta_value)
         with torch.no_grad(), self.mode, enable_python_dispatcher():
             return _called(target, taken, named)

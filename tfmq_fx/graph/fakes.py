@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._dispatch.python import enable_python_dispatcher
-from torch._guards import detect_fake_mode
 from torch._subclasses import FakeTensorMode
 from torch.fx import GraphModule, Interpreter, Node
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
@@ -16,7 +15,7 @@ from torch.fx.node import map_arg
 from torch.fx.passes.shape_prop import TensorMetadata
 from torch.utils import _pytree as pytree
 
-from tfmq_fx.graph.nodes import attribute, meta_value
+from tfmq_fx.graph.nodes import attribute, fake_mode_of, meta_value
 
 
 def set_fake_values(
@@ -44,9 +43,7 @@ def set_fake_values(
 
 def fill_fake_values(gm: GraphModule) -> None:
     """Give the nodes that have no fake value theirs, from those of their inputs: after passes that made nodes."""
-    mode = detect_fake_mode([meta_value(n) for n in gm.graph.nodes])
-    assert mode is not None
-    with torch.no_grad(), mode, enable_python_dispatcher():
+    with torch.no_grad(), fake_mode_of(gm), enable_python_dispatcher():
         for node in gm.graph.nodes:
             if meta_value(node) is not None or node.op not in ("get_attr", "call_function"):
                 continue

@@ -13,9 +13,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses import FakeTensor, FakeTensorMode
 from torch.fx import Graph, GraphModule, Node, Proxy
 from torch.fx.node import map_arg
 from torch.fx.proxy import GraphAppendingTracer
+from torch.utils import _pytree as pytree
 
 aten = torch.ops.aten
 
@@ -464,6 +466,12 @@ def _first_weighted(start: Iterable[Node], *, forward: bool) -> set[Node]:
             else:
                 stack.append(other)
     return found
+
+
+def fake_mode_of(gm: GraphModule) -> FakeTensorMode:
+    """Return the mode that the graph's fake values (`meta_value`) were made in, whatever mode is active here."""
+    leaves = pytree.tree_leaves([meta_value(n) for n in gm.graph.nodes])
+    return next(x.fake_mode for x in leaves if isinstance(x, FakeTensor))
 
 
 def fresh(gm: GraphModule) -> GraphModule:
