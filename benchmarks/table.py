@@ -67,6 +67,28 @@ def table(found: dict[Run, dict[str, float]], samples: int) -> Table:
     return shown
 
 
+def every_method(found: dict[Run, dict[str, float]], samples: int, seeds: int) -> Table:
+    """Return both figures of every method that was measured with so many seeds."""
+    shown = Table("model", "bits", "method", "PSNR dB, mean of images", "pooled", "CPU s", "MB")
+    kinds = sorted(
+        {
+            (list(MODELS).index(r.model), SETTINGS.index(r.setting), r.method)
+            for r in found
+            if r.setting in SETTINGS
+        }
+    )
+    for model, setting, method in kinds:
+        names = list(MODELS)[model], SETTINGS[setting], method
+        of = [f for r, f in found.items() if (r.model, r.setting, r.method) == names and r.samples == samples]
+        if len(of) >= seeds and all("psnr_pooled" in f for f in of):
+            figures = (
+                spread(of, n, form)
+                for n, form in (("psnr", ".1f"), ("psnr_pooled", ".1f"), ("cpu_seconds", ".0f"))
+            )
+            shown.add_row(*names, *figures, f"{of[0]['megabytes']:.2f}")
+    return shown
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--output", type=Path, default=Path("out/reconstruction"))
@@ -74,7 +96,16 @@ def main() -> None:
     parser.add_argument("--settings", nargs="*", default=list(SETTINGS))
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--samples", type=int, default=256)
+    parser.add_argument(
+        "--every-method",
+        action="store_true",
+        help="print both figures of what was measured, and measure nothing",
+    )
     args = parser.parse_args()
+    console = Console(width=170)
+    if args.every_method:
+        console.print(every_method(read(RESULTS), args.samples, args.seeds))
+        return
     args.output.mkdir(parents=True, exist_ok=True)
     runs = [
         Run(model, setting, method, seed, args.samples)
@@ -84,7 +115,6 @@ def main() -> None:
         for method in ("nearest", ours(setting))
     ]
     run_all(runs, results=RESULTS, figures=partial(in_a_process, output=args.output))
-    console = Console(width=170)
     console.print(table(read(RESULTS), args.samples))
     console.print(
         f"{args.samples} samples, 50 steps (flow: 20), {TRAJECTORIES} calibration trajectories; torch {torch.__version__}, "
