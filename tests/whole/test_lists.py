@@ -5,13 +5,15 @@ import dataclasses
 import diffusers
 import pytest
 import torch
+from torch._subclasses import FakeTensorMode
 
 import tfmq_fx
 from benchmarks.networks.pipelines import autoencoder
-from benchmarks.networks.small import Listed, listed, make
+from benchmarks.networks.small import Experts, Listed, experts, listed, make
 from tests.helpers.lowered import lower
 from tfmq_fx.base.errors import TFMQError
 from tfmq_fx.base.row_lists import RowLists, row_lists
+from tfmq_fx.base.second_rows import rows_of_call
 
 NEAREST = dataclasses.replace(
     tfmq_fx.Recipe.preset("w8a8"), reconstruction=tfmq_fx.Reconstruction(method="nearest")
@@ -170,3 +172,14 @@ def test_it_draws_from_the_pipeline_as_the_float_network_does(pipe):
     given = data.arguments(slice(0, 8))
     with torch.no_grad():
         assert relative(q(**given)[0], data.row_wise(network)(**given)[0]) < 0.03
+
+
+@pytest.mark.parametrize(
+    ("cls", "call", "timestep"), [(Listed, lambda n: listed(n, (3,)), "t"), (Experts, experts, "timestep")]
+)
+def test_networks_of_fake_weights_are_captured_once_it_is_known_what_they_take(cls, call, timestep):
+    found = rows_of_call(make(cls), call(2), timestep)  # by values, of which fake weights have none
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        gm = tfmq_fx.capture(found.batched(make(cls)), found.taken(call(2)), timestep=timestep)
+    real = tfmq_fx.capture(make(cls), call(2), timestep=timestep)
+    assert [n.target for n in gm.graph.nodes] == [n.target for n in real.graph.nodes]
