@@ -156,6 +156,24 @@ def test_a_size_at_which_the_network_would_branch_is_refused():
         q(torch.randn(2, 1, 16, 8), 300)
 
 
+def test_an_exported_program_refuses_such_a_size_and_other_files_say_what_they_do_not_check(tmp_path):
+    q = tfmq_fx.quantize(make(Branches), recipe("w8a8"), calibration=calibration())
+    q.export(tmp_path / "branches.pt2")
+    program = torch.export.load(tmp_path / "branches.pt2").module()
+    x, t = inputs((2, 1, 6, 8))
+    torch.testing.assert_close(program(sample=x, timestep=t), q(x, t), rtol=1e-4, atol=1e-4)
+    x, t = inputs((2, 1, 16, 8))
+    with pytest.raises(TFMQError):
+        q(x, t)
+    with pytest.raises(AssertionError, match="Guard failed"):
+        program(sample=x, timestep=t)
+    notes = q.export(tmp_path / "branches.onnx", format="onnx").notes
+    assert any(
+        n.startswith("the file does not check that sizes are such as the network was captured for")
+        for n in notes
+    )
+
+
 class Listed(Branches):
     """A size for each row in a list, all equal, of which the network reads the first."""
 

@@ -2,29 +2,58 @@
 
 from __future__ import annotations
 
+import inspect
 import io
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 from torch._ops import HigherOrderOperator
 from torch.fx import Graph, GraphModule, Node
 from torch.fx.graph import CodeGen
 from torch.utils import _pytree as pytree
 
 from tfmq_fx.artefact.drop_in import QuantizedGraph, example_inputs
+from tfmq_fx.base.signatures import with_forward
 from tfmq_fx.base.tracing import tracing
 from tfmq_fx.graph.fakes import set_fake_values
 from tfmq_fx.graph.nodes import aten, fresh, mutated_inputs, paste, put_in_place
+from tfmq_fx.graph.sizes import holds
 from tfmq_fx.passes.int8.decompose import Table, decompose
 
 
 @tracing()
-def exported(model: QuantizedGraph) -> torch.export.ExportedProgram:
-    """Return the quantized graph as a flat, functional program with named inputs and any batch size."""
+def exported(model: QuantizedGraph, *, checked: bool = False) -> torch.export.ExportedProgram:
+    """Return the quantized graph as a flat, functional program with named inputs and any batch size.
+
+    checked: let the program refuse sizes that break what the capture assumed of them.
+    """
     inputs, dynamic = example_inputs(model, batch=2), dynamic_shapes(model)
+    network = _of_known_sizes(model) if checked and model.interface.conditions else model.network
     with torch.no_grad():
-        return torch.export.export(model.network, (), inputs, dynamic_shapes=dynamic, strict=False)
+        return torch.export.export(network, (), inputs, dynamic_shapes=dynamic, strict=False)
+
+
+def _of_known_sizes(model: QuantizedGraph) -> nn.Module:
+    """Return the graph, which first asks whether its sizes are such as it takes: a trace notes what is asked of them."""
+    names, same = list(model.interface.inputs), nn.Module()
+    for held in (
+        "_parameters",
+        "_buffers",
+        "_modules",
+    ):  # by the same names; of a graph module, export runs the graph alone
+        vars(same)[held] = vars(model.network)[held]
+
+    def forward(_own: Callable[..., Any], /, **given: Tensor) -> Any:
+        sizes = {(n, i): size for n, x in given.items() for i, size in enumerate(x.shape)}
+        for condition in model.interface.conditions:
+            holds(condition, sizes)
+        return model.network(*[given[n] for n in names])
+
+    named = [inspect.Parameter(n, inspect.Parameter.POSITIONAL_OR_KEYWORD) for n in names]
+    return with_forward(same, forward, inspect.Signature(named))
 
 
 def graph_of(program: torch.export.ExportedProgram) -> GraphModule:

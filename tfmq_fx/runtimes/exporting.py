@@ -16,6 +16,7 @@ from tfmq_fx.artefact.program import exported, save_program
 from tfmq_fx.base.ambient import neutral
 from tfmq_fx.base.errors import TFMQError
 from tfmq_fx.base.files import replace_files, require_writable
+from tfmq_fx.graph.sizes import shown
 from tfmq_fx.graph.written import frozen_buffers
 from tfmq_fx.runtimes.aot_package import export_aot
 from tfmq_fx.runtimes.exported import Exported
@@ -65,6 +66,11 @@ def export(
     if chosen in ("aot", "onnxruntime") or (chosen != "pt2" and needs_sizes(model)):
         model, fixed = model.with_fixed_sizes()
         notes = (*notes, *fixed)
+    if chosen != "pt2" and (conditions := dict.fromkeys(map(shown, model.interface.conditions))):
+        notes = (
+            *notes,
+            f"the file does not check that sizes are such as the network was captured for: {', '.join(conditions)}",
+        )
     frozen = () if chosen == "pt2" else frozen_buffers(model.network, strict=strict)
     start = time.perf_counter()
     found = _WRITERS[chosen](model if chosen == "pt2" else model.in_float32(), file, strict)
@@ -97,7 +103,7 @@ def _files(file: Path) -> list[Path]:
 
 
 def _pt2(model: QuantizedGraph, file: Path, _strict: bool) -> dict[str, Any]:
-    program = exported(model)
+    program = exported(model, checked=True)
     replace_files(file, lambda path: save_program(program, path))
     pairs = "torch.export.load gives quantize/dequantize pairs around float kernels"
     return {"notes": () if model.is_float else (pairs,)}
