@@ -17,8 +17,7 @@ from tfmq_fx.base.ambient import has_values
 from tfmq_fx.base.arguments import leaves
 from tfmq_fx.base.errors import TFMQError
 from tfmq_fx.base.masked_rows import MaskedRows
-from tfmq_fx.base.row_lists import RowLists
-from tfmq_fx.base.signatures import call_of
+from tfmq_fx.base.row_lists import RowLists, run
 from tfmq_fx.calibration.data import CalibrationSet, as_taken
 from tfmq_fx.calibration.temporal_rows import is_scalar
 from tfmq_fx.calibration.variants import Variants
@@ -59,9 +58,8 @@ def agree(
 
     share: how many times the rounding of sums in another order they may differ.
     """
-    args, kwargs = call_of(network, pytree.tree_map(lambda x: x, dict(arguments)))
     try:
-        expected = pytree.tree_leaves(as_dict(network(*args, **kwargs)))
+        expected = pytree.tree_leaves(as_dict(run(network, arguments)))
     except (DynamicOutputShapeException, DataDependentOutputException):
         return True  # of fake tensors, whose values decide the shapes inside: there is nothing to compare
     made = pytree.tree_leaves(gm(*[inputs[n] for n in placeholders(gm)]))
@@ -162,8 +160,8 @@ def lists_of_rows(network: nn.Module, gm: GraphModule, example: Mapping[str, Any
 
     more = pytree.tree_map(grown, {n: x for n, x in example.items() if n not in lists})
     found = {n: x for n, (_, x) in leaves(more).items()}
-    agree = agrees(gm, found, network, {**more, **{n: [x[0]] * rows for n, x in lists.items()}})
-    return {n: len(x) for n, x in lists.items()} if agree else {}
+    same = agrees(gm, found, network, {**more, **{n: [x[0]] * rows for n, x in lists.items()}})
+    return {n: len(x) for n, x in lists.items()} if same else {}
 
 
 def equal_lists(example: Mapping[str, Any]) -> dict[str, Sequence[Any]]:
@@ -239,6 +237,4 @@ def _resized(x: Tensor, dim: int, size: int) -> Tensor:
 @torch.no_grad()
 def output_of(network: nn.Module, example: dict[str, Any]) -> Any:
     """Return what the network returns by default for the arguments of the capture."""
-    given = pytree.tree_map(lambda x: x, example)  # the network may empty the lists that it is given
-    args, kwargs = call_of(network, {k: v for k, v in given.items() if k != "return_dict"})
-    return network(*args, **kwargs)
+    return run(network, {k: v for k, v in example.items() if k != "return_dict"})

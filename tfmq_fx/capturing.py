@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import itertools
 import logging
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
@@ -41,6 +40,7 @@ from tfmq_fx.base.second_rows import rows_of_call
 from tfmq_fx.base.signatures import (
     call_of,
     hides_arguments,
+    of_names,
     parameters_of,
     signature_of,
     takes_any,
@@ -246,7 +246,7 @@ def _graph(
             f"{type(network).__name__}: takes lists of samples, and computes something else for several than for each by itself; "
             "give it tensors with a batch."
         )
-    if routed.used and not agree(gm, example, network, inputs, share=share):
+    if routed.used and lists is None and not agree(gm, example, network, inputs, share=share):
         raise TFMQError(
             f"{type(network).__name__}: sends tokens to experts in a way that cannot be computed with masks; give its experts all "
             "tokens, or hand the passes a torch.fx.GraphModule you captured yourself."
@@ -389,8 +389,7 @@ def _by_name(
         args, kwargs = call_of(network, given)
         return as_dict(own(*args, **kwargs))
 
-    named = [inspect.Parameter(n, inspect.Parameter.POSITIONAL_OR_KEYWORD) for n in names]
-    return with_forward(network, forward, inspect.Signature(named))
+    return with_forward(network, forward, of_names(names))
 
 
 def _dynamic(x: Any, *, lengths: Collection[int] | None) -> Any:

@@ -11,13 +11,12 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
-from tfmq_fx.agreement import kept_conditions, output_of
+from tfmq_fx.agreement import kept_conditions, output_of, rows_of
 from tfmq_fx.artefact.drop_in import Interface
 from tfmq_fx.artefact.graph_json import tensors_of
 from tfmq_fx.artefact.outside import REQUEST_BYTES, Outside, require_place
 from tfmq_fx.artefact.plain import plain_config
 from tfmq_fx.base.ambient import neutral
-from tfmq_fx.base.arguments import leaves
 from tfmq_fx.base.arithmetic import FLOAT_BITS
 from tfmq_fx.base.errors import TFMQError
 from tfmq_fx.base.progress import Clock
@@ -159,16 +158,10 @@ def _run(
         )
     listed = data.row_lists
     rows = (
-        _samples(calls[-1], settings.timestep) if listed is None else sum(map(len, listed.groups(calls[-1])))
+        rows_of(calls[-1], settings.timestep) if listed is None else sum(map(len, listed.groups(calls[-1])))
     )
     found = data.example(max(rows, 1), beside=network)
     return data.row_wise(network), found, data.timesteps if timesteps is None else timesteps
-
-
-def _samples(call: Mapping[str, Any], timestep: str) -> int:
-    """Return the number of samples in a call: the first dimension of its first tensor other than the timestep."""
-    tensors = (x for n, (_, x) in leaves(call).items() if isinstance(x, Tensor) and n != timestep and x.dim())
-    return next((x.shape[0] for x in tensors), 1)
 
 
 @torch.no_grad()
@@ -186,7 +179,7 @@ def _precomputed(
     network = unwrapped(network, example)
     network, given, _ = batched(network, example, settings.timestep)
     example = dict(given)
-    batch = _samples(example, settings.timestep)
+    batch = max(rows_of(example, settings.timestep), 1)
     if "return_dict" in parameters_of(network):
         example = {**example, "return_dict": False}
     gm, example = capture_rows(network, example, settings.timestep)

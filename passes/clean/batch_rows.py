@@ -89,7 +89,7 @@ class _Rows:
 
     def __init__(self, gm: GraphModule, firsts: Sequence[Node]) -> None:
         self.graph = gm.graph
-        self.mode = fake_mode_of(gm)
+        self.mode = fake_mode_of(gm.graph.nodes)
         self._full: dict[Node, Node] = {}
         self._flat: dict[Node, Node] = {}
         self._lists: dict[Node, tuple[Node, bool]] = {}  # of tensors: the node, and if it has flat values
@@ -299,6 +299,7 @@ class _Rows:
             self._lists[node] = new, flat
 
     def _value(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> Any:
+        assert self.mode is not None
         taken, named = map_arg((args, kwargs or {}), meta_value)
         with torch.no_grad(), self.mode, enable_python_dispatcher():
             return _called(target, taken, named)

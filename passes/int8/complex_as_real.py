@@ -10,13 +10,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._guards import detect_fake_mode
 from torch.fx import GraphModule, Node
 from torch.fx.node import map_arg
 from torch.fx.passes.infra.pass_base import PassResult
 from torch.utils import _pytree as pytree
 
-from tfmq_fx.graph.nodes import MOVES, add_call, aten, attribute, op_name, set_buffer
+from tfmq_fx.graph.nodes import MOVES, add_call, aten, attribute, fake_mode_of, op_name, set_buffer
 from tfmq_fx.passes.pass_manager import rewrite_modules
 
 Call = Callable[..., Any]  # adds a call of an operator to the graph
@@ -84,7 +83,7 @@ def _is_written(node: Node) -> bool:
 def _write(module: GraphModule, nodes: list[Node]) -> None:
     call = partial(add_call, module.graph)
     parts: dict[Node, Parts] = {}
-    mode = detect_fake_mode([n.meta.get("val") for n in nodes]) or nullcontext()
+    mode = fake_mode_of(nodes) or nullcontext()
     for node in nodes:
         made: Any
         with module.graph.inserting_before(node):

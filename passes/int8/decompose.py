@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from torch._dispatch.python import enable_python_dispatcher
-from torch._guards import detect_fake_mode
 from torch._ops import OpOverload
 from torch.fx import GraphModule, Node
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -17,7 +16,7 @@ from torch.fx.passes.infra.pass_base import PassResult
 from torch.utils import _pytree as pytree
 
 from tfmq_fx.graph.fakes import kind_of_call
-from tfmq_fx.graph.nodes import meta_value, mutated_inputs, paste, put_in_place, set_buffer
+from tfmq_fx.graph.nodes import fake_mode_of, meta_value, mutated_inputs, paste, put_in_place, set_buffer
 
 Table = Mapping[OpOverload, Callable[..., Any]]
 
@@ -35,7 +34,7 @@ def decompose(gm: GraphModule, *, table: Table) -> PassResult | None:
     if one of them writes in place: that takes a trace of the whole.
     """
     traced: dict[Hashable, GraphModule] = {}
-    mode = detect_fake_mode([meta_value(n) for n in gm.graph.nodes]) or nullcontext()
+    mode = fake_mode_of(gm.graph.nodes) or nullcontext()
     wanted = [(n, kind_of_call(n) or n) for n in gm.graph.nodes if _is_replaced(n.target, table)]
     for node, kind in wanted:
         if kind not in traced:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import io
 from collections.abc import Callable
 from pathlib import Path
@@ -16,7 +15,7 @@ from torch.fx.graph import CodeGen
 from torch.utils import _pytree as pytree
 
 from tfmq_fx.artefact.drop_in import QuantizedGraph, example_inputs
-from tfmq_fx.base.signatures import with_forward
+from tfmq_fx.base.signatures import of_names, with_forward
 from tfmq_fx.base.tracing import tracing
 from tfmq_fx.graph.fakes import set_fake_values
 from tfmq_fx.graph.nodes import aten, fresh, mutated_inputs, paste, put_in_place
@@ -39,11 +38,8 @@ def exported(model: QuantizedGraph, *, checked: bool = False) -> torch.export.Ex
 def _of_known_sizes(model: QuantizedGraph) -> nn.Module:
     """Return the graph, which first asks whether its sizes are such as it takes: a trace notes what is asked of them."""
     names, same = list(model.interface.inputs), nn.Module()
-    for held in (
-        "_parameters",
-        "_buffers",
-        "_modules",
-    ):  # by the same names; of a graph module, export runs the graph alone
+    # It holds what the graph does, by the same names: of a graph module itself, export would run the graph alone.
+    for held in ("_parameters", "_buffers", "_modules"):
         vars(same)[held] = vars(model.network)[held]
 
     def forward(_own: Callable[..., Any], /, **given: Tensor) -> Any:
@@ -52,8 +48,7 @@ def _of_known_sizes(model: QuantizedGraph) -> nn.Module:
             holds(condition, sizes)
         return model.network(*[given[n] for n in names])
 
-    named = [inspect.Parameter(n, inspect.Parameter.POSITIONAL_OR_KEYWORD) for n in names]
-    return with_forward(same, forward, inspect.Signature(named))
+    return with_forward(same, forward, of_names(names))
 
 
 def graph_of(program: torch.export.ExportedProgram) -> GraphModule:

@@ -16,25 +16,24 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils.weak import WeakIdKeyDictionary
 
 from tfmq_fx.base.arguments import leaves
+from tfmq_fx.base.function_modes import FunctionMode
 
 # By the names of torch's functions and methods. What makes a filled tensor: its value, or which argument has it.
 _ONES, _ZEROS = ("ones", "ones_like", "new_ones"), ("zeros", "zeros_like", "new_zeros")
 _FULL = {"full": 1, "full_like": 1, "new_full": 2, "scalar_tensor": 0}
-# What only moves elements, drops some, or gives them another dtype.
-_MOVED = (
-    "to", "type", "type_as", "float", "double", "half", "bfloat16", "int", "long", "clone", "contiguous", "detach", "view", "reshape",
-    "flatten", "unflatten", "expand", "expand_as", "repeat", "unsqueeze", "squeeze", "transpose", "permute", "unbind", "select",
-    "narrow", "chunk", "split", "cat", "concat", "stack", "__getitem__",
-)  # fmt: skip
-_WHOLE = (  # of these, what drops no element
+# What only moves elements, or gives them another dtype; and what drops some, repeats them, or may round them.
+_WHOLE = (
     "to", "type_as", "float", "double", "half", "bfloat16", "clone", "contiguous", "detach", "view", "reshape", "flatten", "unflatten", "unsqueeze",
     "squeeze", "transpose", "permute",
+)  # fmt: skip
+_MOVED = (
+    *_WHOLE, "type", "int", "long", "expand", "expand_as", "repeat", "unbind", "select", "narrow", "chunk", "split", "cat", "concat", "stack",
+    "__getitem__",
 )  # fmt: skip
 _POINTWISE: dict[str, Callable[..., Any]] = {
     "bool": bool, "logical_not": operator.not_,
@@ -66,7 +65,7 @@ MOST_NUMBERS = 64  # of a tensor of several
 _SHAPES = ("view", "reshape", "expand", "repeat", "unflatten")  # what takes sizes
 
 
-class Filled(TorchFunctionMode):
+class Filled(FunctionMode):
     """A mode that knows which tensors have one value everywhere, a number or a size that moves, and which are lists of a few.
 
     What a network reads of them as numbers is that value, and what it picks by them is a slice. Everything else is computed
@@ -79,22 +78,14 @@ class Filled(TorchFunctionMode):
     def __init__(self, nonzero: Collection[str] = ()) -> None:
         super().__init__()
         self.nonzero, self.asked = frozenset(nonzero), set[str]()
-        self._arguments: Any = (
-            WeakIdKeyDictionary()
-        )  # -> its name; also of what is made of one by moving elements
-        self._zeros: Any = (
-            WeakIdKeyDictionary()
-        )  # whether an argument is 0, at each place or everywhere -> its name
+        # -> an argument's name: of what is made of it by moving elements, and of whether it is 0, at each place or everywhere.
+        self._arguments: Any = WeakIdKeyDictionary()
+        self._zeros: Any = WeakIdKeyDictionary()
         self._known: Any = WeakIdKeyDictionary()
         self._several: Any = WeakIdKeyDictionary()  # -> an array of integers, of the tensor's shape
 
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        if torch.compiler.is_dynamo_compiling():  # the branches of torch.cond
-            return func(*args, **kwargs)
-        name = getattr(func, "__name__", "")
+    def call(self, func: Callable[..., Any], name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Return what a function makes of known tensors, or its own result, and know that if it can be."""
         first: Any = args[0] if args else None
         if (found := self._of_zeros(name, args)) is not None:
             return found

@@ -17,13 +17,13 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from tfmq_fx.base.errors import TFMQError
-from tfmq_fx.base.row_lists import RowLists, known_as
+from tfmq_fx.base.row_lists import RowLists, TensorRows, known_as
 from tfmq_fx.base.second_rows import SecondRows
 from tfmq_fx.base.signatures import signature_of, with_forward
 
 
 @dataclass(frozen=True)
-class MaskedRows(RowLists):
+class MaskedRows(TensorRows):
     """What of a network's arguments are rows of different lengths, which masks tell.
 
     arguments: the names of the padded tensors, (N, M, ...). In their place, a call may have lists of rows (L, ...).
@@ -38,11 +38,6 @@ class MaskedRows(RowLists):
     def left_out(self) -> tuple[str, ...]:
         """Return the names of the arguments that are no inputs of the graph."""
         return (*self.masks, *self.zeros)
-
-    @property
-    def known(self) -> bool:
-        """Return True: no output is a list."""
-        return True
 
     def listed(self, given: Mapping[str, Any]) -> dict[str, Any]:
         """Return a call's arguments with a mask of ones for each that it lacks, and zeros where those are left out."""
@@ -104,10 +99,6 @@ class MaskedRows(RowLists):
                 "without padding, which is cut off."
             )
         return lengths.tolist()  # type: ignore[no-any-return]
-
-    def outputs_of(self, output: Any, change: Callable[[Any], Any]) -> Any:  # noqa: ARG002
-        """Return the output: it holds no lists."""
-        return output
 
     def batched(self, network: nn.Module) -> nn.Module:
         """Return the same network, whose masks may be left out: then all tokens are there. Padded tensors may be lists of rows."""

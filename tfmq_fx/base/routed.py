@@ -18,16 +18,17 @@ ranges nor its reconstruction sees them.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakIdKeyDictionary
 
 from tfmq_fx.base.errors import TFMQError
+from tfmq_fx.base.function_modes import FunctionMode
 
 # By the names of torch's functions and methods: what gives a tensor's elements in the same order.
 _MOVED = (
@@ -106,7 +107,7 @@ class Place:
         raise TFMQError("the number of tokens that an expert has is data, and no graph has it as a number.")
 
 
-class Routed(TorchFunctionMode):
+class Routed(FunctionMode):
     """A mode in which an expert gets all tokens: its own, and zeros for the others. `used`: whether one did."""
 
     def __init__(self) -> None:
@@ -114,22 +115,13 @@ class Routed(TorchFunctionMode):
         self.used = False
         self._known: Any = WeakIdKeyDictionary()
 
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        if torch.compiler.is_dynamo_compiling():  # the branches of torch.cond
-            return func(*args, **kwargs)
-        name = getattr(func, "__name__", "")
+    def call(self, func: Callable[..., Any], name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Return what a function makes of known tensors, or its own result, and know that if it can be."""
         first: Any = args[0] if args else None
         fact = self._known.get(first) if isinstance(first, Tensor) else None
         if fact is not None and (made := self._of_known(name, first, fact, args[1:], kwargs)) is not None:
             return made
-        if (
-            name == "__getitem__"
-            and isinstance(first, Tensor)
-            and isinstance(part := self._part(args[1]), _Order)
-        ):
+        if name == "__getitem__" and isinstance(first, Tensor) and (part := self._part(args[1])) is not None:
             return self._taken(first, part)
         if name.removesuffix("_") in _SUMS and (added := self._added(name, args, kwargs)) is not None:
             return added

@@ -82,7 +82,7 @@ class RowLists:
 
         def of(chosen: list[int]) -> dict[str, Any]:
             of_rows = {n: x for n, x in given.items() if n not in self.shared}
-            part = dict(given) | pytree.tree_map(lambda x: x[chosen] if _has_rows(x, rows) else x, of_rows)
+            part = dict(given) | pytree.tree_map(lambda x: x[chosen] if has_rows(x, rows) else x, of_rows)
             return {**part, **{n: torch.stack([given[n][i] for i in chosen]) for n in lists}}
 
         return [of(chosen) if len(groups) > 1 else self.stacked(given) for chosen in groups]
@@ -135,14 +135,14 @@ class RowLists:
         example: arguments in which tensors of `rows` rows have one for each. cut: lists of plain values, likewise.
         """
         signature = signature_of(network)
-        has_rows = pytree.tree_map(lambda x: _has_rows(x, rows), dict(example))
+        of_row = pytree.tree_map(lambda x: has_rows(x, rows), dict(example))
 
         def forward(own: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
             given = signature.bind_partial(*args, **kwargs)
-            of_rows = [x for n, has in has_rows.items() for x in _chosen(given.arguments[n], has)]
+            of_rows = [x for n, has in of_row.items() for x in _chosen(given.arguments[n], has)]
             if any(x.shape[0] != of_rows[0].shape[0] for x in of_rows):
                 raise TFMQError(f"forward: {[x.shape[0] for x in of_rows]} rows.")
-            for name, has in has_rows.items():
+            for name, has in of_row.items():
                 first = pytree.tree_map(lambda x, h: x[0] if h else x, given.arguments[name], has)
                 given.arguments[name] = (
                     first[:1]
@@ -167,11 +167,24 @@ class RowLists:
         return {"arguments": list(self.arguments), "outputs": list(self.outputs), **more}
 
 
+class TensorRows(RowLists):
+    """What of a network's arguments has rows in a way of its own, where no output is a list."""
+
+    @property
+    def known(self) -> bool:
+        """Return True: no output is a list."""
+        return True
+
+    def outputs_of(self, output: Any, change: Callable[[Any], Any]) -> Any:  # noqa: ARG002
+        """Return the output: it holds no lists."""
+        return output
+
+
 def is_list_of_rows(value: Any, rows: int) -> bool:
     """Return True for a list of `rows` tensors that have no batch of `rows` themselves."""
     return (
         isinstance(value, (list, tuple)) and rows > 0 and len(value) == rows and _is_list(value)
-        and not all(_has_rows(x, rows) for x in value)
+        and not all(has_rows(x, rows) for x in value)
     )  # fmt: skip
 
 
@@ -214,7 +227,7 @@ def row_lists(network: nn.Module, given: Mapping[str, Any], timestep: str) -> Ro
         return None
 
     def cut(x: Any) -> Any:
-        return x[:1] if _has_rows(x, count) else x
+        return x[:1] if has_rows(x, count) else x
 
     one = {n: list(x[:1]) if n in names else pytree.tree_map(cut, x) for n, x in given.items()}
     if "return_dict" in signature_of(network).parameters:
@@ -231,7 +244,7 @@ def _with_another(one: Mapping[str, Any], names: Sequence[str], *, changed: str)
     """Return a call with a second row, which has another entry in one list."""
 
     def twice(x: Any) -> Any:
-        return torch.cat([x, x]) if _has_rows(x, 1) else x
+        return torch.cat([x, x]) if has_rows(x, 1) else x
 
     def other(x: Tensor) -> Tensor:
         return -x if x.is_floating_point() else x.flip(-1)
@@ -261,7 +274,7 @@ def only_other(alone: Tensor, first: Tensor, second: Tensor) -> bool:
 
 
 def run(network: nn.Module, given: Mapping[str, Any]) -> Any:
-    """Return what a network makes of a call's arguments."""
+    """Return what a network makes of a call's arguments, whose lists it may empty."""
     args, kwargs = call_of(network, pytree.tree_map(lambda x: x, dict(given)))
     return network(*args, **kwargs)
 
@@ -279,7 +292,8 @@ def _is_list(x: Any) -> bool:
     return isinstance(x, (list, tuple)) and all(isinstance(e, Tensor) for e in x)
 
 
-def _has_rows(x: Any, rows: int) -> bool:
+def has_rows(x: Any, rows: int) -> bool:
+    """Return True for a tensor with so many rows, (rows, ...)."""
     return isinstance(x, Tensor) and x.dim() > 0 and x.shape[0] == rows
 
 

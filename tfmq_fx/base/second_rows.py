@@ -13,19 +13,14 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from tfmq_fx.base.errors import TFMQError
-from tfmq_fx.base.row_lists import RowLists, known_as, known_lists, only_other, row_lists, run
+from tfmq_fx.base.row_lists import RowLists, TensorRows, has_rows, known_as, only_other, row_lists, run
 from tfmq_fx.base.signatures import signature_of, with_forward
 
 
-class SecondRows(RowLists):
+class SecondRows(TensorRows):
     """Which of a network's arguments, (K, N, ...), have rows in their second dimension."""
 
     by_row = False  # the network computes all rows at once
-
-    @property
-    def known(self) -> bool:
-        """Return True: outputs are as the network gives them."""
-        return True
 
     @property
     def ragged(self) -> tuple[str, ...]:
@@ -60,10 +55,6 @@ class SecondRows(RowLists):
         """Return the numbers of the rows, as the only group."""
         return [list(range(next(given[n].shape[1] for n in self.arguments if given.get(n) is not None)))]
 
-    def outputs_of(self, output: Any, change: Callable[[Any], Any]) -> Any:  # noqa: ARG002
-        """Return the output: it holds no lists."""
-        return output
-
     def batched(self, network: nn.Module) -> nn.Module:
         """Return the same network, which takes rows first."""
         signature = signature_of(network)
@@ -93,16 +84,13 @@ def second_rows(network: nn.Module, given: Mapping[str, Any], timestep: str) -> 
 
     given: the arguments of a call. Its first tensor beside the timestep has N rows.
     """
-    known = known_lists(network)
-    if known is not None:
-        return known if isinstance(known, SecondRows) else None
     tensors = {n: x for n, x in given.items() if isinstance(x, Tensor) and n != timestep and x.dim()}
     if not tensors:
         return None
     first, *others = tensors
     count = tensors[first].shape[0]
+    sure = [n for n in others if is_second(tensors[n], count)]
     may_be = [n for n in others if tensors[n].dim() > 2 and tensors[n].shape[1] == count]
-    sure = [n for n in may_be if tensors[n].shape[0] != count]
     for names in [sure] if sure else [[n] for n in may_be]:
         if names and _are_second(network, given, names, count):
             return SecondRows(tuple(names), ())
@@ -112,35 +100,35 @@ def second_rows(network: nn.Module, given: Mapping[str, Any], timestep: str) -> 
 def _are_second(network: nn.Module, given: Mapping[str, Any], names: Sequence[str], count: int) -> bool:
     """Return True if the second entry of each of these arguments, in their second dimension, is the second row's alone."""
 
-    def twice(name: str, x: Any, *, other: str) -> Any:
-        if name in names:
-            return torch.cat([x[:, :1], -x[:, :1] if name == other else x[:, :1]], 1)
-        return pytree.tree_map(lambda y: torch.cat([y[:1], y[:1]]) if _has_rows(y, count) else y, x)
+    lists = SecondRows(tuple(names), ())
 
-    def alone(name: str, x: Any) -> Any:
-        if name in names:
-            return x[:, :1]
-        return pytree.tree_map(lambda y: y[:1] if _has_rows(y, count) else y, x)
+    def first(x: Any) -> Any:
+        return x[:1] if has_rows(x, count) else x
 
-    def first_output(call: Mapping[str, Any]) -> Tensor:
-        return next(x for x in pytree.tree_leaves(run(network, call)) if isinstance(x, Tensor))
+    def twice(x: Any) -> Any:
+        return torch.cat([x[:1], x[:1]]) if has_rows(x, count) else x
 
-    given = dict(given)
+    def output(call: Mapping[str, Any]) -> Tensor:
+        return next(x for x in pytree.tree_leaves(run(view, call)) if isinstance(x, Tensor))
+
+    view, taken = lists.batched(network), lists.taken(given)
     if "return_dict" in signature_of(network).parameters:
-        given["return_dict"] = False
+        taken["return_dict"] = False
     try:
-        one = first_output({n: alone(n, x) for n, x in given.items()})
+        alone, both = output(pytree.tree_map(first, taken)), pytree.tree_map(twice, taken)
         for name in names:
-            two = first_output({n: twice(n, x, other=name) for n, x in given.items()})
-            if (len(one), len(two)) != (1, 2) or not only_other(one[0], two[0], two[1]):
+            row = taken[name][:1]
+            two = output({**both, name: torch.cat([row, -row])})
+            if (len(alone), len(two)) != (1, 2) or not only_other(alone[0], two[0], two[1]):
                 return False
     except Exception:  # the network's own, of any type
         return False
     return True
 
 
-def _has_rows(x: Any, count: int) -> bool:
-    return isinstance(x, Tensor) and x.dim() > 0 and x.shape[0] == count
+def is_second(x: Any, count: int) -> bool:
+    """Return True for a tensor (K, N, ...) of `count` rows N, and not K."""
+    return isinstance(x, Tensor) and x.dim() > 2 and x.shape[0] != count == x.shape[1]
 
 
 def _swapped(name: str, x: Any) -> Tensor:

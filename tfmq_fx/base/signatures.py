@@ -8,7 +8,7 @@ Such wrappers are torch's compiled modules, DataParallel, and averages of weight
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from inspect import BoundArguments, Parameter, Signature
 from types import MethodType
 from typing import Any
@@ -75,6 +75,11 @@ def named_arguments(signature: Signature, args: tuple[Any, ...], kwargs: Mapping
     extra = next((n for n, p in signature.parameters.items() if p.kind is p.VAR_KEYWORD), None)
     more = {} if extra is None else given.pop(extra, {})
     return given | more
+
+
+def of_names(names: Iterable[str]) -> Signature:
+    """Return the signature of a function that takes these arguments, by name or in this order."""
+    return Signature([Parameter(n, Parameter.POSITIONAL_OR_KEYWORD) for n in names])
 
 
 def with_flag(signature: Signature, name: str) -> Signature:

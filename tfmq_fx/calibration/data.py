@@ -17,7 +17,7 @@ from tfmq_fx.base.arguments import leaves, nested
 from tfmq_fx.base.entries import per_sample
 from tfmq_fx.base.errors import TFMQError, nearest_names
 from tfmq_fx.base.row_lists import RowLists, is_list_of_rows, row_lists
-from tfmq_fx.base.second_rows import SecondRows
+from tfmq_fx.base.second_rows import SecondRows, is_second
 from tfmq_fx.calibration.perturbed import Perturbation
 from tfmq_fx.calibration.pipelines import OWN_PROMPTS, denoiser, prompts_for
 from tfmq_fx.calibration.ready import require_ready
@@ -143,7 +143,7 @@ class CalibrationSet:
             raise TFMQError(
                 f"calibration: {noisy!r} has samples of {len(sizes[noisy].unique(dim=0))} sizes; calibrate on those of one size."
             )
-        second = SecondRows(tuple(n for n, x in tensors.items() if _is_second(x, count)), ())
+        second = SecondRows(tuple(n for n, x in tensors.items() if is_second(x, count)), ())
         tensors = second.taken(tensors)
         found = leaves({**tensors, **{n: padded([e[None] for e in x]) for n, x in lists.items()}})
         wrong = [n for n, (_, x) in found.items() if not isinstance(x, Tensor)]
@@ -213,8 +213,8 @@ class CalibrationSet:
                 for n, x in values.items()
             }
         )
-        second = isinstance(self.row_lists, SecondRows) and not rows_first
-        return self.row_lists.listed(found) if self.row_lists is not None and second else found
+        lists = self.row_lists
+        return found if rows_first or lists is None or lists.by_row else lists.listed(found)
 
     def example(self, count: int, *, beside: nn.Module | None = None) -> dict[str, Any]:
         """Return the `arguments` of `row_wise` for `count` rows, of one size: the most frequent one. If there are fewer, they are repeated."""
@@ -380,10 +380,6 @@ class CalibrationSet:
         if name in self.folded:
             return x.flatten(0, 1)
         return x.repeat_interleave(self.repeats[name], 0) if name in self.repeats else x
-
-
-def _is_second(x: Any, count: int) -> bool:
-    return isinstance(x, Tensor) and x.dim() > 2 and x.shape[0] != count == x.shape[1]
 
 
 def _require_schedule(data: CalibrationSet) -> None:

@@ -43,7 +43,9 @@ def set_fake_values(
 
 def fill_fake_values(gm: GraphModule) -> None:
     """Give the nodes that have no fake value theirs, from those of their inputs: after passes that made nodes."""
-    with torch.no_grad(), fake_mode_of(gm), enable_python_dispatcher():
+    mode = fake_mode_of(gm.graph.nodes)
+    assert mode is not None
+    with torch.no_grad(), mode, enable_python_dispatcher():
         for node in gm.graph.nodes:
             if meta_value(node) is not None or node.op not in ("get_attr", "call_function"):
                 continue

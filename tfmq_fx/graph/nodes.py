@@ -468,10 +468,10 @@ def _first_weighted(start: Iterable[Node], *, forward: bool) -> set[Node]:
     return found
 
 
-def fake_mode_of(gm: GraphModule) -> FakeTensorMode:
-    """Return the mode that the graph's fake values (`meta_value`) were made in, whatever mode is active here."""
-    leaves = pytree.tree_leaves([meta_value(n) for n in gm.graph.nodes])
-    return next(x.fake_mode for x in leaves if isinstance(x, FakeTensor))
+def fake_mode_of(nodes: Iterable[Node]) -> FakeTensorMode | None:
+    """Return the mode that the nodes' fake values (`meta_value`) were made in, whatever mode is active here; None if they have none."""
+    leaves = pytree.tree_leaves([meta_value(n) for n in nodes])
+    return next((x.fake_mode for x in leaves if isinstance(x, FakeTensor)), None)
 
 
 def fresh(gm: GraphModule) -> GraphModule:

@@ -126,8 +126,9 @@ def _refuse_written(gm: GraphModule, iterations: int) -> None:
 
 def _refuse_writes_to_others(gm: GraphModule) -> None:
     """Raise TFMQError if a block writes to a value from outside of it: it is run several times, and each would change the value again."""
-    block_of = {n: i for i, block in enumerate(find_blocks(gm)) for n in block.nodes}
-    for node in writing_nodes(gm):
+    writing = writing_nodes(gm)
+    block_of = {n: i for i, block in enumerate(find_blocks(gm) if writing else ()) for n in block.nodes}
+    for node in writing:
         for root in roots(mutated_inputs(node)):
             apart = node in block_of and block_of[node] != block_of.get(root)
             if apart or root.op == "placeholder":
