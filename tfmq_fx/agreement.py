@@ -142,7 +142,7 @@ def require_kinds(gm: GraphModule, network: nn.Module, calibration: CalibrationS
 
 @keeps_buffers
 @torch.no_grad()
-def lists_of_rows(network: nn.Module, gm: GraphModule, example: Mapping[str, Any]) -> dict[str, int]:
+def _lists_of_rows(network: nn.Module, gm: GraphModule, example: Mapping[str, Any]) -> dict[str, int]:
     """Return the arguments that are lists with an equal entry for each row, such as every sample's size, and their lengths.
 
     A call with one row more shows which are: the graph, in which they are constants, computes what the network does.
@@ -174,9 +174,28 @@ def _all_equal(values: Sequence[Any]) -> bool:
     return bool(values) and plain and all(x == values[0] for x in values)
 
 
+def interface_of(
+    network: nn.Module,
+    gm: GraphModule,
+    example: dict[str, Any],
+    *,
+    perturbed: dict[str, Any] | None = None,
+    others: Sequence[Mapping[str, Any]] = (),
+) -> Interface:
+    """Return the interface of a network that was captured as `gm`, as calls of the two show it. See `Interface.of`."""
+    found = Interface.of(
+        network, gm, example, _output_of(network, example), perturbed=perturbed, others=others
+    )
+    return dataclasses.replace(
+        found,
+        lists=_lists_of_rows(network, gm, example),
+        conditions=_kept_conditions(network, gm, example, found),
+    )
+
+
 @keeps_buffers
 @torch.no_grad()
-def kept_conditions(
+def _kept_conditions(
     network: nn.Module, gm: GraphModule, example: Mapping[str, Any], face: Interface
 ) -> tuple[Condition, ...]:
     """Return the interface's conditions on sizes without those that need not hold for rows from lists, whose sizes differ.
@@ -235,6 +254,6 @@ def _resized(x: Tensor, dim: int, size: int) -> Tensor:
 
 @keeps_buffers
 @torch.no_grad()
-def output_of(network: nn.Module, example: dict[str, Any]) -> Any:
+def _output_of(network: nn.Module, example: dict[str, Any]) -> Any:
     """Return what the network returns by default for the arguments of the capture."""
     return run(network, {k: v for k, v in example.items() if k != "return_dict"})

@@ -578,12 +578,22 @@ def captured(
     try:
         return *_captured(network, calibration, timestep), calibration
     except TFMQError:
-        for zeros in (False, True):
-            cut = without_padding(network, calibration, zeros=zeros)
-            found = None if cut is None else _captured_cut(network, cut, calibration, timestep)
-            if cut is not None and found is not None:
-                return *found, cut
-        raise
+        found = captured_without_padding(network, calibration, timestep)
+        if found is None:
+            raise
+        return found
+
+
+def captured_without_padding(
+    network: nn.Module, calibration: CalibrationSet, timestep: str
+) -> tuple[GraphModule, dict[str, Any], CalibrationSet] | None:
+    """Return what `captured` does of a set that is cut to the lengths of its rows; None if the network computes something else so."""
+    for zeros in (False, True):
+        cut = without_padding(network, calibration, zeros=zeros)
+        found = None if cut is None else _captured_cut(network, cut, calibration, timestep)
+        if cut is not None and found is not None:
+            return *found, cut
+    return None
 
 
 def _captured_cut(

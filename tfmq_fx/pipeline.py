@@ -8,11 +8,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
-from tfmq_fx.agreement import kept_conditions, lists_of_rows, output_of
+from tfmq_fx.agreement import interface_of
 from tfmq_fx.artefact.drop_in import Interface
 from tfmq_fx.artefact.forms import closed_graph
 from tfmq_fx.artefact.graph_json import tensors_of
@@ -20,8 +19,10 @@ from tfmq_fx.artefact.outside import Outside
 from tfmq_fx.artefact.plain import plain_config
 from tfmq_fx.base.ambient import neutral
 from tfmq_fx.base.errors import TFMQError
+from tfmq_fx.base.masked_rows import MaskedRows
 from tfmq_fx.base.progress import Clock
 from tfmq_fx.calibration.data import CalibrationSet, as_taken
+from tfmq_fx.calibration.padding import cut_by_masks
 from tfmq_fx.calibration.pipelines import denoiser
 from tfmq_fx.calibration.ready import require_ready
 from tfmq_fx.calibration.stage import calibrate, input_maxima
@@ -174,8 +175,10 @@ def _captured(
     Of a precomputed network, that is the float network it was made from.
     """
     if isinstance(network, PrecomputedModel):
-        restored = network.restored()
-        rows = calibration.batch(torch.arange(min(2, len(calibration))))
+        restored, lists = network.restored(), network.interface.listed
+        if isinstance(lists, MaskedRows) and calibration.row_lists is None:
+            calibration = cut_by_masks(calibration, lists)
+        rows = calibration.batch(max(calibration.groups(2), key=len))
         example = {n: as_taken(restored, n, rows[n]) for n in placeholders(restored)}
         gm, _ = capture_rows(restored, example, settings.timestep)
         return restored, gm, network.interface, network.parts()["config"], calibration
@@ -183,16 +186,11 @@ def _captured(
     config = plain_config(network)
     gm, example, calibration = captured(network, calibration, settings.timestep)
     row_wise, set_while_sampling = calibration.row_wise(network), calibration.perturbation
-    interface = Interface.of(
-        row_wise, gm, example, output_of(row_wise, example),
+    interface = interface_of(
+        row_wise, gm, example,
         perturbed=None if set_while_sampling is None else set_while_sampling.to_json(),
         others=calibration.others,
     )  # fmt: skip
-    interface = dataclasses.replace(
-        interface,
-        lists=lists_of_rows(row_wise, gm, example),
-        conditions=kept_conditions(row_wise, gm, example, interface),
-    )
     return network, gm, interface, config, calibration
 
 

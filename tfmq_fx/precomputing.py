@@ -11,12 +11,12 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
-from tfmq_fx.agreement import kept_conditions, output_of, rows_of
-from tfmq_fx.artefact.drop_in import Interface
+from tfmq_fx.agreement import interface_of, rows_of
 from tfmq_fx.artefact.graph_json import tensors_of
 from tfmq_fx.artefact.outside import REQUEST_BYTES, Outside, require_place
 from tfmq_fx.artefact.plain import plain_config
 from tfmq_fx.base.ambient import neutral
+from tfmq_fx.base.arguments import leaves
 from tfmq_fx.base.arithmetic import FLOAT_BITS
 from tfmq_fx.base.errors import TFMQError
 from tfmq_fx.base.progress import Clock
@@ -26,7 +26,7 @@ from tfmq_fx.calibration.data import CalibrationSet
 from tfmq_fx.calibration.pipelines import denoiser
 from tfmq_fx.calibration.ready import require_ready
 from tfmq_fx.calibration.timesteps import timestep_of
-from tfmq_fx.capturing import batched, capture_rows, unwrapped
+from tfmq_fx.capturing import batched, capture_rows, captured_without_padding, unwrapped
 from tfmq_fx.evaluation.summary import plain_maintenance, versions
 from tfmq_fx.graph.nodes import fresh
 from tfmq_fx.graph.state import set_state
@@ -182,9 +182,8 @@ def _precomputed(
     batch = max(rows_of(example, settings.timestep), 1)
     if "return_dict" in parameters_of(network):
         example = {**example, "return_dict": False}
-    gm, example = capture_rows(network, example, settings.timestep)
-    interface = Interface.of(network, gm, example, output_of(network, example))
-    interface = dataclasses.replace(interface, conditions=kept_conditions(network, gm, example, interface))
+    row_wise, gm, example = _captured(network, example, settings.timestep)
+    interface = interface_of(row_wise, gm, example)
     clock.lap("capture")
     gm, plain = prepared(gm, recipe, timesteps, settings), gm
     found = paying(gm)
@@ -227,6 +226,43 @@ def _precomputed(
         report=_report(gm, network, clock, outside),
         outside=outside,
     )
+
+
+def _captured(
+    network: nn.Module, example: dict[str, Any], timestep: str
+) -> tuple[nn.Module, GraphModule, dict[str, Any]]:
+    """Return the network as it takes rows without padding, its graph, and the arguments of the capture.
+
+    A network that does not read the lengths of padded rows as numbers is returned as it is.
+    """
+    try:
+        return network, *capture_rows(network, example, timestep)
+    except TFMQError:
+        data = _set_of(example, timestep)
+        found = None if data is None else captured_without_padding(network, data, timestep)
+        if found is None:
+            raise
+        gm, example, cut = found
+        return cut.row_wise(network), gm, example
+
+
+def _set_of(example: Mapping[str, Any], timestep: str) -> CalibrationSet | None:
+    """Return the rows of an example as a set; None if they make none."""
+    rows, found = rows_of(example, timestep), leaves(example)
+    t = found[timestep][1]
+    if not rows or not isinstance(t, Tensor):
+        return None
+    values = {n: x for n, (_, x) in found.items()} | {timestep: t.expand(rows) if t.dim() == 0 else t}
+    tensors = {n: x for n, x in values.items() if isinstance(x, Tensor) and x.shape[:1] == (rows,)}
+    try:
+        return CalibrationSet(
+            tensors,
+            {n: x for n, x in values.items() if n not in tensors},
+            timestep,
+            {n: path for n, (path, _) in found.items()},
+        )
+    except TFMQError:
+        return None
 
 
 def prepared(

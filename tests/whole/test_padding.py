@@ -217,3 +217,24 @@ def test_a_network_that_asks_whether_there_is_a_picture_is_captured_with_one(tmp
             model(given["x"][:2], given["timestep"][:2], torch.zeros(2, 4, 5))
     gm = tfmq_fx.capture(network, data.arguments(slice(0, 2)))
     assert not [n for n in gm.graph.nodes if op_name(n) in ("eq", "all", "item")]
+
+
+def test_its_temporal_block_is_precomputed(network):
+    example = given(2)
+    tables = tfmq_fx.precompute(network, example=example, timesteps=[900, 600, 300])
+    assert [f["chosen"] for f in tables.report["maintenance"]["features"]] == ["table"]
+    for lengths in ((3, 7), (9, 1)):
+        call = given(6, lengths, seed=1)
+        with torch.no_grad():
+            torch.testing.assert_close(tables(**call), network(**call), rtol=1e-4, atol=1e-5)
+
+
+def test_a_precomputed_one_is_quantized_on_rows_without_padding(network, quantized):
+    tables = tfmq_fx.precompute(network, example=given(2), timesteps=[900, 600, 300])
+    again = tfmq_fx.quantize(tables, recipe("w8a8"), calibration=calibration())
+    call = given(8, seed=1)
+    assert off(again(**call), quantized(**call)) < 0.02  # ties of the rounding; of padded rows it is 0.06
+    holes = given()
+    holes["mask"][0, 0] = 0
+    with pytest.raises(TFMQError, match="calibration: 'mask' must have ones for the first tokens of a row"):
+        tfmq_fx.quantize(tables, recipe("w8a8"), calibration=tfmq_fx.CalibrationSet.from_tensors(holes))
