@@ -51,11 +51,21 @@ def _row(entry: Entry, *, real: bool) -> tuple[str, ...]:
         # Which arguments are lists of samples, or have them second, is seen by values, of which fake weights have none.
         lists = rows_of_call(network, inputs, entry.timestep)
         with FakeTensorMode(allow_non_fake_inputs=True):
-            network, inputs = entry.build(True), entry.inputs(True)
+            network, inputs = _with_all_buffers(entry.build(True)), entry.inputs(True)
             if lists is not None:
                 network, inputs = lists.batched(network), lists.taken(inputs)
             return _measure(entry, network, inputs, size="published")
     return _measure(entry, network, inputs, size="reduced")
+
+
+def _with_all_buffers(network: nn.Module) -> nn.Module:
+    """Return the network with its modules' other tensors, such as rotary tables, as buffers: torch.export keeps fake ones as they are."""
+    for module in network.modules():
+        for name, value in [*vars(module).items()]:
+            if isinstance(value, torch.Tensor):
+                delattr(module, name)
+                module.register_buffer(name, value, persistent=False)
+    return network
 
 
 def _measure(entry: Entry, network: nn.Module, inputs: dict[str, Any], *, size: str) -> tuple[str, ...]:

@@ -174,6 +174,23 @@ def test_it_draws_from_the_pipeline_as_the_float_network_does(pipe):
         assert relative(q(**given)[0], data.row_wise(network)(**given)[0]) < 0.03
 
 
+def test_it_is_precomputed_from_the_pipelines_own_schedule(pipe):
+    """Whose calls are repeated, but not those that show which arguments are lists."""
+    prompt = torch.randn(5, 16, generator=torch.Generator().manual_seed(5))
+    found = tfmq_fx.precompute(
+        pipe, num_inference_steps=3, height=32, width=32, guidance_scale=0.0, prompt_embeds=[prompt]
+    )
+    assert {f["chosen"] for f in found.report["maintenance"]["features"]} == {"table"}
+    assert len(found.timesteps) == 3
+    call = {
+        "x": [torch.randn(16, 1, 16, 16)] * 2,
+        "t": found.timesteps[1:],
+        "cap_feats": [prompt, prompt[:3]],
+    }
+    with torch.no_grad():
+        torch.testing.assert_close(found(**call)[0], pipe.transformer(**call)[0])
+
+
 @pytest.mark.parametrize(
     ("cls", "call", "timestep"), [(Listed, lambda n: listed(n, (3,)), "t"), (Experts, experts, "timestep")]
 )

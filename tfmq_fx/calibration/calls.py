@@ -68,7 +68,7 @@ def repeated(network: nn.Module) -> Iterator[list[Call]]:
             made[kind] = forward(*args, **kwargs)
         return deepcopy(made[kind])  # the sampling loop may write to it
 
-    repeat.__signature__ = signature  # type: ignore[attr-defined]
+    repeat.__signature__, repeat.repeats = signature, forward  # type: ignore[attr-defined]
     network.forward = repeat
     try:
         yield calls
@@ -76,6 +76,20 @@ def repeated(network: nn.Module) -> Iterator[list[Call]]:
         del network.forward
         if own is not None:
             network.forward = own
+
+
+@contextmanager
+def computing(network: nn.Module) -> Iterator[None]:
+    """Let `network` compute each call while the context is open, also inside `repeated`."""
+    repeat = vars(network).get("forward")
+    network.forward = getattr(repeat, "repeats", network.forward)
+    try:
+        yield
+    finally:
+        if repeat is None:
+            del network.forward
+        else:
+            network.forward = repeat
 
 
 def _kind(value: Any) -> Any:

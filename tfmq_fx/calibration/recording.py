@@ -36,6 +36,7 @@ from tfmq_fx.calibration.calls import (
     Flat,
     Leaves,
     call_leaves,
+    computing,
     defaults_of,
     finite,
     first_overflow,
@@ -189,7 +190,8 @@ class Session:
             watch.require_no_store()
         if error is not None:
             watch.restore()
-        lists = rows_of_call(self.network, found[0], self.timestep) if found else None
+        with computing(self.network):
+            lists = rows_of_call(self.network, found[0], self.timestep) if found else None
         calls = self._of_tensors(found, lists)
         try:
             if error is not None:
@@ -424,11 +426,12 @@ class Session:
     def _computed(self, given: dict[str, Any]) -> Tensor | None:
         """Return the network's first output; None if it fails."""
         lists = self.preview.lists
-        network = self.network if lists is None else lists.batched(self.network)
-        try:
-            return next(x for x in pytree.tree_leaves(network(**given)) if isinstance(x, Tensor))
-        except Exception:  # the network's own, of any type
-            return None
+        with computing(self.network):
+            network = self.network if lists is None else lists.batched(self.network)
+            try:
+                return next(x for x in pytree.tree_leaves(network(**given)) if isinstance(x, Tensor))
+            except Exception:  # the network's own, of any type
+                return None
 
     def misfit(self, shapes: Shapes) -> str:
         """Return why a batch has no rows of these shapes, which are those for another number of samples; "" if it has."""
