@@ -25,10 +25,11 @@ from tfmq_fx.agreement import (
     agrees,
     as_dict,
     equal_lists,
+    interface_of,
     require_kinds,
     rows_of,
 )
-from tfmq_fx.artefact.drop_in import VARIANT
+from tfmq_fx.artefact.drop_in import VARIANT, Interface
 from tfmq_fx.base.ambient import has_values, neutral, tracked
 from tfmq_fx.base.arguments import leaves
 from tfmq_fx.base.errors import TFMQError, nearest_names
@@ -582,6 +583,20 @@ def captured(
         if found is None:
             raise
         return found
+
+
+def described(
+    network: nn.Module, calibration: CalibrationSet, timestep: str
+) -> tuple[nn.Module, GraphModule, Interface, CalibrationSet]:
+    """Capture a network on rows of a calibration set. Return it without wrappers, its graph, how it is called, and what `captured` does."""
+    network = unwrapped(network, calibration.arguments(slice(0, 2), beside=network))
+    gm, example, calibration = captured(network, calibration, timestep)
+    perturbed, others = calibration.perturbation, calibration.others
+    interface = interface_of(
+        calibration.row_wise(network), gm, example,
+        perturbed=None if perturbed is None else perturbed.to_json(), others=others,
+    )  # fmt: skip
+    return network, gm, interface, calibration
 
 
 def captured_without_padding(

@@ -11,7 +11,6 @@ from typing import Any
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
-from tfmq_fx.agreement import interface_of
 from tfmq_fx.artefact.drop_in import Interface
 from tfmq_fx.artefact.forms import closed_graph
 from tfmq_fx.artefact.graph_json import tensors_of
@@ -27,7 +26,7 @@ from tfmq_fx.calibration.pipelines import denoiser
 from tfmq_fx.calibration.ready import require_ready
 from tfmq_fx.calibration.stage import calibrate, input_maxima
 from tfmq_fx.calibration.timesteps import USUAL
-from tfmq_fx.capturing import capture_rows, captured, unwrapped
+from tfmq_fx.capturing import capture_rows, described
 from tfmq_fx.choices import choose, is_open
 from tfmq_fx.evaluation.errors import measure_errors
 from tfmq_fx.evaluation.summary import summary
@@ -182,16 +181,8 @@ def _captured(
         example = {n: as_taken(restored, n, rows[n]) for n in placeholders(restored)}
         gm, _ = capture_rows(restored, example, settings.timestep)
         return restored, gm, network.interface, network.parts()["config"], calibration
-    network = unwrapped(network, calibration.arguments(slice(0, 2), beside=network))
-    config = plain_config(network)
-    gm, example, calibration = captured(network, calibration, settings.timestep)
-    row_wise, set_while_sampling = calibration.row_wise(network), calibration.perturbation
-    interface = interface_of(
-        row_wise, gm, example,
-        perturbed=None if set_while_sampling is None else set_while_sampling.to_json(),
-        others=calibration.others,
-    )  # fmt: skip
-    return network, gm, interface, config, calibration
+    network, gm, interface, calibration = described(network, calibration, settings.timestep)
+    return network, gm, interface, plain_config(network), calibration
 
 
 def _outside(

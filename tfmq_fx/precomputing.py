@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 
 from tfmq_fx.agreement import interface_of, rows_of
+from tfmq_fx.artefact.drop_in import Interface
 from tfmq_fx.artefact.graph_json import tensors_of
 from tfmq_fx.artefact.outside import REQUEST_BYTES, Outside, require_place
 from tfmq_fx.artefact.plain import plain_config
@@ -26,7 +27,13 @@ from tfmq_fx.calibration.data import CalibrationSet
 from tfmq_fx.calibration.pipelines import denoiser
 from tfmq_fx.calibration.ready import require_ready
 from tfmq_fx.calibration.timesteps import timestep_of
-from tfmq_fx.capturing import batched, capture_rows, captured_without_padding, unwrapped
+from tfmq_fx.capturing import (
+    batched,
+    capture_rows,
+    captured_without_padding,
+    described,
+    unwrapped,
+)
 from tfmq_fx.evaluation.summary import plain_maintenance, versions
 from tfmq_fx.graph.nodes import fresh
 from tfmq_fx.graph.state import set_state
@@ -42,6 +49,9 @@ from tfmq_fx.passes.temporal.find_temporal import find_temporal
 from tfmq_fx.passes.temporal.partition_temporal import extract_temporal, partition_temporal
 from tfmq_fx.recipe import Recipe
 from tfmq_fx.settings import Settings
+
+# The arguments of a call of a network, or rows of a pipeline's calls and how many each has.
+Called = dict[str, Any] | tuple[CalibrationSet, int]
 
 FLOAT = Recipe(weight_bits=FLOAT_BITS, activation_bits=FLOAT_BITS, max_table_entries=2**31)
 
@@ -110,7 +120,7 @@ def _given(
     example: Mapping[str, Any] | None,
     timesteps: Iterable[float] | Tensor | None,
     pipe_kwargs: Mapping[str, Any],
-) -> tuple[nn.Module, dict[str, Any], Iterable[float] | Tensor]:
+) -> tuple[nn.Module, Called, Iterable[float] | Tensor]:
     """Return a network, its example and its schedule. Raises TFMQError for one that is missing."""
     if pipe_kwargs:
         raise TFMQError(f"{next(iter(pipe_kwargs))}: is an argument for a pipeline, but a network is given.")
@@ -139,8 +149,8 @@ def _run(
     example: Mapping[str, Any] | None,
     timesteps: Iterable[float] | Tensor | None,
     pipe_kwargs: dict[str, Any],
-) -> tuple[nn.Module, dict[str, Any], Iterable[float] | Tensor]:
-    """Return a pipeline's network, the arguments of one of its calls, and its schedule, from a run that computes little."""
+) -> tuple[nn.Module, Called, Iterable[float] | Tensor]:
+    """Return a pipeline's network, rows of a run that computes little and how many its calls have, and the schedule."""
     if example is not None:
         raise TFMQError("example: a pipeline makes its own; give the arguments of its call instead.")
     which: dict[str, Any] = {"timestep": settings.timestep, "component": settings.component}
@@ -160,14 +170,13 @@ def _run(
     rows = (
         rows_of(calls[-1], settings.timestep) if listed is None else sum(map(len, listed.groups(calls[-1])))
     )
-    found = data.example(max(rows, 1), beside=network)
-    return data.row_wise(network), found, data.timesteps if timesteps is None else timesteps
+    return network, (data, max(rows, 1)), data.timesteps if timesteps is None else timesteps
 
 
 @torch.no_grad()
 def _precomputed(
     network: nn.Module,
-    example: dict[str, Any],
+    called: Called,
     timesteps: Iterable[float] | Tensor,
     recipe: Recipe,
     settings: Settings,
@@ -176,14 +185,11 @@ def _precomputed(
     request_bytes: int,
 ) -> PrecomputedModel:
     clock = Clock()
-    network = unwrapped(network, example)
-    network, given, _ = batched(network, example, settings.timestep)
-    example = dict(given)
-    batch = max(rows_of(example, settings.timestep), 1)
-    if "return_dict" in parameters_of(network):
-        example = {**example, "return_dict": False}
-    row_wise, gm, example = _captured(network, example, settings.timestep)
-    interface = interface_of(row_wise, gm, example)
+    if isinstance(called, dict):
+        network, gm, interface, batch = _captured(network, called, settings.timestep)
+    else:
+        data, batch = called
+        network, gm, interface, _ = described(network, data, settings.timestep)
     clock.lap("capture")
     gm, plain = prepared(gm, recipe, timesteps, settings), gm
     found = paying(gm)
@@ -230,20 +236,21 @@ def _precomputed(
 
 def _captured(
     network: nn.Module, example: dict[str, Any], timestep: str
-) -> tuple[nn.Module, GraphModule, dict[str, Any]]:
-    """Return the network as it takes rows without padding, its graph, and the arguments of the capture.
-
-    A network that does not read the lengths of padded rows as numbers is returned as it is.
-    """
+) -> tuple[nn.Module, GraphModule, Interface, int]:
+    """Return the network without wrappers, its graph, how it is called, and the number of rows of this call."""
+    network, given, _ = batched(unwrapped(network, example), example, timestep)
+    rows = max(rows_of(given, timestep), 1)
+    more = {"return_dict": False} if "return_dict" in parameters_of(network) else {}
     try:
-        return network, *capture_rows(network, example, timestep)
-    except TFMQError:
-        data = _set_of(example, timestep)
+        gm, taken = capture_rows(network, {**given, **more}, timestep)
+    except TFMQError:  # the lengths of its rows may be numbers to it
+        data = _set_of({**given, **more}, timestep)
         found = None if data is None else captured_without_padding(network, data, timestep)
         if found is None:
             raise
-        gm, example, cut = found
-        return cut.row_wise(network), gm, example
+        gm, taken, cut = found
+        return network, gm, interface_of(cut.row_wise(network), gm, taken), rows
+    return network, gm, interface_of(network, gm, taken), rows
 
 
 def _set_of(example: Mapping[str, Any], timestep: str) -> CalibrationSet | None:

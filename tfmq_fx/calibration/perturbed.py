@@ -61,6 +61,7 @@ class Perturbation:
 
         def forward(inner: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
             flags = kwargs.pop(PERTURBED)
+            torch._check(flags.shape[0] == _rows(args, kwargs))  # torch.export takes them for two sizes
             with self._by_row(network, flags):
                 return inner(*args, **kwargs)
 
@@ -89,7 +90,7 @@ def _chosen(
     rows = _rows(args, kwargs)
     many = partial(_repeated, rows=rows, times=len(pattern))
     found = forward(*pytree.tree_map(many, args), **pytree.tree_map(many, kwargs))
-    per_row = flags.repeat_interleave(int(rows // flags.shape[0]), 0)  # of frames, among others
+    per_row = flags[:, None].expand(-1, rows // flags.shape[0]).flatten()  # of frames, among others
 
     def chosen(x: Any) -> Any:
         if not isinstance(x, Tensor):
