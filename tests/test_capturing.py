@@ -417,7 +417,7 @@ def test_numpy_functions_of_sizes_are_captured():
 
 
 class InPlace(nn.Module):
-    """Adds to a value that other layers read, and fills a part of one of zeros."""
+    """Adds to a value that other layers read, fills a part of one of zeros, and the diagonal in a part of another."""
 
     def __init__(self):
         super().__init__()
@@ -428,9 +428,11 @@ class InPlace(nn.Module):
         h = self.first(sample) + self.time(timestep[:, None] / 1000)
         part = torch.zeros_like(h)
         part[:, 2:5] = h[:, :3].double()
+        mask = torch.full((8, 8), 0.5)
+        mask[1:7, 2:7].fill_diagonal_(2.0)
         for layer in self.layers:
             h += torch.relu_(layer(h))
-        return self.last(h + part)
+        return self.last(h + part @ mask)
 
 
 def test_the_graph_of_a_network_that_writes_in_place_does_not():

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch._ops import OpOverload
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.fx import Graph, GraphModule, Node
 from torch.fx.graph import CodeGen
 from torch.fx.passes.infra.pass_base import PassResult
@@ -222,7 +223,10 @@ def _graph(
     gm = _module(program)
     if writing_nodes(gm) or (lists is not None and _writes(program.graph)):
         # The same operators, without writes. A functional copy has no derivative.
-        program = program.run_decompositions({torch.ops.aten.copy.default: _copied})
+        try:
+            program = program.run_decompositions({torch.ops.aten.copy.default: _copied})
+        except Exception as error:  # torch raises many types
+            raise capture_error(type(network).__name__, error, runs=True) from None
         gm = _module(program)
     out_spec = program.call_spec.out_spec
     assert out_spec is not None
@@ -270,7 +274,8 @@ def _module(program: torch.export.ExportedProgram) -> GraphModule:
 def _not_zero(inputs: Mapping[str, Any]) -> list[str]:
     """Return the names of the tensors that are not 0 everywhere, by value."""
     found = {n: x for n, (_, x) in leaves(inputs).items() if isinstance(x, Tensor) and has_values(x)}
-    return [n for n, x in found.items() if bool(x.any())]
+    with unset_fake_temporarily():  # values are read, also where new tensors would have none
+        return [n for n, x in found.items() if bool(x.any())]
 
 
 def _writes(graph: Graph) -> bool:
@@ -359,7 +364,7 @@ def _exported(
             symbolic_lengths(network, sets=checked),
             without_caches(network),
             torch.no_grad(),
-            _SymbolicRepeats(),
+            _Traceable(),
             filled,
             routed,
         ):
@@ -435,10 +440,11 @@ def cleaning(timestep: str) -> list[Callable[[GraphModule], PassResult]]:
     ]
 
 
-class _SymbolicRepeats(TorchFunctionMode):
-    """A mode that computes x.repeat_interleave(n, dim) by views, with the same values.
+class _Traceable(TorchFunctionMode):
+    """A mode that computes what torch.export does not trace as we need it by other operators, with the same values.
 
-    torch 2.11 would turn the size that it repeats into a constant.
+    x.repeat_interleave(n, dim): by views, as torch 2.11 would turn the size that it repeats into a constant.
+    x.fill_diagonal_(value) of a matrix: by a mask, as its own as_strided cannot be traced without writes.
     """
 
     def __torch_function__(
@@ -453,6 +459,10 @@ class _SymbolicRepeats(TorchFunctionMode):
                 shape = [-1] * (x.dim() + 1)
                 shape[dim + 1] = repeats
                 return x.unsqueeze(dim + 1).expand(shape).flatten(dim, dim + 1)
+        if func is Tensor.fill_diagonal_ and len(args) == 2 and not kwargs and args[0].dim() == 2:
+            x, value = args
+            rows, columns = (torch.arange(size, device=x.device) for size in x.shape)
+            return x.masked_fill_(rows[:, None] == columns, value)
         return func(*args, **kwargs)
 
 

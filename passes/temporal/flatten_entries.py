@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.fx import GraphModule, Node
 from torch.fx.node import map_arg
 from torch.fx.passes.infra.pass_base import PassResult
@@ -51,7 +52,8 @@ def flatten_entries(gm: GraphModule, *, timestep: str | None = None) -> PassResu
     t = meta_value(source)
     if not isinstance(t, Tensor) or t.dim() < 2:
         return PassResult(gm, False)
-    layouts = _layouts(gm, source)
+    with unset_fake_temporarily():  # the numbers are values, also where new tensors would have none
+        layouts = _layouts(gm, source)
     for node, layout in layouts.items():
         _flatten(gm, node, t, layout)
     if layouts:

@@ -20,6 +20,8 @@ from tests.helpers.nearest import recipe
 from tfmq_fx.base.errors import TFMQError
 from tfmq_fx.calibration.data import CalibrationSet
 from tfmq_fx.calibration.perturbed import placed
+from tfmq_fx.capturing import captured
+from tfmq_fx.graph.inputs import placeholders
 
 NEAREST = recipe("w8a8")
 FRAMES = 2
@@ -133,6 +135,16 @@ def test_each_row_says_how_it_is_computed(guidance_scale, pattern):
     assert torch.allclose(found, expected[order], atol=1e-5)
     assert off(plain[call], expected[call]) > 0.1 > 1e-5 > off(plain[~call], expected[~call])
     assert {type(p) for p in processors(pipe.unet).values()} == {AttnProcessor2_0}
+
+
+def test_its_graph_has_one_number_of_rows():
+    """Others, that happen to be as large, made expressions of sizes that took torch.export minutes."""
+    pipe, data = recorded(2.0)
+    gm, _, _ = captured(pipe.unet, data, "timestep")
+    inputs, out = placeholders(gm), gm.graph.output_node().all_input_nodes[0]
+    sizes = {str(n.meta["val"].shape[0]) for n in (*inputs.values(), out)}
+    assert len(sizes) == 1
+    assert not sizes.pop().isdigit()
 
 
 @pytest.mark.parametrize("samples", [1, 3])
