@@ -40,8 +40,8 @@ class Attending(nn.Module):
         t = self.time(timestep.expand(sample.shape[0])[:, None].float() / 1000)
         x = sample + (t + self.words(words))[:, None, None]
         for attention in self.mid.values():
-            rows = x.flatten(0, 1)
-            x = x + 3 * attention(rows).unflatten(0, (-1, FRAMES))
+            frames, found = x.shape[1], attention(x.flatten(0, 1))
+            x = x + 3 * found.reshape(len(found) // frames, frames, *found.shape[1:])
         return self.out(x)
 
 
