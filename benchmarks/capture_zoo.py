@@ -15,8 +15,9 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.table import Table
-from torch import nn
+from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.utils import _pytree as pytree
 
 import tfmq_fx
@@ -59,12 +60,18 @@ def _row(entry: Entry, *, real: bool) -> tuple[str, ...]:
 
 
 def _with_all_buffers(network: nn.Module) -> nn.Module:
-    """Return the network with its modules' other tensors, such as rotary tables, as buffers: torch.export keeps fake ones as they are."""
+    """Return the network with its modules' other fake tensors, such as rotary tables, as buffers: torch.export keeps them as they are.
+
+    Lists of them are zeros.
+    """
     for module in network.modules():
         for name, value in [*vars(module).items()]:
-            if isinstance(value, torch.Tensor):
+            if isinstance(value, Tensor):
                 delattr(module, name)
                 module.register_buffer(name, value, persistent=False)
+            elif isinstance(value, list) and any(isinstance(x, Tensor) for x in value):
+                with unset_fake_temporarily():
+                    setattr(module, name, [torch.zeros(x.shape, dtype=x.dtype) for x in value])
     return network
 
 

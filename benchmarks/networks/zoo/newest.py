@@ -174,6 +174,8 @@ NEWEST = (
         },
         # The pooled prompt is data, and joins it before each block's own layer.
         before=("time_extra_emb.timestep_embedder.linear_1",), features=("time_extra_emb.timestep_embedder.linear_2",),
+        published={"sample_size": 128, "patch_size": 2, "in_channels": 4, "num_layers": 40, "hidden_size": 1408, "mlp_ratio": 4.3637,
+                   "activation_fn": "gelu-approximate", "use_style_cond_and_image_meta_size": False},  # of version 1.2
         bitwise_note="two tables of positions",
     ),
     of_timestep(
