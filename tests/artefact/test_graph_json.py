@@ -1,9 +1,15 @@
 """A graph as JSON, which can only name tensor operators."""
 
+import json
+
+import numpy as np
 import pytest
+import torch
+from torch import nn
 
 import tfmq_fx
 from tests.helpers.artefacts import edit
+from tfmq_fx.artefact.graph_json import graph_from_json, graph_to_json, tensors_of
 from tfmq_fx.artefact.saving import CONFIG, GRAPH
 from tfmq_fx.base.errors import TFMQError
 
@@ -32,3 +38,20 @@ def test_a_graph_can_only_name_tensor_operators(folder, target):
     _rehash(folder)
     with pytest.raises(TFMQError, match=f"operator '{target}' is unknown .* or not allowed"):
         tfmq_fx.load(folder)
+
+
+class OfSizes(nn.Module):
+    """Scaled by roots and sums of its sizes."""
+
+    def forward(self, sample, timestep):
+        rows, width = sample.shape[0], sample.shape[2]
+        return sample * np.sqrt(rows) / (rows + width) + timestep.view(-1, 1, 1) * np.sqrt(width)
+
+
+def test_a_graph_names_arithmetic_of_sizes():
+    gm = tfmq_fx.capture(OfSizes().eval(), {"sample": torch.randn(2, 4, 6), "timestep": torch.tensor([1, 2])})
+    again = graph_from_json(json.loads(json.dumps(graph_to_json(gm))), tensors_of(gm))
+    assert "sym_sqrt" in str([n.target for n in again.graph.nodes])
+    for rows in (1, 5):
+        x, t = torch.randn(rows, 4, 6), torch.arange(rows)
+        assert torch.equal(again(x, t), OfSizes()(x, t))

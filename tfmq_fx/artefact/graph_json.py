@@ -48,7 +48,7 @@ _FUNCTIONS: dict[str, Callable[..., Any]] = {
             ],
         ),
         (math, ["ceil", "floor", "trunc", "sqrt"]),
-        (torch, ["sym_max", "sym_min", "sym_int", "sym_float", "sym_not", "sym_ite"]),
+        (torch, ["sym_max", "sym_min", "sym_int", "sym_float", "sym_not", "sym_ite", "sym_sum", "sym_sqrt"]),
     )
     for name in names
 }
