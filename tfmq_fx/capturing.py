@@ -615,8 +615,7 @@ def captured_without_padding(
     """Return what `captured` does of a set that is cut to the lengths of its rows; None if the network computes something else so."""
     for zeros in (False, True):
         cut = without_padding(network, calibration, zeros=zeros)
-        found = None if cut is None else _captured_cut(network, cut, calibration, timestep)
-        if cut is not None and found is not None:
+        if cut is not None and (found := _captured_cut(network, cut, calibration, timestep)) is not None:
             return *found, cut
     return None
 

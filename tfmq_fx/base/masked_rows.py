@@ -77,28 +77,23 @@ class MaskedRows(TensorRows):
                     f"forward: {name!r} was 0 everywhere when the network was captured and is fixed in the graph; quantize again "
                     "with calibration data that has the new values."
                 )
-        for name, (_, marked) in self.masks.items():
-            mask = given.get(name)
-            for tensor in marked:
-                x = given[tensor]
-                if isinstance(x, Tensor):
-                    lengths = [x.shape[1]] * len(x) if mask is None else self._lengths(name, mask, x)
-                    found[tensor] = [row[:length] for row, length in zip(x, lengths, strict=True)]
+        for name, lengths in self.lengths(given).items():
+            found[name] = [row[:length] for row, length in zip(given[name], lengths.tolist(), strict=True)]
         return found
 
-    def _lengths(self, name: str, mask: Any, x: Tensor) -> list[int]:
-        if not isinstance(mask, Tensor) or mask.shape != x.shape[:2]:
-            found = tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
-            raise TFMQError(
-                f"forward: {name!r} is {found}, but must be a mask of shape {tuple(x.shape[:2])}."
-            )
-        lengths = lengths_of(mask)
-        if lengths is None:
-            raise TFMQError(
-                f"forward: {name!r} must have ones for the first tokens of a row, and then zeros: the network was captured for rows "
-                "without padding, which is cut off."
-            )
-        return lengths.tolist()  # type: ignore[no-any-return]
+    def lengths(self, given: Mapping[str, Any], *, where: str = "forward") -> dict[str, Tensor]:
+        """Return the lengths (N,) of each padded tensor's rows, which are whole where its mask is left out.
+
+        where: what the words of an error begin with. Raises TFMQError naming a mask of another shape, or with other values.
+        """
+        padded = {(name, n): given[n] for name, (_, marked) in self.masks.items() for n in marked}
+        return {
+            n: torch.full((len(x),), x.shape[1])
+            if given.get(name) is None
+            else _lengths(name, given[name], x, where)
+            for (name, n), x in padded.items()
+            if isinstance(x, Tensor)
+        }
 
     def batched(self, network: nn.Module) -> nn.Module:
         """Return the same network, whose masks may be left out: then all tokens are there. Padded tensors may be lists of rows."""
@@ -123,6 +118,19 @@ class MaskedRows(TensorRows):
         masks = {n: [dtype, list(marked)] for n, (dtype, marked) in self.masks.items()}
         zeros = {n: [dtype, list(shape)] for n, (dtype, shape) in self.zeros.items()}
         return {**super().to_json(), "masks": masks, "zeros": zeros}
+
+
+def _lengths(name: str, mask: Any, x: Tensor, where: str) -> Tensor:
+    if not isinstance(mask, Tensor) or mask.shape != x.shape[:2]:
+        found = tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
+        raise TFMQError(f"{where}: {name!r} is {found}, but must be a mask of shape {tuple(x.shape[:2])}.")
+    lengths = lengths_of(mask)
+    if lengths is None:
+        raise TFMQError(
+            f"{where}: {name!r} must have ones for the first tokens of a row, and then zeros: the network was captured for rows "
+            "without padding, which is cut off."
+        )
+    return lengths
 
 
 def lengths_of(mask: Tensor) -> Tensor | None:

@@ -81,15 +81,15 @@ def repeated(network: nn.Module) -> Iterator[list[Call]]:
 @contextmanager
 def computing(network: nn.Module) -> Iterator[None]:
     """Let `network` compute each call while the context is open, also inside `repeated`."""
-    repeat = vars(network).get("forward")
-    network.forward = getattr(repeat, "repeats", network.forward)
+    repeat: Any = vars(network).get("forward")
+    if not hasattr(repeat, "repeats"):
+        yield
+        return
+    network.forward = repeat.repeats
     try:
         yield
     finally:
-        if repeat is None:
-            del network.forward
-        else:
-            network.forward = repeat
+        network.forward = repeat
 
 
 def _kind(value: Any) -> Any:

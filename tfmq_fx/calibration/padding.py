@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from tfmq_fx.base.errors import TFMQError
 from tfmq_fx.base.masked_rows import MaskedRows, lengths_of
 from tfmq_fx.calibration.data import CalibrationSet
 from tfmq_fx.calibration.row_sizes import RowSizes
@@ -64,19 +63,9 @@ def without_padding(
 def cut_by_masks(data: CalibrationSet, lists: MaskedRows) -> CalibrationSet:
     """Return the set without the padding that these masks mark; without a mask, all tokens of its tensors are there.
 
-    Raises TFMQError naming a mask that does not have ones, then zeros.
+    Raises TFMQError as `MaskedRows.lengths` does.
     """
-    lengths = {}
-    for mask, (_, marked) in lists.masks.items():
-        x = data.tensors.get(mask)
-        for n in marked:
-            of = torch.full((len(data),), data.tensors[n].shape[1]) if x is None else lengths_of(x)
-            if of is None:
-                raise TFMQError(
-                    f"calibration: {mask!r} must have ones for the first tokens of a row, then zeros."
-                )
-            lengths[n] = of
-    return _cut(data, lists, lengths)
+    return _cut(data, lists, lists.lengths(data.tensors, where="calibration"))
 
 
 def _cut(data: CalibrationSet, lists: MaskedRows, lengths: Mapping[str, Tensor]) -> CalibrationSet:
