@@ -50,6 +50,7 @@ from tfmq_fx.passes.temporal.find_temporal import TemporalBlock, find_temporal
 from tfmq_fx.passes.temporal.flatten_entries import flatten_entries
 from tfmq_fx.passes.temporal.insert_step_index import insert_step_index
 from tfmq_fx.passes.temporal.partition_temporal import extract_temporal, partition_temporal
+from tfmq_fx.passes.temporal.sink_repeats import sink_repeats
 from tfmq_fx.passes.temporal.undo_joins import undo_joins
 
 __all__ = [
@@ -104,6 +105,7 @@ __all__ = [
     "share_quantized",
     "signed_activations",
     "signed_weights",
+    "sink_repeats",
     "smooth",
     "state_of",
     "undo_joins",

@@ -76,6 +76,7 @@ from tfmq_fx.passes.clean.values_of_copies import values_of_copies
 from tfmq_fx.passes.pass_manager import PassManager
 from tfmq_fx.passes.temporal.find_temporal import find_temporal
 from tfmq_fx.passes.temporal.flatten_entries import flatten_entries
+from tfmq_fx.passes.temporal.sink_repeats import sink_repeats
 from tfmq_fx.passes.temporal.undo_joins import undo_joins
 
 log = logging.getLogger(__name__)
@@ -130,9 +131,11 @@ def capture(
     }
     try:
         gm = _graph(network, inputs, timestep, all_sizes=True, lists=lists)
+        if fixed := _sizes_of_features(gm, timestep):
+            gm = _graph(network, inputs, timestep, all_sizes=True, fixed=fixed, lists=lists)
     except TFMQError:  # some network's own numbers are no sizes
         gm = None
-    if gm is not None and not _features_have_sizes(gm, timestep):
+    if gm is not None and not _sizes_of_features(gm, timestep):
         return gm
     try:
         return _graph(network, inputs, timestep, all_sizes=False, lists=lists)
@@ -160,7 +163,7 @@ def _graph_of_each_row(network: nn.Module, inputs: dict[str, Any], timestep: str
         except TFMQError as error:
             log.info("%s cannot be captured row by row: %s", type(network).__name__, error)
             continue
-        return None if _features_have_sizes(gm, timestep) else gm
+        return None if _sizes_of_features(gm, timestep) else gm
     return None
 
 
@@ -177,17 +180,24 @@ def batched(
     )
 
 
-def _features_have_sizes(gm: GraphModule, timestep: str) -> bool:
-    """Return True if a size that moves is one of the temporal block's: then its features would not depend on the timestep alone."""
-    inputs = placeholders(gm).values()
-    rows = {symbol for n in inputs for symbol in _symbols(n, slice(0, 1))}
-    if all(_symbols(n) <= rows for n in inputs):
-        return False
+def _sizes_of_features(gm: GraphModule, timestep: str) -> set[tuple[str, int]]:
+    """Return the inputs' dimensions that move, and are sizes in the temporal block: its features would not depend on the timestep alone."""
+    inputs = placeholders(gm)
+    rows = {symbol for n in inputs.values() for symbol in _symbols(n, slice(0, 1))}
+    if all(_symbols(n) <= rows for n in inputs.values()):
+        return set()
     try:
         inside = set(find_temporal(gm, timestep=timestep).nodes)
     except TFMQError:  # there is none; whoever looks for it says so
-        return False
-    return any(_symbols(n) - rows for n in gm.graph.nodes if n.name in inside)
+        return set()
+    found = {symbol for n in gm.graph.nodes if n.name in inside for symbol in _symbols(n) - rows}
+    return {
+        (name, i)
+        for name, n in inputs.items()
+        if isinstance(value := meta_value(n), Tensor)
+        for i in range(value.dim())
+        if _symbols(n, slice(i, i + 1)) & found
+    }
 
 
 def _symbols(node: Node, dimensions: slice = slice(None)) -> set[Any]:
@@ -203,11 +213,12 @@ def _graph(
     *,
     all_sizes: bool,
     lists: RowLists | None,
+    fixed: Collection[tuple[str, int]] = (),
     cut: tuple[str, ...] = (),
 ) -> GraphModule:
     """Return the tidy graph of torch.export with plain inputs and outputs.
 
-    all_sizes: see `_exported`. lists: which inputs the network takes as lists of rows; then the first row is traced.
+    all_sizes, fixed: see `_exported`. lists: which inputs the network takes as lists of rows; then the first row is traced.
     cut: the lists of plain values of which that row has the first entry alone.
     """
     passes, traced = cleaning(timestep), network
@@ -218,7 +229,13 @@ def _graph(
     routed, filled = Routed(), Filled(_not_zero(inputs))
     modes = (filled, routed)
     program = _exported(
-        traced, inputs, timestep=timestep, all_sizes=all_sizes, checked=lists is not None, modes=modes
+        traced,
+        inputs,
+        timestep=timestep,
+        all_sizes=all_sizes,
+        fixed=fixed,
+        checked=lists is not None,
+        modes=modes,
     )
     gm = _module(program)
     if writing_nodes(gm) or (lists is not None and _writes(program.graph)):
@@ -341,18 +358,35 @@ def _exported(
     *,
     timestep: str,
     all_sizes: bool,
+    fixed: Collection[tuple[str, int]],
     checked: bool,
     modes: tuple[Filled, Routed],
 ) -> torch.export.ExportedProgram:
     """Export the network with a dynamic batch.
 
-    inputs: its arguments by name. all_sizes: keep other sizes open, too. checked: whether the graph will be compared with the network.
-    modes: those that follow what the network reads as numbers.
+    inputs: its arguments by name. all_sizes: keep other sizes open, too, but for those of these inputs of the graph and dimensions:
+    fixed. checked: whether the graph will be compared with the network. modes: those that follow what the network reads as numbers.
     """
     filled, routed = modes
-    lengths = _lengths(inputs) if all_sizes else None
+    lengths = _lengths(inputs) if all_sizes else set()
+    rows = _inputs_with_rows(inputs, timestep) if all_sizes else []
+
+    def called(given: Mapping[str, Any]) -> None:
+        filled.name_arguments(given)
+        found = leaves(given)
+        for name in rows[
+            1:
+        ]:  # or where frames join them, a trace sees equal products instead, and carries quotients along
+            torch._check(found[name][1].shape[0] == found[rows[0]][1].shape[0])
+
+    constant = {id(x): {i for n, i in fixed if n == name} for name, (_, x) in leaves(inputs).items()}
     dynamic = {
-        n: pytree.tree_map(partial(_dynamic, lengths=None if n == timestep else lengths), x)
+        n: pytree.tree_map(
+            lambda leaf, n=n: _dynamic(
+                leaf, lengths=set() if n == timestep else lengths, fixed=constant.get(id(leaf), ())
+            ),
+            x,
+        )
         for n, x in inputs.items()
     }
     try:
@@ -368,12 +402,18 @@ def _exported(
             filled,
             routed,
         ):
-            named = _by_name(network, inputs, filled.name_arguments)
+            named = _by_name(network, inputs, called)
             return torch.export.export(named, (), inputs, dynamic_shapes=dynamic, strict=False)
     except Exception as error:  # torch.export raises many types
         runs = _runs(network, *call_of(network, inputs))
         # Not the cause: torch's own text may have a thousand lines.
         raise capture_error(type(network).__name__, error, runs=runs) from None
+
+
+def _inputs_with_rows(inputs: Mapping[str, Any], timestep: str) -> list[str]:
+    """Return the tensors that have as many rows as the timestep, by name: those that `Interface` takes for the batch."""
+    found = {n: x for n, (_, x) in leaves(inputs).items() if isinstance(x, Tensor) and x.dim()}
+    return [n for n, x in found.items() if timestep in found and len(x) == len(found[timestep])]
 
 
 def _lengths(inputs: Mapping[str, Any]) -> set[int]:
@@ -398,14 +438,14 @@ def _by_name(
     return with_forward(network, forward, of_names(names))
 
 
-def _dynamic(x: Any, *, lengths: Collection[int] | None) -> Any:
-    """Return the dimensions that may differ, in torch.export's format: the first, and those of these sizes.
+def _dynamic(x: Any, *, lengths: Collection[int], fixed: Collection[int]) -> Any:
+    """Return the dimensions that may differ, in torch.export's format: the first, and those of these sizes that are not fixed.
 
     torch.export would make a constant of a size of one, and warn.
     """
     if not isinstance(x, Tensor) or not x.dim():
         return None
-    more = (i for i in range(1, x.dim()) if x.shape[i] > 1 and x.shape[i] in (lengths or ()))
+    more = (i for i in range(1, x.dim()) if x.shape[i] > 1 and x.shape[i] in lengths and i not in fixed)
     return dict.fromkeys((0, *more), torch.export.Dim.AUTO)
 
 
@@ -424,7 +464,7 @@ def _runs(network: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
 def cleaning(timestep: str) -> list[Callable[[GraphModule], PassResult]]:
     """Return the passes that clean a captured graph, in the order in which they run.
 
-    The graph's results stay bitwise equal.
+    The graph's results stay bitwise equal, but for a few roundings where the block's layers get fewer rows.
     """
     return [
         inline_regions,
@@ -436,6 +476,7 @@ def cleaning(timestep: str) -> list[Callable[[GraphModule], PassResult]]:
         partial(root_batch_size, timestep=timestep),
         linear_matmuls,
         fold_parameters,
+        partial(sink_repeats, timestep=timestep),
         partial(flatten_entries, timestep=timestep),
     ]
 
@@ -454,9 +495,9 @@ class _Traceable(TorchFunctionMode):
         if func in (torch.repeat_interleave, Tensor.repeat_interleave) and len(args) > 1:
             x, repeats, *rest = args
             dim = rest[0] if rest else kwargs.get("dim")
-            if isinstance(repeats, int) and isinstance(dim, int) and x.dim():
+            if isinstance(repeats, (int, torch.SymInt)) and isinstance(dim, int) and x.dim():
                 dim %= x.dim()
-                shape = [-1] * (x.dim() + 1)
+                shape: list[int | torch.SymInt] = [-1] * (x.dim() + 1)
                 shape[dim + 1] = repeats
                 return x.unsqueeze(dim + 1).expand(shape).flatten(dim, dim + 1)
         if func is Tensor.fill_diagonal_ and len(args) == 2 and not kwargs and args[0].dim() == 2:

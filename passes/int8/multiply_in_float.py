@@ -1,4 +1,4 @@
-"""Rewrite products of quantized activations as float arithmetic on the same integers."""
+"""Rewrite what layers and products read as float arithmetic on the same integers."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ ops = torch.ops.quantized_decomposed
 
 
 def multiply_in_float(gm: GraphModule, products: Iterable[Node]) -> None:
-    """Round what these products read in float: dequantize(quantize(x)) ==> clamp(round(x / s)) * s.
+    """Round the activations that these layers and products read in float: dequantize(quantize(x)) ==> clamp(round(x / s)) * s.
 
     The numbers are the same, but no int8 kernel takes them.
     """
     for node in products:
-        for x in matmul_inputs(node):
+        for x in matmul_inputs(node) or node.all_input_nodes[:1]:
             if x.target is ops.dequantize_per_tensor.default:
                 node.replace_input_with(x, _rounded(gm, x))
     gm.graph.eliminate_dead_code()

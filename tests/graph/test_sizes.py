@@ -10,7 +10,7 @@ import tfmq_fx
 from benchmarks.networks.small import TinyUNet, Tokens, captured
 from tfmq_fx.graph.inputs import placeholders
 from tfmq_fx.graph.nodes import meta_value
-from tfmq_fx.graph.sizes import holds, shown, sizes_of
+from tfmq_fx.graph.sizes import holds, shown, sizes_in, sizes_of
 
 T = torch.tensor([3, 500])
 
@@ -95,3 +95,21 @@ def test_a_condition_that_cannot_be_told_does_not_hold(condition):
 
 def test_conditions_are_readable():
     assert shown(["Equality", ["Mod", ["Add", -1, ["size", "x", 2]], 4], 0]) == "((-1 + x.shape[2]) % 4) == 0"
+
+
+class Frames(Picks):
+    """It treats many frames of all samples in another way, which computes the same."""
+
+    def forward(self, tokens, timestep):
+        h = tokens.flatten(0, 1)
+        h = h.contiguous() if h.shape[0] >= 64 else h
+        return self.layer(h.unflatten(0, tokens.shape[:2]) + self.time(timestep[:, None].float())[:, None])
+
+
+def test_a_limit_of_frames_and_rows_holds_for_one_row():
+    sizes = found(tfmq_fx.capture(Frames().eval(), {"tokens": torch.randn(2, 6, 4), "timestep": T}))
+    assert sizes.moving == {("tokens", 1): 6}
+    assert not any(("tokens", 0) in sizes_in(c) for c in sizes.conditions)
+    for rows, frames, fits in ((2, 6, True), (100, 6, True), (1, 63, True), (1, 64, False)):
+        now = {("tokens", 0): rows, ("tokens", 1): frames, ("tokens", 2): 4, ("timestep", 0): rows}
+        assert all(holds(c, now) for c in sizes.conditions) == fits

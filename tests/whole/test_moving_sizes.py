@@ -19,6 +19,7 @@ from benchmarks.networks.small import (
     sinusoid,
     sized_data,
 )
+from tests.helpers import video
 from tests.helpers.lowered import lower
 from tests.helpers.nearest import quantized, recipe
 from tfmq_fx.base.errors import TFMQError
@@ -247,3 +248,46 @@ def test_an_artefact_from_before_keeps_its_size(tmp_path):
         assert torch.equal(old(x, t), quantized()(x, t))
     with pytest.raises(TFMQError, match=r"captured with \(N, 1, 8, 8\)"):
         old(torch.randn(1, 1, 16, 8), 300)
+
+
+@functools.cache
+def of_videos():
+    x, t = video.inputs(16)
+    data = tfmq_fx.CalibrationSet.from_tensors({"sample": x, "timestep": t})
+    return tfmq_fx.quantize(video.network(), recipe("w8a8"), calibration=data)
+
+
+@torch.no_grad()
+def test_a_video_has_any_number_of_frames_and_its_features_a_scale_per_timestep():
+    net, q = video.network(), of_videos()
+    keys = {layer["path"]: list(layer["key"]) for layer in q.report["layers"]}
+    assert {path for path, key in keys.items() if key == ["timestep"]} == {*video.BLOCK}
+    assert q.interface.sizes()["sample"] == ["N", 3, "any (3)", "any (8)", "any (8)"]
+    for rows, frames, size in ((2, 3, (8, 8)), (1, 5, (8, 16)), (3, 2, (4, 6))):
+        x, t = video.inputs(rows, frames, size, seed=rows)
+        assert 0 < (q(x, t) - net(x, t)).norm() / net(x, t).norm() < BOUND
+    table = tfmq_fx.precompute(net, example={"sample": x, "timestep": t}, timesteps=video.TIMESTEPS)
+    chosen = {f["path"]: f["chosen"] for f in table.report["maintenance"]["features"]}
+    assert chosen == {"spatial.weight": "table", "temporal.weight": "table"}
+    x, t = video.inputs(2, 5)
+    torch.testing.assert_close(table(x, t), net(x, t), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("form", ["openvino", "torch", "pt2"])
+@torch.no_grad()
+def test_lowered_and_exported_videos_have_any_number_of_frames(form, tmp_path):
+    q = of_videos()
+    if form == "pt2":
+        q.export(tmp_path / "q.pt2")
+        program = torch.export.load(tmp_path / "q.pt2").module()
+        found = lambda x, t: program(sample=x, timestep=t)  # noqa: E731
+    else:
+        if form == "openvino":
+            pytest.importorskip("openvino")
+        found = lower(
+            q, "cpu", engine=form, precision="float32", **({"compile": False} if form == "torch" else {})
+        )
+    for rows, frames in ((2, 3), (1, 5)):
+        x, t = video.inputs(rows, frames, seed=rows)
+        # Sums in another order move an activation by a step where it lies between two.
+        assert (found(x, t) - q(x, t)).norm() / q(x, t).norm() < 0.01

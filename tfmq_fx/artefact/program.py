@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from tfmq_fx.base.signatures import of_names, with_forward
 from tfmq_fx.base.tracing import tracing
 from tfmq_fx.graph.fakes import set_fake_values
 from tfmq_fx.graph.nodes import aten, fresh, mutated_inputs, paste, put_in_place
-from tfmq_fx.graph.sizes import holds
+from tfmq_fx.graph.sizes import Condition, holds
 from tfmq_fx.passes.int8.decompose import Table, decompose
 
 
@@ -30,21 +30,27 @@ def exported(model: QuantizedGraph, *, checked: bool = False) -> torch.export.Ex
     checked: let the program refuse sizes that break what the capture assumed of them.
     """
     inputs, dynamic = example_inputs(model, batch=2), dynamic_shapes(model)
-    network = _of_known_sizes(model) if checked and model.interface.conditions else model.network
+    network = _of_known_sizes(model, model.interface.conditions if checked else ())
     with torch.no_grad():
         return torch.export.export(network, (), inputs, dynamic_shapes=dynamic, strict=False)
 
 
-def _of_known_sizes(model: QuantizedGraph) -> nn.Module:
-    """Return the graph, which first asks whether its sizes are such as it takes: a trace notes what is asked of them."""
-    names, same = list(model.interface.inputs), nn.Module()
+def _of_known_sizes(model: QuantizedGraph, conditions: Iterable[Condition]) -> nn.Module:
+    """Return the graph, which first asks whether its sizes are such as it takes: a trace notes what is asked of them.
+
+    All inputs have as many rows. A trace that found that late, of a product with a number of frames, would carry quotients along.
+    """
+    names, same, moves = list(model.interface.inputs), nn.Module(), model.interface.moves()
+    rows = [n for n, s in model.interface.inputs.items() if s["shape"][:1] == [None] and (n, 0) not in moves]
     # It holds what the graph does, by the same names: of a graph module itself, export would run the graph alone.
     for held in ("_parameters", "_buffers", "_modules"):
         vars(same)[held] = vars(model.network)[held]
 
     def forward(_own: Callable[..., Any], /, **given: Tensor) -> Any:
         sizes = {(n, i): size for n, x in given.items() for i, size in enumerate(x.shape)}
-        for condition in model.interface.conditions:
+        for n in rows[1:]:
+            torch._check(sizes[n, 0] == sizes[rows[0], 0])
+        for condition in conditions:
             holds(condition, sizes)
         return model.network(*[given[n] for n in names])
 

@@ -1,14 +1,15 @@
 """Which sizes of a captured graph's inputs may differ from those of the capture, and under which conditions.
 
 A trace notes what it assumed of sizes it kept open: that two are equal, that one is even, which branch it took. A call
-with other sizes computes what the network does as long as all of that holds.
+with other sizes computes what the network does as long as all of that holds. As each row is computed by itself, it is enough
+that it holds for one row: frames * rows < 64 limits the frames alone.
 """
 
 from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -54,8 +55,10 @@ def sizes_of(gm: GraphModule, batch: int | torch.SymInt) -> Sizes:
     }
     if not moving:
         return Sizes(moving={}, conditions=())
-    conditions = tuple(_conditions(next(iter(open_.values())).node.shape_env, names, open_))
+    found = _conditions(next(iter(open_.values())).node.shape_env, names, open_)
     now = {at: int(d.node.hint if isinstance(d, torch.SymInt) else d) for at, d in every.items()}
+    of_rows = {at for at in open_.keys() - moving.keys() if at[1] == 0 and now[at] == rows}
+    conditions = tuple(one if holds(one := _of_one_row(c, of_rows), now) else c for c in found)
     unknown = {
         at for c in conditions if not holds(c, now) for at in sizes_in(c)
     }  # with a size that no input has
@@ -76,6 +79,15 @@ def _conditions(env: Any, names: Mapping[Any, Size], sizes: Mapping[Size, Any]) 
     for at, d in sizes.items():
         if names.get(d.node.expr) != at:
             yield ["Equality", ["size", *at], _written(d.node.expr, names)]
+
+
+def _of_one_row(condition: Condition, rows: Collection[Size]) -> Condition:
+    """Return a condition for a call with one row. rows: the sizes that are the number of rows."""
+    if not isinstance(condition, list):
+        return condition
+    if condition[0] == "size":
+        return 1 if (condition[1], condition[2]) in rows else condition
+    return [condition[0], *(_of_one_row(a, rows) for a in condition[1:])]
 
 
 def _written(expression: Any, names: Mapping[Any, Size]) -> Condition:

@@ -27,7 +27,7 @@ from tfmq_fx.artefact.program import flat_graph
 from tfmq_fx.base.errors import TFMQError
 from tfmq_fx.base.files import replace_folder
 from tfmq_fx.graph.inputs import placeholders
-from tfmq_fx.graph.nodes import aten, meta_value, op_name
+from tfmq_fx.graph.nodes import aten, meta_value, op_name, weight_argument
 from tfmq_fx.passes.int8.decompose import Table
 from tfmq_fx.passes.int8.einsum_as_matmul import einsum_as_matmul
 from tfmq_fx.passes.int8.fold_weights import fold_weights
@@ -39,6 +39,7 @@ from tfmq_fx.passes.int8.rescale_temporal import PRECISE
 from tfmq_fx.passes.int8.round_float8 import round_float8
 from tfmq_fx.passes.int8.to_int8 import TO_INT8
 from tfmq_fx.passes.pass_manager import PassManager
+from tfmq_fx.passes.temporal.find_temporal import taint
 from tfmq_fx.runtimes.layers import EngineLayer, layers_of, saturating_layers, saturating_products
 
 MODEL, WEIGHTS, LAYERS = "network.xml", "network.bin", "layers.json"
@@ -96,6 +97,15 @@ def write(model: QuantizedGraph, folder: Path, *, float_share: float = 0.0) -> l
     gm = flat_graph(model, table=_table())
     PassManager(TO_INT8)(gm)
     before = {layer.node: layer for layer in layers_of(gm)}
+    for node in _constant_layers(
+        gm
+    ):  # OpenVINO 2026.4 computes them when it compiles, and cannot quantize there
+        if not before[node.name].float_because:
+            before[node.name] = dataclasses.replace(
+                before[node.name], float_because="its input is a constant"
+            )
+            multiply_in_float(gm, [node])
+            fold_weights(gm, [node])
     quantized = {name: layer.flops for name, layer in before.items() if not layer.float_because}
     weighted = saturating_layers(gm)
     products = [n for n in saturating_products(gm) if n.name in quantized]
@@ -130,6 +140,12 @@ def write(model: QuantizedGraph, folder: Path, *, float_share: float = 0.0) -> l
     if in_float:
         return [f"{words}: they are in float ({share:.2g} of the multiplications)"]
     return [f"{words}, unless OpenVINO compiles them there with {FLOAT}"]
+
+
+def _constant_layers(gm: GraphModule) -> list[Node]:
+    """Return the layers whose input depends on sizes alone, such as the positions of frames."""
+    marks = taint(gm)
+    return [n for n in gm.graph.nodes if weight_argument(n) is not None and not marks[n]]
 
 
 def _table() -> Table:

@@ -87,7 +87,7 @@ class MixedFirst(nn.Module):
     [
         (
             OnlyShape(),
-            r"timestep='timestep': only its shape, dtype or device is used \(by node sym_size_int_\d\)",
+            r"timestep='timestep': only its shape, dtype or device is used \(by node sym_size_int\)",
         ),
         (Unused(), "baked in as a constant"),
         (Dropped(), "does not reach the output; its last use is node copy_"),
