@@ -11,8 +11,8 @@ from benchmarks.networks.small import make
 from tests.helpers.lowered import lower
 from tests.helpers.nearest import recipe
 from tfmq_fx.base.errors import TFMQError
-from tfmq_fx.base.masked_rows import lengths_of
-from tfmq_fx.calibration.padding import without_padding
+from tfmq_fx.base.masked_rows import MaskedRows, lengths_of
+from tfmq_fx.calibration.padding import cut_by_masks, without_padding
 from tfmq_fx.graph.nodes import op_name
 
 
@@ -238,3 +238,17 @@ def test_a_precomputed_one_is_quantized_on_rows_without_padding(network, quantiz
     holes["mask"][0, 0] = 0
     with pytest.raises(TFMQError, match="calibration: 'mask' must have ones for the first tokens of a row"):
         tfmq_fx.quantize(tables, recipe("w8a8"), calibration=tfmq_fx.CalibrationSet.from_tensors(holes))
+
+
+def test_what_was_zero_at_capture_is_zero_in_calibration_data():
+    lists = MaskedRows(
+        ("words",), (), masks={"mask": ("float32", ("words",))}, zeros={"picture": ("float32", (3, 6))}
+    )
+    call = {**given(), "picture": torch.zeros(24, 3, 6)}
+    cut = cut_by_masks(tfmq_fx.CalibrationSet.from_tensors(call), lists)
+    assert not {"mask", "picture"} & cut.tensors.keys()
+    call["picture"][23, 2, 5] = 1
+    with pytest.raises(
+        TFMQError, match="calibration: 'picture' was 0 everywhere when the network was captured"
+    ):
+        cut_by_masks(tfmq_fx.CalibrationSet.from_tensors(call), lists)

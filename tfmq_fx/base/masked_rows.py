@@ -69,17 +69,21 @@ class MaskedRows(TensorRows):
 
     def cut(self, given: Mapping[str, Any]) -> dict[str, Any]:
         """Return a call's arguments without masks and zeros, with lists of rows without padding. Raises TFMQError for other ones."""
+        self.require_zeros(given)
         found = {n: x for n, x in given.items() if n not in self.left_out}
+        for name, lengths in self.lengths(given).items():
+            found[name] = [row[:length] for row, length in zip(given[name], lengths.tolist(), strict=True)]
+        return found
+
+    def require_zeros(self, given: Mapping[str, Any], *, where: str = "forward") -> None:
+        """Raise TFMQError, beginning with `where`, for other values of a tensor that was 0 everywhere at capture."""
         for name in self.zeros:
             x = given.get(name)
             if x is not None and not (isinstance(x, Tensor) and bool((x == 0).all())):
                 raise TFMQError(
-                    f"forward: {name!r} was 0 everywhere when the network was captured and is fixed in the graph; quantize again "
-                    "with calibration data that has the new values."
+                    f"{where}: {name!r} was 0 everywhere when the network was captured and is fixed in the graph; capture it again "
+                    "with the new values."
                 )
-        for name, lengths in self.lengths(given).items():
-            found[name] = [row[:length] for row, length in zip(given[name], lengths.tolist(), strict=True)]
-        return found
 
     def lengths(self, given: Mapping[str, Any], *, where: str = "forward") -> dict[str, Tensor]:
         """Return the lengths (N,) of each padded tensor's rows, which are whole where its mask is left out.

@@ -63,8 +63,9 @@ def without_padding(
 def cut_by_masks(data: CalibrationSet, lists: MaskedRows) -> CalibrationSet:
     """Return the set without the padding that these masks mark; without a mask, all tokens of its tensors are there.
 
-    Raises TFMQError as `MaskedRows.lengths` does.
+    Raises TFMQError as `MaskedRows.lengths` does, and for values of a tensor that was 0 everywhere at capture.
     """
+    lists.require_zeros(data.tensors, where="calibration")
     return _cut(data, lists, lists.lengths(data.tensors, where="calibration"))
 
 
