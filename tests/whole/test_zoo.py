@@ -42,7 +42,7 @@ LONG = ("kandinsky-3", "text-to-video", "stable-video-diffusion", "sd-xl", "late
 IN_CI = ("ltx", "unclip-prior")  # of the recent ones, which are many
 SLOW = (*TWINS, *LONG, *(e.name for e in (*RECENT, *NEWEST, *JOINT, *EXPERTS) if e.name not in IN_CI))
 # Their rows are repeated for each frame behind the block's layers: products with fewer rows, summed in another order.
-REASSOCIATED = ("text-to-video", "stable-video-diffusion", "i2vgen-xl")
+REASSOCIATED = ("text-to-video", "stable-video-diffusion", "i2vgen-xl", "animatediff")
 NAMES = [pytest.param(n, marks=pytest.mark.slow if n in SLOW else ()) for n in ENTRIES]
 
 
