@@ -298,7 +298,10 @@ COMPONENTS: dict[str, dict[str, Any]] = {
         "num_cross_attention_heads": 2, "cross_attention_head_dim": 12, "cross_attention_dim": 24, "caption_channels": TEXT, "sample_size": 8,
     },
     "SkyReelsV2Transformer3DModel": {**_WAN},
-    "SparseControlNetModel": {**_CONTROL, "motion_num_attention_heads": 2, "use_simplified_condition_embedding": False},
+    "SparseControlNetModel": {
+        **_CONTROL, "motion_num_attention_heads": 2, "use_simplified_condition_embedding": False, "conditioning_channels": 3,
+        "down_block_types": ("DownBlockMotion", "CrossAttnDownBlockMotion"),
+    },
     "StableAudioDiTModel": {
         "sample_size": 4, "in_channels": 4, "num_layers": 2, "attention_head_dim": 4, "num_attention_heads": 2, "out_channels": 4,
         "num_key_value_attention_heads": 2, "cross_attention_dim": 4, "time_proj_dim": 8, "global_states_input_dim": 8, "cross_attention_input_dim": 4,
@@ -352,6 +355,8 @@ OF_PIPELINE: tuple[tuple[str, dict[str, Any]], ...] = (
     (r"Kolors", {"UNet2DConditionModel": {**_XL, "cross_attention_dim": TEXT}}),
     (r"StableDiffusionInpaintPipeline$", {"UNet2DConditionModel": {"in_channels": 9}}),
     (r"InstructPix2Pix|Marigold(Depth|Normals)", {"UNet2DConditionModel": {"in_channels": 8}}),
+    # It scales its picture to 224 x 224 itself.
+    (r"StableVideoDiffusion", {"CLIPVisionModelWithProjection": {"image_size": 224, "patch_size": 112}}),
     (r"MarigoldIntrinsics", {"UNet2DConditionModel": {"in_channels": 12, "out_channels": 8}}),
     (r"StableDiffusionUpscale", {"UNet2DConditionModel": {"in_channels": 7, "num_class_embeds": 1000}}),
     (r"FluxControl(Img2Img|Inpaint)?Pipeline", {"FluxTransformer2DModel": {"in_channels": 32, "out_channels": 16}}),

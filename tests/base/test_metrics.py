@@ -38,6 +38,13 @@ def test_relative_mse_is_grouped_by_timestep():
     )
 
 
+def test_relative_mse_of_videos_is_that_of_all_frames_of_a_sample():
+    reference, t = torch.ones(4, 2), torch.tensor([7, 9])  # two frames of each
+    output = reference + torch.tensor([0.1, 0.3, 0.0, 0.0])[:, None]
+    found = relative_mse_by_timestep(output, reference, t)
+    assert found == pytest.approx({7: 0.05, 9: 0.0}, abs=1e-7)
+
+
 def test_frechet_distance_is_the_closed_form_where_there_is_one():
     x = torch.randn(5000, 4, generator=torch.Generator().manual_seed(0))
     shift, stretch = torch.tensor([1.0, -2.0, 0.0, 0.5]), torch.tensor([1.0, 2.0, 0.5, 3.0])

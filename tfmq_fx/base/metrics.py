@@ -27,10 +27,13 @@ def cosine_distance(features: Sequence[Tensor], reference: Sequence[Tensor]) -> 
 
 
 def relative_mse_by_timestep(output: Tensor, reference: Tensor, timestep: Tensor) -> dict[float, float]:
-    """Return MSE / mean square of the reference, over the rows (N, ...) of each timestep (N,)."""
-    reference = reference.float()
-    error = (output.float() - reference).square().flatten(1).mean(1)
-    power = reference.square().flatten(1).mean(1)
+    """Return MSE / mean square of the reference, over the samples of each timestep (N,).
+
+    output, reference: (N, ...), or (N * k, ...) with k rows of each sample, such as the frames of a video.
+    """
+    reference, rows = reference.float(), len(timestep)
+    error = (output.float() - reference).square().reshape(rows, -1).mean(1)
+    power = reference.square().reshape(rows, -1).mean(1)
     return {
         t: (error[timestep == t].mean() / power[timestep == t].mean()).item()
         for t in timestep.unique().tolist()
