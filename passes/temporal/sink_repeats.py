@@ -67,9 +67,8 @@ class _Sinking:
         self.graph = gm.graph
         self.written = overwritten(gm, set(gm.graph.nodes))
         self.found: dict[Node, _Repeats] = {}
-        self.cores: dict[
-            Node, Node
-        ] = {}  # a node of `found` -> the node with the rows that it repeats, once needed
+        # A node of `found` -> the node with the rows that it repeats, once a layer needs them.
+        self.cores: dict[Node, Node] = {}
         self.changed = False
 
     def visit(self, node: Node) -> None:
