@@ -50,6 +50,7 @@ from tfmq_fx.base.signatures import (
 )
 from tfmq_fx.base.tracing import (
     capture_error,
+    expect_same_rows,
     graphs_to_log,
     numpy_on_sizes,
     symbolic_lengths,
@@ -129,25 +130,37 @@ def capture(
     inputs = {
         n: pytree.tree_map(example, example_inputs[n]) for n in (*order, *unknown) if n in example_inputs
     }
+    by_row = lists is None
     try:
-        gm = _graph(network, inputs, timestep, all_sizes=True, lists=lists)
-        if fixed := _sizes_of_features(gm, timestep):
-            gm = _graph(network, inputs, timestep, all_sizes=True, fixed=fixed, lists=lists)
+        if (gm := _graph_of_all_sizes(network, inputs, timestep, lists)) is not None:
+            return gm
+    except _FixedBatchError:  # with other sizes fixed, it would be fixed as well
+        if by_row and (gm := _graph_of_each_row(network, inputs, timestep)) is not None:
+            return gm
+        by_row = False
     except TFMQError:  # some network's own numbers are no sizes
-        gm = None
-    if gm is not None and not _sizes_of_features(gm, timestep):
-        return gm
+        pass
     try:
         return _graph(network, inputs, timestep, all_sizes=False, lists=lists)
     except _FixedBatchError:
-        gm = None if lists is not None else _graph_of_each_row(network, inputs, timestep)
-        if gm is None:
-            raise
-        return gm
+        if by_row and (gm := _graph_of_each_row(network, inputs, timestep)) is not None:
+            return gm
+        raise
 
 
 class _FixedBatchError(TFMQError):
     """A network turns its batch into a number."""
+
+
+def _graph_of_all_sizes(
+    network: nn.Module, inputs: dict[str, Any], timestep: str, lists: RowLists | None
+) -> GraphModule | None:
+    """Return the graph whose sizes are open but for those that its features depend on; None if some would be left."""
+    gm = _graph(network, inputs, timestep, all_sizes=True, lists=lists)
+    if fixed := _sizes_of_features(gm, timestep):
+        gm = _graph(network, inputs, timestep, all_sizes=True, fixed=fixed, lists=lists)
+        fixed = _sizes_of_features(gm, timestep)
+    return None if fixed else gm
 
 
 def _graph_of_each_row(network: nn.Module, inputs: dict[str, Any], timestep: str) -> GraphModule | None:
@@ -374,19 +387,11 @@ def _exported(
     def called(given: Mapping[str, Any]) -> None:
         filled.name_arguments(given)
         found = leaves(given)
-        for name in rows[
-            1:
-        ]:  # or where frames join them, a trace sees equal products instead, and carries quotients along
-            torch._check(found[name][1].shape[0] == found[rows[0]][1].shape[0])
+        expect_same_rows([found[name][1] for name in rows])
 
     constant = {id(x): {i for n, i in fixed if n == name} for name, (_, x) in leaves(inputs).items()}
     dynamic = {
-        n: pytree.tree_map(
-            lambda leaf, n=n: _dynamic(
-                leaf, lengths=set() if n == timestep else lengths, fixed=constant.get(id(leaf), ())
-            ),
-            x,
-        )
+        n: pytree.tree_map(partial(_dynamic, lengths=set() if n == timestep else lengths, fixed=constant), x)
         for n, x in inputs.items()
     }
     try:
@@ -438,14 +443,15 @@ def _by_name(
     return with_forward(network, forward, of_names(names))
 
 
-def _dynamic(x: Any, *, lengths: Collection[int], fixed: Collection[int]) -> Any:
-    """Return the dimensions that may differ, in torch.export's format: the first, and those of these sizes that are not fixed.
+def _dynamic(x: Any, *, lengths: Collection[int], fixed: Mapping[int, Collection[int]]) -> Any:
+    """Return the dimensions that may differ, in torch.export's format: the first, and those of these sizes.
 
-    torch.export would make a constant of a size of one, and warn.
+    fixed: a tensor's id -> its dimensions that may not. torch.export would make a constant of a size of one, and warn.
     """
     if not isinstance(x, Tensor) or not x.dim():
         return None
-    more = (i for i in range(1, x.dim()) if x.shape[i] > 1 and x.shape[i] in lengths and i not in fixed)
+    stays = fixed.get(id(x), ())
+    more = (i for i in range(1, x.dim()) if x.shape[i] > 1 and x.shape[i] in lengths and i not in stays)
     return dict.fromkeys((0, *more), torch.export.Dim.AUTO)
 
 

@@ -16,7 +16,7 @@ from torch.utils import _pytree as pytree
 
 from tfmq_fx.artefact.drop_in import QuantizedGraph, example_inputs
 from tfmq_fx.base.signatures import of_names, with_forward
-from tfmq_fx.base.tracing import tracing
+from tfmq_fx.base.tracing import expect_same_rows, tracing
 from tfmq_fx.graph.fakes import set_fake_values
 from tfmq_fx.graph.nodes import aten, fresh, mutated_inputs, paste, put_in_place
 from tfmq_fx.graph.sizes import Condition, holds
@@ -36,10 +36,7 @@ def exported(model: QuantizedGraph, *, checked: bool = False) -> torch.export.Ex
 
 
 def _of_known_sizes(model: QuantizedGraph, conditions: Iterable[Condition]) -> nn.Module:
-    """Return the graph, which first asks whether its sizes are such as it takes: a trace notes what is asked of them.
-
-    All inputs have as many rows. A trace that found that late, of a product with a number of frames, would carry quotients along.
-    """
+    """Return the graph, which first asks whether its sizes are such as it takes: a trace notes what is asked of them."""
     names, same, moves = list(model.interface.inputs), nn.Module(), model.interface.moves()
     rows = [n for n, s in model.interface.inputs.items() if s["shape"][:1] == [None] and (n, 0) not in moves]
     # It holds what the graph does, by the same names: of a graph module itself, export would run the graph alone.
@@ -48,8 +45,7 @@ def _of_known_sizes(model: QuantizedGraph, conditions: Iterable[Condition]) -> n
 
     def forward(_own: Callable[..., Any], /, **given: Tensor) -> Any:
         sizes = {(n, i): size for n, x in given.items() for i, size in enumerate(x.shape)}
-        for n in rows[1:]:
-            torch._check(sizes[n, 0] == sizes[rows[0], 0])
+        expect_same_rows([given[n] for n in rows])
         for condition in conditions:
             holds(condition, sizes)
         return model.network(*[given[n] for n in names])

@@ -11,7 +11,7 @@ import re
 import sys
 import threading
 import traceback
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr
 from functools import partialmethod
 from operator import truediv
@@ -108,6 +108,16 @@ def symbolic_lengths(network: nn.Module, *, sets: bool = False) -> Iterator[None
     finally:
         for names, name, _ in placed:
             del names[name]
+
+
+def expect_same_rows(tensors: Sequence[Tensor]) -> None:
+    """Tell a trace that all these tensors have as many rows.
+
+    Where it finds out by itself, of products with a number of frames, it carries quotients of sizes along: a network for
+    videos is then traced for minutes, and its rows may stay two sizes.
+    """
+    for x in tensors[1:]:
+        torch._check(x.shape[0] == tensors[0].shape[0])
 
 
 @contextmanager
