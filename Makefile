@@ -35,7 +35,8 @@ api: $(READY)
 $(READY): pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "tfmq_fx needs Python 3.11 or newer, found " + sys.version.split()[0])'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	# uv takes a minute where pip takes three. Compiled once, as pip does: or where Python may write no bytecode, all is compiled in every process.
+	# uv takes half a minute where pip takes two and a half. To compile, as pip does, takes it as long again: or where Python may write no
+	# bytecode, all would be compiled in every process.
 	$(BIN)/python -m pip install --quiet uv && $(BIN)/uv pip install --quiet --compile-bytecode --python $(BIN)/python --editable ".[dev]" \
 		|| $(BIN)/python -m pip install --quiet --editable ".[dev]"
 	touch $(READY)

@@ -20,8 +20,7 @@ log = logging.getLogger(__name__)
 # What tidies a captured graph, in no order but before anything else.
 CLEANING = (
     "bind_parameters", "inline_modules", "inline_regions", "remove_noops", "values_of_copies", "batch_rows", "undo_joins", "literal_dtypes",
-    "merge_variants", "root_batch_size", "linear_matmuls", "fold_parameters", "sink_repeats",
-    "flatten_entries",
+    "merge_variants", "root_batch_size", "linear_matmuls", "fold_parameters", "sink_repeats", "flatten_entries",
 )  # fmt: skip
 # What makes the float graph easier to quantize at few bits.
 LOW_BITS = ("smooth", "rotate", "low_rank")

@@ -21,8 +21,10 @@ from tfmq_fx.graph.nodes import (
     count,
     fixed_size,
     hinted_shape,
+    is_by_row,
     is_view_or_pointwise,
     meta_value,
+    meta_without_value,
     op_name,
 )
 from tfmq_fx.passes.pass_manager import declare
@@ -102,9 +104,8 @@ def _follow(node: Node, numbers: dict[Node, Any]) -> tuple[Tensor | None, Any]:
     if _is_layer(node):
         at, mixed = _BY_ROW[name]
         x = numbers.get(node.args[at])  # type: ignore[arg-type]
-        norm = name in ("layer_norm", "rms_norm") and len(node.args[1]) != 1  # type: ignore[arg-type]
         apart = mixed and x is not None and x.stride(-1) and not bool((x == x[..., :1]).all())
-        if x is None or norm or apart:
+        if x is None or apart or (mixed and not is_by_row(node)):
             return None, None
         rows = x[..., 0] if mixed else x
         return rows, rows[..., None].expand(hinted_shape(node))
@@ -193,7 +194,7 @@ def _flatten(gm: GraphModule, node: Node, t: Tensor, layout: tuple[int, int]) ->
             rows = call(aten.select.int, (call(aten.select.int, (rows, 3, 0)), 1, 0))
         rows = call(aten.reshape.default, (rows, [-1, *columns]))
         layer = result = gm.graph.node_copy(node, lambda n: rows if n is x else n)
-        layer.meta = {k: v for k, v in node.meta.items() if k not in ("val", "example_value", "tensor_meta")}
+        layer.meta = meta_without_value(node)
         width = int(meta_value(node).shape[-1])
         if a * b > 1:
             result = call(aten.reshape.default, (result, [-1, 1, size, 1, width]))

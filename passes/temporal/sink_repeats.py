@@ -12,11 +12,10 @@ from torch.fx.passes.infra.pass_base import PassResult
 
 from tfmq_fx.graph.fakes import fill_fake_values
 from tfmq_fx.graph.inputs import conditioning_vectors, timestep_input
-from tfmq_fx.graph.nodes import aten, count, meta_value, mutated_inputs, op_name
+from tfmq_fx.graph.nodes import aten, count, is_by_row, meta_value, meta_without_value, op_name
 from tfmq_fx.passes.pass_manager import declare
 from tfmq_fx.passes.temporal.find_temporal import overwritten, taint
 
-_LAYERS = {"linear", "layer_norm", "rms_norm"}  # they treat all dimensions but the last alike
 _RESHAPES = {"view", "reshape", "_unsafe_view", "flatten", "unflatten", "slice"}
 _ELEMENTWISE = {"to", "_to_copy", "clone", "contiguous", "detach", "alias", "dropout"}  # beside the pointwise
 
@@ -27,6 +26,10 @@ class _Repeats:
 
     times: int | Node
     merged: bool
+
+    def columns(self, x: Tensor) -> int:
+        """Return how many dimensions of such a node's tensor are not those of the rows."""
+        return x.dim() - (1 if self.merged else 2)
 
 
 @declare(after=("bind_parameters", "root_batch_size", "linear_matmuls", "fold_parameters"))
@@ -49,9 +52,8 @@ def sink_repeats(gm: GraphModule, *, timestep: str | None = None) -> PassResult:
     marks = taint(gm)
     inside = [n for n in gm.graph.nodes if n.op == "call_function" and marks[n] and marks[n] <= allowed]
     sinking = _Sinking(gm)
-    if any(map(_repeats, inside)):
-        for node in inside:
-            sinking.visit(node)
+    for node in inside:
+        sinking.visit(node)
     if sinking.changed:
         gm.graph.eliminate_dead_code()
         fill_fake_values(gm)
@@ -72,13 +74,13 @@ class _Sinking:
         self.changed = False
 
     def visit(self, node: Node) -> None:
-        if mutated_inputs(node) or self.written & {node, *node.all_input_nodes}:
+        if self.written & {node, *node.all_input_nodes}:
             return
         repeats = _repeats(node) or self._behind(node)
         if repeats is None:
             return
         self.found[node] = repeats
-        if op_name(node) in _LAYERS:
+        if is_by_row(node):
             self._sink(node)
 
     def _behind(self, node: Node) -> _Repeats | None:
@@ -90,14 +92,12 @@ class _Sinking:
         first, repeats = meta_value(given[0]), self.found[given[0]]
         if name in _RESHAPES:
             return _reshaped(repeats, first, value) if given == [node.args[0]] else None
-        if name in _LAYERS:
-            by_row = name == "linear" or len(node.args[1]) == 1  # type: ignore[arg-type]
-            return repeats if by_row and given == [node.args[0]] else None
+        if is_by_row(node):
+            return repeats if given == [node.args[0]] else None
         if name not in _ELEMENTWISE and torch.Tag.pointwise not in getattr(node.target, "tags", ()):
             return None
-        columns = first.dim() - (1 if repeats.merged else 2)
         others = [meta_value(n) for n in node.all_input_nodes if n not in self.found]
-        alike = all(isinstance(x, Tensor) and x.dim() <= columns for x in others)
+        alike = all(isinstance(x, Tensor) and x.dim() <= repeats.columns(first) for x in others)
         return repeats if alike and _sizes(value) == _sizes(first) else None
 
     def _sink(self, layer: Node) -> None:
@@ -110,13 +110,13 @@ class _Sinking:
             call = self.graph.call_function
             rows = call(aten.unsqueeze.default, (layer, 1))
         with self.graph.inserting_after(rows):
-            columns = value.dim() - (1 if repeats.merged else 2)
-            result = call(aten.expand.default, (rows, [-1, repeats.times, *[-1] * columns]))
+            sizes = [-1, repeats.times, *[-1] * repeats.columns(value)]
+            result = call(aten.expand.default, (rows, sizes))
         if repeats.merged:
             with self.graph.inserting_after(result):
                 result = call(aten.flatten.using_ints, (result, 0, 1))
         result.meta = dict(layer.meta)
-        layer.meta = _without_values(layer)
+        layer.meta = meta_without_value(layer)
         layer.replace_all_uses_with(result, delete_user_cb=lambda user: user is not rows)
         self.found[result], self.cores[result] = repeats, layer
         self.changed = True
@@ -141,7 +141,7 @@ class _Sinking:
             return self._core(x)
         with self.graph.inserting_before(node):
             made = self.graph.node_copy(node, lambda n: self._core(n) if n in self.found else n)
-        made.meta = _without_values(node)
+        made.meta = meta_without_value(node)
         return made
 
 
@@ -164,7 +164,8 @@ def _repeats(node: Node) -> _Repeats | None:
 
 def _reshaped(repeats: _Repeats, before: Tensor, after: Tensor) -> _Repeats | None:
     """Return how the same rows are repeated in another shape; None if it does not show."""
-    was, now, times = _sizes(before), _sizes(after), count([_number(repeats.times)])
+    was, now, often = _sizes(before), _sizes(after), repeats.times
+    times = count([meta_value(often) if isinstance(often, Node) else often])
     if was == now:
         return repeats
     if repeats.merged and now[1:] == [times, *was[1:]] and now[0] * times == was[0]:
@@ -172,14 +173,6 @@ def _reshaped(repeats: _Repeats, before: Tensor, after: Tensor) -> _Repeats | No
     if not repeats.merged and now == [was[0] * times, *was[2:]]:
         return replace(repeats, merged=True)
     return None
-
-
-def _without_values(node: Node) -> dict[str, Any]:
-    return {k: v for k, v in node.meta.items() if k not in ("val", "example_value", "tensor_meta")}
-
-
-def _number(times: int | Node) -> int | torch.SymInt:
-    return meta_value(times) if isinstance(times, Node) else times
 
 
 def _sizes(x: Tensor) -> list[Any]:

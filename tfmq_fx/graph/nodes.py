@@ -121,6 +121,11 @@ def meta_value(node: Node) -> Any:
     return node.meta.get("val", node.meta.get("example_value"))
 
 
+def meta_without_value(node: Node) -> dict[str, Any]:
+    """Return a node's metadata but for its fake value: that of a node which computes something of another shape."""
+    return {k: v for k, v in node.meta.items() if k not in ("val", "example_value", "tensor_meta")}
+
+
 def dtype_of(node: Node) -> torch.dtype:
     """Return the dtype of a node's tensor, as its capture or an example left it; float32 if neither did."""
     value = meta_value(node)
@@ -267,6 +272,12 @@ def _with_specs(node: Node) -> Iterator[tuple[Any, Any]]:
 def is_view_or_pointwise(node: Node) -> bool:
     name = op_name(node)
     return name in _VIEWS or name in _POINTWISE
+
+
+def is_by_row(node: Node) -> bool:
+    """Return True for a layer that treats all dimensions of its input but the last alike."""
+    name = op_name(node)
+    return name == "linear" or (name in ("layer_norm", "rms_norm") and len(node.args[1]) == 1)  # type: ignore[arg-type]
 
 
 def weight_argument(node: Node) -> int | None:

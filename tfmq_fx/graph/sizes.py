@@ -45,20 +45,21 @@ def sizes_of(gm: GraphModule, batch: int | torch.SymInt) -> Sizes:
     for at, d in open_.items():
         if d.node.expr.is_Symbol:
             names.setdefault(d.node.expr, at)
-    rows = batch.node.hint if isinstance(batch, torch.SymInt) else batch
+    batch_size = batch.node.hint if isinstance(batch, torch.SymInt) else batch
+    # Also rows that the trace did not compare with the others.
+    rows = {at for at, d in open_.items() if at[1] == 0 and d.node.hint == batch_size}
     moving = {
         at: int(d.node.hint)
         for at, d in open_.items()
         if not d.node.expr.free_symbols & of_batch
         and d.node.expr.free_symbols <= names.keys()
-        and not (at[1] == 0 and d.node.hint == rows)  # rows that the trace did not compare with the others
+        and at not in rows
     }
     if not moving:
         return Sizes(moving={}, conditions=())
     found = _conditions(next(iter(open_.values())).node.shape_env, names, open_)
     now = {at: int(d.node.hint if isinstance(d, torch.SymInt) else d) for at, d in every.items()}
-    of_rows = {at for at in open_.keys() - moving.keys() if at[1] == 0 and now[at] == rows}
-    conditions = tuple(one if holds(one := _of_one_row(c, of_rows), now) else c for c in found)
+    conditions = tuple(one if holds(one := _of_one_row(c, rows), now) else c for c in found)
     unknown = {
         at for c in conditions if not holds(c, now) for at in sizes_in(c)
     }  # with a size that no input has

@@ -97,15 +97,13 @@ def write(model: QuantizedGraph, folder: Path, *, float_share: float = 0.0) -> l
     gm = flat_graph(model, table=_table())
     PassManager(TO_INT8)(gm)
     before = {layer.node: layer for layer in layers_of(gm)}
-    for node in _constant_layers(
-        gm
-    ):  # OpenVINO 2026.4 computes them when it compiles, and cannot quantize there
-        if not before[node.name].float_because:
-            before[node.name] = dataclasses.replace(
-                before[node.name], float_because="its input is a constant"
-            )
-            multiply_in_float(gm, [node])
-            fold_weights(gm, [node])
+    # OpenVINO 2026.4 computes these when it compiles, and cannot quantize there.
+    constant = [n for n in _constant_layers(gm) if not before[n.name].float_because]
+    for node in constant:
+        before[node.name] = dataclasses.replace(before[node.name], float_because="its input is a constant")
+    if constant:
+        multiply_in_float(gm, constant)
+        fold_weights(gm, constant)
     quantized = {name: layer.flops for name, layer in before.items() if not layer.float_because}
     weighted = saturating_layers(gm)
     products = [n for n in saturating_products(gm) if n.name in quantized]
