@@ -48,7 +48,7 @@ class PassManager(pass_manager.PassManager):
         PassManager([remove_noops, partial(prepare, recipe=recipe, timesteps=t), partial(calibrate, calibration=data), convert])
 
     Settings are bound with functools.partial. done: called with the name of each pass when it has run, as
-    a clock wants to hear. Raises TFMQError listing every declared need that the order violates, before anything runs; a
+    a clock wants to hear. Each pass runs once, and a graph that none of them changed is not compiled anew. Raises TFMQError listing every declared need that the order violates, before anything runs; a
     pass's own exception comes through as it is, with a note that names the pass.
     """
 
@@ -72,14 +72,17 @@ class PassManager(pass_manager.PassManager):
         violations = check_order(self.given, done=_STAGES.get(stage, ()))
         if violations:
             raise TFMQError("passes: " + "; ".join(violations) + ".")
-        try:
-            return super().__call__(module)
-        except Exception as error:
-            # torch wraps any exception of a pass. It should reach the user as it is; which pass it was is a note.
-            if error.__cause__ is None:
+        self.validate_constraints()
+        modified = False
+        for i, run in enumerate(self.passes):
+            try:
+                result = run(module)
+            except Exception as error:
+                error.add_note(f"passes: this was {self.names[i]}, after {self.names[:i]}.")
                 raise
-            error.__cause__.add_note(str(error))
-            raise error.__cause__ from None
+            assert result is not None
+            module, modified = result.graph_module, modified or result.modified
+        return PassResult(module, modified)
 
     def _logged(self, given: Callable[..., Any]) -> Callable[[nn.Module], PassResult]:
         name = _name(_function(given))
@@ -91,6 +94,10 @@ class PassManager(pass_manager.PassManager):
                 result = PassResult(module if result is None else result, True)
             after = result.graph_module
             assert isinstance(after, GraphModule)
+            if (
+                result.modified
+            ):  # code of thousands of lines, for nothing where a pass left the graph as it was
+                after.recompile()
             log.info(
                 "%s: %d -> %d nodes%s",
                 name,
