@@ -1,13 +1,14 @@
 """Does w4a8 reconstruction fit, and how long would it take, at real size?
 
     python -m benchmarks.real_size            an SD-1.5-size UNet (860 M random weights), a few rows of random
-                                              latents, by each method: nearest, gptq, and the default
-    python -m benchmarks.real_size --method gptq
+                                              latents, by each method: nearest, gptq, and the default; on the CPU,
+                                              and on a GPU where there is one
+    python -m benchmarks.real_size --method gptq --device cuda
     python -m benchmarks.real_size --spill    12,800 calibration rows with SD-1.5's text tokens for a narrow
                                               UNet, mapped from files; streams beyond 1 GiB go to disk
 
-The first command runs every stage on few rows and few iterations, each method in a process of its own, and
-extrapolates the cost to the full calibration set: a block costs its forward passes, and a row in a learning step
+The first command runs every stage on few rows and few iterations, each method on each device in a process of its own, and
+extrapolates the cost to the full calibration set (seconds of CPU, on a GPU those of the clock): a block costs its forward passes, and a row in a learning step
 counts as three of them. GPTQ's solving costs the same for any number of rows.
 """
 
@@ -15,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import itertools
 import math
 import platform
 import subprocess
@@ -29,12 +31,14 @@ import torch
 
 import tfmq_fx
 from benchmarks.memory import OwnMemory, anonymous
+from tfmq_fx.calibration.effects import ROWS
 from tfmq_fx.passes.quantize.state import state_of
 from tfmq_fx.recipe import Recipe, Reconstruction
 from tfmq_fx.reconstruction import rounding, spill
 
 FULL_ROWS, STEPS = 12_800, 50
 METHODS = ("nearest", "gptq", "default")
+SPENT = {"cpu": "cpu_seconds", "cuda": "seconds"}  # what a stage takes of a device, in the report
 
 
 def recipe(**changes: Any) -> Recipe:
@@ -67,12 +71,12 @@ def timed_solving() -> Iterator[list[float]]:
             setattr(rounding, name, function)
 
 
-def real_size(method: str, rows: int, iterations: int, batch_size: int, *, small: bool) -> None:
+def real_size(method: str, rows: int, iterations: int, batch_size: int, *, small: bool, device: str) -> None:
     from benchmarks.networks.zoo import ZOO
 
     torch.manual_seed(0)
     entry = next(e for e in ZOO if e.name == "sd-1.5")
-    network = entry.build(not small)
+    network = entry.build(not small).to(device)
     example = {n: x for n, x in entry.inputs(not small).items() if isinstance(x, torch.Tensor)}
     tensors = {n: torch.randn(rows, *x.shape[1:]) for n, x in example.items() if n != "timestep"}
     timesteps = torch.linspace(999, 1, STEPS).long()
@@ -90,41 +94,46 @@ def real_size(method: str, rows: int, iterations: int, batch_size: int, *, small
     data = tfmq_fx.CalibrationSet.from_tensors(tensors)
     with OwnMemory() as memory, timed_solving() as solving:
         q = tfmq_fx.quantize(network, chosen, calibration=data, timesteps=timesteps)
-    sizes, cpu = q.report["sizes"], q.report["cpu_seconds"]
+    sizes, spent = q.report["sizes"], q.report[SPENT[device]]
     print(
-        f"{method}: ran to its end in {time.monotonic() - started:.0f} s, rows {rows}, iterations {iterations}; peak of its own "
+        f"{method} on {device}: ran to its end in {time.monotonic() - started:.0f} s, rows {rows}, iterations {iterations}; peak of its own "
         f"memory {memory.anonymous:.1f} GiB, {before:.1f} of them before it started; "
         f"{sizes['float_bytes'] / 2**30:.2f} GiB float -> {sizes['quantized_bytes'] / 2**30:.2f}"
     )
-    print("CPU seconds: " + ", ".join(f"{stage} {s:.0f}" for stage, s in cpu.items()))
+    if device == "cuda":
+        peak = torch.cuda.max_memory_allocated() / 2**30
+        print(f"peak memory of the GPU ({torch.cuda.get_device_name()}) {peak:.1f} GiB")
+    kind = SPENT[device].replace("_", " ")
+    print(f"{kind}: " + ", ".join(f"{stage} {s:.0f}" for stage, s in spent.items()))
     print(
         f"estimate for {FULL_ROWS} calibration rows and the recipe's own settings: "
-        f"{hours(q.report, chosen.reconstruction, rows, sum(solving)):.1f} CPU hours a model, of cores like these"
+        f"{hours(q.report, spent, chosen.reconstruction, rows, sum(solving)):.1f} hours ({kind}) a model, on a machine like this"
     )
     for note in q.report["notes"]:
         if note["name"] == "tuning":
             print(f"tuning {note['reason']}")
 
 
-def hours(report: dict[str, Any], ran: Reconstruction, rows: int, solving: float) -> float:
-    """Return the CPU hours of a whole quantization by the preset's numbers of rows and iterations.
+def hours(
+    report: dict[str, Any], spent: dict[str, float], ran: Reconstruction, rows: int, solving: float
+) -> float:
+    """Return the hours of a whole quantization by the preset's numbers of rows and iterations.
 
-    report, ran, rows: of the run with few. solving: its seconds of GPTQ that do not depend on the rows.
+    report, spent, ran, rows: of the run with few; seconds by stage. solving: its seconds of GPTQ that do not depend on the rows.
     """
-    cpu, blocks, settings = (
-        report["cpu_seconds"],
-        report["reconstruction"],
-        Recipe.preset("w4a8").reconstruction,
+    blocks, settings = report["reconstruction"], Recipe.preset("w4a8").reconstruction
+    calibrated = {"calibrate": FULL_ROWS, "measure": STEPS, "choose": ROWS}  # of so many rows, others of none
+    fixed = sum(
+        s * max(1, calibrated.get(stage, rows) / rows) for stage, s in spent.items() if stage != "reconstruct"
     )
-    fixed = cpu["capture"] + cpu["prepare"] + cpu["convert"] + cpu["calibrate"] / rows * FULL_ROWS
     if not blocks:
-        return float(fixed / 3600)
+        return fixed / 3600
     samples = dataclasses.replace(settings, method=ran.method).block_samples
-    # Blocks record only wall time. Assume that a block's share of it is its share of the CPU time.
-    of_wall = cpu["reconstruct"] / report["seconds"]["reconstruct"]
+    # Blocks record only wall time. Assume that a block's share of it is its share of the time spent.
+    of_wall = spent["reconstruct"] / report["seconds"]["reconstruct"]
     temporal = sum(b["seconds"] for b in blocks if b["name"] == "temporal_block") * of_wall
     learning = sum(b["seconds"] for b in blocks) * of_wall - temporal
-    walking = cpu["reconstruct"] - temporal - learning
+    walking = spent["reconstruct"] - temporal - learning
     if "adaround" in ran.method:
         # A block's error is measured three times over all rows. A learning step is a forward and a backward pass.
         row_forwards = 3 * rows + 3 * ran.iterations * ran.batch_size
@@ -133,7 +142,7 @@ def hours(report: dict[str, Any], ran: Reconstruction, rows: int, solving: float
     else:  # an upper bound: the Hessians of wide pictures take gptq_rows positions only
         constant = min(solving * of_wall, learning)
         learning = constant + (learning - constant) / rows * samples
-    return float((fixed + temporal + learning + walking / rows * samples) / 3600)
+    return float(fixed + temporal + learning + walking / rows * samples) / 3600
 
 
 def narrow() -> tuple[torch.nn.Module, dict[str, tuple[int, ...]]]:
@@ -198,6 +207,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--spill", action="store_true")
     parser.add_argument("--method", choices=METHODS, help="one of them, in this process")
+    parser.add_argument("--device", choices=SPENT, default="cpu", help="with --method")
     parser.add_argument(
         "--small", action="store_true", help="the same blocks with few channels: does this script run?"
     )
@@ -210,11 +220,18 @@ def main() -> None:
     if args.spill:
         spilled(args.rows or FULL_ROWS, args.iterations, args.tune_iterations, args.max_memory)
     elif args.method:
-        real_size(args.method, args.rows or 4, args.iterations, args.batch_size, small=args.small)
+        real_size(
+            args.method,
+            args.rows or 4,
+            args.iterations,
+            args.batch_size,
+            small=args.small,
+            device=args.device,
+        )
     else:
-        for method in METHODS:
-            command = [sys.executable, "-m", "benchmarks.real_size", *sys.argv[1:], "--method", method]
-            subprocess.run(command, check=True)
+        for method, device in itertools.product(METHODS, SPENT if torch.cuda.is_available() else ("cpu",)):
+            more = ["--method", method, "--device", device]
+            subprocess.run([sys.executable, "-m", "benchmarks.real_size", *sys.argv[1:], *more], check=True)
         return
     print(f"torch {torch.__version__}, {platform.machine()}, {torch.get_num_threads()} threads")
 

@@ -139,6 +139,15 @@ def test_the_result_is_better_than_without_a_choice():
     assert errors[1] < errors[0] / 10
 
 
+def test_without_rows_of_each_timestep_none_has_scales_of_its_own():
+    assert any(r.keyed == "all" for r in rules(chosen()).values())
+    more = [*TIMESTEPS.tolist(), 5]
+    q = tfmq_fx.quantize(make(TinyUNet), OPEN, calibration=calibration(), timesteps=more)
+    assert not any(r.get("keyed") for r in q.report["choices"]["layers"])
+    (reason,) = [n["reason"] for n in q.report["notes"] if n["name"] == "calibration"]
+    assert reason == "no scales per timestep were considered: no row has the schedule's 5"
+
+
 def test_the_same_seed_gives_the_same_recipe_and_choosing_again_changes_nothing():
     assert (
         chosen().recipe == choose(captured(), OPEN, calibration(), temporal=find_temporal(captured())).recipe

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import tfmq_fx
-from benchmarks.networks.small import FAST, TinyUNet, calibration, captured, make
+from benchmarks.networks.small import FAST, TIMESTEPS, TinyUNet, calibration, captured, make
 from tfmq_fx.artefact.graph_json import tensors_of
 from tfmq_fx.base.errors import TFMQError
 from tfmq_fx.graph.nodes import fresh
@@ -86,3 +86,25 @@ def test_a_wrong_setting_is_refused_before_anything_is_captured():
     for setting, words in (({"seed": 0.5}, "seed: 0.5"), ({"finite": ["class_labels"]}, "finite: list")):
         with pytest.raises(TFMQError, match=words):
             tfmq_fx.quantize(None, calibration=calibration(), **setting)
+
+
+class Unasked(torch.nn.Module):
+    """A network that must not run."""
+
+    def forward(self, sample, timestep):
+        raise AssertionError
+
+
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        ({"timesteps": [1, 1]}, "timesteps: found repeated values"),
+        ({"timesteps": TIMESTEPS[:-1]}, r"timesteps \[0\] are in the data but not in the schedule of 9"),
+        ({"finite": {"labels": [1]}}, "no tensor named 'labels'; found sample"),
+        ({"timesteps": [*TIMESTEPS.tolist(), 5, 7]}, r"no row has the timesteps 5, 7 of the schedule"),
+    ],
+)
+def test_a_schedule_that_does_not_fit_the_data_is_refused_before_anything_is_captured(more, words):
+    recipe = tfmq_fx.Recipe(keyed="all")
+    with pytest.raises(TFMQError, match=words):
+        tfmq_fx.quantize(Unasked().eval(), recipe, calibration=calibration(), **more)

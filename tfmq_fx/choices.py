@@ -21,6 +21,7 @@ from tfmq_fx.base.arithmetic import (
     choose_qparams,
     choose_shared_qparams,
 )
+from tfmq_fx.base.errors import first_of
 from tfmq_fx.calibration.data import CalibrationSet
 from tfmq_fx.calibration.effects import (
     ROWS,
@@ -65,6 +66,7 @@ class Choices:
     recipe: Recipe
     report: dict[str, Any]  # plain JSON values; {} if nothing was open
     maxima: Mapping[str, Tensor] | None = None  # for `smooth`, measured on the way
+    note: str = ""  # what was not chosen, and why
 
 
 def is_open(recipe: Recipe) -> bool:
@@ -74,7 +76,13 @@ def is_open(recipe: Recipe) -> bool:
 
 @neutral()
 def choose(
-    gm: GraphModule, recipe: Recipe, calibration: CalibrationSet, *, temporal: TemporalBlock, seed: int = 0
+    gm: GraphModule,
+    recipe: Recipe,
+    calibration: CalibrationSet,
+    *,
+    temporal: TemporalBlock,
+    timesteps: Tensor | None = None,
+    seed: int = 0,
 ) -> Choices:
     """Choose what the recipe leaves open, so that the error of the network's output is least.
 
@@ -84,11 +92,15 @@ def choose(
     whole error at their timestep, so that no timestep counts for more than another. The rounding of a first or last layer's
     weights counts once for every timestep: it does the same to the same picture at each of them, so that it adds up.
 
-    gm: a captured float graph, which is left unchanged. seed: of the choice of rows and of the estimates.
+    gm: a captured float graph, which is left unchanged. timesteps: the schedule (T,); None takes that of the calibration set. If some
+    of it have no rows, nothing gets qparams per timestep. seed: of the choice of rows and of the estimates.
     """
     if not is_open(recipe):
         return Choices(recipe=recipe, report={})
-    if recipe.keyed == AUTO and calibration.tensors[calibration.timestep].dim() > 1:
+    note = ""
+    if recipe.keyed == AUTO and (missing := [] if timesteps is None else calibration.lacks(timesteps)):
+        note = f"no scales per timestep were considered: no row has the schedule's {first_of(missing)}"
+    if recipe.keyed == AUTO and (note or calibration.tensors[calibration.timestep].dim() > 1):
         recipe = dataclasses.replace(recipe, keyed="block")  # a sample with several timesteps has no key
     planned = plan(gm, recipe=recipe, temporal=temporal).layers
     nodes = {n.name: n for n in gm.graph.nodes}
@@ -127,7 +139,7 @@ def choose(
         chosen=tuple(search.rules()),
     )
     report = {**search.report(before), "constant_inputs": _constant(planned, ranges)}
-    return Choices(recipe=chosen, report=report, maxima=maxima)
+    return Choices(recipe=chosen, report=report, maxima=maxima, note=note)
 
 
 def _constant(planned: Sequence[LayerPlan], ranges: Mapping[str, tuple[Tensor, Tensor]]) -> list[str]:

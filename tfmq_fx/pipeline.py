@@ -24,7 +24,7 @@ from tfmq_fx.calibration.data import CalibrationSet, as_taken
 from tfmq_fx.calibration.padding import cut_by_masks
 from tfmq_fx.calibration.pipelines import denoiser
 from tfmq_fx.calibration.ready import require_ready
-from tfmq_fx.calibration.stage import calibrate, input_maxima
+from tfmq_fx.calibration.stage import calibrate, input_maxima, require_known, require_rows
 from tfmq_fx.calibration.timesteps import USUAL
 from tfmq_fx.capturing import capture_rows, described
 from tfmq_fx.choices import choose, is_open
@@ -43,7 +43,7 @@ from tfmq_fx.passes.pass_manager import PassManager
 from tfmq_fx.passes.quantize.convert import convert
 from tfmq_fx.passes.quantize.float_at_unseen import float_at_unseen
 from tfmq_fx.passes.quantize.plan import Note, smoothing_of
-from tfmq_fx.passes.quantize.prepare import prepare
+from tfmq_fx.passes.quantize.prepare import prepare, tables_of
 from tfmq_fx.passes.quantize.state import state_of
 from tfmq_fx.passes.temporal.find_temporal import TemporalBlock, find_temporal
 from tfmq_fx.passes.temporal.partition_temporal import extract_temporal
@@ -112,6 +112,7 @@ def _quantized(
     timesteps: Iterable[float] | Tensor | None,
     settings: Settings,
 ) -> QuantizedModel:
+    schedule = _schedule(recipe, calibration, timesteps, settings)
     clock = Clock()
     where: dict[str, Any] = {}
     if isinstance(network, PrecomputedModel) and network.outside is not None:
@@ -122,7 +123,7 @@ def _quantized(
     temporal = find_temporal(gm, timestep=settings.timestep, finite=settings.finite or ())
     block = extract_temporal(fresh(gm), temporal)
     clock.lap("capture")
-    choices = choose(gm, recipe, calibration, temporal=temporal, seed=settings.seed)
+    choices = choose(gm, recipe, calibration, temporal=temporal, timesteps=schedule, seed=settings.seed)
     recipe = choices.recipe
     if choices.report:
         clock.lap("choose")
@@ -131,13 +132,13 @@ def _quantized(
         calibration=calibration,
         temporal=temporal,
         block=block,
-        timesteps=timesteps,
+        timesteps=schedule,
         maxima=choices.maxima,
         settings=settings,
     )
     converted = PassManager(passes, done=clock.lap)(fresh(gm)).graph_module
     assert isinstance(converted, GraphModule)
-    for reason in filter(None, (calibration.note, calibration.kinds)):
+    for reason in filter(None, (calibration.note, calibration.kinds, choices.note)):
         note = Note(name="calibration", reason=reason, coarser=False)
         set_state(converted, state_of(converted).with_notes(note))
     outside, closed = _outside(converted, block, temporal, where), converted
@@ -164,6 +165,21 @@ def _quantized(
             "inputs": interface.sizes(),
         },
     )
+
+
+def _schedule(
+    recipe: Recipe,
+    calibration: CalibrationSet,
+    timesteps: Iterable[float] | Tensor | None,
+    settings: Settings,
+) -> Tensor:
+    """Return the schedule (T,). Raises TFMQError for values and rows that `prepare` and `calibrate` would refuse much later."""
+    given = calibration.timesteps if timesteps is None else timesteps
+    tables = tables_of(settings.timestep, given, settings.finite)
+    require_known(tables, calibration)
+    if recipe.keyed == "all" and calibration.tensors[settings.timestep].dim() == 1:
+        require_rows(tables[settings.timestep], calibration)
+    return tables[settings.timestep]
 
 
 def _captured(

@@ -145,8 +145,7 @@ def _keyed(
 ) -> tuple[str, dict[str, Tensor], TemporalBlock]:
     """Return the timestep's name, the values of each finite input, the timestep first, and the temporal block."""
     timestep = str(timestep_input(gm, temporal.timestep if temporal else None).target)
-    given = {timestep: timesteps, **(finite or {})}
-    tables = {n: as_values(v, "timesteps" if n == timestep else f"finite[{n!r}]") for n, v in given.items()}
+    tables = tables_of(timestep, timesteps, finite)
     for name, values in tables.items():
         if name != timestep:
             _check_shape(require_input(gm, name, argument="finite"), name, values)
@@ -194,6 +193,16 @@ def _state(
         feature_paths=tuple(paths.get(name, name) for name in temporal.features),
         keys=frozenset(layer.key for layer in plan.layers if layer.temporal and layer.key),
     )
+
+
+def tables_of(
+    timestep: str,
+    timesteps: Iterable[float] | Tensor,
+    finite: Mapping[str, Iterable[Any] | Tensor] | None,
+) -> dict[str, Tensor]:
+    """Return the values of each finite input as `as_values` does, the timestep's first."""
+    given = {timestep: timesteps, **(finite or {})}
+    return {n: as_values(v, "timesteps" if n == timestep else f"finite[{n!r}]") for n, v in given.items()}
 
 
 def as_values(given: Iterable[Any] | Tensor, name: str) -> Tensor:

@@ -19,6 +19,13 @@ def test_timesteps_outside_the_schedule_are_refused():
         tfmq_fx.calibrate(gm, calibration())
 
 
+def test_timesteps_of_the_schedule_without_rows_are_refused_before_anything_is_observed():
+    gm = tfmq_fx.prepare(captured(), tfmq_fx.Recipe(keyed="all"), timesteps=[*TIMESTEPS.tolist(), 5])
+    gm.forward = None  # it must not run
+    with pytest.raises(TFMQError, match="no row has the timesteps 5 of the schedule"):
+        tfmq_fx.calibrate(gm, calibration())
+
+
 def test_a_missing_input_is_named():
     gm = tfmq_fx.prepare(captured(), tfmq_fx.Recipe(), timesteps=TIMESTEPS)
     data = CalibrationSet.from_tensors({"smple": torch.zeros(10, 1, 8, 8), "timestep": TIMESTEPS})

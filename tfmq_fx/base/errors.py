@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 
 class TFMQError(ValueError):
@@ -16,6 +16,12 @@ def nearest_names(name: str, known: Iterable[str]) -> str:
     close = difflib.get_close_matches(name, known, n=8, cutoff=0.3)
     shown = (close + [k for k in known if k not in close])[:8]
     return ", ".join(shown) + (", ..." if len(known) > len(shown) else "")
+
+
+def first_of(values: Sequence[float]) -> str:
+    """Return at most eight values as text for an error message, and how many there are."""
+    shown = ", ".join(f"{x:g}" for x in values[:8])
+    return f"{shown}, ... ({len(values)} in all)" if len(values) > 8 else shown
 
 
 def first_line(error: BaseException) -> str:

@@ -296,6 +296,13 @@ class CalibrationSet:
         """Return one timestep for each row (N,), on the CPU, as all indices of rows are: the largest, if a row has several."""
         return per_sample(self.tensors[self.timestep]).cpu()
 
+    def lacks(self, schedule: Tensor) -> list[float]:
+        """Return those timesteps of a schedule (T,) that no row or token has."""
+        found = self.timesteps.cpu()
+        common = torch.promote_types(schedule.dtype, found.dtype)
+        values = schedule.cpu()
+        return values[~torch.isin(values.to(common), found.to(common))].tolist()  # type: ignore[no-any-return]
+
     def spread(self, num_samples: int, *, seed: int = 0) -> CalibrationSet:
         """Return `num_samples` rows, drawn evenly over the timesteps (`row_timesteps`), in shuffled order; all rows if there are fewer."""
         return self.rows(self.draw(num_samples, seed=seed))

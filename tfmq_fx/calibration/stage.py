@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
 from functools import partial
@@ -15,7 +15,7 @@ from torch.fx import GraphModule, Node
 
 from tfmq_fx.base._torchao import FakeQuantizeBase, ObserverBase
 from tfmq_fx.base.ambient import neutral
-from tfmq_fx.base.errors import TFMQError, nearest_names
+from tfmq_fx.base.errors import TFMQError, first_of, nearest_names
 from tfmq_fx.base.parallel import Ranks, Workers, workers
 from tfmq_fx.base.progress import track
 from tfmq_fx.calibration.calls import overflow_words
@@ -60,7 +60,7 @@ def calibrate(gm: GraphModule, calibration: CalibrationSet, *, batch_size: int =
     missing inputs.
     """
     state = require_stage(gm, "prepared")
-    _check_values(gm, calibration)
+    require_known(state.tables, calibration)
     found, shards = list(observers(gm)), state.recipe.reconstruction.shards
     block = extract_temporal(gm, temporal_of(gm))
     with workers(shards) as threads, _refusing_overflow(found):
@@ -69,6 +69,8 @@ def calibrate(gm: GraphModule, calibration: CalibrationSet, *, batch_size: int =
                 run_temporal(block, rows, scalar=is_scalar(gm))
             for _, observer in observers(block):
                 set_mode(observer, observe=False, quantize=False)
+        if any(isinstance(m, TemporalObserver) for m in _learning(gm)):
+            require_rows(state.timesteps, calibration)
         if any(_observing(m) for m in gm.modules()):
             size = rows_at_once(gm, batch_size, calibration.constants.keys())
             batches = calibration.groups(size, one_timestep=is_scalar(gm))
@@ -206,9 +208,12 @@ def _observing(module: nn.Module) -> bool:
     return isinstance(module, ObserverBase)
 
 
-def _check_values(gm: GraphModule, calibration: CalibrationSet) -> None:
-    state = state_of(gm)
-    for name, values in state.tables.items():
+def require_known(tables: Mapping[str, Tensor], calibration: CalibrationSet) -> None:
+    """Raise TFMQError if the data have a value of a finite input that is not in its table (T, ...), or no such input.
+
+    tables: by the name of the input, the timestep's first.
+    """
+    for i, (name, values) in enumerate(tables.items()):
         if name not in calibration.tensors:
             raise TFMQError(
                 f"calibration: no tensor named {name!r}; found {nearest_names(name, calibration.tensors)}."
@@ -219,8 +224,17 @@ def _check_values(gm: GraphModule, calibration: CalibrationSet) -> None:
         data = given.to(common).reshape(-1, *values.shape[1:]).unique(dim=0).tolist()
         outside = [v for v in data if str(v) not in known]
         if outside:
-            what = "timesteps" if name == state.timestep else f"values of {name!r}"
+            what = f"values of {name!r}" if i else "timesteps"
             raise TFMQError(
                 f"calibration: {what} {outside[:8]} are in the data but not in the schedule of {len(values)} values "
                 f"({values.min().item():g} to {values.max().item():g})."
             )
+
+
+def require_rows(schedule: Tensor, calibration: CalibrationSet) -> None:
+    """Raise TFMQError if a timestep of the schedule (T,) has no row, so that activations can have no scales for it."""
+    if missing := calibration.lacks(schedule):
+        raise TFMQError(
+            f"calibration: no row has the timesteps {first_of(missing)} of the schedule, for which activations would have scales of "
+            'their own; give rows of each timestep, or keyed="block" for scales per timestep in the temporal block alone.'
+        )
