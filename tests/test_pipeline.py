@@ -92,7 +92,7 @@ class Unasked(torch.nn.Module):
     """A network that must not run."""
 
     def forward(self, sample, timestep):
-        raise AssertionError
+        raise AssertionError(sample, timestep)
 
 
 @pytest.mark.parametrize(

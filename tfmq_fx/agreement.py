@@ -22,7 +22,7 @@ from tfmq_fx.calibration.data import CalibrationSet, as_taken
 from tfmq_fx.calibration.temporal_rows import is_scalar
 from tfmq_fx.calibration.variants import Variants
 from tfmq_fx.graph.inputs import placeholders, timestep_input
-from tfmq_fx.graph.sizes import Condition, Size, holds, sizes_in
+from tfmq_fx.graph.sizes import Condition, Size, holds, implied, sizes_in
 from tfmq_fx.graph.written import keeps_buffers
 
 # Relative: that of sums in another order, far below another function of the inputs.
@@ -46,6 +46,7 @@ def rows_of(example: Mapping[str, Any], timestep: str) -> int:
     return next((x.shape[0] for n, x in found.items() if n != timestep and x.dim()), 0)
 
 
+@keeps_buffers
 def agree(
     gm: GraphModule,
     inputs: Mapping[str, Any],
@@ -221,8 +222,35 @@ def _kept_conditions(
                 left = [c for c in left if c not in broken]
             else:
                 needed.append(broken)
-    short = _short_rows(network, gm, one, face.listed, face.moves()) if face.listed is not None else ()
-    return (*left, *short)
+    if face.listed is None:
+        return _conditions_with_ones(network, gm, example, face)
+    return (*left, *_short_rows(network, gm, one, face.listed, face.moves()))
+
+
+def _conditions_with_ones(
+    network: nn.Module, gm: GraphModule, example: Mapping[str, Any], face: Interface
+) -> tuple[Condition, ...]:
+    """Return the interface's conditions on sizes, without that a size of the sample is not one where the network computes the same.
+
+    torch.export assumes of an open size that it is two or more, and does not note where the network asked. A call shows it: of a
+    video with one frame.
+    """
+    found = {n: x for n, (_, x) in leaves(example).items() if isinstance(x, Tensor)}
+    now = {(n, i): size for n, x in found.items() for i, size in enumerate(x.shape)}
+    sample = next(n for n in placeholders(gm) if n != timestep_input(gm, None).target)
+    left = list(face.conditions)
+    for at in [at for at, size in face.moves().items() if at[0] == sample and size > 1]:
+        sizes = implied({**now, at: 1}, left)
+        ones = [["GreaterThan", ["size", *other], 2] for other, size in sizes.items() if size == 1]
+        if sizes[at] == 1 and all(c in ones for c in left if not holds(c, sizes)):
+            cut = dict(found)
+            for n, i in [other for other, size in sizes.items() if size != now[other]]:
+                cut[n] = _resized(cut[n], i, sizes[n, i])
+            given = {id(x): cut[n] for n, x in found.items()}
+            arguments = pytree.tree_map(lambda x, given=given: given.get(id(x), x), dict(example))
+            if agrees(gm, cut, network, arguments):
+                left = [[*c[:2], 1] if c in ones else c for c in left]
+    return tuple(left)
 
 
 def _short_rows(

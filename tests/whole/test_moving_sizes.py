@@ -263,7 +263,7 @@ def test_a_video_has_any_number_of_frames_and_its_features_a_scale_per_timestep(
     keys = {layer["path"]: list(layer["key"]) for layer in q.report["layers"]}
     assert {path for path, key in keys.items() if key == ["timestep"]} == {*video.BLOCK}
     assert q.interface.sizes()["sample"] == ["N", 3, "any (3)", "any (8)", "any (8)"]
-    for rows, frames, size in ((2, 3, (8, 8)), (1, 5, (8, 16)), (3, 2, (4, 6))):
+    for rows, frames, size in ((2, 1, (8, 8)), (1, 5, (8, 16)), (3, 2, (4, 6))):
         x, t = video.inputs(rows, frames, size, seed=rows)
         assert 0 < (q(x, t) - net(x, t)).norm() / net(x, t).norm() < BOUND
     table = tfmq_fx.precompute(net, example={"sample": x, "timestep": t}, timesteps=video.TIMESTEPS)
@@ -271,6 +271,24 @@ def test_a_video_has_any_number_of_frames_and_its_features_a_scale_per_timestep(
     assert chosen == {"spatial.weight": "table", "temporal.weight": "table"}
     x, t = video.inputs(2, 5)
     torch.testing.assert_close(table(x, t), net(x, t), rtol=1e-5, atol=1e-5)
+
+
+class Still(video.Video):
+    """The same, which does something else with one frame."""
+
+    def forward(self, sample, timestep):
+        found = super().forward(sample, timestep)
+        return 2 * found if sample.shape[2] == 1 else found
+
+
+def test_one_frame_is_refused_where_the_network_does_something_else_with_it():
+    torch.manual_seed(0)
+    x, t = video.inputs(16)
+    data = tfmq_fx.CalibrationSet.from_tensors({"sample": x, "timestep": t})
+    q = tfmq_fx.quantize(Still().eval(), recipe("w8a8"), calibration=data)
+    q(*video.inputs(2, 2))
+    with pytest.raises(TFMQError, match=r"'sample' has 1 in dimension 2.*sample.shape\[2\] >= 2"):
+        q(*video.inputs(2, 1))
 
 
 @pytest.mark.parametrize("form", ["openvino", "torch", "pt2"])
@@ -287,7 +305,7 @@ def test_lowered_and_exported_videos_have_any_number_of_frames(form, tmp_path):
         found = lower(
             q, "cpu", engine=form, precision="float32", **({"compile": False} if form == "torch" else {})
         )
-    for rows, frames in ((2, 3), (1, 5)):
+    for rows, frames in ((2, 3), (1, 5), (2, 1)):
         x, t = video.inputs(rows, frames, seed=rows)
         # Sums in another order move an activation by a step where it lies between two.
         assert (found(x, t) - q(x, t)).norm() / q(x, t).norm() < 0.01

@@ -118,10 +118,25 @@ _OPERATIONS: dict[str, Callable[..., Any]] = {
 
 def holds(condition: Condition, sizes: Mapping[Size, int]) -> bool:
     """Return True if a condition is known to hold for these sizes."""
+    return bool(_known(condition, sizes))
+
+
+def implied(sizes: Mapping[Size, int], conditions: Sequence[Condition]) -> dict[Size, int]:
+    """Return sizes of which some were changed, with those that the conditions say are functions of others changed too."""
+    found = dict(sizes)
+    for condition in conditions:
+        match condition:
+            case ["Equality", ["size", name, i], other] if (value := _known(other, found)) is not None:
+                found[name, i] = int(value)
+    return found
+
+
+def _known(condition: Condition, sizes: Mapping[Size, int]) -> Any:
+    """Return the value of a condition or of a part; None if it is not known."""
     try:
-        return bool(_value(condition, sizes))
+        return _value(condition, sizes)
     except (KeyError, TypeError, ValueError, ArithmeticError):
-        return False
+        return None
 
 
 def _value(condition: Condition, sizes: Mapping[Size, int]) -> Any:
