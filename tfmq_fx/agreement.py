@@ -222,35 +222,44 @@ def _kept_conditions(
                 left = [c for c in left if c not in broken]
             else:
                 needed.append(broken)
-    if face.listed is None:
-        return _conditions_with_ones(network, gm, example, face)
-    return (*left, *_short_rows(network, gm, one, face.listed, face.moves()))
+    short = _short_rows(network, gm, one, face.listed, face.moves()) if face.listed is not None else ()
+    return (*_with_ones(network, gm, example, left, face.moves()), *short)
 
 
-def _conditions_with_ones(
-    network: nn.Module, gm: GraphModule, example: Mapping[str, Any], face: Interface
-) -> tuple[Condition, ...]:
-    """Return the interface's conditions on sizes, without that a size of the sample is not one where the network computes the same.
+def _with_ones(
+    network: nn.Module,
+    gm: GraphModule,
+    example: Mapping[str, Any],
+    conditions: Sequence[Condition],
+    moves: Mapping[Size, int],
+) -> Sequence[Condition]:
+    """Return the conditions on sizes without those that need not hold where a size of the sample is one.
 
-    torch.export assumes of an open size that it is two or more, and does not note where the network asked. A call shows it: of a
-    video with one frame.
+    torch.export assumes of an open size that it is two or more, and does not note where the network asked. A call shows whether
+    it computes the same: of a video with one frame.
     """
     found = {n: x for n, (_, x) in leaves(example).items() if isinstance(x, Tensor)}
     now = {(n, i): size for n, x in found.items() for i, size in enumerate(x.shape)}
     sample = next(n for n in placeholders(gm) if n != timestep_input(gm, None).target)
-    left = list(face.conditions)
-    for at in [at for at, size in face.moves().items() if at[0] == sample and size > 1]:
-        sizes = implied({**now, at: 1}, left)
-        ones = [["GreaterThan", ["size", *other], 2] for other, size in sizes.items() if size == 1]
-        if sizes[at] == 1 and all(c in ones for c in left if not holds(c, sizes)):
-            cut = dict(found)
-            for n, i in [other for other, size in sizes.items() if size != now[other]]:
-                cut[n] = _resized(cut[n], i, sizes[n, i])
-            given = {id(x): cut[n] for n, x in found.items()}
-            arguments = pytree.tree_map(lambda x, given=given: given.get(id(x), x), dict(example))
-            if agrees(gm, cut, network, arguments):
-                left = [[*c[:2], 1] if c in ones else c for c in left]
-    return tuple(left)
+    for at in [at for at, size in moves.items() if at[0] == sample and size > 1]:
+        sizes = implied({**now, at: 1}, conditions)
+        broken = [c for c in conditions if not holds(c, sizes)]
+        cut = dict(found)
+        for n, i in [other for other, size in sizes.items() if size != now[other]]:
+            cut[n] = _resized(cut[n], i, sizes[n, i])
+        given = {id(x): cut[n] for n, x in found.items()}
+        arguments = pytree.tree_map(lambda x, given=given: given.get(id(x), x), dict(example))
+        if sizes[at] == 1 and broken and agrees(gm, cut, network, arguments):
+            conditions = [_or_one(c, at, sizes) if c in broken else c for c in conditions]
+    return conditions
+
+
+def _or_one(condition: Condition, at: Size, sizes: Mapping[Size, int]) -> Condition:
+    """Return a condition that need not hold where this size is one, in which it breaks at these sizes."""
+    match condition:
+        case ["GreaterThan", ["size", name, i], 2] if sizes[name, i] == 1:
+            return ["GreaterThan", ["size", name, i], 1]
+    return ["Or", ["Equality", ["size", *at], 1], condition]
 
 
 def _short_rows(

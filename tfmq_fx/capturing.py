@@ -684,9 +684,10 @@ def _captured(
 ) -> tuple[GraphModule, dict[str, Any]]:
     """Return the graph and the arguments of the capture.
 
-    As many rows as no tensor without rows has entries, so that torch.export can tell the two sizes apart.
+    As many rows as no tensor has of anything else (entries, frames), so that the two can be told apart.
     """
     taken = {x.shape[0] for x in calibration.constants.values() if isinstance(x, Tensor) and x.dim()}
+    taken |= {size for x in calibration.tensors.values() for size in x.shape[1:]}
     count = next(n for n in itertools.count(2) if n not in taken)
     example = calibration.example(count, beside=network)
     if "return_dict" in parameters_of(network):

@@ -273,6 +273,27 @@ def test_a_video_has_any_number_of_frames_and_its_features_a_scale_per_timestep(
     torch.testing.assert_close(table(x, t), net(x, t), rtol=1e-5, atol=1e-5)
 
 
+class Compared(video.Video):
+    """The same, which compares its sizes, for nothing."""
+
+    def forward(self, sample, timestep):
+        _, _, frames, height, _ = sample.shape
+        found = super().forward(sample, timestep)
+        return found + 0 if frames * height > height + 4 else found
+
+
+@torch.no_grad()
+def test_a_comparison_of_sizes_need_not_come_out_the_same_for_one_frame_where_nothing_depends_on_it():
+    torch.manual_seed(0)
+    x, t = video.inputs(16)
+    data = tfmq_fx.CalibrationSet.from_tensors({"sample": x, "timestep": t})
+    network = Compared().eval()
+    q = tfmq_fx.quantize(network, recipe("w8a8"), calibration=data)
+    assert ["Equality", ["size", "sample", 2], 1] in [c[1] for c in q.interface.conditions if c[0] == "Or"]
+    x, t = video.inputs(2, 1)
+    assert 0 < (q(x, t) - network(x, t)).norm() / network(x, t).norm() < BOUND
+
+
 class Still(video.Video):
     """The same, which does something else with one frame."""
 

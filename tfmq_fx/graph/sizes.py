@@ -159,7 +159,7 @@ def sizes_in(condition: Condition) -> Iterator[Size]:
 
 _SIGNS = {
     "Add": " + ", "Mul": " * ", "Mod": " % ", "PythonMod": " % ", "FloorDiv": " // ", "CleanDiv": " // ", "Equality": " == ",
-    "Unequality": " != ", "LessThan": " <= ", "StrictLessThan": " < ", "GreaterThan": " >= ", "StrictGreaterThan": " > ",
+    "Unequality": " != ", "LessThan": " <= ", "StrictLessThan": " < ", "GreaterThan": " >= ", "StrictGreaterThan": " > ", "Or": " or ", "And": " and ",
 }  # fmt: skip
 
 
