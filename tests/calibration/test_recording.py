@@ -454,6 +454,39 @@ def test_tuples_stay_tuples(tmp_path):
         assert data.arguments(slice(0, 1))["sizes"] == [(2, 3)]
 
 
+class Illustrated(Sized):
+    """Its network needs a list of pictures and where they are, also if there are none."""
+
+    @torch.no_grad()
+    def __call__(self, batch_size=1, generator=None, num_inference_steps=2):
+        x = torch.randn(batch_size, 6, 4, generator=generator)
+        self.scheduler.set_timesteps(num_inference_steps)
+        for t in self.scheduler.timesteps:
+            x = x - 0.1 * self.unet(x, t, [], {})
+        return {"frames": x.numpy()}
+
+
+class IllustratedNetwork(ClipNetwork):
+    def forward(self, sample, timestep, pictures, places):
+        pictures = [x.tanh() for x in pictures]
+        emb = self.time((timestep / 1000).float().reshape(-1, 1)).expand(sample.shape[0], -1)
+        return self.out(sample + sum(pictures[i].mean() for i in places) + emb[:, None])
+
+
+def test_a_network_gets_the_empty_lists_that_it_needs(tmp_path):
+    pipe = Illustrated(IllustratedNetwork().eval(), diffusers.DDPMScheduler())
+    for _ in range(2):  # the second one is read from the cache
+        data = CalibrationSet.record(pipe, num_samples=2, num_inference_steps=2, cache=tmp_path)
+        assert data.constants == {"pictures": [], "places": {}}
+    q = tfmq_fx.quantize(pipe, NEAREST, calibration=data)
+    x, t = torch.randn(2, 6, 4), torch.tensor(500)
+    assert (q(x, t, [], {}) - pipe.unet(x, t, [], {})).abs().max() < 0.1
+    q.save_pretrained(tmp_path / "saved")
+    assert torch.equal(tfmq_fx.load(tmp_path / "saved")(x, t, [], {}), q(x, t, [], {}))
+    with pytest.raises(TFMQError, match="pictures"):
+        q(x, t, [torch.randn(3)], {0: 1})
+
+
 class Weighted(Sized):
     """Draws one sample at a time, and its network takes a tensor of one number for each of its layers, of which there is one."""
 
