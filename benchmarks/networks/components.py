@@ -9,6 +9,7 @@ from __future__ import annotations
 import enum
 import inspect
 import re
+import sys
 import typing
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -28,6 +29,7 @@ from benchmarks.networks.pipelines import LENGTH, clip_encoder, clip_tokenizer, 
 TEXT = 16  # width of every text encoder's tokens
 PIXELS = 16  # height and width of what is drawn; latents have half of it
 
+_SIZE = {"size": {"height": PIXELS, "width": PIXELS}, "crop_size": {"height": PIXELS, "width": PIXELS}}
 _SD = {
     "sample_size": 8, "block_out_channels": (8, 16), "layers_per_block": 1, "norm_num_groups": 4, "attention_head_dim": 2,
     "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"), "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
@@ -43,6 +45,9 @@ _CONTROL = {n: x for n, x in _SD.items() if not n.startswith(("up_", "sample"))}
 _VAE_2D = {
     "block_out_channels": (8, 8), "down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2,
     "latent_channels": 4, "norm_num_groups": 4, "sample_size": PIXELS, "layers_per_block": 1,
+}  # fmt: skip
+_VAE_8 = {  # latents have an eighth of the height and width
+    "block_out_channels": (8,) * 4, "down_block_types": ("DownEncoderBlock2D",) * 4, "up_block_types": ("UpDecoderBlock2D",) * 4,
 }  # fmt: skip
 _UNET_3D = {
     "block_out_channels": (8, 16), "layers_per_block": 1, "norm_num_groups": 4, "attention_head_dim": 4, "cross_attention_dim": TEXT,
@@ -258,7 +263,7 @@ COMPONENTS: dict[str, dict[str, Any]] = {
         "hidden_size": 16, "num_attention_heads": 2, "num_key_value_heads": 2, "intermediate_size": 32, "num_layers": 1, "vocab_size": 100,
         "pad_token_id": 0, "time_step_dim": 16, "rope_scaling": {"long_factor": [1.0] * 4, "short_factor": [1.0] * 4},
     },
-    "OvisImageTransformer2DModel": {**_FLUX},
+    "OvisImageTransformer2DModel": {**_FLUX, "out_channels": 16},
     "PRXTransformer2DModel": {
         "in_channels": 4, "context_in_dim": TEXT, "hidden_size": 16, "mlp_ratio": 2.0, "num_heads": 2, "depth": 1, "axes_dim": [4, 4],
     },
@@ -405,8 +410,45 @@ OF_PIPELINE: tuple[tuple[str, dict[str, Any]], ...] = (
     (r"HunyuanDiTControlNet", {"HunyuanDiT2DModel": {"num_layers": 4}, "HunyuanDiT2DControlNetModel": {"transformer_num_layers": 4}}),
     (r"HunyuanVideo15ImageToVideo", {"HunyuanVideo15Transformer3DModel": {"task_type": "i2v"}}),
     (r"^(StableDiffusion3|SD3)", {"T5EncoderModel": {"d_model": 2 * TEXT}}),
+    (r"HunyuanVideoImageToVideo", {"HunyuanVideoTransformer3DModel": {"image_condition_type": "token_replace"}}),
+    (r"HunyuanSkyreels", {"HunyuanVideoTransformer3DModel": {"in_channels": 8}}),
+    (r"LongCatImage", {"AutoencoderKL": {"latent_channels": 16}, "LongCatImageTransformer2DModel": {"in_channels": 64}}),
+    (r"LongCatImageEdit", {"text_processor": lambda: Processor()}),
+    (r"BriaFibo", {"SmolLM3ForCausalLM": {"hidden_size": TEXT // 2, "vocab_size": 128256}}),
+    (r"ChromaInpaint", {"transformer": lambda: _with_config("ChromaTransformer2DModel", guidance_embeds=False)}),
+    (r"Cosmos2_5_Predict", {"CosmosTransformer3DModel": {"in_channels": 17}}),
+    (r"EasyAnimateInpaint", {"EasyAnimateTransformer3DModel": {"in_channels": 9, "resize_inpaint_mask_directly": True}}),
+    (r"OmniGen|Kandinsky5I2I", {"AutoencoderKL": _VAE_8}),
+    (r"QwenImageControlNetInpaint", {"QwenImageControlNetModel": {"extra_condition_channels": 4}}),
+    (r"VisualCloze", {"resolution": lambda: PIXELS}),
+    (r"Kandinsky5I2I", {"Kandinsky5Transformer3DModel": {"in_visual_dim": 4, "out_visual_dim": 4, "visual_cond": True}}),
+    (r"Kandinsky5I2V", {"Kandinsky5Transformer3DModel": {"visual_cond": True}}),
+    (r"HeliosPipeline", {"scheduler": partial(diffusers.HeliosScheduler, stages=1)}),
+    # With the default, a third, the covariance that it factorizes is singular.
+    (r"HeliosPyramid", {"scheduler": partial(diffusers.HeliosScheduler, gamma=0.3)}),
+    (r"QwenImageLayered", {
+        "text_encoder": lambda: Passing(),
+        "QwenImageTransformer2DModel": {"use_additional_t_cond": True, "use_layer3d_rope": True}}),
+    (r"SkyReelsV2ImageToVideo|WanAnimate", {"image_processor": lambda: transformers.CLIPImageProcessor(**_SIZE)}),
+    (r"WanAnimate", {"WanAnimateTransformer3DModel": {
+        "image_dim": TEXT, "added_kv_proj_dim": 24, "motion_encoder_size": PIXELS, "motion_style_dim": 8, "motion_dim": 4,
+        "motion_encoder_dim": 8, "motion_encoder_channel_sizes": {"4": 8, "8": 8, "16": 8}, "face_encoder_hidden_dim": 16,
+        "face_encoder_num_heads": 2, "inject_face_latents_blocks": 2}}),
+    (r"StableCascadeCombined", {
+        "prior_prior": lambda: _made("StableCascadeUNet", clip_image_in_channels=TEXT, clip_text_in_channels=TEXT),
+        "StableCascadeUNet": {
+            "in_channels": 4, "out_channels": 4, "patch_size": 2, "effnet_in_channels": 16, "timestep_conditioning_type": ("sca",),
+            "self_attn": True}}),
     (r"UVit|Amused", {"VQModel": {"latent_channels": 8, "vq_embed_dim": 8, "num_vq_embeddings": 16, "lookup_from_codebook": True}}),
     (r"PaintByExample", {"UNet2DConditionModel": {"in_channels": 9}}),
+)  # fmt: skip
+
+# What a pipeline fixes itself, by a pattern of its name: attributes of the pipeline, or names in its module.
+OWN: tuple[tuple[str, dict[str, Any]], ...] = (
+    (r"^QwenImageEdit(Inpaint)?Pipeline", {"calculate_dimensions": lambda _area, _ratio: (PIXELS, PIXELS, None)}),
+    (r"QwenImage(EditPlus|Layered)|LongCatImageEdit", {"calculate_dimensions": lambda _area, _ratio: (PIXELS, PIXELS)}),
+    (r"Kandinsky5I2I", {"resolutions": [(32, 32)]}),
+    (r"LongCatImage", {"_encode_prompt": lambda *_: text()}),
 )  # fmt: skip
 
 _EMBEDS = ("prompt_embeds", "negative_prompt_embeds")
@@ -479,7 +521,8 @@ CALLS: tuple[tuple[str, dict[str, Any]], ...] = (
         "prompt": None, "prompt_embeds": text, "pooled_prompt_embeds": lambda: text(1, TEXT),
         "prompt_attention_mask": lambda: torch.ones(1, LENGTH, dtype=torch.long), "negative_prompt_embeds": text,
         "negative_pooled_prompt_embeds": lambda: text(1, TEXT), "negative_prompt_attention_mask": lambda: torch.ones(1, LENGTH, dtype=torch.long)}),
-    (r"Cosmos2_5|LongCatImage|Krea2|Ovis", {"prompt": None, **_PAIR}),
+    (r"Cosmos2_5|Krea2|Ovis", {"prompt": None, **_PAIR}),
+    (r"LongCatImage", {"enable_prompt_rewrite": False}),
     (r"EasyAnimate", {
         "prompt": None, **_PAIR, "prompt_attention_mask": lambda: torch.ones(1, LENGTH, dtype=torch.long),
         "negative_prompt_attention_mask": lambda: torch.ones(1, LENGTH, dtype=torch.long)}),
@@ -492,11 +535,33 @@ CALLS: tuple[tuple[str, dict[str, Any]], ...] = (
     (r"Allegro|PRX", {"output_type": "latent"}),
     (r"Kontext", {"_auto_resize": False, "max_area": PIXELS**2}),
     (r"SkyReelsV2DiffusionForcing", {"base_num_frames": 5, "ar_step": 0, "num_frames": 5, "overlap_history": None}),
+    (r"SkyReelsV2DiffusionForcingVideoToVideo", {"overlap_history": 1, "base_num_frames": 9, "num_frames": 9}),
+    (r"Kandinsky5I2V", {"num_frames": 17}),  # it takes the statistics of the frames after the fourth
+    (r"Helios", {"video": None}),
+    (r"HeliosPyramid", {"height": 64, "width": 64, "pyramid_num_inference_steps_list": [1, 1, 2]}),  # its first stage has a quarter of the height
+    (r"Cosmos2_5_Predict", {"num_frames": 9}),  # the five of its video are not denoised
+    (r"BriaFibo|Kandinsky5I2I", {"height": 32, "width": 32}),
+    (r"BriaFiboEdit", {"prompt": '{"edit_instruction": "a red cat"}'}),
+    (r"EasyAnimateInpaint", {"video": lambda: text(1, 3, 5, PIXELS, PIXELS)}),
+    (r"OmniGen", {"height": 32, "width": 32}),
+    (r"PRXPipeline", {
+        "prompt": None, **_PAIR, "prompt_attention_mask": lambda: torch.ones(1, LENGTH, dtype=torch.bool),
+        "negative_prompt_attention_mask": lambda: torch.ones(1, LENGTH, dtype=torch.bool)}),
+    (r"QwenImageLayered", {"prompt": "a red cat", "image": picture, "layers": 2}),
+    (r"VisualCloze", {
+        "task_prompt": "a red cat", "content_prompt": "a dog", "image": lambda: [[picture(), picture()], [picture(), None]],
+        "upsampling_strength": 0}),  # the upsampling calls the same network with other sizes
+    (r"WanAnimate", {
+        "prompt": None, "prompt_embeds": lambda: text(1, 512, TEXT),  # what is left of 512 tokens is the picture's
+        "image": picture, "pose_video": _clip, "face_video": _clip, "segment_frame_length": 5}),
+    (r"ZImageOmni", {"prompt_embeds": lambda: [[text(LENGTH, TEXT)]], "negative_prompt_embeds": lambda: [[text(LENGTH, TEXT)]]}),
+    (r"CogVideoXFunControl", {"control_video": _clip}),
     (r"StableAudioPipeline", {"audio_end_in_s": 1.0}),
     (r"DanceDiffusion", {"audio_length_in_s": 1.0}),
     (r"ControlNet(Inpaint|PAGInpaint|Union)?", {"control_image": picture}),
     (r"StableVideoDiffusion", {"decode_chunk_size": 2}),
-    (r"StableCascadeDecoder", {"image_embeddings": lambda: text(1, 16, 2, 2), "prompt": "a red cat"}),
+    (r"StableCascadeDecoder", {"image_embeddings": lambda: text(1, 16, 3, 3)}),
+    (r"StableCascade(Prior|Combined)", {"height": 3 * 42, "width": 3 * 42}),
     (r"StableDiffusionAdapter|StableDiffusionXLAdapter", {"image": picture}),
     (r"UnionPipeline", {"control_image": lambda: [picture()], "control_mode": lambda: [0]}),
     (r"Union", {"control_mode": lambda: [0], "control_image": lambda: [picture()]}),
@@ -581,7 +646,24 @@ class Passing(nn.Module):
         return video
 
 
+class Processor:
+    """A processor of pictures for a language model that is not asked."""
+
+    image_processor = None
+
+
 _BASES = {"Gemma2PreTrainedModel": "Gemma2Model", "GemmaPreTrainedModel": "GemmaModel"}
+
+
+def _made(title: str, **more: Any) -> nn.Module:
+    return _random(getattr(diffusers, title)(**{**COMPONENTS[title], **more}))
+
+
+def _with_config(title: str, **fields: Any) -> nn.Module:
+    """Make a network whose published config has fields that its class does not take."""
+    network = _made(title)
+    network.register_to_config(**fields)  # type: ignore[operator]
+    return network
 
 
 def component(cls: Any, pipeline: str, name: str, folder: Path) -> Any:
@@ -594,8 +676,7 @@ def component(cls: Any, pipeline: str, name: str, folder: Path) -> Any:
     if title.endswith("Guidance"):
         return cls()
     if title.endswith(("ImageProcessor", "FeatureExtractor")):
-        size = {"size": {"height": PIXELS, "width": PIXELS}, "crop_size": {"height": PIXELS, "width": PIXELS}}
-        return cls(**size) if "CLIP" in title or "Siglip" in title else cls()
+        return cls(**_SIZE) if "CLIP" in title or "Siglip" in title else cls()
     if title.startswith("CLIPTextModel"):
         return clip_encoder(cls, len(clip_tokenizer(folder / "encoder")), TEXT)
     if title == "CLIPTokenizer":
@@ -615,6 +696,7 @@ def component(cls: Any, pipeline: str, name: str, folder: Path) -> Any:
         "Gemma2PreTrainedModel",
         "GemmaPreTrainedModel",
         "Qwen3Model",
+        "SmolLM3ForCausalLM",
     ):
         return _text_model(getattr(transformers, _BASES.get(title, title)), more)
     if issubclass(cls, diffusers.ModelMixin):
@@ -647,6 +729,8 @@ def make(pipeline: type, folder: Path) -> Any:
         given[name] = _first(allowed, pipeline.__name__, name, folder)
     made = pipeline(**given)
     made.set_progress_bar_config(disable=True)
+    for name, value in _named(OWN, pipeline.__name__).items():
+        setattr(made if hasattr(made, name) else sys.modules[pipeline.__module__], name, value)
     for module in made.components.values():
         if isinstance(module, nn.Module):
             module.eval()  # a UNet that the pipeline itself makes of two is in train mode
