@@ -227,7 +227,7 @@ COMPONENTS: dict[str, dict[str, Any]] = {
     "HunyuanVideoTransformer3DModel": {**_HUNYUAN},
     "I2VGenXLUNet": {**_UNET_3D, "sample_size": 8, "num_attention_heads": 2},
     "Kandinsky3UNet": {
-        "time_embedding_dim": 16, "groups": 4, "attention_head_dim": 4, "layers_per_block": 1, "block_out_channels": (8, 16),
+        "time_embedding_dim": 16, "groups": 2, "attention_head_dim": 4, "layers_per_block": 2, "block_out_channels": (16, 32),
         "cross_attention_dim": 16, "encoder_hid_dim": TEXT,
     },
     "Kandinsky5Transformer3DModel": {
@@ -314,7 +314,7 @@ COMPONENTS: dict[str, dict[str, Any]] = {
     "StableAudioProjectionModel": {"text_encoder_dim": TEXT, "conditioning_dim": 4, "min_value": 0, "max_value": 32},
     "StableCascadeUNet": {**_CASCADE},
     "T2IAdapter": {"in_channels": 3, "channels": [8, 16], "num_res_blocks": 1, "downscale_factor": 2, "adapter_type": "full_adapter"},
-    "UNet1DModel": {"sample_size": 64, "block_out_channels": (16, 16, 16), "extra_in_channels": 32, "sample_rate": 64},
+    "UNet1DModel": {"sample_size": 64, "block_out_channels": (32, 32, 32), "extra_in_channels": 64, "sample_rate": 64},
     "UNet2DConditionModel": {**_SD},
     "UNet2DModel": {
         "sample_size": 8, "block_out_channels": (8,), "layers_per_block": 1, "norm_num_groups": 4, "attention_head_dim": 8,
@@ -368,7 +368,8 @@ OF_PIPELINE: tuple[tuple[str, dict[str, Any]], ...] = (
     (r"FluxFill|VisualCloze", {"FluxTransformer2DModel": {"in_channels": 48, "out_channels": 16}}),
     # With the scheduler's own default, its last step divides by zero.
     (r"CycleDiffusion", {"scheduler": partial(diffusers.DDIMScheduler, set_alpha_to_one=False)}),
-    (r"LDMSuperResolution", {"UNet2DModel": {"in_channels": 8, "out_channels": 4}}),
+    (r"LDMSuperResolution", {
+        "UNet2DModel": {"in_channels": 6, "out_channels": 3}, "VQModel": {"latent_channels": 3, "vq_embed_dim": 3}}),
     (r"^LDMPipeline|LatentUp", {"UNet2DModel": {"in_channels": 4, "out_channels": 4}}),
     (r"LatentConsistency", {"UNet2DConditionModel": {"time_cond_proj_dim": 8}}),
     (r"Adapter", {"UNet2DConditionModel": {
@@ -379,7 +380,20 @@ OF_PIPELINE: tuple[tuple[str, dict[str, Any]], ...] = (
         "SD3ControlNetModel": {"in_channels": 16, "extra_conditioning_channels": 1}}),
     (r"Amused", {"scheduler": lambda: diffusers.AmusedScheduler(mask_token_id=31)}),
     (r"DanceDiffusion", {"scheduler": diffusers.IPNDMScheduler}),
-    (r"ModelEditing", {"scheduler": diffusers.PNDMScheduler}),
+    (r"ModelEditing|^PNDM", {"scheduler": partial(diffusers.PNDMScheduler, skip_prk_steps=True)}),
+    (r"Paradigms", {"scheduler": diffusers.DDIMParallelScheduler}),
+    (r"LEditsPP", {"scheduler": partial(diffusers.DPMSolverMultistepScheduler, algorithm_type="sde-dpmsolver++", solver_order=2)}),
+    (r"StableDiffusionLatentUpscale", {
+        "scheduler": diffusers.EulerDiscreteScheduler,
+        "UNet2DConditionModel": {"in_channels": 8, "out_channels": 5, "time_cond_proj_dim": 128 + TEXT}}),
+    (r"GLIGEN", {"UNet2DConditionModel": {"attention_type": "gated"}}),
+    (r"GLIGENTextImage", {
+        "UNet2DConditionModel": {"attention_type": "gated-text-image"}, "processor": lambda: transformers.CLIPImageProcessor(**_SIZE)}),
+    (r"ControlNetXS", {"UNet2DConditionModel": {"layers_per_block": 2, "use_linear_projection": True}}),
+    (r"WuerstchenCombined", {"WuerstchenPrior": {"c_in": 16}}),
+    (r"^Kandinsky(Img2Img|Inpaint)?(Combined)?Pipeline", {"UNet2DConditionModel": {
+        "addition_embed_type": "text_image", "encoder_hid_dim": TEXT, "encoder_hid_dim_type": "text_image_proj", "out_channels": 8}}),
+    (r"^KandinskyInpaint", {"UNet2DConditionModel": {"in_channels": 9}}),
     (r"SanaVideo|SanaImageToVideo", {
         "vae": lambda: diffusers.AutoencoderKLWan(**COMPONENTS["AutoencoderKLWan"]).eval(), **_FLOW}),
     (r"Cosmos", {"safety_checker": lambda: Passing()}),
@@ -397,9 +411,9 @@ OF_PIPELINE: tuple[tuple[str, dict[str, Any]], ...] = (
         "in_channels": 4, "out_channels": 4, "patch_size": 2, "effnet_in_channels": 16, "conditioning_dim": 16,
         "timestep_conditioning_type": ("sca",), "self_attn": True}}),
     (r"StableCascadePrior", {"StableCascadeUNet": {"clip_image_in_channels": TEXT, "clip_text_in_channels": TEXT}}),
-    (r"^KandinskyV22(Img2Img)?Pipeline", {"UNet2DConditionModel": {
+    (r"^KandinskyV22(Img2Img)?(Combined)?Pipeline", {"UNet2DConditionModel": {
         "addition_embed_type": "image", "encoder_hid_dim": TEXT, "encoder_hid_dim_type": "image_proj", "out_channels": 8}}),
-    (r"^KandinskyV22InpaintPipeline", {"UNet2DConditionModel": {
+    (r"^KandinskyV22Inpaint(Combined)?Pipeline", {"UNet2DConditionModel": {
         "addition_embed_type": "image", "encoder_hid_dim": TEXT, "encoder_hid_dim_type": "image_proj", "in_channels": 9, "out_channels": 8}}),
     (r"^KandinskyV22Controlnet", {"UNet2DConditionModel": {
         "addition_embed_type": "image_hint", "encoder_hid_dim": TEXT, "encoder_hid_dim_type": "image_proj", "in_channels": 8, "out_channels": 8}}),
@@ -443,12 +457,19 @@ OF_PIPELINE: tuple[tuple[str, dict[str, Any]], ...] = (
     (r"PaintByExample", {"UNet2DConditionModel": {"in_channels": 9}}),
 )  # fmt: skip
 
+# What is done with a pipeline before it is called, by a pattern of its name.
+READY: tuple[tuple[str, Callable[[Any], Any]], ...] = (
+    # It divides by 1 - b, which is near zero here and there with random weights.
+    (r"WuerstchenCombined", lambda pipe: pipe.prior_prior.out[-1].bias.data[16:].sub_(4)),
+    (r"LEditsPP", lambda pipe: pipe.invert(image=picture(), num_inversion_steps=2, skip=0.0, height=32, width=32)),
+)  # fmt: skip
 # What a pipeline fixes itself, by a pattern of its name: attributes of the pipeline, or names in its module.
 OWN: tuple[tuple[str, dict[str, Any]], ...] = (
     (r"^QwenImageEdit(Inpaint)?Pipeline", {"calculate_dimensions": lambda _area, _ratio: (PIXELS, PIXELS, None)}),
     (r"QwenImage(EditPlus|Layered)|LongCatImageEdit", {"calculate_dimensions": lambda _area, _ratio: (PIXELS, PIXELS)}),
     (r"Kandinsky5I2I", {"resolutions": [(32, 32)]}),
     (r"LongCatImage", {"_encode_prompt": lambda *_: text()}),
+    (r"KolorsImg2Img", {"encode_prompt": lambda **_: (text(), text(), text(1, TEXT), text(1, TEXT))}),  # its own loses embeddings
 )  # fmt: skip
 
 _EMBEDS = ("prompt_embeds", "negative_prompt_embeds")
@@ -561,11 +582,22 @@ CALLS: tuple[tuple[str, dict[str, Any]], ...] = (
     (r"ControlNet(Inpaint|PAGInpaint|Union)?", {"control_image": picture}),
     (r"StableVideoDiffusion", {"decode_chunk_size": 2}),
     (r"StableCascadeDecoder", {"image_embeddings": lambda: text(1, 16, 3, 3)}),
-    (r"StableCascade(Prior|Combined)", {"height": 3 * 42, "width": 3 * 42}),
+    (r"StableCascade(Prior|Combined)|WuerstchenCombined", {"height": 3 * 42, "width": 3 * 42}),
     (r"StableDiffusionAdapter|StableDiffusionXLAdapter", {"image": picture}),
     (r"UnionPipeline", {"control_image": lambda: [picture()], "control_mode": lambda: [0]}),
     (r"Union", {"control_mode": lambda: [0], "control_image": lambda: [picture()]}),
-    (r"KandinskyV22Controlnet", {"hint": lambda: text(1, 3, PIXELS, PIXELS)}),
+    (r"KandinskyV22Controlnet", {"hint": lambda: text(1, 3, 4 * PIXELS, 4 * PIXELS)}),  # the network makes an eighth of it
+    (r"Kolors", {
+        "prompt": None, **_PAIR, "pooled_prompt_embeds": lambda: text(1, TEXT), "negative_pooled_prompt_embeds": lambda: text(1, TEXT)}),
+    (r"SuperResolution", {"original_image": picture}),
+    (r"LDMSuperResolution|RePaint", {"image": lambda: picture(32), "mask_image": lambda: picture(32)}),
+    (r"AttendAndExcite", {"token_indices": lambda: [[1]], "attn_res": (4, 4)}),
+    (r"GLIGEN", {"gligen_phrases": lambda: ["a cat"], "gligen_boxes": lambda: [[0.1, 0.1, 0.6, 0.6]], "gligen_images": lambda: [picture()]}),
+    (r"TextToVideoZero", {"t0": 0, "t1": 1}),
+    (r"WuerstchenDecoder", {"image_embeddings": lambda: text(1, 16, 3, 3)}),
+    (r"DiffEdit", {
+        "mask_image": lambda: (text(1, 1, 8, 8) > 0).float(), "image_latents": lambda: text(1, 2, 4, 8, 8), "inpaint_strength": 1.0}),
+    (r"LEditsPP", {"editing_prompt": lambda: ["a dog"], "prompt": None, "use_intersect_mask": False}),  # of attention maps
     (r"I2VGenXL", {"target_fps": 8, "clip_skip": None}),
     (r"AnimateDiffSparse", {"conditioning_frames": lambda: _clip()[:1], "controlnet_frame_indices": (0,)}),
     (r"AnimateDiff(VideoToVideo)?ControlNet", {"conditioning_frames": _clip}),
@@ -630,7 +662,7 @@ def _t5(cls: Any, more: Mapping[str, Any]) -> nn.Module:
 
 
 def _vision(cls: Any, more: Mapping[str, Any]) -> nn.Module:
-    fields = {**_TRANSFORMER_XL, "image_size": PIXELS, "patch_size": 8, "projection_dim": TEXT, **more}
+    fields = {**_TRANSFORMER_XL, **_EYE, **more}
     return _eval(cls(cls.config_class(**fields)))
 
 
@@ -652,6 +684,7 @@ class Processor:
     image_processor = None
 
 
+_EYE = {"image_size": PIXELS, "patch_size": 8, "projection_dim": TEXT}
 _BASES = {"Gemma2PreTrainedModel": "Gemma2Model", "GemmaPreTrainedModel": "GemmaModel"}
 
 
@@ -699,6 +732,10 @@ def component(cls: Any, pipeline: str, name: str, folder: Path) -> Any:
         "SmolLM3ForCausalLM",
     ):
         return _text_model(getattr(transformers, _BASES.get(title, title)), more)
+    if title == "MultilingualCLIP":
+        return _text_model(cls, {"transformerDimSize": TEXT, "imageDimSize": TEXT})
+    if title == "PaintByExampleImageEncoder":
+        return _eval(cls(transformers.CLIPVisionConfig(**{**_TRANSFORMER_XL, **_EYE}), proj_size=TEXT))
     if issubclass(cls, diffusers.ModelMixin):
         return _random(cls(**{**COMPONENTS[title], **more}))
     if title in COMPONENTS:
@@ -729,11 +766,14 @@ def make(pipeline: type, folder: Path) -> Any:
         given[name] = _first(allowed, pipeline.__name__, name, folder)
     made = pipeline(**given)
     made.set_progress_bar_config(disable=True)
-    for name, value in _named(OWN, pipeline.__name__).items():
-        setattr(made if hasattr(made, name) else sys.modules[pipeline.__module__], name, value)
     for module in made.components.values():
         if isinstance(module, nn.Module):
             module.eval()  # a UNet that the pipeline itself makes of two is in train mode
+    for name, value in _named(OWN, pipeline.__name__).items():
+        setattr(made if hasattr(made, name) else sys.modules[pipeline.__module__], name, value)
+    for pattern, prepare in READY:
+        if re.search(pattern, pipeline.__name__):
+            prepare(made)
     return made
 
 
