@@ -506,6 +506,32 @@ class WeightedNetwork(ClipNetwork):
         return self.out(sample * scale + emb[:, None])
 
 
+class Placed(Weighted):
+    """Its network takes the positions in each of two dimensions, of which there is one."""
+
+    @torch.no_grad()
+    def __call__(self, generator=None, num_inference_steps=2):
+        x = torch.randn(1, 6, 4, generator=generator)
+        self.scheduler.set_timesteps(num_inference_steps)
+        for t in self.scheduler.timesteps:
+            x = x - 0.1 * self.unet(x, t, [torch.tensor([2]), torch.tensor([3])])
+        return {"frames": x.numpy()}
+
+
+class PlacedNetwork(ClipNetwork):
+    def forward(self, sample, timestep, positions):
+        grid = positions[0].view(1, 1) * positions[1].view(1, 1) / 10
+        emb = self.time((timestep / 1000).float().reshape(-1, 1)).expand(sample.shape[0], -1)
+        return self.out(sample * grid + emb[:, None])
+
+
+def test_a_list_of_tensors_of_one_entry_is_that_of_all_rows():
+    pipe = Placed(PlacedNetwork().eval(), diffusers.DDPMScheduler())
+    data = CalibrationSet.record(pipe, num_samples=3, num_inference_steps=2)
+    assert data.constants == {"positions_0": torch.tensor([2]), "positions_1": torch.tensor([3])}
+    assert set(data.tensors) == {"sample", "timestep"}
+
+
 def test_a_tensor_of_one_entry_of_which_a_network_takes_no_second_one_is_that_of_all_rows():
     pipe = Weighted(WeightedNetwork().eval(), diffusers.DDPMScheduler())
     data = CalibrationSet.record(pipe, num_samples=3, num_inference_steps=2)
