@@ -469,7 +469,7 @@ READY: tuple[tuple[str, Callable[[Any], Any]], ...] = (
 OWN: tuple[tuple[str, dict[str, Any]], ...] = (
     (r"^QwenImageEdit(Inpaint)?Pipeline", {"calculate_dimensions": lambda _area, _ratio: (PIXELS, PIXELS, None)}),
     (r"QwenImage(EditPlus|Layered)|LongCatImageEdit", {"calculate_dimensions": lambda _area, _ratio: (PIXELS, PIXELS)}),
-    (r"Kandinsky5I2I", {"resolutions": [(32, 32)]}),
+    (r"Kandinsky5I2I", {"resolutions": [(PIXELS, PIXELS)]}),
     (r"LongCatImage", {"_encode_prompt": lambda *_: text()}),
     (r"KolorsImg2Img", {"encode_prompt": lambda **_: (text(), text(), text(1, TEXT), text(1, TEXT))}),  # its own loses embeddings
 )  # fmt: skip
@@ -563,7 +563,7 @@ CALLS: tuple[tuple[str, dict[str, Any]], ...] = (
     (r"Helios", {"video": None}),
     (r"HeliosPyramid", {"height": 64, "width": 64, "pyramid_num_inference_steps_list": [1, 1, 2]}),  # its first stage has a quarter of the height
     (r"Cosmos(2?VideoToWorld|2_5_Predict)", {"num_frames": 9}),  # the five of its video are not denoised
-    (r"BriaFibo|Kandinsky5I2I", {"height": 32, "width": 32}),
+    (r"BriaFibo", {"height": 32, "width": 32}),
     (r"BriaFiboEdit", {"prompt": '{"edit_instruction": "a red cat"}'}),
     (r"EasyAnimateInpaint", {"video": lambda: text(1, 3, 5, PIXELS, PIXELS)}),
     (r"OmniGen", {"height": 32, "width": 32}),
