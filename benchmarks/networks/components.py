@@ -430,6 +430,11 @@ OF_PIPELINE: tuple[tuple[str, dict[str, Any]], ...] = (
     (r"HunyuanSkyreels", {"HunyuanVideoTransformer3DModel": {"in_channels": 8}}),
     (r"LongCatImage", {"AutoencoderKL": {"latent_channels": 16}, "LongCatImageTransformer2DModel": {"in_channels": 64}}),
     (r"LongCatImageEdit", {"text_processor": lambda: Processor()}),
+    (r"GlmImage", {
+        "processor": lambda: Processor(), "vision_language_encoder": lambda: Passing(), "AutoencoderKL": {"latents_mean": [0.0] * 4, "latents_std": [1.0] * 4},
+        "transformer": lambda: _random(diffusers.GlmImageTransformer2DModel(
+            in_channels=4, out_channels=4, num_layers=2, attention_head_dim=8, num_attention_heads=2, text_embed_dim=TEXT,
+            time_embed_dim=8, condition_dim=4, prior_vq_quantizer_codebook_size=32))}),
     (r"BriaFibo", {"SmolLM3ForCausalLM": {"hidden_size": TEXT // 2, "vocab_size": 128256}}),
     (r"ChromaInpaint", {"transformer": lambda: _with_config("ChromaTransformer2DModel", guidance_embeds=False)}),
     (r"Cosmos2_5_Predict", {"CosmosTransformer3DModel": {"in_channels": 17}}),
@@ -546,6 +551,7 @@ CALLS: tuple[tuple[str, dict[str, Any]], ...] = (
         "negative_pooled_prompt_embeds": lambda: text(1, TEXT), "negative_prompt_attention_mask": lambda: torch.ones(1, LENGTH, dtype=torch.long)}),
     (r"Cosmos2_5|Krea2|Ovis", {"prompt": None, **_PAIR}),
     (r"LongCatImage", {"enable_prompt_rewrite": False}),
+    (r"GlmImage", {"prompt": None, **_PAIR, "prior_token_ids": lambda: torch.arange(16)[None]}),
     (r"EasyAnimate", {
         "prompt": None, **_PAIR, "prompt_attention_mask": lambda: torch.ones(1, LENGTH, dtype=torch.long),
         "negative_prompt_attention_mask": lambda: torch.ones(1, LENGTH, dtype=torch.long)}),
