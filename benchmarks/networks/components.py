@@ -742,6 +742,8 @@ def component(cls: Any, pipeline: str, name: str, folder: Path) -> Any:
         return _text_model(getattr(transformers, _BASES.get(title, title)), more)
     if title == "MultilingualCLIP":
         return _text_model(cls, {"transformerDimSize": TEXT, "imageDimSize": TEXT})
+    if title == "RobertaSeriesModelWithTransformation":
+        return _text_model(cls, {"project_dim": TEXT, "pad_token_id": 1})
     if title == "PaintByExampleImageEncoder":
         return _eval(cls(transformers.CLIPVisionConfig(**{**_TRANSFORMER_XL, **_EYE}), proj_size=TEXT))
     if issubclass(cls, diffusers.ModelMixin):
