@@ -82,14 +82,15 @@ def attempt(cls: type, row: dict[str, Any]) -> None:
         row["quantizes"] = max(row["errors"].values()) < 0.1
         if not row["quantizes"]:
             raise ValueError(f"relative error {max(row['errors'].values()):.3f} at W8A8")
+        networks = {name: getattr(pipe, name) for name in quantized}
         for name, q in quantized.items():
-            setattr(pipe, name, q)
+            _put(pipe, networks[name], q)
         drawn = _drawn(pipe, given)
         row["drawn"] = _relative(drawn, reference)
         row["drops in"] = True
         for name, q in quantized.items():
             q.save_pretrained(Path(temporary) / name)
-            setattr(pipe, name, tfmq_fx.load(Path(temporary) / name))
+            _put(pipe, q, tfmq_fx.load(Path(temporary) / name))
         row["saves"] = _relative(_drawn(pipe, given), drawn) == 0
         if not row["saves"]:
             raise ValueError("the loaded networks draw another sample")
@@ -102,6 +103,15 @@ def _denoises(module: nn.Module) -> bool:
     return any(takes_timestep(module, t) for t in TIMESTEPS) and not isinstance(
         module, diffusers.AutoencoderKLLTXVideo
     )
+
+
+def _put(pipe: Any, old: nn.Module, new: nn.Module) -> None:
+    """Put a network in the place of another one, also in the pipelines that a combined one has."""
+    for inner in [x for x in vars(pipe).values() if isinstance(x, diffusers.DiffusionPipeline)]:
+        _put(inner, old, new)
+    for name, module in pipe.components.items():
+        if module is old:
+            setattr(pipe, name, new)
 
 
 def _drawn(pipe: Any, given: dict[str, Any]) -> list[torch.Tensor]:

@@ -162,6 +162,30 @@ def test_a_network_that_counts_and_mixes_its_rows_is_refused(rows):
         tfmq_fx.capture(Mixes().eval(), example)
 
 
+class InPieces(nn.Module):
+    """Computes the frames of all rows in pieces of four, to save memory. Each row has three."""
+
+    def forward(self, sample, timestep):
+        pieces = [torch.tanh(x) for x in sample.flatten(0, 1).split(4)]
+        return torch.cat(pieces).unflatten(0, (sample.shape[0], -1)) * timestep[:, None, None]
+
+
+def test_rows_that_are_computed_in_pieces_are_captured_for_any_number_of_pieces():
+    gm = tfmq_fx.capture(InPieces().eval(), {"sample": torch.randn(2, 3, 5), "timestep": T})
+    for rows in (1, 2, 7):
+        x, t = torch.randn(rows, 3, 5), torch.arange(1.0, rows + 1)
+        assert torch.equal(gm(x, t), InPieces()(x, t))
+
+
+def test_rows_that_are_mixed_in_pieces_are_refused():
+    class Mixes(InPieces):
+        def forward(self, sample, timestep):
+            return super().forward(sample - sample.mean(0), timestep)
+
+    with pytest.raises(TFMQError, match="fixed the number of pieces of 'split': Mixes splits its rows"):
+        tfmq_fx.capture(Mixes().eval(), {"sample": torch.randn(2, 3, 5), "timestep": T})
+
+
 def test_a_network_that_computes_with_its_batch_as_a_number_is_refused():
     divides = Counts().eval()
     divides.mean = True

@@ -529,6 +529,33 @@ def _require_dynamic_batch(gm: GraphModule, network: nn.Module, example: Mapping
                 f"int({name}.shape[0]) does, or hard-codes it; use {name}.shape[0]. (If its first dimension is not a batch, give an "
                 "example with another batch size.)"
             )
+    of_batch = next((values[n].shape[0] for n, size in sizes.items() if size == batch), None)
+    if isinstance(of_batch, torch.SymInt) and (node := _split_by_batch(gm, of_batch)) is not None:
+        raise _FixedBatchError(
+            f"torch.export fixed the number of pieces of {node.name!r}: {type(network).__name__} splits "
+            "its rows into pieces of a size, more for a larger batch; compute them at once."
+        )
+
+
+def _split_by_batch(gm: GraphModule, batch: torch.SymInt) -> Node | None:
+    """Return a split into more pieces for a larger batch, of which the graph has as many as for the example's; None if there is none."""
+    symbols = batch.node.expr.free_symbols
+
+    def size(value: Any, times: int) -> int:
+        value = meta_value(value) if isinstance(value, Node) else value
+        if not isinstance(value, torch.SymInt):
+            return int(value)
+        hint: Any = value.node.hint
+        return int(hint) * (times if value.node.expr.free_symbols & symbols else 1)
+
+    def splits(node: Node) -> bool:
+        given: tuple[Any, ...] = node.args
+        x, each, *rest = given
+        whole = meta_value(x).shape[rest[0] if rest else 0]
+        return len({-(-size(whole, times) // size(each, times)) for times in (1, 2, 16)}) > 1
+
+    found = gm.graph.find_nodes(op="call_function", target=torch.ops.aten.split.Tensor)
+    return next(filter(splits, found), None)
 
 
 def _refuse_inference_parameters(network: nn.Module) -> None:

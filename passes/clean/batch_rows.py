@@ -20,11 +20,23 @@ from tfmq_fx.graph.nodes import aten, fake_mode_of, fixed_size, meta_value, op_n
 from tfmq_fx.passes.pass_manager import declare
 
 # What aten's schemas call the dimensions that an operator works on, and the sizes that it gives a tensor.
-_DIMS = ("dim", "dims", "dim0", "dim1", "start_dim", "end_dim", "source", "destination", "axis0", "axis1")
+_DIMS = (
+    "dim",
+    "dims",
+    "dim0",
+    "dim1",
+    "dim2",
+    "start_dim",
+    "end_dim",
+    "source",
+    "destination",
+    "axis0",
+    "axis1",
+)
 _SIZES = {"view": "size", "_unsafe_view": "size", "reshape": "shape", "expand": "size", "repeat": "repeats"}
 _NEW = ("new_zeros", "new_ones", "new_full", "new_empty")
 _JOINS = ("cat", "stack", "slice_scatter", "select_scatter")  # of tensors that must all have rows
-_ADDS_A_DIM = ("unsqueeze", "stack")  # their `dim` counts that of the result
+_ADDS_A_DIM = ("unsqueeze", "stack", "diag_embed")  # their dimensions count those of the result
 _OF_ALL = {
     aten.sum.default: aten.sum.dim_IntList,
     aten.mean.default: aten.mean.dim,
@@ -39,6 +51,8 @@ _OWN_BATCH = (
     "max_pool",
     "adaptive_",
     "_adaptive_",
+    "reflection_pad",
+    "replication_pad",
 )
 
 
@@ -135,7 +149,8 @@ class _Rows:
         other = self._transposed if name in ("t", "numpy_T", "mT") else self._with_rows
         other = self._index if name == "index" else other
         other = self._over_all if node.target in _OF_ALL else other
-        way = self._own_batch if name.startswith(_OWN_BATCH) else other
+        edges = name == "pad" and _bound(node)["mode"] != "constant"  # by values, which needs a batch
+        way = self._own_batch if edges or name.startswith(_OWN_BATCH) else other
         if self._tried(self._as_is, node) is not None and (why := self._tried(way, node)) is not None:
             raise TFMQError(
                 f"node {node.name}: {node.target} cannot be computed for all samples of a list at once ({why}); give the "

@@ -63,6 +63,12 @@ def test_a_none_is_kept_where_the_network_has_another_default():
     assert found["options_mask"] == (("options", "mask"), None)
 
 
+def test_an_empty_argument_is_kept_where_the_network_needs_one():
+    call = {"x": torch.zeros(2), "t": {}, "residuals": [], "options": {"scales": []}, "y": ([],)}
+    assert list(call_leaves(call, defaults_of(Popping()))) == ["x", "t", "y"]
+    assert call_leaves(call, defaults_of(Popping()))["y"] == (("y",), ([],))
+
+
 def constants_of(*calls, others=None):
     """Return the constants of calls whose `x` has rows, and the calls' kinds."""
     constants, kinds = Constants(defaults_of(Popping()), others), []

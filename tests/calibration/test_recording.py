@@ -454,6 +454,39 @@ def test_tuples_stay_tuples(tmp_path):
         assert data.arguments(slice(0, 1))["sizes"] == [(2, 3)]
 
 
+class Illustrated(Sized):
+    """Its network needs a list of pictures and where they are, also if there are none."""
+
+    @torch.no_grad()
+    def __call__(self, batch_size=1, generator=None, num_inference_steps=2):
+        x = torch.randn(batch_size, 6, 4, generator=generator)
+        self.scheduler.set_timesteps(num_inference_steps)
+        for t in self.scheduler.timesteps:
+            x = x - 0.1 * self.unet(x, t, [], {})
+        return {"frames": x.numpy()}
+
+
+class IllustratedNetwork(ClipNetwork):
+    def forward(self, sample, timestep, pictures, places):
+        pictures = [x.tanh() for x in pictures]
+        emb = self.time((timestep / 1000).float().reshape(-1, 1)).expand(sample.shape[0], -1)
+        return self.out(sample + sum(pictures[i].mean() for i in places) + emb[:, None])
+
+
+def test_a_network_gets_the_empty_lists_that_it_needs(tmp_path):
+    pipe = Illustrated(IllustratedNetwork().eval(), diffusers.DDPMScheduler())
+    for _ in range(2):  # the second one is read from the cache
+        data = CalibrationSet.record(pipe, num_samples=2, num_inference_steps=2, cache=tmp_path)
+        assert data.constants == {"pictures": [], "places": {}}
+    q = tfmq_fx.quantize(pipe, NEAREST, calibration=data)
+    x, t = torch.randn(2, 6, 4), torch.tensor(500)
+    assert (q(x, t, [], {}) - pipe.unet(x, t, [], {})).abs().max() < 0.1
+    q.save_pretrained(tmp_path / "saved")
+    assert torch.equal(tfmq_fx.load(tmp_path / "saved")(x, t, [], {}), q(x, t, [], {}))
+    with pytest.raises(TFMQError, match="pictures"):
+        q(x, t, [torch.randn(3)], {0: 1})
+
+
 class Weighted(Sized):
     """Draws one sample at a time, and its network takes a tensor of one number for each of its layers, of which there is one."""
 
@@ -471,6 +504,32 @@ class WeightedNetwork(ClipNetwork):
         (scale,) = scales.unbind()
         emb = self.time((timestep / 1000).float().reshape(-1, 1)).expand(sample.shape[0], -1)
         return self.out(sample * scale + emb[:, None])
+
+
+class Placed(Weighted):
+    """Its network takes the positions in each of two dimensions, of which there is one."""
+
+    @torch.no_grad()
+    def __call__(self, generator=None, num_inference_steps=2):
+        x = torch.randn(1, 6, 4, generator=generator)
+        self.scheduler.set_timesteps(num_inference_steps)
+        for t in self.scheduler.timesteps:
+            x = x - 0.1 * self.unet(x, t, [torch.tensor([2]), torch.tensor([3])])
+        return {"frames": x.numpy()}
+
+
+class PlacedNetwork(ClipNetwork):
+    def forward(self, sample, timestep, positions):
+        grid = positions[0].view(1, 1) * positions[1].view(1, 1) / 10
+        emb = self.time((timestep / 1000).float().reshape(-1, 1)).expand(sample.shape[0], -1)
+        return self.out(sample * grid + emb[:, None])
+
+
+def test_a_list_of_tensors_of_one_entry_is_that_of_all_rows():
+    pipe = Placed(PlacedNetwork().eval(), diffusers.DDPMScheduler())
+    data = CalibrationSet.record(pipe, num_samples=3, num_inference_steps=2)
+    assert data.constants == {"positions_0": torch.tensor([2]), "positions_1": torch.tensor([3])}
+    assert set(data.tensors) == {"sample", "timestep"}
 
 
 def test_a_tensor_of_one_entry_of_which_a_network_takes_no_second_one_is_that_of_all_rows():

@@ -177,11 +177,13 @@ def defaults_of(network: nn.Module) -> dict[str, Any]:
 def call_leaves(call: Call, defaults: Mapping[str, Any]) -> Leaves:
     """Return the leaves of a call by flat name.
 
-    A None is a leaf unless it is the argument's default: without it, the network would compute something else.
+    A None is a leaf unless it is the argument's default: without it, the network would compute something else. So is an
+    empty list or dict without a default (no pictures beside a prompt): without it, the network could not be called.
     """
     nones = [path for path, value in walk(call) if value is None]
     kept = [p for p in nones if len(p) > 1 or defaults.get(str(p[0]), ROWS) is not None]
-    return leaves(call) | {flat_name(path): (path, None) for path in kept}
+    empty = {n: ((n,), x) for n, x in call.items() if n not in defaults and not any(True for _ in walk(x))}
+    return leaves(call) | {flat_name(path): (path, None) for path in kept} | empty
 
 
 class Constants:

@@ -393,7 +393,16 @@ class Session:
         fixed = [n for n in names if all(same(call.get(n), calls[0][n]) for call in calls)]
         if not fixed or self._repeated(first, shapes, 2) is not None:
             return set()
-        return {n for n in fixed if self._repeated(first, shapes, 2, single=(n,)) is not None}
+        arguments = dict.fromkeys(first[n][0][0] for n in fixed)
+        lists = [[n for n in fixed if first[n][0][0] == argument] for argument in arguments]
+        for groups in (
+            [[n] for n in fixed],
+            lists,
+        ):  # a list of such tensors is that as a whole: positions by dimension
+            found = [g for g in groups if self._repeated(first, shapes, 2, single=g) is not None]
+            if found:
+                return {n for group in found for n in group}
+        return set()
 
     def _repeated(
         self,

@@ -64,6 +64,18 @@ def views(_m, x):
     ).amax()[None]
 
 
+def padded(
+    _m, x
+):  # by numbers, and by the values at the edges with a batch of the sample's own, and without one
+    own = F.pad(x.unflatten(-1, (2, 3)).movedim(1, 0), (2, 0), mode="replicate").mean(0)
+    return F.pad(x, (1, 0, 2, 0)) * F.pad(x[:4], (0, 1), mode="reflect").mean() + F.pad(own, (0, 2, 2, 0))
+
+
+def diagonals(m, x):  # with a batch of the sample's own, and without one
+    matrices = torch.diag_embed(m.linear(x)) + torch.diag_embed(x[:, 0])[:, :4, None]
+    return matrices + torch.diagonal(matrices, dim1=-1, dim2=1)[:, None]
+
+
 def vectors(m, t, x):
     e = m.linear(torch.cat([t[None] * torch.arange(1, 4), t[None].cos().expand(3)])[None])
     scale, shift = e.chunk(2, dim=1)
@@ -84,6 +96,8 @@ CASES = {
     "frames": (frames, [(3, 6, 8)]),
     "tokens": (tokens, [(5, 6)]),
     "vectors": (vectors, [(), (5, 6)]),
+    "diagonals": (diagonals, [(5, 6)]),
+    "padded": (padded, [(5, 6)]),
 }
 
 
