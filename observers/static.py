@@ -67,7 +67,7 @@ class StaticFakeQuantize(KeptDtype, FakeQuantize):  # type: ignore[misc]
     def merge(self, other: StaticFakeQuantize) -> None:
         """Add what another instance observed of the same tensor."""
         mine, theirs = self.activation_post_process, other.activation_post_process
-        if torch.isinf(theirs.min_val).any():
+        if not other.observed:
             return
         low, high = torch.minimum(mine.min_val, theirs.min_val), torch.maximum(mine.max_val, theirs.max_val)
         if hasattr(mine, "histogram"):
@@ -80,10 +80,14 @@ class StaticFakeQuantize(KeptDtype, FakeQuantize):  # type: ignore[misc]
             mine.histogram = total
         mine.min_val, mine.max_val = low, high
 
+    @property
+    def observed(self) -> bool:
+        """Return True if a value was observed."""
+        return not bool(torch.isinf(self.activation_post_process.min_val).any())
+
     def freeze(self) -> None:
         """Stop observing and start quantizing. Raises TFMQError when nothing was observed."""
-        observer = self.activation_post_process
-        if torch.isinf(observer.min_val).any():
+        if not self.observed:
             raise TFMQError(
                 "calibration: an activation was never observed; run the calibration data through the prepared graph."
             )

@@ -1,5 +1,7 @@
 """What calibrating refuses."""
 
+import dataclasses
+
 import pytest
 import torch
 
@@ -31,6 +33,33 @@ def test_a_missing_input_is_named():
     data = CalibrationSet.from_tensors({"smple": torch.zeros(10, 1, 8, 8), "timestep": TIMESTEPS})
     with pytest.raises(TFMQError, match="the graph's input 'sample' is missing"):
         tfmq_fx.calibrate(gm, data)
+
+
+class Absent(TinyUNet):
+    """A layer of what comes before the last eight rows: of nothing."""
+
+    def __init__(self):
+        super().__init__()
+        self.of_none = torch.nn.Linear(8, 8)
+
+    def forward(self, sample, timestep):
+        rest = self.of_none(sample[:, :, : sample.shape[2] - 8])
+        return super().forward(torch.cat([rest, sample[:, :, -8:]], 2), timestep)
+
+
+@pytest.mark.parametrize("open_", [True, False])
+def test_a_layer_of_nothing_is_named_and_can_stay_in_float(open_):
+    more = {"smooth": "auto", "keyed": "auto"} if open_ else {}
+    one = dataclasses.replace(recipe("w8a8"), **more)
+    with pytest.raises(TFMQError, match=r"the input of of_none\.weight is empty in all calibration data"):
+        tfmq_fx.quantize(make(Absent), one, calibration=calibration())
+    rule = tfmq_fx.Rule(pattern="of_none.weight", activation_bits=16)
+    q = tfmq_fx.quantize(make(Absent), dataclasses.replace(one, rules=(rule,)), calibration=calibration())
+    x, t = calibration().tensors["sample"], calibration().tensors["timestep"]
+    with torch.no_grad():
+        assert (q(x, t) - make(Absent)(x, t)).norm() / make(Absent)(
+            x, t
+        ).norm() < 0.07  # tests/whole/test_moving_sizes.py
 
 
 class Joined(TinyUNet):

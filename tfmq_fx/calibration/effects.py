@@ -145,6 +145,8 @@ def input_ranges(
         def run_node(self, n: Node) -> Any:
             if n.name in axes:
                 x_NCK = by_channel(self.env[n.args[0]], axes[n.name])  # type: ignore[index]
+                if not x_NCK.numel():  # no tokens of a kind, for instance; `calibrate` refuses to quantize it
+                    x_NCK = x_NCK.new_zeros(len(x_NCK), x_NCK.shape[1], 1)
                 self.found[n.name] = (x_NCK.amin(2).float(), x_NCK.amax(2).float())
             return super().run_node(n)
 

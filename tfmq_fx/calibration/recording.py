@@ -394,11 +394,9 @@ class Session:
         if not fixed or self._repeated(first, shapes, 2) is not None:
             return set()
         arguments = dict.fromkeys(first[n][0][0] for n in fixed)
+        alone = [[n] for n in fixed]
         lists = [[n for n in fixed if first[n][0][0] == argument] for argument in arguments]
-        for groups in (
-            [[n] for n in fixed],
-            lists,
-        ):  # a list of such tensors is that as a whole: positions by dimension
+        for groups in (alone, lists):  # of a list's tensors, positions by dimension, all or none
             found = [g for g in groups if self._repeated(first, shapes, 2, single=g) is not None]
             if found:
                 return {n for group in found for n in group}

@@ -75,11 +75,28 @@ def calibrate(gm: GraphModule, calibration: CalibrationSet, *, batch_size: int =
             size = rows_at_once(gm, batch_size, calibration.constants.keys())
             batches = calibration.groups(size, one_timestep=is_scalar(gm))
             _observe(gm, calibration, batches, shards, threads)
+        _require_observed(gm, found)
         for _, observer in found:
             observer.freeze()
     state = state.with_notes(*_notes(gm, calibration))
     set_state(gm, dataclasses.replace(state, stage="calibrated"))
     return gm
+
+
+def _require_observed(gm: GraphModule, found: Sequence[tuple[Node, nn.Module]]) -> None:
+    """Raise TFMQError, naming the layer, for an input that no call gave a value: there were no tokens of its kind."""
+    paths = {layer.node: layer.path for layer in state_of(gm).plan.layers}
+    for node, observer in found:
+        if (
+            isinstance(observer, StaticFakeQuantize)
+            and observer.observer_enabled[0]
+            and not observer.observed
+        ):
+            path = next((paths[u.name] for u in node.users if u.name in paths), node.name)
+            raise TFMQError(
+                f"calibration: the input of {path} is empty in all calibration data; give data in which it has values, or leave it in "
+                f"float: rules=(Rule(pattern={path!r}, activation_bits=16),)."
+            )
 
 
 def _notes(gm: GraphModule, calibration: CalibrationSet) -> Iterator[Note]:
