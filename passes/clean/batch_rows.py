@@ -287,7 +287,14 @@ class _Rows:
     def _made(self, node: Node, args: tuple[Any, ...], *, flat: bool, target: Any = None) -> None:
         """Put a call as the value of a node. Raises _NoWayError if it has not a row for each, of the node's shape."""
         target = target or node.target
-        value = self._value(target, args)
+        try:
+            value = self._value(target, args)
+        except (RuntimeError, ValueError):
+            if target is not aten.view.default:
+                raise
+            # All rows may lie otherwise in memory than the first did alone: attention has several kernels.
+            target = aten.reshape.default
+            value = self._value(target, args)
         for made, row in zip(_tensors(value), _tensors(meta_value(node)), strict=True):
             expected = [_hint(self.count.meta["val"]), *map(_hint, row.shape[1:] if flat else row.shape)]
             if [*map(_hint, made.shape)] != expected:
