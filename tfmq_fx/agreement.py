@@ -46,6 +46,7 @@ def rows_of(example: Mapping[str, Any], timestep: str) -> int:
     return next((x.shape[0] for n, x in found.items() if n != timestep and x.dim()), 0)
 
 
+@torch.no_grad()
 def agree(
     gm: GraphModule,
     inputs: Mapping[str, Any],
