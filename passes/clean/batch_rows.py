@@ -133,7 +133,7 @@ class _Rows:
     def _compute(self, node: Node) -> None:
         name = op_name(node)
         other = self._transposed if name in ("t", "numpy_T", "mT") else self._with_rows
-        other = self._index if name == "index" else other
+        other = {"index": self._index, "index_put": self._index_put}.get(name, other)
         other = self._over_all if node.target in _OF_ALL else other
         way = self._own_batch if name.startswith(_OWN_BATCH) else other
         if self._tried(self._as_is, node) is not None and (why := self._tried(way, node)) is not None:
@@ -198,7 +198,7 @@ class _Rows:
             if name == "permute"
             else any(0 in _dims(node, given, n) for n in _DIMS)
         )
-        if moved:
+        if moved or (name == "index_put" and given["indices"][0] is not None):
             raise _NoWayError("it works on the batch")
         sizes = _SIZES.get(name)
         if sizes is not None and name != "repeat" and given[sizes][0] != -1:
@@ -261,6 +261,20 @@ class _Rows:
             number = self._call(aten.arange.default, (self.count,), {"device": meta_value(x).device})
             own = [self._call(aten.view.default, (number, [-1, *[1] * rank])), *own]
         self._made(node, (self.full(x) if x in self else x, own), flat=False)
+
+    def _index_put(self, node: Node) -> None:
+        """Write to the same places of each row."""
+        given = _bound(node)
+        x, indices, values = given["self"], given["indices"], given["values"]
+        if any(i is None or i in self for i in indices):
+            raise _NoWayError("it writes to other places in each row")
+        of_index = [meta_value(i) for i in indices]
+        masked = [i.dim() if i.dtype == torch.bool else 0 for i in of_index]
+        rank = meta_value(x).dim() - sum(m or 1 for m in masked)
+        rank += max(1 if m else i.dim() for m, i in zip(masked, of_index, strict=True))
+        written = self._aligned(values, rank) if values in self else values
+        rows = self._mapped({"self": x}, self.full, repeats=True)
+        self._made(node, (*rows, [None, *indices], written, given["accumulate"]), flat=False)
 
     def _aligned(self, node: Node, rank: int) -> Node:
         """Return a full value (N, 1, .., ...) whose rows have `rank` dimensions, as broadcasting would add them."""

@@ -54,6 +54,13 @@ def tokens(m, x):
     return F.layer_norm(made + h.mean(0), (4,)).squeeze(0).t()
 
 
+def places(m, x):  # of a row, and by two numbers
+    h = m.linear(x)
+    h = torch.index_put(h, [torch.arange(5) > 2], m.linear.bias)
+    h = torch.index_put(h[None], [torch.tensor([0]), torch.tensor([1])], h.sum(1)[:4])[0]
+    return h + torch.index_put(torch.zeros(5, 4), [torch.tensor([3, 0])], h[:2])
+
+
 def queries(m, x):  # the same for all rows, so attention has another kernel for several than for one
     h = m.linear(x).unflatten(-1, (2, -1)).transpose(0, 1)[None]
     q = torch.arange(12.0).view(1, 3, 2, 2).transpose(1, 2)
@@ -88,6 +95,7 @@ CASES = {
     "writes": (writes, [(6, 6)]),
     "convolutions": (convolutions, [(3, 6, 6)]),
     "frames": (frames, [(3, 6, 8)]),
+    "places": (places, [(5, 6)]),
     "queries": (queries, [(5, 6)]),
     "tokens": (tokens, [(5, 6)]),
     "vectors": (vectors, [(), (5, 6)]),
