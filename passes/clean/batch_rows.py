@@ -263,18 +263,40 @@ class _Rows:
         self._made(node, (self.full(x) if x in self else x, own), flat=False)
 
     def _index_put(self, node: Node) -> None:
-        """Write to the same places of each row."""
+        """Write to the same places of each row, or one value to where each row's mask is true."""
         given = _bound(node)
         x, indices, values = given["self"], given["indices"], given["values"]
-        if any(i is None or i in self for i in indices):
+        if len(indices) == 1 and indices[0] in self and self._masked(node, x, indices[0], values):
+            return
+        at = [n for n, i in enumerate(indices) if i is not None]
+        if any(indices[n] in self for n in at):
             raise _NoWayError("it writes to other places in each row")
-        of_index = [meta_value(i) for i in indices]
+        if at != list(range(at[0], at[-1] + 1)):
+            raise _NoWayError("it writes to places of dimensions that are not side by side")
+        of_index = [meta_value(indices[n]) for n in at]
         masked = [i.dim() if i.dtype == torch.bool else 0 for i in of_index]
         rank = meta_value(x).dim() - sum(m or 1 for m in masked)
         rank += max(1 if m else i.dim() for m, i in zip(masked, of_index, strict=True))
         written = self._aligned(values, rank) if values in self else values
         rows = self._mapped({"self": x}, self.full, repeats=True)
         self._made(node, (*rows, [None, *indices], written, given["accumulate"]), flat=False)
+
+    def _masked(self, node: Node, x: Node, mask: Node, values: Node) -> bool:
+        """Put the value that is written where a mask is true by a choice between it and what was there; False if that is not all."""
+        rank, rest = meta_value(x).dim(), meta_value(x).dim() - meta_value(mask).dim()
+        if (
+            meta_value(mask).dtype != torch.bool
+            or meta_value(values).dim() > rest
+            or _bound(node)["accumulate"]
+        ):
+            return False
+        chosen = self.full(mask)
+        for _ in range(rest):
+            chosen = self._call(aten.unsqueeze.default, (chosen, -1))
+        written = self._aligned(values, rank) if values in self else values
+        old = self.full(x) if x in self else x
+        self._made(node, (chosen, written, old), flat=False, target=aten.where.self)
+        return True
 
     def _aligned(self, node: Node, rank: int) -> Node:
         """Return a full value (N, 1, .., ...) whose rows have `rank` dimensions, as broadcasting would add them."""

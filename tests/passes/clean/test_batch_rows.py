@@ -58,6 +58,8 @@ def places(m, x):  # of a row, and by two numbers
     h = m.linear(x)
     h = torch.index_put(h, [torch.arange(5) > 2], m.linear.bias)
     h = torch.index_put(h[None], [torch.tensor([0]), torch.tensor([1])], h.sum(1)[:4])[0]
+    h = aten.index_put(h, [None, torch.tensor([3, 1])], h[:, :2])
+    h = torch.index_put(h, [x[:, 0] > 0], m.linear.bias)  # other places in each row
     return h + torch.index_put(torch.zeros(5, 4), [torch.tensor([3, 0])], h[:2])
 
 
