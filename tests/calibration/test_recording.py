@@ -490,6 +490,30 @@ def test_dicts_by_numbers_stay_dicts(tmp_path):
         assert all((found[i] - x).abs().max() < 0.1 * x.abs().max() for i, x in expected.items())
 
 
+class OfSigmas(Sized):
+    """Takes noise levels, and no number of steps."""
+
+    @torch.no_grad()
+    def __call__(self, batch_size=1, generator=None, sigmas=(1.0, 0.6, 0.3)):
+        x = torch.randn(batch_size, 6, 4, generator=generator)
+        for sigma in sigmas:
+            x = x - 0.1 * self.unet(x, torch.tensor(1000 * sigma), [(2, 3)])
+        return {"frames": x.numpy()}
+
+
+def test_a_pipeline_that_takes_no_number_of_steps_is_recorded_with_those_it_has():
+    pipe = OfSigmas(SizedNetwork().eval(), diffusers.DDPMScheduler())
+    data = CalibrationSet.record(pipe, num_samples=2, num_inference_steps=None)
+    assert len(data) == 6
+    data = CalibrationSet.record(pipe, num_samples=2, num_inference_steps=None, sigmas=[0.9, 0.5])
+    assert data.timesteps.tolist() == [900, 500]
+    with pytest.raises(TFMQError, match="takes no 'num_inference_steps'; give num_inference_steps=None"):
+        CalibrationSet.record(pipe, num_samples=2, num_inference_steps=2)
+    pipe = Sized(SizedNetwork().eval(), diffusers.DDPMScheduler())
+    with pytest.raises(TFMQError, match="takes 'num_inference_steps'; the number of steps is missing"):
+        CalibrationSet.record(pipe, num_samples=2, num_inference_steps=None)
+
+
 class Weighted(Sized):
     """Draws one sample at a time, and its network takes a tensor of one number for each of its layers, of which there is one."""
 
