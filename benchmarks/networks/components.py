@@ -203,6 +203,9 @@ COMPONENTS: dict[str, dict[str, Any]] = {
         **_FLUX, "axes_dims_rope": (4, 4, 8), "text_encoder_dim": TEXT // 2, "pooled_projection_dim": None, "in_channels": 16,
     },
     "BriaTransformer2DModel": {**_FLUX, "pooled_projection_dim": None},
+    "ClapTextModelWithProjection": {
+        **_TRANSFORMER_XL, "projection_dim": TEXT, "vocab_size": 64, "max_position_embeddings": 64, "pad_token_id": 0,
+    },
     "CLIPImageProjection": {"hidden_size": TEXT},
     "ChromaTransformer2DModel": {
         **_FLUX, "approximator_num_channels": 16, "approximator_hidden_dim": 32, "approximator_layers": 1,
@@ -252,6 +255,7 @@ COMPONENTS: dict[str, dict[str, Any]] = {
     },
     "FluxControlNetModel": {**_FLUX, "pooled_projection_dim": TEXT},
     "FluxTransformer2DModel": {**_FLUX, "pooled_projection_dim": TEXT, "guidance_embeds": True},
+    "GPT2LMHeadModel": {"n_embd": TEXT, "n_layer": 1, "n_head": 2, "n_positions": 64, "vocab_size": 64},
     "HeliosTransformer3DModel": {**_WAN, "rope_dim": (4, 4, 4)},
     "HiDreamImageTransformer2DModel": {
         "patch_size": 2, "in_channels": 4, "out_channels": 4, "num_layers": 1, "num_single_layers": 1, "attention_head_dim": 16,
@@ -298,7 +302,7 @@ COMPONENTS: dict[str, dict[str, Any]] = {
     "Kandinsky6Transformer3DModel": {
         "in_visual_dim": 4, "out_visual_dim": 4, "in_text_dim": TEXT, "in_text_dim2": TEXT, "time_dim": 16, "model_dim": 32, "ff_dim": 32,
         "num_text_blocks": 1, "num_visual_blocks": 2, "axes_dims": (4, 4, 8), "in_audio_dim": 8, "out_audio_dim": 8, "model_dim_a": 16,
-        "time_dim_a": 16, "ff_dim_a": 16, "axes_dims_a": (2, 2, 4),
+        "time_dim_a": 16, "ff_dim_a": 16, "axes_dims_a": (2, 2, 4), "visual_token_type_num_embeddings": 2,
     },
     "Krea2Transformer2DModel": {
         "in_channels": 16, "num_layers": 2, "attention_head_dim": 16, "num_attention_heads": 2, "num_key_value_heads": 1, "intermediate_size": 32,
@@ -398,7 +402,7 @@ COMPONENTS: dict[str, dict[str, Any]] = {
         "joint_attention_dim": TEXT, "axes_dims_rope": (8, 4, 4),
     },
     "SanaWMTransformer3DModel": {
-        "in_channels": 4, "num_layers": 2, "hidden_size": 24, "num_attention_heads": 2, "softmax_every_n": 2, "linear_head_dim": 12,
+        "in_channels": 4, "num_layers": 2, "hidden_size": 32, "num_attention_heads": 2, "softmax_every_n": 2, "linear_head_dim": 16,
         "chunk_plucker_channels": 12, "chunk_plucker_post_attn_blocks": 2, "image_size": PIXELS, "caption_channels": TEXT, "mlp_ratio": 2.0,
     },
     "SD3ControlNetModel": {n: x for n, x in _SD3.items() if n != "num_layers"} | {"num_layers": 1},
@@ -579,6 +583,7 @@ OF_PIPELINE: tuple[tuple[str, dict[str, Any]], ...] = (
         "decoder_scheduler": partial(diffusers.UnCLIPScheduler, variance_type="learned_range")}),
     (r"^StableUnCLIP", {"UNet2DConditionModel": {"class_embed_type": "projection", "projection_class_embeddings_input_dim": 2 * TEXT}}),
     (r"VQDiffusion", {"scheduler": lambda: diffusers.VQDiffusionScheduler(num_vec_classes=17)}),
+    (r"AudioLDM|MusicLDM", {"AutoencoderKL": {"in_channels": 1, "out_channels": 1}}),
     (r"PaintByExample", {"UNet2DConditionModel": {"in_channels": 9}}),
 )  # fmt: skip
 
@@ -689,7 +694,7 @@ CALLS: tuple[tuple[str, dict[str, Any]], ...] = (
     (r"LTX2HDR", {"reference_conditions": lambda: LTX2HDRReferenceCondition(_clip(32))}),
     (r"LTX2DFR", {"sigmas": lambda: [1.0, 0.5]}),
     (r"LTX2DFRTemporal", {
-        "latents": lambda: text(1, 4, 3, 8, 8), "keyframes_latents": lambda: text(1, 4, 3, 3, 3), "keyframe_positions": (2, 4),
+        "latents": lambda: text(1, 4, 3, 8, 8), "keyframes_latents": lambda: text(1, 4, 1, 8, 8), "keyframe_positions": (4,),
         "audio_latents": lambda: text(1, 2, 6, 4), "num_frames": 5}),
     (r"Krea2", {
         "prompt": None, "prompt_embeds": lambda: text(1, LENGTH, 2, TEXT), "negative_prompt_embeds": lambda: text(1, LENGTH, 2, TEXT),
