@@ -73,8 +73,9 @@ def attempt(cls: type, row: dict[str, Any]) -> None:
         for name in names:
             network = getattr(pipe, name)
             timestep = next(t for t in TIMESTEPS if takes_timestep(network, t))
+            steps = STEPS if "num_inference_steps" in inspect.signature(pipe.__call__).parameters else None
             data = tfmq_fx.CalibrationSet.record(
-                pipe, num_samples=2, num_inference_steps=STEPS, component=name, timestep=timestep, **given
+                pipe, num_samples=2, num_inference_steps=steps, component=name, timestep=timestep, **given
             )
             row["records"] = row.get("records", True)
             quantized[name] = tfmq_fx.quantize(network, NEAREST, calibration=data, timestep=timestep)
@@ -136,12 +137,21 @@ def _error(q: nn.Module, network: nn.Module, data: tfmq_fx.CalibrationSet) -> fl
     """Return the largest relative error of an output, on the rows of each timestep together."""
     t, found = data.row_timesteps, [0.0]
     for value in t.unique():
-        rows, whole = data.rows(t == value), slice(0, len(data))
-        a = pytree.tree_leaves(_plain(q(**rows.arguments(whole))))
-        b = pytree.tree_leaves(_plain(data.row_wise(network)(**rows.arguments(whole, rows_first=True))))
+        rows = data.rows(t == value)
+        a = pytree.tree_leaves(_plain(q(**rows.arguments(slice(None)))))
+        b = pytree.tree_leaves(_plain(_called(data.row_wise(network), rows)))
         pairs = [(x.double(), y.double()) for x, y in zip(a, b, strict=True) if isinstance(x, torch.Tensor)]
         found += [float((x - y).norm() / y.norm().clamp(min=1e-12)) for x, y in pairs]
     return max(found)
+
+
+def _called(network: nn.Module, rows: tfmq_fx.CalibrationSet) -> Any:
+    """Return a network's output for rows of one timestep, which some networks take once for all of them."""
+    given = rows.arguments(slice(None), rows_first=True)
+    try:
+        return network(**given)
+    except RuntimeError:
+        return network(**{**given, rows.timestep: given[rows.timestep].reshape(-1)[0]})
 
 
 def _plain(output: Any) -> Any:

@@ -47,6 +47,7 @@ def rows_of(example: Mapping[str, Any], timestep: str) -> int:
 
 
 @keeps_buffers
+@torch.no_grad()
 def agree(
     gm: GraphModule,
     inputs: Mapping[str, Any],

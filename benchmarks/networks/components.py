@@ -22,6 +22,9 @@ import numpy as np
 import PIL.Image
 import torch
 import transformers
+from diffusers.pipelines.ltx2.pipeline_ltx2_condition import LTX2VideoCondition
+from diffusers.pipelines.ltx2.pipeline_ltx2_hdr_lora import LTX2HDRReferenceCondition
+from diffusers.pipelines.ltx2.pipeline_ltx2_ic_lora import LTX2ReferenceCondition
 from torch import nn
 
 from benchmarks.networks.pipelines import LENGTH, clip_encoder, clip_tokenizer, t5_tokenizer
@@ -74,6 +77,11 @@ _HUNYUAN = {
     "in_channels": 4, "out_channels": 4, "num_attention_heads": 2, "attention_head_dim": 8, "num_layers": 1,
     "num_single_layers": 1, "num_refiner_layers": 1, "text_embed_dim": TEXT, "pooled_projection_dim": TEXT, "rope_axes_dim": (2, 2, 4),
 }  # fmt: skip
+# Its pictures have 1024 x 1024 pixels or more, whatever is asked for.
+_JOY = {
+    "patch_size": [1, 16, 16], "hidden_size": 32, "num_attention_heads": 2, "text_dim": TEXT, "mlp_width_ratio": 2.0, "num_layers": 2,
+    "rope_dim_list": [4, 4, 8],
+}  # fmt: skip
 _CASCADE = {
     "block_out_channels": (8, 8), "num_attention_heads": (2, 2), "down_num_layers_per_block": (1, 1),
     "up_num_layers_per_block": (1, 1), "conditioning_dim": 16, "clip_text_pooled_in_channels": TEXT,
@@ -95,11 +103,22 @@ _LLM = {
 
 # Values of the config by class: diffusers' models, then transformers'.
 COMPONENTS: dict[str, dict[str, Any]] = {
+    "AceStepConditionEncoder": {
+        "hidden_size": 32, "intermediate_size": 32, "text_hidden_dim": TEXT, "timbre_hidden_dim": 4, "num_lyric_encoder_hidden_layers": 2,
+        "num_timbre_encoder_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 16, "sliding_window": 4,
+    },
+    "AceStepTransformer1DModel": {
+        "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 16,
+        "in_channels": 12, "audio_acoustic_hidden_dim": 4, "sliding_window": 4,
+    },
     "AllegroTransformer3DModel": {
         "num_attention_heads": 2, "attention_head_dim": 24, "num_layers": 1, "cross_attention_dim": 48, "sample_width": 8,
         "sample_height": 8, "sample_frames": 2, "caption_channels": TEXT,
     },
+    "AnyFlowFARTransformer3DModel": {**_WAN, "compressed_patch_size": (1, 4, 4), "full_chunk_limit": 2, "chunk_partition": (1, 1)},
+    "AnyFlowTransformer3DModel": {**_WAN},
     "AsymmetricAutoencoderKL": {},
+    "AudioLDM2ProjectionModel": {"text_encoder_dim": TEXT, "text_encoder_1_dim": TEXT, "langauge_model_dim": TEXT},
     "AudioLDM2UNet2DConditionModel": {**_SD, "cross_attention_dim": (TEXT, TEXT)},
     "AuraFlowTransformer2DModel": {
         "sample_size": 8, "num_mmdit_layers": 1, "num_single_dit_layers": 1, "attention_head_dim": 8, "num_attention_heads": 4,
@@ -128,11 +147,24 @@ COMPONENTS: dict[str, dict[str, Any]] = {
         "in_channels": 3, "out_channels": 3, "latent_channels": 4, "block_out_channels": (32, 64, 64), "layers_per_block": 1,
         "spatial_compression_ratio": 4, "sample_size": 16, "scaling_factor": 0.5,
     },
+    "AutoencoderKLHunyuanImageRefiner": {
+        "latent_channels": 4, "block_out_channels": (16, 16, 16, 16, 16), "layers_per_block": 1,
+    },
     "AutoencoderKLHunyuanVideo": {
         "latent_channels": 4, "block_out_channels": (32, 32, 32, 32), "layers_per_block": 1,
     },
     "AutoencoderKLHunyuanVideo15": {
         "latent_channels": 4, "block_out_channels": (16, 16, 16, 16, 16), "layers_per_block": 1,
+    },
+    "AutoencoderKLLTX2Audio": {
+        "base_channels": 8, "ch_mult": (1, 1, 2), "num_res_blocks": 1, "latent_channels": 2, "resolution": 32, "mel_bins": 16,
+    },
+    "AutoencoderKLLTX2Video": {
+        "latent_channels": 4, "block_out_channels": (8, 8), "down_block_types": ("LTX2VideoDownBlock3D",) * 2, "decoder_block_out_channels": (8, 16),
+        "layers_per_block": (1, 1, 1), "decoder_layers_per_block": (1, 1, 1), "spatio_temporal_scaling": (True, True),
+        "decoder_spatio_temporal_scaling": (True, True), "decoder_inject_noise": (False,) * 3, "downsample_type": ("spatial", "spatiotemporal"),
+        "upsample_type": ("spatiotemporal", "spatial"), "upsample_residual": (True, True), "upsample_factor": (2, 2), "patch_size": 1,
+        "spatial_compression_ratio": 4, "temporal_compression_ratio": 2,
     },
     "AutoencoderKLLTXVideo": {
         "latent_channels": 4, "block_out_channels": (8, 8, 8, 8), "decoder_block_out_channels": (8, 8, 8, 8),
@@ -150,16 +182,35 @@ COMPONENTS: dict[str, dict[str, Any]] = {
         "base_dim": 8, "z_dim": 4, "dim_mult": [1, 1], "num_res_blocks": 1, "temperal_downsample": [False],
         "latents_mean": [0.0] * 4, "latents_std": [1.0] * 4,
     },
+    "AutoencoderKLQwenImage21": {
+        "base_dim": 8, "decoder_base_dim": 8, "z_dim": 4, "dim_mult": [1, 1], "num_res_blocks": 1, "temperal_downsample": [False],
+        "latents_mean": [0.0] * 4, "latents_std": [1.0] * 4, "scale_factor_temporal": 1, "scale_factor_spatial": 2,
+    },
     "AutoencoderKLTemporalDecoder": {"block_out_channels": (32, 32), "down_block_types": ("DownEncoderBlock2D",) * 2},
     "AutoencoderKLWan": {"base_dim": 4, "dim_mult": [1, 1, 1, 1], "num_res_blocks": 1},
     "AutoencoderOobleck": {
         "encoder_hidden_size": 8, "downsampling_ratios": [2, 4], "channel_multiples": [1, 2], "decoder_channels": 8,
         "decoder_input_channels": 4, "sampling_rate": 32,
     },
+    "AutoencoderSAME": {
+        "patch_size": 8, "encoder_channels": 8, "encoder_c_mults": (2,), "encoder_strides": (2,), "encoder_transformer_depths": (1,),
+        "latent_dim": 8, "dim_heads": 8, "sampling_rate": 64,
+    },
+    "AutoencoderTiny": {
+        "encoder_block_out_channels": (8, 8), "decoder_block_out_channels": (8, 8), "num_encoder_blocks": (1, 1), "num_decoder_blocks": (1, 1),
+    },
+    "BriaFibo2Transformer2DModel": {
+        "in_channels": 4, "dim": 32, "n_layers": 3, "n_refiner_layers": 1, "n_heads": 2, "cap_feat_dim": TEXT, "injection_layer_ids": (1,),
+        "perceiver_num_layers": 1, "min_num_gist_tokens": 2, "max_num_gist_tokens": 8, "gist_step": 2, "gist_min_text_len": 2,
+        "gist_max_text_len": 16, "axes_dims": (4, 4, 8), "axes_lens": (64, 64, 64),
+    },
     "BriaFiboTransformer2DModel": {
         **_FLUX, "axes_dims_rope": (4, 4, 8), "text_encoder_dim": TEXT // 2, "pooled_projection_dim": None, "in_channels": 16,
     },
     "BriaTransformer2DModel": {**_FLUX, "pooled_projection_dim": None},
+    "ClapTextModelWithProjection": {
+        **_TRANSFORMER_XL, "projection_dim": TEXT, "vocab_size": 64, "max_position_embeddings": 64, "pad_token_id": 0,
+    },
     "CLIPImageProjection": {"hidden_size": TEXT},
     "ChromaTransformer2DModel": {
         **_FLUX, "approximator_num_channels": 16, "approximator_hidden_dim": 32, "approximator_layers": 1,
@@ -180,6 +231,10 @@ COMPONENTS: dict[str, dict[str, Any]] = {
         "block_out_channels": (4, 8), "base_block_out_channels": (8, 16), "down_block_types": _SD["down_block_types"], "cross_attention_dim": TEXT,
         "conditioning_embedding_out_channels": (8, 8), "num_attention_heads": 2, "max_norm_num_groups": 4,
     },
+    "CosmosControlNetModel": {
+        "n_controlnet_blocks": 2, "model_channels": 32, "num_attention_heads": 2, "attention_head_dim": 16, "mlp_ratio": 2.0,
+        "text_embed_dim": TEXT, "adaln_lora_dim": 4, "max_size": (4, 32, 32), "encoder_hidden_states_channels": TEXT,
+    },
     "CosmosTransformer3DModel": {
         "num_attention_heads": 2, "attention_head_dim": 16, "num_layers": 2, "mlp_ratio": 2.0, "text_embed_dim": TEXT,
         "adaln_lora_dim": 4, "max_size": (4, 32, 32), "encoder_hidden_states_channels": TEXT,
@@ -188,15 +243,24 @@ COMPONENTS: dict[str, dict[str, Any]] = {
         "sample_size": 8, "in_channels": 4, "out_channels": 8, "num_layers": 2, "num_attention_heads": 2, "attention_head_dim": 8,
         "num_embeds_ada_norm": 1000,
     },
+    "DreamLiteUNetModel": {
+        "sample_size": 8, "block_out_channels": (8, 16, 16), "layers_per_block": 1, "norm_num_groups": 4, "attention_head_dim": 4,
+        "cross_attention_dim": TEXT, "ff_mult": 2, "use_linear_projection": True,
+    },
     "EasyAnimateTransformer3DModel": {
         "num_attention_heads": 2, "attention_head_dim": 16, "in_channels": 4, "out_channels": 4, "num_layers": 1, "mmdit_layers": 1,
         "time_embed_dim": 8, "text_embed_dim": TEXT, "sample_width": 8, "sample_height": 8, "patch_size": 2,
+    },
+    "ErnieImageTransformer2DModel": {
+        "hidden_size": 32, "num_attention_heads": 2, "num_layers": 2, "ffn_hidden_size": 32, "in_channels": 16, "out_channels": 16,
+        "text_in_dim": TEXT, "rope_axes_dim": (4, 4, 8),
     },
     "Flux2Transformer2DModel": {
         **_FLUX, "axes_dims_rope": (4, 4, 4, 4), "timestep_guidance_channels": 16,
     },
     "FluxControlNetModel": {**_FLUX, "pooled_projection_dim": TEXT},
     "FluxTransformer2DModel": {**_FLUX, "pooled_projection_dim": TEXT, "guidance_embeds": True},
+    "GPT2LMHeadModel": {"n_embd": TEXT, "n_layer": 1, "n_head": 2, "n_positions": 64, "vocab_size": 64},
     "HeliosTransformer3DModel": {**_WAN, "rope_dim": (4, 4, 4)},
     "HiDreamImageTransformer2DModel": {
         "patch_size": 2, "in_channels": 4, "out_channels": 4, "num_layers": 1, "num_single_layers": 1, "attention_head_dim": 16,
@@ -226,6 +290,12 @@ COMPONENTS: dict[str, dict[str, Any]] = {
     },
     "HunyuanVideoTransformer3DModel": {**_HUNYUAN},
     "I2VGenXLUNet": {**_UNET_3D, "sample_size": 8, "num_attention_heads": 2},
+    "Ideogram4Transformer2DModel": {
+        "in_channels": 16, "num_layers": 2, "attention_head_dim": 16, "num_attention_heads": 2, "intermediate_size": 32, "adaln_dim": 16,
+        "llm_features_dim": 13 * TEXT, "mrope_section": (4, 2, 2),
+    },
+    "JoyImageEditPlusTransformer3DModel": {**_JOY},
+    "JoyImageEditTransformer3DModel": {**_JOY},
     "Kandinsky3UNet": {
         "time_embedding_dim": 16, "groups": 2, "attention_head_dim": 4, "layers_per_block": 2, "block_out_channels": (16, 32),
         "cross_attention_dim": 16, "encoder_hid_dim": TEXT,
@@ -233,6 +303,39 @@ COMPONENTS: dict[str, dict[str, Any]] = {
     "Kandinsky5Transformer3DModel": {
         "in_text_dim": TEXT, "in_text_dim2": TEXT, "time_dim": 16, "model_dim": 16, "ff_dim": 32, "num_text_blocks": 1,
         "num_visual_blocks": 2, "axes_dims": (2, 2, 4),
+    },
+    "Kandinsky6Transformer3DModel": {
+        "in_visual_dim": 4, "out_visual_dim": 4, "in_text_dim": TEXT, "in_text_dim2": TEXT, "time_dim": 16, "model_dim": 32, "ff_dim": 32,
+        "num_text_blocks": 1, "num_visual_blocks": 2, "axes_dims": (4, 4, 8), "in_audio_dim": 8, "out_audio_dim": 8, "model_dim_a": 16,
+        "time_dim_a": 16, "ff_dim_a": 16, "axes_dims_a": (2, 2, 4), "visual_token_type_num_embeddings": 2,
+    },
+    "Krea2Transformer2DModel": {
+        "in_channels": 16, "num_layers": 2, "attention_head_dim": 16, "num_attention_heads": 2, "num_key_value_heads": 1, "intermediate_size": 32,
+        "timestep_embed_dim": 16, "text_hidden_dim": TEXT, "num_text_layers": 2, "text_num_attention_heads": 2, "text_num_key_value_heads": 1,
+        "text_intermediate_size": 32, "num_layerwise_text_blocks": 1, "num_refiner_text_blocks": 1, "axes_dims_rope": (4, 4, 8),
+    },
+    "LearnedClassifierFreeSamplingEmbeddings": {"learnable": True, "hidden_size": TEXT, "length": LENGTH},
+    "LongCatAudioDiTTransformer": {
+        "dit_dim": 16, "dit_depth": 2, "dit_heads": 2, "dit_text_dim": TEXT, "latent_dim": 4, "ff_mult": 2.0,
+    },
+    "LongCatAudioDiTVae": {
+        "channels": 8, "c_mults": [1, 2], "strides": [2], "latent_dim": 4, "encoder_latent_dim": 8, "downsampling_ratio": 2, "sample_rate": 16,
+    },
+    "LTX2LatentUpsamplerModel": {"in_channels": 4, "mid_channels": 32, "num_blocks_per_stage": 1},
+    "LTX2TextConnectors": {
+        "caption_channels": TEXT, "text_proj_in_factor": 2, "video_connector_num_attention_heads": 2, "video_connector_attention_head_dim": 8,
+        "video_connector_num_layers": 1, "video_connector_num_learnable_registers": LENGTH, "audio_connector_num_attention_heads": 2,
+        "audio_connector_attention_head_dim": 8, "audio_connector_num_layers": 1, "audio_connector_num_learnable_registers": LENGTH,
+        "connector_rope_base_seq_len": 32, "rope_type": "split",
+    },
+    "LTX2VideoTransformer3DModel": {
+        "in_channels": 4, "out_channels": 4, "num_attention_heads": 2, "attention_head_dim": 8, "cross_attention_dim": 16,
+        "vae_scale_factors": (2, 4, 4), "audio_in_channels": 8, "audio_out_channels": 8, "audio_num_attention_heads": 2,
+        "audio_attention_head_dim": 4, "audio_cross_attention_dim": 8, "num_layers": 2, "caption_channels": TEXT, "rope_type": "split",
+    },
+    "LTX2Vocoder": {
+        "in_channels": 32, "hidden_channels": 8, "upsample_kernel_sizes": [4, 4], "upsample_factors": [2, 2], "resnet_kernel_sizes": [3],
+        "resnet_dilations": [[1, 3]], "output_sampling_rate": 16000,
     },
     "LTXVideoTransformer3DModel": {
         "in_channels": 4, "out_channels": 4, "num_attention_heads": 2, "attention_head_dim": 8, "cross_attention_dim": 16,
@@ -252,9 +355,20 @@ COMPONENTS: dict[str, dict[str, Any]] = {
         "sample_size": 8, "hidden_size": 24, "num_layers": 1, "num_attention_heads": 3, "num_kv_heads": 1, "multiple_of": 16,
         "cross_attention_dim": TEXT,
     },
+    "MMAudioVAE": {
+        "mel_bins": 16, "latent_channels": 8, "hidden_channels": 16, "channel_multipliers": (1, 2), "layers_per_block": 1,
+    },
+    "MMAudioVocoder": {
+        "num_mels": 16, "upsample_initial_channel": 8, "upsample_rates": (2, 2), "upsample_kernel_sizes": (4, 4), "resblock_kernel_sizes": (3,),
+        "resblock_dilation_sizes": ((1, 3),),
+    },
     "MochiTransformer3DModel": {
         "num_attention_heads": 2, "attention_head_dim": 8, "num_layers": 2, "pooled_projection_dim": 16, "text_embed_dim": TEXT,
         "time_embed_dim": 4, "max_sequence_length": LENGTH,
+    },
+    "MotifVideoTransformer3DModel": {
+        "num_attention_heads": 2, "attention_head_dim": 16, "num_layers": 2, "num_single_layers": 2, "num_decoder_layers": 1, "mlp_ratio": 2.0,
+        "text_embed_dim": TEXT, "rope_axes_dim": (4, 4, 8), "enable_text_cross_attention_dual": True, "enable_text_cross_attention_single": True,
     },
     "MotionAdapter": {
         "block_out_channels": (8, 16), "motion_layers_per_block": 1, "motion_norm_num_groups": 4, "motion_num_attention_heads": 2,
@@ -275,6 +389,10 @@ COMPONENTS: dict[str, dict[str, Any]] = {
     "PriorTransformer": {
         "num_attention_heads": 2, "attention_head_dim": 8, "embedding_dim": TEXT, "num_layers": 1, "num_embeddings": LENGTH,
     },
+    "QwenImage21Transformer2DModel": {
+        "in_channels": 4, "out_channels": 4, "num_layers": 2, "attention_head_dim": 16, "num_attention_heads": 2, "context_in_dim": TEXT,
+        "axes_dims_rope": (4, 4, 8),
+    },
     "QwenImageControlNetModel": {
         "in_channels": 16, "out_channels": 4, "num_layers": 1, "attention_head_dim": 16, "num_attention_heads": 2,
         "joint_attention_dim": TEXT, "axes_dims_rope": (8, 4, 4),
@@ -287,6 +405,10 @@ COMPONENTS: dict[str, dict[str, Any]] = {
     "QwenImageTransformer2DModel": {
         "in_channels": 16, "out_channels": 4, "num_layers": 2, "attention_head_dim": 16, "num_attention_heads": 2,
         "joint_attention_dim": TEXT, "axes_dims_rope": (8, 4, 4),
+    },
+    "SanaWMTransformer3DModel": {
+        "in_channels": 4, "num_layers": 2, "hidden_size": 32, "num_attention_heads": 2, "softmax_every_n": 2, "linear_head_dim": 16,
+        "chunk_plucker_channels": 12, "chunk_plucker_post_attn_blocks": 2, "image_size": PIXELS, "caption_channels": TEXT, "mlp_ratio": 2.0,
     },
     "SD3ControlNetModel": {n: x for n, x in _SD3.items() if n != "num_layers"} | {"num_layers": 1},
     "SD3Transformer2DModel": {**_SD3},
@@ -307,13 +429,28 @@ COMPONENTS: dict[str, dict[str, Any]] = {
         **_CONTROL, "motion_num_attention_heads": 2, "use_simplified_condition_embedding": False, "conditioning_channels": 3,
         "down_block_types": ("DownBlockMotion", "CrossAttnDownBlockMotion"),
     },
+    "SpeechT5HifiGan": {
+        "model_in_dim": 8, "sampling_rate": 64, "upsample_initial_channel": 8, "upsample_rates": [2, 2], "upsample_kernel_sizes": [4, 4],
+        "resblock_kernel_sizes": [3], "resblock_dilation_sizes": [[1, 3]], "normalize_before": False,
+    },
+    "StableAudio3DiTModel": {
+        "io_channels": 8, "embed_dim": 16, "depth": 2, "num_heads": 2, "cond_token_dim": TEXT, "global_cond_dim": TEXT, "local_add_cond_dim": 9,
+        "timestep_features_dim": 8, "ff_mult": 2.0, "num_memory_tokens": 2,
+    },
+    "StableAudio3DurationEmbedder": {"output_dim": TEXT, "fourier_dim": 8},
     "StableAudioDiTModel": {
         "sample_size": 4, "in_channels": 4, "num_layers": 2, "attention_head_dim": 4, "num_attention_heads": 2, "out_channels": 4,
         "num_key_value_attention_heads": 2, "cross_attention_dim": 4, "time_proj_dim": 8, "global_states_input_dim": 8, "cross_attention_input_dim": 4,
     },
     "StableAudioProjectionModel": {"text_encoder_dim": TEXT, "conditioning_dim": 4, "min_value": 0, "max_value": 32},
     "StableCascadeUNet": {**_CASCADE},
+    "StableUnCLIPImageNormalizer": {"embedding_dim": TEXT},
     "T2IAdapter": {"in_channels": 3, "channels": [8, 16], "num_res_blocks": 1, "downscale_factor": 2, "adapter_type": "full_adapter"},
+    "Transformer2DModel": {
+        "num_attention_heads": 2, "attention_head_dim": 8, "num_layers": 2, "num_vector_embeds": 17, "sample_size": 8, "num_embeds_ada_norm": 100,
+        "norm_num_groups": 4, "cross_attention_dim": TEXT, "attention_bias": True, "activation_fn": "geglu-approximate",
+    },
+    "UnCLIPTextProjModel": {"clip_embeddings_dim": TEXT, "time_embed_dim": 4 * 8, "cross_attention_dim": TEXT},
     "UNet1DModel": {"sample_size": 64, "block_out_channels": (32, 32, 32), "extra_in_channels": 64, "sample_rate": 64},
     "UNet2DConditionModel": {**_SD},
     "UNet2DModel": {
@@ -344,6 +481,10 @@ COMPONENTS: dict[str, dict[str, Any]] = {
         "effnet_embd": 16, "clip_embd": TEXT, "c_r": 8,
     },
     "WuerstchenPrior": {"c_in": 2, "c": 8, "depth": 2, "c_cond": TEXT, "c_r": 8, "nhead": 2},
+    "ZImageControlNetModel": {
+        "control_layers_places": [0, 1], "control_refiner_layers_places": [0], "control_in_dim": 4, "add_control_noise_refiner": "control_noise_refiner",
+        "dim": 32, "n_refiner_layers": 1, "n_heads": 2, "n_kv_heads": 2,
+    },
     "ZImageTransformer2DModel": {
         "all_patch_size": (2,), "all_f_patch_size": (1,), "in_channels": 4, "dim": 32, "n_layers": 2, "n_refiner_layers": 1, "n_heads": 2,
         "n_kv_heads": 2, "cap_feat_dim": TEXT, "axes_dims": [8, 4, 4], "axes_lens": [256, 32, 32],
@@ -437,7 +578,6 @@ OF_PIPELINE: tuple[tuple[str, dict[str, Any]], ...] = (
             time_embed_dim=8, condition_dim=4, prior_vq_quantizer_codebook_size=32))}),
     (r"BriaFibo", {"SmolLM3ForCausalLM": {"hidden_size": TEXT // 2, "vocab_size": 128256}}),
     (r"ChromaInpaint", {"transformer": lambda: _with_config("ChromaTransformer2DModel", guidance_embeds=False)}),
-    (r"Cosmos2_5_Predict", {"CosmosTransformer3DModel": {"in_channels": 17}}),
     (r"EasyAnimateInpaint", {"EasyAnimateTransformer3DModel": {"in_channels": 9, "resize_inpaint_mask_directly": True}}),
     (r"OmniGen|Kandinsky5I2I", {"AutoencoderKL": _VAE_8}),
     (r"QwenImageControlNetInpaint", {"QwenImageControlNetModel": {"extra_condition_channels": 4}}),
@@ -461,6 +601,43 @@ OF_PIPELINE: tuple[tuple[str, dict[str, Any]], ...] = (
             "in_channels": 4, "out_channels": 4, "patch_size": 2, "effnet_in_channels": 16, "timestep_conditioning_type": ("sca",),
             "self_attn": True}}),
     (r"UVit|Amused", {"VQModel": {"latent_channels": 8, "vq_embed_dim": 8, "num_vq_embeddings": 16, "lookup_from_codebook": True}}),
+    # Prompts modulated by the timestep (LTX 2.3), and marked keyframes (LTX 2.5).
+    (r"LTX2(Condition|InContext|DFR)", {
+        "LTX2VideoTransformer3DModel": {
+            "cross_attn_mod": True, "audio_cross_attn_mod": True, "gated_attn": True, "audio_gated_attn": True, "perturbed_attn": True,
+            "use_prompt_embeddings": False},
+        "LTX2TextConnectors": {
+            "per_modality_projections": True, "video_hidden_dim": 16, "audio_hidden_dim": 8, "audio_connector_attention_head_dim": 4,
+            "video_gated_attn": True, "audio_gated_attn": True}}),
+    (r"LTX2DFRTemporal", {"LTX2LatentUpsamplerModel": {"spatial_upsample": False, "temporal_upsample": True}}),
+    (r"LTX2DFR", {"LTX2VideoTransformer3DModel": {"use_keyframes_abs_pos_embedding": True, "use_prompt_adaln_single": False}}),
+    (r"Ideogram4", {"text_encoder": lambda: _qwen_vl(36)}),
+    (r"MotifVideo", {"guider": lambda: diffusers.ClassifierFreeGuidance(guidance_scale=4.0), **_FLOW}),
+    (r"QwenImage21", {"processor": lambda: Chats()}),
+    (r"HunyuanImageRefiner", {"HunyuanImageTransformer2DModel": {
+        "in_channels": 16, "out_channels": 8, "patch_size": (1, 1, 1), "rope_axes_dim": (2, 2, 4), "text_embed_2_dim": None, "guidance_embeds": True}}),
+    (r"ZImageControlNetInpaint", {"ZImageControlNetModel": {"control_in_dim": 9}}),
+    (r"DreamLite", {"text_encoder": lambda: _qwen_vl(1), **_FLOW}),
+    (r"Cosmos2_5", {
+        "CosmosTransformer3DModel": {"in_channels": 17, "controlnet_block_every_n": 1},
+        "scheduler": partial(diffusers.UniPCMultistepScheduler, use_flow_sigmas=True, prediction_type="flow_prediction", use_karras_sigmas=True)}),
+    (r"AceStep", {"text_encoder": lambda: _text_model(transformers.Qwen3Model, {})}),
+    (r"^(AudioLDM|MusicLDM)Pipeline", {"UNet2DConditionModel": {
+        "cross_attention_dim": (8, 16), "class_embed_type": "simple_projection", "projection_class_embeddings_input_dim": TEXT,
+        "class_embeddings_concat": True}}),
+    (r"^UnCLIP", {
+        "UNet2DConditionModel": {
+            "in_channels": 3, "out_channels": 6, "down_block_types": ("ResnetDownsampleBlock2D", "SimpleCrossAttnDownBlock2D"),
+            "up_block_types": ("SimpleCrossAttnUpBlock2D", "ResnetUpsampleBlock2D"), "mid_block_type": "UNetMidBlock2DSimpleCrossAttn",
+            "resnet_time_scale_shift": "scale_shift", "class_embed_type": "identity"},
+        "UNet2DModel": {
+            "sample_size": 16, "in_channels": 6, "out_channels": 3, "down_block_types": ("ResnetDownsampleBlock2D",),
+            "up_block_types": ("ResnetUpsampleBlock2D",)},
+        "prior_scheduler": partial(diffusers.UnCLIPScheduler, prediction_type="sample", clip_sample_range=5.0),
+        "decoder_scheduler": partial(diffusers.UnCLIPScheduler, variance_type="learned_range")}),
+    (r"^StableUnCLIP", {"UNet2DConditionModel": {"class_embed_type": "projection", "projection_class_embeddings_input_dim": 2 * TEXT}}),
+    (r"VQDiffusion", {"scheduler": lambda: diffusers.VQDiffusionScheduler(num_vec_classes=17)}),
+    (r"AudioLDM|MusicLDM", {"AutoencoderKL": {"in_channels": 1, "out_channels": 1}}),
     (r"PaintByExample", {"UNet2DConditionModel": {"in_channels": 9}}),
 )  # fmt: skip
 
@@ -549,7 +726,7 @@ CALLS: tuple[tuple[str, dict[str, Any]], ...] = (
         "prompt": None, "prompt_embeds": text, "pooled_prompt_embeds": lambda: text(1, TEXT),
         "prompt_attention_mask": lambda: torch.ones(1, LENGTH, dtype=torch.long), "negative_prompt_embeds": text,
         "negative_pooled_prompt_embeds": lambda: text(1, TEXT), "negative_prompt_attention_mask": lambda: torch.ones(1, LENGTH, dtype=torch.long)}),
-    (r"Cosmos2_5|Krea2|Ovis", {"prompt": None, **_PAIR}),
+    (r"Cosmos2_5|Ovis", {"prompt": None, **_PAIR}),
     (r"LongCatImage", {"enable_prompt_rewrite": False}),
     (r"GlmImage", {"prompt": None, **_PAIR, "prior_token_ids": lambda: torch.arange(16)[None]}),
     (r"EasyAnimate", {
@@ -611,6 +788,54 @@ CALLS: tuple[tuple[str, dict[str, Any]], ...] = (
     (r"AnimateDiff(VideoToVideo)?ControlNet", {"conditioning_frames": _clip}),
     (r"Mochi", {"num_frames": 7}),
     (r"CycleDiffusion", {"eta": 0.1}),  # it divides by eta
+    (r"LTX2", {
+        "prompt": None, "prompt_embeds": lambda: text(1, LENGTH, 2 * TEXT), "negative_prompt_embeds": lambda: text(1, LENGTH, 2 * TEXT),
+        "prompt_attention_mask": lambda: torch.ones(1, LENGTH, dtype=torch.long), "spatio_temporal_guidance_blocks": lambda: [1],
+        "negative_prompt_attention_mask": lambda: torch.ones(1, LENGTH, dtype=torch.long), "image_crf": 0, "decode_timestep": 0.0}),
+    (r"LTX2Condition", {"conditions": lambda: LTX2VideoCondition(picture(32), crf=0)}),
+    (r"LTX2InContext", {
+        "reference_conditions": lambda: LTX2ReferenceCondition(_clip(32)), "conditioning_attention_strength": 0.5}),
+    (r"LTX2HDR", {"reference_conditions": lambda: LTX2HDRReferenceCondition(_clip(32))}),
+    (r"LTX2DFR", {"sigmas": lambda: [1.0, 0.5]}),
+    (r"LTX2DFRTemporal", {
+        "latents": lambda: text(1, 4, 3, 8, 8), "keyframes_latents": lambda: text(1, 4, 1, 8, 8), "keyframe_positions": (4,),
+        "audio_latents": lambda: text(1, 2, 6, 4), "num_frames": 5}),
+    (r"Krea2", {
+        "prompt": None, "prompt_embeds": lambda: text(1, LENGTH, 2, TEXT), "negative_prompt_embeds": lambda: text(1, LENGTH, 2, TEXT),
+        "prompt_embeds_mask": lambda: torch.arange(LENGTH)[None] < 6, "negative_prompt_embeds_mask": lambda: torch.arange(LENGTH)[None] < 4}),
+    (r"ErnieImage", {
+        "prompt": None, "prompt_embeds": lambda: [text(LENGTH, TEXT)], "negative_prompt_embeds": lambda: [text(LENGTH - 2, TEXT)]}),
+    (r"BriaFibo2", {
+        "prompt": None, "prompt_embeds": lambda: text(1, 2, LENGTH, TEXT), "negative_prompt_embeds": lambda: text(1, 2, LENGTH, TEXT)}),
+    (r"AnyFlow", {"prompt": None, **_PAIR, "video": None, "guidance_scale": 4.0}),
+    (r"MotifVideo", {"prompt": None, **_PAIR, **{n: (lambda: torch.ones(1, LENGTH, dtype=torch.bool)) for n in (
+        "prompt_attention_mask", "negative_prompt_attention_mask")}}),
+    (r"JoyImage", {"prompt": None, **_PAIR, **_MASK, "image": None}),
+    (r"QwenImage21", {"output_resolution": PIXELS, "true_cfg_scale": 4.0}),
+    (r"StableAudio3", {
+        "prompt": None, "prompt_embeds": text, "negative_prompt_embeds": text, "duration": 1.0,
+        "encoder_attention_mask": lambda: torch.ones(1, LENGTH, dtype=torch.long), "guidance_scale": 2.0,
+        "negative_encoder_attention_mask": lambda: torch.ones(1, LENGTH, dtype=torch.long)}),
+    (r"StableAudio3(Audio|Inpaint)", {"audio": lambda: text(1, 2, 64)}),
+    (r"LongCatAudio", {"audio_duration_s": 1.0}),
+    (r"HunyuanImageRefiner", {"image": picture}),
+    (r"Cosmos2_5_Transfer", {"controls": _clip, "prompt": None, **_PAIR, "num_frames_per_chunk": 5}),
+    (r"StableAudio3Inpaint", {"mask_start_seconds": 0.25, "mask_end_seconds": 0.5}),
+    (r"Ideogram4", {"guidance_schedule": None, "guidance_scale": 4.0, "max_sequence_length": 32}),
+    (r"Cosmos2_5", {"num_latent_conditional_frames": 1}),
+    (r"AceStep", {"audio_duration": 0.5, "lyrics": "a red cat", "guidance_scale": 4.0}),
+    (r"Kandinsky6TI2VA", {
+        "prompt": None, **_PAIR, "pooled_prompt_embeds": lambda: text(1, TEXT), "negative_pooled_prompt_embeds": lambda: text(1, TEXT)}),
+    (r"SanaWM", {
+        "image": lambda: picture(32), **_PAIR, "prompt_attention_mask": lambda: torch.ones(1, LENGTH, dtype=torch.long),
+        "negative_prompt_attention_mask": lambda: torch.ones(1, LENGTH, dtype=torch.long), "intrinsics": (16.0, 16.0, 16.0, 16.0),
+        "c2w": lambda: np.stack([np.eye(4)] * 5)}),
+    (r"^(AudioLDM|MusicLDM)", {
+        "prompt": None, "prompt_embeds": lambda: text(1, TEXT), "negative_prompt_embeds": lambda: text(1, TEXT), "audio_length_in_s": 0.5}),
+    (r"^AudioLDM2", {
+        **_PAIR, "generated_prompt_embeds": text, "negative_generated_prompt_embeds": text,
+        "attention_mask": lambda: torch.ones(1, LENGTH, dtype=torch.long), "negative_attention_mask": lambda: torch.ones(1, LENGTH, dtype=torch.long)}),
+    (r"^UnCLIP", {"prior_num_inference_steps": 2, "decoder_num_inference_steps": 2, "super_res_num_inference_steps": 2}),
     (r"^(Sana|LTX|HunyuanVideo15)", {"height": 32, "width": 32}),
 )  # fmt: skip
 
@@ -619,6 +844,8 @@ def classes_of(annotation: Any) -> list[Any]:
     """Return the classes that an annotation allows, in order."""
     if typing.get_origin(annotation) in (typing.Union, UnionType):
         return [c for a in typing.get_args(annotation) for c in classes_of(a)]
+    if isinstance(annotation, str):  # of a class that is imported for type checkers alone
+        annotation = getattr(diffusers, annotation, None)
     return [annotation] if isinstance(annotation, type) else []
 
 
@@ -674,6 +901,27 @@ def _vision(cls: Any, more: Mapping[str, Any]) -> nn.Module:
     return _eval(cls(cls.config_class(**fields)))
 
 
+def _tokenizer() -> Any:
+    tokenizer = t5_tokenizer()
+    tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }} {% endfor %}"
+    return tokenizer
+
+
+def _qwen_vl(layers: int) -> nn.Module:
+    """Make a vision and language model with so many layers: some pipelines read the outputs of certain ones."""
+    rope = {
+        "rope_type": "default",
+        "mrope_section": [2, 1, 1],
+        "mrope_interleaved": True,
+        "rope_theta": 10000.0,
+    }
+    return _eval(transformers.Qwen3VLModel(transformers.Qwen3VLConfig(
+        text_config={**_LLM, "num_hidden_layers": layers, "vocab_size": 64, "rope_parameters": rope},
+        vision_config={"depth": 1, "hidden_size": TEXT, "intermediate_size": 32, "num_heads": 2, "out_hidden_size": TEXT,
+            "deepstack_visual_indexes": [0]},
+    )))  # fmt: skip
+
+
 class Passing(nn.Module):
     """A safety checker that lets everything pass."""
 
@@ -693,6 +941,18 @@ class Processor:
 
 
 _EYE = {"image_size": PIXELS, "patch_size": 8, "projection_dim": TEXT}
+
+
+class Chats:
+    """A processor of which a pipeline asks only how many tokens its own message has."""
+
+    def __init__(self) -> None:
+        self.tokenizer = _tokenizer()
+
+    def apply_chat_template(self, *_messages: Any, **_more: Any) -> list[list[int]]:
+        return [[0, 1]]
+
+
 _BASES = {"Gemma2PreTrainedModel": "Gemma2Model", "GemmaPreTrainedModel": "GemmaModel"}
 
 
@@ -723,9 +983,7 @@ def component(cls: Any, pipeline: str, name: str, folder: Path) -> Any:
     if title == "CLIPTokenizer":
         return clip_tokenizer(folder / name)
     if issubclass(cls, transformers.PreTrainedTokenizerBase) or "Tokenizer" in title:
-        tokenizer = t5_tokenizer()
-        tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }} {% endfor %}"
-        return tokenizer
+        return _tokenizer()
     if title.endswith("T5EncoderModel"):
         return _t5(cls, more)
     if "Vision" in title and issubclass(cls, transformers.PreTrainedModel):
@@ -746,6 +1004,8 @@ def component(cls: Any, pipeline: str, name: str, folder: Path) -> Any:
         return _text_model(cls, {"project_dim": TEXT, "pad_token_id": 1})
     if title == "PaintByExampleImageEncoder":
         return _eval(cls(transformers.CLIPVisionConfig(**{**_TRANSFORMER_XL, **_EYE}), proj_size=TEXT))
+    if issubclass(cls, transformers.PreTrainedModel) and title in COMPONENTS:
+        return _eval(cls(cls.config_class(**{**COMPONENTS[title], **more})))
     if issubclass(cls, diffusers.ModelMixin):
         return _random(cls(**{**COMPONENTS[title], **more}))
     if title in COMPONENTS:
@@ -787,7 +1047,14 @@ def make(pipeline: type, folder: Path) -> Any:
     return made
 
 
-OPTIONAL_BUT_MADE = ("transformer", "transformer_2", "motion_adapter", "safety_checker")
+OPTIONAL_BUT_MADE = (
+    "audio_vae",
+    "vocoder",
+    "transformer",
+    "transformer_2",
+    "motion_adapter",
+    "safety_checker",
+)
 OPTIONAL = re.compile(
     r"safety_checker|feature_extractor|text_encoder|tokenizer|processor|image_encoder|watermarker|guider"
 )

@@ -147,7 +147,7 @@ class _Rows:
     def _compute(self, node: Node) -> None:
         name = op_name(node)
         other = self._transposed if name in ("t", "numpy_T", "mT") else self._with_rows
-        other = self._index if name == "index" else other
+        other = {"index": self._index, "index_put": self._index_put}.get(name, other)
         other = self._over_all if node.target in _OF_ALL else other
         edges = name == "pad" and _bound(node)["mode"] != "constant"  # by values, which needs a batch
         way = self._own_batch if edges or name.startswith(_OWN_BATCH) else other
@@ -213,7 +213,7 @@ class _Rows:
             if name == "permute"
             else any(0 in _dims(node, given, n) for n in _DIMS)
         )
-        if moved:
+        if moved or (name == "index_put" and given["indices"][0] is not None):
             raise _NoWayError("it works on the batch")
         sizes = _SIZES.get(name)
         if sizes is not None and name != "repeat" and given[sizes][0] != -1:
@@ -277,6 +277,42 @@ class _Rows:
             own = [self._call(aten.view.default, (number, [-1, *[1] * rank])), *own]
         self._made(node, (self.full(x) if x in self else x, own), flat=False)
 
+    def _index_put(self, node: Node) -> None:
+        """Write to the same places of each row, or one value to where each row's mask is true."""
+        given = _bound(node)
+        x, indices, values = given["self"], given["indices"], given["values"]
+        if len(indices) == 1 and indices[0] in self and self._masked(node, x, indices[0], values):
+            return
+        at = [n for n, i in enumerate(indices) if i is not None]
+        if any(indices[n] in self for n in at):
+            raise _NoWayError("it writes to other places in each row")
+        if at != list(range(at[0], at[-1] + 1)):
+            raise _NoWayError("it writes to places of dimensions that are not side by side")
+        of_index = [meta_value(indices[n]) for n in at]
+        masked = [i.dim() if i.dtype == torch.bool else 0 for i in of_index]
+        rank = meta_value(x).dim() - sum(m or 1 for m in masked)
+        rank += max(1 if m else i.dim() for m, i in zip(masked, of_index, strict=True))
+        written = self._aligned(values, rank) if values in self else values
+        rows = self._mapped({"self": x}, self.full, repeats=True)
+        self._made(node, (*rows, [None, *indices], written, given["accumulate"]), flat=False)
+
+    def _masked(self, node: Node, x: Node, mask: Node, values: Node) -> bool:
+        """Put the value that is written where a mask is true by a choice between it and what was there; False if that is not all."""
+        rank, rest = meta_value(x).dim(), meta_value(x).dim() - meta_value(mask).dim()
+        if (
+            meta_value(mask).dtype != torch.bool
+            or meta_value(values).dim() > rest
+            or _bound(node)["accumulate"]
+        ):
+            return False
+        chosen = self.full(mask)
+        for _ in range(rest):
+            chosen = self._call(aten.unsqueeze.default, (chosen, -1))
+        written = self._aligned(values, rank) if values in self else values
+        old = self.full(x) if x in self else x
+        self._made(node, (chosen, written, old), flat=False, target=aten.where.self)
+        return True
+
     def _aligned(self, node: Node, rank: int) -> Node:
         """Return a full value (N, 1, .., ...) whose rows have `rank` dimensions, as broadcasting would add them."""
         value = self.full(node)
@@ -302,7 +338,14 @@ class _Rows:
     def _made(self, node: Node, args: tuple[Any, ...], *, flat: bool, target: Any = None) -> None:
         """Put a call as the value of a node. Raises _NoWayError if it has not a row for each, of the node's shape."""
         target = target or node.target
-        value = self._value(target, args)
+        try:
+            value = self._value(target, args)
+        except (RuntimeError, ValueError):
+            if target is not aten.view.default:
+                raise
+            # All rows may lie otherwise in memory than the first did alone: attention has several kernels.
+            target = aten.reshape.default
+            value = self._value(target, args)
         for made, row in zip(_tensors(value), _tensors(meta_value(node)), strict=True):
             expected = [_hint(self.count.meta["val"]), *map(_hint, row.shape[1:] if flat else row.shape)]
             if [*map(_hint, made.shape)] != expected:

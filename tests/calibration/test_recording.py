@@ -487,6 +487,66 @@ def test_a_network_gets_the_empty_lists_that_it_needs(tmp_path):
         q(x, t, [torch.randn(3)], {0: 1})
 
 
+class OfLayers(Sized):
+    """Its network takes what is added to certain layers, and returns what each layer makes, by the layers' numbers."""
+
+    @torch.no_grad()
+    def __call__(self, batch_size=1, generator=None, num_inference_steps=2):
+        x = torch.randn(batch_size, 6, 4, generator=generator)
+        self.scheduler.set_timesteps(num_inference_steps)
+        for t in self.scheduler.timesteps:
+            x = x - 0.1 * self.unet(x, t, {2: x.flip(1), 0: x})[3]
+        return {"frames": x.numpy()}
+
+
+class LayersNetwork(ClipNetwork):
+    def forward(self, sample, timestep, added):
+        emb = self.time((timestep / 1000).float().reshape(-1, 1)).expand(sample.shape[0], -1)[:, None]
+        made = {}
+        for i in range(4):
+            sample = made[i] = self.out(sample + emb + added.get(i, 0))
+        return {3: made[3], 1: made[1]}
+
+
+def test_dicts_by_numbers_stay_dicts(tmp_path):
+    torch.manual_seed(0)
+    pipe = OfLayers(LayersNetwork().eval(), diffusers.DDPMScheduler())
+    for _ in range(2):  # the second one is read from the cache
+        data = CalibrationSet.record(pipe, num_samples=2, num_inference_steps=2, cache=tmp_path / "cache")
+        given = data.arguments(slice(0, 2))
+        assert list(given["added"]) == [2, 0]
+    q = tfmq_fx.quantize(pipe, NEAREST, calibration=data)
+    q.save_pretrained(tmp_path / "q")
+    for network in (q, tfmq_fx.load(tmp_path / "q")):
+        found, expected = network(**given), pipe.unet(**given)
+        assert list(found) == [3, 1]
+        assert all((found[i] - x).abs().max() < 0.1 * x.abs().max() for i, x in expected.items())
+
+
+class OfSigmas(Sized):
+    """Takes noise levels, and no number of steps."""
+
+    @torch.no_grad()
+    def __call__(self, batch_size=1, generator=None, sigmas=(1.0, 0.6, 0.3)):
+        x = torch.randn(batch_size, 6, 4, generator=generator)
+        for sigma in sigmas:
+            x = x - 0.1 * self.unet(x, torch.tensor(1000 * sigma), [(2, 3)])
+        return {"frames": x.numpy()}
+
+
+def test_a_pipeline_that_takes_no_number_of_steps_is_recorded_with_those_it_has():
+    pipe = OfSigmas(SizedNetwork().eval(), diffusers.DDPMScheduler())
+    data = CalibrationSet.record(pipe, num_samples=2, num_inference_steps=None)
+    assert len(data) == 6
+    data = CalibrationSet.record(pipe, num_samples=2, num_inference_steps=None, sigmas=[0.9, 0.5])
+    assert data.timesteps.tolist() == [900, 500]
+    with pytest.raises(TFMQError, match="takes no 'num_inference_steps'; give num_inference_steps=None"):
+        CalibrationSet.record(pipe, num_samples=2, num_inference_steps=2)
+    pipe = Sized(SizedNetwork().eval(), diffusers.DDPMScheduler())
+    with pytest.raises(TFMQError, match="takes 'num_inference_steps'; the number of steps is missing"):
+        CalibrationSet.record(pipe, num_samples=2, num_inference_steps=None)
+
+
 class Weighted(Sized):
     """Draws one sample at a time, and its network takes a tensor of one number for each of its layers, of which there is one."""
 

@@ -64,6 +64,24 @@ def test_the_graph_has_a_batch_and_computes_what_the_lists_do(network):
     torch.testing.assert_close(made, expected, rtol=1e-5, atol=1e-6)
 
 
+class OfLayers(Listed):
+    """Names what it returns by numbers, and cannot run with gradients."""
+
+    def forward(self, x, t, words):
+        assert not torch.is_grad_enabled()
+        return {3: super().forward(x, t, words)["sample"]}
+
+
+def test_a_dict_of_lists_may_have_numbers_for_names_and_nothing_is_compared_with_gradients():
+    network = make(OfLayers)
+    gm = tfmq_fx.capture(network, listed(2, (3,)), timestep="t")
+    given = listed(4, (5,))
+    with torch.no_grad():
+        expected = torch.stack(network(**given)[3])
+        made = gm(torch.stack(given["x"]), given["t"], torch.stack(given["words"]))[3]
+    torch.testing.assert_close(made, expected, rtol=1e-5, atol=1e-6)
+
+
 def test_a_call_with_lists_returns_lists_and_its_rows_may_differ_in_size(network, quantized):
     given = listed(6, (3, 4, 8, 1, 7))  # 4 and 8 need no padding, which the capture had
     given["x"][5] = torch.randn(2, 4, 12)

@@ -237,6 +237,8 @@ def _encode(value: Any, node: Node) -> Any:
         return {"tuple": [_encode(v, node) for v in value]}
     if isinstance(value, list):
         return [_encode(v, node) for v in value]
+    if isinstance(value, Mapping) and any(type(k) is int for k in value):  # JSON's keys are strings
+        return {"items": [[k, _encode(v, node)] for k, v in value.items()]}
     if isinstance(value, Mapping):
         return {"dict": {str(k): _encode(v, node) for k, v in value.items()}}
     for kind, cls in _KINDS.items():
@@ -267,6 +269,8 @@ def _decode(value: Any, made: Mapping[str, Node]) -> Any:
         return tuple(_decode(v, made) for v in content)
     if kind == "dict":
         return {k: _decode(v, made) for k, v in content.items()}
+    if kind == "items":
+        return {k: _decode(v, made) for k, v in content}
     if kind in _CONSTANTS and content in _CONSTANTS[kind]:
         return _CONSTANTS[kind][content]
     raise TFMQError(f"graph.json: {reprlib.repr(value)} is not a valid argument.")

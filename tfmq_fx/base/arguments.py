@@ -18,6 +18,10 @@ class InTuple(int):
     """A step into a tuple. Other integer steps are into lists: networks tell (1, 64, 64), a size, from [..], several."""
 
 
+class InDict(int):
+    """A step into a dict whose keys are numbers, such as those of the layers that something is added to."""
+
+
 def leaves(arguments: Mapping[str, Any]) -> dict[str, tuple[Path, Any]]:
     """Return flat name -> (path, value) for every leaf that is not None.
 
@@ -40,7 +44,7 @@ def walk(value: Any, path: Path = ()) -> Iterator[tuple[Path, Any]]:
     """Yield the path and value of every leaf of dicts, lists and tuples, None included."""
     if isinstance(value, Mapping):
         for key, item in value.items():
-            yield from walk(item, (*path, key))
+            yield from walk(item, (*path, InDict(key) if type(key) is int else key))
     elif isinstance(value, (list, tuple)):
         step = int if isinstance(value, list) else InTuple
         for i, item in enumerate(value):
@@ -55,7 +59,7 @@ def flat_name(path: Path) -> str:
 
 
 def nested(flat: Mapping[Path, Any]) -> dict[str, Any]:
-    """Invert `leaves`: build the nested arguments from leaves given by path, with lists or tuples for integer steps."""
+    """Invert `leaves`: build the nested arguments from leaves given by path, with what integer steps are into."""
     root: dict[str, Any] = {}
     for path, value in flat.items():
         at: dict[Any, Any] = root
@@ -71,15 +75,19 @@ def _lists(value: Any) -> Any:
     items = {k: _lists(v) for k, v in value.items()}
     if not items or not all(isinstance(k, int) for k in items):
         return items
+    if isinstance(first := next(iter(items)), InDict):
+        return {int(i): x for i, x in items.items()}
     found = [items[i] for i in sorted(items)]
-    return tuple(found) if isinstance(next(iter(items)), InTuple) else found
+    return tuple(found) if isinstance(first, InTuple) else found
 
 
 def path_to_json(path: Path) -> list[Any]:
-    """Return a path as JSON can hold it: a step into a tuple is a list of one."""
-    return [[int(step)] if isinstance(step, InTuple) else step for step in path]
+    """Return a path as JSON can hold it: a step into a tuple is a list of one, and a number that is a dict's key a list of two."""
+    marks: dict[type, list[Any]] = {InTuple: [], InDict: ["key"]}
+    return [[*marks[type(s)], int(s)] if type(s) in marks else s for s in path]
 
 
 def path_of_json(found: list[Any]) -> Path:
     """Return what `path_to_json` gave."""
-    return tuple(InTuple(step[0]) if isinstance(step, list) else step for step in found)
+    kinds = {1: InTuple, 2: InDict}
+    return tuple(kinds[len(step)](step[-1]) if isinstance(step, list) else step for step in found)

@@ -104,7 +104,8 @@ class RowLists:
             return change(output)
         items = [change(x) if i in self.outputs else x for i, x in enumerate(_items(output))]
         if isinstance(output, Mapping):  # also diffusers' outputs, which are dataclasses too
-            return type(output)(**dict(zip(output, items, strict=True)))
+            named = dict(zip(output, items, strict=True))  # by numbers, in a plain dict of layers
+            return named if type(output) is dict else type(output)(**named)
         if dataclasses.is_dataclass(output) and not isinstance(output, type):
             names = [f.name for f in dataclasses.fields(output)]
             return dataclasses.replace(output, **dict(zip(names, items, strict=True)))

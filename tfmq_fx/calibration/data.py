@@ -19,7 +19,7 @@ from tfmq_fx.base.errors import TFMQError, nearest_names
 from tfmq_fx.base.row_lists import RowLists, is_list_of_rows, row_lists
 from tfmq_fx.base.second_rows import SecondRows, is_second
 from tfmq_fx.calibration.perturbed import Perturbation
-from tfmq_fx.calibration.pipelines import OWN_PROMPTS, denoiser, prompts_for
+from tfmq_fx.calibration.pipelines import OWN_PROMPTS, denoiser, prompts_for, takes_steps
 from tfmq_fx.calibration.ready import require_ready
 from tfmq_fx.calibration.recording import MAX_MEMORY, Session, record
 from tfmq_fx.calibration.row_sizes import RowSizes, padded
@@ -228,7 +228,7 @@ class CalibrationSet:
         pipe: Any,
         *,
         num_samples: int,
-        num_inference_steps: int,
+        num_inference_steps: int | None,
         seed: int = 0,
         batch_size: int = 64,
         timestep: str = "timestep",
@@ -243,7 +243,8 @@ class CalibrationSet:
         Samples are drawn in batches, each with its own seed. Rows of a guided pipeline are marked in
         `conditional`. The processes of a torch.distributed group share the batches, and all get every row.
 
-        num_samples, num_inference_steps: the number of trajectories, and of sampling steps in each.
+        num_samples, num_inference_steps: the number of trajectories, and of sampling steps in each. None for the steps of a
+            pipeline that takes no such argument, but a list of noise levels, or has a number of its own.
         batch_size: how many samples are drawn at once.
         timestep: the denoiser's timestep argument. The denoiser is the component that is called with it. If none takes a
             "timestep", a short run shows the argument that changes from call to call.
@@ -258,7 +259,12 @@ class CalibrationSet:
             whole (one value per adapter, ControlNet or layer). A tuple is always passed as it is. Without a prompt, a
             pipeline that needs one gets 64 of this library's own, and the log and the report say so.
         """
-        if num_samples < 1 or num_inference_steps < 1 or batch_size < 1:
+        if (num_inference_steps is None) == takes_steps(pipe):
+            what = "takes no 'num_inference_steps'; give num_inference_steps=None"
+            if num_inference_steps is None:
+                what = "takes 'num_inference_steps'; the number of steps is missing"
+            raise TFMQError(f"calibration: {type(pipe).__name__} {what}.")
+        if num_samples < 1 or (num_inference_steps or 1) < 1 or batch_size < 1:
             raise TFMQError(
                 f"calibration: num_samples={num_samples}, num_inference_steps={num_inference_steps} and "
                 f"batch_size={batch_size} must be positive."

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import json
 import logging
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from itertools import combinations, islice
 from pathlib import Path
 from typing import Any
@@ -155,11 +155,24 @@ def _lists(pipe_kwargs: Mapping[str, Any]) -> dict[str, list[Any]]:
     return found
 
 
-def few_steps(steps: int) -> list[int]:
+def takes_steps(pipe: Any) -> bool:
+    """Return True if a pipeline takes a number of steps; others take a list of noise levels, or have a number of their own."""
+    takes = inspect.signature(pipe.__call__).parameters
+    return "num_inference_steps" in takes or _takes_any(takes)
+
+
+def given_steps(steps: int | None) -> dict[str, int]:
+    """Return the argument of a call for so many steps; none for None."""
+    return {} if steps is None else {"num_inference_steps": steps}
+
+
+def few_steps(steps: int | None) -> Sequence[int | None]:
     """Return the numbers of steps of short runs, each to be tried if the one before is too small: 2, 4, 8, .., `steps`.
 
-    A pipeline may skip steps by its own arguments: img2img with strength 0.3 takes none of two.
+    A pipeline may skip steps by its own arguments: img2img with strength 0.3 takes none of two. None is tried alone.
     """
+    if steps is None:
+        return [None]
     return [*(2**i for i in range(1, steps.bit_length()) if 2**i < steps), steps]
 
 
@@ -208,9 +221,8 @@ class _Trial:
         """Return True if the pipeline takes these lists as they are, and draws as many samples as it is asked for."""
         given = {**self.given, **{n: self.short[n] for n in whole}}
         steps = given.pop("num_inference_steps", None)
-        for tried in [None] if steps is None else few_steps(steps):
-            if tried is not None:
-                given["num_inference_steps"] = tried
+        for tried in few_steps(steps):
+            given |= given_steps(tried)
             if "generator" in self.takes:
                 given["generator"] = torch.Generator().manual_seed(0)
             try:

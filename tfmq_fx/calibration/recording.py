@@ -47,7 +47,7 @@ from tfmq_fx.calibration.calls import (
 )
 from tfmq_fx.calibration.guidance import Unguided, conditional_rows, conditions, without_guidance
 from tfmq_fx.calibration.perturbed import Perturbation, watched
-from tfmq_fx.calibration.pipelines import call_pipeline, few_steps, whole_lists
+from tfmq_fx.calibration.pipelines import call_pipeline, few_steps, given_steps, whole_lists
 from tfmq_fx.calibration.rows import INDEX, Recording, Sink, read_recording
 
 log = logging.getLogger(__name__)
@@ -148,7 +148,7 @@ class Session:
     network: nn.Module
     timestep: str
     num_samples: int
-    num_inference_steps: int
+    num_inference_steps: int | None
     seed: int
     batch_size: int
     pipe_kwargs: dict[str, Any] = field(default_factory=dict)
@@ -156,7 +156,7 @@ class Session:
     @cached_property
     def whole(self) -> frozenset[str]:
         """Return the names of the pipeline's list arguments that are not one value per sample."""
-        return whole_lists(self.pipe, {**self.pipe_kwargs, "num_inference_steps": self.num_inference_steps})
+        return whole_lists(self.pipe, {**self.pipe_kwargs, **given_steps(self.num_inference_steps)})
 
     @cached_property
     def defaults(self) -> dict[str, Any]:
@@ -210,7 +210,13 @@ class Session:
         return min(self.batch_size, self.preview.size)
 
     def run(
-        self, first: int, size: int, steps: int, *, changes: Mapping[str, float] | None = None, seed: int = 0
+        self,
+        first: int,
+        size: int,
+        steps: int | None,
+        *,
+        changes: Mapping[str, float] | None = None,
+        seed: int = 0,
     ) -> tuple[list[Call], Exception | None]:
         """Run the pipeline for samples first .. first + size - 1. Return its calls, and the error that ended it.
 
@@ -232,7 +238,13 @@ class Session:
         return found, error
 
     def _run(
-        self, first: int, size: int, steps: int, *, changes: Mapping[str, float] | None = None, seed: int = 0
+        self,
+        first: int,
+        size: int,
+        steps: int | None,
+        *,
+        changes: Mapping[str, float] | None = None,
+        seed: int = 0,
     ) -> tuple[list[Call], Exception | None]:
         whole = self.whole  # may run the pipeline, which must not be recorded
         generator = torch.Generator().manual_seed((self.seed + seed) * 1_000_003 + first)
@@ -240,7 +252,7 @@ class Session:
             torch.manual_seed(generator.initial_seed())  # some pipelines draw from this one, too
             try:
                 call_pipeline(
-                    self.pipe, size, first=first, whole=whole, num_inference_steps=steps, generator=generator,
+                    self.pipe, size, first=first, whole=whole, generator=generator, **given_steps(steps),
                     **{**self.pipe_kwargs, **(changes or {})},
                 )  # fmt: skip
             except Exception as error:  # a pipeline may raise anything

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from tfmq_fx.artefact.drop_in import uncounted
 from tfmq_fx.base.errors import TFMQError
 from tfmq_fx.calibration.calls import Call, recorded
-from tfmq_fx.calibration.pipelines import call_pipeline, takes_timestep, whole_lists
+from tfmq_fx.calibration.pipelines import call_pipeline, given_steps, takes_timestep, whole_lists
 
 log = logging.getLogger(__name__)
 
@@ -22,7 +22,7 @@ USUAL = "timestep"
 
 
 def timestep_of(
-    pipe: Any, timestep: str, *, component: str | None, steps: int, pipe_kwargs: Mapping[str, Any]
+    pipe: Any, timestep: str, *, component: str | None, steps: int | None, pipe_kwargs: Mapping[str, Any]
 ) -> str:
     """Return `timestep`, or the only argument that can be it if that is the default, and no network takes one of that name.
 
@@ -33,7 +33,7 @@ def timestep_of(
     }
     if timestep != USUAL or any(takes_timestep(m, timestep) for m in modules.values()):
         return timestep
-    given = {**pipe_kwargs, "num_inference_steps": steps}
+    given = {**pipe_kwargs, **given_steps(steps)}
     try:
         whole = whole_lists(pipe, given)  # runs it, too
         with _watched(modules) as calls, torch.no_grad(), torch.random.fork_rng(devices=()), uncounted():

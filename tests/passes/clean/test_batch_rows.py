@@ -54,6 +54,21 @@ def tokens(m, x):
     return F.layer_norm(made + h.mean(0), (4,)).squeeze(0).t()
 
 
+def places(m, x):  # of a row, and by two numbers
+    h = m.linear(x)
+    h = torch.index_put(h, [torch.arange(5) > 2], m.linear.bias)
+    h = torch.index_put(h[None], [torch.tensor([0]), torch.tensor([1])], h.sum(1)[:4])[0]
+    h = aten.index_put(h, [None, torch.tensor([3, 1])], h[:, :2])
+    h = torch.index_put(h, [x[:, 0] > 0], m.linear.bias)  # other places in each row
+    return h + torch.index_put(torch.zeros(5, 4), [torch.tensor([3, 0])], h[:2])
+
+
+def queries(m, x):  # the same for all rows, so attention has another kernel for several than for one
+    h = m.linear(x).unflatten(-1, (2, -1)).transpose(0, 1)[None]
+    q = torch.arange(12.0).view(1, 3, 2, 2).transpose(1, 2)
+    return F.scaled_dot_product_attention(q, h, h * 2).transpose(1, 2).view(1, 3, 4)[0]
+
+
 def views(_m, x):
     table = torch.arange(24.0).view(6, 4)
     chosen = table[(x[:, 0] > 0).long() + torch.arange(len(x)) % 2]
@@ -94,6 +109,8 @@ CASES = {
     "writes": (writes, [(6, 6)]),
     "convolutions": (convolutions, [(3, 6, 6)]),
     "frames": (frames, [(3, 6, 8)]),
+    "places": (places, [(5, 6)]),
+    "queries": (queries, [(5, 6)]),
     "tokens": (tokens, [(5, 6)]),
     "vectors": (vectors, [(), (5, 6)]),
     "diagonals": (diagonals, [(5, 6)]),
