@@ -28,7 +28,7 @@ from torch.utils import _pytree as pytree
 
 import tfmq_fx
 from benchmarks.networks.components import arguments, make
-from tfmq_fx.calibration.pipelines import takes_timestep
+from tfmq_fx.calibration.pipelines import holders, takes_timestep
 
 ROWS = Path(__file__).with_suffix(".jsonl")
 SECONDS, MEMORY = 200, 12 * 2**30
@@ -108,11 +108,8 @@ def _denoises(module: nn.Module) -> bool:
 
 def _put(pipe: Any, old: nn.Module, new: nn.Module) -> None:
     """Put a network in the place of another one, also in the pipelines that a combined one has."""
-    for inner in [x for x in vars(pipe).values() if isinstance(x, diffusers.DiffusionPipeline)]:
-        _put(inner, old, new)
-    for name, module in pipe.components.items():
-        if module is old:
-            setattr(pipe, name, new)
+    for inner, name, _ in [*holders(pipe, old)]:
+        setattr(inner, name, new)
 
 
 def _drawn(pipe: Any, given: dict[str, Any]) -> list[torch.Tensor]:

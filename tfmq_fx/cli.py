@@ -187,7 +187,7 @@ def inspect(
     """Show the temporal block, found by dataflow, and what a recipe would do to every layer."""
 
     from tfmq_fx.calibration.data import CalibrationSet
-    from tfmq_fx.calibration.pipelines import denoiser
+    from tfmq_fx.calibration.pipelines import denoiser, usual_steps
     from tfmq_fx.inspection import describe, example_inputs, load_network
 
     chosen = _recipe(recipe)
@@ -202,7 +202,9 @@ def inspect(
         pipe = load_pipeline(model)
         which: dict[str, Any] = {"component": component, **({"timestep": timestep} if timestep else {})}
         arguments = pipeline_arguments(argument)
-        data = CalibrationSet.record(pipe, num_samples=2, num_inference_steps=2, **which, **arguments)
+        data = CalibrationSet.record(
+            pipe, num_samples=2, num_inference_steps=usual_steps(pipe, 2), **which, **arguments
+        )
         timestep = data.timestep  # found by what changes from call to call, if it has another name
         network = data.row_wise(denoiser(pipe, timestep=timestep, component=component))
         example = data.arguments(slice(0, 2), rows_first=True)
@@ -361,8 +363,10 @@ def _chosen_preset(rows: Rows) -> Any:
 
 def _recorded(pipe: Any, preset: Any, source: Source, rows: Rows, *, seed: int, processes: int) -> Any:
     """Record the preset's calibration set, with one prompt of the captions for each trajectory."""
-    from tfmq_fx.calibration.pipelines import coco_captions
+    from tfmq_fx.calibration.pipelines import coco_captions, takes_steps
 
+    if rows.calibration is None and rows.steps is None and not takes_steps(pipe):
+        preset = dataclasses.replace(preset, num_inference_steps=None)
     arguments = source.arguments() | source.denoiser()
     if rows.captions is not None:
         arguments["prompt"] = coco_captions(rows.captions, num=preset.num_samples, seed=seed)

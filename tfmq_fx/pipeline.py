@@ -22,7 +22,7 @@ from tfmq_fx.base.masked_rows import MaskedRows
 from tfmq_fx.base.progress import Clock
 from tfmq_fx.calibration.data import CalibrationSet, as_taken
 from tfmq_fx.calibration.padding import cut_by_masks
-from tfmq_fx.calibration.pipelines import denoiser
+from tfmq_fx.calibration.pipelines import denoiser, holders, usual_steps
 from tfmq_fx.calibration.ready import require_ready
 from tfmq_fx.calibration.stage import calibrate, input_maxima, require_known, require_rows
 from tfmq_fx.calibration.timesteps import USUAL
@@ -101,8 +101,9 @@ def quantize(
         else denoiser(model, timestep=settings.timestep, component=component)
     )
     require_ready(network)
+    places = "" if network is model else _places(model, network)
     with neutral():
-        return _quantized(network, recipe, calibration, timesteps, settings)
+        return _quantized(network, recipe, calibration, timesteps, settings, places)
 
 
 def _quantized(
@@ -111,6 +112,7 @@ def _quantized(
     calibration: CalibrationSet,
     timesteps: Iterable[float] | Tensor | None,
     settings: Settings,
+    places: str,
 ) -> QuantizedModel:
     schedule = _schedule(recipe, calibration, timesteps, settings)
     clock = Clock()
@@ -138,9 +140,11 @@ def _quantized(
     )
     converted = PassManager(passes, done=clock.lap)(fresh(gm)).graph_module
     assert isinstance(converted, GraphModule)
-    for reason in filter(None, (calibration.note, calibration.kinds, choices.note)):
-        note = Note(name="calibration", reason=reason, coarser=False)
-        set_state(converted, state_of(converted).with_notes(note))
+    found = {"calibration": (calibration.note, calibration.kinds, choices.note), "pipeline": (places,)}
+    for name, reasons in found.items():
+        for reason in filter(None, reasons):
+            note = Note(name=name, reason=reason, coarser=False)
+            set_state(converted, state_of(converted).with_notes(note))
     outside, closed = _outside(converted, block, temporal, where), converted
     if outside is not None:
         device = next(iter(tensors_of(converted).values())).device
@@ -165,6 +169,13 @@ def _quantized(
             "inputs": interface.sizes(),
         },
     )
+
+
+def _places(pipe: Any, network: nn.Module) -> str:
+    """Return a note on a pipeline that holds its network in several places, as a combined one does; else ""."""
+    paths = [path for _, _, path in holders(pipe, network)]
+    words = f"the pipeline holds its network as {' and as '.join(paths)}: put the quantized one in each"
+    return words if len(paths) > 1 else ""
 
 
 def _schedule(
@@ -320,7 +331,7 @@ def _recorded(model: Any, settings: Settings) -> CalibrationSet:
     return CalibrationSet.record(
         model,
         num_samples=64,
-        num_inference_steps=50,
+        num_inference_steps=usual_steps(model),
         seed=settings.seed,
         timestep=settings.timestep,
         component=settings.component,

@@ -24,7 +24,7 @@ from tfmq_fx.base.progress import Clock
 from tfmq_fx.base.signatures import parameters_of
 from tfmq_fx.calibration.calls import repeated
 from tfmq_fx.calibration.data import CalibrationSet
-from tfmq_fx.calibration.pipelines import denoiser
+from tfmq_fx.calibration.pipelines import denoiser, usual_steps
 from tfmq_fx.calibration.ready import require_ready
 from tfmq_fx.calibration.timesteps import timestep_of
 from tfmq_fx.capturing import (
@@ -59,7 +59,7 @@ FLOAT = Recipe(weight_bits=FLOAT_BITS, activation_bits=FLOAT_BITS, max_table_ent
 def precompute(
     model: Any,
     *,
-    num_inference_steps: int = 50,
+    num_inference_steps: int | None = None,
     example: Mapping[str, Any] | None = None,
     timesteps: Iterable[float] | Tensor | None = None,
     timestep: str = "timestep",
@@ -79,7 +79,8 @@ def precompute(
     A feature whose table would not take fewer bytes than its layers stays computed; the report lists every feature.
 
     model: a diffusers pipeline, whose denoiser is taken, or a network. It is left unchanged.
-    num_inference_steps: of the pipeline's own schedule, which is read from a run in which the denoiser computes once.
+    num_inference_steps: of the pipeline's own schedule, which is read from a run in which the denoiser computes once. None for 50, or
+        the number that a pipeline has which takes none.
     example: the arguments of one call, by name, for a network alone.
     timesteps: the schedule (T,). None takes that of the pipeline's run; a network alone needs it.
     timestep: the name of the network's argument for the timestep.
@@ -102,15 +103,14 @@ def precompute(
     """
     recipe = dataclasses.replace(FLOAT, unseen=unseen)
     if not isinstance(model, nn.Module):
-        timestep = timestep_of(
-            model, timestep, component=component, steps=num_inference_steps, pipe_kwargs=pipe_kwargs
-        )
+        steps = usual_steps(model) if num_inference_steps is None else num_inference_steps
+        timestep = timestep_of(model, timestep, component=component, steps=steps, pipe_kwargs=pipe_kwargs)
     settings = Settings(timestep=timestep, component=component, finite=finite)
     require_place(block)
     if isinstance(model, nn.Module):
         found = _given(model, example, timesteps, pipe_kwargs)
     else:
-        found = _run(model, settings, num_inference_steps, example, timesteps, pipe_kwargs)
+        found = _run(model, settings, steps, example, timesteps, pipe_kwargs)
     with neutral():
         return _precomputed(*found, recipe, settings, place=block, request_bytes=request_bytes)
 
@@ -145,7 +145,7 @@ def _require_float(network: nn.Module) -> None:
 def _run(
     pipe: Any,
     settings: Settings,
-    num_inference_steps: int,
+    num_inference_steps: int | None,
     example: Mapping[str, Any] | None,
     timesteps: Iterable[float] | Tensor | None,
     pipe_kwargs: dict[str, Any],

@@ -21,7 +21,7 @@ from tfmq_fx.base.arithmetic import NO_INT8
 from tfmq_fx.base.errors import TFMQError
 from tfmq_fx.base.files import finite_json, replace_folder, require_writable
 from tfmq_fx.calibration.data import CalibrationSet
-from tfmq_fx.calibration.pipelines import denoiser
+from tfmq_fx.calibration.pipelines import denoiser, usual_steps
 from tfmq_fx.evaluation.extractors import Extractor, compare
 from tfmq_fx.evaluation.plots import FLOOR, INK, NEAREST, OURS, PLOTS, data_uri, shown_steps, strip, svg
 from tfmq_fx.evaluation.trajectories import (
@@ -90,7 +90,7 @@ def measure(
     model: QuantizedModel,
     *,
     num_samples: int = 16,
-    num_inference_steps: int = 50,
+    num_inference_steps: int | None = None,
     seed: int = 0,
     nearest: bool = True,
     extractor: Extractor | None = None,
@@ -100,6 +100,7 @@ def measure(
 ) -> tuple[dict[str, Any], dict[str, Trajectory]]:
     """Return the report's numbers (plain JSON) and the trajectories of the float and the quantized network.
 
+    num_inference_steps: None for 50, or the number that a pipeline has which takes none.
     nearest: also calibrate the recipe with round-to-nearest, for comparison.
     extractor: gives features of pictures, for the distances in `compare`.
     command: the command that makes the report, to be shown in it.
@@ -112,7 +113,7 @@ def measure(
     network = denoiser(pipe, timestep=timestep, component=component)
     settings: dict[str, Any] = {
         "num_samples": num_samples,
-        "num_inference_steps": num_inference_steps,
+        "num_inference_steps": usual_steps(pipe) if num_inference_steps is None else num_inference_steps,
         "seed": seed,
     }
     data = CalibrationSet.record(pipe, timestep=timestep, component=component, **settings, **pipe_kwargs)

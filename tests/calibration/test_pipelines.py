@@ -3,16 +3,26 @@
 import json
 from types import SimpleNamespace
 
+import diffusers
 import pytest
 import torch
 from torch import nn
 
 import tfmq_fx
-from benchmarks.networks.pipelines import PIPELINES, saved
+from benchmarks.networks.pipelines import PIPELINES, saved, unet_2d
+from tests.helpers.nearest import recipe
 from tfmq_fx.base.errors import TFMQError
 from tfmq_fx.calibration.data import CalibrationSet
-from tfmq_fx.calibration.pipelines import denoiser, few_steps, prompts_for, run_pipeline, whole_lists
+from tfmq_fx.calibration.pipelines import (
+    denoiser,
+    few_steps,
+    prompts_for,
+    run_pipeline,
+    usual_steps,
+    whole_lists,
+)
 from tfmq_fx.calibration.prompts import PROMPTS
+from tfmq_fx.evaluation.sampling import sample
 
 ENTRIES = {e.name: e for e in PIPELINES}
 # diffusers' own, on this torch and numpy.
@@ -185,3 +195,39 @@ def test_without_a_prompt_ours_are_used_and_said(sd, caplog):
 def test_a_pipeline_without_prompts_gets_none(pipe):
     assert prompts_for(pipe, {}) == {}
     assert prompts_for(pipe, {"prompt_embeds": torch.zeros(1)}) == {}
+
+
+class Combined(diffusers.DiffusionPipeline):  # type: ignore[misc]
+    """A pipeline that calls its network through another pipeline in it, as StableCascadeCombinedPipeline does."""
+
+    def __init__(self, unet, scheduler):
+        super().__init__()
+        self.register_modules(unet=unet, scheduler=scheduler)
+        self.inner_pipe = diffusers.DDPMPipeline(unet, scheduler)
+
+    def __call__(self, batch_size=1, generator=None, num_inference_steps=2, output_type="np"):
+        return self.inner_pipe(batch_size, generator, num_inference_steps, output_type)
+
+
+def test_a_combined_pipeline_has_its_network_in_several_places():
+    network = unet_2d()
+    pipe = Combined(network, diffusers.DDPMScheduler())
+    data = CalibrationSet.record(pipe, num_samples=4, num_inference_steps=2)
+    q = tfmq_fx.quantize(pipe, recipe("w8a8"), calibration=data)
+    (reason,) = [n["reason"] for n in q.report["notes"] if n["name"] == "pipeline"]
+    assert (
+        reason
+        == "the pipeline holds its network as unet and as inner_pipe.unet: put the quantized one in each"
+    )
+    drawn = [sample(pipe, n, num_samples=2, num_inference_steps=2, seed=0) for n in (None, q, None)]
+    assert torch.equal(drawn[0], drawn[2])
+    assert 0 < (drawn[0] - drawn[1]).abs().max() < 0.1
+    assert not any(
+        n["name"] == "pipeline"
+        for n in tfmq_fx.quantize(network, recipe("w8a8"), calibration=data).report["notes"]
+    )
+
+
+def test_a_pipeline_that_takes_no_number_of_steps_is_asked_for_none():
+    assert usual_steps(SimpleNamespace(__call__=lambda num_inference_steps: num_inference_steps)) == 50
+    assert usual_steps(SimpleNamespace(__call__=lambda sigmas: sigmas)) is None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import json
 import logging
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from itertools import combinations, islice
 from pathlib import Path
 from typing import Any
@@ -56,6 +56,16 @@ def denoiser(pipe: Any, *, timestep: str = "timestep", component: str | None = N
             "quantize(network, calibration=CalibrationSet.from_tensors(..))."
         )
     return next(iter(found.values()))
+
+
+def holders(pipe: Any, network: nn.Module, path: str = "") -> Iterator[tuple[Any, str, str]]:
+    """Yield each pipeline that holds a network, its name there, and its path: a combined pipeline has others, which it calls."""
+    for name, module in pipe.components.items():
+        if module is network:
+            yield pipe, name, path + name
+    for name, inner in vars(pipe).items():
+        if isinstance(getattr(inner, "components", None), Mapping):
+            yield from holders(inner, network, f"{path}{name}.")
 
 
 def _refuse_wrapped(modules: Mapping[str, nn.Module]) -> None:
@@ -159,6 +169,11 @@ def takes_steps(pipe: Any) -> bool:
     """Return True if a pipeline takes a number of steps; others take a list of noise levels, or have a number of their own."""
     takes = inspect.signature(pipe.__call__).parameters
     return "num_inference_steps" in takes or _takes_any(takes)
+
+
+def usual_steps(pipe: Any, count: int = 50) -> int | None:
+    """Return how many steps a pipeline is asked for if nobody says: None if it takes no number of steps."""
+    return count if takes_steps(pipe) else None
 
 
 def given_steps(steps: int | None) -> dict[str, int]:

@@ -82,7 +82,7 @@ class CalibrationPreset:
     # Replaces the pipeline's own scheduler, with the same configuration; None keeps its own.
     scheduler: type[Any] | None = None
     num_samples: int = 64  # trajectories; with prompts, one for each
-    num_inference_steps: int = 50
+    num_inference_steps: int | None = 50  # None: as many as a pipeline has that takes no number
     num_rows: int | None = None  # drawn evenly over the timesteps; None: all
     arguments: dict[str, Any] = field(default_factory=dict)  # passed to the pipeline
     needs: tuple[str, ...] = ()  # arguments that the caller must give

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from tfmq_fx.base.files import replace_files
-from tfmq_fx.calibration.pipelines import denoiser, run_pipeline, whole_lists
+from tfmq_fx.calibration.pipelines import denoiser, given_steps, holders, run_pipeline, whole_lists
 
 # The layout of `save_grid`, in pixels: approximate width of a grid, white space beside it, title font size.
 WIDTH, MARGIN, TITLE_SIZE = 384, 16, 14
@@ -26,13 +26,14 @@ def swapped(
     timestep, component: as for `denoiser`.
     """
     own = denoiser(pipe, timestep=timestep, component=component)
-    name = next(n for n, m in pipe.components.items() if m is own)
-    original = getattr(pipe, name)
-    setattr(pipe, name, network)
+    held = [(inner, name) for inner, name, _ in holders(pipe, own)]
+    for inner, name in held:
+        setattr(inner, name, network)
     try:
         yield pipe
     finally:
-        setattr(pipe, name, original)
+        for inner, name in held:
+            setattr(inner, name, own)
 
 
 def sample(
@@ -40,7 +41,7 @@ def sample(
     network: nn.Module | None = None,
     *,
     num_samples: int,
-    num_inference_steps: int,
+    num_inference_steps: int | None,
     seed: int,
     batch_size: int = 256,
     timestep: str = "timestep",
@@ -53,7 +54,7 @@ def sample(
     """
     images = []
     # Asked of the pipeline as it is: it shows how the float network is called.
-    whole = whole_lists(pipe, {**pipe_kwargs, "num_inference_steps": num_inference_steps})
+    whole = whole_lists(pipe, {**pipe_kwargs, **given_steps(num_inference_steps)})
     generator = torch.Generator().manual_seed(seed)
     network = network or denoiser(pipe, timestep=timestep, component=component)
     with swapped(pipe, network, timestep=timestep, component=component):
@@ -64,8 +65,8 @@ def sample(
                 size,
                 first=start,
                 whole=whole,
-                num_inference_steps=num_inference_steps,
                 generator=generator,
+                **given_steps(num_inference_steps),
                 **pipe_kwargs,
             )
             images.append(torch.from_numpy(drawn).permute(0, 3, 1, 2) * 2 - 1)

@@ -16,7 +16,7 @@ from tfmq_fx.artefact.drop_in import DropIn
 from tfmq_fx.base.metrics import relative_mse_by_timestep
 from tfmq_fx.base.signatures import parameters_of
 from tfmq_fx.calibration.data import CalibrationSet
-from tfmq_fx.calibration.pipelines import run_pipeline, whole_lists
+from tfmq_fx.calibration.pipelines import given_steps, run_pipeline, whole_lists
 from tfmq_fx.evaluation.errors import first_tensor
 from tfmq_fx.evaluation.sampling import swapped
 
@@ -42,7 +42,7 @@ def trajectory(
     network: nn.Module,
     *,
     num_samples: int,
-    num_inference_steps: int,
+    num_inference_steps: int | None,
     seed: int,
     component: str | None = None,
     **pipe_kwargs: Any,
@@ -58,7 +58,7 @@ def trajectory(
     names = list(model.interface.arguments)
     kept: list[tuple[float, Tensor]] = []
     # Asked before anything is kept: it takes short runs.
-    whole = whole_lists(pipe, {**pipe_kwargs, "num_inference_steps": num_inference_steps})
+    whole = whole_lists(pipe, {**pipe_kwargs, **given_steps(num_inference_steps)})
 
     def keep(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         given = dict(zip(names, args, strict=False)) | kwargs
@@ -72,8 +72,8 @@ def trajectory(
                 pipe,
                 num_samples,
                 whole=whole,
-                num_inference_steps=num_inference_steps,
                 generator=torch.Generator().manual_seed(seed),
+                **given_steps(num_inference_steps),
                 **pipe_kwargs,
             )
     finally:
