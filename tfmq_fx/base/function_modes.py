@@ -8,6 +8,20 @@ from typing import Any
 import torch
 from torch.overrides import TorchFunctionMode
 
+# What reads how a tensor lies in memory, 30 times for each operator: torch's own bookkeeping, in which no mode has a part.
+_LAYOUT = frozenset(
+    (
+        "__get__",
+        "stride",
+        "storage_offset",
+        "untyped_storage",
+        "_is_view",
+        "is_inference",
+        "is_conj",
+        "is_neg",
+    )
+)
+
 
 class FunctionMode(TorchFunctionMode):
     """A mode that gets each function with its name. The branches of torch.cond, which dynamo traces, it does not see."""
@@ -15,10 +29,10 @@ class FunctionMode(TorchFunctionMode):
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        kwargs = kwargs or {}
-        if torch.compiler.is_dynamo_compiling():
+        name, kwargs = getattr(func, "__name__", ""), kwargs or {}
+        if name in _LAYOUT or torch.compiler.is_dynamo_compiling():
             return func(*args, **kwargs)
-        return self.call(func, getattr(func, "__name__", ""), args, kwargs)
+        return self.call(func, name, args, kwargs)
 
     def call(self, func: Callable[..., Any], name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Return what a function is to return, in the mode's own way."""
