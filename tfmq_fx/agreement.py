@@ -245,12 +245,14 @@ def _with_ones(
     for at in [at for at, size in moves.items() if at[0] == sample and size > 1]:
         sizes = implied({**now, at: 1}, conditions)
         broken = [c for c in conditions if not holds(c, sizes)]
+        if sizes[at] != 1 or not broken or any(c[0] == "Equality" for c in broken):
+            continue  # such as one number that two inputs must share
         cut = dict(found)
         for n, i in [other for other, size in sizes.items() if size != now[other]]:
             cut[n] = _resized(cut[n], i, sizes[n, i])
         given = {id(x): cut[n] for n, x in found.items()}
         arguments = pytree.tree_map(lambda x, given=given: given.get(id(x), x), dict(example))
-        if sizes[at] == 1 and broken and agrees(gm, cut, network, arguments):
+        if agrees(gm, cut, network, arguments):
             conditions = [_or_one(c, at, sizes) if c in broken else c for c in conditions]
     return conditions
 
