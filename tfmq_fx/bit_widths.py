@@ -25,14 +25,13 @@ from tfmq_fx.base.arithmetic import FLOAT_BITS, check_bits, weight_numbers
 from tfmq_fx.base.entries import per_sample
 from tfmq_fx.base.errors import TFMQError
 from tfmq_fx.base.files import replace_files, update_with_tensors
-from tfmq_fx.base.metrics import relative_mse_by_timestep
+from tfmq_fx.base.metrics import first_tensor, relative_mse_by_timestep
 from tfmq_fx.base.progress import track
 from tfmq_fx.calibration.data import CalibrationSet, inputs_of
 from tfmq_fx.calibration.pipelines import denoiser
 from tfmq_fx.calibration.stage import calibrate, with_own
 from tfmq_fx.calibration.temporal_rows import is_scalar
 from tfmq_fx.capturing import captured
-from tfmq_fx.evaluation.errors import first_tensor
 from tfmq_fx.graph.nodes import attribute, output_channel_axis
 from tfmq_fx.graph.written import keeps_buffers
 from tfmq_fx.observers.weight import PerChannelWeightFakeQuantize

@@ -28,7 +28,7 @@ from tfmq_fx.calibration.stage import calibrate, input_maxima, require_known, re
 from tfmq_fx.calibration.timesteps import USUAL
 from tfmq_fx.capturing import capture_rows, described
 from tfmq_fx.choices import choose, is_open
-from tfmq_fx.evaluation.errors import measure_errors
+from tfmq_fx.evaluation.errors import measure_errors, rows_to_measure
 from tfmq_fx.evaluation.summary import summary
 from tfmq_fx.graph.inputs import placeholders
 from tfmq_fx.graph.nodes import fresh
@@ -129,6 +129,9 @@ def _quantized(
     recipe = choices.recipe
     if choices.report:
         clock.lap("choose")
+    outputs: dict[int, Tensor | None] = dict.fromkeys(
+        rows_to_measure(gm, calibration, seed=settings.seed).tolist()
+    )
     passes = stages(
         recipe,
         calibration=calibration,
@@ -136,6 +139,7 @@ def _quantized(
         block=block,
         timesteps=schedule,
         maxima=choices.maxima,
+        outputs=outputs,
         settings=settings,
     )
     converted = PassManager(passes, done=clock.lap)(fresh(gm)).graph_module
@@ -153,7 +157,7 @@ def _quantized(
             fresh(gm), dataclasses.replace(temporal, features=state_of(converted).features)
         )
     with kept({**written_buffers(gm), **written_buffers(closed)}):
-        errors = measure_errors(gm, closed, calibration, block=block, seed=settings.seed)
+        errors = measure_errors(gm, closed, calibration, block=block, seed=settings.seed, outputs=outputs)
     clock.lap("measure")
     return QuantizedModel(
         converted,
@@ -237,6 +241,7 @@ def stages(
     block: GraphModule | None = None,
     timesteps: Iterable[float] | Tensor | None = None,
     maxima: Mapping[str, Tensor] | None = None,
+    outputs: dict[int, Tensor | None] | None = None,
     settings: Settings | None = None,
 ) -> list[Stage]:
     """Return the passes from a captured float graph to a converted one, in order, for `PassManager` to run.
@@ -248,6 +253,7 @@ def stages(
         it.
     timesteps: the schedule (T,). None takes the timesteps of the calibration set.
     maxima: of the layers' inputs, if `choose` measured them.
+    outputs: see `calibrate`.
     settings: the finite inputs, the seed, `strict` and the folder of reconstruction's state. None takes the
         defaults.
 
@@ -274,7 +280,7 @@ def stages(
         *low_bits(recipe, calibration=calibration, temporal=temporal, maxima=maxima, seed=seed),
         partial(prepare, recipe=recipe, timesteps=schedule, temporal=temporal, finite=finite),
         *strictly,
-        partial(calibrate, calibration=calibration),
+        partial(calibrate, calibration=calibration, outputs=outputs),
         partial(reconstruct, calibration=calibration, seed=seed, state=settings.state),
         partial(maintain, calibration=calibration, seed=seed),
         *unseen,

@@ -78,6 +78,22 @@ def test_rows_whose_tensors_are_large_are_measured_in_pieces(monkeypatch):
         assert a == pytest.approx(b, rel=0.05)
 
 
+@torch.no_grad()
+def test_the_float_network_is_not_run_again_on_rows_that_calibration_ran_it_on():
+    gm, data = captured(TinyUNet), calibration()
+    outputs = dict.fromkeys([3, 17, 30])
+    prepared = tfmq_fx.prepare(captured(TinyUNet), recipe("w8a8"), timesteps=TIMESTEPS)
+    converted = tfmq_fx.convert(tfmq_fx.calibrate(prepared, data, batch_size=8, outputs=outputs))
+    rows = data.rows(torch.tensor([3, 17, 30]))
+    expected = gm(rows.tensors["sample"], rows.tensors["timestep"])
+    torch.testing.assert_close(torch.cat(list(outputs.values())), expected)
+    again = errors.errors_by_timestep(gm, converted, rows, {}, None)
+    gm.forward = None  # it must not run
+    found = errors.errors_by_timestep(gm, converted, rows, {}, None, list(outputs.values()))
+    for a, b in zip(found, again, strict=True):
+        assert a == pytest.approx(b, rel=1e-3)
+
+
 def test_a_large_network_is_measured_on_one_row_of_each_timestep(monkeypatch):
     gm, converted, data = captured(TinyUNet), quantized("w8a8").network, calibration()
     seen = []

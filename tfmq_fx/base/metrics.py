@@ -4,11 +4,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
 from tfmq_fx.base.errors import TFMQError
+
+
+def first_tensor(output: Any) -> Tensor:
+    """Return the first tensor of a network's output, however nested: the one whose errors are measured."""
+    leaf: Tensor = pytree.tree_leaves(output)[0]
+    return leaf
 
 
 def psnr(images: Tensor, reference: Tensor, *, value_range: float = 2.0) -> float:

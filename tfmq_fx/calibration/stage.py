@@ -16,6 +16,7 @@ from torch.fx import GraphModule, Node
 from tfmq_fx.base._torchao import FakeQuantizeBase, ObserverBase
 from tfmq_fx.base.ambient import neutral
 from tfmq_fx.base.errors import TFMQError, first_of, nearest_names
+from tfmq_fx.base.metrics import first_tensor
 from tfmq_fx.base.parallel import Ranks, Workers, workers
 from tfmq_fx.base.progress import track
 from tfmq_fx.calibration.calls import overflow_words
@@ -49,12 +50,21 @@ from tfmq_fx.passes.temporal.partition_temporal import extract_temporal
 @neutral()
 @keeps_buffers
 @torch.no_grad()
-def calibrate(gm: GraphModule, calibration: CalibrationSet, *, batch_size: int = 64) -> GraphModule:
+def calibrate(
+    gm: GraphModule,
+    calibration: CalibrationSet,
+    *,
+    batch_size: int = 64,
+    outputs: dict[int, Tensor | None] | None = None,
+) -> GraphModule:
     """Observe the calibration data with a prepared graph, in place. Afterwards the graph fake-quantizes.
 
     The temporal block depends only on the timestep, and perhaps on conditioning. It is observed once, on the rows of
     `temporal_rows` (finite set calibration; it needs no data if its inputs are finite). The rest of the graph is
     observed on the calibration set.
+
+    outputs: gets what the float network makes of the rows whose indices are its keys, the first tensor of its output, where the
+        graph runs on them anyway.
 
     Raises TFMQError for timesteps and values of finite inputs that are in the data but not in the tables, and for
     missing inputs.
@@ -74,7 +84,7 @@ def calibrate(gm: GraphModule, calibration: CalibrationSet, *, batch_size: int =
         if any(_observing(m) for m in gm.modules()):
             size = rows_at_once(gm, batch_size, calibration.constants.keys())
             batches = calibration.groups(size, one_timestep=is_scalar(gm))
-            _observe(gm, calibration, batches, shards, threads)
+            _observe(gm, calibration, batches, shards, threads, {} if outputs is None else outputs)
         _require_observed(gm, found)
         for _, observer in found:
             observer.freeze()
@@ -117,25 +127,42 @@ def _notes(gm: GraphModule, calibration: CalibrationSet) -> Iterator[Note]:
 
 
 def _observe(
-    gm: GraphModule, calibration: CalibrationSet, batches: list[Tensor], shards: int, threads: Workers
+    gm: GraphModule,
+    calibration: CalibrationSet,
+    batches: list[Tensor],
+    shards: int,
+    threads: Workers,
+    outputs: dict[int, Tensor | None],
 ) -> None:
     """Observe these batches of rows on threads and processes, each with its own copies of the observers; merge these.
 
     If an observer cannot be merged, every process observes all batches instead.
+
+    outputs: see `calibrate`. Of several processes none gets any, so that all know the same.
     """
     ranks = Ranks()
     shards = -(-shards // ranks.size) * ranks.size
     learning = _learning(gm)
+    wanted = outputs.keys() if ranks.size == 1 else set[int]()
+
+    def run_rows(graph: GraphModule, rows: Tensor) -> None:
+        x = first_tensor(graph(*inputs_of(gm, calibration.batch(rows))))
+        if wanted and x.dim() and not len(x) % len(rows):
+            parts = zip(
+                rows.tolist(), x.split(len(x) // len(rows)), strict=True
+            )  # a video's frames may be rows each
+            outputs.update({i: part.clone() for i, part in parts if i in wanted})
+
     if not all(_mergeable(m) for m in learning):
         for batch in track(batches, "calibrating"):  # every process sees all the data
-            gm(*inputs_of(gm, calibration.batch(batch)))
+            run_rows(gm, batch)
         return
     pieces = [p for p in ranks.share([batches[i::shards] for i in range(shards)]) if p]
     copies = [with_own(gm, learning) for _ in pieces]
 
     def run(k: int, i: int) -> None:
         if i < len(pieces[k]):
-            copies[k][0](*inputs_of(gm, calibration.batch(pieces[k][i])))
+            run_rows(copies[k][0], pieces[k][i])
 
     for i in track(range(len(pieces[0]) if pieces else 0), "calibrating"):
         threads.map(partial(run, i=i), range(len(pieces)))

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.fx import GraphModule
-from torch.utils import _pytree as pytree
 
 from tfmq_fx.base.entries import per_sample
-from tfmq_fx.base.metrics import cosine_distance, relative_mse_by_timestep
+from tfmq_fx.base.metrics import cosine_distance, first_tensor, relative_mse_by_timestep
 from tfmq_fx.calibration.data import CalibrationSet, inputs_of
 from tfmq_fx.calibration.temporal_rows import (
     chunks_of,
@@ -41,28 +40,37 @@ class Errors:
 
 @torch.no_grad()
 def measure_errors(
-    gm: GraphModule, converted: GraphModule, calibration: CalibrationSet, *, block: GraphModule, seed: int = 0
+    gm: GraphModule,
+    converted: GraphModule,
+    calibration: CalibrationSet,
+    *,
+    block: GraphModule,
+    seed: int = 0,
+    outputs: Mapping[int, Tensor | None] | None = None,
 ) -> Errors:
     """Compare a converted graph with the float graph that it was made from, on rows of the calibration set.
 
-    gm: the float graph. block: its temporal block (`extract_temporal`). seed: of the choice of rows.
+    gm: the float graph. block: its temporal block (`extract_temporal`). seed: of the choice of rows. outputs: what the float graph
+    makes of some rows, as `calibrate` collects it; it is run on the others.
     """
     rows: dict[str, Tensor] = {}
     distance = None
     if state_of(converted).features:  # else all come from outside
         rows = temporal_rows(converted, calibration.tensors)
         distance = temporal_distance(converted, block, rows)
-    data = calibration.spread(_rows_to_measure(gm, calibration), seed=seed)
+    measured = rows_to_measure(gm, calibration, seed=seed)
+    known = [(outputs or {}).get(i) for i in measured.tolist()]
     return Errors(
-        by_timestep=errors_by_timestep(gm, converted, data, rows, distance),
+        by_timestep=errors_by_timestep(gm, converted, calibration.rows(measured), rows, distance, known),
         temporal_drift=temporal_drift(converted, rows, distance),
     )
 
 
-def _rows_to_measure(gm: GraphModule, calibration: CalibrationSet) -> int:
+def rows_to_measure(gm: GraphModule, calibration: CalibrationSet, *, seed: int = 0) -> Tensor:
+    """Return the indices of the rows on which the errors of the output are measured."""
     both = 2 * sum(layer.flops for layer in layers_of(gm))  # of a row, in float and quantized
     timesteps = len(calibration.row_timesteps.unique())
-    return max(timesteps, min(ERROR_ROWS, int(ERROR_FLOPS // max(both, 1))))
+    return calibration.draw(max(timesteps, min(ERROR_ROWS, int(ERROR_FLOPS // max(both, 1)))), seed=seed)
 
 
 def temporal_distance(
@@ -107,18 +115,21 @@ def errors_by_timestep(
     data: CalibrationSet,
     rows: Mapping[str, Tensor],
     distance: Tensor | None,
+    known: Sequence[Tensor | None] = (),
 ) -> list[dict[str, float]]:
     """Return the output's relative MSE, and the features' cosine distance (mean and worst), by timestep.
 
-    The output's is that of samples whose timestep, or whose largest one, is this.
+    The output's is that of samples whose timestep, or whose largest one, is this. known: the float graph's first output for each
+    row of `data`, as far as it is known.
     """
     outputs: list[tuple[Tensor, Tensor, Tensor]] = []
     size = rows_at_once(gm, 128, data.constants.keys())
-    for batch in data.batches(size, one_timestep=is_scalar(gm)):
-        inputs = inputs_of(gm, batch)
-        outputs.append(
-            (first_tensor(converted(*inputs)), first_tensor(gm(*inputs)), per_sample(batch[data.timestep]))
-        )
+    for batch in data.groups(size, one_timestep=is_scalar(gm)):
+        given = data.batch(batch)
+        inputs, kept = inputs_of(gm, given), [known[i] for i in batch.tolist()] if known else [None]
+        found = [x for x in kept if x is not None]
+        reference = torch.cat(found) if len(found) == len(kept) else first_tensor(gm(*inputs))
+        outputs.append((first_tensor(converted(*inputs)), reference, per_sample(given[data.timestep])))
     output = relative_mse_by_timestep(*(torch.cat(column) for column in zip(*outputs, strict=True)))
     errors = []
     for t in state_of(converted).timesteps:
@@ -131,9 +142,3 @@ def errors_by_timestep(
             row["temporal_cosine_distance_worst"] = at.max().item()
         errors.append(row)
     return errors
-
-
-def first_tensor(output: Any) -> Tensor:
-    """Return the first tensor of a network's output, however nested."""
-    leaf: Tensor = pytree.tree_leaves(output)[0]
-    return leaf

@@ -13,11 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from tfmq_fx.artefact.drop_in import DropIn
-from tfmq_fx.base.metrics import relative_mse_by_timestep
+from tfmq_fx.base.metrics import first_tensor, relative_mse_by_timestep
 from tfmq_fx.base.signatures import parameters_of
 from tfmq_fx.calibration.data import CalibrationSet
 from tfmq_fx.calibration.pipelines import given_steps, run_pipeline, whole_lists
-from tfmq_fx.evaluation.errors import first_tensor
 from tfmq_fx.evaluation.sampling import swapped
 
 log = logging.getLogger(__name__)
