@@ -534,6 +534,11 @@ class OfSigmas(Sized):
         return {"frames": x.numpy()}
 
 
+class OfAny(OfSigmas):
+    def __call__(self, batch_size=1, generator=None, **_more):
+        return super().__call__(batch_size, generator)
+
+
 def test_a_pipeline_that_takes_no_number_of_steps_is_recorded_with_those_it_has():
     pipe = OfSigmas(SizedNetwork().eval(), diffusers.DDPMScheduler())
     data = CalibrationSet.record(pipe, num_samples=2, num_inference_steps=None)
@@ -542,6 +547,9 @@ def test_a_pipeline_that_takes_no_number_of_steps_is_recorded_with_those_it_has(
     assert data.timesteps.tolist() == [900, 500]
     with pytest.raises(TFMQError, match="takes no 'num_inference_steps'; give num_inference_steps=None"):
         CalibrationSet.record(pipe, num_samples=2, num_inference_steps=2)
+    pipe.__class__ = OfAny  # it ignores what it does not know
+    for steps in (None, 2):
+        assert len(CalibrationSet.record(pipe, num_samples=2, num_inference_steps=steps)) == 6
     pipe = Sized(SizedNetwork().eval(), diffusers.DDPMScheduler())
     with pytest.raises(TFMQError, match="takes 'num_inference_steps'; the number of steps is missing"):
         CalibrationSet.record(pipe, num_samples=2, num_inference_steps=None)

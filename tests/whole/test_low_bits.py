@@ -132,3 +132,36 @@ def test_it_saves_loads_and_exports(model, tmp_path):
         expected = model(X[:3], T[:3])
         assert torch.equal(loaded(X[:3], T[:3]), expected)
         assert torch.equal(program(sample=X[:3], timestep=T[:3]), expected)
+
+
+class Learned(TinyUNet):
+    """What it adds to the sample is computed of learned tokens alone, and not only by a layer."""
+
+    def __init__(self):
+        super().__init__()
+        self.tokens, self.query = torch.nn.Parameter(torch.randn(1, 1, 8, 8)), torch.nn.Linear(8, 8)
+
+    def forward(self, sample, timestep):
+        return super().forward(sample + self.query(self.tokens) + self.tokens, timestep)
+
+
+def test_a_smoothing_that_converting_folds_takes_no_bytes(tmp_path):
+    recipe = tfmq_fx.Recipe(
+        weight_bits=8, smooth=0.5, reconstruction=tfmq_fx.Reconstruction(method="nearest")
+    )
+    q = tfmq_fx.quantize(make(Learned), recipe, calibration=calibration())
+    (change,) = [c for c in q.report["low_bits"]["smooth"] if c["name"] == "query.weight"]
+    assert change["how"] == "explicit"
+    assert not any(n in name for n in change["tensors"] for name in q.network.state_dict())
+    assert q.report["sizes"]["low_bits_bytes"] == sum(
+        q.network.state_dict()[n].nbytes
+        for c in q.report["low_bits"]["smooth"]
+        for n in c["tensors"]
+        if n in q.network.state_dict()
+    )
+    with torch.no_grad():
+        assert (q(X, T) - make(Learned)(X, T)).norm() / make(Learned)(
+            X, T
+        ).norm() < 0.07  # tests/whole/test_moving_sizes.py
+    q.save_pretrained(tmp_path)
+    assert torch.equal(tfmq_fx.load(tmp_path)(X, T), q(X, T))

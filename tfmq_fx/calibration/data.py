@@ -259,11 +259,14 @@ class CalibrationSet:
             whole (one value per adapter, ControlNet or layer). A tuple is always passed as it is. Without a prompt, a
             pipeline that needs one gets 64 of this library's own, and the log and the report say so.
         """
-        if (num_inference_steps is None) == takes_steps(pipe):
-            what = "takes no 'num_inference_steps'; give num_inference_steps=None"
-            if num_inference_steps is None:
-                what = "takes 'num_inference_steps'; the number of steps is missing"
-            raise TFMQError(f"calibration: {type(pipe).__name__} {what}.")
+        if num_inference_steps is None and takes_steps(pipe, by_name=True):
+            raise TFMQError(
+                f"calibration: {type(pipe).__name__} takes 'num_inference_steps'; the number of steps is missing."
+            )
+        if num_inference_steps is not None and not takes_steps(pipe):
+            raise TFMQError(
+                f"calibration: {type(pipe).__name__} takes no 'num_inference_steps'; give num_inference_steps=None."
+            )
         if num_samples < 1 or (num_inference_steps or 1) < 1 or batch_size < 1:
             raise TFMQError(
                 f"calibration: num_samples={num_samples}, num_inference_steps={num_inference_steps} and "

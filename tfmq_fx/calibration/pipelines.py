@@ -165,10 +165,13 @@ def _lists(pipe_kwargs: Mapping[str, Any]) -> dict[str, list[Any]]:
     return found
 
 
-def takes_steps(pipe: Any) -> bool:
-    """Return True if a pipeline takes a number of steps; others take a list of noise levels, or have a number of their own."""
+def takes_steps(pipe: Any, *, by_name: bool = False) -> bool:
+    """Return True if a pipeline takes a number of steps; others take a list of noise levels, or have a number of their own.
+
+    by_name: as an argument of that name, and not among any others.
+    """
     takes = inspect.signature(pipe.__call__).parameters
-    return "num_inference_steps" in takes or _takes_any(takes)
+    return "num_inference_steps" in takes or (not by_name and _takes_any(takes))
 
 
 def usual_steps(pipe: Any, count: int = 50) -> int | None:

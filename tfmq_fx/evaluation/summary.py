@@ -87,6 +87,7 @@ def _sizes(
     )
     other_bytes = sum(x.numel() * x.element_size() for n, x in tensors.items() if n not in packed)
     added = {t for changes in state.low_bits.values() for change in changes for t in change.tensors}
+    added &= tensors.keys()  # converting folds what is computed of constants alone
     float_bytes = sum(p.numel() * p.element_size() for p in network.parameters())
     return {
         "float_bytes": float_bytes,
