@@ -100,7 +100,10 @@ class Unasked(torch.nn.Module):
     [
         ({"timesteps": [1, 1]}, "timesteps: found repeated values"),
         ({"timesteps": TIMESTEPS[:-1]}, r"timesteps \[0\] are in the data but not in the schedule of 9"),
-        ({"finite": {"labels": [1]}}, "no tensor named 'labels'; found sample"),
+        (
+            {"finite": {"labels": [1]}},
+            "finite='labels': the calibration data have no tensor named 'labels'; found sample",
+        ),
         ({"timesteps": [*TIMESTEPS.tolist(), 5, 7]}, r"no row has the timesteps 5, 7 of the schedule"),
     ],
 )

@@ -104,7 +104,7 @@ def place(template, tmp_path, monkeypatch):
         (("quantize", "q", "--argument", "num_inference_steps=3"), "--argument num_inference_steps"),
         (("quantize", "q", "--argument", "batch_size=-1", *QUICK), "--argument batch_size: the command sets this itself"),
         (("quantize", "q", "--finite", "x"), "use NAME=JSON"),
-        (("quantize", "q", "--model", "pipe", "--finite", "x=[1]", *QUICK), "'x': the graph has no such input"),
+        (("quantize", "q", "--model", "pipe", "--finite", "x=[1]", *QUICK), "finite='x': the calibration data have no tensor"),
         (("quantize", "q", "--max-megabytes", 0, *QUICK), "0"),
         (("quantize", "full"), "is not a tfmq artefact"),
         (("quantize", "file"), "is not a tfmq artefact"),

@@ -259,8 +259,9 @@ def require_known(tables: Mapping[str, Tensor], calibration: CalibrationSet) -> 
     """
     for i, (name, values) in enumerate(tables.items()):
         if name not in calibration.tensors:
+            what = f"finite={name!r}: the calibration data have" if i else "calibration:"
             raise TFMQError(
-                f"calibration: no tensor named {name!r}; found {nearest_names(name, calibration.tensors)}."
+                f"{what} no tensor named {name!r}; found {nearest_names(name, calibration.tensors)}."
             )
         given = calibration.tensors[name]
         common = torch.promote_types(values.dtype, given.dtype)
