@@ -66,8 +66,8 @@ def calibrate(
     outputs: gets what the float network makes of the rows whose indices are its keys, the first tensor of its output, where the
         graph runs on them anyway.
 
-    Raises TFMQError for timesteps and values of finite inputs that are in the data but not in the tables, and for
-    missing inputs.
+    Raises TFMQError for timesteps and values of finite inputs that are in the data but not in the tables, for timesteps of the
+    schedule that no row has where activations outside the temporal block have scales per timestep, and for missing and empty inputs.
     """
     state = require_stage(gm, "prepared")
     require_known(state.tables, calibration)
@@ -148,10 +148,9 @@ def _observe(
     def run_rows(graph: GraphModule, rows: Tensor) -> None:
         x = first_tensor(graph(*inputs_of(gm, calibration.batch(rows))))
         if wanted and x.dim() and not len(x) % len(rows):
-            parts = zip(
-                rows.tolist(), x.split(len(x) // len(rows)), strict=True
-            )  # a video's frames may be rows each
-            outputs.update({i: part.clone() for i, part in parts if i in wanted})
+            parts = x.split(len(x) // len(rows))  # of a video, each frame may be a row
+            found = zip(rows.tolist(), parts, strict=True)
+            outputs.update({i: part.clone() for i, part in found if i in wanted})
 
     if not all(_mergeable(m) for m in learning):
         for batch in track(batches, "calibrating"):  # every process sees all the data
