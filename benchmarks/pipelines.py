@@ -28,7 +28,7 @@ from torch.utils import _pytree as pytree
 
 import tfmq_fx
 from benchmarks.networks.components import arguments, make
-from tfmq_fx.calibration.pipelines import holders, takes_timestep
+from tfmq_fx.calibration.pipelines import holders, takes_steps, takes_timestep
 
 ROWS = Path(__file__).with_suffix(".jsonl")
 SECONDS, MEMORY = 200, 12 * 2**30
@@ -73,7 +73,7 @@ def attempt(cls: type, row: dict[str, Any]) -> None:
         for name in names:
             network = getattr(pipe, name)
             timestep = next(t for t in TIMESTEPS if takes_timestep(network, t))
-            steps = STEPS if "num_inference_steps" in inspect.signature(pipe.__call__).parameters else None
+            steps = STEPS if takes_steps(pipe, by_name=True) else None
             data = tfmq_fx.CalibrationSet.record(
                 pipe, num_samples=2, num_inference_steps=steps, component=name, timestep=timestep, **given
             )

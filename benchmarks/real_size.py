@@ -8,8 +8,8 @@
                                               UNet, mapped from files; streams beyond 1 GiB go to disk
 
 The first command runs every stage on few rows and few iterations, each method on each device in a process of its own, and
-extrapolates the cost to the full calibration set (seconds of CPU, on a GPU those of the clock): a block costs its forward passes, and a row in a learning step
-counts as three of them. GPTQ's solving costs the same for any number of rows.
+extrapolates the cost to the full calibration set (seconds of CPU, on a GPU those of the clock): a block costs its forward passes, and
+a row in a learning step counts as three of them. GPTQ's solving costs the same for any number of rows.
 """
 
 from __future__ import annotations

@@ -48,8 +48,9 @@ class PassManager(pass_manager.PassManager):
         PassManager([remove_noops, partial(prepare, recipe=recipe, timesteps=t), partial(calibrate, calibration=data), convert])
 
     Settings are bound with functools.partial. done: called with the name of each pass when it has run, as
-    a clock wants to hear. Each pass runs once, and a graph that none of them changed is not compiled anew. Raises TFMQError listing every declared need that the order violates, before anything runs; a
-    pass's own exception comes through as it is, with a note that names the pass.
+    a clock wants to hear. Each pass runs once, and a graph that none of them changed is not compiled anew. Raises TFMQError
+    listing every declared need that the order violates, before anything runs; a pass's own exception comes through as it is,
+    with a note that names the pass.
     """
 
     def __init__(
@@ -94,9 +95,7 @@ class PassManager(pass_manager.PassManager):
                 result = PassResult(module if result is None else result, True)
             after = result.graph_module
             assert isinstance(after, GraphModule)
-            if (
-                result.modified
-            ):  # code of thousands of lines, for nothing where a pass left the graph as it was
+            if result.modified:  # not for nothing: it may have thousands of lines
                 after.recompile()
             log.info(
                 "%s: %d -> %d nodes%s",
@@ -109,7 +108,6 @@ class PassManager(pass_manager.PassManager):
                 self.done(name)
             return result
 
-        run.__name__ = name  # what torch's PassManager calls it
         return run
 
 

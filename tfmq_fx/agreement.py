@@ -91,8 +91,6 @@ def agrees(
         return False
 
 
-@keeps_buffers
-@torch.no_grad()
 def agree_on_other_rows(
     gm: GraphModule, network: nn.Module, inputs: Mapping[str, Any], *, share: float
 ) -> bool:
@@ -108,8 +106,6 @@ def agree_on_other_rows(
     return agrees(gm, {n: x for n, (_, x) in leaves(changed).items()}, network, changed, share=share)
 
 
-@keeps_buffers
-@torch.no_grad()
 def agree_on_padding(
     gm: GraphModule, network: nn.Module, cut: CalibrationSet, padded: CalibrationSet
 ) -> bool:
@@ -125,8 +121,6 @@ def agree_on_padding(
     return True
 
 
-@keeps_buffers
-@torch.no_grad()
 def require_kinds(gm: GraphModule, network: nn.Module, calibration: CalibrationSet) -> None:
     """Raise TFMQError unless the graph computes a row of each kind of calls, beside the others, as the network does."""
     row_wise, kinds = calibration.row_wise(network), calibration.tensors[VARIANT]
@@ -153,8 +147,7 @@ def _lists_of_rows(network: nn.Module, gm: GraphModule, example: Mapping[str, An
     if not lists:
         return {}
     tensors = {n: x for n, (_, x) in leaves(example).items() if isinstance(x, Tensor)}
-    first = next(n for n in placeholders(gm) if n != timestep_input(gm, None).target)
-    rows = tensors[first].shape[0] + 1
+    rows = tensors[_sample(gm)].shape[0] + 1
 
     def grown(x: Any) -> Any:
         alike = isinstance(x, Tensor) and x.shape[:1] == (rows - 1,)
@@ -241,8 +234,7 @@ def _with_ones(
     """
     found = {n: x for n, (_, x) in leaves(example).items() if isinstance(x, Tensor)}
     now = {(n, i): size for n, x in found.items() for i, size in enumerate(x.shape)}
-    sample = next(n for n in placeholders(gm) if n != timestep_input(gm, None).target)
-    for at in [at for at, size in moves.items() if at[0] == sample and size > 1]:
+    for at in [at for at, size in moves.items() if at[0] == _sample(gm) and size > 1]:
         sizes = implied({**now, at: 1}, conditions)
         broken = [c for c in conditions if not holds(c, sizes)]
         if sizes[at] != 1 or not broken or any(c[0] == "Equality" for c in broken):
@@ -286,6 +278,11 @@ def _short_rows(
             if all((n, 1) in moves for n in marked) and not agrees(gm, {**found, **cut}, network, given):
                 yield from (["GreaterThan", ["size", n, 1], length + 1] for n in marked)
                 break
+
+
+def _sample(gm: GraphModule) -> str:
+    """Return the name of the noisy sample: the first input other than the timestep."""
+    return next(n for n in placeholders(gm) if n != timestep_input(gm, None).target)
 
 
 def _resized(x: Tensor, dim: int, size: int) -> Tensor:

@@ -97,10 +97,9 @@ def choose(
     """
     if not is_open(recipe):
         return Choices(recipe=recipe, report={})
-    note = ""
-    if recipe.keyed == AUTO and (missing := [] if timesteps is None else calibration.lacks(timesteps)):
-        note = f"no scales per timestep were considered: no row has the schedule's {first_of(missing)}"
-    if recipe.keyed == AUTO and (note or calibration.tensors[calibration.timestep].dim() > 1):
+    missing = calibration.lacks(timesteps) if recipe.keyed == AUTO and timesteps is not None else []
+    why = f"no scales per timestep were considered: no row has the schedule's {first_of(missing)}"
+    if recipe.keyed == AUTO and (missing or calibration.tensors[calibration.timestep].dim() > 1):
         recipe = dataclasses.replace(recipe, keyed="block")  # a sample with several timesteps has no key
     planned = plan(gm, recipe=recipe, temporal=temporal).layers
     nodes = {n.name: n for n in gm.graph.nodes}
@@ -139,7 +138,7 @@ def choose(
         chosen=tuple(search.rules()),
     )
     report = {**search.report(before), "constant_inputs": _constant(planned, ranges)}
-    return Choices(recipe=chosen, report=report, maxima=maxima, note=note)
+    return Choices(recipe=chosen, report=report, maxima=maxima, note=why if missing else "")
 
 
 def _constant(planned: Sequence[LayerPlan], ranges: Mapping[str, tuple[Tensor, Tensor]]) -> list[str]:

@@ -21,18 +21,8 @@ from tfmq_fx.passes.pass_manager import declare
 
 # What aten's schemas call the dimensions that an operator works on, and the sizes that it gives a tensor.
 _DIMS = (
-    "dim",
-    "dims",
-    "dim0",
-    "dim1",
-    "dim2",
-    "start_dim",
-    "end_dim",
-    "source",
-    "destination",
-    "axis0",
-    "axis1",
-)
+    "dim", "dims", "dim0", "dim1", "dim2", "start_dim", "end_dim", "source", "destination", "axis0", "axis1",
+)  # fmt: skip
 _SIZES = {"view": "size", "_unsafe_view": "size", "reshape": "shape", "expand": "size", "repeat": "repeats"}
 _NEW = ("new_zeros", "new_ones", "new_full", "new_empty")
 _JOINS = ("cat", "stack", "slice_scatter", "select_scatter")  # of tensors that must all have rows

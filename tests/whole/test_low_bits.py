@@ -149,7 +149,8 @@ def test_a_smoothing_that_converting_folds_takes_no_bytes(tmp_path):
     recipe = tfmq_fx.Recipe(
         weight_bits=8, smooth=0.5, reconstruction=tfmq_fx.Reconstruction(method="nearest")
     )
-    q = tfmq_fx.quantize(make(Learned), recipe, calibration=calibration())
+    network = make(Learned)
+    q = tfmq_fx.quantize(network, recipe, calibration=calibration())
     (change,) = [c for c in q.report["low_bits"]["smooth"] if c["name"] == "query.weight"]
     assert change["how"] == "explicit"
     assert not any(n in name for n in change["tensors"] for name in q.network.state_dict())
@@ -160,8 +161,7 @@ def test_a_smoothing_that_converting_folds_takes_no_bytes(tmp_path):
         if n in q.network.state_dict()
     )
     with torch.no_grad():
-        assert (q(X, T) - make(Learned)(X, T)).norm() / make(Learned)(
-            X, T
-        ).norm() < 0.07  # tests/whole/test_moving_sizes.py
+        expected = network(X, T)
+    assert (q(X, T) - expected).norm() / expected.norm() < 0.07  # as in tests/whole/test_moving_sizes.py
     q.save_pretrained(tmp_path)
     assert torch.equal(tfmq_fx.load(tmp_path)(X, T), q(X, T))

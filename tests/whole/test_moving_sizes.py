@@ -263,7 +263,7 @@ def test_a_video_has_any_number_of_frames_and_its_features_a_scale_per_timestep(
     keys = {layer["path"]: list(layer["key"]) for layer in q.report["layers"]}
     assert {path for path, key in keys.items() if key == ["timestep"]} == {*video.BLOCK}
     assert q.interface.sizes()["sample"] == ["N", 3, "any (3)", "any (8)", "any (8)"]
-    for rows, frames, size in ((2, 1, (8, 8)), (1, 5, (8, 16)), (3, 2, (4, 6))):
+    for rows, frames, size in ((2, 3, (8, 8)), (2, 1, (8, 8)), (1, 5, (8, 16)), (3, 2, (4, 6))):
         x, t = video.inputs(rows, frames, size, seed=rows)
         assert 0 < (q(x, t) - net(x, t)).norm() / net(x, t).norm() < BOUND
     table = tfmq_fx.precompute(net, example={"sample": x, "timestep": t}, timesteps=video.TIMESTEPS)

@@ -9,18 +9,9 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 # What reads how a tensor lies in memory, 30 times for each operator: torch's own bookkeeping, in which no mode has a part.
-_LAYOUT = frozenset(
-    (
-        "__get__",
-        "stride",
-        "storage_offset",
-        "untyped_storage",
-        "_is_view",
-        "is_inference",
-        "is_conj",
-        "is_neg",
-    )
-)
+_LAYOUT = {
+    "__get__", "stride", "storage_offset", "untyped_storage", "_is_view", "is_inference", "is_conj", "is_neg",
+}  # fmt: skip
 
 
 class FunctionMode(TorchFunctionMode):

@@ -156,7 +156,11 @@ class Session:
     @cached_property
     def whole(self) -> frozenset[str]:
         """Return the names of the pipeline's list arguments that are not one value per sample."""
-        return whole_lists(self.pipe, {**self.pipe_kwargs, **given_steps(self.num_inference_steps)})
+        return whole_lists(self.pipe, self._given(self.num_inference_steps))
+
+    def _given(self, steps: int | None) -> dict[str, Any]:
+        """Return the arguments of the pipeline's call for so many steps."""
+        return {**self.pipe_kwargs, **given_steps(steps)}
 
     @cached_property
     def defaults(self) -> dict[str, Any]:
@@ -186,7 +190,7 @@ class Session:
     def _previewed(self, size: int) -> tuple[Preview, str]:
         """Return what a run for this number of samples shows, and why it cannot be recorded, or ""."""
         with repeated(self.network), watched(self.network) as watch:
-            found, error = self._run(0, size, self.num_inference_steps)
+            found, error = self._run(0, size, self._given(self.num_inference_steps))
             watch.require_no_store()
         if error is not None:
             watch.restore()
@@ -226,7 +230,7 @@ class Session:
         """
         perturbation = self.preview.perturbation
         with watched(self.network) as watch:
-            found, error = self._run(first, size, steps, changes=changes, seed=seed)
+            found, error = self._run(first, size, {**self._given(steps), **(changes or {})}, seed=seed)
         if error is not None:
             watch.restore()
         if not changes:
@@ -238,23 +242,14 @@ class Session:
         return found, error
 
     def _run(
-        self,
-        first: int,
-        size: int,
-        steps: int | None,
-        *,
-        changes: Mapping[str, float] | None = None,
-        seed: int = 0,
+        self, first: int, size: int, given: Mapping[str, Any], *, seed: int = 0
     ) -> tuple[list[Call], Exception | None]:
         whole = self.whole  # may run the pipeline, which must not be recorded
         generator = torch.Generator().manual_seed((self.seed + seed) * 1_000_003 + first)
         with recorded(self.network) as found, torch.random.fork_rng(devices=()):
             torch.manual_seed(generator.initial_seed())  # some pipelines draw from this one, too
             try:
-                call_pipeline(
-                    self.pipe, size, first=first, whole=whole, generator=generator, **given_steps(steps),
-                    **{**self.pipe_kwargs, **(changes or {})},
-                )  # fmt: skip
+                call_pipeline(self.pipe, size, first=first, whole=whole, generator=generator, **given)
             except Exception as error:  # a pipeline may raise anything
                 return found, error
         return found, None

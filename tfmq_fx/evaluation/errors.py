@@ -50,18 +50,19 @@ def measure_errors(
 ) -> Errors:
     """Compare a converted graph with the float graph that it was made from, on rows of the calibration set.
 
-    gm: the float graph. block: its temporal block (`extract_temporal`). seed: of the choice of rows. outputs: what the float graph
-    makes of some rows, as `calibrate` collects it; it is run on the others.
+    gm: the float graph. block: its temporal block (`extract_temporal`). seed: of the choice of rows. outputs: the rows to measure, and
+    what the float graph makes of them where `calibrate` has collected it; None chooses them (`rows_to_measure`).
     """
     rows: dict[str, Tensor] = {}
     distance = None
     if state_of(converted).features:  # else all come from outside
         rows = temporal_rows(converted, calibration.tensors)
         distance = temporal_distance(converted, block, rows)
-    measured = rows_to_measure(gm, calibration, seed=seed)
-    known = [(outputs or {}).get(i) for i in measured.tolist()]
+    if outputs is None:
+        outputs = dict.fromkeys(rows_to_measure(gm, calibration, seed=seed).tolist())
+    data = calibration.rows(torch.tensor([*outputs]))
     return Errors(
-        by_timestep=errors_by_timestep(gm, converted, calibration.rows(measured), rows, distance, known),
+        by_timestep=errors_by_timestep(gm, converted, data, rows, distance, [*outputs.values()]),
         temporal_drift=temporal_drift(converted, rows, distance),
     )
 
@@ -126,9 +127,9 @@ def errors_by_timestep(
     size = rows_at_once(gm, 128, data.constants.keys())
     for batch in data.groups(size, one_timestep=is_scalar(gm)):
         given = data.batch(batch)
-        inputs, kept = inputs_of(gm, given), [known[i] for i in batch.tolist()] if known else [None]
-        found = [x for x in kept if x is not None]
-        reference = torch.cat(found) if len(found) == len(kept) else first_tensor(gm(*inputs))
+        inputs = inputs_of(gm, given)
+        found = [x for i in batch.tolist() if known and (x := known[i]) is not None]
+        reference = torch.cat(found) if len(found) == len(batch) else first_tensor(gm(*inputs))
         outputs.append((first_tensor(converted(*inputs)), reference, per_sample(given[data.timestep])))
     output = relative_mse_by_timestep(*(torch.cat(column) for column in zip(*outputs, strict=True)))
     errors = []

@@ -79,9 +79,7 @@ def views(_m, x):
     ).amax()[None]
 
 
-def padded(
-    _m, x
-):  # by numbers, and by the values at the edges with a batch of the sample's own, and without one
+def padded(_m, x):  # by numbers, and by values at the edges, with a batch of the sample's own and without
     own = F.pad(x.unflatten(-1, (2, 3)).movedim(1, 0), (2, 0), mode="replicate").mean(0)
     return F.pad(x, (1, 0, 2, 0)) * F.pad(x[:4], (0, 1), mode="reflect").mean() + F.pad(own, (0, 2, 2, 0))
 
