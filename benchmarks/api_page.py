@@ -11,7 +11,7 @@ import tfmq_fx
 
 MODULES = (
     "calibration.data", "calibration.pipelines", "calibration.presets", "calibration.recording", "calibration.stage",
-    "capturing", "reconstruction.stage", "maintenance.stage", "bit_widths", "pipeline", "recipe", "model",
+    "capturing.network", "reconstruction.stage", "maintenance.stage", "bit_widths", "pipeline", "recipe", "model",
     "artefact.saving", "runtimes.lowering", "runtimes.exporting", "evaluation.errors", "evaluation.extractors",
     "evaluation.sampling", "report", "diffusers_quantizer", "base.metrics", "base.errors",
 )  # fmt: skip

@@ -24,7 +24,7 @@ from rich.table import Table
 import tfmq_fx
 from tfmq_fx.base.metrics import psnr_by_image
 from tfmq_fx.bit_widths import Sensitivity, with_bits
-from tfmq_fx.capturing import captured
+from tfmq_fx.capturing.calibrated import captured
 from tfmq_fx.demo import embedded_pipeline
 from tfmq_fx.evaluation.sampling import sample
 from tfmq_fx.passes.quantize.state import state_of

@@ -35,7 +35,7 @@ from benchmarks.networks.zoo import ZOO
 from tfmq_fx.artefact.graph_json import tensors_of
 from tfmq_fx.artefact.outside import Outside
 from tfmq_fx.base.row_lists import RowLists
-from tfmq_fx.capturing import capture_rows
+from tfmq_fx.capturing.calibrated import capture_rows
 from tfmq_fx.graph.inputs import placeholders
 from tfmq_fx.graph.nodes import attribute, fresh, meta_value, set_buffer, weight_path
 from tfmq_fx.maintenance.paying import COMPUTED, paying

@@ -13,7 +13,7 @@ from peft import LoraConfig
 
 import tfmq_fx
 from benchmarks.networks.pipelines import PIPELINES, PROMPTS, saved
-from tfmq_fx.artefact.drop_in import example_inputs
+from tfmq_fx.artefact.quantized_graph import example_inputs
 from tfmq_fx.base.errors import TFMQError
 from tfmq_fx.calibration.data import CalibrationSet
 from tfmq_fx.evaluation.sampling import sample, swapped

@@ -15,7 +15,7 @@ ROOT = Path(__file__).parent.parent
 ROOMS = (
     "base", "graph", "observers", "recipe", "settings",
     "passes.pass_manager", "passes.clean", "passes.temporal", "passes.low_bits", "passes.quantize", "passes.int8", "passes",
-    "artefact", "calibration", "agreement", "capturing", "reconstruction", "maintenance", "runtimes", "evaluation", "choices",
+    "artefact", "calibration", "capturing", "reconstruction", "maintenance", "runtimes", "evaluation", "choices",
     "model", "precomputing", "pipeline", "diffusers_quantizer", "demo", "inspection", "bit_widths", "report", "options", "cli", "__init__",
 )  # fmt: skip
 

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from tfmq_fx.calibration.pipelines import coco_captions
     from tfmq_fx.calibration.presets import CalibrationPreset
     from tfmq_fx.calibration.stage import calibrate
-    from tfmq_fx.capturing import capture
+    from tfmq_fx.capturing.network import capture
     from tfmq_fx.diffusers_quantizer import TFMQConfig
     from tfmq_fx.maintenance.stage import maintain
     from tfmq_fx.model import PrecomputedModel, QuantizedModel, load
@@ -76,7 +76,7 @@ _HOMES = {
     "TFMQConfig": "diffusers_quantizer",
     "TFMQError": "base.errors",
     "calibrate": "calibration.stage",
-    "capture": "capturing",
+    "capture": "capturing.network",
     "coco_captions": "calibration.pipelines",
     "convert": "passes",
     "load": "model",

@@ -31,7 +31,7 @@ from tfmq_fx.calibration.data import CalibrationSet, inputs_of
 from tfmq_fx.calibration.pipelines import denoiser
 from tfmq_fx.calibration.stage import calibrate, with_own
 from tfmq_fx.calibration.temporal_rows import is_scalar
-from tfmq_fx.capturing import captured
+from tfmq_fx.capturing.calibrated import captured
 from tfmq_fx.graph.nodes import attribute, output_channel_axis
 from tfmq_fx.graph.written import keeps_buffers
 from tfmq_fx.observers.weight import PerChannelWeightFakeQuantize

@@ -15,11 +15,11 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
 
-from tfmq_fx.artefact.drop_in import Interface
+from tfmq_fx.artefact.interface import Interface
 from tfmq_fx.base.arguments import leaves, nested
 from tfmq_fx.base.errors import TFMQError, first_line, nearest_names
 from tfmq_fx.base.signatures import parameters_of
-from tfmq_fx.capturing import capture_rows
+from tfmq_fx.capturing.calibrated import capture_rows
 from tfmq_fx.graph.inputs import choose_timestep
 from tfmq_fx.passes.quantize.plan import plan
 from tfmq_fx.passes.temporal.find_temporal import find_temporal

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from tfmq_fx.artefact.drop_in import QuantizedGraph
+from tfmq_fx.artefact.quantized_graph import QuantizedGraph
 from tfmq_fx.artefact.saving import MAX_MEMORY, read, save
 from tfmq_fx.base.ambient import neutral
 from tfmq_fx.passes.clean.move_to_device import move_to_device

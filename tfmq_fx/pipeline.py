@@ -11,9 +11,9 @@ from typing import Any
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
-from tfmq_fx.artefact.drop_in import Interface
 from tfmq_fx.artefact.forms import closed_graph
 from tfmq_fx.artefact.graph_json import tensors_of
+from tfmq_fx.artefact.interface import Interface
 from tfmq_fx.artefact.outside import Outside
 from tfmq_fx.artefact.plain import plain_config
 from tfmq_fx.base.ambient import neutral
@@ -26,7 +26,7 @@ from tfmq_fx.calibration.pipelines import denoiser, holders, usual_steps
 from tfmq_fx.calibration.ready import require_ready
 from tfmq_fx.calibration.stage import calibrate, input_maxima, require_known, require_rows
 from tfmq_fx.calibration.timesteps import USUAL
-from tfmq_fx.capturing import capture_rows, described
+from tfmq_fx.capturing.calibrated import capture_rows, described
 from tfmq_fx.choices import choose, is_open
 from tfmq_fx.evaluation.errors import measure_errors, rows_to_measure
 from tfmq_fx.evaluation.summary import summary

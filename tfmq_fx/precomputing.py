@@ -11,9 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
-from tfmq_fx.agreement import interface_of, rows_of
-from tfmq_fx.artefact.drop_in import Interface
 from tfmq_fx.artefact.graph_json import tensors_of
+from tfmq_fx.artefact.interface import Interface
 from tfmq_fx.artefact.outside import REQUEST_BYTES, Outside, require_place
 from tfmq_fx.artefact.plain import plain_config
 from tfmq_fx.base.ambient import neutral
@@ -27,13 +26,11 @@ from tfmq_fx.calibration.data import CalibrationSet
 from tfmq_fx.calibration.pipelines import denoiser, usual_steps
 from tfmq_fx.calibration.ready import require_ready
 from tfmq_fx.calibration.timesteps import timestep_of
-from tfmq_fx.capturing import (
-    batched,
-    capture_rows,
-    captured_without_padding,
-    described,
-    unwrapped,
-)
+from tfmq_fx.capturing.agreement import rows_of
+from tfmq_fx.capturing.calibrated import capture_rows, captured_without_padding, described
+from tfmq_fx.capturing.interfaces import interface_of
+from tfmq_fx.capturing.network import batched
+from tfmq_fx.capturing.wrappers import unwrapped
 from tfmq_fx.evaluation.summary import plain_maintenance, versions
 from tfmq_fx.graph.nodes import fresh
 from tfmq_fx.graph.state import set_state

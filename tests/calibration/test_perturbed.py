@@ -20,7 +20,7 @@ from tests.helpers.nearest import recipe
 from tfmq_fx.base.errors import TFMQError
 from tfmq_fx.calibration.data import CalibrationSet
 from tfmq_fx.calibration.perturbed import placed
-from tfmq_fx.capturing import captured
+from tfmq_fx.capturing.calibrated import captured
 from tfmq_fx.graph.inputs import placeholders
 
 NEAREST = recipe("w8a8")

@@ -8,7 +8,7 @@ from torch import nn
 
 import tfmq_fx
 from benchmarks.networks.small import TIMESTEPS, Labelled, TinyUNet, calibration, labelled_data, make, vectors
-from tfmq_fx.artefact.drop_in import Interface
+from tfmq_fx.artefact.interface import Interface
 from tfmq_fx.model import QuantizedModel
 from tfmq_fx.recipe import AUTO, SHARES
 

@@ -22,9 +22,9 @@ from benchmarks.networks.small import (
 )
 from tests.helpers.elsewhere import DEVICE, Elsewhere, MixedDevices, device, moved
 from tests.helpers.precomputed import BETWEEN, Wide, example, placed, precomputed
-from tfmq_fx.artefact.drop_in import Interface
 from tfmq_fx.artefact.graph_json import tensors_of
-from tfmq_fx.capturing import captured
+from tfmq_fx.artefact.interface import Interface
+from tfmq_fx.capturing.calibrated import captured
 from tfmq_fx.choices import choose
 from tfmq_fx.evaluation.errors import measure_errors
 from tfmq_fx.graph.nodes import attribute, fresh

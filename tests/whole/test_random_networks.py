@@ -14,7 +14,7 @@ from benchmarks.networks.zoo import Entry, depends
 from tests.helpers.blocks import layer_paths
 from tfmq_fx.artefact.graph_json import quantized_weights, tensors_of
 from tfmq_fx.base.arguments import leaves
-from tfmq_fx.capturing import captured
+from tfmq_fx.capturing.calibrated import captured
 from tfmq_fx.graph.inputs import placeholders
 from tfmq_fx.passes import extract_temporal, find_temporal
 

@@ -10,7 +10,7 @@ from benchmarks.networks.zoo import depends
 from benchmarks.networks.zoo.oracle import WEIGHTED
 from tests.helpers.blocks import layer_paths
 from tests.helpers.nearest import recipe
-from tfmq_fx.capturing import captured
+from tfmq_fx.capturing.calibrated import captured
 from tfmq_fx.graph.inputs import placeholders
 from tfmq_fx.passes import find_temporal
 

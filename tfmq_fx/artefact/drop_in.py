@@ -2,59 +2,36 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
-import hashlib
 import inspect
-import json
 import logging
 import threading
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
-from dataclasses import dataclass, field
-from functools import cached_property
 from itertools import chain
 from pathlib import Path
 from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses import FakeTensor
-from torch.fx import GraphModule
 
-from tfmq_fx.artefact.float_network import Facts, FloatModule, facts_of, stand_in
-from tfmq_fx.artefact.forms import closed_graph, float_graph, opened_graph, without_module
-from tfmq_fx.artefact.gradients import wants_gradient, with_gradients
-from tfmq_fx.artefact.graph_json import graph_to_json
+from tfmq_fx.artefact.float_network import FloatModule, stand_in
+from tfmq_fx.artefact.interface import PERTURBED, VARIANT, Interface
 from tfmq_fx.artefact.known import unknown_values
 from tfmq_fx.artefact.nan_rows import with_nan_rows
-from tfmq_fx.artefact.outputs import describe_output, output_class
-from tfmq_fx.artefact.outside import Outside
+from tfmq_fx.artefact.outputs import output_class
 from tfmq_fx.artefact.plain import is_json
 from tfmq_fx.base.ambient import neutral, traced
 from tfmq_fx.base.arguments import leaves
 from tfmq_fx.base.arithmetic import NETWORK_DTYPES
 from tfmq_fx.base.errors import TFMQError, nearest_names
-from tfmq_fx.base.masked_rows import lists_of_json
-from tfmq_fx.base.row_lists import RowLists, known_row_lists
-from tfmq_fx.base.signatures import parameters_of
-from tfmq_fx.graph.inputs import placeholders, timestep_input
-from tfmq_fx.graph.nodes import fixed_size
-from tfmq_fx.graph.sizes import Size, holds, shown, sizes_in, sizes_of
-from tfmq_fx.graph.state import captured_of
-from tfmq_fx.passes.quantize.cast_glue import cast_glue
-from tfmq_fx.passes.temporal.insert_step_index import TIMESTEPS
-from tfmq_fx.passes.temporal.partition_temporal import BLOCK_NAME, temporal_block_of
+from tfmq_fx.graph.sizes import holds, shown, sizes_in
 
 log = logging.getLogger(__name__)
 
 _COUNTED = ContextVar("counted", default=True)
-# The input that says which rows are computed with what a pipeline sets while it samples.
-PERTURBED = "perturbed_rows"
-# The input that says which of the constants of `Interface.others` each row is computed with: 0 for none of them.
-VARIANT = "variant_rows"
 
 
 @contextmanager
@@ -67,151 +44,6 @@ def uncounted() -> Iterator[None]:
         _COUNTED.reset(token)
 
 
-@dataclass(frozen=True, kw_only=True)
-class Interface:
-    """The float network's calling convention, as the plain JSON values that a loaded model needs."""
-
-    arguments: dict[str, Any]  # forward's parameters in order -> default; "required" is marked in `required`
-    required: tuple[str, ...]  # parameters without a default
-    inputs: dict[
-        str, dict[str, Any]
-    ]  # graph inputs -> {"dtype": .., "shape": [None or int, ..], "path": [..], "moves": [[dimension, size at capture], ..]};
-    # None: any size, that of the batch or one that moves
-    constants: dict[str, Any] = field(default_factory=dict)  # arguments fixed at capture, by flat name
-    # The class of the outputs, as `describe_output` gives it; None: a tensor, tuple, list or dict.
-    output_type: str | None = None
-    output_fields: tuple[str, ...] = ()
-    timestep: str = "timestep"
-    conditions: tuple[Any, ...] = ()  # what holds where a size differs from the capture's; see `graph.sizes`
-    nonzero: tuple[
-        str, ...
-    ] = ()  # inputs that must not be 0 everywhere: the network would compute something else
-    # Constant arguments with an equal entry for each row -> their length at capture: of any length in a call.
-    lists: dict[str, int] = field(default_factory=dict)
-    # Inputs and outputs that the float network has as lists with one entry for each row; see `base.row_lists`.
-    row_lists: dict[str, Any] | None = None
-    rest: str | None = None  # the name of forward's *args
-    # Module path -> class and plain attributes of that module of the float network. Pipelines read some of
-    # them, such as a layer's in_features.
-    attributes: dict[str, dict[str, Any]] = field(default_factory=dict)
-    # What a pipeline sets while it samples: {"pattern": [..], "objects": facts by path}. Then the parts of a call's rows
-    # where the pattern is true are computed in another way (perturbed-attention guidance).
-    perturbed: dict[str, Any] | None = None
-    # Constants of further kinds of calls that are others than in `constants`, by flat name; None: left out (skip-layer guidance).
-    others: tuple[dict[str, Any], ...] = ()
-
-    def cast(self, now: str, new: str, *, precise: Collection[str]) -> Interface:
-        """Return the interface of the network in another precision: its inputs of dtype `now` are of dtype `new`.
-
-        precise: inputs that become or stay float32.
-        """
-        inputs = {
-            n: {**spec, "dtype": "float32" if n in precise else new} if spec["dtype"] == now else spec
-            for n, spec in self.inputs.items()
-        }
-        return dataclasses.replace(self, inputs=inputs)
-
-    @staticmethod
-    def of(
-        network: nn.Module,
-        gm: GraphModule,
-        example: dict[str, Any],
-        output: Any = None,
-        *,
-        perturbed: dict[str, Any] | None = None,
-        others: Sequence[Mapping[str, Any]] = (),
-    ) -> Interface:
-        """Return the interface of `network`, which was captured as `gm`.
-
-        example: the arguments of the capture. They show which arguments were constant and where each input
-            belongs.
-        output: what the network returns by default. Its class is remembered.
-        """
-        output_type, output_fields = describe_output(output)
-        parameters = parameters_of(network)
-        rest = next((n for n, p in parameters.items() if p.kind is p.VAR_POSITIONAL), None)
-        inputs = {}
-        found = leaves(example)
-        timestep = str(timestep_input(gm, None).target)
-        batch = next(n.meta["val"].shape[0] for name, n in placeholders(gm).items() if name != timestep)
-        sizes = sizes_of(gm, batch)
-        for name, node in placeholders(gm).items():
-            value = node.meta["val"]
-            moves = {i: size for (n, i), size in sizes.moving.items() if n == name}
-            inputs[name] = {
-                "dtype": str(value.dtype).removeprefix("torch."),
-                "shape": [None if i in moves else _size(d, batch) for i, d in enumerate(value.shape)],
-                "path": list(found[name][0]),
-                **({"moves": [list(move) for move in moves.items()]} if moves else {}),
-            }
-        weights = {str(n.target) for n in gm.graph.find_nodes(op="get_attr")}
-        weights |= {path for paths in captured_of(gm).folded.values() for path in paths}
-        # The example has more than forward names if forward takes **kwargs.
-        arguments = {n: _plain(p.default) for n, p in parameters.items()}
-        arguments |= {n: None for n in example if n not in parameters}
-        # The network's defaults that the example replaces: by None, or by a dict or list without them.
-        replaced = {n for n, (path, _) in leaves(arguments).items() if path[0] in example and n not in found}
-        lists = known_row_lists(network)
-        left_out = [n for kind in ("masks", "zeros") for n in (lists or {}).get(kind, ())]
-        return Interface(
-            arguments=arguments,
-            required=tuple(
-                n for n, p in parameters.items() if p.default is p.empty and n not in (rest, *left_out)
-            ),
-            inputs=inputs,
-            constants={k: v for k, (_, v) in found.items() if k not in inputs and is_json(v)}
-            | dict.fromkeys(sorted(replaced)),
-            output_type=output_type,
-            output_fields=output_fields,
-            row_lists=lists,
-            rest=rest,
-            timestep=timestep,
-            conditions=sizes.conditions,
-            nonzero=captured_of(gm).nonzero,
-            attributes=facts_of(network, weights),
-            perturbed=perturbed,
-            others=tuple(map(dict, others)),
-        )
-
-    def moves(self) -> dict[Size, int]:
-        """Return the sizes that may differ from the capture's, apart from the batch's, and what they were."""
-        return {(n, i): size for n, spec in self.inputs.items() for i, size in spec.get("moves", ())}
-
-    def fixed(self) -> Interface:
-        """Return the interface of a network that takes no sizes but those of the capture, apart from the batch."""
-        moves = self.moves()
-        inputs = {
-            n: {
-                "dtype": spec["dtype"],
-                "shape": [moves.get((n, i), s) for i, s in enumerate(spec["shape"])],
-                "path": spec["path"],
-            }
-            for n, spec in self.inputs.items()
-        }
-        return dataclasses.replace(self, inputs=inputs, conditions=())
-
-    def sizes(self) -> dict[str, list[int | str]]:
-        """Return what each input's dimensions may be, for people: "N" for the batch, "any (64)" for one that was 64."""
-        moves = self.moves()
-        return {
-            n: [
-                f"any ({moves[n, i]})" if (n, i) in moves else "N" if s is None else s
-                for i, s in enumerate(spec["shape"])
-            ]
-            for n, spec in self.inputs.items()
-        }
-
-    @cached_property
-    def listed(self) -> RowLists | None:
-        """Return which inputs and outputs are lists of rows; None if there are none."""
-        return None if self.row_lists is None else lists_of_json(self.row_lists)
-
-    @cached_property
-    def facts(self) -> Facts:
-        """Return what is kept of the float network's modules."""
-        return Facts(self.attributes, (self.perturbed or {}).get("objects"))
-
-
 def _item(value: Any, step: str | int) -> Any:
     """Return value[step] of a dict or list, or None if there is no such item."""
     if isinstance(value, Mapping):
@@ -219,20 +51,6 @@ def _item(value: Any, step: str | int) -> Any:
     if isinstance(value, (list, tuple)) and isinstance(step, int) and step < len(value):
         return value[step]
     return None
-
-
-def _size(size: int | torch.SymInt, batch: int | torch.SymInt) -> int | None:
-    """Return a dimension's size, or None if it varies with the batch. That of position ids is their number."""
-    if (fixed := fixed_size(size)) is not None or not isinstance(batch, torch.SymInt):
-        return fixed
-    own, of_batch = size.node, batch.node  # type: ignore[union-attr]
-    apart = own.hint != of_batch.hint and not own.expr.free_symbols & of_batch.expr.free_symbols
-    return int(own.hint) if apart else None  # type: ignore[arg-type]
-
-
-def _plain(value: Any) -> Any:
-    """Return an argument's default if JSON can hold it, and None otherwise."""
-    return value if all(is_json(leaf) for _, leaf in leaves({"": value}).values()) else None
 
 
 class Tally(Counter[Any]):
@@ -584,13 +402,15 @@ class DropIn(nn.Module):
             tensors[PERTURBED] = self._perturbed_rows(tensors[self.first_input])
         kind = 0
         if face.others and tensors[VARIANT] is None and (x := tensors[self.first_input]) is not None:
-            kind = self._kind(given)
+            kind = face.kind_of(given)
             tensors[VARIANT] = torch.full((x.shape[0],), kind, device=self.device)
         missing = [n for n, value in tensors.items() if value is None]
         missing += [n for n in face.required if n not in names[: len(args)] and n not in kwargs]
         if missing:
             raise TFMQError(f"forward: the argument {missing[0]!r} is missing.")
-        self._require_fixed({**given, **self._lists(given, rows=tensors[self.first_input].shape[0])}, kind)
+        self._require_fixed(
+            {**given, **face.given_lists(given, rows=tensors[self.first_input].shape[0])}, kind
+        )
         return {**given, **tensors}
 
     def _perturbed_rows(self, x: Tensor | None) -> Tensor | None:
@@ -612,34 +432,10 @@ class DropIn(nn.Module):
             )
         return pattern.repeat_interleave(rows // len(pattern))
 
-    def _lists(self, given: Mapping[str, Any], *, rows: int) -> dict[str, Any]:
-        """Return the arguments that have an equal entry for each row, as long as they were at capture."""
-        found = {n: given[n] for n in self.interface.lists if isinstance(given.get(n), (list, tuple))}
-        return {
-            n: [x[0]] * self.interface.lists[n]
-            for n, x in found.items()
-            if len(x) == rows and all(entry == x[0] for entry in x)
-        }
-
-    def _kind(self, given: Mapping[str, Any]) -> int:
-        """Return the kind of a call: 0, or i if it has the constants `others[i - 1]`. 0 for one that has those of no kind."""
-        found = {n: v for n, (_, v) in leaves(given).items()}
-        names = [n for other in self.interface.others for n in other]
-        for kind in range(len(self.interface.others) + 1):
-            constants = self._constants(kind)
-            if not any(isinstance(found.get(n), Tensor) or found.get(n) != constants.get(n) for n in names):
-                return kind
-        return 0
-
-    def _constants(self, kind: int) -> dict[str, Any]:
-        """Return the arguments that are constant in the graph for a kind of calls, by flat name."""
-        face = self.interface
-        constants = {n: v for n, (_, v) in leaves(face.arguments).items()} | face.constants
-        return constants | (face.others[kind - 1] if kind else {})
-
     def _require_fixed(self, given: Mapping[str, Any], kind: int) -> None:
         """Raise TFMQError for an argument that is constant in the graph but has another value here, or is left out."""
-        face, captured = self.interface, self._constants(kind)
+        face = self.interface
+        captured = face.constants_of(kind)
         found = {n: v for n, (_, v) in leaves(given).items()}
         for name in [*captured, *(n for n in found if n not in captured)]:
             fixed, value = captured.get(name), found.get(name)
@@ -647,7 +443,9 @@ class DropIn(nn.Module):
                 continue
             if isinstance(value, Tensor) or value != fixed:
                 remedy = "that has the new value" if value is not None else "without it, or give it"
-                kinds = dict.fromkeys(repr(self._constants(i).get(name)) for i in range(len(face.others) + 1))
+                kinds = dict.fromkeys(
+                    repr(face.constants_of(i).get(name)) for i in range(len(face.others) + 1)
+                )
                 raise TFMQError(
                     f"forward: {name!r} was {' or '.join(kinds)} when the network was captured and is fixed in the graph"
                     f"{', but is left out here' if value is None else ''}; {self.verb} again with {self.source} {remedy}."
@@ -769,206 +567,3 @@ def _entries(t: Tensor, shape: Sequence[int], batch: int) -> Tensor:
 def _blank(cls: Any) -> Any:
     """Return an object of a class as pickle makes it, before it has its state."""
     return cls.__new__(cls)
-
-
-class QuantizedGraph(DropIn):
-    """A converted graph behind the float network's calling convention. All runtimes start from it.
-
-    outside: the float temporal block beside the graph, if it makes features that the graph takes as inputs, after its
-        own, or features at values that are in no table. None: the graph computes or has everything.
-    """
-
-    network: GraphModule
-    kind = "quantized"  # of the artefact
-
-    def __init__(self, network: GraphModule, *, outside: Outside | None = None, **parts: Any) -> None:
-        super().__init__(network, **parts)
-        _own(network)
-        self.outside = outside
-        self._made: dict[str, GraphModule] = {}  # other forms of the graph, on the same tensors
-
-    def __reduce__(self) -> Any:
-        new, arguments, state = super().__reduce__()
-        return new, arguments, {**state, "_made": {}}
-
-    def parts(self) -> dict[str, Any]:
-        more = {} if self.outside is None else {"outside": self.outside}
-        return super().parts() | more
-
-    @property
-    def temporal_block(self) -> GraphModule:
-        """Return the temporal block: timestep (N,), and the conditioning that joins it -> features."""
-        if self.outside is not None and BLOCK_NAME not in self.network._modules:
-            return self.outside.block
-        return temporal_block_of(self.network)
-
-    def in_float32(self) -> QuantizedGraph:
-        """Return the same network in float32, with the same integers; itself if it is."""
-        return self if self.dtype == torch.float32 else type(self)(self.network, **self.parts()).float()
-
-    def with_fixed_sizes(self) -> tuple[QuantizedGraph, tuple[str, ...]]:
-        """Return the network for no sizes but those of the capture, apart from the batch, and a note if it took others."""
-        moves = self.interface.moves()
-        if not moves:
-            return self, ()
-        model = type(self)(self.network, **{**self.parts(), "interface": self.interface.fixed()})
-        names = dict.fromkeys(name for name, _ in moves)
-        return model, (f"takes {', '.join(f'{n} as {model._shown(n)}' for n in names)} alone",)
-
-    def closed(self, *, strict: bool = False) -> tuple[QuantizedGraph, tuple[str, ...]]:
-        """Return the network with the temporal block in it, for what runs a graph alone, and notes on what differs.
-
-        It is the network itself if the graph has everything. strict: raise TFMQError for what differs.
-        """
-        notes = []
-        if self.outside is None:
-            return self, ()
-        if self.outside.taken:
-            size = f"{self.outside.size} bytes of the float temporal block"
-            notes.append(
-                f"{size} are in it, and compute the features that depend on {', '.join(self.outside.conditions)}"
-            )
-        if self.recipe.get("unseen") == "float":
-            notes.append("a timestep or value outside the tables takes the features of its nearest neighbour")
-        if strict and notes:
-            raise TFMQError(f"strict: {'; '.join(notes)}.")
-        network = self._closed() if self.outside.taken else self.network
-        return type(self)(network, **{**self.parts(), "outside": None}), tuple(notes)
-
-    def _closed(self) -> GraphModule:
-        assert self.outside is not None
-        if "closed" not in self._made:
-            self._made["closed"] = closed_graph(
-                self.network, self.outside, self.device, taken=self.outside.taken
-            )
-        return self._made["closed"]
-
-    def restored(self) -> GraphModule:
-        """Return a graph that computes all features from the inputs, as the float network did; the graph itself if it cannot."""
-        gm = self.network
-        if self.outside is not None:
-            gm = closed_graph(self._opened(), self.outside, self.device, taken=self.outside.features)
-        return float_graph(without_module(gm), tables=(TIMESTEPS, *(f"{name}_table" for name in self.finite)))
-
-    def _precise(self) -> Collection[str]:
-        block = {} if self.outside is None else placeholders(self.outside.block)
-        return {self.interface.timestep, *placeholders(self.temporal_block), *block}
-
-    def _cast_code(self, dtype: torch.dtype) -> None:
-        before = self.dtype
-        super()._cast_code(dtype)
-        inputs = example_inputs(self, batch=2)
-        taken = [] if self.outside is None else self.outside.taken_of(inputs)
-        self.network = cast_glue(self.network, [*inputs.values(), *taken], before=before, after=dtype)
-        _own(self.network)
-
-    def _apply(self, fn: Any, recurse: bool = True) -> Self:
-        super()._apply(fn, recurse)
-        self._made = {}
-        if self.outside is not None:
-            self.outside.follow(self.device)
-        return self
-
-    def _compute(self, inputs: list[Tensor]) -> Any:
-        """Run the graph, with straight-through gradients if an input needs one.
-
-        In the caller's autocast, its float operators use that precision, as the float network's do.
-        """
-        network = self.network
-        more: list[Tensor] = []
-        if self.outside is not None:
-            network, more = self._with_features(inputs)
-        return (
-            with_gradients(network, [*inputs, *more]) if wants_gradient(inputs) else network(*inputs, *more)
-        )
-
-    def _with_features(self, inputs: list[Tensor]) -> tuple[GraphModule, list[Tensor]]:
-        """Return the form of the graph that computes a call, and the features that it takes beside the inputs."""
-        assert self.outside is not None
-        # An export needs a graph without anything outside.
-        if any(isinstance(x, FakeTensor) for x in inputs):
-            return (self._closed() if self.outside.taken else self.network), []
-        kind, more = self._features(inputs)
-        return (self._opened() if kind == "opened" else self.network), more
-
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
-    def _features(self, inputs: list[Tensor]) -> tuple[str, list[Tensor]]:
-        """Return the form of the graph, and its features: all of them where a value is in no table."""
-        assert self.outside is not None
-        given = dict(zip(self.interface.inputs, inputs, strict=True))
-        with neutral():
-            if self.recipe.get("unseen") == "float" and not self.outside.covers(given):
-                return "opened", self.outside.evaluate(given)
-            taken = self.outside.look_up(given) if self.outside.taken else []
-            if not self.outside.rounds_at(given):
-                return "network", taken
-            found = dict(zip(self.outside.features, self.outside.at_rows(given), strict=True))
-            return "opened", list((found | dict(zip(self.outside.taken, taken, strict=True))).values())
-
-    def _opened(self) -> GraphModule:
-        """Return the graph with all features as inputs, in the block's order."""
-        assert self.outside is not None
-        if "opened" not in self._made:
-            self._made["opened"] = opened_graph(self.network, self.outside.features)
-        return self._made["opened"]
-
-    @neutral()
-    def get_extra_state(self) -> Tensor:
-        """Return a digest of what a state dict lacks: the graph, with the scales that are constants in it."""
-        tables = {name: values.tolist() for name, values in {"": self.timesteps, **self.finite}.items()}
-        digest = hashlib.sha256(json.dumps([_written(self.network), tables]).encode()).digest()
-        return torch.tensor(list(digest), dtype=torch.uint8)
-
-    @neutral()
-    def set_extra_state(self, state: Any) -> None:
-        """Check that a state dict fits. Raises TFMQError, before anything is loaded, if its network had other constants."""
-        if not torch.equal(torch.as_tensor(state).cpu(), self.get_extra_state()):
-            raise TFMQError(
-                "load_state_dict: the state dict is of a network with another graph or other scales, which a state dict does "
-                "not hold; use save_pretrained(folder) and tfmq_fx.load(folder)."
-            )
-
-
-def _own(network: GraphModule) -> None:
-    """Let a graph be a quantized network's: without gradients, and loaded only as a part of it."""
-    _freeze(network)
-    network.register_load_state_dict_pre_hook(_refuse_graph_alone)  # type: ignore[no-untyped-call]
-
-
-def _refuse_graph_alone(_network: nn.Module, _state: Any, prefix: str, *_: Any) -> None:
-    """Raise TFMQError if a state dict is loaded into a graph by itself, which has no entry that tells if it fits."""
-    if not prefix:
-        raise TFMQError(
-            "load_state_dict: the state dict of q.network lacks the scales, which are constants of the graph; use "
-            "q.load_state_dict(q.state_dict()), or save_pretrained(folder) and tfmq_fx.load(folder)."
-        )
-
-
-def example_inputs(model: QuantizedGraph, *, batch: int) -> dict[str, Tensor]:
-    """Return zeros in the shapes and dtypes of the graph's inputs; that of the batch is `batch`, others as captured."""
-    moves = model.interface.moves()
-    return {
-        name: torch.zeros(
-            [moves.get((name, i), batch) if s is None else s for i, s in enumerate(spec["shape"])],
-            dtype=getattr(torch, spec["dtype"]),
-            device=model.device,
-        )
-        for name, spec in model.interface.inputs.items()
-    }
-
-
-def _written(network: GraphModule) -> Any:
-    """Return all nodes of a graph, constants included, as JSON; as text if JSON cannot hold one of them."""
-    try:
-        return graph_to_json(network)
-    except TFMQError:
-        return [str(m.graph) for m in network.modules() if isinstance(m, GraphModule)]
-
-
-def _freeze(network: nn.Module) -> None:
-    """Replace the parameters by some on the same memory that need no gradient. The float network keeps its own."""
-    own: dict[nn.Parameter, nn.Parameter] = {}
-    for module in network.modules():
-        for name, p in module._parameters.items():
-            if p is not None and p.requires_grad:
-                module._parameters[name] = own.setdefault(p, nn.Parameter(p.detach(), requires_grad=False))

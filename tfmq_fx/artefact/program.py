@@ -14,7 +14,7 @@ from torch.fx import Graph, GraphModule, Node
 from torch.fx.graph import CodeGen
 from torch.utils import _pytree as pytree
 
-from tfmq_fx.artefact.drop_in import QuantizedGraph, example_inputs
+from tfmq_fx.artefact.quantized_graph import QuantizedGraph, example_inputs
 from tfmq_fx.base.signatures import of_names, with_forward
 from tfmq_fx.base.tracing import expect_same_rows, tracing
 from tfmq_fx.graph.fakes import set_fake_values

@@ -42,7 +42,6 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from tfmq_fx.artefact.drop_in import Interface, QuantizedGraph
 from tfmq_fx.artefact.graph_json import (
     graph_from_json,
     graph_to_json,
@@ -50,7 +49,9 @@ from tfmq_fx.artefact.graph_json import (
     packed_tensors,
     tensors_of,
 )
+from tfmq_fx.artefact.interface import Interface
 from tfmq_fx.artefact.outside import Outside
+from tfmq_fx.artefact.quantized_graph import QuantizedGraph
 from tfmq_fx.base.arithmetic import IntegerRange, pack_bits, unpack_bits
 from tfmq_fx.base.errors import TFMQError, first_line
 from tfmq_fx.base.files import finite_json, replace_folder, require_writable, sha256_of

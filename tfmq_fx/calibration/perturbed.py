@@ -21,8 +21,8 @@ from torch import Tensor, nn
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.utils import _pytree as pytree
 
-from tfmq_fx.artefact.drop_in import PERTURBED
 from tfmq_fx.artefact.float_network import class_name, facts_of_object
+from tfmq_fx.artefact.interface import PERTURBED
 from tfmq_fx.base.errors import TFMQError
 from tfmq_fx.base.signatures import signature_of, with_flag, with_forward
 

@@ -21,7 +21,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from tfmq_fx.artefact.drop_in import PERTURBED, VARIANT, uncounted
+from tfmq_fx.artefact.drop_in import uncounted
+from tfmq_fx.artefact.interface import PERTURBED, VARIANT
 from tfmq_fx.base.arguments import Path as ArgumentPath
 from tfmq_fx.base.arguments import nested, path_to_json
 from tfmq_fx.base.errors import TFMQError

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from tfmq_fx.artefact.drop_in import VARIANT
+from tfmq_fx.artefact.interface import VARIANT
 from tfmq_fx.base.arguments import Path, leaves, nested
 from tfmq_fx.base.signatures import call_of, named_arguments, signature_of, with_flag, with_forward
 

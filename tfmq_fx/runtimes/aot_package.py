@@ -28,8 +28,8 @@ from typing import Any
 
 import torch
 
-from tfmq_fx.artefact.drop_in import QuantizedGraph, example_inputs
 from tfmq_fx.artefact.program import dynamic_shapes, exported, graph_of, save_program
+from tfmq_fx.artefact.quantized_graph import QuantizedGraph, example_inputs
 from tfmq_fx.base.arithmetic import NO_INT8, ByteSums
 from tfmq_fx.base.errors import TFMQError
 from tfmq_fx.base.files import replace_files

@@ -23,9 +23,9 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule, Interpreter, Node
 
-from tfmq_fx.artefact.drop_in import QuantizedGraph, example_inputs
 from tfmq_fx.artefact.outside import to_device
 from tfmq_fx.artefact.program import flat_graph
+from tfmq_fx.artefact.quantized_graph import QuantizedGraph, example_inputs
 from tfmq_fx.base.arithmetic import ByteSums
 from tfmq_fx.base.cudnn_int8 import frontend
 from tfmq_fx.base.errors import TFMQError, first_line

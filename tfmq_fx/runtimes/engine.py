@@ -18,8 +18,8 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
-from tfmq_fx.artefact.drop_in import QuantizedGraph
 from tfmq_fx.artefact.graph_json import graph_to_json, tensors_of
+from tfmq_fx.artefact.quantized_graph import QuantizedGraph
 from tfmq_fx.base.arithmetic import ByteSums
 from tfmq_fx.base.errors import TFMQError
 from tfmq_fx.base.files import update_with_tensors

@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 
-from tfmq_fx.artefact.drop_in import QuantizedGraph
 from tfmq_fx.artefact.program import exported, save_program
+from tfmq_fx.artefact.quantized_graph import QuantizedGraph
 from tfmq_fx.base.ambient import neutral
 from tfmq_fx.base.errors import TFMQError
 from tfmq_fx.base.files import replace_files, require_writable

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch.fx import GraphModule, Node
 
-from tfmq_fx.artefact.drop_in import QuantizedGraph
+from tfmq_fx.artefact.quantized_graph import QuantizedGraph
 from tfmq_fx.base.arithmetic import PAIRS_FIT, centred, saturates
 from tfmq_fx.graph.float8 import dequantized
 from tfmq_fx.graph.nodes import (

@@ -16,8 +16,9 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
-from tfmq_fx.artefact.drop_in import DropIn, QuantizedGraph
+from tfmq_fx.artefact.drop_in import DropIn
 from tfmq_fx.artefact.program import flat_graph
+from tfmq_fx.artefact.quantized_graph import QuantizedGraph
 from tfmq_fx.base.ambient import neutral
 from tfmq_fx.base.arguments import leaves
 from tfmq_fx.base.arithmetic import NO_INT8, ByteSums

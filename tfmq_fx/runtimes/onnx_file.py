@@ -35,8 +35,8 @@ import numpy as np
 import torch
 from torch.fx import GraphModule
 
-from tfmq_fx.artefact.drop_in import QuantizedGraph, example_inputs
 from tfmq_fx.artefact.program import dynamic_shapes, exported, graph_of
+from tfmq_fx.artefact.quantized_graph import QuantizedGraph, example_inputs
 from tfmq_fx.base.errors import TFMQError
 from tfmq_fx.base.files import replace_files
 from tfmq_fx.base.tracing import tracing

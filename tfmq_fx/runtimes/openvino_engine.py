@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tfmq_fx.artefact.drop_in import QuantizedGraph, example_inputs
+from tfmq_fx.artefact.quantized_graph import QuantizedGraph, example_inputs
 from tfmq_fx.base.arithmetic import SATURATES, ByteSums
 from tfmq_fx.base.errors import TFMQError
 from tfmq_fx.base.files import keep_folder

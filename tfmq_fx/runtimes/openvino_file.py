@@ -22,8 +22,8 @@ from typing import Any
 import torch
 from torch.fx import GraphModule, Node
 
-from tfmq_fx.artefact.drop_in import QuantizedGraph
 from tfmq_fx.artefact.program import flat_graph
+from tfmq_fx.artefact.quantized_graph import QuantizedGraph
 from tfmq_fx.base.errors import TFMQError
 from tfmq_fx.base.files import replace_folder
 from tfmq_fx.graph.inputs import placeholders

@@ -28,8 +28,8 @@ from torch import Tensor, nn
 from torch._inductor.package.package import load_package
 from torch.fx import GraphModule, Interpreter, Node
 
-from tfmq_fx.artefact.drop_in import QuantizedGraph, example_inputs
 from tfmq_fx.artefact.program import flat_graph
+from tfmq_fx.artefact.quantized_graph import QuantizedGraph, example_inputs
 from tfmq_fx.base.arithmetic import NO_INT8, ByteSums
 from tfmq_fx.base.errors import TFMQError, first_line
 from tfmq_fx.base.files import keep_folder

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from tfmq_fx.calibration.variants import Variants
-from tfmq_fx.capturing import capture
+from tfmq_fx.capturing.network import capture
 from tfmq_fx.graph.inputs import placeholders
 from tfmq_fx.graph.nodes import fresh, op_name
 from tfmq_fx.passes import merge_variants

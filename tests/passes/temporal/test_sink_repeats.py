@@ -10,7 +10,7 @@ from torch.utils import _pytree as pytree
 
 from tests.helpers.video import BLOCK, inputs, network
 from tfmq_fx.base.errors import TFMQError
-from tfmq_fx.capturing import cleaning
+from tfmq_fx.capturing.cleaning import cleaning
 from tfmq_fx.graph.nodes import fresh, meta_value, op_name, weight_path
 from tfmq_fx.passes import PassManager, find_temporal
 from tfmq_fx.passes.temporal.sink_repeats import sink_repeats

@@ -11,7 +11,7 @@ from torch import nn
 import tfmq_fx
 from benchmarks.networks.small import ScalarTime, TinyUNet, make
 from tfmq_fx.base.errors import TFMQError
-from tfmq_fx.capturing import capture_rows
+from tfmq_fx.capturing.calibrated import capture_rows
 from tfmq_fx.graph.nodes import op_name
 from tfmq_fx.graph.written import writing_nodes
 
@@ -213,7 +213,7 @@ def test_the_line_of_the_control_flow_is_shown():
                 return sample * 2
             return sample + timestep
 
-    with pytest.raises(TFMQError, match=r"test_capturing\.py:\d+ in forward: if sample\.sum\(\) > 0:"):
+    with pytest.raises(TFMQError, match=r"test_network\.py:\d+ in forward: if sample\.sum\(\) > 0:"):
         tfmq_fx.capture(Branches().eval(), {"sample": torch.randn(2), "timestep": T}, "timestep")
 
 
