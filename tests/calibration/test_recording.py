@@ -12,7 +12,7 @@ from benchmarks.networks.pipelines import PIPELINES, PROMPTS, saved, t5_encoder,
 from tfmq_fx.base.errors import TFMQError
 from tfmq_fx.calibration.calls import recorded
 from tfmq_fx.calibration.data import CalibrationSet
-from tfmq_fx.calibration.recording import Shapes
+from tfmq_fx.calibration.shapes import Shapes
 from tfmq_fx.demo import embedded_pipeline
 
 ENTRIES = {e.name: e for e in PIPELINES}

@@ -186,6 +186,10 @@ def call_leaves(call: Call, defaults: Mapping[str, Any]) -> Leaves:
     return leaves(call) | {flat_name(path): (path, None) for path in kept} | empty
 
 
+def flat(call: Leaves) -> Flat:
+    return {n: value for n, (_, value) in call.items()}
+
+
 class Constants:
     """The arguments that are the same in every call of a recording, or one of a few values that JSON can hold.
 

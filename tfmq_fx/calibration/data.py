@@ -21,8 +21,9 @@ from tfmq_fx.base.second_rows import SecondRows, is_second
 from tfmq_fx.calibration.perturbed import Perturbation
 from tfmq_fx.calibration.pipelines import OWN_PROMPTS, denoiser, prompts_for, takes_steps
 from tfmq_fx.calibration.ready import require_ready
-from tfmq_fx.calibration.recording import MAX_MEMORY, Session, record
+from tfmq_fx.calibration.recording import MAX_MEMORY, record
 from tfmq_fx.calibration.row_sizes import RowSizes, padded
+from tfmq_fx.calibration.session import Session
 from tfmq_fx.calibration.temporal_rows import is_scalar
 from tfmq_fx.calibration.timesteps import timestep_of
 from tfmq_fx.calibration.variants import Variants

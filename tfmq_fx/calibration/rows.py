@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from tfmq_fx.base.arguments import Path as ArgumentPath
-from tfmq_fx.base.arguments import path_of_json
+from tfmq_fx.base.arguments import path_of_json, path_to_json
 from tfmq_fx.base.errors import TFMQError
 from tfmq_fx.base.files import raw_bytes
 from tfmq_fx.base.masked_rows import lists_of_json
@@ -141,6 +141,33 @@ def _mapped(file: Path, dtype: torch.dtype, shape: Sequence[int]) -> Tensor:
             "again."
         )
     return torch.from_file(str(file), size=count, dtype=dtype).reshape(*shape)
+
+
+def write_recording(found: Recording, folder: Path) -> None:
+    """Write what `read_recording` needs beside the files of the rows. Raises TFMQError for arguments that JSON cannot hold."""
+    tensors = {n: x for n, x in found.constants.items() if isinstance(x, Tensor)}
+    plain = {n: x for n, x in found.constants.items() if n not in tensors}
+    index = {
+        "rows": [[n, str(x.dtype).removeprefix("torch."), list(x.shape)] for n, x in found.rows.items()],
+        "constants": plain,
+        "shared": {n: [str(x.dtype).removeprefix("torch."), x.tolist()] for n, x in tensors.items()},
+        "paths": {n: path_to_json(path) for n, path in found.paths.items()},
+        "conditional": found.conditional.int().tolist(),
+        "repeats": found.repeats,
+        "folded": list(found.folded),
+        "others": list(found.others),
+        "row_sizes": {}
+        if found.row_sizes is None
+        else {n: x.tolist() for n, x in found.row_sizes.of.items()},
+        "row_lists": None if found.row_lists is None else found.row_lists.to_json(),
+    }
+    try:
+        text = json.dumps(index)
+    except TypeError as error:
+        raise TFMQError(
+            f"calibration: a call has an argument that cannot be cached ({error}); record without cache=."
+        ) from error
+    (folder / INDEX).write_text(text)
 
 
 def _sizes_of(found: dict[str, list[list[int]]]) -> RowSizes | None:
