@@ -323,7 +323,7 @@ def test_a_table_with_as_many_entries_as_rows_by_chance_has_no_rows():
     def call(rows):
         return {"sample": torch.zeros(rows, 3), "angles": torch.zeros(2, 5), "timestep": torch.zeros(rows)}
 
-    shapes = Shapes.of(call(2), 2, timestep="timestep")
+    shapes = Shapes.of(call(2), 2, apart={"timestep"})
     assert shapes.shared == {}
     shapes.see([call(4)], [4])
     assert shapes.shared == {"angles": torch.Size([2, 5])}
@@ -335,7 +335,7 @@ def test_one_mask_for_all_rows_has_no_rows_but_one_number_that_changes_has():
     def call(rows, scale):
         return {"sample": torch.zeros(rows, 3), "mask": torch.ones(1, 3), "scale": torch.full((1,), scale)}
 
-    shapes = Shapes.of(call(1, 0.5), 1, timestep="timestep")
+    shapes = Shapes.of(call(1, 0.5), 1, apart={"timestep"})
     assert shapes.shared == {}
     shapes.see([call(4, 0.5), call(4, 0.7)], [4, 4])
     assert shapes.shared == {"mask": torch.Size([1, 3])}

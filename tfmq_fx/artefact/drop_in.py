@@ -27,6 +27,7 @@ from tfmq_fx.base.ambient import neutral, traced
 from tfmq_fx.base.arguments import leaves
 from tfmq_fx.base.arithmetic import NETWORK_DTYPES
 from tfmq_fx.base.errors import TFMQError, nearest_names
+from tfmq_fx.base.stand_ins import StandIn
 from tfmq_fx.graph.sizes import holds, shown, sizes_in
 
 log = logging.getLogger(__name__)
@@ -357,7 +358,8 @@ class DropIn(nn.Module):
     def _forward(self, *args: Any, **kwargs: Any) -> Any:
         given = self._bind(args, kwargs)
         t = self.interface.timestep
-        inputs = {n: self._input(n, given[n]) for n in self.interface.inputs if n != t}
+        rows = given[self.first_input].shape[0]
+        inputs = {n: self._input(n, given[n], rows) for n in self.interface.inputs if n != t}
         inputs[t] = self._timestep(given[t], inputs[self.first_input].shape[0])
         if not traced(inputs.values()) and _COUNTED.get():
             for name, table in {t: self.timesteps, **self.finite}.items():
@@ -398,6 +400,9 @@ class DropIn(nn.Module):
             if value is not None and not isinstance(value, Tensor) and name != face.timestep:
                 raise TFMQError(f"forward: {name!r} must be a tensor, found {type(value).__name__}.")
             tensors[name] = value
+        for name, kept in face.stand_ins.items():
+            if tensors[name] is None and (like := tensors[kept[1]]) is not None:
+                tensors[name] = StandIn(*kept).of(like, tensors[self.first_input].shape[0])
         if face.perturbed is not None and tensors[PERTURBED] is None:
             tensors[PERTURBED] = self._perturbed_rows(tensors[self.first_input])
         kind = 0
@@ -485,8 +490,10 @@ class DropIn(nn.Module):
             raise TFMQError(f"timestep: {t.shape[0]} timesteps for a batch of {batch}.")
         return t
 
-    def _input(self, name: str, value: Tensor) -> Tensor:
+    def _input(self, name: str, value: Tensor, rows: int) -> Tensor:
         spec = self.interface.inputs[name]
+        if value.dim() and value.shape[0] == 1 != rows and self.interface.has_rows(name):
+            value = value.repeat(rows, *[1] * (value.dim() - 1))  # one for all, as calibration takes it
         shape = spec["shape"]
         if value.dim() != len(shape) or any(
             e not in (None, s) for e, s in zip(shape, value.shape, strict=True)

@@ -62,6 +62,8 @@ class Interface:
     perturbed: dict[str, Any] | None = None
     # Constants of further kinds of calls that are others than in `constants`, by flat name; None: left out (skip-layer guidance).
     others: tuple[dict[str, Any], ...] = ()
+    # What stands for a tensor that a call leaves out, by flat name: see `base.stand_ins`.
+    stand_ins: dict[str, list[Any]] = field(default_factory=dict)
 
     def cast(self, now: str, new: str, *, precise: Collection[str]) -> Interface:
         """Return the interface of the network in another precision: its inputs of dtype `now` are of dtype `new`.
@@ -139,6 +141,11 @@ class Interface:
     def moves(self) -> dict[Size, int]:
         """Return the sizes that may differ from the capture's, apart from the batch's, and what they were."""
         return {(n, i): size for n, spec in self.inputs.items() for i, size in spec.get("moves", ())}
+
+    def has_rows(self, name: str) -> bool:
+        """Return True if the first dimension of an input is the batch."""
+        spec = self.inputs[name]
+        return bool(spec["shape"]) and spec["shape"][0] is None and all(i for i, _ in spec.get("moves", ()))
 
     def fixed(self) -> Interface:
         """Return the interface of a network that takes no sizes but those of the capture, apart from the batch."""

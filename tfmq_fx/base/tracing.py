@@ -93,13 +93,17 @@ def numpy_on_sizes() -> Iterator[None]:
 
 
 @contextmanager
-def symbolic_lengths(network: nn.Module, *, sets: bool = False) -> Iterator[None]:
-    """Let `len`, and `set` with `sets`, work on dynamic sizes in the files of the network's classes, until exit.
+def symbolic_lengths(network: nn.Module, *, sets: bool = False, ints: bool = False) -> Iterator[None]:
+    """Let `len`, `set` with `sets`, and `int` with `ints`, work on dynamic sizes in the files of the network's classes, until exit.
 
-    Python's own len(x) of a tensor is a number, and its sets take no dynamic size. What is put in place of `set` is another
-    type, which a network might ask for: use it where the graph is compared with the network.
+    Python's own len(x) of a tensor and int(x) of a size are numbers, and its sets take no dynamic size. What is put in place of
+    `set` and `int` are other types, which a network might ask for: use them where the graph is compared with the network.
     """
-    new: dict[str, Any] = {"len": _length, **({"set": _Set} if sets else {})}
+    new: dict[str, Any] = {
+        "len": _length,
+        **({"set": _Set} if sets else {}),
+        **({"int": Int} if ints else {}),
+    }
     placed = [(vars(f), n, value) for f in _files(network) for n, value in new.items() if n not in vars(f)]
     for names, name, value in placed:
         names[name] = value
@@ -108,6 +112,24 @@ def symbolic_lengths(network: nn.Module, *, sets: bool = False) -> Iterator[None
     finally:
         for names, name, _ in placed:
             del names[name]
+
+
+@contextmanager
+def numbers_of_sizes(network: nn.Module) -> Iterator[list[str]]:
+    """Yield the files of the network's classes that turn a dynamic size into a number, as int(x) does, until exit."""
+    own, found = {f.__file__ for f in _files(network)}, list[str]()
+    number = torch.SymInt.__int__
+
+    def noted(size: torch.SymInt) -> int:
+        if (file := sys._getframe(1).f_code.co_filename) in own:
+            found.append(file)
+        return number(size)
+
+    torch.SymInt.__int__ = noted  # type: ignore[method-assign]
+    try:
+        yield found
+    finally:
+        torch.SymInt.__int__ = number  # type: ignore[method-assign]
 
 
 def expect_same_rows(tensors: Sequence[Tensor]) -> None:
@@ -152,6 +174,23 @@ def _files(network: nn.Module) -> list[ModuleType]:
 
 def _length(x: Any) -> Any:
     return x.shape[0] if isinstance(x, Tensor) and x.dim() else len(x)
+
+
+class _IsInt(type):
+    def __instancecheck__(cls, x: Any) -> bool:
+        return isinstance(x, int)
+
+    def __subclasscheck__(cls, kind: type) -> bool:
+        return issubclass(kind, int)
+
+    def __call__(cls, *args: Any, **kwargs: Any) -> Any:
+        if len(args) == 1 and isinstance(args[0], (torch.SymInt, torch.SymFloat)):
+            return torch.sym_int(args[0])
+        return int(*args, **kwargs)
+
+
+class Int(int, metaclass=_IsInt):
+    """Python's own int, but a dynamic size stays one."""
 
 
 class _IsSet(type):

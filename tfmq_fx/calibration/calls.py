@@ -190,6 +190,17 @@ def flat(call: Leaves) -> Flat:
     return {n: value for n, (_, value) in call.items()}
 
 
+class UnlikeCallsError(TFMQError):
+    """A tensor is given in some calls only, or has no rows and is not the same in all of them.
+
+    name: its flat name. calls: two that differ in it, or one of them.
+    """
+
+    def __init__(self, name: str, calls: Sequence[Leaves], words: str) -> None:
+        super().__init__(words)
+        self.name, self.calls = name, tuple(calls)
+
+
 class Constants:
     """The arguments that are the same in every call of a recording, or one of a few values that JSON can hold.
 
@@ -203,13 +214,14 @@ class Constants:
         self._kinds = MAX_KINDS - 1 if others is None else len(self.others)
         self._defaults = leaves(defaults)
         self._known: Flat | None = None  # all leaves of the first call, defaults included
+        self._first: Leaves = {}
         self._calls = 0
 
     def take(self, call: Leaves, rows: Collection[str]) -> int:
         """Add the constants of a call, and return its kind: 0, or i for others[i - 1]. rows: the names of its tensors that have rows.
 
-        Raises TFMQError, with the argument's name and the numbers of the calls, for a tensor that is given in some
-        calls only, or changes without having rows, and for more kinds of calls than MAX_KINDS, or than were given.
+        Raises UnlikeCallsError, with the argument's name and the numbers of the calls, for a tensor that is given in some
+        calls only, or changes without having rows, and TFMQError for more kinds of calls than MAX_KINDS, or than were given.
         """
         self._calls += 1
         given = {path[0] for path, _ in call.values()}
@@ -219,16 +231,18 @@ class Constants:
         names = [n for n in dict.fromkeys([*known, *found]) if n != "return_dict"]
         other = {n: found.get(n) for n in names if not _same_constant(known.get(n), found.get(n))}
         self._known = known
+        self._first = self._first or call
         if other:
-            return self._kind(other, known)
+            return self._kind(other, known, call)
         self.values = {n: x for n, (_, x) in call.items() if n not in rows} | self.values
         return 0
 
-    def _kind(self, other: Flat, known: Flat) -> int:
+    def _kind(self, other: Flat, known: Flat, call: Leaves) -> int:
         """Return the kind of a call whose constants are others than the first call's."""
         for name, now in other.items():
             if not is_json(now) or not is_json(known.get(name)):
-                raise self._differs(name, known.get(name), now)
+                words = self._differs(name, known.get(name), now)
+                raise UnlikeCallsError(name, (self._first, call), words)
         if other not in self.others:
             if len(self.others) == self._kinds:
                 name, now = next(iter(other.items()))
@@ -239,16 +253,16 @@ class Constants:
             self.others.append(other)
         return self.others.index(other) + 1
 
-    def _differs(self, name: str, before: Any, now: Any) -> TFMQError:
+    def _differs(self, name: str, before: Any, now: Any) -> str:
         here = f"call {self._calls}"
         earlier = "call 1" if self._calls == 2 else f"calls 1 to {self._calls - 1}"
         if before is None or now is None:
             with_it, without = (earlier, here) if now is None else (here, earlier)
-            return TFMQError(
+            return (
                 f"calibration: {name!r} is given in {with_it} of the network and not in {without}; change the pipeline's "
                 "arguments so that it is in every call or in none."
             )
-        return TFMQError(
+        return (
             f"calibration: {name!r} has no rows, but is {_shown(now)} in {here} of the network after {_shown(before)} in "
             f"{earlier}; change the pipeline's arguments so that it stays the same."
         )

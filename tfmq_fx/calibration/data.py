@@ -18,6 +18,7 @@ from tfmq_fx.base.entries import per_sample
 from tfmq_fx.base.errors import TFMQError, nearest_names
 from tfmq_fx.base.row_lists import RowLists, is_list_of_rows, row_lists
 from tfmq_fx.base.second_rows import SecondRows, is_second
+from tfmq_fx.base.stand_ins import StandIn
 from tfmq_fx.calibration.perturbed import Perturbation
 from tfmq_fx.calibration.pipelines import OWN_PROMPTS, denoiser, prompts_for, takes_steps
 from tfmq_fx.calibration.ready import require_ready
@@ -45,7 +46,8 @@ class CalibrationSet:
     `perturbation` is what the pipeline sets in its network while it samples, for rows where `perturbed_rows` is true.
     `others` has, for rows where `variant_rows` is i > 0, the constants others[i - 1] that differ from `constants` (`calibration.variants`).
     `row_lists` is what the network takes as lists with an entry for each row; None if there are none.
-    `row_sizes` has the sizes of rows that differ, whose tensors are padded; None if there are none.
+    `row_sizes` has the sizes of rows that differ, whose tensors are padded, and tensors without rows that differ; None if there are none.
+    `stand_ins` has what stands for tensors that some calls leave out, such as a mask of ones.
     `conditional` (N,) bool is False for the unconditional rows, which guidance adds. `note`: what was chosen for
     the user when the set was recorded, as the report says it.
 
@@ -68,6 +70,7 @@ class CalibrationSet:
         others: Sequence[Mapping[str, Any]] = (),
         row_lists: RowLists | None = None,
         row_sizes: RowSizes | None = None,
+        stand_ins: Mapping[str, StandIn] | None = None,
     ) -> None:
         # Rows recorded under inference_mode could not be learned from.
         self.tensors = {n: tracked(x) for n, x in tensors.items()}
@@ -75,7 +78,7 @@ class CalibrationSet:
         self.timestep, self.note, self.repeats = timestep, note, dict(repeats or {})
         self.folded = frozenset(folded)
         self.perturbation, self.others = perturbation, tuple(others)
-        self.row_lists, self.row_sizes = row_lists, row_sizes
+        self.row_lists, self.row_sizes, self.stand_ins = row_lists, row_sizes, dict(stand_ins or {})
         self.paths: dict[str, ArgumentPath] = {n: (n,) for n in (*tensors, *constants)} | dict(paths or {})
         if timestep not in self.tensors:
             raise TFMQError(
@@ -199,11 +202,11 @@ class CalibrationSet:
     ) -> dict[str, Any]:
         """Return the keyword arguments of the network for these rows, nested as it takes them, including constants.
 
-        rows: a slice or indices. What has rows of different sizes is a list of them.
+        rows: a slice or indices, of one kind unless the network takes lists: then what has rows of different sizes is a list of them.
         beside: the network on whose device they will be; None leaves them where they are.
         rows_first: what the network takes with rows in the second dimension, (K, N, ...), has them in the first, as `row_wise` takes it.
         """
-        values = {n: self._taken(n, rows) for n in self.tensors} | self.constants
+        values = {n: self._taken(n, rows) for n in (*self.tensors, *self._moving)} | self.constants
         values[self.timestep] = values[self.timestep].reshape(-1, *self.timestep_shape)
         own = None if beside is None else next(iter((*beside.parameters(), *beside.buffers())), None)
         found = nested(
@@ -290,7 +293,7 @@ class CalibrationSet:
             note=OWN_PROMPTS if own else "", repeats=found.repeats, folded=found.folded,
             perturbation=found.perturbation,
             others=found.others,
-            row_lists=found.row_lists, row_sizes=found.row_sizes,
+            row_lists=found.row_lists, row_sizes=found.row_sizes, stand_ins=found.stand_ins,
         )  # fmt: skip
         _require_schedule(made)
         return made
@@ -355,6 +358,7 @@ class CalibrationSet:
             "others": self.others,
             "row_lists": self.row_lists,
             "row_sizes": self.row_sizes,
+            "stand_ins": self.stand_ins,
         }
         return CalibrationSet(**{**own, **changes})
 
@@ -383,14 +387,21 @@ class CalibrationSet:
     def batch(self, rows: Tensor) -> dict[str, Tensor]:
         """Return the rows with these indices, and the tensors that have no rows."""
         shared = [n for n, x in self.constants.items() if isinstance(x, Tensor)]
-        return {n: self.input(n, rows) for n in (*self.tensors, *shared)}
+        return {n: self.input(n, rows) for n in (*self.tensors, *self._moving, *shared)}
 
     def input(self, name: str, rows: Tensor) -> Any:
         """Return the rows of one input; the whole input if it has no rows."""
         return self.constants[name] if name in self.constants else self._taken(name, rows)
 
+    @property
+    def _moving(self) -> Collection[str]:
+        """Return the names of tensors without rows that differ."""
+        return () if self.row_sizes is None else self.row_sizes.shared
+
     def _taken(self, name: str, rows: Tensor | slice) -> Any:
         """Return these rows as the network takes them."""
+        if self.row_sizes is not None and name in self._moving:
+            return self.row_sizes.taken(name, rows)
         x = self.tensors[name][rows]
         if self.row_sizes is not None:
             x = self.row_sizes.cut(name, x, rows)

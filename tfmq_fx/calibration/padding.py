@@ -75,11 +75,14 @@ def _cut(data: CalibrationSet, lists: MaskedRows, lengths: Mapping[str, Tensor])
         n: torch.cat([length[:, None], torch.tensor([data.tensors[n].shape[2:]] * len(length)).view(len(length), -1)], 1)
         for n, length in lengths.items()
     }  # fmt: skip
+    known = data.row_sizes or RowSizes({})
     return data.changed(
         tensors={n: x for n, x in data.tensors.items() if n not in lists.left_out},
         paths={n: path for n, path in data.paths.items() if n not in lists.left_out},
         row_lists=lists,
-        row_sizes=RowSizes(sizes),
+        row_sizes=RowSizes(
+            {n: x for n, x in known.of.items() if n not in lists.left_out} | sizes, known.shared, known.values
+        ),
     )
 
 

@@ -17,7 +17,7 @@ from tfmq_fx.base.errors import TFMQError
 from tfmq_fx.base.files import replace_folder
 from tfmq_fx.base.parallel import Ranks, workers
 from tfmq_fx.base.progress import track
-from tfmq_fx.calibration.calls import Constants, Leaves, flat
+from tfmq_fx.calibration.calls import Constants, Leaves, UnlikeCallsError, flat
 from tfmq_fx.calibration.rows import INDEX, Recording, Sink, read_recording, write_recording
 from tfmq_fx.calibration.session import Session
 
@@ -61,19 +61,28 @@ def _require_plain(session: Session, cache: Path) -> None:
 
 
 def _record(session: Session, folder: Path, *, deterministic: bool, limit: float) -> Recording:
+    """Run the session, from the start each time that calls are found unlike."""
+    while True:
+        try:
+            return _run(session, folder, deterministic=deterministic, limit=limit)
+        except UnlikeCallsError as error:
+            session = session.learned(error)
+
+
+def _run(session: Session, folder: Path, *, deterministic: bool, limit: float) -> Recording:
     ranks = Ranks()
-    sink, marks = Sink(folder, limit, ragged=session.ragged()), list[bool]()
+    sink, marks = Sink(folder, limit, even=session.even()), list[bool]()
     paths = dict[str, ArgumentPath]()
 
     def take(calls: list[Leaves], conditional: list[bool]) -> None:
         shapes.see([flat(c) for c in calls], [session.size_of(flat(c)) for c in calls])
         for call in calls:
             paths.update({n: path for n, (path, _) in call.items()})
-            kind = constants.take(call, session.row_names(call, shapes.shared))
+            kind = session.take_constants(constants, call, shapes.shared)
             rows = session.rows(call, shapes)
             if constants.others:
                 rows[VARIANT] = torch.full((session.size_of(flat(call)),), kind)
-            sink.append(rows)
+            sink.append(rows, session.moving_of(call))
         marks.extend(conditional)
 
     with workers(1) if deterministic else nullcontext():
@@ -110,4 +119,5 @@ def _record(session: Session, folder: Path, *, deterministic: bool, limit: float
         others=constants.others,
         row_lists=session.preview.lists,
         row_sizes=sink.row_sizes,
+        stand_ins=session.stand_ins,
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,8 @@ from tfmq_fx.base.errors import TFMQError
 from tfmq_fx.base.files import raw_bytes
 from tfmq_fx.base.masked_rows import lists_of_json
 from tfmq_fx.base.row_lists import RowLists
+from tfmq_fx.base.stand_ins import StandIn
+from tfmq_fx.calibration.calls import same
 from tfmq_fx.calibration.perturbed import Perturbation
 from tfmq_fx.calibration.row_sizes import RowSizes, padded
 
@@ -39,37 +41,52 @@ class Recording:
     others: Sequence[Mapping[str, Any]] = ()  # the constants of further kinds of calls, where they differ
     row_lists: RowLists | None = None
     row_sizes: RowSizes | None = None  # of rows that are padded
+    stand_ins: Mapping[str, StandIn] = field(default_factory=dict)  # of tensors that some calls leave out
 
 
 class Sink:
     """A collector of rows: in memory up to `limit` bytes, beyond that in one file per tensor in `folder`.
 
-    ragged: the names of tensors whose rows may differ in size. They are padded with zeros, and `row_sizes` has their sizes.
+    even: the names of tensors whose rows have one size. Those of others may differ: they are padded with zeros, and `row_sizes`
+        has their sizes.
     """
 
-    def __init__(self, folder: Path, limit: float, *, ragged: Collection[str] = ()) -> None:
-        self.folder, self.limit, self.ragged = folder, limit, ragged
-        self.pieces: dict[str, list[tuple[int, ...]]] = {}  # the shapes of what was added of ragged tensors
+    def __init__(self, folder: Path, limit: float, *, even: Collection[str] = ()) -> None:
+        self.folder, self.limit, self.even = folder, limit, even
+        self.pieces: dict[str, list[tuple[int, ...]]] = {}  # the shapes of what was added of other tensors
+        self.values: dict[str, list[Tensor]] = {}  # of tensors without rows, each once
+        self.which: dict[str, list[Tensor]] = {}  # of each row, the number of its value
         self.kept: list[dict[str, Tensor]] = []
         self.shapes: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
         self.bytes, self.rows, self.on_disk = 0, 0, False
 
-    def append(self, rows: dict[str, Tensor]) -> None:
-        """Add rows, (N, ...) each. Raises TFMQError if their names, types or shapes differ from those of earlier rows."""
+    def append(self, rows: dict[str, Tensor], shared: Mapping[str, Tensor] | None = None) -> None:
+        """Add rows, (N, ...) each. Raises TFMQError if their names, types or shapes differ from those of earlier rows.
+
+        shared: tensors without rows that are not the same in all calls.
+        """
         if self.shapes and rows.keys() != self.shapes.keys():
             wrong = sorted(rows.keys() ^ self.shapes.keys())[0]
             raise TFMQError(f"calibration: some calls of the network have {wrong!r} and some do not.")
         for name, x in rows.items():
             found, expected = (x.dtype, tuple(x.shape[1:])), self.shapes.get(name)
-            if name in self.ragged:
+            alike = expected is None or (found[0], len(found[1])) == (expected[0], len(expected[1]))
+            if name not in self.even and alike:
                 self.pieces.setdefault(name, []).append(tuple(x.shape))
             elif expected is not None and found != expected:
                 raise TFMQError(
                     f"calibration: {name!r} has rows of {found[0]} {found[1]} after rows of {expected[0]} {expected[1]}; record "
-                    "pictures of different sizes, or prompts of different lengths, separately."
+                    "pictures of different sizes separately."
                 )
             self.shapes.setdefault(name, found)
         rows = {name: x.cpu() for name, x in rows.items()}  # a GPU has other things to hold
+        for name, x in (shared or {}).items():
+            values = self.values.setdefault(name, [])
+            which = next((i for i, value in enumerate(values) if same(value, x.cpu())), len(values))
+            if which == len(values):
+                values.append(x.cpu())
+            count = len(next(iter(rows.values())))
+            self.which.setdefault(name, []).append(torch.full((count,), which))
         self.rows += len(next(iter(rows.values())))
         self.bytes += sum(x.nbytes for x in rows.values())
         self.kept.append(rows)
@@ -78,10 +95,10 @@ class Sink:
 
     def flush(self) -> None:
         """Move the rows in memory to the files."""
-        self.on_disk = True
+        mode, self.on_disk = "ab" if self.on_disk else "wb", True
         try:
             for i, name in enumerate(self.shapes):
-                with (self.folder / f"{i}.bin").open("ab") as file:
+                with (self.folder / f"{i}.bin").open(mode) as file:
                     for rows in self.kept:
                         file.write(raw_bytes(rows[name]))
         except OSError as error:
@@ -109,11 +126,12 @@ class Sink:
 
     @property
     def row_sizes(self) -> RowSizes | None:
-        """Return the sizes of the rows of the tensors that are padded; None if there are none."""
+        """Return the sizes of the rows of the tensors that are padded, and the tensors without rows that differ; None if there are none."""
         sizes = {
             n: torch.tensor([s[1:] for s in self.pieces[n] for _ in range(s[0])]) for n in self._differing()
         }
-        return RowSizes(sizes) if sizes else None
+        shared = {n: torch.cat(which) for n, which in self.which.items()}
+        return RowSizes(sizes, shared, self.values) if sizes or shared else None
 
     def _differing(self) -> list[str]:
         return [n for n, shapes in self.pieces.items() if len({s[1:] for s in shapes}) > 1]
@@ -150,15 +168,14 @@ def write_recording(found: Recording, folder: Path) -> None:
     index = {
         "rows": [[n, str(x.dtype).removeprefix("torch."), list(x.shape)] for n, x in found.rows.items()],
         "constants": plain,
-        "shared": {n: [str(x.dtype).removeprefix("torch."), x.tolist()] for n, x in tensors.items()},
+        "shared": {n: _to_json(x) for n, x in tensors.items()},
         "paths": {n: path_to_json(path) for n, path in found.paths.items()},
         "conditional": found.conditional.int().tolist(),
         "repeats": found.repeats,
         "folded": list(found.folded),
         "others": list(found.others),
-        "row_sizes": {}
-        if found.row_sizes is None
-        else {n: x.tolist() for n, x in found.row_sizes.of.items()},
+        "row_sizes": _sizes_to_json(found.row_sizes),
+        "stand_ins": {n: x.to_json() for n, x in found.stand_ins.items()},
         "row_lists": None if found.row_lists is None else found.row_lists.to_json(),
     }
     try:
@@ -170,8 +187,32 @@ def write_recording(found: Recording, folder: Path) -> None:
     (folder / INDEX).write_text(text)
 
 
-def _sizes_of(found: dict[str, list[list[int]]]) -> RowSizes | None:
-    return RowSizes({n: torch.tensor(sizes) for n, sizes in found.items()}) if found else None
+def _to_json(x: Tensor) -> list[Any]:
+    return [str(x.dtype).removeprefix("torch."), x.tolist()]
+
+
+def _of_json(found: Sequence[Any]) -> Tensor:
+    dtype, values = found
+    return torch.tensor(values, dtype=getattr(torch, dtype))
+
+
+def _sizes_to_json(sizes: RowSizes | None) -> list[Any] | None:
+    if sizes is None:
+        return None
+    of = {n: x.tolist() for n, x in sizes.of.items()}
+    shared = {n: [x.tolist(), [_to_json(v) for v in sizes.values[n]]] for n, x in sizes.shared.items()}
+    return [of, shared]
+
+
+def _sizes_of_json(found: Sequence[Any] | None) -> RowSizes | None:
+    if found is None:
+        return None
+    of, shared = found
+    return RowSizes(
+        {n: torch.tensor(x) for n, x in of.items()},
+        {n: torch.tensor(which) for n, (which, _) in shared.items()},
+        {n: [_of_json(v) for v in values] for n, (_, values) in shared.items()},
+    )
 
 
 def read_recording(folder: Path) -> Recording:
@@ -182,19 +223,18 @@ def read_recording(folder: Path) -> Recording:
             name: _mapped(folder / f"{i}.bin", getattr(torch, dtype), shape)
             for i, (name, dtype, shape) in enumerate(index["rows"])
         }
-        shared = {
-            n: torch.tensor(x, dtype=getattr(torch, dtype)) for n, (dtype, x) in index["shared"].items()
-        }
+        shared = {n: _of_json(x) for n, x in index["shared"].items()}
         return Recording(
             rows=rows,
             constants={**index["constants"], **shared},
             paths={n: path_of_json(path) for n, path in index["paths"].items()},
             conditional=torch.tensor(index["conditional"], dtype=torch.bool),
             repeats=index["repeats"],
-            folded=index.get("folded", ()),
-            others=index.get("others", ()),
-            row_sizes=_sizes_of(index.get("row_sizes", {})),
-            row_lists=None if (lists := index.get("row_lists")) is None else lists_of_json(lists),
+            folded=index["folded"],
+            others=index["others"],
+            row_sizes=_sizes_of_json(index["row_sizes"]),
+            row_lists=None if (lists := index["row_lists"]) is None else lists_of_json(lists),
+            stand_ins={n: StandIn(*x) for n, x in index["stand_ins"].items()},
         )
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise TFMQError(

@@ -8,7 +8,7 @@ import json
 import logging
 from collections.abc import Callable, Collection, Mapping, Sequence
 from copy import deepcopy
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -22,13 +22,16 @@ from tfmq_fx.artefact.interface import PERTURBED
 from tfmq_fx.base.arguments import nested
 from tfmq_fx.base.errors import TFMQError
 from tfmq_fx.base.files import update_with_tensors
+from tfmq_fx.base.rounding import within_rounding
 from tfmq_fx.base.row_lists import RowLists
 from tfmq_fx.base.second_rows import rows_of_call
+from tfmq_fx.base.stand_ins import StandIn
 from tfmq_fx.calibration.calls import (
     Call,
     Constants,
     Flat,
     Leaves,
+    UnlikeCallsError,
     call_leaves,
     computing,
     defaults_of,
@@ -47,7 +50,7 @@ from tfmq_fx.calibration.shapes import Shapes, repeats
 
 log = logging.getLogger(__name__)
 
-FORMAT = 6  # of recordings in a cache; increased when the same arguments give other rows
+FORMAT = 7  # of recordings in a cache; increased when the same arguments give other rows
 
 
 @dataclass(frozen=True)
@@ -65,6 +68,8 @@ class Session:
     """The settings of one recording. `probe` finds out how the pipeline calls its denoiser.
 
     The fields are the arguments of `CalibrationSet.record`; network: the pipeline's denoiser.
+    stand_ins: what stands for tensors that some calls leave out. moving: the names of tensors without rows that are not the same
+        in all calls. `learned` finds both.
     """
 
     pipe: Any
@@ -75,6 +80,8 @@ class Session:
     seed: int
     batch_size: int
     pipe_kwargs: dict[str, Any] = field(default_factory=dict)
+    stand_ins: Mapping[str, StandIn] = field(default_factory=dict)
+    moving: frozenset[str] = frozenset()
 
     @cached_property
     def whole(self) -> frozenset[str]:
@@ -125,7 +132,7 @@ class Session:
                 raise error
             for call in calls:
                 one = flat(call)
-                self.rows(call, Shapes.of(one, self.size_of(one), timestep=self.timestep))
+                self.rows(call, Shapes.of(one, self.size_of(one), apart=self._apart_from_rows))
         except Exception as reason:  # a pipeline may raise anything
             error = reason
         why = "" if error is None else f"{type(error).__name__}: {error}".splitlines()[0]
@@ -236,15 +243,84 @@ class Session:
     def _of_tensors(self, calls: list[Call], lists: RowLists | None) -> list[Leaves]:
         """Return the leaves of calls, with tensors (N, ...) for lists of rows. A call with rows of several sizes is several calls."""
         parts = calls if lists is None else [part for call in calls for part in lists.parts(call)]
-        return [call_leaves(call, self.defaults) for call in parts]
+        return [self._completed(call_leaves(call, self.defaults)) for call in parts]
 
-    def ragged(self) -> Collection[str]:
-        """Return the tensors whose rows may differ in size: lists, but for the noisy samples, which are as large as the outputs."""
-        if (lists := self.preview.lists) is None:
-            return ()
+    def _completed(self, call: Leaves) -> Leaves:
+        """Return the leaves of a call with what stands for the tensors that it leaves out."""
+        found = dict(call)
+        for name, stand_in in self.stand_ins.items():
+            like = self._tensor(call, stand_in.like)
+            if self._tensor(call, name) is None and like is not None:
+                rows = self.size_of(flat(call))
+                found[name] = (name,), stand_in.of(like, rows)
+                found[stand_in.like] = call[stand_in.like][0], like.expand(rows, *like.shape[1:])
+        return found
+
+    def learned(self, error: UnlikeCallsError) -> Session:
+        """Return the session that records what made calls unlike: a tensor that some leave out, or one without rows.
+
+        Raises the error again if the network does not compute the same with anything in place of a tensor that is left out, or
+        takes another tensor for other rows.
+        """
+        name, given = error.name, [call for call in error.calls if self._tensor(call, error.name) is not None]
+        without = [call for call in error.calls if self._tensor(call, error.name) is None]
+        if name in {*self.stand_ins, *self.moving}:
+            raise error
+        if given and without and (found := self._stand_in(name, given[0], without[0])) is not None:
+            log.info("calibration: %r is %d everywhere where the pipeline leaves it out", name, found.value)
+            return replace(self, stand_ins={**self.stand_ins, name: found})
+        if given and not without and all(self._is_of_the_call(name, call) for call in given):
+            return replace(self, moving=self.moving | {name})
+        raise error
+
+    def _tensor(self, call: Leaves, name: str) -> Tensor | None:
+        value = call.get(name, ((), None))[1]
+        return value if isinstance(value, Tensor) else None
+
+    def _stand_in(self, name: str, given: Leaves, without: Leaves) -> StandIn | None:
+        """Return what a tensor is in a call without it; None if nothing in its place leaves the network's output as it is."""
+        tensor = self._tensor(given, name)
+        expected = self._computed(nested(dict(without.values())))
+        if tensor is None or expected is None or given[name][0] != (name,):
+            return None
+        dtype = str(tensor.dtype).removeprefix("torch.")
+        fit = [
+            n
+            for n, (_, x) in given.items()
+            if isinstance(x, Tensor) and x.dim() > 2 and x.shape[:2] == tensor.shape
+        ]
+        for like in (n for n in fit if self._tensor(without, n) is not None):
+            for value in (1, 0):
+                found = StandIn(value, like, dtype)
+                call = replace(self, stand_ins={name: found})._completed(without)
+                made = self._computed(nested(dict(call.values())))
+                if made is not None and within_rounding(made, expected):
+                    return found
+        return None
+
+    def _is_of_the_call(self, name: str, call: Leaves) -> bool:
+        """Return True if the network takes a tensor as it is for other numbers of rows of a call: it has none itself."""
+        one = flat(call)
+        shapes = Shapes.of(one, self.size_of(one), apart={*self._apart_from_rows, name})
+        alone, both = (
+            replace(self, moving=self.moving | {name})._repeated(call, shapes, count) for count in (1, 2)
+        )
+        return alone is not None and both is not None and all(within_rounding(x[None], alone) for x in both)
+
+    @property
+    def _apart_from_rows(self) -> frozenset[str]:
+        """Return the names of the tensors of which their shapes do not tell if they have rows."""
+        return self.moving | {self.timestep}
+
+    def even(self) -> frozenset[str]:
+        """Return the tensors whose rows have one size: the timestep and the noisy samples, which are as large as the outputs."""
         call = self.preview.calls[0]
         first = next(n for n, (_, x) in call.items() if isinstance(x, Tensor) and n != self.timestep)
-        return [n for n in lists.ragged if n != first]
+        return frozenset({first, self.timestep})
+
+    def moving_of(self, call: Leaves) -> dict[str, Tensor]:
+        """Return the tensors without rows of a call that are not the same in all calls."""
+        return {n: x for n, (_, x) in call.items() if n in self.moving}
 
     def size_of(self, call: Flat) -> int:
         """Return the number of rows of a call: that of its first tensor other than the timestep, the noisy sample."""
@@ -265,7 +341,7 @@ class Session:
         found = self.short(size)
         calls = [flat(call) for call in found]
         rows = self.size_of(calls[0])
-        shapes = Shapes.of(calls[0], rows, timestep=self.timestep)
+        shapes = Shapes.of(calls[0], rows, apart=self._apart_from_rows)
         seen = [*found, *self.preview.calls]
         if len(seen) <= 2:  # of one step
             seen += self.short(size, seed=1)
@@ -293,8 +369,13 @@ class Session:
         """Return the constants of the calls of one run. shared: the tensors without rows."""
         constants = Constants(self.defaults)
         for call in calls:
-            constants.take(call, self.row_names(call, shared))
+            self.take_constants(constants, call, shared)
         return constants
+
+    def take_constants(self, constants: Constants, call: Leaves, shared: Mapping[str, torch.Size]) -> int:
+        """Add the constants of a call, and return its kind. See `Constants.take`."""
+        names = self.row_names(call, shared)
+        return constants.take({n: x for n, x in call.items() if n not in self.moving}, names)
 
     def _takes_two(self) -> bool:
         """Return True if the pipeline can draw two samples at once, and its network gets more rows for them than for one."""
@@ -354,7 +435,11 @@ class Session:
                 return torch.cat([x[: len(x) // rows], change(x[: len(x) // rows])][:count])
             if name in shapes.repeats:
                 return torch.cat([x[: len(x) // rows]] * count)
-            has_rows = isinstance(x, Tensor) and x.shape[:1] == (rows,) and name not in shapes.shared
+            has_rows = (
+                isinstance(x, Tensor)
+                and x.shape[:1] == (rows,)
+                and name not in {*shapes.shared, *self.moving}
+            )
             return torch.cat([x[:1]] * count) if has_rows and name not in single else x
 
         return self._computed(nested({path: taken(n, x) for n, (path, x) in call.items()}))
@@ -371,12 +456,21 @@ class Session:
                 return None
 
     def misfit(self, shapes: Shapes) -> str:
-        """Return why a batch has no rows of these shapes, which are those for another number of samples; "" if it has."""
+        """Return why a batch has no rows of these shapes, which are those for another number of samples; "" if it has.
+
+        Raises UnlikeCallsError for a tensor that can be `learned`.
+        """
         shapes, calls = deepcopy(shapes), self.preview.calls
         try:
             shapes.see([flat(c) for c in calls], [self.size_of(flat(c)) for c in calls])
             for call in calls:
                 self.rows(call, shapes)
+        except UnlikeCallsError as error:
+            try:
+                self.learned(error)
+            except UnlikeCallsError:
+                return str(error)
+            raise
         except TFMQError as error:
             return str(error)
         return ""
@@ -384,15 +478,17 @@ class Session:
     def row_names(self, call: Leaves, shared: Mapping[str, torch.Size]) -> frozenset[str]:
         """Return the names of a call's arguments that have rows. shared: the tensors that have none.
 
-        Raises TFMQError for a tensor without rows whose shape depends on the number of samples.
+        Raises UnlikeCallsError for a tensor without rows whose shape is another one in another call.
         """
-        tensors = {n: x for n, (_, x) in call.items() if isinstance(x, Tensor)}
+        tensors = {n: x for n, (_, x) in call.items() if isinstance(x, Tensor) and n not in self.moving}
         for name, shape in shared.items():
             if name in tensors and tensors[name].shape != shape:
-                raise TFMQError(
+                raise UnlikeCallsError(
+                    name,
+                    (call,),
                     f"calibration: {name!r} has shape {tuple(tensors[name].shape)} in one call of the network, and {tuple(shape)} in "
                     "one for another number of samples; only tensors with one row for each sample, or the same for all samples, "
-                    "can be recorded."
+                    "can be recorded.",
                 )
         return frozenset((tensors.keys() - shared.keys()) | ({self.timestep} & call.keys()))
 

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from tfmq_fx.calibration.calls import (
-    Flat,
-    same,
-)
+from tfmq_fx.calibration.calls import Flat, same
 
 
 @dataclass
@@ -32,8 +29,9 @@ class Shapes:
     )  # of other tensors, (rows * k, ...): k, such as frames
 
     @staticmethod
-    def of(call: Flat, rows: int, *, timestep: str) -> Shapes:
-        found = {n: x for n, x in call.items() if n != timestep and isinstance(x, Tensor)}
+    def of(call: Flat, rows: int, *, apart: Collection[str]) -> Shapes:
+        """Return what one call shows. apart: the names of tensors that are told apart otherwise: the timestep's, for one."""
+        found = {n: x for n, x in call.items() if n not in apart and isinstance(x, Tensor)}
         repeated = {n: k for n, x in found.items() if (k := repeats(x, rows)) > 1}
         shapes = {n: x.shape for n, x in found.items()}
         shared = {n: s for n, s in shapes.items() if n not in repeated and (not s or s[0] != rows)}

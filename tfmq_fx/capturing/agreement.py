@@ -16,6 +16,7 @@ from tfmq_fx.artefact.interface import VARIANT
 from tfmq_fx.base.ambient import has_values
 from tfmq_fx.base.arguments import leaves
 from tfmq_fx.base.errors import TFMQError
+from tfmq_fx.base.rounding import within_rounding
 from tfmq_fx.base.row_lists import run
 from tfmq_fx.calibration.data import CalibrationSet, as_taken
 from tfmq_fx.calibration.temporal_rows import is_scalar
@@ -23,9 +24,6 @@ from tfmq_fx.calibration.variants import Variants
 from tfmq_fx.graph.inputs import placeholders, timestep_input
 from tfmq_fx.graph.written import keeps_buffers
 
-# Relative: that of sums in another order, far below another function of the inputs.
-ROUNDING = {torch.float32: 1e-3, torch.float64: 1e-3}
-COARSE_ROUNDING = 1e-2  # in bfloat16 and float16
 REROUTED = 32.0  # times as much where tokens choose experts: of two that are as good as equal, rounding takes the other
 MOST_TRIALS = 6  # calls at other sizes of a row, for each dimension
 
@@ -64,11 +62,7 @@ def agree(
         return True  # of fake tensors, whose values decide the shapes inside: there is nothing to compare
     made = pytree.tree_leaves(gm(*[inputs[n] for n in placeholders(gm)]))
     return all(
-        a.shape == b.shape
-        and (
-            not has_values(b)
-            or bool((a - b).norm() <= share * ROUNDING.get(b.dtype, COARSE_ROUNDING) * b.norm())
-        )
+        within_rounding(a, b, share=share) if has_values(b) else a.shape == b.shape
         for a, b in zip(made, expected, strict=True)
         if isinstance(b, Tensor)
     )
@@ -108,6 +102,27 @@ def agree_on_padding(
     gm: GraphModule, network: nn.Module, cut: CalibrationSet, padded: CalibrationSet
 ) -> bool:
     """Return True if the graph computes of rows of each length, without padding, what the network does of the padded ones."""
+    return _unlike(gm, network, cut, padded) is None
+
+
+def require_sizes(gm: GraphModule, network: nn.Module, calibration: CalibrationSet) -> None:
+    """Raise TFMQError unless the graph computes rows of all sizes as the network does."""
+    if (rows := _unlike(gm, network, calibration, calibration)) is None:
+        return
+    sizes = calibration.row_sizes
+    assert sizes is not None
+    shown = [f"{n} {tuple(x[rows][0].tolist())}" for n, x in sizes.of.items()]
+    shown += [f"{n} {tuple(sizes.taken(n, rows).shape)}" for n in sizes.shared]
+    raise TFMQError(
+        f"{type(network).__name__}: its graph does not compute what it does for rows of other sizes than those of the capture "
+        f"({', '.join(shown)}); record prompts of one length, or padded to one, and pictures of one size."
+    )
+
+
+def _unlike(
+    gm: GraphModule, network: nn.Module, cut: CalibrationSet, padded: CalibrationSet
+) -> Tensor | None:
+    """Return rows of the first kind, of some, of which the graph computes something else than the network of the same padded rows."""
     assert cut.row_sizes is not None
     kinds = cut.row_sizes.kinds
     for rows in [(kinds == kind).nonzero()[:2, 0] for kind in kinds.unique()[:MOST_TRIALS]]:
@@ -115,8 +130,8 @@ def agree_on_padding(
             inputs = cut.arguments(alike, beside=network)
             found = {n: as_taken(gm, n, x) for n, (_, x) in leaves(inputs).items() if isinstance(x, Tensor)}
             if not agrees(gm, found, padded.row_wise(network), padded.arguments(alike, beside=network)):
-                return False
-    return True
+                return alike
+    return None
 
 
 def require_kinds(gm: GraphModule, network: nn.Module, calibration: CalibrationSet) -> None:

@@ -17,7 +17,7 @@ from tfmq_fx.base.errors import TFMQError
 from tfmq_fx.base.signatures import parameters_of, signature_of, with_forward
 from tfmq_fx.calibration.data import CalibrationSet
 from tfmq_fx.calibration.padding import without_padding
-from tfmq_fx.capturing.agreement import agree_on_padding, agrees, require_kinds
+from tfmq_fx.capturing.agreement import agree_on_padding, agrees, require_kinds, require_sizes
 from tfmq_fx.capturing.interfaces import interface_of
 from tfmq_fx.capturing.network import batched, capture
 from tfmq_fx.capturing.wrappers import unwrapped
@@ -31,12 +31,12 @@ def described(
     network: nn.Module, calibration: CalibrationSet, timestep: str
 ) -> tuple[nn.Module, GraphModule, Interface, CalibrationSet]:
     """Capture a network on rows of a calibration set. Return it without wrappers, its graph, how it is called, and what `captured` does."""
-    network = unwrapped(network, calibration.arguments(slice(0, 2), beside=network))
+    network = unwrapped(network, calibration.arguments(calibration.groups(2)[0], beside=network))
     gm, example, calibration = captured(network, calibration, timestep)
     perturbed, others = calibration.perturbation, calibration.others
     interface = interface_of(
         calibration.row_wise(network), gm, example,
-        perturbed=None if perturbed is None else perturbed.to_json(), others=others,
+        perturbed=None if perturbed is None else perturbed.to_json(), others=others, stand_ins=calibration.stand_ins,
     )  # fmt: skip
     return network, gm, interface, calibration
 
@@ -96,6 +96,8 @@ def _captured(
     gm, example = capture_rows(calibration.row_wise(network), example, timestep)
     if calibration.others:
         require_kinds(gm, network, calibration)
+    if calibration.row_sizes is not None and calibration.row_lists is None:
+        require_sizes(gm, network, calibration)
     return gm, example
 
 

@@ -20,6 +20,7 @@ from tfmq_fx.base.filled import Filled
 from tfmq_fx.base.routed import Routed
 from tfmq_fx.base.signatures import call_of, of_names, with_forward
 from tfmq_fx.base.tracing import (
+    Int,
     capture_error,
     expect_same_rows,
     graphs_to_log,
@@ -40,15 +41,17 @@ def exported(
     all_sizes: bool,
     fixed: Collection[tuple[str, int]],
     checked: bool,
+    ints: bool,
     modes: tuple[Filled, Routed],
 ) -> torch.export.ExportedProgram:
     """Export the network with a dynamic batch.
 
     inputs: its arguments by name. all_sizes: keep other sizes open, too, but for those of these inputs of the graph and dimensions:
-    fixed. checked: whether the graph will be compared with the network. modes: those that follow what the network reads as numbers.
+    fixed. checked: whether the graph will be compared with the network. ints: see `symbolic_lengths`. modes: those that follow what
+    the network reads as numbers.
     """
     filled, routed = modes
-    lengths = _lengths(inputs) if all_sizes else set()
+    lengths = lengths_of(inputs) if all_sizes else set()
     rows = _inputs_with_rows(inputs, timestep) if all_sizes else []
 
     def called(given: Mapping[str, Any]) -> None:
@@ -67,7 +70,7 @@ def exported(
             tracing(),
             graphs_to_log(),
             numpy_on_sizes(),
-            symbolic_lengths(network, sets=checked),
+            symbolic_lengths(network, sets=checked, ints=ints),
             without_caches(network),
             torch.no_grad(),
             _Traceable(),
@@ -88,7 +91,7 @@ def _inputs_with_rows(inputs: Mapping[str, Any], timestep: str) -> list[str]:
     return [n for n, x in found.items() if timestep in found and len(x) == len(found[timestep])]
 
 
-def _lengths(inputs: Mapping[str, Any]) -> set[int]:
+def lengths_of(inputs: Mapping[str, Any]) -> set[int]:
     """Return the sizes of everything that has more than rows of numbers: heights, widths, frames, numbers of tokens."""
     tensors = [x for x in pytree.tree_leaves(inputs) if isinstance(x, Tensor)]
     return {size for x in tensors if x.dim() > 2 for size in x.shape[1:]}
@@ -139,6 +142,7 @@ class _Traceable(TorchFunctionMode):
 
     x.repeat_interleave(n, dim): by views, as torch 2.11 would turn the size that it repeats into a constant.
     x.fill_diagonal_(value) of a matrix: by a mask, as its own as_strided cannot be traced without writes.
+    torch.tensor(n) and torch.as_tensor(n) of a size: by scalar_tensor, as they would turn it into a constant.
     """
 
     def __torch_function__(
@@ -153,6 +157,11 @@ class _Traceable(TorchFunctionMode):
                 shape: list[int | torch.SymInt] = [-1] * (x.dim() + 1)
                 shape[dim + 1] = repeats
                 return x.unsqueeze(dim + 1).expand(shape).flatten(dim, dim + 1)
+        if any(x is Int for x in (*args, *kwargs.values())):  # as a dtype
+            args, kwargs = pytree.tree_map(lambda x: int if x is Int else x, (args, kwargs))
+        if func in (torch.tensor, torch.as_tensor) and args and isinstance(args[0], torch.SymInt):
+            kind = kwargs.get("dtype") or torch.int64
+            return torch.scalar_tensor(args[0], dtype=kind, device=kwargs.get("device"))
         if func is Tensor.fill_diagonal_ and len(args) == 2 and not kwargs and args[0].dim() == 2:
             x, value = args
             rows, columns = (torch.arange(size, device=x.device) for size in x.shape)

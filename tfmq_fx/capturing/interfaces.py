@@ -15,6 +15,7 @@ from tfmq_fx.artefact.interface import Interface
 from tfmq_fx.base.arguments import leaves
 from tfmq_fx.base.masked_rows import MaskedRows
 from tfmq_fx.base.row_lists import RowLists, run
+from tfmq_fx.base.stand_ins import StandIn
 from tfmq_fx.capturing.agreement import MOST_TRIALS, agrees, equal_lists
 from tfmq_fx.graph.inputs import placeholders, timestep_input
 from tfmq_fx.graph.sizes import Condition, Size, holds, implied, sizes_in
@@ -28,6 +29,7 @@ def interface_of(
     *,
     perturbed: dict[str, Any] | None = None,
     others: Sequence[Mapping[str, Any]] = (),
+    stand_ins: Mapping[str, StandIn] | None = None,
 ) -> Interface:
     """Return the interface of a network that was captured as `gm`, as calls of the two show it. See `Interface.of`."""
     found = Interface.of(
@@ -37,6 +39,7 @@ def interface_of(
         found,
         lists=_lists_of_rows(network, gm, example),
         conditions=_kept_conditions(network, gm, example, found),
+        stand_ins={n: x.to_json() for n, x in (stand_ins or {}).items()},
     )
 
 

@@ -22,6 +22,7 @@ from tfmq_fx.base.routed import Routed
 from tfmq_fx.base.row_lists import RowLists, known_lists
 from tfmq_fx.base.second_rows import rows_of_call
 from tfmq_fx.base.signatures import parameters_of, takes_any
+from tfmq_fx.base.tracing import numbers_of_sizes
 from tfmq_fx.calibration.ready import require_ready
 from tfmq_fx.capturing.agreement import REROUTED, agree, agree_on_other_rows, equal_lists, rows_of
 from tfmq_fx.capturing.checks import (
@@ -33,10 +34,10 @@ from tfmq_fx.capturing.checks import (
     require_timestep,
 )
 from tfmq_fx.capturing.cleaning import cleaning
-from tfmq_fx.capturing.exported import exported, plain_graph
+from tfmq_fx.capturing.exported import exported, lengths_of, plain_graph
 from tfmq_fx.capturing.wrappers import unwrapped
 from tfmq_fx.graph.inputs import choose_timestep, placeholders, require_input
-from tfmq_fx.graph.nodes import meta_value
+from tfmq_fx.graph.nodes import fixed_size, meta_value
 from tfmq_fx.graph.state import Captured, set_state
 from tfmq_fx.graph.written import keeps_buffers, own_written_buffers
 from tfmq_fx.passes.clean.batch_rows import batch_rows
@@ -97,7 +98,7 @@ def capture(
     }
     by_row = lists is None
     try:
-        if (gm := _graph_of_all_sizes(network, inputs, timestep, lists)) is not None:
+        if (gm := _open_graph(network, inputs, timestep, lists)) is not None:
             return gm
     except FixedBatchError:  # with other sizes fixed, it would be fixed as well
         if by_row and (gm := _graph_of_each_row(network, inputs, timestep)) is not None:
@@ -113,13 +114,46 @@ def capture(
         raise
 
 
-def _graph_of_all_sizes(
+def _open_graph(
     network: nn.Module, inputs: dict[str, Any], timestep: str, lists: RowLists | None
 ) -> GraphModule | None:
+    """Return `_graph_of_all_sizes`, with sizes open that the network turns into numbers, such as int(x.shape[1]), if it can be."""
+    with numbers_of_sizes(network) as asked:
+        gm = _graph_of_all_sizes(network, inputs, timestep, lists)
+    if gm is None or not asked or not (fixed := _fixed_lengths(gm, inputs)):
+        return gm
+    try:
+        other = _graph_of_all_sizes(network, inputs, timestep, lists, ints=True)
+    except TFMQError as error:
+        log.info("%s cannot be captured with open numbers: %s", type(network).__name__, error)
+        return gm
+    return gm if other is None or _fixed_lengths(other, inputs) >= fixed else other
+
+
+def _fixed_lengths(gm: GraphModule, inputs: Mapping[str, Any]) -> set[tuple[str, int]]:
+    """Return the inputs' dimensions that capture asked to keep open, and that are fixed."""
+    lengths = lengths_of(inputs)
+    shapes = {n: meta_value(node).shape for n, node in placeholders(gm).items()}
+    return {
+        (n, i)
+        for n, shape in shapes.items()
+        for i, size in enumerate(shape)
+        if i and (fixed := fixed_size(size)) is not None and fixed > 1 and fixed in lengths
+    }
+
+
+def _graph_of_all_sizes(
+    network: nn.Module,
+    inputs: dict[str, Any],
+    timestep: str,
+    lists: RowLists | None,
+    *,
+    ints: bool = False,
+) -> GraphModule | None:
     """Return the graph whose sizes are open but for those that its features depend on; None if some would be left."""
-    gm = _graph(network, inputs, timestep, all_sizes=True, lists=lists)
+    gm = _graph(network, inputs, timestep, all_sizes=True, lists=lists, ints=ints)
     if fixed := _sizes_of_features(gm, timestep):
-        gm = _graph(network, inputs, timestep, all_sizes=True, fixed=fixed, lists=lists)
+        gm = _graph(network, inputs, timestep, all_sizes=True, fixed=fixed, lists=lists, ints=ints)
         fixed = _sizes_of_features(gm, timestep)
     return None if fixed else gm
 
@@ -189,10 +223,11 @@ def _graph(
     lists: RowLists | None,
     fixed: Collection[tuple[str, int]] = (),
     cut: tuple[str, ...] = (),
+    ints: bool = False,
 ) -> GraphModule:
     """Return the tidy graph of torch.export with plain inputs and outputs.
 
-    all_sizes, fixed: see `exported`. lists: which inputs the network takes as lists of rows; then the first row is traced.
+    all_sizes, fixed, ints: see `exported`. lists: which inputs the network takes as lists of rows; then the first row is traced.
     cut: the lists of plain values of which that row has the first entry alone.
     """
     passes, traced = cleaning(timestep), network
@@ -209,6 +244,7 @@ def _graph(
         all_sizes=all_sizes,
         fixed=fixed,
         checked=lists is not None,
+        ints=ints,
         modes=modes,
     )
     example = {n: x for n, (_, x) in leaves(inputs).items()}
@@ -231,6 +267,8 @@ def _graph(
             f"{type(network).__name__}: takes lists of samples, and computes something else for several than for each by itself; "
             "give it tensors with a batch."
         )
+    if ints and lists is None and not agree(gm, example, network, inputs, share=share):
+        raise TFMQError(f"{type(network).__name__}: computes something else where int(size) is no number.")
     if routed.used and lists is None and not agree(gm, example, network, inputs, share=share):
         raise TFMQError(
             f"{type(network).__name__}: sends tokens to experts in a way that cannot be computed with masks; give its experts all "
