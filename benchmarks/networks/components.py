@@ -1087,3 +1087,20 @@ def arguments(pipe: Any) -> dict[str, Any]:
     if "image" in given and takes.get("image_embeds", takes["image"]).default is None:
         given.pop("image_embeds", None)
     return given
+
+
+def with_other_negatives(given: dict[str, Any], length: int) -> dict[str, Any]:
+    """Return a call's arguments whose negative prompt is not the prompt, of as many tokens."""
+    return {n: _other(x, length) if n.startswith("negative") else x for n, x in given.items()}
+
+
+def _other(value: Any, length: int) -> Any:
+    if isinstance(value, list):
+        return [_other(x, length) for x in value]
+    if not isinstance(value, torch.Tensor):
+        return value
+    if value.tolist() == [0, LENGTH]:  # where each prompt begins and ends
+        return torch.tensor([0, length], dtype=value.dtype)
+    for dim in (i for i, size in enumerate(value.shape) if size == LENGTH):
+        value = value.narrow(dim, 0, length)
+    return -value if value.is_floating_point() else value

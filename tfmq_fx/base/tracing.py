@@ -11,7 +11,7 @@ import re
 import sys
 import threading
 import traceback
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr
 from functools import partialmethod
 from operator import truediv
@@ -93,17 +93,13 @@ def numpy_on_sizes() -> Iterator[None]:
 
 
 @contextmanager
-def symbolic_lengths(network: nn.Module, *, sets: bool = False, ints: bool = False) -> Iterator[None]:
-    """Let `len`, `set` with `sets`, and `int` with `ints`, work on dynamic sizes in the files of the network's classes, until exit.
+def symbolic_lengths(network: nn.Module, *, sets: bool = False, numbers: bool = False) -> Iterator[None]:
+    """Let `len`, `set` with `sets`, `int` and `float` with `numbers`, work on dynamic sizes in the files of the network's classes.
 
     Python's own len(x) of a tensor and int(x) of a size are numbers, and its sets take no dynamic size. What is put in place of
-    `set` and `int` are other types, which a network might ask for: use them where the graph is compared with the network.
+    `set`, `int` and `float` are other types, which a network might ask for: use them where the graph is compared with the network.
     """
-    new: dict[str, Any] = {
-        "len": _length,
-        **({"set": _Set} if sets else {}),
-        **({"int": Int} if ints else {}),
-    }
+    new: dict[str, Any] = {"len": _length, **({"set": _Set} if sets else {}), **(NUMBERS if numbers else {})}
     placed = [(vars(f), n, value) for f in _files(network) for n, value in new.items() if n not in vars(f)]
     for names, name, value in placed:
         names[name] = value
@@ -116,20 +112,31 @@ def symbolic_lengths(network: nn.Module, *, sets: bool = False, ints: bool = Fal
 
 @contextmanager
 def numbers_of_sizes(network: nn.Module) -> Iterator[list[str]]:
-    """Yield the files of the network's classes that turn a dynamic size into a number, as int(x) does, until exit."""
+    """Yield the files of the network's classes that turn a dynamic size into a number, as int(x) and float(x) do, until exit."""
     own, found = {f.__file__ for f in _files(network)}, list[str]()
-    number = torch.SymInt.__int__
 
-    def noted(size: torch.SymInt) -> int:
-        if (file := sys._getframe(1).f_code.co_filename) in own:
-            found.append(file)
-        return number(size)
+    def noted(number: Callable[[Any], Any]) -> Callable[[Any], Any]:
+        def asked(size: Any) -> Any:
+            if (file := sys._getframe(1).f_code.co_filename) in own:
+                found.append(file)
+            return number(size)
 
-    torch.SymInt.__int__ = noted  # type: ignore[method-assign]
+        return asked
+
+    kinds = [
+        (kind, n)
+        for kind in (torch.SymInt, torch.SymFloat)
+        for n in ("__int__", "__float__")
+        if n in vars(kind)
+    ]
+    before = [vars(kind)[n] for kind, n in kinds]
+    for (kind, name), number in zip(kinds, before, strict=True):
+        setattr(kind, name, noted(number))
     try:
         yield found
     finally:
-        torch.SymInt.__int__ = number  # type: ignore[method-assign]
+        for (kind, name), number in zip(kinds, before, strict=True):
+            setattr(kind, name, number)
 
 
 def expect_same_rows(tensors: Sequence[Tensor]) -> None:
@@ -176,21 +183,37 @@ def _length(x: Any) -> Any:
     return x.shape[0] if isinstance(x, Tensor) and x.dim() else len(x)
 
 
-class _IsInt(type):
+class _IsNumber(type):
+    """A type in place of Python's own of that name, which turns a dynamic size into another one by `of_size`."""
+
+    own: type
+    of_size: Callable[[Any], Any]
+
     def __instancecheck__(cls, x: Any) -> bool:
-        return isinstance(x, int)
+        return isinstance(x, cls.own)
 
     def __subclasscheck__(cls, kind: type) -> bool:
-        return issubclass(kind, int)
+        return issubclass(kind, cls.own)
 
     def __call__(cls, *args: Any, **kwargs: Any) -> Any:
-        if len(args) == 1 and isinstance(args[0], (torch.SymInt, torch.SymFloat)):
-            return torch.sym_int(args[0])
-        return int(*args, **kwargs)
+        of_size = len(args) == 1 and isinstance(args[0], (torch.SymInt, torch.SymFloat))
+        return cls.of_size(args[0]) if of_size else cls.own(*args, **kwargs)
 
 
-class Int(int, metaclass=_IsInt):
-    """Python's own int, but a dynamic size stays one."""
+class _Int(int, metaclass=_IsNumber):
+    own, of_size = int, torch.sym_int
+
+
+class _Float(float, metaclass=_IsNumber):
+    own, of_size = float, torch.sym_float
+
+
+NUMBERS: dict[str, Any] = {"int": _Int, "float": _Float}
+
+
+def own_number(x: Any) -> Any:
+    """Return Python's own type for one of NUMBERS, and anything else as it is."""
+    return x.own if isinstance(x, _IsNumber) else x
 
 
 class _IsSet(type):

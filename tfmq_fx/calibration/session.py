@@ -302,9 +302,9 @@ class Session:
         """Return True if the network takes a tensor as it is for other numbers of rows of a call: it has none itself."""
         one = flat(call)
         shapes = Shapes.of(one, self.size_of(one), apart={*self._apart_from_rows, name})
-        alone, both = (
-            replace(self, moving=self.moving | {name})._repeated(call, shapes, count) for count in (1, 2)
-        )
+        shapes.shared[name] = one[name].shape
+        single = self._of_all_rows([call], shapes)
+        alone, both = (self._repeated(call, shapes, count, single=single) for count in (1, 2))
         return alone is not None and both is not None and all(within_rounding(x[None], alone) for x in both)
 
     @property
@@ -360,7 +360,8 @@ class Session:
                 plain += [flat(c) for c in self.short(size, changes=changes, seed=1)]
                 _, *names = (n for n, x in plain[0].items() if isinstance(x, Tensor) and n != self.timestep)
                 found_in = conditions(
-                    plain, [n for n in names if n not in {*shared, *shapes.repeats, *shapes.folded}]
+                    plain,
+                    [n for n in names if n not in {*shared, *shapes.repeats, *shapes.folded, *self.moving}],
                 )
                 return shapes, Unguided(changes=changes, conditions=found_in)
         return shapes, None

@@ -20,11 +20,11 @@ from tfmq_fx.base.filled import Filled
 from tfmq_fx.base.routed import Routed
 from tfmq_fx.base.signatures import call_of, of_names, with_forward
 from tfmq_fx.base.tracing import (
-    Int,
     capture_error,
     expect_same_rows,
     graphs_to_log,
     numpy_on_sizes,
+    own_number,
     symbolic_lengths,
     tracing,
     without_caches,
@@ -41,13 +41,13 @@ def exported(
     all_sizes: bool,
     fixed: Collection[tuple[str, int]],
     checked: bool,
-    ints: bool,
+    numbers: bool,
     modes: tuple[Filled, Routed],
 ) -> torch.export.ExportedProgram:
     """Export the network with a dynamic batch.
 
     inputs: its arguments by name. all_sizes: keep other sizes open, too, but for those of these inputs of the graph and dimensions:
-    fixed. checked: whether the graph will be compared with the network. ints: see `symbolic_lengths`. modes: those that follow what
+    fixed. checked: whether the graph will be compared with the network. numbers: see `symbolic_lengths`. modes: those that follow what
     the network reads as numbers.
     """
     filled, routed = modes
@@ -70,7 +70,7 @@ def exported(
             tracing(),
             graphs_to_log(),
             numpy_on_sizes(),
-            symbolic_lengths(network, sets=checked, ints=ints),
+            symbolic_lengths(network, sets=checked, numbers=numbers),
             without_caches(network),
             torch.no_grad(),
             _Traceable(),
@@ -157,8 +157,7 @@ class _Traceable(TorchFunctionMode):
                 shape: list[int | torch.SymInt] = [-1] * (x.dim() + 1)
                 shape[dim + 1] = repeats
                 return x.unsqueeze(dim + 1).expand(shape).flatten(dim, dim + 1)
-        if any(x is Int for x in (*args, *kwargs.values())):  # as a dtype
-            args, kwargs = pytree.tree_map(lambda x: int if x is Int else x, (args, kwargs))
+        args, kwargs = tuple(map(own_number, args)), {n: own_number(x) for n, x in kwargs.items()}  # dtypes
         if func in (torch.tensor, torch.as_tensor) and args and isinstance(args[0], torch.SymInt):
             kind = kwargs.get("dtype") or torch.int64
             return torch.scalar_tensor(args[0], dtype=kind, device=kwargs.get("device"))

@@ -115,19 +115,32 @@ def capture(
 
 
 def _open_graph(
-    network: nn.Module, inputs: dict[str, Any], timestep: str, lists: RowLists | None
+    network: nn.Module,
+    inputs: dict[str, Any],
+    timestep: str,
+    lists: RowLists | None,
+    *,
+    cut: tuple[str, ...] = (),
 ) -> GraphModule | None:
     """Return `_graph_of_all_sizes`, with sizes open that the network turns into numbers, such as int(x.shape[1]), if it can be."""
+    fixed_batch, gm = None, None
     with numbers_of_sizes(network) as asked:
-        gm = _graph_of_all_sizes(network, inputs, timestep, lists)
-    if gm is None or not asked or not (fixed := _fixed_lengths(gm, inputs)):
-        return gm
-    try:
-        other = _graph_of_all_sizes(network, inputs, timestep, lists, ints=True)
-    except TFMQError as error:
-        log.info("%s cannot be captured with open numbers: %s", type(network).__name__, error)
-        return gm
-    return gm if other is None or _fixed_lengths(other, inputs) >= fixed else other
+        try:
+            gm = _graph_of_all_sizes(network, inputs, timestep, lists, cut=cut)
+        except FixedBatchError as error:
+            fixed_batch = error
+    fixed = set() if gm is None else _fixed_lengths(gm, inputs)
+    if asked and (fixed or fixed_batch is not None):
+        try:
+            other = _graph_of_all_sizes(network, inputs, timestep, lists, cut=cut, numbers=True)
+        except TFMQError as error:
+            log.info("%s cannot be captured with open numbers: %s", type(network).__name__, error)
+        else:
+            if other is not None and (gm is None or _fixed_lengths(other, inputs) < fixed):
+                return other
+    if fixed_batch is not None:
+        raise fixed_batch
+    return gm
 
 
 def _fixed_lengths(gm: GraphModule, inputs: Mapping[str, Any]) -> set[tuple[str, int]]:
@@ -148,12 +161,15 @@ def _graph_of_all_sizes(
     timestep: str,
     lists: RowLists | None,
     *,
-    ints: bool = False,
+    cut: tuple[str, ...],
+    numbers: bool = False,
 ) -> GraphModule | None:
     """Return the graph whose sizes are open but for those that its features depend on; None if some would be left."""
-    gm = _graph(network, inputs, timestep, all_sizes=True, lists=lists, ints=ints)
+    gm = _graph(network, inputs, timestep, all_sizes=True, lists=lists, cut=cut, numbers=numbers)
     if fixed := _sizes_of_features(gm, timestep):
-        gm = _graph(network, inputs, timestep, all_sizes=True, fixed=fixed, lists=lists, ints=ints)
+        gm = _graph(
+            network, inputs, timestep, all_sizes=True, fixed=fixed, lists=lists, cut=cut, numbers=numbers
+        )
         fixed = _sizes_of_features(gm, timestep)
     return None if fixed else gm
 
@@ -167,11 +183,9 @@ def _graph_of_each_row(network: nn.Module, inputs: dict[str, Any], timestep: str
     equal = tuple(n for n, x in equal_lists(inputs).items() if len(x) == rows_of(inputs, timestep))
     for cut in dict.fromkeys(((), equal)):
         try:
-            gm = _graph(network, inputs, timestep, all_sizes=True, lists=alone, cut=cut)
+            return _open_graph(network, inputs, timestep, alone, cut=cut)
         except TFMQError as error:
             log.info("%s cannot be captured row by row: %s", type(network).__name__, error)
-            continue
-        return None if _sizes_of_features(gm, timestep) else gm
     return None
 
 
@@ -223,11 +237,11 @@ def _graph(
     lists: RowLists | None,
     fixed: Collection[tuple[str, int]] = (),
     cut: tuple[str, ...] = (),
-    ints: bool = False,
+    numbers: bool = False,
 ) -> GraphModule:
     """Return the tidy graph of torch.export with plain inputs and outputs.
 
-    all_sizes, fixed, ints: see `exported`. lists: which inputs the network takes as lists of rows; then the first row is traced.
+    all_sizes, fixed, numbers: see `exported`. lists: which inputs the network takes as lists of rows; then the first row is traced.
     cut: the lists of plain values of which that row has the first entry alone.
     """
     passes, traced = cleaning(timestep), network
@@ -244,7 +258,7 @@ def _graph(
         all_sizes=all_sizes,
         fixed=fixed,
         checked=lists is not None,
-        ints=ints,
+        numbers=numbers,
         modes=modes,
     )
     example = {n: x for n, (_, x) in leaves(inputs).items()}
@@ -267,7 +281,7 @@ def _graph(
             f"{type(network).__name__}: takes lists of samples, and computes something else for several than for each by itself; "
             "give it tensors with a batch."
         )
-    if ints and lists is None and not agree(gm, example, network, inputs, share=share):
+    if numbers and lists is None and not agree(gm, example, network, inputs, share=share):
         raise TFMQError(f"{type(network).__name__}: computes something else where int(size) is no number.")
     if routed.used and lists is None and not agree(gm, example, network, inputs, share=share):
         raise TFMQError(
