@@ -115,27 +115,26 @@ def numbers_of_sizes(network: nn.Module) -> Iterator[list[str]]:
     """Yield the files of the network's classes that turn a dynamic size into a number, as int(x) and float(x) do, until exit."""
     own, found = {f.__file__ for f in _files(network)}, list[str]()
 
-    def noted(number: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    def noted(kind: type, name: str, function: str) -> Callable[[Any], Any]:
+        number = vars(kind)[name]
+
         def asked(size: Any) -> Any:
-            if (file := sys._getframe(1).f_code.co_filename) in own:
-                found.append(file)
+            code = sys._getframe(1).f_code
+            if code.co_filename in own and function in code.co_names:
+                found.append(code.co_filename)
             return number(size)
 
         return asked
 
-    kinds = [
-        (kind, n)
-        for kind in (torch.SymInt, torch.SymFloat)
-        for n in ("__int__", "__float__")
-        if n in vars(kind)
-    ]
-    before = [vars(kind)[n] for kind, n in kinds]
-    for (kind, name), number in zip(kinds, before, strict=True):
-        setattr(kind, name, noted(number))
+    # float(n) of a size calls its __index__, as range(n) does.
+    asks = [(torch.SymInt, "__int__", "int"), (torch.SymFloat, "__int__", "int"), (torch.SymInt, "__index__", "float"), (torch.SymFloat, "__float__", "float")]  # fmt: skip
+    before = [vars(kind)[name] for kind, name, _ in asks]
+    for ask in asks:
+        setattr(*ask[:2], noted(*ask))
     try:
         yield found
     finally:
-        for (kind, name), number in zip(kinds, before, strict=True):
+        for (kind, name, _), number in zip(asks, before, strict=True):
             setattr(kind, name, number)
 
 

@@ -76,6 +76,8 @@ def _run(session: Session, folder: Path, *, deterministic: bool, limit: float) -
 
     def take(calls: list[Leaves], conditional: list[bool]) -> None:
         shapes.see([flat(c) for c in calls], [session.size_of(flat(c)) for c in calls])
+        if not paths:
+            session.settle(calls[0], shapes)
         for call in calls:
             paths.update({n: path for n, (path, _) in call.items()})
             kind = session.take_constants(constants, call, shapes.shared)

@@ -517,6 +517,23 @@ class Session:
             found[name] = value
         return found
 
+    def settle(self, call: Leaves, shapes: Shapes) -> None:
+        """Give each row of a call a copy of what is (1, ...) and the same in all calls, if the network does not take it once beside them.
+
+        A pipeline may give its network everything but the noisy samples once; of that, what differs from call to call has rows.
+        """
+        once = {n for n, shape in shapes.shared.items() if shape[:1] == (1,)}
+        if not once or self.preview.lists is not None or self.size_of(flat(call)) == 1:
+            return
+        other = replace(shapes, shared={n: s for n, s in shapes.shared.items() if n not in once})
+        if self._of_rows(call, shapes) is None and self._of_rows(call, other) is not None:
+            shapes.shared = other.shared
+
+    def _of_rows(self, call: Leaves, shapes: Shapes) -> Tensor | None:
+        """Return what the network computes of a call's rows; None if it fails."""
+        rows = self.rows(call, shapes)
+        return self._computed(nested({path: rows.get(n, x) for n, (path, x) in call.items()}))
+
     def _marks(self, calls: list[Flat], expected: Sequence[Mapping[str, Tensor]]) -> list[bool]:
         """Return for each row of the calls whether it has one of the conditions. expected: see `conditional_rows`."""
         sizes = [self.size_of(call) for call in calls]
