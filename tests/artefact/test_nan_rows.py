@@ -27,18 +27,25 @@ def test_only_the_row_with_nan_is_nan(lowered):
 def test_an_input_without_rows_counts_for_all_and_integers_stay():
     y = {"a": torch.ones(3, 2), "b": [torch.ones(2), None, torch.ones(3, dtype=torch.int64)]}
     bad = torch.tensor(torch.nan)
-    found = with_nan_rows(y, [X, bad], batch=3)
+    found = with_nan_rows(y, [X, bad], sample=X)
     assert found["a"].isnan().all()
     assert found["b"][0].isnan().all()
     assert found["b"][1] is None
     assert torch.equal(found["b"][2], y["b"][2])
-    assert with_nan_rows(y, [X], batch=3) is y
+    assert with_nan_rows(y, [X], sample=X) is y
+
+
+def test_infinity_is_nan_in_the_noisy_sample_and_a_masks_elsewhere():
+    x = X.clone()
+    x[1, 0, 2, 3] = torch.inf
+    mask = torch.full((3, 4), -torch.inf)
+    assert with_nan_rows(X, [x, mask], sample=x).isnan().flatten(1).all(1).tolist() == [False, True, False]
 
 
 def test_another_device_is_not_waited_for():
     """torch has no value of a tensor on the meta device: to ask for one would raise."""
     x = X.to("meta")
-    assert with_nan_rows(x, [x], batch=3).shape == X.shape
+    assert with_nan_rows(x, [x], sample=x).shape == X.shape
 
 
 def test_a_compiled_call_keeps_it_too():

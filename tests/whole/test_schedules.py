@@ -254,17 +254,39 @@ FRACTION = (
 
 
 @torch.no_grad()
-def test_fractional_timesteps_are_refused_by_a_network_captured_with_integers():
+def test_fractional_timesteps_are_rounded_and_counted_by_a_network_captured_with_integers(caplog):
+    """Euler's schedule for Stable Diffusion: 999, 908.18, ..."""
     q, x = integers(), noise(2)
-    for t in (300.5, torch.tensor(300.5), torch.tensor([300.5, 300.0])):
-        with pytest.raises(TFMQError, match=FRACTION):
-            q(x, t)
+    q.reset_unseen()
+    for t in (300.4, torch.tensor(300.4), torch.tensor([300.4, 300.0])):
+        assert torch.equal(q(x, t), q(x, 300))
+    assert q.report["unseen_timesteps"] == {str(torch.tensor(300.4).item()): 3}
+    assert "integer timesteps; it is rounded" in caplog.text
     assert torch.equal(q(x, torch.tensor([300.0, 100.0])), q(x, torch.tensor([300, 100])))
+    q.reset_unseen()
 
 
-def test_the_fractional_timestep_itself_is_named():
+@pytest.mark.parametrize(
+    ("t", "words"),
+    [
+        (torch.tensor([300.0, 0.5]), r"timestep=0\.5: the network was captured with integer timesteps"),
+        (float("inf"), "timestep=inf: is no timestep"),
+        (1e30, "is no timestep"),
+        (float("nan"), "timestep=nan: is no timestep"),
+        ("300", "'300' is no number"),
+    ],
+)
+def test_timesteps_of_no_schedule_of_integers_are_refused(t, words):
+    with pytest.raises(TFMQError, match=words):
+        integers()(noise(2), t)
+
+
+def test_a_fractional_timestep_is_refused_on_request():
+    q = tfmq_fx.quantize(
+        make(TinyUNet), dataclasses.replace(RECIPE, unseen="error"), calibration=calibration()
+    )
     with pytest.raises(TFMQError, match=FRACTION):
-        integers()(noise(2), torch.tensor([300.0, 300.5]))
+        q(noise(2), torch.tensor([300.0, 300.5]))
 
 
 @pytest.mark.parametrize("name", ["flow", "quadratic"])

@@ -367,7 +367,7 @@ class DropIn(nn.Module):
         self._require_sizes(inputs)
         self._require_nonzero(inputs)
         taken = [inputs[n] for n in self.interface.inputs]
-        output = with_nan_rows(self._compute(taken), taken, batch=inputs[self.first_input].shape[0])
+        output = with_nan_rows(self._compute(taken), taken, sample=inputs[self.first_input])
         wants = given.get("return_dict")
         if self._output is None or (wants is not None and not wants):
             return output
@@ -400,6 +400,8 @@ class DropIn(nn.Module):
             if value is not None and not isinstance(value, Tensor) and name != face.timestep:
                 raise TFMQError(f"forward: {name!r} must be a tensor, found {type(value).__name__}.")
             tensors[name] = value
+        if isinstance(t := given.get(face.timestep), (list, tuple)):
+            given[face.timestep] = tensors[face.timestep] = torch.as_tensor(t, device=self.device)
         for name, kept in face.stand_ins.items():
             if tensors[name] is None and (like := tensors[kept[1]]) is not None:
                 tensors[name] = StandIn(*kept).of(like, tensors[self.first_input].shape[0])
@@ -459,13 +461,14 @@ class DropIn(nn.Module):
     def _timestep(self, value: Any, batch: int) -> Tensor:
         spec = self.interface.inputs[self.interface.timestep]
         dtype: torch.dtype = getattr(torch, spec["dtype"])
-        t: Tensor = torch.as_tensor(value, device=self.device)
-        fractional = t.is_floating_point() and not dtype.is_floating_point
-        if fractional and not traced([t]) and not torch.equal(t, t.round()):
-            raise TFMQError(
-                f"timestep={t[t != t.round()].flatten()[0].item()}: the network was captured with integer timesteps; "
-                "calibrate with the float schedule."
-            )
+        try:
+            t: Tensor = torch.as_tensor(value, device=self.device)
+        except (TypeError, ValueError, RuntimeError):
+            raise TFMQError(f"timestep: {value!r} is no number, and no tensor of numbers.") from None
+        if t.is_floating_point() and not dtype.is_floating_point:
+            if not traced([t]):
+                self._note_fractions(t, torch.iinfo(dtype).max // 2)
+            t = t.round()
         t = t.to(dtype)
         if not spec["shape"]:
             one = t.reshape(-1)[:1]
@@ -490,10 +493,34 @@ class DropIn(nn.Module):
             raise TFMQError(f"timestep: {t.shape[0]} timesteps for a batch of {batch}.")
         return t
 
+    def _note_fractions(self, t: Tensor, most: int) -> None:
+        """Count the timesteps that are no integers, which a network that was captured with integers takes rounded.
+
+        Raises TFMQError for them if `Recipe(unseen="error")`, for fractions between -1 and 1, which are of another schedule, and for
+        what is no number up to `most`.
+        """
+        wrong = t[~(t.abs() <= most)]
+        if wrong.numel():
+            raise TFMQError(f"timestep={wrong.flatten()[0].item()}: is no timestep.")
+        fractions = t[t != t.round()]
+        if not fractions.numel() or not _COUNTED.get():
+            return
+        refused = fractions if self.recipe.get("unseen") == "error" else fractions[fractions.abs() < 1]
+        if refused.numel():
+            raise TFMQError(
+                f"timestep={refused[0].item()}: the network was captured with integer timesteps; calibrate with the float schedule."
+            )
+        seen = self._unseen[self.interface.timestep]
+        for value in fractions.unique().tolist():
+            if value not in seen:
+                log.warning(
+                    "timestep=%s: the network was captured with integer timesteps; it is rounded", value
+                )
+            seen.add(value)
+
     def _input(self, name: str, value: Tensor, rows: int) -> Tensor:
         spec = self.interface.inputs[name]
-        if value.dim() and value.shape[0] == 1 != rows and self.interface.has_rows(name):
-            value = value.repeat(rows, *[1] * (value.dim() - 1))  # one for all, as calibration takes it
+        value = self.interface.of_rows(name, value, rows)
         shape = spec["shape"]
         if value.dim() != len(shape) or any(
             e not in (None, s) for e, s in zip(shape, value.shape, strict=True)

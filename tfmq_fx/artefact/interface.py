@@ -16,6 +16,7 @@ from tfmq_fx.artefact.float_network import Facts, facts_of
 from tfmq_fx.artefact.outputs import describe_output
 from tfmq_fx.artefact.plain import is_json
 from tfmq_fx.base.arguments import leaves
+from tfmq_fx.base.errors import TFMQError
 from tfmq_fx.base.masked_rows import lists_of_json
 from tfmq_fx.base.row_lists import RowLists, known_row_lists
 from tfmq_fx.base.signatures import parameters_of
@@ -38,8 +39,8 @@ class Interface:
     required: tuple[str, ...]  # parameters without a default
     inputs: dict[
         str, dict[str, Any]
-    ]  # graph inputs -> {"dtype": .., "shape": [None or int, ..], "path": [..], "moves": [[dimension, size at capture], ..]};
-    # None: any size, that of the batch or one that moves
+    ]  # graph inputs -> {"dtype": .., "shape": [None or int, ..], "path": [..], "moves": [[dimension, size at capture], ..], "each": k};
+    # None: any size, that of the batch or one that moves; each: how many entries of its first dimension a row has, if any
     constants: dict[str, Any] = field(default_factory=dict)  # arguments fixed at capture, by flat name
     # The class of the outputs, as `describe_output` gives it; None: a tensor, tuple, list or dict.
     output_type: str | None = None
@@ -108,6 +109,7 @@ class Interface:
                 "shape": [None if i in moves else _size(d, batch) for i, d in enumerate(value.shape)],
                 "path": list(found[name][0]),
                 **({"moves": [list(move) for move in moves.items()]} if moves else {}),
+                **({"each": each} if (each := _entries_of_rows(value, batch)) else {}),
             }
         weights = {str(n.target) for n in gm.graph.find_nodes(op="get_attr")}
         weights |= {path for paths in captured_of(gm).folded.values() for path in paths}
@@ -142,10 +144,19 @@ class Interface:
         """Return the sizes that may differ from the capture's, apart from the batch's, and what they were."""
         return {(n, i): size for n, spec in self.inputs.items() for i, size in spec.get("moves", ())}
 
-    def has_rows(self, name: str) -> bool:
-        """Return True if the first dimension of an input is the batch."""
-        spec = self.inputs[name]
-        return bool(spec["shape"]) and spec["shape"][0] is None and all(i for i, _ in spec.get("moves", ()))
+    def of_rows(self, name: str, value: Tensor, rows: int) -> Tensor:
+        """Return an input with an entry, or several, for each row of a call; one alone is that of all rows, as in calibration.
+
+        Raises TFMQError for another number of them: the graph would give rows the entries of others.
+        """
+        expected = self.inputs[name].get("each", 0) * rows
+        if not expected or not value.dim() or value.shape[0] == expected:
+            return value
+        if value.shape[0] == 1 and expected == rows:
+            return value.repeat(rows, *[1] * (value.dim() - 1))
+        raise TFMQError(
+            f"forward: {name!r} has {value.shape[0]} entries in its first dimension for a batch of {rows}; it must have {expected}."
+        )
 
     def fixed(self) -> Interface:
         """Return the interface of a network that takes no sizes but those of the capture, apart from the batch."""
@@ -213,6 +224,14 @@ def _size(size: int | torch.SymInt, batch: int | torch.SymInt) -> int | None:
     own, of_batch = size.node, batch.node  # type: ignore[union-attr]
     apart = own.hint != of_batch.hint and not own.expr.free_symbols & of_batch.expr.free_symbols
     return int(own.hint) if apart else None  # type: ignore[arg-type]
+
+
+def _entries_of_rows(x: Tensor, batch: int | torch.SymInt) -> int:
+    """Return how many entries of a tensor's first dimension each row has; 0 if that is not a multiple of the batch."""
+    if not x.dim() or not isinstance(size := x.shape[0], torch.SymInt) or not isinstance(batch, torch.SymInt):
+        return 0
+    each = size.node.expr / batch.node.expr
+    return int(each) if each.is_Integer else 0
 
 
 def _plain(value: Any) -> Any:

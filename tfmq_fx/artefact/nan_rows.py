@@ -1,4 +1,4 @@
-"""Keep the NaN of an input in the output: integers have none, so quantizing it would give a picture that looks valid."""
+"""Keep the NaN of an input in the output, and infinity as NaN: integers have neither, and a picture that looks valid would come of them."""
 
 from __future__ import annotations
 
@@ -12,12 +12,14 @@ from torch.utils import _pytree as pytree
 from tfmq_fx.base.ambient import traced
 
 
-def with_nan_rows(output: Any, inputs: Collection[Tensor], *, batch: int) -> Any:
-    """Return the outputs, with NaN in every row for which an input holds NaN.
+def with_nan_rows(output: Any, inputs: Collection[Tensor], *, sample: Tensor) -> Any:
+    """Return the outputs, with NaN in every row for which an input holds NaN, or the noisy sample (N, ...) infinity.
 
-    An input without rows, or a timestep for all, counts for every row; an output without rows becomes NaN as a whole.
+    An input without rows, or a timestep for all, counts for every row; an output without rows becomes NaN as a whole. Infinity
+    elsewhere may be a mask's.
     """
-    found = [_rows(x, batch) for x in inputs if x.is_floating_point()]
+    batch = sample.shape[0]
+    found = [_rows(x, batch, infinity=x is sample) for x in inputs if x.is_floating_point()]
     if not found:
         return output
     nan_N = torch.stack(found).any(0)
@@ -35,9 +37,9 @@ def with_nan_rows(output: Any, inputs: Collection[Tensor], *, batch: int) -> Any
     return pytree.tree_map_only(Tensor, marked, output)
 
 
-def _rows(x: Tensor, batch: int) -> Tensor:
-    """Return for each row (N,) whether the input holds NaN there."""
-    nan = x.isnan()
+def _rows(x: Tensor, batch: int, *, infinity: bool) -> Tensor:
+    """Return for each row (N,) whether the input holds NaN there, or infinity."""
+    nan = ~x.isfinite() if infinity else x.isnan()
     if not x.dim() or x.shape[0] != batch:
         return nan.any().expand(batch)
     return nan.any(dim=list(range(1, x.dim()))) if x.dim() > 1 else nan

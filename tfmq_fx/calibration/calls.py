@@ -218,7 +218,9 @@ class Constants:
         self._calls = 0
 
     def take(self, call: Leaves, rows: Collection[str]) -> int:
-        """Add the constants of a call, and return its kind: 0, or i for others[i - 1]. rows: the names of its tensors that have rows.
+        """Add the constants of a call, and return its kind: 0, or i for others[i - 1].
+
+        rows: the names of its tensors that have rows, or are not the same in all calls.
 
         Raises UnlikeCallsError, with the argument's name and the numbers of the calls, for a tensor that is given in some
         calls only, or changes without having rows, and TFMQError for more kinds of calls than MAX_KINDS, or than were given.

@@ -375,8 +375,7 @@ class Session:
 
     def take_constants(self, constants: Constants, call: Leaves, shared: Mapping[str, torch.Size]) -> int:
         """Add the constants of a call, and return its kind. See `Constants.take`."""
-        names = self.row_names(call, shared)
-        return constants.take({n: x for n, x in call.items() if n not in self.moving}, names)
+        return constants.take(call, self.row_names(call, shared) | self.moving)
 
     def _takes_two(self) -> bool:
         """Return True if the pipeline can draw two samples at once, and its network gets more rows for them than for one."""
