@@ -44,7 +44,7 @@ class Words(nn.Module):
         return (self.conv2(F.silu(h + self.join(pooled)[:, :, None, None])),)
 
 
-class Pipe(diffusers.DiffusionPipeline):
+class Pipe(diffusers.DiffusionPipeline):  # type: ignore[misc]
     """Guided, with one call for the prompts and one for the negative prompt, as Qwen-Image's."""
 
     def __init__(self, unet, scheduler):

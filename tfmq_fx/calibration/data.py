@@ -177,13 +177,17 @@ class CalibrationSet:
 
     @property
     def kinds(self) -> str:
-        """Return in words which constants differ between the calls; "" if none do."""
-        names = ", ".join(Variants(self.others, self.paths).names)
-        return (
-            f"{names}: not the same in all calls of the network; each row is computed as its call was"
-            if names
-            else ""
-        )
+        """Return in words what differs between the calls of the network; "" if nothing does."""
+        found = []
+        if names := ", ".join(Variants(self.others, self.paths).names):
+            found.append(
+                f"{names}: not the same in all calls of the network; each row is computed as its call was"
+            )
+        found += [
+            f"{name}: left out by some calls of the network, as if it were {x.value} everywhere"
+            for name, x in self.stand_ins.items()
+        ]
+        return "; ".join(found)
 
     def _lists_of(self, network: nn.Module) -> RowLists:
         """Return which lists of rows a network takes, and returns. Raises TFMQError if it takes none of the set's."""

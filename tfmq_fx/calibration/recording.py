@@ -71,8 +71,7 @@ def _record(session: Session, folder: Path, *, deterministic: bool, limit: float
 
 def _run(session: Session, folder: Path, *, deterministic: bool, limit: float) -> Recording:
     ranks = Ranks()
-    sink, marks = Sink(folder, limit, even=session.even()), list[bool]()
-    paths = dict[str, ArgumentPath]()
+    paths, marks = dict[str, ArgumentPath](), list[bool]()
 
     def take(calls: list[Leaves], conditional: list[bool]) -> None:
         shapes.see([flat(c) for c in calls], [session.size_of(flat(c)) for c in calls])
@@ -95,6 +94,7 @@ def _run(session: Session, folder: Path, *, deterministic: bool, limit: float) -
             if session.misfit(shapes):
                 raise TFMQError(why)
             log.warning("%s So the pipeline draws one sample at a time", why)
+        sink = Sink(folder, limit, even=session.even())
         # A whole run has all kinds of calls.
         others = session.constants_of(session.preview.calls, shapes.shared).others
         constants, found = Constants(session.defaults, others), []

@@ -279,23 +279,22 @@ class Session:
 
     def _stand_in(self, name: str, given: Leaves, without: Leaves) -> StandIn | None:
         """Return what a tensor is in a call without it; None if nothing in its place leaves the network's output as it is."""
-        tensor = self._tensor(given, name)
-        expected = self._computed(nested(dict(without.values())))
-        if tensor is None or expected is None or given[name][0] != (name,):
-            return None
-        dtype = str(tensor.dtype).removeprefix("torch.")
-        fit = [
+        path, tensor = given[name]
+        likes = [
             n
             for n, (_, x) in given.items()
             if isinstance(x, Tensor) and x.dim() > 2 and x.shape[:2] == tensor.shape
         ]
-        for like in (n for n in fit if self._tensor(without, n) is not None):
-            for value in (1, 0):
-                found = StandIn(value, like, dtype)
-                call = replace(self, stand_ins={name: found})._completed(without)
-                made = self._computed(nested(dict(call.values())))
-                if made is not None and within_rounding(made, expected):
-                    return found
+        likes = [n for n in likes if self._tensor(without, n) is not None]
+        if path != (name,) or not likes:
+            return None
+        dtype = str(tensor.dtype).removeprefix("torch.")
+        expected = self._computed(nested(dict(without.values())))
+        for found in (StandIn(value, like, dtype) for like in likes for value in (1, 0)):
+            call = replace(self, stand_ins={name: found})._completed(without)
+            made = self._computed(nested(dict(call.values())))
+            if expected is not None and made is not None and within_rounding(made, expected):
+                return found
         return None
 
     def _is_of_the_call(self, name: str, call: Leaves) -> bool:
