@@ -111,3 +111,9 @@ def test_a_schedule_that_does_not_fit_the_data_is_refused_before_anything_is_cap
     recipe = tfmq_fx.Recipe(keyed="all")
     with pytest.raises(TFMQError, match=words):
         tfmq_fx.quantize(Unasked().eval(), recipe, calibration=calibration(), **more)
+
+
+def test_quantizing_leaves_the_programs_random_numbers_alone():
+    before = torch.get_rng_state()
+    tfmq_fx.quantize(make(TinyUNet), tfmq_fx.Recipe(reconstruction=FAST), calibration=calibration())
+    assert torch.equal(torch.get_rng_state(), before)

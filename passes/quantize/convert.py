@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import warnings
 
+import torch
 from torch import nn
 from torch.fx import GraphModule
 
@@ -49,7 +50,7 @@ def to_integers(gm: GraphModule) -> GraphModule:
     # Our observers' convert hooks fold the weights that they quantize. torchao folds those of other quantizers.
     gm = fresh(gm)
     hide_batch_norms(gm)
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), torch.random.fork_rng(devices=()):  # torchao draws random numbers
         warnings.simplefilter("ignore", DeprecationWarning)
         gm = convert_pt2e(gm)
     show_batch_norms(gm)

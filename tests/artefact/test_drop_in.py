@@ -292,3 +292,13 @@ def test_a_compiled_network_takes_no_state_dict(tiny):
         low.load_state_dict(low.state_dict())
     with pytest.raises(TFMQError, match=r"somewhere: a compiled network cannot be saved; save the network"):
         low.save_pretrained("somewhere")
+
+
+def test_a_new_network_is_built_as_a_loaded_one(tiny, tmp_path):
+    tiny.save_pretrained(tmp_path / "q")
+    loaded = tfmq_fx.load(tmp_path / "q")
+    assert set(tiny.state_dict()) == set(loaded.state_dict())
+    assert [n for n, _ in tiny.named_parameters()] == [n for n, _ in loaded.named_parameters()] == ["where"]
+    assert not tiny.training
+    assert not loaded.training
+    loaded.load_state_dict(tiny.state_dict())

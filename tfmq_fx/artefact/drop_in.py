@@ -127,6 +127,7 @@ class DropIn(nn.Module):
         # Make the class here, not in forward, because torch.compile traces forward.
         kind = interface.output_type
         self._output: Any = None if kind is None else output_class(kind, tuple(interface.output_fields))
+        self.eval()
         self.interface = interface  # last: from here on, the attributes of the float network are fixed
 
     @property  # type: ignore[misc]

@@ -184,8 +184,15 @@ class QuantizedGraph(DropIn):
 
 
 def _own(network: GraphModule) -> None:
-    """Let a graph be a quantized network's: without gradients, and loaded only as a part of it."""
-    _freeze(network)
+    """Let a graph be a quantized network's, as it is when it is loaded: with buffers alone, and loaded only as a part of it."""
+    used = {str(n.target).partition(".")[0] for n in network.graph.find_nodes(op="get_attr")}
+    for name in [n for n in network._buffers if n not in used]:
+        del network._buffers[name]
+    for module in network.modules():
+        for name, p in list(module._parameters.items()):
+            del module._parameters[name]
+            module.register_buffer(name, None if p is None else p.detach())
+    network.eval()
     network.register_load_state_dict_pre_hook(_refuse_graph_alone)  # type: ignore[no-untyped-call]
 
 
@@ -217,12 +224,3 @@ def _written(network: GraphModule) -> Any:
         return graph_to_json(network)
     except TFMQError:
         return [str(m.graph) for m in network.modules() if isinstance(m, GraphModule)]
-
-
-def _freeze(network: nn.Module) -> None:
-    """Replace the parameters by some on the same memory that need no gradient. The float network keeps its own."""
-    own: dict[nn.Parameter, nn.Parameter] = {}
-    for module in network.modules():
-        for name, p in module._parameters.items():
-            if p is not None and p.requires_grad:
-                module._parameters[name] = own.setdefault(p, nn.Parameter(p.detach(), requires_grad=False))
