@@ -11,6 +11,7 @@ from torch import nn
 import tfmq_fx
 from benchmarks.networks.small import FAST, TinyUNet, calibration, make
 from tests.helpers.lowered import lower
+from tests.helpers.nearest import quantized
 from tfmq_fx.artefact.drop_in import uncounted
 from tfmq_fx.base.errors import TFMQError
 
@@ -302,3 +303,18 @@ def test_a_new_network_is_built_as_a_loaded_one(tiny, tmp_path):
     assert not tiny.training
     assert not loaded.training
     loaded.load_state_dict(tiny.state_dict())
+
+
+@torch.no_grad()
+def test_a_compiled_network_refuses_unseen_timesteps_and_rounds_fractions():
+    q = tfmq_fx.quantize(
+        make(TinyUNet), tfmq_fx.Recipe(reconstruction=FAST, unseen="error"), calibration=calibration()
+    )
+    compiled = torch.compile(q, backend="eager")
+    t = torch.tensor([100.0] * len(X))
+    assert torch.equal(compiled(X, t), q(X, t))
+    with pytest.raises(TFMQError, match="timestep=150: not among"):
+        compiled(X, torch.tensor([150.0] * len(X)))
+    torch._dynamo.reset()
+    nearest = torch.compile(quantized("w8a8"), backend="eager")
+    assert torch.equal(nearest(X, t - 0.4), nearest(X, t))

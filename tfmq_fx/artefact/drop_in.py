@@ -362,9 +362,10 @@ class DropIn(nn.Module):
         rows = given[self.first_input].shape[0]
         inputs = {n: self._input(n, given[n], rows) for n in self.interface.inputs if n != t}
         inputs[t] = self._timestep(given[t], inputs[self.first_input].shape[0])
-        if not traced(inputs.values()) and _COUNTED.get():
-            for name, table in {t: self.timesteps, **self.finite}.items():
-                self._look_up(name, inputs[name], table)
+        if not traced(inputs.values()):
+            self._look_up_all(inputs)
+        elif self.recipe.get("unseen") == "error" and torch.compiler.is_dynamo_compiling():
+            torch.compiler.disable(self._look_up_all)(inputs)  # type: ignore[no-untyped-call]
         self._require_sizes(inputs)
         self._require_nonzero(inputs)
         taken = [inputs[n] for n in self.interface.inputs]
@@ -563,6 +564,11 @@ class DropIn(nn.Module):
                     f"forward: {name!r} is 0 everywhere, and was not when the network was captured, which asks for it and then computes "
                     f"something else; {self.verb} again with {self.source} of such calls."
                 )
+
+    def _look_up_all(self, inputs: Mapping[str, Tensor]) -> None:
+        if _COUNTED.get():
+            for name, table in {self.interface.timestep: self.timesteps, **self.finite}.items():
+                self._look_up(name, inputs[name], table)
 
     def _look_up(self, name: str, given: Tensor, table: Tensor) -> None:
         """Count the values outside a table, or raise TFMQError for them (`Recipe(unseen="error")`).
