@@ -173,6 +173,9 @@ class Compiled(nn.Module):
 
     def forward(self, *inputs: Tensor) -> Any:
         given = [inputs[i].detach().contiguous() for i in self.order]
+        if any(0 in x.shape for x in given):  # OpenVINO would divide by it, which ends the process
+            given = [x.new_zeros([max(size, 1) for size in x.shape]) for x in given]
+            return self.nesting.of([y[:0] for y in self.networks.of(given)(given)])
         return self.nesting.of(self.networks.of(given)(given))
 
     def make(self, inputs: Sequence[Tensor]) -> ForShapes:
