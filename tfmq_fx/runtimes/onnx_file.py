@@ -24,6 +24,7 @@ saturate are stored unsigned (`store_weights`).
 from __future__ import annotations
 
 import logging
+import os
 import re
 import tempfile
 from collections.abc import Callable, Iterator
@@ -125,6 +126,7 @@ def kernels(file: Path) -> dict[str, int]:
     The products are convolutions, linears and others. They are counted in the graph as onnxruntime rewrites
     it when it loads the file. Raises ImportError if onnxruntime is not installed.
     """
+    os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # read when it is first imported
     import onnx_ir
     import onnxruntime
 
