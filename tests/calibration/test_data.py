@@ -56,3 +56,12 @@ def test_a_part_of_a_set_may_have_the_rows_of_one_step():
     t[:, 0] = 0
     data = CalibrationSet.from_tensors({"sample": torch.randn(6, 3, 2), "timestep": t})
     assert data.rows(data.row_timesteps == 600).tensors["timestep"].tolist() == [[0, 600, 600]] * 2
+
+
+def test_a_set_shows_its_rows_and_says_what_is_no_row():
+    data = calibration()
+    assert repr(data).startswith("CalibrationSet(40 rows at ")
+    with pytest.raises(TFMQError, match="num_samples=-1 must be positive"):
+        data.spread(-1)
+    with pytest.raises(TFMQError, match="'timestep' is a single number; give one for each row"):
+        tfmq_fx.CalibrationSet.from_tensors({"sample": torch.zeros(3, 1), "timestep": torch.tensor(3)})

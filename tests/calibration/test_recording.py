@@ -39,8 +39,32 @@ def test_recording_keeps_one_trajectory_per_sample():
 
 
 def test_recording_nothing_is_refused():
-    with pytest.raises(TFMQError, match="must be positive"):
+    with pytest.raises(TFMQError, match="num_samples=0 must be a positive integer"):
         CalibrationSet.record(embedded_pipeline(), num_samples=0, num_inference_steps=4)
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ({"num_samples": 2.5}, "num_samples=2.5 must be a positive integer"),
+        ({"num_inference_steps": "5"}, "num_inference_steps='5' must be a positive integer"),
+        ({"seed": 2**70}, "must be an integer up to"),
+        ({"generator": torch.Generator()}, "generator= is set by recording, one for each batch; give seed="),
+    ],
+)
+def test_what_is_no_number_of_samples_is_refused_before_anything_is_drawn(given, words):
+    with pytest.raises(TFMQError, match=words):
+        CalibrationSet.record(embedded_pipeline(), **{"num_samples": 2, "num_inference_steps": 2, **given})
+
+
+def test_a_network_is_no_pipeline():
+    with pytest.raises(TFMQError, match="a UNet2DModel is no pipeline; give a diffusers pipeline"):
+        CalibrationSet.record(embedded_pipeline().unet, num_samples=2, num_inference_steps=2)
+
+
+def test_an_argument_that_a_pipeline_does_not_name_is_logged(sd, caplog):
+    CalibrationSet.record(sd, num_samples=1, num_inference_steps=1, prompt="a cat", promt="a dog", **TEXT)
+    assert "names no argument 'promt', and may ignore it" in caplog.text
 
 
 @pytest.fixture(scope="module")

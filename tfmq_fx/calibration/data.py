@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +21,11 @@ from tfmq_fx.base.row_lists import RowLists, is_list_of_rows, row_lists
 from tfmq_fx.base.second_rows import SecondRows, is_second
 from tfmq_fx.base.stand_ins import StandIn
 from tfmq_fx.calibration.perturbed import Perturbation
-from tfmq_fx.calibration.pipelines import OWN_PROMPTS, denoiser, prompts_for, takes_steps
+from tfmq_fx.calibration.pipelines import OWN_PROMPTS, denoiser, prompts_for, require_pipeline, takes_steps
 from tfmq_fx.calibration.ready import require_ready
 from tfmq_fx.calibration.recording import MAX_MEMORY, record
 from tfmq_fx.calibration.row_sizes import RowSizes, padded
-from tfmq_fx.calibration.session import Session
+from tfmq_fx.calibration.session import MOST_SEED, Session
 from tfmq_fx.calibration.temporal_rows import is_scalar
 from tfmq_fx.calibration.timesteps import timestep_of
 from tfmq_fx.calibration.variants import Variants
@@ -85,7 +86,9 @@ class CalibrationSet:
                 f"calibration: no tensor named {timestep!r}; found {nearest_names(timestep, self.tensors)}. "
                 "Name the timestep with timestep=..."
             )
-        sizes = {name: x.shape[0] if x.dim() else 0 for name, x in self.tensors.items()}
+        if scalars := [name for name, x in self.tensors.items() if not x.dim()]:
+            raise TFMQError(f"calibration: {scalars[0]!r} is a single number; give one for each row, (N,).")
+        sizes = {name: x.shape[0] for name, x in self.tensors.items()}
         if not all(sizes.values()):
             raise TFMQError(f"calibration: the set is empty (rows by tensor: {sizes}).")
         if len(set(sizes.values())) != 1:
@@ -117,6 +120,10 @@ class CalibrationSet:
             raise TFMQError(
                 f"calibration: conditional is {found}, but must be one torch.bool for each of the {len(self)} rows, ({len(self)},)."
             )
+
+    def __repr__(self) -> str:
+        shapes = ", ".join(f"{n} {tuple(x.shape)}" for n, x in self.tensors.items())
+        return f"CalibrationSet({len(self)} rows at {len(self.timesteps)} timesteps: {shapes})"
 
     def __len__(self) -> int:
         return len(self.tensors[self.timestep])
@@ -267,6 +274,17 @@ class CalibrationSet:
             whole (one value per adapter, ControlNet or layer). A tuple is always passed as it is. Without a prompt, a
             pipeline that needs one gets 64 of this library's own, and the log and the report say so.
         """
+        require_pipeline(pipe, pipe_kwargs)
+        numbers = {
+            "num_samples": num_samples,
+            "num_inference_steps": num_inference_steps or 1,
+            "batch_size": batch_size,
+        }
+        for name, number in numbers.items():
+            if not isinstance(number, Integral) or number < 1:
+                raise TFMQError(f"calibration: {name}={number!r} must be a positive integer.")
+        if not isinstance(seed, Integral) or abs(seed) > MOST_SEED:
+            raise TFMQError(f"calibration: seed={seed!r} must be an integer up to {MOST_SEED}.")
         if num_inference_steps is None and takes_steps(pipe, by_name=True):
             raise TFMQError(
                 f"calibration: {type(pipe).__name__} takes 'num_inference_steps'; the number of steps is missing."
@@ -274,11 +292,6 @@ class CalibrationSet:
         if num_inference_steps is not None and not takes_steps(pipe):
             raise TFMQError(
                 f"calibration: {type(pipe).__name__} takes no 'num_inference_steps'; give num_inference_steps=None."
-            )
-        if num_samples < 1 or (num_inference_steps or 1) < 1 or batch_size < 1:
-            raise TFMQError(
-                f"calibration: num_samples={num_samples}, num_inference_steps={num_inference_steps} and "
-                f"batch_size={batch_size} must be positive."
             )
         own = prompts_for(pipe, pipe_kwargs)
         pipe_kwargs |= own
@@ -326,6 +339,8 @@ class CalibrationSet:
 
     def draw(self, num_samples: int, *, seed: int = 0) -> Tensor:
         """Return the indices (at most num_samples,) of the rows of `spread`, which may not fit in memory themselves."""
+        if num_samples < 1:
+            raise TFMQError(f"calibration: num_samples={num_samples} must be positive.")
         generator = torch.Generator().manual_seed(seed)
         t = self.row_timesteps
         shuffled = torch.randperm(len(self), generator=generator)

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from tfmq_fx.artefact.drop_in import DropIn, uncounted
-from tfmq_fx.base.errors import TFMQError
+from tfmq_fx.base.errors import TFMQError, nearest_names
 from tfmq_fx.base.signatures import hides_arguments, signature_of
 from tfmq_fx.calibration.prompts import PROMPTS
 
@@ -126,10 +126,33 @@ def call_pipeline(
         raise TFMQError(f"{type(pipe).__name__}: {error}") from error
 
 
-def prompts_for(pipe: Any, pipe_kwargs: Collection[str]) -> dict[str, Any]:
+def require_pipeline(pipe: Any, pipe_kwargs: Mapping[str, Any]) -> None:
+    """Raise TFMQError unless this is a pipeline, and these are arguments for it that recording does not set itself.
+
+    A pipeline may take any argument by `**kwargs`; then one that it does not name is logged.
+    """
+    if not isinstance(getattr(pipe, "components", None), Mapping) or not callable(pipe):
+        raise TFMQError(
+            f"calibration: a {type(pipe).__name__} is no pipeline; give a diffusers pipeline, or make the set of a network's inputs "
+            "with CalibrationSet.from_tensors."
+        )
+    if "generator" in pipe_kwargs:
+        raise TFMQError("calibration: generator= is set by recording, one for each batch; give seed=.")
+    takes = inspect.signature(pipe.__call__).parameters
+    for name in pipe_kwargs:
+        if name not in takes and _takes_any(takes):
+            log.warning(
+                "calibration: %s names no argument %r, and may ignore it; it takes %s",
+                type(pipe).__name__,
+                name,
+                nearest_names(name, takes),
+            )
+
+
+def prompts_for(pipe: Any, pipe_kwargs: Mapping[str, Any]) -> dict[str, Any]:
     """Return `PROMPTS` as the pipeline's argument if it needs a prompt and these arguments give none, else {}."""
     taken = inspect.signature(pipe.__call__).parameters.get("prompt")
-    given = any(name.startswith("prompt") for name in pipe_kwargs)
+    given = any(name.startswith("prompt") and x is not None for name, x in pipe_kwargs.items())
     if taken is None or given or taken.default not in (None, taken.empty):
         return {}
     log.warning("calibration: %s", OWN_PROMPTS)

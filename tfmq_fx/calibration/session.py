@@ -50,6 +50,7 @@ from tfmq_fx.calibration.shapes import Shapes, repeats
 
 log = logging.getLogger(__name__)
 
+MOST_SEED = 2**40  # of a recording: each sample's own is some 10**6 times as large, and torch's have 64 bits
 FORMAT = 7  # of recordings in a cache; increased when the same arguments give other rows
 
 
