@@ -103,7 +103,7 @@ def choose(
         recipe = dataclasses.replace(recipe, keyed="block")  # a sample with several timesteps has no key
     planned = plan(gm, recipe=recipe, temporal=temporal).layers
     nodes = {n.name: n for n in gm.graph.nodes}
-    only_size = fixed_batch(gm, calibration.constants.keys())
+    only_size = fixed_batch(gm, calibration.without_rows)
     rows = _rows(calibration, only_size or 1, seed)
     at = calibration.row_timesteps[torch.stack([r[0] for r in rows])]
     timesteps, where_P = at.unique(return_inverse=True)
@@ -148,10 +148,13 @@ def _constant(planned: Sequence[LayerPlan], ranges: Mapping[str, tuple[Tensor, T
 
 
 def _rows(calibration: CalibrationSet, count: int, seed: int) -> list[Tensor]:
-    """Return the indices of the rows of each run: `count` of one timestep."""
-    t, found = calibration.row_timesteps, []
+    """Return the indices of the rows of each run: `count` of one timestep and size."""
+    t, sizes, found = calibration.row_timesteps, calibration.row_sizes, []
     for row in calibration.draw(ROWS, seed=seed):
-        same = (t == t[row]).nonzero().flatten()
+        alike = t == t[row]
+        if sizes is not None:
+            alike &= sizes.kinds == sizes.kinds[row]
+        same = alike.nonzero().flatten()
         found.append(torch.cat([row[None], same[same != row]]).repeat(count)[:count])
     return found
 

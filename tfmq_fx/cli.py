@@ -207,7 +207,7 @@ def inspect(
         )
         timestep = data.timestep  # found by what changes from call to call, if it has another name
         network = data.row_wise(denoiser(pipe, timestep=timestep, component=component))
-        example = data.arguments(slice(0, 2), rows_first=True)
+        example = data.example(2)
     found = describe(network, example, chosen, timestep=timestep)
     if as_json:
         print(json.dumps(found, indent=1))

@@ -69,8 +69,8 @@ def quantize(
 ) -> QuantizedModel:
     """Quantize a diffusion pipeline's denoiser, or any network that torch.export captures, by `stages`.
 
-    model: a diffusers pipeline, whose denoiser is quantized, or a network. It is left unchanged. Of a network from
-        `precompute`, the features stay tables (maintain="cache").
+    model: a diffusers pipeline, whose denoiser is quantized, or a network. It is left unchanged, and no other thread may call it
+        meanwhile. Of a network from `precompute`, the features stay tables (maintain="cache").
     recipe: a recipe, or the name of a preset.
     calibration: the calibration set. None records 64 trajectories of 50 steps with the pipeline's own
         scheduler, and 64 prompts of this library's own if the pipeline needs one.

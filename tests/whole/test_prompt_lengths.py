@@ -138,6 +138,22 @@ def test_prompts_one_at_a_time_have_a_mask_too():
         assert (q(x, t, *given)[0] - expected).norm() / expected.norm() < BOUND
 
 
+@torch.no_grad()
+def test_presets_choose_and_reconstruct_on_all_lengths():
+    """4 bits by GPTQ and tuning, on six layers."""
+    pipe = pipeline()
+    network, small = pipe.unet, tfmq_fx.Recipe.preset("w4a8")
+    small = dataclasses.replace(
+        small, reconstruction=dataclasses.replace(small.reconstruction, tune_iterations=5)
+    )
+    q = tfmq_fx.quantize(pipe, small, calibration=record(pipe, batch_size=3))
+    words, at = torch.randn(2, 9, 6), torch.arange(9)
+    expected = network(torch.ones(2, 1, 8, 8), torch.tensor([0, 333]), words, at)[0]
+    found = q(torch.ones(2, 1, 8, 8), torch.tensor([0, 333]), words, at)[0]
+    assert (found - expected).norm() / expected.norm() < 0.3
+    assert any("as if it were 1 everywhere" in note["reason"] for note in q.report["notes"])
+
+
 def test_the_cache_keeps_it(tmp_path):
     first, again = (record(pipeline(), batch_size=3, cache=tmp_path) for _ in range(2))
     for a in (first, again):

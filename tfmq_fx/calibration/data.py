@@ -403,6 +403,11 @@ class CalibrationSet:
             groups = [same for group in groups for same in self.row_sizes.groups(group)]
         return [batch for group in groups for batch in group.split(batch_size)]
 
+    @property
+    def without_rows(self) -> frozenset[str]:
+        """Return the names of what has no rows."""
+        return frozenset((*self.constants, *self._moving))
+
     def batch(self, rows: Tensor) -> dict[str, Tensor]:
         """Return the rows with these indices, and the tensors that have no rows."""
         shared = [n for n, x in self.constants.items() if isinstance(x, Tensor)]

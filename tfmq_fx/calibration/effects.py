@@ -160,7 +160,7 @@ def input_ranges(
         return torch.where(same.any(1), number_N, len(timesteps)), watch.found
 
     data = calibration.spread(num_samples, seed=seed)
-    size = only_size or rows_at_once(gm, batch_size, data.constants.keys())
+    size = only_size or rows_at_once(gm, batch_size, data.without_rows)
     batches = data.batches(size, one_timestep=is_scalar(gm))
     whole = [b for b in batches if only_size in (None, len(b[calibration.timestep]))]
     with workers(8) as threads:

@@ -82,7 +82,7 @@ def calibrate(
         if any(isinstance(m, TemporalObserver) for m in _learning(gm)):
             require_rows(state.timesteps, calibration)
         if any(_observing(m) for m in gm.modules()):
-            size = rows_at_once(gm, batch_size, calibration.constants.keys())
+            size = rows_at_once(gm, batch_size, calibration.without_rows)
             batches = calibration.groups(size, one_timestep=is_scalar(gm))
             _observe(gm, calibration, batches, shards, threads, {} if outputs is None else outputs)
         _require_observed(gm, found)

@@ -124,7 +124,7 @@ def errors_by_timestep(
     row of `data`, as far as it is known.
     """
     outputs: list[tuple[Tensor, Tensor, Tensor]] = []
-    size = rows_at_once(gm, 128, data.constants.keys())
+    size = rows_at_once(gm, 128, data.without_rows)
     for batch in data.groups(size, one_timestep=is_scalar(gm)):
         given = data.batch(batch)
         inputs = inputs_of(gm, given)

@@ -86,27 +86,27 @@ def output_errors(
     reference: nn.Module, networks: Mapping[str, Callable[..., Any]], data: CalibrationSet
 ) -> dict[str, dict[float, float]]:
     """Return the relative MSE of each network's output to the reference's, by timestep, on the same rows."""
-    starts = range(0, len(data), ROWS)
-    expected = torch.cat([_output(reference, data, i, reference) for i in starts])
-    t = data.row_timesteps
+    groups = data.groups(ROWS)
+    expected = torch.cat([_output(reference, data, rows, reference) for rows in groups])
+    t = data.row_timesteps[torch.cat(groups)]
     return {
         name: relative_mse_by_timestep(
-            torch.cat([_output(f, data, i, reference) for i in starts]), expected, t
+            torch.cat([_output(f, data, rows, reference) for rows in groups]), expected, t
         )
         for name, f in networks.items()
     }
 
 
-def _output(network: Callable[..., Any], data: CalibrationSet, start: int, beside: nn.Module) -> Tensor:
+def _output(network: Callable[..., Any], data: CalibrationSet, rows: Tensor, beside: nn.Module) -> Tensor:
     of_rows = False
     if isinstance(network, nn.Module) and not isinstance(network, DropIn):
         network, of_rows = data.row_wise(network), True
-    arguments = _arguments(data, slice(start, start + ROWS), beside, rows_first=of_rows)
+    arguments = _arguments(data, rows, beside, rows_first=of_rows)
     return first_tensor(network(**arguments)).float()
 
 
 def _arguments(
-    data: CalibrationSet, rows: slice, network: nn.Module | None, *, rows_first: bool = False
+    data: CalibrationSet, rows: Tensor, network: nn.Module | None, *, rows_first: bool = False
 ) -> dict[str, Any]:
     """Return a network's arguments of these rows, for a call that returns plain tuples."""
     takes = network is not None and "return_dict" in parameters_of(network)
@@ -133,7 +133,7 @@ def milliseconds(
     The networks take turns for `rounds` rounds. A first call of each warms up and is not counted.
     """
     beside = next((n for n in networks.values() if isinstance(n, nn.Module)), None)
-    arguments = _arguments(data, slice(0, batch), beside)
+    arguments = _arguments(data, max(data.groups(batch), key=len), beside)
     found: dict[str, list[float]] = {name: [] for name in networks}
     for i in range(rounds + 1):
         for name, network in networks.items():

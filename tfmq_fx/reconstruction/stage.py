@@ -210,7 +210,7 @@ def _affordable(gm: GraphModule, calibration: CalibrationSet, settings: Reconstr
     if settings.tune_flops is None:
         return math.inf
     batch = calibration.groups(settings.batch_size, one_timestep=is_scalar(gm))[0]
-    count = len(batch) if fixed_batch(gm, calibration.constants.keys()) else 1
+    count = len(batch) if fixed_batch(gm, calibration.without_rows) else 1
     with FlopCounterMode(display=False) as counter:
         gm(*inputs_of(gm, calibration.batch(batch[:count])))
     return settings.tune_flops // float(3 * counter.get_total_flops() * settings.batch_size / count)
@@ -234,7 +234,7 @@ def _tune(
         return []
     drawn = calibration.draw(iterations * settings.batch_size, seed=run.seed)
     batches = calibration.groups(settings.batch_size, rows=drawn, one_timestep=is_scalar(gm))
-    whole = fixed_batch(gm, calibration.constants.keys())
+    whole = fixed_batch(gm, calibration.without_rows)
     count = len(batches[0]) if whole else 1
     weights = weights_to_tune(gm)
     first = inputs_of(gm, calibration.batch(batches[0][:count]))
@@ -253,7 +253,7 @@ def _tune(
     keep_targets = memory.needed(count * at_once, targets=len(drawn)) <= limit
     room = limit - memory.needed(0, targets=len(drawn) if keep_targets else 0)
     pieces = math.ceil(memory.row * settings.batch_size / max(room, 1))
-    parts = 1 if whole else max(settings.shards * pieces, run.parts(gm, calibration.constants.keys()))
+    parts = 1 if whole else max(settings.shards * pieces, run.parts(gm, calibration.without_rows))
 
     def learn() -> BlockResult:
         chunks, rows = run.split(batches, parts)

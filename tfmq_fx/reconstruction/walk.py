@@ -69,7 +69,7 @@ class Walk:
         self.data = data
         drawn = data.draw(run.settings.block_samples, seed=run.seed)
         batches = data.groups(run.settings.batch_size, rows=drawn, one_timestep=is_scalar(gm))
-        self.chunks, self.rows = run.split(batches, run.parts(gm, data.constants.keys()))
+        self.chunks, self.rows = run.split(batches, run.parts(gm, data.without_rows))
         for rows in {len(rows): rows for rows in self.rows}.values():
             inputs_of(gm, data.batch(rows))  # raises for inputs that are missing or have another shape
         self.interpreter = Interpreter(self.gm)
