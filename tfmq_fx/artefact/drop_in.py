@@ -22,7 +22,7 @@ from tfmq_fx.artefact.interface import PERTURBED, VARIANT, Interface
 from tfmq_fx.artefact.known import unknown_values
 from tfmq_fx.artefact.nan_rows import with_nan_rows
 from tfmq_fx.artefact.outputs import output_class
-from tfmq_fx.artefact.plain import is_json
+from tfmq_fx.artefact.plain import holds_tensors, is_json
 from tfmq_fx.base.ambient import neutral, traced
 from tfmq_fx.base.arguments import leaves
 from tfmq_fx.base.arithmetic import NETWORK_DTYPES
@@ -394,6 +394,13 @@ class DropIn(nn.Module):
                 f"forward: {what!r} is unknown; the network takes {nearest_names(str(what), names)}."
             )
         given = {**face.arguments, **dict(zip(names, args, strict=False)), **kwargs}
+        for name in face.idle:
+            if holds_tensors(given.get(name)):
+                raise TFMQError(
+                    f"forward: {name!r} holds tensors; it held none when the network was captured, which did nothing with it; "
+                    f"{self.verb} again with {self.source} of such calls."
+                )
+            given[name] = face.arguments[name]
         tensors = {}
         for name, spec in face.inputs.items():
             value: Any = given

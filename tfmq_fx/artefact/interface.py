@@ -65,6 +65,7 @@ class Interface:
     others: tuple[dict[str, Any], ...] = ()
     # What stands for a tensor that a call leaves out, by flat name: see `base.stand_ins`.
     stand_ins: dict[str, list[Any]] = field(default_factory=dict)
+    idle: tuple[str, ...] = ()  # arguments that are ignored: objects without tensors
 
     def cast(self, now: str, new: str, *, precise: Collection[str]) -> Interface:
         """Return the interface of the network in another precision: its inputs of dtype `now` are of dtype `new`.

@@ -7,11 +7,35 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from tfmq_fx.base.arguments import flat_name, walk
 
 log = logging.getLogger(__name__)
+
+
+def is_object(value: Any) -> bool:
+    """Return True for an object of some class of its own, which has attributes."""
+    return hasattr(value, "__dict__") and not isinstance(value, Tensor)
+
+
+def holds_tensors(value: Any, seen: set[int] | None = None) -> bool:
+    """Return True if there are tensors in an object: in its attributes, in dicts and lists, and in what those hold."""
+    seen = set() if seen is None else seen
+    if isinstance(value, Tensor):
+        return True
+    if id(value) in seen or isinstance(value, type):
+        return False
+    seen.add(id(value))
+    inner = list(getattr(value, "__dict__", {}).values())
+    inner += (
+        [*value.values()]
+        if isinstance(value, Mapping)
+        else [*value]
+        if isinstance(value, (list, tuple, set))
+        else []
+    )
+    return any(holds_tensors(x, seen) for x in inner)
 
 
 def is_json(value: Any) -> bool:

@@ -207,7 +207,7 @@ def read(folder: str | Path, models: Mapping[str, type[M]], *, max_memory: float
     report = _read_json(folder / REPORT)
     with _reading(folder / CONFIG):
         face = quantization["interface"]
-        tuples = {n: tuple(face.get(n, ())) for n in ("required", "conditions", "others", "nonzero")}
+        tuples = {n: tuple(face.get(n, ())) for n in ("required", "conditions", "others", "nonzero", "idle")}
         interface = Interface(**{**face, **tuples})
         timesteps = torch.tensor(quantization["timesteps"], dtype=_dtype(quantization["timesteps_dtype"]))
         finite = {

@@ -48,7 +48,8 @@ class CalibrationSet:
     `others` has, for rows where `variant_rows` is i > 0, the constants others[i - 1] that differ from `constants` (`calibration.variants`).
     `row_lists` is what the network takes as lists with an entry for each row; None if there are none.
     `row_sizes` has the sizes of rows that differ, whose tensors are padded, and tensors without rows that differ; None if there are none.
-    `stand_ins` has what stands for tensors that some calls leave out, such as a mask of ones.
+    `stand_ins` has what stands for tensors that some calls leave out, such as a mask of ones. `idle` has the names of objects that are left
+    out, as the network does nothing with them.
     `conditional` (N,) bool is False for the unconditional rows, which guidance adds. `note`: what was chosen for
     the user when the set was recorded, as the report says it.
 
@@ -72,6 +73,7 @@ class CalibrationSet:
         row_lists: RowLists | None = None,
         row_sizes: RowSizes | None = None,
         stand_ins: Mapping[str, StandIn] | None = None,
+        idle: Collection[str] = (),
     ) -> None:
         # Rows recorded under inference_mode could not be learned from.
         self.tensors = {n: tracked(x) for n, x in tensors.items()}
@@ -80,6 +82,7 @@ class CalibrationSet:
         self.folded = frozenset(folded)
         self.perturbation, self.others = perturbation, tuple(others)
         self.row_lists, self.row_sizes, self.stand_ins = row_lists, row_sizes, dict(stand_ins or {})
+        self.idle = tuple(idle)
         self.paths: dict[str, ArgumentPath] = {n: (n,) for n in (*tensors, *constants)} | dict(paths or {})
         if timestep not in self.tensors:
             raise TFMQError(
@@ -193,6 +196,10 @@ class CalibrationSet:
         found += [
             f"{name}: left out by some calls of the network, as if it were {x.value} everywhere"
             for name, x in self.stand_ins.items()
+        ]
+        found += [
+            f"{name}: an object without tensors, with which the network does nothing; left out"
+            for name in self.idle
         ]
         return "; ".join(found)
 
@@ -311,6 +318,7 @@ class CalibrationSet:
             perturbation=found.perturbation,
             others=found.others,
             row_lists=found.row_lists, row_sizes=found.row_sizes, stand_ins=found.stand_ins,
+            idle=found.idle,
         )  # fmt: skip
         _require_schedule(made)
         return made
@@ -378,6 +386,7 @@ class CalibrationSet:
             "row_lists": self.row_lists,
             "row_sizes": self.row_sizes,
             "stand_ins": self.stand_ins,
+            "idle": self.idle,
         }
         return CalibrationSet(**{**own, **changes})
 

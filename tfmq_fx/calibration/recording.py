@@ -62,6 +62,7 @@ def _require_plain(session: Session, cache: Path) -> None:
 
 def _record(session: Session, folder: Path, *, deterministic: bool, limit: float) -> Recording:
     """Run the session, from the start each time that calls are found unlike."""
+    session = session.without_objects()
     while True:
         try:
             return _run(session, folder, deterministic=deterministic, limit=limit)
@@ -122,4 +123,5 @@ def _run(session: Session, folder: Path, *, deterministic: bool, limit: float) -
         row_lists=session.preview.lists,
         row_sizes=sink.row_sizes,
         stand_ins=session.stand_ins,
+        idle=sorted(session.idle),
     )

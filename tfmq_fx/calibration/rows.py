@@ -42,6 +42,7 @@ class Recording:
     row_lists: RowLists | None = None
     row_sizes: RowSizes | None = None  # of rows that are padded
     stand_ins: Mapping[str, StandIn] = field(default_factory=dict)  # of tensors that some calls leave out
+    idle: Collection[str] = ()  # objects that the network does nothing with
 
 
 class Sink:
@@ -176,6 +177,7 @@ def write_recording(found: Recording, folder: Path) -> None:
         "others": list(found.others),
         "row_sizes": _sizes_to_json(found.row_sizes),
         "stand_ins": {n: x.to_json() for n, x in found.stand_ins.items()},
+        "idle": list(found.idle),
         "row_lists": None if found.row_lists is None else found.row_lists.to_json(),
     }
     try:
@@ -235,6 +237,7 @@ def read_recording(folder: Path) -> Recording:
             row_sizes=_sizes_of_json(index["row_sizes"]),
             row_lists=None if (lists := index["row_lists"]) is None else lists_of_json(lists),
             stand_ins={n: StandIn(*x) for n, x in index["stand_ins"].items()},
+            idle=index["idle"],
         )
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise TFMQError(

@@ -19,6 +19,7 @@ from torch.utils import _pytree as pytree
 
 from tfmq_fx.artefact.drop_in import uncounted
 from tfmq_fx.artefact.interface import PERTURBED
+from tfmq_fx.artefact.plain import holds_tensors, is_object
 from tfmq_fx.base.arguments import nested
 from tfmq_fx.base.errors import TFMQError
 from tfmq_fx.base.files import update_with_tensors
@@ -70,7 +71,7 @@ class Session:
 
     The fields are the arguments of `CalibrationSet.record`; network: the pipeline's denoiser.
     stand_ins: what stands for tensors that some calls leave out. moving: the names of tensors without rows that are not the same
-        in all calls. `learned` finds both.
+        in all calls. `learned` finds both. idle: the names of objects that are left out, by `without_objects`.
     """
 
     pipe: Any
@@ -83,6 +84,7 @@ class Session:
     pipe_kwargs: dict[str, Any] = field(default_factory=dict)
     stand_ins: Mapping[str, StandIn] = field(default_factory=dict)
     moving: frozenset[str] = frozenset()
+    idle: frozenset[str] = frozenset()
 
     @cached_property
     def whole(self) -> frozenset[str]:
@@ -248,7 +250,7 @@ class Session:
 
     def _completed(self, call: Leaves) -> Leaves:
         """Return the leaves of a call with what stands for the tensors that it leaves out."""
-        found = dict(call)
+        found = {n: x for n, x in call.items() if n not in self.idle}
         for name, stand_in in self.stand_ins.items():
             like = self._tensor(call, stand_in.like)
             if self._tensor(call, name) is None and like is not None:
@@ -256,6 +258,21 @@ class Session:
                 found[name] = (name,), stand_in.of(like, rows)
                 found[stand_in.like] = call[stand_in.like][0], like.expand(rows, *like.shape[1:])
         return found
+
+    def without_objects(self) -> Session:
+        """Return the session that leaves out objects without tensors, of classes of the pipeline's own, with which the network does nothing.
+
+        Such as a cache of keys and values that is for calls with pictures alone (GLM-Image).
+        """
+        call = next(iter(self.preview.calls), {})
+        objects = [
+            n for n, (path, x) in call.items() if len(path) == 1 and is_object(x) and not holds_tensors(x)
+        ]
+        if not objects or (expected := self._computed(nested(dict(call.values())))) is None:
+            return self
+        made = self._computed(nested({path: x for n, (path, x) in call.items() if n not in objects}))
+        same_without = made is not None and within_rounding(made, expected)
+        return replace(self, idle=frozenset(objects)) if same_without else self
 
     def learned(self, error: UnlikeCallsError) -> Session:
         """Return the session that records what made calls unlike: a tensor that some leave out, or one without rows.

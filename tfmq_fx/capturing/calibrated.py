@@ -36,7 +36,7 @@ def described(
     perturbed, others = calibration.perturbation, calibration.others
     interface = interface_of(
         calibration.row_wise(network), gm, example,
-        perturbed=None if perturbed is None else perturbed.to_json(), others=others, stand_ins=calibration.stand_ins,
+        perturbed=None if perturbed is None else perturbed.to_json(), others=others, stand_ins=calibration.stand_ins, idle=calibration.idle,
     )  # fmt: skip
     return network, gm, interface, calibration
 

@@ -30,6 +30,7 @@ def interface_of(
     perturbed: dict[str, Any] | None = None,
     others: Sequence[Mapping[str, Any]] = (),
     stand_ins: Mapping[str, StandIn] | None = None,
+    idle: Sequence[str] = (),
 ) -> Interface:
     """Return the interface of a network that was captured as `gm`, as calls of the two show it. See `Interface.of`."""
     found = Interface.of(
@@ -40,6 +41,7 @@ def interface_of(
         lists=_lists_of_rows(network, gm, example),
         conditions=_kept_conditions(network, gm, example, found),
         stand_ins={n: x.to_json() for n, x in (stand_ins or {}).items()},
+        idle=tuple(idle),
     )
 
 

@@ -144,10 +144,10 @@ def out_dtype(dtype: torch.dtype) -> dict[str, Any]:
 
 
 def hinted_shape(node: Any) -> list[int]:
-    """Return the sizes of a node's tensor at capture, where a batch that may vary was two."""
+    """Return the sizes of a node's tensor at capture, where a batch that may vary was two; 1 for one that values decide."""
     value = meta_value(node)
     assert isinstance(value, Tensor), node
-    return [d if isinstance(d, int) else d.node.hint for d in value.shape]
+    return [d if isinstance(d, int) else 1 if d.node.hint is None else d.node.hint for d in value.shape]
 
 
 def convolution_arguments(node: Node) -> dict[str, Any]:
