@@ -6,7 +6,7 @@ import hashlib
 import inspect
 import json
 import logging
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -48,6 +48,7 @@ from tfmq_fx.calibration.guidance import Unguided, conditional_rows, conditions,
 from tfmq_fx.calibration.perturbed import Perturbation, watched
 from tfmq_fx.calibration.pipelines import call_pipeline, few_steps, given_steps, whole_lists
 from tfmq_fx.calibration.shapes import Shapes, repeats
+from tfmq_fx.calibration.trials import Trials, completed, rows_in, tensor_of
 
 log = logging.getLogger(__name__)
 
@@ -246,18 +247,14 @@ class Session:
     def _of_tensors(self, calls: list[Call], lists: RowLists | None) -> list[Leaves]:
         """Return the leaves of calls, with tensors (N, ...) for lists of rows. A call with rows of several sizes is several calls."""
         parts = calls if lists is None else [part for call in calls for part in lists.parts(call)]
-        return [self._completed(call_leaves(call, self.defaults)) for call in parts]
-
-    def _completed(self, call: Leaves) -> Leaves:
-        """Return the leaves of a call with what stands for the tensors that it leaves out."""
-        found = {n: x for n, x in call.items() if n not in self.idle}
-        for name, stand_in in self.stand_ins.items():
-            like = self._tensor(call, stand_in.like)
-            if self._tensor(call, name) is None and like is not None:
-                rows = self.size_of(flat(call))
-                found[name] = (name,), stand_in.of(like, rows)
-                found[stand_in.like] = call[stand_in.like][0], like.expand(rows, *like.shape[1:])
-        return found
+        return [
+            completed(
+                {n: x for n, x in call_leaves(call, self.defaults).items() if n not in self.idle},
+                self.stand_ins,
+                self.timestep,
+            )
+            for call in parts
+        ]
 
     def without_objects(self) -> Session:
         """Return the session that leaves out objects without tensors, of classes of the pipeline's own, with which the network does nothing.
@@ -268,9 +265,9 @@ class Session:
         objects = [
             n for n, (path, x) in call.items() if len(path) == 1 and is_object(x) and not holds_tensors(x)
         ]
-        if not objects or (expected := self._computed(nested(dict(call.values())))) is None:
+        if not objects or (expected := self.trials.computed(nested(dict(call.values())))) is None:
             return self
-        made = self._computed(nested({path: x for n, (path, x) in call.items() if n not in objects}))
+        made = self.trials.computed(nested({path: x for n, (path, x) in call.items() if n not in objects}))
         same_without = made is not None and within_rounding(made, expected)
         return replace(self, idle=frozenset(objects)) if same_without else self
 
@@ -280,49 +277,16 @@ class Session:
         Raises the error again if the network does not compute the same with anything in place of a tensor that is left out, or
         takes another tensor for other rows.
         """
-        name, given = error.name, [call for call in error.calls if self._tensor(call, error.name) is not None]
-        without = [call for call in error.calls if self._tensor(call, error.name) is None]
+        name, given = error.name, [call for call in error.calls if tensor_of(call, error.name) is not None]
+        without = [call for call in error.calls if tensor_of(call, error.name) is None]
         if name in {*self.stand_ins, *self.moving}:
             raise error
-        if given and without and (found := self._stand_in(name, given[0], without[0])) is not None:
+        if given and without and (found := self.trials.stand_in(name, given[0], without[0])) is not None:
             log.info("calibration: %r is %d everywhere where the pipeline leaves it out", name, found.value)
             return replace(self, stand_ins={**self.stand_ins, name: found})
-        if given and not without and all(self._is_of_the_call(name, call) for call in given):
+        if given and not without and all(self.trials.is_of_the_call(name, call) for call in given):
             return replace(self, moving=self.moving | {name})
         raise error
-
-    def _tensor(self, call: Leaves, name: str) -> Tensor | None:
-        value = call.get(name, ((), None))[1]
-        return value if isinstance(value, Tensor) else None
-
-    def _stand_in(self, name: str, given: Leaves, without: Leaves) -> StandIn | None:
-        """Return what a tensor is in a call without it; None if nothing in its place leaves the network's output as it is."""
-        path, tensor = given[name]
-        likes = [
-            n
-            for n, (_, x) in given.items()
-            if isinstance(x, Tensor) and x.dim() > 2 and x.shape[:2] == tensor.shape
-        ]
-        likes = [n for n in likes if self._tensor(without, n) is not None]
-        if path != (name,) or not likes:
-            return None
-        dtype = str(tensor.dtype).removeprefix("torch.")
-        expected = self._computed(nested(dict(without.values())))
-        for found in (StandIn(value, like, dtype) for like in likes for value in (1, 0)):
-            call = replace(self, stand_ins={name: found})._completed(without)
-            made = self._computed(nested(dict(call.values())))
-            if expected is not None and made is not None and within_rounding(made, expected):
-                return found
-        return None
-
-    def _is_of_the_call(self, name: str, call: Leaves) -> bool:
-        """Return True if the network takes a tensor as it is for other numbers of rows of a call: it has none itself."""
-        one = flat(call)
-        shapes = Shapes.of(one, self.size_of(one), apart={*self._apart_from_rows, name})
-        shapes.shared[name] = one[name].shape
-        single = self._of_all_rows([call], shapes)
-        alone, both = (self._repeated(call, shapes, count, single=single) for count in (1, 2))
-        return alone is not None and both is not None and all(within_rounding(x[None], alone) for x in both)
 
     @property
     def _apart_from_rows(self) -> frozenset[str]:
@@ -340,13 +304,13 @@ class Session:
         return {n: x for n, (_, x) in call.items() if n in self.moving}
 
     def size_of(self, call: Flat) -> int:
-        """Return the number of rows of a call: that of its first tensor other than the timestep, the noisy sample."""
-        for name, value in call.items():
-            if isinstance(value, Tensor) and name != self.timestep and value.dim():
-                return value.shape[0]
-        raise TFMQError(
-            f"calibration: a call of {type(self.network).__name__} has no tensor but {self.timestep!r}."
-        )
+        """Return the number of rows of a call. See `rows_in`."""
+        return rows_in(call, self.timestep)
+
+    @cached_property
+    def trials(self) -> Trials:
+        """Return what calls the network to see what its arguments are."""
+        return Trials(self.network, self.timestep, self.preview.lists, self.moving)
 
     def probe(self) -> tuple[Shapes, Unguided | None]:
         """Find the tensors without rows, and how to run without guidance, None if there is no guidance.
@@ -363,9 +327,9 @@ class Session:
         if len(seen) <= 2:  # of one step
             seen += self.short(size, seed=1)
         folded = shapes.may_be_folded([flat(call) for call in seen], self.size_of)
-        if folded and self._apart(found[0], shapes, folded):
+        if folded and self.trials.apart(found[0], shapes, folded):
             shapes.folded = folded
-        for name in self._of_all_rows(seen, shapes):
+        for name in self.trials.of_all_rows(seen, shapes):
             shapes.shared[name] = shapes.likely.pop(name)
         shared = shapes.shared = {n: x for n, x in shapes.shared.items() if n not in shapes.folded}
         for made in (found, self.preview.calls):
@@ -398,79 +362,6 @@ class Session:
         """Return True if the pipeline can draw two samples at once, and its network gets more rows for them than for one."""
         two, why = self._previewed(2)
         return not why and self.size_of(flat(two.calls[0])) > self.size_of(flat(self.preview.calls[0]))
-
-    def _apart(self, call: Leaves, shapes: Shapes, folded: Mapping[str, int]) -> bool:
-        """Return True if the first k entries of each folded tensor are the first row's, and no other row's.
-
-        The network shows it: a row is the same by itself, beside another one with other entries, and in its call.
-        """
-        alone = self._repeated(call, shapes, 1, folded=folded)
-        both = self._repeated(call, shapes, 2, folded=folded, change=lambda x: 1 - x.flip(-1) / 2)
-        whole = self._computed(nested(dict(call.values())))
-        if alone is None or both is None or whole is None:
-            return False
-        effect = (both[1:] - alone).norm()
-        return bool(effect > 0 and all((x[:1] - alone).norm() <= 0.1 * effect for x in (both, whole)))
-
-    def _of_all_rows(self, seen: Sequence[Leaves], shapes: Shapes) -> set[str]:
-        """Return which tensors (1, ...) of calls of one row are the same for all rows: the network takes no second one of them."""
-        first, calls = seen[0], [flat(call) for call in seen]
-        if any(self.size_of(call) != 1 for call in calls):
-            return set()
-        _, *names = [n for n in shapes.likely if first[n][1].shape[:1] == (1,)]
-        fixed = [n for n in names if all(same(call.get(n), calls[0][n]) for call in calls)]
-        if not fixed or self._repeated(first, shapes, 2) is not None:
-            return set()
-        arguments = dict.fromkeys(first[n][0][0] for n in fixed)
-        alone = [[n] for n in fixed]
-        lists = [[n for n in fixed if first[n][0][0] == argument] for argument in arguments]
-        for groups in (alone, lists):  # of a list's tensors, positions by dimension, all or none
-            found = [g for g in groups if self._repeated(first, shapes, 2, single=g) is not None]
-            if found:
-                return {n for group in found for n in group}
-        return set()
-
-    def _repeated(
-        self,
-        call: Leaves,
-        shapes: Shapes,
-        count: int,
-        *,
-        folded: Collection[str] = (),
-        change: Callable[[Tensor], Tensor] = lambda x: x,
-        single: Collection[str] = (),
-    ) -> Tensor | None:
-        """Return what the network computes of the first row of a call, `count` times; None if it fails.
-
-        folded: the names of tensors with several entries for each row, which `change` makes others for the second row.
-        single: the names of those that are there once.
-        """
-        rows = self.size_of(flat(call))
-
-        def taken(name: str, x: Any) -> Any:
-            if name in folded:
-                return torch.cat([x[: len(x) // rows], change(x[: len(x) // rows])][:count])
-            if name in shapes.repeats:
-                return torch.cat([x[: len(x) // rows]] * count)
-            has_rows = (
-                isinstance(x, Tensor)
-                and x.shape[:1] == (rows,)
-                and name not in {*shapes.shared, *self.moving}
-            )
-            return torch.cat([x[:1]] * count) if has_rows and name not in single else x
-
-        return self._computed(nested({path: taken(n, x) for n, (path, x) in call.items()}))
-
-    @torch.no_grad()
-    def _computed(self, given: dict[str, Any]) -> Tensor | None:
-        """Return the network's first output; None if it fails."""
-        lists = self.preview.lists
-        with computing(self.network):
-            network = self.network if lists is None else lists.batched(self.network)
-            try:
-                return next(x for x in pytree.tree_leaves(network(**given)) if isinstance(x, Tensor))
-            except Exception:  # the network's own, of any type
-                return None
 
     def misfit(self, shapes: Shapes) -> str:
         """Return why a batch has no rows of these shapes, which are those for another number of samples; "" if it has.
@@ -548,7 +439,7 @@ class Session:
     def _of_rows(self, call: Leaves, shapes: Shapes) -> Tensor | None:
         """Return what the network computes of a call's rows; None if it fails."""
         rows = self.rows(call, shapes)
-        return self._computed(nested({path: rows.get(n, x) for n, (path, x) in call.items()}))
+        return self.trials.computed(nested({path: rows.get(n, x) for n, (path, x) in call.items()}))
 
     def _marks(self, calls: list[Flat], expected: Sequence[Mapping[str, Tensor]]) -> list[bool]:
         """Return for each row of the calls whether it has one of the conditions. expected: see `conditional_rows`."""
