@@ -263,7 +263,6 @@ def quantize(
     from tfmq_fx.artefact.saving import check_output_folder
     from tfmq_fx.base.files import require_writable
     from tfmq_fx.base.parallel import joined
-    from tfmq_fx.bit_widths import mixed_precision
     from tfmq_fx.pipeline import quantize as run
 
     recipe, preset = _chosen_recipe(choices), _chosen_preset(rows)
@@ -278,16 +277,7 @@ def quantize(
         pipe = load_pipeline(*source.pipeline())
         data = _recorded(pipe, preset, source, rows, seed=settings.seed, processes=ranks.size)
         if choices.max_megabytes is not None:
-            most = choices.max_megabytes * 1e6
-            recipe = mixed_precision(
-                pipe,
-                recipe,
-                calibration=data,
-                max_bytes=most,
-                finite=settings.finite,
-                seed=settings.seed,
-                **source.denoiser(),
-            )
+            recipe = _within(choices.max_megabytes, pipe, recipe, data, settings, source)
         quantized = run(pipe, recipe, calibration=data, **settings.arguments())
         if ranks.rank != 0:
             return
@@ -346,6 +336,26 @@ def _chosen_recipe(choices: Choices) -> Any:
     recipe = dataclasses.replace(recipe, reconstruction=settings)
     changes: dict[str, Any] = {"maintain": choices.maintain, "unseen": choices.unseen}
     return dataclasses.replace(recipe, **{n: x for n, x in changes.items() if x is not None})
+
+
+def _within(megabytes: float, pipe: Any, recipe: Any, data: Any, settings: Settings, source: Source) -> Any:
+    """Return the recipe with the bits of each layer that fit within --max-megabytes."""
+    from tfmq_fx.bit_widths import BudgetError, mixed_precision
+
+    try:
+        return mixed_precision(
+            pipe,
+            recipe,
+            calibration=data,
+            max_bytes=megabytes * 1e6,
+            finite=settings.finite,
+            seed=settings.seed,
+            **source.denoiser(),
+        )
+    except BudgetError as error:
+        raise TFMQError(
+            f"--max-megabytes {megabytes:g}: the weights take {error.least / 1e6} MB at their fewest bits; allow at least that."
+        ) from error
 
 
 def _chosen_preset(rows: Rows) -> Any:

@@ -14,7 +14,7 @@ from types import UnionType
 from typing import Any, get_args, get_origin, get_type_hints
 
 from tfmq_fx.base.arithmetic import FLOAT8, FLOAT_BITS, INT, check_bits, check_group_size
-from tfmq_fx.base.errors import TFMQError, nearest_names
+from tfmq_fx.base.errors import TFMQError, nearest_names, require_type
 from tfmq_fx.observers.minmax import TemporalMinMaxObserver
 from tfmq_fx.observers.samples import TemporalKLObserver, TemporalMSEObserver, TemporalPercentileObserver
 from tfmq_fx.observers.temporal import TemporalObserver
@@ -351,6 +351,16 @@ class Recipe:
     def temporal_observer_class(self) -> type[TemporalObserver]:
         observer = self.temporal_observer
         return TEMPORAL_OBSERVERS[observer] if isinstance(observer, str) else observer
+
+    @staticmethod
+    def of(given: str | Recipe) -> Recipe:
+        """Return a recipe as it is, and for a name the preset. Raises TFMQError for anything else."""
+        if isinstance(given, str):
+            return Recipe.preset(given)
+        require_type(
+            given, Recipe, "recipe", "use a preset's name, Recipe.from_json(dict) or Recipe.read(file)"
+        )
+        return given
 
     @staticmethod
     def preset(name: str) -> Recipe:

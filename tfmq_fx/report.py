@@ -18,7 +18,7 @@ from torch import nn
 
 from tfmq_fx.artefact.drop_in import DropIn
 from tfmq_fx.base.arithmetic import NO_INT8
-from tfmq_fx.base.errors import TFMQError
+from tfmq_fx.base.errors import TFMQError, require_type
 from tfmq_fx.base.files import finite_json, replace_folder, require_writable
 from tfmq_fx.calibration.data import CalibrationSet
 from tfmq_fx.calibration.pipelines import denoiser, usual_steps
@@ -109,6 +109,7 @@ def measure(
 
     Raises TFMQError for a pipeline whose denoiser does not fit the model.
     """
+    require_type(model, QuantizedModel, "model", "give what tfmq_fx.quantize returns")
     timestep = model.interface.timestep
     network = denoiser(pipe, timestep=timestep, component=component)
     settings: dict[str, Any] = {

@@ -3,10 +3,13 @@
 import sys
 
 import numpy as np
+import pytest
 import torch
 from PIL import Image
 
-from tfmq_fx.evaluation.sampling import MARGIN, TITLE_SIZE, save_grid
+from benchmarks.networks.pipelines import ddpm
+from tfmq_fx.base.errors import TFMQError
+from tfmq_fx.evaluation.sampling import MARGIN, TITLE_SIZE, sample, save_grid
 
 TOP = 2 * TITLE_SIZE
 
@@ -19,6 +22,11 @@ def opened(file):
 def shades(picture, box):
     """The colours inside a box (left, top, right, bottom) of a picture."""
     return {tuple(c) for c in np.asarray(picture.crop(box)).reshape(-1, 3).tolist()}
+
+
+def test_no_steps_are_refused():
+    with pytest.raises(TFMQError, match="num_inference_steps: 0 is not positive"):
+        sample(ddpm(), num_samples=1, num_inference_steps=0, seed=0)
 
 
 def test_a_grid_keeps_the_order_and_pads_with_black(monkeypatch, tmp_path):
