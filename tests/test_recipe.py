@@ -118,6 +118,7 @@ def test_a_file_may_be_named_by_a_string(tmp_path):
         (Reconstruction, {"shards": True}, "is not of type int"),
         (Rule, {"pattern": 5}, "is not of type str"),
         (Rule, {"pattern": "a", "activation_terms": 3}, "is not 1 or 2"),
+        (Rule, {"pattern": "a", "op": "conv"}, "is unknown; use one of linear, conv1d, conv2d"),
     ],
 )
 def test_the_constructors_check_types_and_ranges(cls, change, words):

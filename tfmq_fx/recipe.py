@@ -15,6 +15,7 @@ from typing import Any, get_args, get_origin, get_type_hints
 
 from tfmq_fx.base.arithmetic import FLOAT8, FLOAT_BITS, INT, check_bits, check_group_size
 from tfmq_fx.base.errors import TFMQError, nearest_names, require_type
+from tfmq_fx.graph.nodes import LAYER_OPS
 from tfmq_fx.observers.minmax import TemporalMinMaxObserver
 from tfmq_fx.observers.samples import TemporalKLObserver, TemporalMSEObserver, TemporalPercentileObserver
 from tfmq_fx.observers.temporal import TemporalObserver
@@ -107,7 +108,7 @@ class Rule:
     """Settings for the layers that a pattern matches. The first matching rule overrides the recipe's own."""
 
     pattern: str  # fnmatch over the weight's module path, e.g. "encoder.0.*"
-    op: str | None = None  # only this operator ("conv2d", "linear"); None: any
+    op: str | None = None  # only this operator, one of LAYER_OPS ("conv2d", "linear"); None: any
     weight_bits: int | None = None  # None: as the recipe says
     activation_bits: int | None = None  # None: as the recipe says
     # None: as the recipe says. A size at least as long as the row gives one scale per output channel.
@@ -122,6 +123,8 @@ class Rule:
 
     def __post_init__(self) -> None:
         _check_types(self, f"Rule({self.pattern!r})")
+        if self.op is not None:
+            _check_known(self.op, LAYER_OPS, f"Rule({self.pattern!r}).op")
         for name in ("weight_bits", "activation_bits"):
             if (bits := getattr(self, name)) is not None:
                 check_bits(bits, f"Rule({self.pattern!r}).{name}")
