@@ -597,14 +597,20 @@ def _both(quantized: Any, source: Source, drawn: Drawn) -> tuple[Any, Any]:
     which = source.denoiser(quantized.interface.timestep)
     settings = drawn.arguments() | source.arguments() | which
     pipe = load_pipeline(*source.pipeline())
-    return draw(pipe, None, **settings), draw(pipe, _beside(pipe, quantized, source), **settings)
+    quantized = _beside(pipe, quantized, source)
+    return draw(pipe, None, **settings), draw(pipe, quantized, **settings)
 
 
 def _beside(pipe: Any, quantized: Any, source: Source) -> Any:
-    """Return the quantized network on the device and in the precision of the pipeline's own."""
+    """Return the quantized network on the device and in the precision of the pipeline's own.
+
+    Raises TFMQError if it was made of another network.
+    """
     from tfmq_fx.calibration.pipelines import denoiser
+    from tfmq_fx.evaluation.sampling import require_made_of
 
     own: Any = denoiser(pipe, **source.denoiser(quantized.interface.timestep))
+    require_made_of(quantized, own)
     return quantized.to(own.device, own.dtype)
 
 

@@ -24,6 +24,7 @@ from tfmq_fx.calibration.data import CalibrationSet
 from tfmq_fx.calibration.pipelines import denoiser, usual_steps
 from tfmq_fx.evaluation.extractors import Extractor, compare
 from tfmq_fx.evaluation.plots import FLOOR, INK, NEAREST, OURS, PLOTS, data_uri, shown_steps, strip, svg
+from tfmq_fx.evaluation.sampling import require_made_of
 from tfmq_fx.evaluation.trajectories import (
     Trajectory,
     in_bfloat16,
@@ -112,6 +113,7 @@ def measure(
     require_type(model, QuantizedModel, "model", "give what tfmq_fx.quantize returns")
     timestep = model.interface.timestep
     network = denoiser(pipe, timestep=timestep, component=component)
+    require_made_of(model, network)
     settings: dict[str, Any] = {
         "num_samples": num_samples,
         "num_inference_steps": usual_steps(pipe) if num_inference_steps is None else num_inference_steps,
