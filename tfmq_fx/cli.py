@@ -11,7 +11,9 @@ import shlex
 import shutil
 import sys
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -50,6 +52,21 @@ EVALUATED, REPORTED = Drawn(num_samples=256, seed=1), Drawn(num_samples=16, seed
 ERRORS = ("output_relative_mse", "temporal_cosine_distance", "temporal_cosine_distance_worst")
 
 
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        out.print(version("tfmq_fx"))
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version.", callback=_print_version, is_eager=True)
+    ] = False,
+) -> None:
+    pass
+
+
 def load_pipeline(
     model: str | None,
     scheduler: str | None = None,
@@ -82,6 +99,9 @@ def load_pipeline(
             of_transformers.disable_progress_bar()
             of_transformers.set_verbosity_error()  # otherwise it prints which image processors are missing
     if model is None:
+        for option, value in (("--config", config), ("--variant", variant)):
+            if value is not None:
+                raise TFMQError(f"{option} {value}: is for a --model; the embedded one has its own.")
         pipe = embedded_pipeline()
         pipe = pipe if dtype is None else pipe.to(dtypes[dtype])
     else:
@@ -278,13 +298,25 @@ def quantize(
         data = _recorded(pipe, preset, source, rows, seed=settings.seed, processes=ranks.size)
         if choices.max_megabytes is not None:
             recipe = _within(choices.max_megabytes, pipe, recipe, data, settings, source)
-        quantized = run(pipe, recipe, calibration=data, **settings.arguments())
+        with _naming_state(state):
+            quantized = run(pipe, recipe, calibration=data, **settings.arguments())
         if ranks.rank != 0:
             return
     quantized.record_command(shlex.join(["tfmq", *sys.argv[1:]]))
     quantized.save_pretrained(output)
     shutil.rmtree(state, ignore_errors=True)
     _print_quantized(output, choices.recipe, quantized.report)
+
+
+@contextmanager
+def _naming_state(state: Path) -> Iterator[None]:
+    """Say after an interruption that the same command continues, if there is a state."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        if state.is_dir():
+            _print_error(f"{state} has the finished blocks; the same command continues from there.")
+        raise
 
 
 @app.command()
@@ -430,6 +462,8 @@ def sample(
     from tfmq_fx.model import load
 
     require_writable(output)  # fail now, not after minutes of work
+    if output.suffix.lower() != ".png":
+        raise TFMQError(f"--output {output}: is written as PNG; use a name that ends in .png.")
     images = _both(load(folder), source, drawn)
     save_grid([("float", images[0]), (folder.name, images[1])], output)
     out.print(
@@ -630,8 +664,12 @@ def main() -> None:
         if not text:  # `tfmq` without arguments has printed the help
             sys.exit(2)
         words = text if isinstance(error, _UsageError) and "Usage:" in text else " ".join(text.splitlines())
-        Console(stderr=True, soft_wrap=True).print(f"error: {words}", markup=False, highlight=False)
+        _print_error(f"error: {words}")
         sys.exit(2)
+
+
+def _print_error(words: str) -> None:
+    Console(stderr=True, soft_wrap=True).print(words, markup=False, highlight=False)
 
 
 if __name__ == "__main__":
