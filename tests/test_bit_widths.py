@@ -187,9 +187,9 @@ def test_bad_input_is_refused():
 @pytest.mark.parametrize(
     ("budget", "words"),
     [
-        ({"max_bytes": "1MB"}, "max_bytes: expected Real, found str; give a number"),
-        ({"max_bytes": float("nan")}, "max_bytes: nan is not positive"),
-        ({"max_bytes": 1, "max_float_flops": None}, "max_float_flops: expected Real, found NoneType"),
+        ({"max_bytes": "1MB"}, "max_bytes: '1MB' is not a positive number of bytes"),
+        ({"max_bytes": float("nan")}, "max_bytes: nan is not a positive number"),
+        ({"max_bytes": 1, "max_float_flops": None}, "max_float_flops: None is not a share"),
         ({"max_bytes": 1, "widths": (1,)}, "widths: 1 is not a supported bit width"),
     ],
 )

@@ -24,7 +24,7 @@ from torch.fx import GraphModule, Node
 from tfmq_fx.base.ambient import neutral
 from tfmq_fx.base.arithmetic import FLOAT_BITS, check_bits, weight_numbers
 from tfmq_fx.base.entries import per_sample
-from tfmq_fx.base.errors import TFMQError, require_type
+from tfmq_fx.base.errors import TFMQError
 from tfmq_fx.base.files import replace_files, update_with_tensors
 from tfmq_fx.base.metrics import first_tensor, relative_mse_by_timestep
 from tfmq_fx.base.progress import track
@@ -328,10 +328,10 @@ def mixed_precision(
     recipe = Recipe.of(recipe)
     require_model(model, component)
     require_set(calibration)
-    for name, value in (("max_bytes", max_bytes), ("max_float_flops", max_float_flops)):
-        require_type(value, Real, name, "give a number")
-    if not max_bytes > 0:
-        raise TFMQError(f"max_bytes: {max_bytes} is not positive.")
+    if not (isinstance(max_bytes, Real) and max_bytes > 0):
+        raise TFMQError(f"max_bytes: {max_bytes!r} is not a positive number of bytes.")
+    if not (isinstance(max_float_flops, Real) and 0.0 <= max_float_flops <= 1.0):
+        raise TFMQError(f"max_float_flops: {max_float_flops!r} is not a share, between 0 and 1.")
     _check_widths(widths)
     network = network_of(model, timestep=timestep, component=component)
     plain = dataclasses.replace(recipe, smooth=None, rotate=None, low_rank=None)

@@ -146,7 +146,7 @@ def test_altered_configs_are_refused(folder, change, words):
     [
         ({"folder": "/nowhere/at/all"}, "no such folder"),
         ({"folder": None}, "folder: expected str or Path, found NoneType"),
-        ({"folder": "/", "max_memory": "2GB"}, "max_memory: expected Real, found str"),
+        ({"folder": "/", "max_memory": "2GB"}, "max_memory: '2GB' is not a number of GiB"),
         ({"folder": "/", "max_memory": -1}, "max_memory: -1 is not a number of GiB"),
         ({"folder": "/", "max_memory": float("nan")}, "max_memory: nan is not a number of GiB"),
     ],

@@ -186,9 +186,8 @@ def _read_outside(
 def read(folder: str | Path, models: Mapping[str, type[M]], *, max_memory: float = MAX_MEMORY) -> M:
     """Read an artefact and return it as an instance of the class for its kind; see `tfmq_fx.load`."""
     require_type(folder, (str, Path), "folder", "name the folder of an artefact")
-    require_type(max_memory, Real, "max_memory", "give the GiB as a number")
-    if not max_memory >= 0:
-        raise TFMQError(f"max_memory: {max_memory} is not a number of GiB; use zero or more.")
+    if not (isinstance(max_memory, Real) and max_memory >= 0):
+        raise TFMQError(f"max_memory: {max_memory!r} is not a number of GiB; use zero or more.")
     folder = Path(folder)
     if not os.path.isdir(folder):  # Path.is_dir raises for names that are too long
         raise TFMQError(f"{folder}: no such folder.")
