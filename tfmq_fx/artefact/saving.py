@@ -225,7 +225,7 @@ def read(folder: str | Path, models: Mapping[str, type[M]], *, max_memory: float
             _dtype(spec["dtype"])
         timesteps = torch.tensor(quantization["timesteps"], dtype=_dtype(quantization["timesteps_dtype"]))
         if not timesteps.numel():
-            raise TFMQError(f"{CONFIG}: 'timesteps' is empty; save the artefact again.")
+            raise TFMQError(f"{folder / CONFIG}: 'timesteps' is empty; save the artefact again.")
         finite = {
             n: torch.tensor(v["values"], dtype=_dtype(v["dtype"])) for n, v in quantization["finite"].items()
         }
