@@ -281,7 +281,6 @@ def quantize(
     Run with `torchrun --nproc-per-node=N -m tfmq_fx.cli quantize ..` to share the work between N processes.
     """
     from tfmq_fx.artefact.saving import check_output_folder
-    from tfmq_fx.base.files import require_writable
     from tfmq_fx.base.parallel import joined
     from tfmq_fx.pipeline import quantize as run
 
@@ -290,10 +289,9 @@ def quantize(
     # complete.
     real = Path(os.path.realpath(output))
     state = real.with_name(f".{real.name}.state")
-    settings = dataclasses.replace(settings, state=state, **source.denoiser())
     with joined() as ranks:
         check_output_folder(output)  # fail now, not after minutes of work
-        require_writable(state)
+        settings = dataclasses.replace(settings, state=state, **source.denoiser())
         pipe = load_pipeline(*source.pipeline())
         data = _recorded(pipe, preset, source, rows, seed=settings.seed, processes=ranks.size)
         if choices.max_megabytes is not None:
