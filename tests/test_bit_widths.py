@@ -169,6 +169,10 @@ def test_rules_keep_what_they_say():
 
 def test_bad_input_is_refused():
     for call, words in (
+        (
+            lambda: sensitivity(make(TinyUNet), calibration()),  # type: ignore[arg-type]
+            "gm: expected GraphModule, found TinyUNet; capture the network first",
+        ),
         (lambda: sensitivity(captured(), calibration()), "the graph is a float graph"),
         (lambda: sensitivity(calibrated(), calibration(), widths=(4, 16)), r"widths=\(4, 16\)"),
         (
@@ -180,6 +184,31 @@ def test_bad_input_is_refused():
             call()
 
 
+@pytest.mark.parametrize(
+    ("budget", "words"),
+    [
+        ({"max_bytes": "1MB"}, "max_bytes: '1MB' is not a positive number of bytes"),
+        ({"max_bytes": float("nan")}, "max_bytes: nan is not a positive number"),
+        ({"max_bytes": 1, "max_float_flops": None}, "max_float_flops: None is not a share"),
+        ({"max_bytes": 1, "widths": (1,)}, "widths: 1 is not a supported bit width"),
+    ],
+)
+def test_a_budget_is_checked_before_anything_else(budget, words):
+    with pytest.raises(TFMQError, match=words):
+        mixed_precision(make(TinyUNet), W4A8, calibration=calibration(), **budget)
+
+
+@pytest.mark.parametrize("changes", [{}, {"group_size": 8}, {"weight_bits": 16}])
+def test_a_budget_that_is_too_small_is_refused_before_anything_is_measured(monkeypatch, changes):
+    recipe = dataclasses.replace(W4A8, **changes)
+    gm = tfmq_fx.prepare(captured(), recipe, timesteps=TIMESTEPS)
+    layers = sensitivity(tfmq_fx.calibrate(gm, calibration()), calibration(), rows=10).layers
+    least = sum(x.bytes(min(x.weight_errors)) for x in layers)
+    monkeypatch.setattr(module, "calibrate", None)
+    with pytest.raises(TFMQError, match=f"max_bytes=10: 14 layers take {least} bytes at their fewest bits"):
+        mixed_precision(make(TinyUNet), recipe, calibration=calibration(), max_bytes=10)
+
+
 def test_the_command_line_keeps_the_budget(monkeypatch, capsys, tmp_path):
     ddpm().save_pretrained(tmp_path / "model")
     quick = ("--num-samples", 2, "--steps", 3, "--iterations", 0, "--tune-iterations", 0)
@@ -188,6 +217,9 @@ def test_the_command_line_keeps_the_budget(monkeypatch, capsys, tmp_path):
         monkeypatch, capsys, *common, "--max-megabytes", 0.008
     )  # 5.2 kB of weights at 4 bits, 10.4 at 8
     assert (code, err) == (0, "")
+    code, _, err = run(monkeypatch, capsys, *common, "--max-megabytes", 1e-5)
+    assert code == 2
+    assert "error: --max-megabytes 1e-05: the weights take 0.00" in err
     report = tfmq_fx.load(tmp_path / "q").report
     assert {x["weight_bits"] for x in report["layers"]} == {4, 8}
     assert 9_000 < report["sizes"]["quantized_bytes"] < 12_000  # with scales and zero points 8.7 and 13.7

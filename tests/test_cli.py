@@ -1,5 +1,6 @@
 import json
 import shutil
+from importlib.metadata import version
 
 import pytest
 import torch
@@ -33,6 +34,25 @@ def test_inspect_shows_the_block(monkeypatch, capsys):
     assert code == 0
     assert "11 features" in out
     assert "up_blocks.2.resnets.1.time_emb_proj" in out
+
+
+def test_the_version(monkeypatch, capsys):
+    assert run(monkeypatch, capsys, "--version") == (0, f"{version('tfmq_fx')}\n", "")
+
+
+def test_after_an_interruption_the_state_is_named(monkeypatch, capsys, tmp_path):
+    def interrupted(*_, state, **__):
+        state.mkdir()
+        raise KeyboardInterrupt
+
+    ddpm().save_pretrained(tmp_path / "pipe")
+    monkeypatch.setattr("tfmq_fx.pipeline.quantize", interrupted)
+    quick = ("--model", tmp_path / "pipe", "--num-samples", 1, "--steps", 2)
+    code, out, err = run(monkeypatch, capsys, "quantize", tmp_path / "q", *quick)
+    assert (code, out) == (130, "")
+    assert (
+        err.strip() == f"{tmp_path}/.q.state has the finished blocks; the same command continues from there."
+    )
 
 
 def test_precompute_writes_tables(monkeypatch, capsys, tmp_path):
@@ -235,7 +255,7 @@ def test_the_timestep_and_the_component_have_names(monkeypatch, capsys, tmp_path
     code, _, err = run(monkeypatch, capsys, *quantize, *named)
     assert code == 0, err
     for command in ("sample", "evaluate", "report"):
-        more = () if command == "evaluate" else ("--output", tmp_path / command)
+        more = () if command == "evaluate" else ("--output", tmp_path / f"{command}.png")
         code, out, err = run(monkeypatch, capsys, command, q, *more, *quick, "--component", "unet")
         assert code == 0, err
         assert "PSNR" in out

@@ -78,6 +78,12 @@ def test_a_float_network_with_a_quantization_config_is_refused_with_the_way_to_g
         diffusers.DiffusionPipeline.from_pretrained(tmp_path / "pipe", quantization_config=mapping)
 
 
+def test_a_config_without_a_recipe_is_refused():
+    with pytest.raises(TFMQError, match="'w4a9' is not a preset; presets are w4a8"):
+        tfmq_fx.TFMQConfig("w4a9")
+    assert tfmq_fx.TFMQConfig(NEAREST.to_json()).recipe == NEAREST.to_json()
+
+
 def test_modules_to_not_convert_stay_float(sd, data):
     config = tfmq_fx.TFMQConfig("w8a8", modules_to_not_convert=["conv_out", "attn2", "down_blocks.0"])
     recipe = dataclasses.replace(config.to_recipe(sd.unet), reconstruction=NEAREST.reconstruction)

@@ -1,5 +1,8 @@
 """quantize: what it needs, and what it reports."""
 
+from functools import partial
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -86,6 +89,44 @@ def test_a_wrong_setting_is_refused_before_anything_is_captured():
     for setting, words in (({"seed": 0.5}, "seed: 0.5"), ({"finite": ["class_labels"]}, "finite: list")):
         with pytest.raises(TFMQError, match=words):
             tfmq_fx.quantize(None, calibration=calibration(), **setting)
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ({"model": None}, "model: expected Module, found NoneType; give a loaded diffusers pipeline"),
+        ({"model": "folder"}, "model: expected Module, found str"),
+        ({"model": TinyUNet}, "model: expected Module, found the class TinyUNet"),
+        ({"model": lambda x: x}, "model: expected Module, found function"),
+        ({"recipe": {"weight_bits": 4}}, r"recipe: expected Recipe, found dict; .*Recipe\.from_json\(dict\)"),
+        ({"recipe": Path("x.json")}, r"recipe: expected Recipe, found .*Path; .*Recipe\.read\(file\)"),
+        ({"recipe": None}, "recipe: expected Recipe, found NoneType"),
+        ({"recipe": "mine.json"}, r"'mine\.json' is not a preset; .*Recipe\.read\(file\)"),
+        ({"calibration": {}}, r"calibration: expected CalibrationSet, found dict; .*from_tensors"),
+        ({"calibration": []}, "calibration: expected CalibrationSet, found list"),
+        ({"component": "unet"}, "component: 'unet' is for a pipeline, but a TinyUNet is given"),
+    ],
+)
+@pytest.mark.parametrize("call", [tfmq_fx.quantize, partial(tfmq_fx.mixed_precision, max_bytes=1e6)])
+def test_wrong_objects_are_refused_before_anything_is_captured(monkeypatch, given, words, call):
+    monkeypatch.setattr("torch.export.export", None)
+    arguments = {"model": make(TinyUNet), "recipe": "w4a8", "calibration": calibration(), **given}
+    with pytest.raises(TFMQError, match=words):
+        call(**arguments)
+
+
+@pytest.mark.parametrize(
+    ("state", "words"),
+    [
+        (3, "state: expected str or Path, found int; name a folder"),
+        ("/proc/state", "/proc/state/state.json: cannot be written"),
+        (__file__, r"test_pipeline\.py/state\.json: cannot be written"),
+    ],
+)
+def test_a_state_that_cannot_be_written_is_refused_before_anything_is_captured(state, words):
+    recipe = tfmq_fx.Recipe(reconstruction=tfmq_fx.Reconstruction(method="nearest"))  # it needs no state
+    with pytest.raises(TFMQError, match=words):
+        tfmq_fx.quantize(Unasked().eval(), recipe, calibration=calibration(), state=state)
 
 
 class Unasked(torch.nn.Module):

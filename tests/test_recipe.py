@@ -3,12 +3,13 @@
 import dataclasses
 import json
 
+import numpy as np
 import pytest
 
 import tfmq_fx
 from benchmarks.networks.small import FAST
 from tfmq_fx.base.errors import TFMQError
-from tfmq_fx.recipe import PRESETS, Recipe, Rule
+from tfmq_fx.recipe import PRESETS, Recipe, Reconstruction, Rule
 
 
 @pytest.mark.parametrize(
@@ -44,10 +45,10 @@ def test_fields_left_out_have_their_defaults():
         ({"rules": {}}, "Recipe.rules: {} is not a list"),
         ({"rules": ["a"]}, "Recipe.rules[0]: 'a' is not a JSON object"),
         ({"rules": [{"weight_bits": 4}]}, "Recipe.rules[0]: no pattern"),
-        ({"reconstruction": {"iterations": 1.5}}, "Recipe.reconstruction.iterations: 1.5 is not of type int"),
+        ({"reconstruction": {"iterations": 1.5}}, "Reconstruction.iterations: 1.5 is not of type int"),
         (
             {"reconstruction": {"beta": [1]}},
-            "Recipe.reconstruction.beta: [1] is not of type tuple[float, float]",
+            "Reconstruction.beta: [1] is not of type tuple[float, float]",
         ),
         ({"reconstruction": {"batch_size": 0}}, "Reconstruction.batch_size: 0 is not positive"),
         ({"weight_bits": 9}, "Recipe.weight_bits: 9 is not a supported bit width"),
@@ -61,7 +62,14 @@ def test_what_does_not_fit_is_named(values, message):
 
 @pytest.mark.parametrize(
     ("text", "message"),
-    [("[1]", "holds no JSON object"), ("{", "is not valid JSON"), (None, "cannot be read")],
+    [
+        ("[1]", "holds no JSON object"),
+        ("{", "is not valid JSON"),
+        (None, "cannot be read"),
+        ('{"weight_bits": 4, "weight_bits": 8}', "is not valid JSON ('weight_bits' is there twice)"),
+        ('{"smooth": NaN}', "is not valid JSON (it has no NaN)"),
+        ('{"reconstruction": {"damping": Infinity}}', "is not valid JSON (it has no Infinity)"),
+    ],
 )
 def test_a_file_that_is_no_recipe_is_named(tmp_path, text, message):
     file = tmp_path / "recipe.json"
@@ -71,6 +79,75 @@ def test_a_file_that_is_no_recipe_is_named(tmp_path, text, message):
         Recipe.read(file)
     assert message in str(error.value)
     assert "recipe.json" in str(error.value)
+
+
+def test_a_file_may_be_named_by_a_string(tmp_path):
+    (tmp_path / "recipe.json").write_text("{}")
+    assert Recipe.read(str(tmp_path / "recipe.json")) == Recipe()
+
+
+@pytest.mark.parametrize(
+    ("cls", "change", "words"),
+    [
+        (Recipe, {"reconstruction": "nearest"}, "is not of type Reconstruction"),
+        (Recipe, {"reconstruction": {"method": "nearest"}}, "is not of type Reconstruction"),
+        (Recipe, {"reconstruction": None}, "is not of type Reconstruction"),
+        (Recipe, {"rules": Rule(pattern="a")}, r"is not of type tuple\[Rule, \.\.\.\]"),
+        (Recipe, {"rules": [{"pattern": "a"}]}, r"is not of type tuple\[Rule, \.\.\.\]"),
+        (Recipe, {"rules": None}, r"is not of type tuple\[Rule, \.\.\.\]"),
+        (Recipe, {"shared_zero_point": "no"}, "is not of type bool"),
+        (Recipe, {"smooth": True}, r"is not of type float \| str \| None"),
+        (Recipe, {"rotate": 8.0}, r"is not of type int \| None"),
+        (Recipe, {"low_rank": True}, r"is not of type int \| None"),
+        (Recipe, {"max_table_entries": 2.5}, "is not of type int"),
+        (Recipe, {"float_flops": None}, "is not of type float"),
+        (Recipe, {"float_flops": float("nan")}, "is not a finite number"),
+        (Recipe, {"maintain_bound": "1"}, "is not of type float"),
+        (Recipe, {"temporal_observer": 5}, r"is not of type str \| type\[TemporalObserver\]"),
+        (Recipe, {"temporal_observer": int}, r"is not of type str \| type\[TemporalObserver\]"),
+        (Reconstruction, {"tune_iterations": 2.5}, r"is not of type int \| None"),
+        (Reconstruction, {"max_memory": "8GB"}, "is not of type float"),
+        (Reconstruction, {"max_memory": float("nan")}, "is not a finite number"),
+        (Reconstruction, {"max_memory": -1}, "is negative"),
+        (Reconstruction, {"damping": -1}, "is negative"),
+        (Reconstruction, {"gptq_memory": -2}, "is not positive"),
+        (Reconstruction, {"learning_rate": -1}, "is not positive"),
+        (Reconstruction, {"warmup": 2}, "is not a share"),
+        (Reconstruction, {"beta": 3}, r"is not of type tuple\[float, float\]"),
+        (Reconstruction, {"beta": (20.0, 0.0)}, "are not two positive numbers"),
+        (Reconstruction, {"shards": True}, "is not of type int"),
+        (Rule, {"pattern": 5}, "is not of type str"),
+        (Rule, {"pattern": "a", "activation_terms": 3}, "is not 1 or 2"),
+        (Rule, {"pattern": "a", "op": "conv"}, "is unknown; use one of linear, conv1d, conv2d"),
+    ],
+)
+def test_the_constructors_check_types_and_ranges(cls, change, words):
+    *_, name = change
+    with pytest.raises(TFMQError, match=rf"^{cls.__name__}.*\.{name}: .* {words}") as error:
+        cls(**change)
+    assert "\n" not in str(error.value)
+
+
+def test_numbers_of_numpy_become_pythons_and_lists_tuples():
+    settings = Reconstruction(iterations=np.int64(3), learning_rate=np.float32(0.5), beta=[20, 2])
+    recipe = Recipe(weight_bits=np.int64(8), smooth=1, rules=[Rule(pattern="a")], reconstruction=settings)
+    assert Recipe.from_json(json.loads(json.dumps(recipe.to_json()))) == recipe
+    assert hash(recipe) == hash(dataclasses.replace(recipe, smooth=1.0, rules=(Rule(pattern="a"),)))
+
+
+@pytest.mark.parametrize(
+    ("read", "value", "words"),
+    [
+        (Recipe.preset, None, "recipe: None is not a preset; presets are w8a8"),
+        (Recipe.preset, ["w4a8"], "is not a preset"),
+        (Recipe.preset, "mine.json", r"for a file, use Recipe\.read\(file\)"),
+        (Recipe.from_json, '{"weight_bits": 4}', "is not a JSON object; give a dict of Recipe's fields"),
+        (Recipe.from_json, [1], "is not a JSON object"),
+    ],
+)
+def test_what_is_no_recipe_is_named(read, value, words):
+    with pytest.raises(TFMQError, match=words):
+        read(value)
 
 
 @pytest.mark.parametrize(
@@ -92,7 +169,8 @@ def test_a_recipe_checks_its_maintenance(changes):
 @pytest.mark.parametrize("owner", [tfmq_fx.Recipe, lambda **k: tfmq_fx.Rule(pattern="*", **k)])
 def test_a_size_that_is_none_is_refused(owner, size):
     with pytest.raises(
-        TFMQError, match=r"(Recipe|Rule\('\*'\))\.group_size: .* is not a valid group size; use an integer"
+        TFMQError,
+        match=r"(Recipe|Rule\('\*'\))\.group_size: .* is not (a valid group size|of type int \| None)",
     ):
         owner(group_size=size)
 

@@ -179,6 +179,18 @@ def test_a_folder_with_something_else_is_refused_and_left_alone(measured, tmp_pa
     assert [f.name for f in tmp_path.iterdir()] == ["mine.txt"]
 
 
+@pytest.mark.parametrize(
+    ("of", "changes", "words"),
+    [
+        (lambda pipe, _: pipe.unet, {}, "model: expected QuantizedModel, found UNet2DModel"),
+        (lambda _, q: q, {"num_inference_steps": 0}, "num_inference_steps: 0 is not positive"),
+    ],
+)
+def test_what_cannot_be_measured_is_refused(pipe, q, of, changes, words):
+    with pytest.raises(TFMQError, match=words):
+        measure(pipe, of(pipe, q), **{**SETTINGS, **changes})
+
+
 def test_the_hook_is_gone_when_sampling_fails(pipe, q):
     with pytest.raises(TFMQError):
         trajectory(pipe, q, q, **SETTINGS, no_such_argument=1)

@@ -13,6 +13,7 @@ import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
@@ -28,18 +29,37 @@ from tfmq_fx.base.files import replace_files, update_with_tensors
 from tfmq_fx.base.metrics import first_tensor, relative_mse_by_timestep
 from tfmq_fx.base.progress import track
 from tfmq_fx.calibration.data import CalibrationSet, inputs_of
-from tfmq_fx.calibration.pipelines import denoiser
-from tfmq_fx.calibration.stage import calibrate, with_own
+from tfmq_fx.calibration.pipelines import network_of, require_model
+from tfmq_fx.calibration.stage import calibrate, require_set, with_own
 from tfmq_fx.calibration.temporal_rows import is_scalar
 from tfmq_fx.capturing.calibrated import captured
 from tfmq_fx.graph.nodes import attribute, output_channel_axis
 from tfmq_fx.graph.written import keeps_buffers
 from tfmq_fx.observers.weight import PerChannelWeightFakeQuantize
 from tfmq_fx.passes.quantize.observed import observers, set_mode, without_observers
+from tfmq_fx.passes.quantize.plan import LayerPlan
 from tfmq_fx.passes.quantize.prepare import prepare
 from tfmq_fx.passes.quantize.state import require_stage, state_of
 from tfmq_fx.recipe import Recipe, Rule
 from tfmq_fx.runtimes.layers import layers_of
+
+
+class BudgetError(TFMQError):
+    """A budget is too small. least: the bytes that would do."""
+
+    def __init__(self, budget: float, least: int, layers: int) -> None:
+        self.least = least
+        super().__init__(
+            f"max_bytes={budget:g}: {layers} layers take {least} bytes at their fewest bits; allow at least that, or "
+            "measure fewer bits (widths)."
+        )
+
+
+def weight_bytes(weights: int, rows: int, bits: int) -> int:
+    """Return the bytes of a weight in the artefact, with a float32 scale and a zero point of `bits` bits per row."""
+    if bits == FLOAT_BITS:
+        return 4 * weights
+    return -(-weights * bits // 8) - (-rows * bits // 8) + 4 * rows
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,10 +76,8 @@ class LayerSensitivity:
     activation_errors: list[float]  # of its input, with the recipe's bits; zeros if that is float
 
     def bytes(self, bits: int) -> int:
-        """Return the bytes in the artefact, with a float32 scale and a zero point of `bits` bits per row."""
-        if bits == FLOAT_BITS:
-            return 4 * self.weights
-        return -(-self.weights * bits // 8) - (-self.rows * bits // 8) + 4 * self.rows
+        """Return the bytes in the artefact, as `weight_bytes` does."""
+        return weight_bytes(self.weights, self.rows, bits)
 
     def error(self, bits: int) -> float:
         """Return the mean error over the timesteps; 0 for a layer left in float, weight and input."""
@@ -111,16 +129,12 @@ class Sensitivity:
             kernels run 4 and 8 bits equally fast, so only float costs time.
 
         It starts from the fewest bytes, and always takes the step that reduces the error most per byte (the
-        greedy rule for the knapsack problem, exact for its relaxation). Raises TFMQError if nothing fits,
-        with what would.
+        greedy rule for the knapsack problem, exact for its relaxation). Raises BudgetError if nothing fits.
         """
         bits = {layer.path: min(layer.weight_errors) for layer in self.layers}
         least = self.bytes(bits)
         if least > max_bytes:
-            raise TFMQError(
-                f"max_bytes={max_bytes:g}: {len(self.layers)} layers take {least} bytes at their fewest bits; allow at least that, or "
-                "measure fewer bits (widths)."
-            )
+            raise BudgetError(max_bytes, least, len(self.layers))
         room, float_room = max_bytes - least, max_float_flops * sum(layer.flops for layer in self.layers)
         while True:
             best: tuple[float, LayerSensitivity, int] | None = None
@@ -168,12 +182,8 @@ def sensitivity(
     the recipe demands of first and last layers.
     """
     require_stage(gm, "calibrated", "reconstructed")
-    for width in widths:
-        check_bits(width, "widths")
-    if not widths or FLOAT_BITS in widths:
-        raise TFMQError(
-            f"widths={tuple(widths)}: name integer widths, such as (4, 8); float is always compared."
-        )
+    require_set(calibration)
+    _check_widths(widths)
     data = calibration.spread(rows, seed=seed)
     plain = without_observers(gm)
     key = _key(gm, plain, data, widths)
@@ -193,13 +203,10 @@ def sensitivity(
     flops = {layer.path: layer.flops for layer in layers_of(plain)}
     nodes = {n.name: n for n in plain.graph.nodes}
     layers = []
-    for planned in track(state_of(gm).plan.layers, "measuring layers"):
-        if planned.reason.startswith("rule"):
-            continue
+    for planned in track(_free(gm), "measuring layers"):
         weight = attribute(plain, planned.path)
-        lowest = planned.weight_bits if planned.reason else 0
         weight_errors = {}
-        for bits in sorted(w for w in widths if w >= lowest) or [planned.weight_bits]:
+        for bits in _widths_of(planned, widths):
             integers = PerChannelWeightFakeQuantize(
                 bits=bits,
                 ch_axis=output_channel_axis(nodes[planned.node]),
@@ -227,6 +234,39 @@ def sensitivity(
         text = json.dumps(found.to_json()) + "\n"
         replace_files(file, lambda path: path.write_text(text))
     return found
+
+
+def _check_widths(widths: Sequence[int]) -> None:
+    for width in widths:
+        check_bits(width, "widths")
+    if not widths or FLOAT_BITS in widths:
+        raise TFMQError(
+            f"widths={tuple(widths)}: name integer widths, such as (4, 8); float is always compared."
+        )
+
+
+def _free(gm: GraphModule) -> list[LayerPlan]:
+    """Return the layers whose bits no rule gives."""
+    return [layer for layer in state_of(gm).plan.layers if not layer.reason.startswith("rule")]
+
+
+def _widths_of(layer: LayerPlan, widths: Sequence[int]) -> list[int]:
+    """Return the widths that the recipe allows a layer, the fewest bits first."""
+    lowest = layer.weight_bits if layer.reason else 0
+    return sorted(w for w in widths if w >= lowest) or [layer.weight_bits]
+
+
+def _require_room(gm: GraphModule, widths: Sequence[int], max_bytes: float) -> None:
+    """Raise BudgetError if the layers of a prepared graph take more at their fewest bits."""
+    layers, least = _free(gm), 0
+    axes = {n.name: output_channel_axis(n) for n in gm.graph.nodes if n.name in {x.node for x in layers}}
+    for layer in layers:
+        weight = attribute(gm, layer.path)
+        channels = weight.shape[axes[layer.node]]
+        rows = weight.numel() // layer.group_size if layer.group_size else channels
+        least += weight_bytes(weight.numel(), rows, _widths_of(layer, widths)[0])
+    if least > max_bytes:
+        raise BudgetError(max_bytes, least, len(layers))
 
 
 class _With(nn.Module):
@@ -282,15 +322,22 @@ def mixed_precision(
     The result is for `quantize`. Sensitivities are measured without the recipe's low-bit passes.
 
     model: a pipeline or network, as for `quantize`. The other arguments are those of `quantize`,
-        `sensitivity` and `Sensitivity.choose`. Raises TFMQError as those functions do.
+        `sensitivity` and `Sensitivity.choose`. Raises TFMQError as those functions do, and for a budget that is too
+        small before anything is measured.
     """
-    recipe = Recipe.preset(recipe) if isinstance(recipe, str) else recipe
-    network = (
-        model if isinstance(model, nn.Module) else denoiser(model, timestep=timestep, component=component)
-    )
+    recipe = Recipe.of(recipe)
+    require_model(model, component)
+    require_set(calibration)
+    if not (isinstance(max_bytes, Real) and max_bytes > 0):
+        raise TFMQError(f"max_bytes: {max_bytes!r} is not a positive number of bytes.")
+    if not (isinstance(max_float_flops, Real) and 0.0 <= max_float_flops <= 1.0):
+        raise TFMQError(f"max_float_flops: {max_float_flops!r} is not a share, between 0 and 1.")
+    _check_widths(widths)
+    network = network_of(model, timestep=timestep, component=component)
     plain = dataclasses.replace(recipe, smooth=None, rotate=None, low_rank=None)
     gm, _, calibration = captured(network, calibration, timestep)
     prepared = prepare(gm, plain, timesteps=calibration.timesteps, finite=finite)
+    _require_room(prepared, widths, max_bytes)
     calibrate(prepared, calibration)
     found = sensitivity(prepared, calibration, widths=widths, rows=rows, seed=seed, cache=cache)
     return with_bits(

@@ -11,7 +11,9 @@ import shlex
 import shutil
 import sys
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -50,6 +52,21 @@ EVALUATED, REPORTED = Drawn(num_samples=256, seed=1), Drawn(num_samples=16, seed
 ERRORS = ("output_relative_mse", "temporal_cosine_distance", "temporal_cosine_distance_worst")
 
 
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        out.print(version("tfmq_fx"))
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version.", callback=_print_version, is_eager=True)
+    ] = False,
+) -> None:
+    pass
+
+
 def load_pipeline(
     model: str | None,
     scheduler: str | None = None,
@@ -82,6 +99,9 @@ def load_pipeline(
             of_transformers.disable_progress_bar()
             of_transformers.set_verbosity_error()  # otherwise it prints which image processors are missing
     if model is None:
+        for option, value in (("--config", config), ("--variant", variant)):
+            if value is not None:
+                raise TFMQError(f"{option} {value}: is for a --model; the embedded one has its own.")
         pipe = embedded_pipeline()
         pipe = pipe if dtype is None else pipe.to(dtypes[dtype])
     else:
@@ -261,9 +281,7 @@ def quantize(
     Run with `torchrun --nproc-per-node=N -m tfmq_fx.cli quantize ..` to share the work between N processes.
     """
     from tfmq_fx.artefact.saving import check_output_folder
-    from tfmq_fx.base.files import require_writable
     from tfmq_fx.base.parallel import joined
-    from tfmq_fx.bit_widths import mixed_precision
     from tfmq_fx.pipeline import quantize as run
 
     recipe, preset = _chosen_recipe(choices), _chosen_preset(rows)
@@ -271,30 +289,32 @@ def quantize(
     # complete.
     real = Path(os.path.realpath(output))
     state = real.with_name(f".{real.name}.state")
-    settings = dataclasses.replace(settings, state=state, **source.denoiser())
     with joined() as ranks:
         check_output_folder(output)  # fail now, not after minutes of work
-        require_writable(state)
+        settings = dataclasses.replace(settings, state=state, **source.denoiser())
         pipe = load_pipeline(*source.pipeline())
         data = _recorded(pipe, preset, source, rows, seed=settings.seed, processes=ranks.size)
         if choices.max_megabytes is not None:
-            most = choices.max_megabytes * 1e6
-            recipe = mixed_precision(
-                pipe,
-                recipe,
-                calibration=data,
-                max_bytes=most,
-                finite=settings.finite,
-                seed=settings.seed,
-                **source.denoiser(),
-            )
-        quantized = run(pipe, recipe, calibration=data, **settings.arguments())
+            recipe = _within(choices.max_megabytes, pipe, recipe, data, settings, source)
+        with _naming_state(state):
+            quantized = run(pipe, recipe, calibration=data, **settings.arguments())
         if ranks.rank != 0:
             return
     quantized.record_command(shlex.join(["tfmq", *sys.argv[1:]]))
     quantized.save_pretrained(output)
     shutil.rmtree(state, ignore_errors=True)
     _print_quantized(output, choices.recipe, quantized.report)
+
+
+@contextmanager
+def _naming_state(state: Path) -> Iterator[None]:
+    """Say after an interruption that the same command continues, if there is a state."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        if state.is_dir():
+            _print_error(f"{state} has the finished blocks; the same command continues from there.")
+        raise
 
 
 @app.command()
@@ -346,6 +366,26 @@ def _chosen_recipe(choices: Choices) -> Any:
     recipe = dataclasses.replace(recipe, reconstruction=settings)
     changes: dict[str, Any] = {"maintain": choices.maintain, "unseen": choices.unseen}
     return dataclasses.replace(recipe, **{n: x for n, x in changes.items() if x is not None})
+
+
+def _within(megabytes: float, pipe: Any, recipe: Any, data: Any, settings: Settings, source: Source) -> Any:
+    """Return the recipe with the bits of each layer that fit within --max-megabytes."""
+    from tfmq_fx.bit_widths import BudgetError, mixed_precision
+
+    try:
+        return mixed_precision(
+            pipe,
+            recipe,
+            calibration=data,
+            max_bytes=megabytes * 1e6,
+            finite=settings.finite,
+            seed=settings.seed,
+            **source.denoiser(),
+        )
+    except BudgetError as error:
+        raise TFMQError(
+            f"--max-megabytes {megabytes:g}: the weights take {error.least / 1e6} MB at their fewest bits; allow at least that."
+        ) from error
 
 
 def _chosen_preset(rows: Rows) -> Any:
@@ -420,6 +460,8 @@ def sample(
     from tfmq_fx.model import load
 
     require_writable(output)  # fail now, not after minutes of work
+    if output.suffix.lower() != ".png":
+        raise TFMQError(f"--output {output}: is written as PNG; use a name that ends in .png.")
     images = _both(load(folder), source, drawn)
     save_grid([("float", images[0]), (folder.name, images[1])], output)
     out.print(
@@ -587,14 +629,20 @@ def _both(quantized: Any, source: Source, drawn: Drawn) -> tuple[Any, Any]:
     which = source.denoiser(quantized.interface.timestep)
     settings = drawn.arguments() | source.arguments() | which
     pipe = load_pipeline(*source.pipeline())
-    return draw(pipe, None, **settings), draw(pipe, _beside(pipe, quantized, source), **settings)
+    quantized = _beside(pipe, quantized, source)
+    return draw(pipe, None, **settings), draw(pipe, quantized, **settings)
 
 
 def _beside(pipe: Any, quantized: Any, source: Source) -> Any:
-    """Return the quantized network on the device and in the precision of the pipeline's own."""
+    """Return the quantized network on the device and in the precision of the pipeline's own.
+
+    Raises TFMQError if it was made of another network.
+    """
     from tfmq_fx.calibration.pipelines import denoiser
+    from tfmq_fx.evaluation.sampling import require_made_of
 
     own: Any = denoiser(pipe, **source.denoiser(quantized.interface.timestep))
+    require_made_of(quantized, own)
     return quantized.to(own.device, own.dtype)
 
 
@@ -614,8 +662,12 @@ def main() -> None:
         if not text:  # `tfmq` without arguments has printed the help
             sys.exit(2)
         words = text if isinstance(error, _UsageError) and "Usage:" in text else " ".join(text.splitlines())
-        Console(stderr=True, soft_wrap=True).print(f"error: {words}", markup=False, highlight=False)
+        _print_error(f"error: {words}")
         sys.exit(2)
+
+
+def _print_error(words: str) -> None:
+    Console(stderr=True, soft_wrap=True).print(words, markup=False, highlight=False)
 
 
 if __name__ == "__main__":

@@ -39,6 +39,8 @@ class TFMQConfig(QuantizationConfigMixin):  # type: ignore[misc]
     modules_to_not_convert: paths of modules that stay in float, matched as in diffusers: by name, with all
         modules under it.
 
+    Raises TFMQError for an unknown preset.
+
     `from_pretrained(.., quantization_config=TFMQConfig(..))` of a float network raises TFMQError: there is
     nothing to calibrate with.
     """
@@ -49,6 +51,10 @@ class TFMQConfig(QuantizationConfigMixin):  # type: ignore[misc]
         modules_to_not_convert: list[str] | None = None,
         **artefact: Any,  # the rest of a saved quantization_config, which `tfmq_fx.load` reads by itself
     ) -> None:
+        from tfmq_fx.recipe import Recipe
+
+        if not isinstance(recipe, Mapping):  # of an artefact, `load` reads it
+            Recipe.preset(recipe)
         artefact.pop("quant_method", None)
         self.quant_method = QuantizationMethod.TFMQ
         self.recipe = recipe

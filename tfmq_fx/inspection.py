@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
 
 from tfmq_fx.artefact.interface import Interface
+from tfmq_fx.artefact.saving import is_artefact
 from tfmq_fx.base.arguments import leaves, nested
 from tfmq_fx.base.errors import TFMQError, first_line, nearest_names
 from tfmq_fx.base.signatures import parameters_of
@@ -99,10 +100,14 @@ def load_network(folder: Path, *, weights: bool = True) -> nn.Module:
 
     weights: False gives fake weights, so that the network can be of any size.
 
-    Raises TFMQError for a folder that diffusers cannot load.
+    Raises TFMQError for an artefact, and for a folder that diffusers cannot load.
     """
     import diffusers
 
+    if is_artefact(folder):
+        raise TFMQError(
+            f"{folder}: is quantized; its report.json says how. Give the folder of the float network."
+        )
     try:
         if weights:
             network = diffusers.AutoModel.from_pretrained(str(folder))

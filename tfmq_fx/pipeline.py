@@ -22,9 +22,9 @@ from tfmq_fx.base.masked_rows import MaskedRows
 from tfmq_fx.base.progress import Clock
 from tfmq_fx.calibration.data import CalibrationSet, as_taken
 from tfmq_fx.calibration.padding import cut_by_masks
-from tfmq_fx.calibration.pipelines import denoiser, holders, usual_steps
+from tfmq_fx.calibration.pipelines import holders, network_of, require_model, usual_steps
 from tfmq_fx.calibration.ready import require_ready
-from tfmq_fx.calibration.stage import calibrate, input_maxima, require_known, require_rows
+from tfmq_fx.calibration.stage import calibrate, input_maxima, require_known, require_rows, require_set
 from tfmq_fx.calibration.timesteps import USUAL
 from tfmq_fx.capturing.calibrated import capture_rows, described
 from tfmq_fx.choices import choose, is_open
@@ -85,21 +85,19 @@ def quantize(
 
     The same seed gives the same integers. Raises TFMQError for bad input, naming it.
     """
-    recipe = Recipe.preset(recipe) if isinstance(recipe, str) else recipe
+    recipe = Recipe.of(recipe)
     settings = Settings(
         timestep=timestep, component=component, finite=finite, seed=seed, strict=strict, state=state
     )
+    require_model(model, component)
     if isinstance(model, nn.Module):
         require_ready(model)
     # The pipeline runs under the caller's torch settings, everything else without them.
     calibration = _recorded(model, settings) if calibration is None else calibration
+    require_set(calibration)
     if timestep == USUAL:  # the data know its name
         settings = dataclasses.replace(settings, timestep=calibration.timestep)
-    network = (
-        model
-        if isinstance(model, nn.Module)
-        else denoiser(model, timestep=settings.timestep, component=component)
-    )
+    network = network_of(model, timestep=settings.timestep, component=component)
     require_ready(network)
     places = "" if network is model else _places(model, network)
     with neutral():

@@ -23,7 +23,7 @@ from tfmq_fx.base.progress import Clock
 from tfmq_fx.base.signatures import parameters_of
 from tfmq_fx.calibration.calls import repeated
 from tfmq_fx.calibration.data import CalibrationSet
-from tfmq_fx.calibration.pipelines import denoiser, usual_steps
+from tfmq_fx.calibration.pipelines import denoiser, require_model, usual_steps
 from tfmq_fx.calibration.ready import require_ready
 from tfmq_fx.calibration.timesteps import timestep_of
 from tfmq_fx.capturing.agreement import rows_of
@@ -99,6 +99,7 @@ def precompute(
     than the layers.
     """
     recipe = dataclasses.replace(FLOAT, unseen=unseen)
+    require_model(model, component)
     if not isinstance(model, nn.Module):
         steps = usual_steps(model) if num_inference_steps is None else num_inference_steps
         timestep = timestep_of(model, timestep, component=component, steps=steps, pipe_kwargs=pipe_kwargs)

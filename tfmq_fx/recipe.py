@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from numbers import Integral, Real
 from pathlib import Path
+from types import UnionType
 from typing import Any, get_args, get_origin, get_type_hints
 
 from tfmq_fx.base.arithmetic import FLOAT8, FLOAT_BITS, INT, check_bits, check_group_size
-from tfmq_fx.base.errors import TFMQError, nearest_names
+from tfmq_fx.base.errors import TFMQError, nearest_names, require_type
+from tfmq_fx.graph.nodes import LAYER_OPS
 from tfmq_fx.observers.minmax import TemporalMinMaxObserver
 from tfmq_fx.observers.samples import TemporalKLObserver, TemporalMSEObserver, TemporalPercentileObserver
 from tfmq_fx.observers.temporal import TemporalObserver
@@ -35,6 +40,57 @@ CACHE_TYPES = ("float16", "bfloat16", "int8")
 METHODS = ("nearest", "adaround", "gptq", "gptq+adaround")
 
 
+def _check_types(settings: Any, where: str) -> None:
+    """Raise TFMQError unless every field holds a value of its type, and make the values plain (`_plain`).
+
+    where: what the settings are called in the message.
+    """
+    cls: type = type(settings)
+    for f in dataclasses.fields(settings):
+        value = getattr(settings, f.name)
+        try:
+            found = _plain(value, _types(cls)[f.name])
+        except TypeError:
+            raise TFMQError(f"{where}.{f.name}: {value!r} is not of type {f.type}.") from None
+        if isinstance(found, float) and not math.isfinite(found):
+            raise TFMQError(f"{where}.{f.name}: {value!r} is not a finite number.")
+        object.__setattr__(settings, f.name, found)
+
+
+@functools.cache
+def _types(cls: type) -> dict[str, Any]:
+    return get_type_hints(cls)
+
+
+def _plain(value: Any, expected: Any) -> Any:
+    """Return a value of the type `expected`, with a list as a tuple, and a number of another library as Python's own.
+
+    Raises TypeError for a value of another type.
+    """
+    origin, parts = get_origin(expected), get_args(expected)
+    if origin is UnionType:
+        for part in parts:
+            try:
+                return _plain(value, part)
+            except TypeError:
+                pass
+        raise TypeError
+    if origin is tuple and isinstance(value, (list, tuple)):
+        each = [parts[0]] * len(value) if parts[-1] is ... else list(parts)
+        if len(each) == len(value):
+            return tuple(map(_plain, value, each))
+    if origin is type and isinstance(value, type) and issubclass(value, parts[0]):
+        return value
+    if expected in _NUMBERS and isinstance(value, _NUMBERS[expected]) and not isinstance(value, bool):
+        return expected(value)
+    if origin is None and expected not in _NUMBERS and isinstance(value, expected):
+        return value
+    raise TypeError
+
+
+_NUMBERS: dict[Any, type] = {int: Integral, float: Real}
+
+
 def _check_known(value: str, known: tuple[str, ...], argument: str) -> None:
     if value not in known:
         raise TFMQError(f"{argument}: {value!r} is unknown; use one of {', '.join(known)}.")
@@ -52,7 +108,7 @@ class Rule:
     """Settings for the layers that a pattern matches. The first matching rule overrides the recipe's own."""
 
     pattern: str  # fnmatch over the weight's module path, e.g. "encoder.0.*"
-    op: str | None = None  # only this operator ("conv2d", "linear"); None: any
+    op: str | None = None  # only this operator, one of LAYER_OPS ("conv2d", "linear"); None: any
     weight_bits: int | None = None  # None: as the recipe says
     activation_bits: int | None = None  # None: as the recipe says
     # None: as the recipe says. A size at least as long as the row gives one scale per output channel.
@@ -66,6 +122,9 @@ class Rule:
     keyed: str | None = None  # "all" or "block", as in the recipe; None: as the recipe says
 
     def __post_init__(self) -> None:
+        _check_types(self, f"Rule({self.pattern!r})")
+        if self.op is not None:
+            _check_known(self.op, LAYER_OPS, f"Rule({self.pattern!r}).op")
         for name in ("weight_bits", "activation_bits"):
             if (bits := getattr(self, name)) is not None:
                 check_bits(bits, f"Rule({self.pattern!r}).{name}")
@@ -131,11 +190,10 @@ class Reconstruction:
     beta: tuple[float, float] = (20.0, 2.0)  # the regulariser's exponent at the start and at the end
 
     def __post_init__(self) -> None:
-        for name in ("method", "temporal_method"):
-            if getattr(self, name) not in (*METHODS, *([None] if name == "temporal_method" else [])):
-                raise TFMQError(
-                    f"Reconstruction.{name}: {getattr(self, name)!r} is unknown; use one of {', '.join(METHODS)}."
-                )
+        _check_types(self, "Reconstruction")
+        _check_known(self.method, METHODS, "Reconstruction.method")
+        if self.temporal_method is not None:
+            _check_known(self.temporal_method, METHODS, "Reconstruction.temporal_method")
         for name in (
             "iterations",
             "temporal_iterations",
@@ -144,13 +202,22 @@ class Reconstruction:
             "num_samples",
             "gptq_samples",
             "gptq_rows",
+            "gptq_memory",
             "shards",
+            "learning_rate",
+            "activation_learning_rate",
+            "tune_learning_rate",
+            "tune_scale_learning_rate",
         ):
-            if getattr(self, name) < 1:
+            if not getattr(self, name) > 0:
                 raise TFMQError(f"Reconstruction.{name}: {getattr(self, name)} is not positive.")
-        for name in ("tune_iterations", "tune_flops"):
+        for name in ("tune_iterations", "tune_flops", "round_weight", "max_memory", "damping"):
             if (value := getattr(self, name)) is not None and not value >= 0:
                 raise TFMQError(f"Reconstruction.{name}: {value} is negative.")
+        if not 0.0 <= self.warmup <= 1.0:
+            raise TFMQError(f"Reconstruction.warmup: {self.warmup} is not a share, between 0 and 1.")
+        if not all(0.0 < exponent < math.inf for exponent in self.beta):
+            raise TFMQError(f"Reconstruction.beta: {self.beta} are not two positive numbers.")
 
     @property
     def block_samples(self) -> int:
@@ -232,6 +299,7 @@ class Recipe:
     reconstruction: Reconstruction = field(default_factory=Reconstruction)
 
     def __post_init__(self) -> None:
+        _check_types(self, "Recipe")
         for name in (
             "weight_bits",
             "activation_bits",
@@ -254,17 +322,10 @@ class Recipe:
             )
         if self.low_rank is not None and self.low_rank < 1:
             raise TFMQError(f"Recipe.low_rank: {self.low_rank} is not positive.")
-        if isinstance(self.temporal_observer, str):
-            if self.temporal_observer not in TEMPORAL_OBSERVERS:
-                raise TFMQError(
-                    f"Recipe.temporal_observer: {self.temporal_observer!r} is unknown; use one of "
-                    f"{', '.join(TEMPORAL_OBSERVERS)}, or a subclass of TemporalObserver."
-                )
-        elif not (
-            isinstance(self.temporal_observer, type) and issubclass(self.temporal_observer, TemporalObserver)
-        ):
+        if isinstance(self.temporal_observer, str) and self.temporal_observer not in TEMPORAL_OBSERVERS:
             raise TFMQError(
-                f"Recipe.temporal_observer: {self.temporal_observer!r} is not a subclass of TemporalObserver."
+                f"Recipe.temporal_observer: {self.temporal_observer!r} is unknown; use one of "
+                f"{', '.join(TEMPORAL_OBSERVERS)}, or a subclass of TemporalObserver."
             )
         if FLOAT8 in (self.linear_dtype, *(rule.linear_dtype for rule in self.rules)) and issubclass(
             self.temporal_observer_class, TemporalKLObserver
@@ -295,10 +356,23 @@ class Recipe:
         return TEMPORAL_OBSERVERS[observer] if isinstance(observer, str) else observer
 
     @staticmethod
+    def of(given: str | Recipe) -> Recipe:
+        """Return a recipe as it is, and for a name the preset. Raises TFMQError for anything else."""
+        if isinstance(given, str):
+            return Recipe.preset(given)
+        require_type(
+            given, Recipe, "recipe", "use a preset's name, Recipe.from_json(dict) or Recipe.read(file)"
+        )
+        return given
+
+    @staticmethod
     def preset(name: str) -> Recipe:
         """Return the recipe called w{weight bits}a{activation bits}. Raises TFMQError for an unknown name."""
-        if name not in PRESETS:
-            raise TFMQError(f"recipe: {name!r} is not a preset; presets are {nearest_names(name, PRESETS)}.")
+        if not isinstance(name, str) or name not in PRESETS:
+            hint = "; for a file, use Recipe.read(file)" if str(name).endswith(".json") else ""
+            raise TFMQError(
+                f"recipe: {name!r} is not a preset; presets are {nearest_names(str(name), PRESETS)}{hint}."
+            )
         return PRESETS[name]
 
     @staticmethod
@@ -307,23 +381,22 @@ class Recipe:
 
         Raises TFMQError for an unknown field, a value of another type, and a user-defined observer class.
         """
-        plain = {n: x for n, x in values.items() if n not in ("reconstruction", *RULES)}
-        settings = values.get("reconstruction", {})
-        _check_fields(Recipe, plain, "Recipe")
-        _check_fields(Reconstruction, settings, "Recipe.reconstruction")
-        if "beta" in settings:
-            settings = {**settings, "beta": tuple(settings["beta"])}
-        rules, chosen = (_rules(values.get(name, ()), f"Recipe.{name}") for name in RULES)
-        return Recipe(**plain, reconstruction=Reconstruction(**settings), rules=rules, chosen=chosen)
+        _check_fields(Recipe, values, "Recipe")
+        nested: dict[str, Any] = {n: _rules(values[n], f"Recipe.{n}") for n in RULES if n in values}
+        if "reconstruction" in values:
+            _check_fields(Reconstruction, values["reconstruction"], "Recipe.reconstruction")
+            nested["reconstruction"] = Reconstruction(**values["reconstruction"])
+        return Recipe(**{**values, **nested})
 
     @staticmethod
-    def read(file: Path) -> Recipe:
+    def read(file: str | Path) -> Recipe:
         """Read a recipe from a JSON file with all or some of the fields that `to_json` gives.
 
-        Raises TFMQError for any other file.
+        Raises TFMQError for any other file, and for a key that is there twice.
         """
         try:
-            values = json.loads(file.read_text(encoding="utf-8"))
+            text = Path(file).read_text(encoding="utf-8")
+            values = json.loads(text, object_pairs_hook=_no_key_twice, parse_constant=_no_constant)
         except OSError as error:
             raise TFMQError(f"recipe: {file} cannot be read ({error.strerror}).") from error
         except ValueError as error:
@@ -342,6 +415,21 @@ class Recipe:
         return values
 
 
+def _no_key_twice(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Return the JSON object. Raises ValueError for a key that is there twice, of which json takes the last."""
+    found: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in found:
+            raise ValueError(f"{key!r} is there twice")
+        found[key] = value
+    return found
+
+
+def _no_constant(name: str) -> None:
+    """Raise ValueError for the numbers that JSON lacks, and Python's json reads."""
+    raise ValueError(f"it has no {name}")
+
+
 def _rules(values: object, where: str) -> tuple[Rule, ...]:
     """Return the rules with these fields. where: the name of the list, for messages."""
     if not isinstance(values, (list, tuple)):
@@ -354,29 +442,13 @@ def _rules(values: object, where: str) -> tuple[Rule, ...]:
 
 
 def _check_fields(cls: type, values: object, where: str) -> None:
-    """Raise TFMQError unless `values` are fields of the dataclass `cls`, each with a JSON value of its type.
-
-    where: the name of the object, for the message.
-    """
+    """Raise TFMQError unless `values` are fields of the dataclass `cls`. where: the object's name, for the message."""
     if not isinstance(values, Mapping):
-        raise TFMQError(f"{where}: {values!r} is not a JSON object.")
-    types = get_type_hints(cls)
-    for name, value in values.items():
-        if name not in types:
-            raise TFMQError(f"{where}: unknown field {name!r}; known are {nearest_names(str(name), types)}.")
-        expected = types[name]
-        if get_origin(expected) is tuple:
-            fits = (
-                isinstance(value, (list, tuple))
-                and len(value) == 2
-                and all(type(x) in (int, float) for x in value)
-            )
-        else:
-            allowed = get_args(expected) or (expected,)
-            fits = type(value) in allowed or (type(value) is int and float in allowed)
-        if not fits:
-            shown = expected.__name__ if isinstance(expected, type) else expected
-            raise TFMQError(f"{where}.{name}: {value!r} is not of type {shown}.")
+        raise TFMQError(f"{where}: {values!r} is not a JSON object; give a dict of {cls.__name__}'s fields.")
+    known = _types(cls)
+    for name in values:
+        if name not in known:
+            raise TFMQError(f"{where}: unknown field {name!r}; known are {nearest_names(str(name), known)}.")
 
 
 # What `choose` finds for each network. At 8 bits the activations are the problem, not the rounding of the weights

@@ -18,12 +18,13 @@ from torch import nn
 
 from tfmq_fx.artefact.drop_in import DropIn
 from tfmq_fx.base.arithmetic import NO_INT8
-from tfmq_fx.base.errors import TFMQError
+from tfmq_fx.base.errors import TFMQError, require_type
 from tfmq_fx.base.files import finite_json, replace_folder, require_writable
 from tfmq_fx.calibration.data import CalibrationSet
 from tfmq_fx.calibration.pipelines import denoiser, usual_steps
 from tfmq_fx.evaluation.extractors import Extractor, compare
 from tfmq_fx.evaluation.plots import FLOOR, INK, NEAREST, OURS, PLOTS, data_uri, shown_steps, strip, svg
+from tfmq_fx.evaluation.sampling import require_made_of
 from tfmq_fx.evaluation.trajectories import (
     Trajectory,
     in_bfloat16,
@@ -109,8 +110,10 @@ def measure(
 
     Raises TFMQError for a pipeline whose denoiser does not fit the model.
     """
+    require_type(model, QuantizedModel, "model", "give what tfmq_fx.quantize returns")
     timestep = model.interface.timestep
     network = denoiser(pipe, timestep=timestep, component=component)
+    require_made_of(model, network)
     settings: dict[str, Any] = {
         "num_samples": num_samples,
         "num_inference_steps": usual_steps(pipe) if num_inference_steps is None else num_inference_steps,

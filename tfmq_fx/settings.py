@@ -8,7 +8,8 @@ from numbers import Integral
 from pathlib import Path
 from typing import Any
 
-from tfmq_fx.base.errors import TFMQError
+from tfmq_fx.base.errors import TFMQError, require_type
+from tfmq_fx.base.files import require_writable
 
 LARGEST_SEED = 2**43  # up to a million seeds are derived from one, and torch's generators take 64 bits
 
@@ -58,6 +59,9 @@ class Settings:
                 '{"class_labels": range(10)}.'
             )
         check_seed(self.seed)
+        if self.state is not None:
+            require_type(self.state, (str, Path), "state", "name a folder")
+            require_writable(Path(self.state) / "state.json")
 
     def arguments(self) -> dict[str, Any]:
         """Return the fields as keyword arguments of `quantize`: the values themselves, not copies."""

@@ -122,7 +122,7 @@ def plan(gm: GraphModule, *, recipe: Recipe, temporal: TemporalBlock) -> Plan:
             layer, of_dtype = _as_float8(layer, rule)
             layers.append(layer)
             notes += [*found, *of_dtype]
-    _require_used(recipe, used, [layer.path for layer in layers])
+    _require_used(recipe, used, layers)
     if strange := {c.pattern for c in recipe.chosen} - {layer.path for layer in layers}:
         raise TFMQError(
             f"Recipe.chosen: {min(strange)!r} is no layer of this network, so the settings were chosen for another; use "
@@ -199,13 +199,22 @@ def settings_of(recipe: Recipe, path: str, op: str) -> Rule:
     return dataclasses.replace(rule, **{n: getattr(chosen, n) for n in fields if getattr(rule, n) is None})
 
 
-def _require_used(recipe: Recipe, used: set[Rule | None], paths: list[str]) -> None:
+def _require_used(recipe: Recipe, used: set[Rule | None], layers: list[LayerPlan]) -> None:
+    """Raise TFMQError for a rule that is no layer's, saying why."""
     for rule in recipe.rules:
-        if rule not in used:
-            raise TFMQError(
-                f"Recipe.rules: {rule.pattern!r} matches no layer, or only layers that earlier rules match; nearest are "
-                f"{nearest_names(rule.pattern, paths)}."
-            )
+        if rule in used:
+            continue
+        matching = {x.path: x.op for x in layers if fnmatchcase(x.path, rule.pattern)}
+        if matching and rule.op not in (None, *matching.values()):
+            path, op = next(iter(matching.items()))
+            why = f"matches {path}, which is a {op}, and no {rule.op}; change op, or leave it out"
+        elif matching:
+            why = "matches only layers that earlier rules match; put it before them"
+        elif any(x.path.startswith(f"{rule.pattern}.") for x in layers):
+            why = f"matches no layer, but a module with layers; use {f'{rule.pattern}.*'!r}"
+        else:
+            why = f"matches no layer; nearest are {nearest_names(rule.pattern, [x.path for x in layers])}"
+        raise TFMQError(f"Recipe.rules: {rule.pattern!r} {why}.")
 
 
 def smoothing_of(gm: GraphModule, recipe: Recipe) -> dict[str, float]:

@@ -13,7 +13,7 @@ from torch.fx import GraphModule, Node
 from tfmq_fx.base._torchao import Quantizer, prepare_pt2e
 from tfmq_fx.base.ambient import neutral
 from tfmq_fx.base.arithmetic import NETWORK_DTYPES
-from tfmq_fx.base.errors import TFMQError
+from tfmq_fx.base.errors import TFMQError, require_type
 from tfmq_fx.base.mapped import outgrows
 from tfmq_fx.base.parallel import workers
 from tfmq_fx.graph.inputs import placeholders, require_input, timestep_input
@@ -62,6 +62,9 @@ def prepare(
     Raises TFMQError for timesteps or finite values that are empty, repeated or not finite, and for a block that mixes the timesteps
     of a sample.
     """
+    require_type(
+        recipe, Recipe, "recipe", "use Recipe.preset(name), Recipe.from_json(dict) or Recipe.read(file)"
+    )
     timestep, tables, temporal = _keyed(gm, timesteps, temporal, finite)
     sizes = {name: len(values) for name, values in tables.items()}
     settings: dict[str, Any] = {"recipe": recipe, "temporal": temporal, "sizes": sizes}

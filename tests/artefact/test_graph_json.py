@@ -40,6 +40,13 @@ def test_a_graph_can_only_name_tensor_operators(folder, target):
         tfmq_fx.load(folder)
 
 
+def test_a_graph_without_an_output_is_refused(folder):
+    edit(folder / GRAPH, lambda graph: graph["nodes"].pop())
+    _rehash(folder)
+    with pytest.raises(TFMQError, match=r"graph\.json: a graph has one output, and this one has none"):
+        tfmq_fx.load(folder)
+
+
 class OfSizes(nn.Module):
     """Scaled by roots and sums of its sizes."""
 

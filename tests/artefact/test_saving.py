@@ -122,7 +122,12 @@ def test_damaged_files_are_refused(folder, name, damage):
             "takes 1 bytes",
         ),
         (lambda c: c["quantization_config"]["tensors"].pop("down.weight_q"), "down.weight_q"),
-        (lambda c: c["quantization_config"].pop("interface"), "KeyError"),
+        (lambda c: c["quantization_config"].pop("interface"), "quantization_config has no 'interface'"),
+        (lambda c: c["quantization_config"].update(timesteps=[]), r"config\.json: 'timesteps' is empty"),
+        (
+            lambda c: c["quantization_config"]["interface"]["inputs"]["sample"].update(dtype="load"),
+            "'load' is not a valid dtype",
+        ),
         (lambda c: c["quantization_config"]["sha256"].update({"../../etc/passwd": "0"}), "unknown file"),
         (
             lambda c: c["quantization_config"]["tensors"]["down.weight_q"].update(dtype="load"),
@@ -136,9 +141,40 @@ def test_altered_configs_are_refused(folder, change, words):
         tfmq_fx.load(folder)
 
 
-def test_no_such_folder():
-    with pytest.raises(TFMQError, match="no such folder"):
-        tfmq_fx.load("/nowhere/at/all")
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ({"folder": "/nowhere/at/all"}, "no such folder"),
+        ({"folder": None}, "folder: expected str or Path, found NoneType"),
+        ({"folder": "/", "max_memory": "2GB"}, "max_memory: '2GB' is not a number of GiB"),
+        ({"folder": "/", "max_memory": -1}, "max_memory: -1 is not a number of GiB"),
+        ({"folder": "/", "max_memory": float("nan")}, "max_memory: nan is not a number of GiB"),
+    ],
+)
+def test_what_cannot_be_loaded_is_named(arguments, words):
+    with pytest.raises(TFMQError, match=words):
+        tfmq_fx.load(**arguments)
+
+
+def test_a_missing_file_is_named_once(folder):
+    (folder / GRAPH).unlink()
+    with pytest.raises(TFMQError) as error:
+        tfmq_fx.load(folder)
+    assert str(error.value) == f"{folder / GRAPH}: missing."
+
+
+def test_a_missing_list_of_hashes_is_named(folder):
+    config = json.loads((folder / CONFIG).read_text())
+    del config["quantization_config"]["sha256"]
+    (folder / CONFIG).write_text(json.dumps(config))
+    with pytest.raises(TFMQError, match=r"config\.json: quantization_config has no 'sha256'"):
+        tfmq_fx.load(folder)
+
+
+def test_a_pipelines_folder_shows_the_artefact_in_it(folder):
+    (folder.parent / "model_index.json").write_text("{}")
+    with pytest.raises(TFMQError, match=f"is a pipeline's folder; its artefacts are {folder}"):
+        tfmq_fx.load(folder.parent)
 
 
 def save_forever(talk, folder, target):

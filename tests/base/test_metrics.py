@@ -3,6 +3,7 @@ import math
 import pytest
 import torch
 
+from tfmq_fx.base.errors import TFMQError
 from tfmq_fx.base.metrics import (
     cosine_distance,
     frechet_distance,
@@ -20,6 +21,14 @@ def test_psnr_in_closed_form():
     assert psnr_by_image(y, x)[1] == math.inf
     assert psnr(y, x) == pytest.approx(20.0 + 10 * math.log10(2))
     assert psnr(x, x) == math.inf
+
+
+@pytest.mark.parametrize("measure", [psnr, psnr_by_image])
+def test_images_of_two_sizes_are_refused(measure):
+    with pytest.raises(
+        TFMQError, match=r"images: have shape \(2, 1, 4, 4\), and the reference \(1, 1, 4, 4\)"
+    ):
+        measure(torch.zeros(2, 1, 4, 4), torch.zeros(1, 1, 4, 4))
 
 
 def test_cosine_distance_ignores_scale_and_sees_angles():

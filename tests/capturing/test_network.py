@@ -73,6 +73,22 @@ def test_train_mode_is_refused():
         tfmq_fx.capture(network, {"sample": X, "timestep": T})
 
 
+@pytest.mark.parametrize(
+    ("network", "example", "words"),
+    [
+        (
+            make(TinyUNet),
+            (X, T),
+            "example_inputs: expected Mapping, found tuple; give forward's arguments by name",
+        ),
+        (TinyUNet, {"sample": X, "timestep": T}, "network: expected Module, found the class TinyUNet"),
+    ],
+)
+def test_wrong_objects_are_refused(network, example, words):
+    with pytest.raises(TFMQError, match=words):
+        tfmq_fx.capture(network, example)
+
+
 def test_a_python_int_timestep_is_refused():
     with pytest.raises(TFMQError, match=r"a Python int \(5\) would be baked"):
         tfmq_fx.capture(make(TinyUNet), {"sample": X, "timestep": 5})

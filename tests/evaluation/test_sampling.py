@@ -1,12 +1,19 @@
 """Samples as one picture: grids side by side, what stands where, and in which shade."""
 
+import copy
+import json
 import sys
 
 import numpy as np
+import pytest
 import torch
 from PIL import Image
 
-from tfmq_fx.evaluation.sampling import MARGIN, TITLE_SIZE, save_grid
+from benchmarks.networks.pipelines import ddpm
+from benchmarks.networks.small import ScalarTime, make
+from tests.helpers.nearest import one_timestep
+from tfmq_fx.base.errors import TFMQError
+from tfmq_fx.evaluation.sampling import MARGIN, TITLE_SIZE, require_made_of, sample, save_grid
 
 TOP = 2 * TITLE_SIZE
 
@@ -19,6 +26,25 @@ def opened(file):
 def shades(picture, box):
     """The colours inside a box (left, top, right, bottom) of a picture."""
     return {tuple(c) for c in np.asarray(picture.crop(box)).reshape(-1, 3).tolist()}
+
+
+def test_no_steps_are_refused():
+    with pytest.raises(TFMQError, match="num_inference_steps: 0 is not positive"):
+        sample(ddpm(), num_samples=1, num_inference_steps=0, seed=0)
+
+
+def test_an_artefact_of_another_network_is_refused():
+    pipe = ddpm()
+    q = copy.deepcopy(one_timestep(ScalarTime))
+    with pytest.raises(TFMQError, match=r"another network than the pipeline's UNet2DModel: it has no config"):
+        require_made_of(q, pipe.unet)
+    require_made_of(q, make(ScalarTime))
+    same = {**pipe.unet.config, "_name_or_path": "elsewhere", "new": 1}
+    q.register_to_config(**json.loads(json.dumps(same)))
+    require_made_of(q, pipe.unet)
+    q.register_to_config(in_channels=7)
+    with pytest.raises(TFMQError, match="it has in_channels 7 instead of 3; give the pipeline that was"):
+        require_made_of(q, pipe.unet)
 
 
 def test_a_grid_keeps_the_order_and_pads_with_black(monkeypatch, tmp_path):

@@ -26,7 +26,7 @@ def test_an_aot_package_runs_int8_without_this_library(tmp_path):
     saturating = (
         "1 of 4 quantized layers saturate on a CPU without VNNI or AMX; to run there, compile on such a CPU"
     )
-    in_float = f"1 of 4 quantized layers run in float; 1 would saturate: {NO_INT8}"
+    in_float = f"1 of 4 quantized layers run in float; 1 would saturate: {NO_INT8}: time.weight"
     assert exported.notes == (saturating if INT8 else in_float,)
     assert exported.kernels == ({"int8": 4, "float": 2} if INT8 else {"int8": 3, "float": 3})
     with zipfile.ZipFile(exported.file) as package:

@@ -1,6 +1,8 @@
 """Which engine lowers, on which target, and what it refuses."""
 
+import copy
 import logging
+import pickle
 import sys
 from importlib.util import find_spec
 
@@ -33,9 +35,15 @@ needs_openvino = pytest.mark.skipif(find_spec("openvino") is None, reason="this 
     [
         ({"target": "tpu"}, "target='tpu': unknown; use cpu"),
         ({"precision": "float16"}, "precision='float16': unknown; use (bfloat16|float32)"),
+        *(
+            ({"batch": batch}, rf"batch={batch!r}: is not a batch size; use a positive integer")
+            for batch in (0, -1, 2.5, "2", None, True)
+        ),
+        ({"compile": "yes"}, "compile: expected bool, found str; use True, False or None"),
+        ({"cache": 5}, "cache: expected str or Path, found int; name a folder"),
     ],
 )
-def test_unknown_targets_and_precisions_are_refused(arguments, words):
+def test_wrong_arguments_are_refused(arguments, words):
     with pytest.raises(TFMQError, match=words):
         quantized().lower(**arguments)
 
@@ -77,6 +85,13 @@ def test_lowering_leaves_the_quantized_network_as_it_is(tmp_path):
     quantized().save_pretrained(tmp_path / "q")
     with torch.no_grad():
         assert torch.equal(tfmq_fx.load(tmp_path / "q")(noise(2), 300), before)
+
+
+def test_a_lowered_network_is_neither_copied_nor_pickled():
+    low = lower(quantized("w4a8"), engine="torch", precision="float32", compile=False)
+    for make_another in (copy.deepcopy, copy.copy, pickle.dumps):
+        with pytest.raises(TFMQError, match=r"cannot be copied or pickled; .*save the network that it was"):
+            make_another(low)
 
 
 def test_the_engines_count_the_same_layers():

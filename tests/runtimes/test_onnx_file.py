@@ -92,7 +92,9 @@ def test_onnxruntime_computes_every_quantized_layer_in_bytes(files):
     # the standard form's convolutions, and its 4-bit weights, run in float there: said, and refused on request
     assert files("onnx").kernels == {"int8": 1, "float": 13}
     in_float, sizes = files("onnx").notes
-    assert in_float == "11 of 12 quantized layers run in float"
+    assert in_float.startswith("11 of 12 quantized layers run in float: ")
+    assert in_float.endswith(", ...")
+    assert "down.weight (Conv)" in in_float
     assert sizes.startswith("the file does not check that sizes are")
 
 
@@ -120,7 +122,8 @@ def test_no_kernel_reads_signed_bytes_whose_products_saturate(tmp_path, bits):
 def test_strict_refuses_what_would_run_in_float_and_writes_nothing(tmp_path, monkeypatch):
     monkeypatch.setattr(onnx_file, "_INT8_KERNELS", set())  # of another version of onnxruntime
     monkeypatch.setattr(onnx_file, "_FLOAT_KERNELS", {"MatMul", "Gemm", "MatMulIntegerToFloat"})
-    with pytest.raises(TFMQError, match="strict: 2 of 2 quantized layers run in float"):
+    words = r"strict: 2 of 2 quantized layers run in float: time\.0\.weight \(MatMulInteger"
+    with pytest.raises(TFMQError, match=words):
         scalar().export(tmp_path / "net.onnx", strict=True)
     with pytest.raises(TFMQError, match="strict: which kernels run is not known for format 'pt2'"):
         scalar().export(tmp_path / "net.pt2", strict=True)
@@ -134,7 +137,8 @@ def test_a_transformer_with_scales_per_token_rotation_and_a_low_rank_branch(tmp_
     net = runs(exported.file)
     assert_same_but_for_flips([(net(**rows(n)), q(**rows(n))) for n in SIZES])
     # in float are the convolution of groups and the transposed one, besides both ends; and the branches' products
-    assert exported.notes == ("2 of 11 quantized layers run in float",)
+    (note,) = exported.notes
+    assert note == "2 of 11 quantized layers run in float: mix.weight (Conv), unpatch.weight (ConvTranspose)"
 
 
 @torch.no_grad()

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import pytest
 
 from benchmarks.networks.pipelines import ddpm
+from tests.helpers.artefacts import edit
 from tests.helpers.command_line import corrupt, run
 from tfmq_fx import cli
 from tfmq_fx.demo import FOLDER
@@ -23,6 +24,8 @@ def template(tiny, tmp_path_factory):
     (folder / "full").mkdir()
     (folder / "full" / "mine.txt").write_text("")
     tiny.save_pretrained(folder / "small")  # of another size than the pipeline's pictures
+    shutil.copytree(folder / "small", folder / "configured")
+    edit(folder / "configured" / "config.json", lambda config: config.update(in_channels=1))
     shutil.copytree(folder / "small", folder / "damaged")
     (folder / "damaged" / "graph.json").write_text("{}")
     shutil.copytree(folder / "small", folder / "another")
@@ -72,6 +75,7 @@ def place(template, tmp_path, monkeypatch):
         (("inspect", "--model", "file"), "is a single file; give the folder of its pipeline's configuration"),
         (("inspect", "--model", "full"), "not a diffusers pipeline folder"),
         (("inspect", "--model", "no-json"), "diffusers cannot load it"),
+        (("inspect", "--model", "small"), "small: is quantized; its report.json says how"),
         (("inspect", "--input", "sample=1"), "--input"),
         (("inspect", "--no-weights"), "--no-weights"),
         (("inspect", "--timestep", "sigma"), "take a 'sigma'"),
@@ -94,6 +98,9 @@ def place(template, tmp_path, monkeypatch):
         (("sample", "small", "--device", "xla:3"), "use one of cpu"),
         (("quantize", "q", "--model", "pipe", "--variant", "fp16"), "diffusers cannot load it"),
         (("quantize", "q", "--model", "no-json"), "diffusers cannot load it"),
+        (("quantize", "q", "--config", "pipe"), "--config pipe: is for a --model; the embedded one has its own"),
+        (("quantize", "q", "--variant", "fp16"), "--variant fp16: is for a --model; the embedded one has its own"),
+        (("sample", "small", "--output", "x.jpg"), "--output x.jpg: is written as PNG; use a name that ends in .png"),
         (("quantize", "q", "--model", "half"), "half/unet: has only fp16 weights; choose them with --variant fp16"),
         (("quantize", "q", "--model", "pipe", "--timestep", "sigma"), "take a 'sigma'"),
         (("quantize", "q", "--component", "prior"), "component: 'prior' takes no 'timestep'; components that do: unet"),
@@ -115,10 +122,10 @@ def place(template, tmp_path, monkeypatch):
         *(((command, "full"), "config.json: missing") for command in ("sample", "evaluate", "report")),
         *(((command, "damaged"), "graph.json: corrupt") for command in ("sample", "evaluate", "report")),
         *(((command, "another"), "not a tfmq artefact") for command in ("sample", "evaluate", "report")),
-        *(((command, "small", *QUICK), "no attribute 'sample_size'") for command in ("sample", "evaluate", "report")),
+        *(((command, "small", *QUICK), "give the pipeline that was quantized") for command in ("sample", "evaluate", "report")),
         *(((command, "small", "--model", "full"), "not a diffusers") for command in ("sample", "evaluate", "report")),
         *(((command, "small", "--scheduler", "X"), "no scheduler") for command in ("sample", "evaluate", "report")),
-        *(((command, "small", "--argument", "x=1"), "takes") for command in ("sample", "evaluate", "report")),
+        *(((command, "configured", "--argument", "x=1"), "takes") for command in ("sample", "evaluate", "report")),
         *(((command, LONG), "no such folder") for command in ("sample", "evaluate", "report")),
         *(((command, "small", "--component", "prior"), "'prior' takes no") for command in ("sample", "evaluate", "report")),
         *(((command, "small", "--output", LONG), "File name too long") for command in ("sample", "report")),

@@ -127,6 +127,8 @@ def graph_from_json(data: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> G
             raise TFMQError(f"graph.json: node {name!r} has the unknown operation {op!r} on {target!r}.")
         node.name = name
         made[name] = node
+    if len(graph.find_nodes(op="output")) != 1:
+        raise TFMQError("graph.json: a graph has one output, and this one has none or several.")
     graph.lint()
     return GraphModule(root, graph)
 

@@ -34,6 +34,7 @@ import os
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
+from numbers import Real
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -53,12 +54,13 @@ from tfmq_fx.artefact.interface import Interface
 from tfmq_fx.artefact.outside import Outside
 from tfmq_fx.artefact.quantized_graph import QuantizedGraph
 from tfmq_fx.base.arithmetic import IntegerRange, pack_bits, unpack_bits
-from tfmq_fx.base.errors import TFMQError, first_line
+from tfmq_fx.base.errors import TFMQError, first_line, require_type
 from tfmq_fx.base.files import finite_json, replace_folder, require_writable, sha256_of
 from tfmq_fx.base.mapped import on_disk, outgrows
 from tfmq_fx.graph.inputs import placeholders
 
 M = TypeVar("M", bound=QuantizedGraph)
+_NEEDED = ("recipe", "timesteps", "timesteps_dtype", "finite", "interface", "tensors", "sha256")
 QUANT_METHOD = "tfmq"
 
 
@@ -183,9 +185,15 @@ def _read_outside(
 
 def read(folder: str | Path, models: Mapping[str, type[M]], *, max_memory: float = MAX_MEMORY) -> M:
     """Read an artefact and return it as an instance of the class for its kind; see `tfmq_fx.load`."""
+    require_type(folder, (str, Path), "folder", "name the folder of an artefact")
+    if not (isinstance(max_memory, Real) and max_memory >= 0):
+        raise TFMQError(f"max_memory: {max_memory!r} is not a number of GiB; use zero or more.")
     folder = Path(folder)
     if not os.path.isdir(folder):  # Path.is_dir raises for names that are too long
         raise TFMQError(f"{folder}: no such folder.")
+    if (folder / "model_index.json").is_file():
+        parts = [str(f) for f in sorted(folder.iterdir()) if is_artefact(f)]
+        raise TFMQError(f"{folder}: is a pipeline's folder; its artefacts are {', '.join(parts) or 'none'}.")
     before = _identity(folder)
     config = _read_json(folder / CONFIG)
     quantization = config.get("quantization_config")
@@ -198,6 +206,10 @@ def read(folder: str | Path, models: Mapping[str, type[M]], *, max_memory: float
             f"{folder / CONFIG}: format version {quantization.get('format_version')!r}, but this library reads {FORMAT_VERSION}; "
             "quantize again, or install the version that wrote it."
         )
+    if absent := [name for name in _NEEDED if name not in quantization]:
+        raise TFMQError(
+            f"{folder / CONFIG}: quantization_config has no {absent[0]!r}; save the artefact again."
+        )
     with _reading(folder / CONFIG):
         _check_digests(folder, config)
     with _reading(folder / WEIGHTS):
@@ -209,7 +221,11 @@ def read(folder: str | Path, models: Mapping[str, type[M]], *, max_memory: float
         face = quantization["interface"]
         tuples = {n: tuple(face.get(n, ())) for n in ("required", "conditions", "others", "nonzero", "idle")}
         interface = Interface(**{**face, **tuples})
+        for spec in interface.inputs.values():
+            _dtype(spec["dtype"])
         timesteps = torch.tensor(quantization["timesteps"], dtype=_dtype(quantization["timesteps_dtype"]))
+        if not timesteps.numel():
+            raise TFMQError(f"{folder / CONFIG}: 'timesteps' is empty; save the artefact again.")
         finite = {
             n: torch.tensor(v["values"], dtype=_dtype(v["dtype"])) for n, v in quantization["finite"].items()
         }
@@ -256,7 +272,7 @@ def _reading(file: Path) -> Iterator[None]:
     try:
         yield
     except TFMQError as error:
-        if file.name in str(error):
+        if file.name in str(error) or str(file.parent) in str(error):
             raise
         raise TFMQError(f"{file}: {first_line(error)}") from error
     except Exception as error:

@@ -10,6 +10,14 @@ class TFMQError(ValueError):
     """An error in the user's input. Its message's first line says which input, what was found, what to do."""
 
 
+def require_type(value: object, expected: type | tuple[type, ...], argument: str, remedy: str) -> None:
+    """Raise TFMQError, naming `argument`, unless `value` is an instance of `expected`. remedy: what to give instead."""
+    if not isinstance(value, expected):
+        names = " or ".join(t.__name__ for t in (expected if isinstance(expected, tuple) else (expected,)))
+        found = f"the class {value.__name__}" if isinstance(value, type) else type(value).__name__
+        raise TFMQError(f"{argument}: expected {names}, found {found}; {remedy}.")
+
+
 def nearest_names(name: str, known: Iterable[str]) -> str:
     """Return at most eight `known` names as text for an error message, those similar to `name` first."""
     known = list(known)

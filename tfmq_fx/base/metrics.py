@@ -24,8 +24,17 @@ def psnr(images: Tensor, reference: Tensor, *, value_range: float = 2.0) -> floa
 
     value_range: the largest possible difference of two values, 2 for images in [-1, 1].
     """
-    mse = (images.double() - reference.double()).square().mean().item()
+    mse = _squared_error(images, reference).mean().item()
     return math.inf if mse == 0 else 10 * math.log10(value_range**2 / mse)
+
+
+def _squared_error(images: Tensor, reference: Tensor) -> Tensor:
+    """Return the squared error of each element, in double precision. Raises TFMQError for other shapes than the reference's."""
+    if images.shape != reference.shape:
+        raise TFMQError(
+            f"images: have shape {tuple(images.shape)}, and the reference {tuple(reference.shape)}; give pairs of images of one size."
+        )
+    return (images.double() - reference.double()).square()
 
 
 def cosine_distance(features: Sequence[Tensor], reference: Sequence[Tensor]) -> Tensor:
@@ -54,7 +63,7 @@ def psnr_by_image(images: Tensor, reference: Tensor, *, value_range: float = 2.0
     One value per image keeps a few images whose trajectories diverge from hiding the others. value_range: see
     `psnr`.
     """
-    mse = (images.double() - reference.double()).square().flatten(1).mean(1)
+    mse = _squared_error(images, reference).flatten(1).mean(1)
     return 10 * torch.log10(value_range**2 / mse)
 
 

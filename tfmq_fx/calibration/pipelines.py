@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from tfmq_fx.artefact.drop_in import DropIn, uncounted
-from tfmq_fx.base.errors import TFMQError, nearest_names
+from tfmq_fx.base.errors import TFMQError, nearest_names, require_type
 from tfmq_fx.base.signatures import hides_arguments, signature_of
 from tfmq_fx.calibration.prompts import PROMPTS
 
@@ -31,6 +31,22 @@ def takes_timestep(module: nn.Module, timestep: str) -> bool:
     if isinstance(module, DropIn):
         return module.interface.timestep == timestep
     return timestep in signature_of(module).parameters
+
+
+def require_model(model: Any, component: str | None) -> None:
+    """Raise TFMQError unless this is a pipeline or a network, and for a component's name beside a network."""
+    if isinstance(model, nn.Module):
+        if component is not None:
+            raise TFMQError(
+                f"component: {component!r} is for a pipeline, but a {type(model).__name__} is given; leave it out."
+            )
+    elif not isinstance(getattr(model, "components", None), Mapping):
+        require_type(model, nn.Module, "model", "give a loaded diffusers pipeline, or a network (nn.Module)")
+
+
+def network_of(model: Any, *, timestep: str, component: str | None) -> nn.Module:
+    """Return a network as it is, and of a pipeline the `denoiser`."""
+    return model if isinstance(model, nn.Module) else denoiser(model, timestep=timestep, component=component)
 
 
 def denoiser(pipe: Any, *, timestep: str = "timestep", component: str | None = None) -> nn.Module:
@@ -203,7 +219,9 @@ def usual_steps(pipe: Any, count: int = 50) -> int | None:
 
 
 def given_steps(steps: int | None) -> dict[str, int]:
-    """Return the argument of a call for so many steps; none for None."""
+    """Return the argument of a call for so many steps; none for None. Raises TFMQError for no steps."""
+    if steps is not None and not steps > 0:
+        raise TFMQError(f"num_inference_steps: {steps} is not positive.")
     return {} if steps is None else {"num_inference_steps": steps}
 
 

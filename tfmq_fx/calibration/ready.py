@@ -11,7 +11,7 @@ from torch._subclasses import FakeTensor
 
 from tfmq_fx.artefact.drop_in import DropIn
 from tfmq_fx.base.arithmetic import NETWORK_DTYPES
-from tfmq_fx.base.errors import TFMQError
+from tfmq_fx.base.errors import TFMQError, require_type
 
 
 def require_ready(network: nn.Module) -> None:
@@ -20,6 +20,7 @@ def require_ready(network: nn.Module) -> None:
     Refused are quantized networks, compiled networks, offload and cache hooks, adapters, sliced attention, train mode,
     weights that are quantized by others, and weights on several devices.
     """
+    require_type(network, nn.Module, "network", "give an nn.Module with its weights")
     if isinstance(network, DropIn):
         if network.is_float:
             return

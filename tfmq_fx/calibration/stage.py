@@ -15,7 +15,7 @@ from torch.fx import GraphModule, Node
 
 from tfmq_fx.base._torchao import FakeQuantizeBase, ObserverBase
 from tfmq_fx.base.ambient import neutral
-from tfmq_fx.base.errors import TFMQError, first_of, nearest_names
+from tfmq_fx.base.errors import TFMQError, first_of, nearest_names, require_type
 from tfmq_fx.base.metrics import first_tensor
 from tfmq_fx.base.parallel import Ranks, Workers, workers
 from tfmq_fx.base.progress import track
@@ -70,6 +70,7 @@ def calibrate(
     schedule that no row has where activations outside the temporal block have scales per timestep, and for missing and empty inputs.
     """
     state = require_stage(gm, "prepared")
+    require_set(calibration)
     require_known(state.tables, calibration)
     found, shards = list(observers(gm)), state.recipe.reconstruction.shards
     block = extract_temporal(gm, temporal_of(gm))
@@ -249,6 +250,13 @@ def _observing(module: nn.Module) -> bool:
     if isinstance(module, FakeQuantizeBase):
         return bool(module.observer_enabled[0])
     return isinstance(module, ObserverBase)
+
+
+def require_set(calibration: CalibrationSet) -> None:
+    """Raise TFMQError for anything else than a calibration set, saying how to make one."""
+    require_type(
+        calibration, CalibrationSet, "calibration", "use CalibrationSet.from_tensors({name: tensor, ..})"
+    )
 
 
 def require_known(tables: Mapping[str, Tensor], calibration: CalibrationSet) -> None:

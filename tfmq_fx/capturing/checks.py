@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
 from tfmq_fx.base.ambient import has_values
-from tfmq_fx.base.errors import TFMQError, nearest_names
+from tfmq_fx.base.errors import TFMQError, nearest_names, require_type
 from tfmq_fx.capturing.agreement import rows_of
 from tfmq_fx.graph.inputs import placeholders, timestep_input
 from tfmq_fx.graph.nodes import attribute, fixed_size, meta_value, schema_arguments
@@ -18,6 +18,11 @@ from tfmq_fx.graph.nodes import attribute, fixed_size, meta_value, schema_argume
 
 class FixedBatchError(TFMQError):
     """A network turns its batch into a number."""
+
+
+def require_by_name(example: Mapping[str, Any]) -> None:
+    """Raise TFMQError for example inputs that are not given by name."""
+    require_type(example, Mapping, "example_inputs", "give forward's arguments by name, {'sample': x, ..}")
 
 
 def require_timestep(timestep: str, found: Mapping[str, Any]) -> str:

@@ -30,6 +30,7 @@ from tfmq_fx.capturing.checks import (
     check_numbers,
     check_weights,
     refuse_inference_parameters,
+    require_by_name,
     require_dynamic_batch,
     require_timestep,
 )
@@ -79,6 +80,7 @@ def capture(
     the first line of its message, the line of the network, and a remedy.
     """
     require_ready(network)
+    require_by_name(example_inputs)
     found = {name: value for name, (_, value) in leaves(example_inputs).items()}
     timestep = require_timestep(timestep or choose_timestep(found), found)
     refuse_inference_parameters(network)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,6 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tfmq_fx.artefact.drop_in import DropIn
+from tfmq_fx.artefact.plain import plain_config
+from tfmq_fx.base.errors import TFMQError
 from tfmq_fx.base.files import replace_files
 from tfmq_fx.calibration.pipelines import denoiser, given_steps, holders, run_pipeline, whole_lists
 
@@ -34,6 +38,23 @@ def swapped(
     finally:
         for inner, name in held:
             setattr(inner, name, own)
+
+
+def require_made_of(model: DropIn, network: nn.Module) -> None:
+    """Raise TFMQError, naming what differs, if the configurations show that `model` was made of another network.
+
+    Entries that only one of the two has, and private ones, differ between versions of diffusers. Weights are not compared.
+    """
+    known, own = (json.loads(json.dumps(c)) for c in (model.parts()["config"], plain_config(network)))
+    shared = [n for n in known if n in own and (n == "_class_name" or not n.startswith("_"))]
+    other = next((f"{n} {known[n]!r} instead of {own[n]!r}" for n in shared if known[n] != own[n]), "")
+    if bool(known) != bool(own):
+        other = "a configuration" if known else "no configuration"
+    if other:
+        raise TFMQError(
+            f"the artefact is of another network than the pipeline's {type(network).__name__}: it has {other}; give the pipeline "
+            "that was quantized."
+        )
 
 
 def sample(

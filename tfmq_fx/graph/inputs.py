@@ -45,8 +45,8 @@ def timestep_input(gm: GraphModule, name: str | None) -> Node:
     it. Raises TFMQError for an unknown name, and without a name when no input or several have shape () or
     (N,).
     """
-    name = name or captured_of(gm).timestep
-    inputs = placeholders(gm)
+    known, inputs = captured_of(gm), placeholders(gm)
+    name = name or known.timestep
     if name is None:
         name = choose_timestep({n: meta_value(node) for n, node in inputs.items()})
     return require_input(gm, name)

@@ -27,6 +27,7 @@ _WEIGHT_ARGUMENT = {
     "linear": 1, "conv1d": 1, "conv2d": 1, "conv3d": 1, "convolution": 1,
     "conv_transpose1d": 1, "conv_transpose2d": 1, "conv_transpose3d": 1,
 }  # fmt: skip
+LAYER_OPS = tuple(_WEIGHT_ARGUMENT)  # what is quantized
 
 
 _CONVOLUTION_ARGUMENTS = {

@@ -10,6 +10,8 @@ from dataclasses import dataclass, field
 
 from torch.fx import GraphModule
 
+from tfmq_fx.base.errors import require_type
+
 _KEY = "tfmq"
 
 
@@ -43,7 +45,8 @@ class Captured:
 
 
 def captured_of(gm: GraphModule) -> Captured:
-    """Return what is known of a graph; of one that nobody captured here, nothing."""
+    """Return what is known of a graph; of one that nobody captured here, nothing. Raises TFMQError for anything else."""
+    require_type(gm, GraphModule, "gm", "capture the network first: tfmq_fx.capture(network, example)")
     found = gm.meta.get(_KEY, Captured())
     assert isinstance(found, Captured)
     return found

@@ -41,7 +41,13 @@ from tfmq_fx.passes.int8.to_int8 import TO_INT8
 from tfmq_fx.passes.pass_manager import PassManager
 from tfmq_fx.runtimes.cpu import byte_sums
 from tfmq_fx.runtimes.exported import fallen_back
-from tfmq_fx.runtimes.layers import float8_because, float8_layers, quantized_layers, saturating_layers
+from tfmq_fx.runtimes.layers import (
+    float8_because,
+    float8_layers,
+    path_of,
+    quantized_layers,
+    saturating_layers,
+)
 from tfmq_fx.runtimes.torch_engine import OPTIONS
 
 log = logging.getLogger(__name__)
@@ -80,8 +86,10 @@ def export_aot(model: QuantizedGraph, file: Path, *, strict: bool) -> dict[str, 
     bytes_, floats, saturating = len(quantized_layers(gm)), float8_layers(gm), saturating_layers(gm)
     wanted = bytes_ + len(floats)
     because, elsewhere, stored = float8_because(floats), "", bytes_
+    known = [path_of(layer) for layer in floats]
     fold_weights(gm, floats)
     if saturating and byte_sums() is not ByteSums.EXACT:
+        known += [path_of(layer) for layer in saturating]
         fold_weights(gm, saturating)
         stored -= len(saturating)
         because += f"; {len(saturating)} would saturate: {NO_INT8}"
@@ -97,7 +105,7 @@ def export_aot(model: QuantizedGraph, file: Path, *, strict: bool) -> dict[str, 
             save_program(program, Path(folder) / "graph.pt2")
             _compile(Path(folder) / "graph.pt2", path)
         found["kernels"] = kernels(path)
-        fallen = fallen_back(found["kernels"], wanted, strict=strict, because=because)
+        fallen = fallen_back(found["kernels"], wanted, strict=strict, because=because, layers=known)
         found["notes"] = (*fallen, *([elsewhere] if elsewhere else []))
 
     replace_files(file, write)

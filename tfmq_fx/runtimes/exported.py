@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -25,17 +25,18 @@ class Exported:
 
 
 def fallen_back(
-    kernels: Mapping[str, int], wanted: int, *, strict: bool, because: str = ""
+    kernels: Mapping[str, int], wanted: int, *, strict: bool, because: str = "", layers: Sequence[str] = ()
 ) -> tuple[str, ...]:
     """Return a note on the quantized layers that run in float, if any. Raises it as TFMQError if `strict`.
 
     kernels: its "int8" is the number of layers that run in int8. wanted: the number of quantized layers.
-    because: text that gives the reason, appended to the note.
+    because: text that gives the reason, appended to the note. layers: the names of those that are known, listed after it.
     """
     fallen = wanted - kernels["int8"]
     if fallen <= 0:
         return ()
-    words = f"{fallen} of {wanted} quantized layers run in float{because}"
+    named = f": {', '.join(layers[:8])}{', ...' if len(layers) > 8 else ''}" if layers else ""
+    words = f"{fallen} of {wanted} quantized layers run in float{because}{named}"
     if strict:
         raise TFMQError(f"strict: {words}.")
     return (words,)

@@ -88,7 +88,7 @@ def layers_of(gm: GraphModule) -> Iterator[EngineLayer]:
         path = ""
         if index is not None:
             operands = [node.args[0]]
-            path = _weight_path(node.args[index])
+            path = path_of(node)
             if not _is_quantized_weight(node.args[index]):
                 reasons.append("its weight is float")
         if any(not _is_quantized(x) for x in operands):
@@ -97,12 +97,17 @@ def layers_of(gm: GraphModule) -> Iterator[EngineLayer]:
         yield EngineLayer(
             node=node.name,
             weight="" if index is None else node.args[index].name,
-            path=path.removesuffix(SUFFIX).removesuffix("_q"),
+            path=path,
             op=op_name(node),
             flops=_flops(node),
             float_because=" and ".join(reasons),
             float8=any(dequantized(x) for x in operands),
         )
+
+
+def path_of(layer: Any) -> str:
+    """Return the name in the network's state dict of the weight of a convolution or linear."""
+    return _weight_path(layer.args[weight_argument(layer)]).removesuffix(SUFFIX).removesuffix("_q")
 
 
 def _weight_path(weight: Node) -> str:

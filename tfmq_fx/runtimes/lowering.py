@@ -9,6 +9,7 @@ import weakref
 from collections.abc import Sequence
 from contextlib import ExitStack
 from importlib.util import find_spec
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from tfmq_fx.artefact.quantized_graph import QuantizedGraph
 from tfmq_fx.base.ambient import neutral
 from tfmq_fx.base.arguments import leaves
 from tfmq_fx.base.arithmetic import NO_INT8, ByteSums
-from tfmq_fx.base.errors import TFMQError, nearest_names
+from tfmq_fx.base.errors import TFMQError, nearest_names, require_type
 from tfmq_fx.graph.written import frozen_buffers
 from tfmq_fx.passes.int8.to_int8 import TO_INT8
 from tfmq_fx.passes.pass_manager import PassManager
@@ -113,6 +114,12 @@ class LoweredModel(DropIn):
         """Raise TFMQError: what is compiled cannot be written for another runtime."""
         raise TFMQError("export: this network is compiled; export the one that it was lowered from.")
 
+    def __reduce__(self) -> Any:
+        """Raise TFMQError: what is compiled can be neither copied nor pickled."""
+        raise TFMQError(
+            "a compiled network cannot be copied or pickled; copy or save the network that it was lowered from."
+        )
+
     def lower(self, *_: Any, **__: Any) -> None:
         """Raise TFMQError: the network is lowered already."""
         raise TFMQError("lower: this network is lowered already; lower the one that it was lowered from.")
@@ -163,6 +170,12 @@ def lower(
     """
     if target not in TARGETS:
         raise TFMQError(f"target={target!r}: unknown; use {nearest_names(str(target), TARGETS)}.")
+    if isinstance(batch, bool) or not isinstance(batch, Integral) or batch < 1:
+        raise TFMQError(f"batch={batch!r}: is not a batch size; use a positive integer.")
+    if compile is not None:
+        require_type(compile, bool, "compile", "use True, False or None")
+    if cache is not None:
+        require_type(cache, (str, Path), "cache", "name a folder")
     gpu = cuda.require_gpu() if target == "cuda" else None
     if gpu is None and model.device.type != "cpu":
         raise TFMQError(

@@ -27,14 +27,14 @@ import logging
 import os
 import re
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch.fx import GraphModule
+from torch.fx import GraphModule, Node
 
 from tfmq_fx.artefact.program import dynamic_shapes, exported, graph_of
 from tfmq_fx.artefact.quantized_graph import QuantizedGraph, example_inputs
@@ -45,8 +45,9 @@ from tfmq_fx.graph.nodes import aten, meta_value
 from tfmq_fx.passes.int8.to_int8 import TO_INT8
 from tfmq_fx.passes.int8.unfold_convolutions import unfold_convolutions
 from tfmq_fx.passes.pass_manager import PassManager
+from tfmq_fx.passes.temporal.partition_temporal import BLOCK_NAME
 from tfmq_fx.runtimes.exported import fallen_back
-from tfmq_fx.runtimes.layers import float8_because, float8_layers, quantized_layers
+from tfmq_fx.runtimes.layers import float8_because, float8_layers, path_of, quantized_layers
 from tfmq_fx.runtimes.onnx_weights import store_weights
 
 log = logging.getLogger(__name__)
@@ -97,35 +98,66 @@ def export_onnx(model: QuantizedGraph, file: Path, *, for_onnxruntime: bool, str
     PassManager([*TO_INT8, *([unfold_convolutions] if for_onnxruntime else [])])(gm)
     _four_dimensional_attention(gm)
     floats = float8_layers(gm)
-    wanted, because = len(quantized_layers(gm)) + len(floats), float8_because(floats)
+    layers, because = [*quantized_layers(gm), *floats], float8_because(floats)
     inputs = example_inputs(model, batch=2)
     with tracing(), torch.no_grad():
         program = torch.export.export(gm, (), inputs, dynamic_shapes=dynamic_shapes(model), strict=False)
     ir = _translated(program, for_onnxruntime=for_onnxruntime)
+    paths = _paths(layers, ir)
     found: dict[str, Any] = {"weights": store_weights(ir, for_onnxruntime=for_onnxruntime)}
 
     def write(path: Path) -> None:
         size = sum(v.const_value.nbytes for v in ir.graph.initializers.values() if v.const_value is not None)
         onnx_ir.save(ir, path, external_data=f"{path.name}.data" if size > LARGEST else None)
         try:
-            found["kernels"] = kernels(path)
+            ran = _products(path)
         except ImportError as error:
             if strict:
                 raise TFMQError(f'strict: {error}; pip install "tfmq_fx[onnx]".') from error
             found["notes"] = ("onnxruntime is not installed: which kernels it runs is not known",)
         else:
-            found["notes"] = fallen_back(found["kernels"], wanted, strict=strict, because=because)
+            found["kernels"] = _counts(ran)
+            fallen = [f"{paths[n]} ({op})" for n, op in ran if n in paths and op not in _INT8_KERNELS]
+            found["notes"] = fallen_back(
+                found["kernels"], len(layers), strict=strict, because=because, layers=fallen
+            )
 
     replace_files(file, write)
     return found
 
 
+def _paths(layers: Sequence[Node], ir: Any) -> dict[str, str]:
+    """Return the paths of these layers' weights, by the names of the layers' nodes in the file."""
+    paths = {path_of(layer) for layer in layers}
+    found: dict[str, str] = {}
+    for node in ir.graph:
+        if node.op_type in _PRODUCTS:
+            weight = node.inputs[1]
+            while (made := weight.producer()) is not None and made.inputs:
+                weight = made.inputs[0]
+            path = weight.name.removeprefix(f"{BLOCK_NAME}.").removesuffix("_q")
+            found |= {node.name: path} if path in paths else {}
+    return found
+
+
+_PRODUCTS = {"Conv", "ConvTranspose", "Gemm", "MatMul"}
+
+
 def kernels(file: Path) -> dict[str, int]:
     """Return how many products with constants onnxruntime's CPU computes in int8, and how many in float.
 
-    The products are convolutions, linears and others. They are counted in the graph as onnxruntime rewrites
-    it when it loads the file. Raises ImportError if onnxruntime is not installed.
+    The products are convolutions, linears and others. Raises ImportError if onnxruntime is not installed.
     """
+    return _counts(_products(file))
+
+
+def _counts(products: Sequence[tuple[str, str]]) -> dict[str, int]:
+    int8 = sum(op in _INT8_KERNELS for _, op in products)
+    return {"int8": int8, "float": sum(op in _FLOAT_KERNELS for _, op in products)}
+
+
+def _products(file: Path) -> list[tuple[str, str]]:
+    """Return the name and the operator of every product with constants, in the graph as onnxruntime rewrites it when it loads the file."""
     os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # read when it is first imported
     import onnx_ir
     import onnxruntime
@@ -142,7 +174,7 @@ def kernels(file: Path) -> dict[str, int]:
         options.log_severity_level = 3
         onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
         graph = onnx_ir.load(optimized).graph
-    found = {"int8": 0, "float": 0}
+    found = []
     matrices = {name for name, value in graph.initializers.items() if len(value.shape) > 1}
     constants = set(graph.initializers)
     for node in graph:
@@ -151,8 +183,8 @@ def kernels(file: Path) -> dict[str, int]:
             made = {v.name for v in node.outputs}
             constants |= made
             matrices |= made if given & matrices else set()
-        elif given & matrices and node.op_type in _INT8_KERNELS | _FLOAT_KERNELS:
-            found["int8" if node.op_type in _INT8_KERNELS else "float"] += 1
+        elif given & matrices:
+            found.append((str(node.name), str(node.op_type)))
     return found
 
 

@@ -36,7 +36,26 @@ def test_rules_change_bits_and_a_rule_without_a_match_shows_the_nearest():
     assert bits_by_layer(gm)["attention.qkv"] == (8, 8)
     assert bits_by_layer(gm)["down"] == (16, 16)
     assert "down.weight" in {f.name for f in state_of(gm).plan.floats}
-    with pytest.raises(TFMQError, match=r"'atention\.\*' matches no layer.*; nearest are attention"):
+    with pytest.raises(TFMQError, match=r"'atention\.\*' matches no layer; nearest are attention"):
         tfmq_fx.prepare(
             captured(), tfmq_fx.Recipe(rules=(tfmq_fx.Rule(pattern="atention.*"),)), timesteps=TIMESTEPS
         )
+
+
+@pytest.mark.parametrize(
+    ("rules", "words"),
+    [
+        (
+            [tfmq_fx.Rule(pattern="down.*", op="linear")],
+            r"'down\.\*' matches down\.weight, which is a conv2d, and no linear; change op",
+        ),
+        ([tfmq_fx.Rule(pattern="attention")], r"'attention' matches no layer, .*; use 'attention\.\*'"),
+        (
+            [tfmq_fx.Rule(pattern="*"), tfmq_fx.Rule(pattern="down.*")],
+            r"'down\.\*' matches only layers that earlier rules match; put it before them",
+        ),
+    ],
+)
+def test_a_rule_that_is_no_layers_says_why(rules, words):
+    with pytest.raises(TFMQError, match=words):
+        tfmq_fx.prepare(captured(), tfmq_fx.Recipe(rules=rules), timesteps=TIMESTEPS)

@@ -78,6 +78,11 @@ def test_a_zero_channel_quantizes_to_zero():
         assert ((o.zero_point >= 0) & (o.zero_point <= 15)).all()
 
 
+def test_the_name_of_a_preset_is_refused():
+    with pytest.raises(TFMQError, match=r"recipe: expected Recipe, found str; use Recipe\.preset\(name\)"):
+        tfmq_fx.prepare(captured(), "w4a8", timesteps=TIMESTEPS)
+
+
 def test_a_network_in_float64_is_refused():
     gm = captured()
     gm.get_submodule("down").double()

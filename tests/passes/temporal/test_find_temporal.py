@@ -161,6 +161,12 @@ class TwoTimes(nn.Module):
         return sample * self.a(sinusoid(t, 8)) + self.b(sinusoid(r, 8))
 
 
+def test_a_network_instead_of_its_graph_is_refused():
+    for timestep in (None, "timestep"):
+        with pytest.raises(TFMQError, match="gm: expected GraphModule, found TinyUNet; capture the network"):
+            find_temporal(make(TinyUNet), timestep=timestep)
+
+
 def test_two_inputs_that_could_be_the_timestep_are_refused_until_one_is_named():
     inputs = {"sample": torch.randn(2, 3), "t": torch.tensor([1, 2]), "r": torch.tensor([3, 4])}
     with pytest.raises(
