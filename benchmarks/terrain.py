@@ -134,13 +134,15 @@ def nncf_int8(data: Rows) -> Any:
 
 def ours(name: str, network: nn.Module, data: tfmq_fx.CalibrationSet) -> tfmq_fx.QuantizedModel:
     """name: a preset; "w8a8 plain": round-to-nearest with nothing chosen; "w8a8 float8": linears of float8; "w3a8 unchosen":
-    the preset's method and branches alone.
+    the preset's method and branches alone; "w8a8 gptq": by GPTQ, not tuned.
     """
     recipe = Recipe.preset(name.split()[0])
     if name.endswith("unchosen"):
         recipe = unchosen(recipe)
     if name.endswith("float8"):
         recipe = dataclasses.replace(recipe, linear_dtype="float8_e4m3fn")
+    if name.endswith("gptq"):
+        recipe = dataclasses.replace(recipe, reconstruction=Reconstruction(method="gptq", tune_iterations=0))
     if name.endswith("plain"):
         recipe = dataclasses.replace(unchosen(recipe), reconstruction=Reconstruction(method="nearest"))
     return tfmq_fx.quantize(network, recipe, calibration=data, timestep="sigma", seed=0)

@@ -188,7 +188,7 @@ def test_another_step_count_takes_the_nearest_timesteps_and_counts_them(steps):
     # lies outside the neighbour's range is clipped. The temporal features are then off by 6 to 13%, not by 0.8, and
     # the trajectory, whose other activations err as before, by 1.2 to 1.7 times as much (three seeds).
     assert error < 2 * calibrated < 0.05
-    table = q.network.get_buffer("timestep_table")
+    table = q.temporal_block.get_buffer("timestep_table")
     table.copy_(
         table.flip(0)
     )  # the control, far outside that bound: some other timestep's qparams, 7 to 9 times

@@ -88,7 +88,9 @@ def _sizes(
     other_bytes = sum(x.numel() * x.element_size() for n, x in tensors.items() if n not in packed)
     added = {t for changes in state.low_bits.values() for change in changes for t in change.tensors}
     added &= tensors.keys()  # converting folds what is computed of constants alone
-    float_bytes = sum(p.numel() * p.element_size() for p in network.parameters())
+    kept = network.state_dict().keys()  # what a file of the network holds: tables that are buffers, too
+    buffers = (b for n, b in network.named_buffers() if n in kept)
+    float_bytes = sum(p.numel() * p.element_size() for p in (*network.parameters(), *buffers))
     return {
         "float_bytes": float_bytes,
         "quantized_bytes": round(packed_bytes + other_bytes),
