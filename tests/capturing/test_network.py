@@ -263,8 +263,30 @@ def test_the_remedy_fits_the_cause_and_torchs_long_text_is_logged(caplog, capsys
     assert "def forward" not in capsys.readouterr().err
 
 
+class Numbered(nn.Module):
+    """It turns its sizes into numbers."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(1, 1, 3, padding=1)
+
+    def forward(self, sample, timestep):
+        width, height = int(sample.shape[3]), float(sample.shape[2])
+        part = self.conv(sample)[..., : int(width / 2)] * (isinstance(width, int) + height)
+        return part + torch.as_tensor(width) * timestep[:, None, None, None]
+
+
+def test_sizes_that_a_network_turns_into_numbers_stay_open():
+    network = make(Numbered)
+    gm = tfmq_fx.capture(network, {"sample": torch.randn(2, 1, 8, 6), "timestep": torch.tensor([1, 2])})
+    x, t = torch.randn(3, 1, 4, 10), torch.tensor([3, 4, 5])
+    with torch.no_grad():
+        assert torch.equal(gm(x, t), network(x, t))
+
+
 def test_threads_capture_in_turn():
     networks = [make(ScalarTime) for _ in range(4)]
+    before = dict(vars(torch.SymInt))
     found: dict[int, torch.fx.GraphModule] = {}
 
     def run(i):
@@ -282,6 +304,7 @@ def test_threads_capture_in_turn():
         for i, network in enumerate(networks):
             x, t = torch.randn(3, 4), torch.tensor(i)
             assert torch.equal(found[i](x, t), network(x, t))
+    assert dict(vars(torch.SymInt)) == before
 
 
 class Labels(nn.Module):

@@ -112,7 +112,10 @@ def symbolic_lengths(network: nn.Module, *, sets: bool = False, numbers: bool = 
 
 @contextmanager
 def numbers_of_sizes(network: nn.Module) -> Iterator[list[str]]:
-    """Yield the files of the network's classes that turn a dynamic size into a number, as int(x) and float(x) do, until exit."""
+    """Yield the files of the network's classes that turn a dynamic size into a number, as int(x) and float(x) do, until exit.
+
+    For use within `tracing`: it changes torch's classes.
+    """
     own, found = {f.__file__ for f in _files(network)}, list[str]()
 
     def noted(kind: type, name: str, function: str) -> Callable[[Any], Any]:
@@ -186,10 +189,11 @@ class _IsNumber(type):
     """A type in place of Python's own of that name, which turns a dynamic size into another one by `of_size`."""
 
     own: type
+    size: type  # of dynamic sizes that are such numbers outside of a trace
     of_size: Callable[[Any], Any]
 
     def __instancecheck__(cls, x: Any) -> bool:
-        return isinstance(x, cls.own)
+        return isinstance(x, (cls.own, cls.size))
 
     def __subclasscheck__(cls, kind: type) -> bool:
         return issubclass(kind, cls.own)
@@ -200,19 +204,14 @@ class _IsNumber(type):
 
 
 class _Int(int, metaclass=_IsNumber):
-    own, of_size = int, torch.sym_int
+    own, size, of_size = int, torch.SymInt, torch.sym_int
 
 
 class _Float(float, metaclass=_IsNumber):
-    own, of_size = float, torch.sym_float
+    own, size, of_size = float, torch.SymFloat, torch.sym_float
 
 
 NUMBERS: dict[str, Any] = {"int": _Int, "float": _Float}
-
-
-def own_number(x: Any) -> Any:
-    """Return Python's own type for one of NUMBERS, and anything else as it is."""
-    return x.own if isinstance(x, _IsNumber) else x
 
 
 class _IsSet(type):

@@ -24,7 +24,6 @@ from tfmq_fx.base.tracing import (
     expect_same_rows,
     graphs_to_log,
     numpy_on_sizes,
-    own_number,
     symbolic_lengths,
     tracing,
     without_caches,
@@ -157,7 +156,6 @@ class _Traceable(TorchFunctionMode):
                 shape: list[int | torch.SymInt] = [-1] * (x.dim() + 1)
                 shape[dim + 1] = repeats
                 return x.unsqueeze(dim + 1).expand(shape).flatten(dim, dim + 1)
-        args, kwargs = tuple(map(own_number, args)), {n: own_number(x) for n, x in kwargs.items()}  # dtypes
         if func in (torch.tensor, torch.as_tensor) and args and isinstance(args[0], torch.SymInt):
             kind = kwargs.get("dtype") or torch.int64
             return torch.scalar_tensor(args[0], dtype=kind, device=kwargs.get("device"))

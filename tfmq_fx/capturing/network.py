@@ -22,7 +22,7 @@ from tfmq_fx.base.routed import Routed
 from tfmq_fx.base.row_lists import RowLists, known_lists
 from tfmq_fx.base.second_rows import rows_of_call
 from tfmq_fx.base.signatures import parameters_of, takes_any
-from tfmq_fx.base.tracing import numbers_of_sizes
+from tfmq_fx.base.tracing import numbers_of_sizes, tracing
 from tfmq_fx.calibration.ready import require_ready
 from tfmq_fx.capturing.agreement import REROUTED, agree, agree_on_other_rows, equal_lists, rows_of
 from tfmq_fx.capturing.checks import (
@@ -126,7 +126,7 @@ def _open_graph(
 ) -> GraphModule | None:
     """Return `_graph_of_all_sizes`, with sizes open that the network turns into numbers, such as int(x.shape[1]), if it can be."""
     fixed_batch, gm = None, None
-    with numbers_of_sizes(network) as asked:
+    with tracing(), numbers_of_sizes(network) as asked:
         try:
             gm = _graph_of_all_sizes(network, inputs, timestep, lists, cut=cut)
         except FixedBatchError as error:
