@@ -100,8 +100,8 @@ def attempt(cls: type, row: dict[str, Any]) -> None:
 def _drawn_float(pipe: Any, row: dict[str, Any]) -> tuple[dict[str, Any], list[torch.Tensor]]:
     """Return arguments with a negative prompt that is shorter than the prompt, or as long if the pipeline needs that, and the sample."""
     given = arguments(pipe)
-    if any(n.startswith("negative") and "embeds" in n for n in given):
-        shorter = with_other_negatives(given, LENGTH - 3)
+    shorter, alike = (with_other_negatives(given, length) for length in (LENGTH - 3, LENGTH))
+    if _shapes(shorter) != _shapes(alike):
         try:
             found = _drawn(pipe, shorter)
         except Exception:  # the pipeline's own, of any type
@@ -109,8 +109,11 @@ def _drawn_float(pipe: Any, row: dict[str, Any]) -> tuple[dict[str, Any], list[t
         else:
             row["lengths"] = True
             return shorter, found
-    given = with_other_negatives(given, LENGTH)
-    return given, _drawn(pipe, given)
+    return alike, _drawn(pipe, alike)
+
+
+def _shapes(given: dict[str, Any]) -> list[Any]:
+    return [x.shape for x in pytree.tree_leaves(given) if isinstance(x, torch.Tensor)]
 
 
 TIMESTEPS = ("timestep", "timesteps", "t", "timestep_ratio", "r")
