@@ -282,11 +282,9 @@ class CalibrationSet:
             pipeline that needs one gets 64 of this library's own, and the log and the report say so.
         """
         require_pipeline(pipe, pipe_kwargs)
-        numbers = {
-            "num_samples": num_samples,
-            "num_inference_steps": num_inference_steps or 1,
-            "batch_size": batch_size,
-        }
+        numbers = {"num_samples": num_samples, "batch_size": batch_size}
+        if num_inference_steps is not None:
+            numbers["num_inference_steps"] = num_inference_steps
         for name, number in numbers.items():
             if not isinstance(number, Integral) or number < 1:
                 raise TFMQError(f"calibration: {name}={number!r} must be a positive integer.")

@@ -40,8 +40,12 @@ def require_model(model: Any, component: str | None) -> None:
             raise TFMQError(
                 f"component: {component!r} is for a pipeline, but a {type(model).__name__} is given; leave it out."
             )
-    elif not isinstance(getattr(model, "components", None), Mapping):
+    elif not _is_pipeline(model):
         require_type(model, nn.Module, "model", "give a loaded diffusers pipeline, or a network (nn.Module)")
+
+
+def _is_pipeline(x: Any) -> bool:
+    return isinstance(getattr(x, "components", None), Mapping)
 
 
 def network_of(model: Any, *, timestep: str, component: str | None) -> nn.Module:
@@ -147,7 +151,7 @@ def require_pipeline(pipe: Any, pipe_kwargs: Mapping[str, Any]) -> None:
 
     A pipeline may take any argument by `**kwargs`; then one that it does not name is logged.
     """
-    if not isinstance(getattr(pipe, "components", None), Mapping) or not callable(pipe):
+    if not _is_pipeline(pipe) or not callable(pipe):
         raise TFMQError(
             f"calibration: a {type(pipe).__name__} is no pipeline; give a diffusers pipeline, or make the set of a network's inputs "
             "with CalibrationSet.from_tensors."

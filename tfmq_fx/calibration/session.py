@@ -48,7 +48,7 @@ from tfmq_fx.calibration.guidance import Unguided, conditional_rows, conditions,
 from tfmq_fx.calibration.perturbed import Perturbation, watched
 from tfmq_fx.calibration.pipelines import call_pipeline, few_steps, given_steps, whole_lists
 from tfmq_fx.calibration.shapes import Shapes, repeats
-from tfmq_fx.calibration.trials import Trials, completed, rows_in, tensor_of
+from tfmq_fx.calibration.trials import Trials, completed, rows_in, sample_in, tensor_of
 
 log = logging.getLogger(__name__)
 
@@ -295,9 +295,7 @@ class Session:
 
     def even(self) -> frozenset[str]:
         """Return the tensors whose rows have one size: the timestep and the noisy samples, which are as large as the outputs."""
-        call = self.preview.calls[0]
-        first = next(n for n, (_, x) in call.items() if isinstance(x, Tensor) and n != self.timestep)
-        return frozenset({first, self.timestep})
+        return frozenset({sample_in(flat(self.preview.calls[0]), self.timestep), self.timestep})
 
     def moving_of(self, call: Leaves) -> dict[str, Tensor]:
         """Return the tensors without rows of a call that are not the same in all calls."""
@@ -429,8 +427,11 @@ class Session:
 
         A pipeline may give its network everything but the noisy samples once; of that, what differs from call to call has rows.
         """
-        once = {n for n, shape in shapes.shared.items() if shape[:1] == (1,)}
-        if not once or self.preview.lists is not None or self.size_of(flat(call)) == 1:
+        ones = {n for n, (_, x) in call.items() if isinstance(x, Tensor) and x.shape[:1] == (1,)} - {
+            self.timestep
+        }
+        once = ones & shapes.shared.keys()
+        if not once or once == ones or self.preview.lists is not None or self.size_of(flat(call)) == 1:
             return
         other = replace(shapes, shared={n: s for n, s in shapes.shared.items() if n not in once})
         if self._of_rows(call, shapes) is None and self._of_rows(call, other) is not None:

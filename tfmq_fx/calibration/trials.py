@@ -19,12 +19,18 @@ from tfmq_fx.calibration.calls import Flat, Leaves, computing, flat, same
 from tfmq_fx.calibration.shapes import Shapes
 
 
-def rows_in(call: Flat, timestep: str) -> int:
-    """Return the number of rows of a call: that of its first tensor other than the timestep, the noisy sample."""
+def sample_in(call: Flat, timestep: str) -> str:
+    """Return the name of the noisy sample: a call's first tensor other than the timestep. Raises TFMQError if there is none."""
     for name, value in call.items():
         if isinstance(value, Tensor) and name != timestep and value.dim():
-            return value.shape[0]
+            return name
     raise TFMQError(f"calibration: a call of the network has no tensor but {timestep!r}.")
+
+
+def rows_in(call: Flat, timestep: str) -> int:
+    """Return the number of rows of a call: that of its noisy sample."""
+    rows: int = call[sample_in(call, timestep)].shape[0]
+    return rows
 
 
 def tensor_of(call: Leaves, name: str) -> Tensor | None:

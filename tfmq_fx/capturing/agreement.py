@@ -127,11 +127,15 @@ def _unlike(
     kinds = cut.row_sizes.kinds
     for rows in [(kinds == kind).nonzero()[:2, 0] for kind in kinds.unique()[:MOST_TRIALS]]:
         for alike in cut.groups(2, rows=rows, one_timestep=is_scalar(gm)):
-            inputs = cut.arguments(alike, beside=network)
-            found = {n: as_taken(gm, n, x) for n, (_, x) in leaves(inputs).items() if isinstance(x, Tensor)}
+            found = _inputs(gm, cut.arguments(alike, beside=network))
             if not agrees(gm, found, padded.row_wise(network), padded.arguments(alike, beside=network)):
                 return alike
     return None
+
+
+def _inputs(gm: GraphModule, arguments: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Return the tensors among a network's arguments as the graph takes them, by name."""
+    return {n: as_taken(gm, n, x) for n, (_, x) in leaves(arguments).items() if isinstance(x, Tensor)}
 
 
 def require_kinds(gm: GraphModule, network: nn.Module, calibration: CalibrationSet) -> None:
@@ -140,8 +144,7 @@ def require_kinds(gm: GraphModule, network: nn.Module, calibration: CalibrationS
     firsts = torch.stack([(kinds == kind).nonzero()[0, 0] for kind in kinds.unique()])
     for rows in calibration.groups(len(firsts), rows=firsts, one_timestep=is_scalar(gm)):
         arguments = calibration.rows(rows).arguments(slice(None), beside=network, rows_first=True)
-        found = {n: as_taken(gm, n, x) for n, (_, x) in leaves(arguments).items() if isinstance(x, Tensor)}
-        if not agree(gm, found, row_wise, arguments):
+        if not agree(gm, _inputs(gm, arguments), row_wise, arguments):
             names = ", ".join(Variants(calibration.others, calibration.paths).names)
             raise TFMQError(
                 f"{type(network).__name__}: computes rows with other values of {names} in a way that cannot be told row by row; "

@@ -89,6 +89,9 @@ def _captured(
     """
     taken = {x.shape[0] for x in calibration.constants.values() if isinstance(x, Tensor) and x.dim()}
     taken |= {size for x in calibration.tensors.values() for size in x.shape[1:]}
+    if (sizes := calibration.row_sizes) is not None:
+        taken |= {size for of in sizes.of.values() for size in of.unique().tolist()}
+        taken |= {len(x) for values in sizes.values.values() for x in values if x.dim()}
     count = next(n for n in itertools.count(2) if n not in taken)
     example = calibration.example(count, beside=network)
     if "return_dict" in parameters_of(network):

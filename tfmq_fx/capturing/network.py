@@ -167,11 +167,10 @@ def _graph_of_all_sizes(
     numbers: bool = False,
 ) -> GraphModule | None:
     """Return the graph whose sizes are open but for those that its features depend on; None if some would be left."""
-    gm = _graph(network, inputs, timestep, all_sizes=True, lists=lists, cut=cut, numbers=numbers)
+    graph = partial(_graph, network, inputs, timestep, all_sizes=True, lists=lists, cut=cut, numbers=numbers)
+    gm = graph()
     if fixed := _sizes_of_features(gm, timestep):
-        gm = _graph(
-            network, inputs, timestep, all_sizes=True, fixed=fixed, lists=lists, cut=cut, numbers=numbers
-        )
+        gm = graph(fixed=fixed)
         fixed = _sizes_of_features(gm, timestep)
     return None if fixed else gm
 
@@ -275,21 +274,20 @@ def _graph(
     gm.graph.eliminate_dead_code()
     check_weights(gm)
     share = REROUTED if routed.used else 1.0
-    if lists is not None and not (
-        agree(gm, example, network, inputs, share=share)
-        and agree_on_other_rows(gm, network, inputs, share=share)
-    ):
-        raise TFMQError(
-            f"{type(network).__name__}: takes lists of samples, and computes something else for several than for each by itself; "
-            "give it tensors with a batch."
+    if lists is not None:
+        why = "takes lists of samples, and computes something else for several than for each by itself; give it tensors with a batch"
+    elif numbers:
+        why = "computes something else where int(size) is no number"
+    elif routed.used:
+        why = (
+            "sends tokens to experts in a way that cannot be computed with masks; give its experts all tokens, or hand the passes a "
+            "torch.fx.GraphModule you captured yourself"
         )
-    if numbers and lists is None and not agree(gm, example, network, inputs, share=share):
-        raise TFMQError(f"{type(network).__name__}: computes something else where int(size) is no number.")
-    if routed.used and lists is None and not agree(gm, example, network, inputs, share=share):
-        raise TFMQError(
-            f"{type(network).__name__}: sends tokens to experts in a way that cannot be computed with masks; give its experts all "
-            "tokens, or hand the passes a torch.fx.GraphModule you captured yourself."
-        )
+    else:
+        why = ""
+    same = not why or agree(gm, example, network, inputs, share=share)
+    if not same or (lists is not None and not agree_on_other_rows(gm, network, inputs, share=share)):
+        raise TFMQError(f"{type(network).__name__}: {why}.")
     own_written_buffers(gm)
     gm.recompile()
     return gm
