@@ -183,7 +183,7 @@ def test_a_folder_with_something_else_is_refused_and_left_alone(measured, tmp_pa
     ("of", "changes", "words"),
     [
         (lambda pipe, _: pipe.unet, {}, "model: expected QuantizedModel, found UNet2DModel"),
-        (lambda _, q: q, {"num_inference_steps": 0}, "num_inference_steps: 0 is not positive"),
+        (lambda _, q: q, {"num_inference_steps": 0}, "num_inference_steps=0 must be a positive integer"),
     ],
 )
 def test_what_cannot_be_measured_is_refused(pipe, q, of, changes, words):
