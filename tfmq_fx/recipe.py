@@ -183,7 +183,7 @@ class Reconstruction:
     gptq_samples: int = 256  # samples whose layer inputs form GPTQ's Hessian
     # Rows of a layer's Hessian for each of its K columns. If the samples have more, positions are drawn.
     gptq_rows: int = 128
-    # GiB. A layer of K inputs is cut into pieces if its Hessian and factors (40 K^2 bytes) take more.
+    # GiB. A layer of K inputs is cut into pieces if its Hessian and factors (32 K^2 bytes) take more.
     gptq_memory: float = 8.0
     damping: float = 0.01  # of GPTQ's Hessian, as a share of its mean diagonal
     warmup: float = 0.2  # share of the iterations before the regulariser starts

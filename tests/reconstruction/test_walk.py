@@ -16,8 +16,8 @@ from tfmq_fx.graph.inputs import largest_row
 from tfmq_fx.passes.quantize.state import state_of
 from tfmq_fx.reconstruction import stage
 from tfmq_fx.reconstruction.spill import Budget
-from tfmq_fx.reconstruction.streams import Streams
-from tfmq_fx.reconstruction.walk import Walk, _constant
+from tfmq_fx.reconstruction.streams import Streams, constant_nodes
+from tfmq_fx.reconstruction.walk import Walk
 
 
 def test_the_walk_runs_each_node_once_a_batch_and_stream(monkeypatch):
@@ -34,7 +34,7 @@ def test_the_walk_runs_each_node_once_a_batch_and_stream(monkeypatch):
     tfmq_fx.reconstruct(gm, calibration(), FAST)
     parts = -(-40 // FAST.batch_size) * FAST.shards
     # What is made of weights alone is the same for all rows. Elsewhere each part runs each node.
-    constant = {n.name: n.op for n in _constant(gm)}
+    constant = {n.name: n.op for n in constant_nodes(gm)}
     assert {"get_attr", "call_module"} == {constant[n] for n in counts if n in constant}
     # Float and quantized; an observer outside the blocks is only in the quantized network.
     expected = {
@@ -53,7 +53,8 @@ def test_a_disk_too_small_for_the_streams_is_refused_before_any_work(monkeypatch
         tfmq_fx.reconstruct(prepared(), calibration(), dataclasses.replace(FAST, max_memory=0.0))
 
 
-def test_the_disk_that_the_streams_need_is_known_from_the_capture(monkeypatch):
+@pytest.mark.parametrize("method", ["adaround", "gptq"])
+def test_the_disk_that_the_streams_need_is_known_from_the_capture(monkeypatch, method):
     """With nothing in memory, all values that are held at once are on disk, half of their bytes."""
     walks, most = [], [0]
     monkeypatch.setattr(Walk, "require_disk", lambda self: walks.append(self))
@@ -66,7 +67,8 @@ def test_the_disk_that_the_streams_need_is_known_from_the_capture(monkeypatch):
         return found
 
     monkeypatch.setattr(Budget, "spill", counting)
-    tfmq_fx.reconstruct(prepared(), calibration(), dataclasses.replace(FAST, max_memory=0.0, shards=1))
+    settings = dataclasses.replace(FAST, method=method, max_memory=0.0, shards=1)
+    tfmq_fx.reconstruct(prepared(), calibration(), settings)
     assert 0.8 * most[0] <= walks[0]._largest() / 2 <= 1.5 * most[0]
 
 

@@ -3,14 +3,14 @@
 Shapes: a layer is G groups of (C, K) weights, with C output channels and K inputs each. A convolution is the linear
 layer of its unfolded input, so K = C_in / G * kernel elements. R rows are samples times positions.
 
-X are a layer's inputs in the float network, Xq those in the quantized network: (K, R) for each group.
+X are a layer's inputs in the quantized network: (K, R) for each group.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -22,12 +22,13 @@ from tfmq_fx.base.errors import TFMQError
 from tfmq_fx.base.parallel import Ranks, Workers
 from tfmq_fx.graph.nodes import convolution_arguments, groups_of, op_name
 
+T = TypeVar("T")
 PRODUCTS = 2**28  # the most float32 numbers to hold in products at once
 COLUMNS = 16  # rounded one by one; their errors are carried to the others in ever larger products
 
 
 class Moments:
-    """The second moments of a layer's inputs, in float64: H = Xq Xq^T, and D = (X - Xq) Xq^T.
+    """The second moments of a layer's inputs, in float64: H = X X^T.
 
     Adding the rows of A, then of B, equals adding both together, up to float addition order.
 
@@ -39,17 +40,15 @@ class Moments:
         self, groups: int, columns: int, *, pieces: int = 1, device: torch.device | None = None
     ) -> None:
         self.pieces = pieces
-        self.h_GKK, self.d_GKK = (
-            torch.zeros(groups, columns, columns, dtype=torch.float64, device=device) for _ in range(2)
-        )
+        self.h_GKK = torch.zeros(groups, columns, columns, dtype=torch.float64, device=device)
         self._factors: dict[float, tuple[Tensor, Tensor]] = {}
 
     @staticmethod
     def of(
         layer: Node,
         weight: Tensor,
-        given: Sequence[Tensor],
-        seen: Sequence[Tensor],
+        value: Callable[[T], Tensor],
+        parts: Sequence[T],
         *,
         workers: Workers,
         ranks: Ranks,
@@ -58,38 +57,30 @@ class Moments:
     ) -> Moments:
         """Return the moments of a layer's inputs.
 
-        given: the inputs in the float network, part by part.
-        seen: the inputs in the quantized network, for the same parts.
+        value: returns the inputs in the quantized network, for a part of the data.
         positions: of each sample, at most this many positions drawn at random, the same in every sample. None: all.
         """
 
-        def products(pair: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-            x, s = (parted(rows(layer, y.float(), weight, positions), pieces) for y in pair)
-            return _products(x, s)
+        def products(part: T) -> Tensor:
+            return _products(parted(rows(layer, value(part).float(), weight, positions), pieces))
 
         groups, columns = groups_of(layer) * pieces, weight[0].numel() // pieces
         found = Moments(groups, columns, pieces=pieces, device=weight.device)
-        # Limit how many pairs' float32 products are in memory at once: those of a wide layer are large.
-        at_once = max(1, min(8, PRODUCTS // (2 * found.h_GKK.numel())))
-        pairs = list(zip(given, seen, strict=True))
-        for start in range(0, len(pairs), at_once):
-            for h, d in workers.map(products, pairs[start : start + at_once]):
-                found._accumulate(h, d)
-        found.h_GKK, found.d_GKK = ranks.sum([found.h_GKK, found.d_GKK])
+        # Limit how many parts' float32 products are in memory at once: those of a wide layer are large.
+        at_once = max(1, min(8, PRODUCTS // found.h_GKK.numel()))
+        for start in range(0, len(parts), at_once):
+            for h in workers.map(products, parts[start : start + at_once]):
+                found._accumulate(h)
+        (found.h_GKK,) = ranks.sum([found.h_GKK])
         return found
 
-    def add(self, x_GRK: Tensor, seen_GRK: Tensor) -> None:
-        """Add rows to the moments.
+    def add(self, x_GRK: Tensor) -> None:
+        """Add input rows to the moments."""
+        self._accumulate(_products(x_GRK))
 
-        x: the input rows in the float network.
-        seen: those in the quantized network, in the same order.
-        """
-        self._accumulate(*_products(x_GRK, seen_GRK))
-
-    def _accumulate(self, h_GKK: Tensor, d_GKK: Tensor) -> None:
+    def _accumulate(self, h_GKK: Tensor) -> None:
         # Products in float32 are precise enough, because one batch has few rows. Sums over batches are float64.
-        self.h_GKK += h_GKK.double()
-        self.d_GKK += d_GKK.double()
+        self.h_GKK += h_GKK
         self._factors.clear()
 
     def factor(self, damping: float) -> tuple[Tensor, Tensor]:
@@ -114,9 +105,8 @@ class Moments:
         return self._factors[damping]
 
 
-def _products(x_GRK: Tensor, seen_GRK: Tensor) -> tuple[Tensor, Tensor]:
-    transposed = seen_GRK.transpose(1, 2)
-    return transposed @ seen_GRK, (transposed @ (x_GRK - seen_GRK)).transpose(1, 2)
+def _products(x_GRK: Tensor) -> Tensor:
+    return x_GRK.transpose(1, 2) @ x_GRK
 
 
 def supported(layer: Node) -> bool:
@@ -132,7 +122,7 @@ def column_pieces(groups: int, columns: int, blocks: int, limit: float) -> int:
     """
     for pieces in range(1, columns + 1):
         whole = columns % pieces == 0 and (blocks == 1 or blocks % pieces == 0)
-        if whole and 40 * groups * columns**2 / pieces <= limit:  # five matrices of float64
+        if whole and 32 * groups * columns**2 / pieces <= limit:  # four matrices of float64
             return pieces
     return columns if blocks == 1 else blocks
 
@@ -191,18 +181,6 @@ def _drawn(count: int, wanted: int | None) -> Tensor | None:
     return torch.randperm(count, generator=torch.Generator().manual_seed(0))[:wanted].sort().values
 
 
-def corrected(w_GCK: Tensor, moments: Moments, *, damping: float) -> Tensor:
-    """Return the weights that best reproduce the float outputs from the quantized inputs, (G, C, K) in float32.
-
-    argmin over V of ||W X - V Xq||^2 + damping ||W - V||^2 = W + W D H^-1, with H damped (GPTAQ, Li et al. 2025,
-    asymmetric calibration, in closed form).
-    """
-    order, lower = moments.factor(damping)
-    w = w_GCK.float()
-    change_GKC = torch.cholesky_solve(_ordered((w @ moments.d_GKK.float()).mT, order), lower)
-    return w + _ordered(change_GKC, order.argsort(1)).mT
-
-
 def gptq(
     w_GCK: Tensor,
     moments: Moments,
@@ -212,7 +190,7 @@ def gptq(
     *,
     damping: float = 0.01,
 ) -> Tensor:
-    """Return integers (G, C, K) that preserve W Xq (GPTQ, Frantar et al. 2023, algorithm 1, by decreasing diag H).
+    """Return integers (G, C, K) that preserve W X (GPTQ, Frantar et al. 2023, algorithm 1, by decreasing diag H).
 
     With H = L L^T and the last column first, GPTQ is Babai's nearest plane (Chen et al. 2025, arXiv 2507.18553): column k
     rounds w_k + sum over i > k of e_i L_ik / L_kk, where e_i is what rounding column i left. So H is factored once, and

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Collection
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -15,14 +16,14 @@ from torch.fx import GraphModule, Node
 
 from tfmq_fx.base.errors import TFMQError
 from tfmq_fx.base.progress import track
-from tfmq_fx.graph.nodes import attribute, fresh, groups_of, weight_argument
+from tfmq_fx.graph.nodes import attribute, groups_of, weight_argument
 from tfmq_fx.observers.static import StaticFakeQuantize
 from tfmq_fx.observers.weight import PerChannelWeightFakeQuantize
-from tfmq_fx.passes.quantize.observed import observers, without_observers
+from tfmq_fx.passes.quantize.observed import observers
 from tfmq_fx.passes.quantize.results import BlockResult
 from tfmq_fx.passes.quantize.two_terms import is_sum_of_terms
 from tfmq_fx.recipe import Reconstruction
-from tfmq_fx.reconstruction.gptq import Moments, column_pieces, corrected, gptq, joined, parted, supported
+from tfmq_fx.reconstruction.gptq import Moments, column_pieces, gptq, joined, parted, supported
 from tfmq_fx.reconstruction.streams import Streams
 
 
@@ -78,11 +79,11 @@ def choose_rounding(
 
     if error_nearest > 0.0:  # otherwise there is nothing to gain
         if "gptq" in method:
-            targets, hessian_pieces = _second_order(streams, settings, keep="adaround" in method)
-            # AdaRound then rounds the weights corrected for quantized inputs, instead of the float weights.
-            weights = [(o, targets.get(o, w)) for o, w in weights]
+            hessian_pieces = _second_order(streams, settings)
             keep_if_better("gptq")
         if "adaround" in method:
+            if "gptq" in method:  # then AdaRound starts from its integers
+                weights = [(o, o.near_integers(w)) for o, w in weights]
             try:
                 _learn(name, streams, weights, scales, settings, iterations, order, watch=watch)
             finally:
@@ -160,91 +161,67 @@ def _learn(
 
 
 @torch.no_grad()
-def _second_order(
-    streams: Streams, settings: Reconstruction, *, keep: bool
-) -> tuple[dict[PerChannelWeightFakeQuantize, Tensor], int]:
+def _second_order(streams: Streams, settings: Reconstruction) -> int:
     """Run GPTQ layer by layer. Each layer sees the outputs of the layers before it, which already have integers.
 
-    Returns the corrected weights that were rounded, by observer, if `keep`, and the most pieces that a layer's
-    columns were cut into.
+    Returns the most pieces that a layer's columns were cut into.
     """
-    targets: dict[PerChannelWeightFakeQuantize, Tensor] = {}
-    done: set[PerChannelWeightFakeQuantize] = set()
-    most = 1
     observer_of = {n: o for n, o in observers(streams.block) if isinstance(o, PerChannelWeightFakeQuantize)}
     chunks = streams.chunks[: max(1, settings.gptq_samples // settings.batch_size)]
     parts = [part for chunk in chunks for part in chunk]
-    last: tuple[list[Tensor], list[Tensor], Moments] | None = None
-    for layer in list(streams.block.graph.nodes):
+    sources: dict[Node, Node] = {}  # layer -> the observer node of its weight
+    for layer in streams.block.graph.nodes:
         index = weight_argument(layer)
         source = layer.args[index] if index is not None else None
-        if not isinstance(source, Node) or source not in observer_of or not supported(layer):
-            continue
-        if observer_of[source] in done:  # the second product of an input in two terms
-            continue
-        observer, probe = observer_of[source], _input_of(streams.block, layer)
-        weight = _float_weight(streams.block, source)
-        given = streams.firsts(without_observers(probe), parts, quantized=False)
-        seen = streams.firsts(probe, parts, quantized=True)
+        # A weight that is read twice gets its integers where it is read first.
+        if source in observer_of and supported(layer) and source not in sources.values():
+            sources[layer] = source
+    asked = {layer: _input_of(layer) for layer in sources}
+    value = streams.layer_inputs(parts, asked)
+    most = 1
+    last: tuple[Node, Moments] | None = None
+    for layer, source in sources.items():
+        observer, weight, x = observer_of[source], _float_weight(streams.block, source), asked[layer]
         groups, channels = groups_of(layer), weight.shape[0] // groups_of(layer)
         scale, zero_point = (x.reshape(groups, channels, -1) for x in (observer.scale, observer.zero_point))
         columns, blocks = weight[0].numel(), scale.shape[2]
         pieces = column_pieces(groups, columns, blocks, settings.gptq_memory * 2**30)
         most = max(most, pieces)
-        same = (
-            last is not None and last[2].pieces == pieces and _same(given, last[0]) and _same(seen, last[1])
-        )
-        if last is None or not streams.ranks.all(same):
-            # Layers that share their input (every embedding layer of a temporal block) share one Gram matrix.
+        if last is None or last[0] is not x or last[1].pieces != pieces:
             last = None  # free the old moments before the new ones are allocated
             moments = Moments.of(
                 layer,
                 weight,
-                given,
-                seen,
+                partial(value, x),
+                parts,
                 workers=streams.workers,
                 ranks=streams.ranks,
                 pieces=pieces,
                 positions=-(-settings.gptq_rows * columns // (len(chunks) * settings.batch_size)),
             )
-            last = (given, seen, moments)
+            last = (x, moments)
         if blocks == 1:  # all columns share one scale, so every piece takes it
             scale, zero_point = (x.expand(-1, -1, pieces) for x in (scale, zero_point))
-        w_GCK = parted(weight.detach().reshape(groups, channels, -1), pieces)
-        w_GCK = corrected(w_GCK, last[2], damping=settings.damping)
         q = gptq(
-            w_GCK,
-            last[2],
+            parted(weight.detach().reshape(groups, channels, -1), pieces),
+            last[1],
             parted(scale, pieces),
             parted(zero_point, pieces),
             observer.numbers,
             damping=settings.damping,
         )
         observer.hold(joined(q, pieces).reshape(weight.shape))
-        done.add(observer)
-        if keep:
-            targets[observer] = joined(w_GCK, pieces).reshape(weight.shape)
-    return targets, most
+    return most
 
 
-def _same(a: list[Tensor], b: list[Tensor]) -> bool:
-    return all(x.shape == y.shape and torch.equal(x, y) for x, y in zip(a, b, strict=True))
-
-
-def _input_of(block: GraphModule, layer: Node) -> GraphModule:
-    """Return the block up to `layer`, with the layer's input as its only output.
-
-    An input in two terms is their sum: next to what the first of them rounds.
-    """
-    probe = fresh(block)
-    node = next(n for n in probe.graph.nodes if n.name == layer.name)
-    x = node.args[0]
-    if isinstance(x, Node) and any(is_sum_of_terms(user) for user in node.users):
+def _input_of(layer: Node) -> Node:
+    """Return a layer's input. If that is in two terms, it is their sum: next to what the first of them rounds."""
+    x = layer.args[0]
+    assert isinstance(x, Node)
+    if any(is_sum_of_terms(user) for user in layer.users):
         x = x.args[0]
-    probe.graph.output_node().args = ((x,),)
-    probe.graph.eliminate_dead_code()
-    probe.recompile()
-    return probe
+        assert isinstance(x, Node)
+    return x
 
 
 def weights_of(

@@ -34,7 +34,7 @@ class _Spilled:
 class _Lent:
     """A value that is read anew on each access."""
 
-    read: Callable[[], Tensor]
+    read: Callable[[], Any]
 
 
 @dataclass(frozen=True)
@@ -128,7 +128,8 @@ class Values(MutableMapping[Node, Any]):
             value = flat.reshape(value.shape).to(value.device, value.dtype)
         else:
             return value
-        self.budget.passed(value.nbytes)
+        if isinstance(value, Tensor):
+            self.budget.passed(value.nbytes)
         return value
 
     def __setitem__(self, node: Node, value: Any) -> None:
@@ -141,7 +142,7 @@ class Values(MutableMapping[Node, Any]):
                 self.used += value.nbytes
         self._held[node] = value
 
-    def lend(self, node: Node, read: Callable[[], Tensor]) -> None:
+    def lend(self, node: Node, read: Callable[[], Any]) -> None:
         """Set a value that is read anew on each access and never held."""
         self._held[node] = _Lent(read)
 
@@ -155,6 +156,9 @@ class Values(MutableMapping[Node, Any]):
             value.file.unlink(missing_ok=True)
         elif _counts(node, value):
             self.used -= value.nbytes
+
+    def __contains__(self, node: object) -> bool:  # without reading the value
+        return node in self._held
 
     def __iter__(self) -> Iterator[Node]:
         return iter(self._held)

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.fx import GraphModule
+from torch.fx import GraphModule, Interpreter, Node
 
 from tfmq_fx.base.parallel import Ranks, Workers
+from tfmq_fx.graph.nodes import fresh
+from tfmq_fx.observers.weight import PerChannelWeightFakeQuantize
 from tfmq_fx.passes.quantize.observed import without_observers
+from tfmq_fx.reconstruction.spill import Values
 
 Outputs = tuple[Tensor, ...]
 
@@ -25,6 +29,80 @@ class Part:
     count: int  # the number of its rows
 
 
+def constant_nodes(gm: GraphModule) -> set[Node]:
+    """Return the nodes that depend only on the graph's own tensors, quantized weights too. Their values are the same for all rows."""
+    found: set[Node] = set()
+    for node in gm.graph.nodes:
+        sources = node.all_input_nodes
+        if node.op == "get_attr" or (node.op != "output" and sources and found.issuperset(sources)):
+            found.add(node)
+    return found
+
+
+class Steps:
+    """A run of a block on one part of the data, which goes on as far as is asked for.
+
+    Weights are dequantized right before their layer, so that their integers may change until then.
+
+    held: the values of the block's inputs, by placeholder. The others are added, and removed after their last use.
+    asked: layer -> the node whose value is asked for before the layer runs.
+    """
+
+    def __init__(self, block: GraphModule, held: Values, asked: Mapping[Node, Node]) -> None:
+        self._interpreter = Interpreter(block, garbage_collect_values=False)
+        self._interpreter.env = held  # type: ignore[assignment]
+        self._held, self._constant, self._order = held, constant_nodes(block), _weights_late(block)
+        self._last_use: dict[Node, Node] = {}
+        for node in self._order:
+            for source in (*node.all_input_nodes, *([asked[node]] if node in asked else ())):
+                self._last_use[source] = node
+        self._next = 0
+
+    def value(self, node: Node) -> Any:
+        """Return a node's value. It must not have been freed: ask in the order of the layers."""
+        while node not in self._held:
+            self._step()
+        return self._held[node]
+
+    def outputs(self) -> Outputs:
+        """Run the rest of the block, and return its outputs."""
+        while self._next < len(self._order) - 1:
+            self._step()
+        found: Outputs = self._interpreter.run_node(self._order[-1])
+        return found
+
+    def _step(self) -> None:
+        node, held = self._order[self._next], self._held
+        self._next += 1
+        if node.op == "placeholder":
+            return
+        value = self._interpreter.run_node(node)
+        if node in self._constant:  # what is spilled is rounded
+            held.share(node, value)
+        else:
+            held[node] = value
+        for source in node.all_input_nodes:
+            if self._last_use[source] is node and source in held:
+                del held[source]
+
+
+def _weights_late(block: GraphModule) -> list[Node]:
+    """Return the nodes of a block in order, each weight's observer right before the first node that reads it."""
+    modules = dict(block.named_modules(remove_duplicate=False))
+    late = {
+        n
+        for n in block.graph.nodes
+        if n.op == "call_module" and isinstance(modules[str(n.target)], PerChannelWeightFakeQuantize)
+    }
+    order: list[Node] = []
+    for node in block.graph.nodes:
+        if node not in late:
+            first = [n for n in node.all_input_nodes if n in late]
+            late.difference_update(first)
+            order += [*first, node]
+    return order
+
+
 class Streams:
     """A block, and a function that runs any module with the block's inputs on a part of the data.
 
@@ -34,6 +112,8 @@ class Streams:
         threads call it at once.
     target(part): returns the block's float outputs if they are kept elsewhere; None computes them.
     keep(part, outputs): takes the quantized block's outputs whenever `error` computes them.
+    begin(part): returns the values of the block's inputs in the quantized network, to which those of its nodes may be
+        added. None: `run` finds them.
 
     kept: whether the outputs that `keep` took are those of the block as it is now.
     """
@@ -54,8 +134,11 @@ class Streams:
         ranks: Ranks,
         target: Callable[[Part], Outputs] | None = None,
         keep: Callable[[Part, Outputs], None] | None = None,
+        begin: Callable[[Part], Values] | None = None,
     ) -> None:
         self.block, self.run, self.chunks, self._given, self._keep = block, run, chunks, target, keep
+        self._begin = begin
+        self._steps: dict[Part, Steps] = {}
         self.workers, self.ranks = workers, ranks
         self.parts = [part for chunk in chunks for part in chunk]
         self._float = without_observers(block)
@@ -63,11 +146,24 @@ class Streams:
 
     def outputs(self, part: Part) -> Outputs:
         """Return the quantized block's outputs on its inputs in the quantized network."""
+        if (begun := self._steps.pop(part, None)) is not None:
+            return begun.outputs()
         return self.run(self.block, part, True)
 
-    def firsts(self, module: GraphModule, parts: Sequence[Part], *, quantized: bool) -> list[Tensor]:
-        """Return the first output of another module with the block's inputs, for each part."""
-        return self.workers.map(lambda part: self.run(module, part, quantized)[0], parts)
+    def layer_inputs(
+        self, parts: Iterable[Part], asked: Mapping[Node, Node]
+    ) -> Callable[[Node, Part], Tensor]:
+        """Return a function of a node of `asked` and a part that gives the node's value in the quantized network.
+
+        asked: layer -> node. Their values are asked for in the order of the layers. Integers of a layer may change until
+            the value for a later layer is asked for, and not after that until the `outputs` are: the block is run once, with
+            stops on its way, if the streams can `begin`.
+        """
+        if self._begin is None:
+            probes = {node: _probe(self.block, node) for node in asked.values()}
+            return lambda node, part: self.run(probes[node], part, True)[0]
+        self._steps = {part: Steps(self.block, self._begin(part), asked) for part in parts}
+        return lambda node, part: self._steps[part].value(node)
 
     @torch.no_grad()
     def target(self, part: Part) -> Outputs:
@@ -139,6 +235,16 @@ class Streams:
         self.kept = self._keep is not None
         (sums,) = self.ranks.sum([_sum(found) if found else torch.zeros(2, dtype=torch.float64)])
         return float(sums[0] / sums[1])
+
+
+def _probe(block: GraphModule, node: Node) -> GraphModule:
+    """Return the block up to `node`, its only output."""
+    probe = fresh(block)
+    found = next(n for n in probe.graph.nodes if n.name == node.name)
+    probe.graph.output_node().args = ((found,),)
+    probe.graph.eliminate_dead_code()
+    probe.recompile()
+    return probe
 
 
 def difference(y: Tensor, x: Tensor) -> Tensor:

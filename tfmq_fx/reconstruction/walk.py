@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import heapq
 import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -27,20 +28,7 @@ from tfmq_fx.passes.quantize.observed import observers, without_observers
 from tfmq_fx.passes.quantize.results import BlockResult
 from tfmq_fx.reconstruction.run import Run
 from tfmq_fx.reconstruction.spill import Budget, Values
-from tfmq_fx.reconstruction.streams import Outputs, Part, Streams
-
-
-def _constant(gm: GraphModule) -> set[Node]:
-    """Return the nodes that depend only on the graph's own tensors. Their values are the same for all rows.
-
-    The quantized weights outside the blocks are such nodes.
-    """
-    found: set[Node] = set()
-    for node in gm.graph.nodes:
-        sources = node.all_input_nodes
-        if node.op == "get_attr" or (node.op != "output" and sources and found.issuperset(sources)):
-            found.add(node)
-    return found
+from tfmq_fx.reconstruction.streams import Outputs, Part, Streams, constant_nodes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,6 +47,30 @@ class _Environments:
 
     float: list[Values]
     quantized: list[Values]
+
+
+def _bytes_held(
+    made: Iterable[Sequence[Node]], last_use: Mapping[Node, int], constant: set[Node]
+) -> Iterator[int]:
+    """Yield the bytes that are held after each step, as far as the capture's shapes tell.
+
+    made: the nodes that each step computes. last_use: the number of the last step that uses a node.
+    """
+    held: dict[Node, int] = {}
+    for i, nodes in enumerate(made):
+        for node in nodes:
+            x = meta_value(node)
+            if isinstance(x, Tensor) and node.op != "placeholder" and node not in constant:
+                held[node] = math.prod(hinted_shape(node)) * x.element_size()
+        yield sum(held.values())
+        for used in [n for n in held if last_use.get(n, -1) <= i]:
+            del held[used]
+
+
+def _bytes_of_block(block: GraphModule) -> int:
+    nodes = list(block.graph.nodes)
+    last_use = {source: i for i, node in enumerate(nodes) for source in node.all_input_nodes}
+    return max(_bytes_held([(n,) for n in nodes], last_use, constant_nodes(block)))
 
 
 class Walk:
@@ -92,28 +104,21 @@ class Walk:
         )
 
     def _largest(self) -> int:
-        """Return the most bytes that the two streams hold at once."""
+        """Return the most bytes that the two streams hold at once, and what GPTQ holds of the block that it works on."""
         inputs = [n for n in placeholders(self.gm).values() if isinstance(meta_value(n), Tensor)]
         batch = next((s[0] for n in inputs if (s := hinted_shape(n))), 1)
-        constant, held, now, most = _constant(self.gm), dict[Node, int](), 0, 0
-        for i, node in enumerate(self.order):
-            for made in self.units[node].outputs if node in self.units else (node,):
-                if (
-                    isinstance(x := meta_value(made), Tensor)
-                    and made.op != "placeholder"
-                    and made not in constant
-                ):
-                    held[made] = math.prod(hinted_shape(made)) * x.element_size()
-                    now += held[made]
-            most = max(most, now)
-            for used in [n for n in held if self.last_use.get(n, -1) <= i]:
-                now -= held.pop(used)
-        return 2 * most * sum(map(len, self.rows)) // batch
+        made = [self.units[n].outputs if n in self.units else (n,) for n in self.order]
+        streams = _bytes_held(made, self.last_use, constant_nodes(self.gm))
+        of_blocks = [0] * len(made)
+        if "gptq" in self.config.settings.method:
+            of_blocks = [_bytes_of_block(self.units[n].module) if n in self.units else 0 for n in self.order]
+        most = max(2 * held + own for held, own in zip(streams, of_blocks, strict=True))
+        return most * sum(map(len, self.rows)) // batch
 
     def run(self) -> list[BlockResult]:
         """Walk the graph and return the result of each block, in order."""
         held = self.config.settings.max_memory * 2**30 / max(1, 2 * len(self.rows))
-        units, order, last_use, constant = self.units, self.order, self.last_use, _constant(self.gm)
+        units, order, last_use, constant = self.units, self.order, self.last_use, constant_nodes(self.gm)
         results: list[BlockResult] = []
         with Budget(held) as budget:
             envs = self._environments(budget)
@@ -234,6 +239,12 @@ class Walk:
             held = (envs.quantized if quantized else envs.float)[part.index]
             held.update(zip(unit.outputs, outputs, strict=True))
 
+        def begin(part: Part) -> Values:
+            held = envs.quantized[part.index]
+            for inner, outer in zip(placeholders(unit.module).values(), unit.inputs, strict=True):
+                held.lend(inner, partial(held.__getitem__, outer))
+            return held
+
         streams = Streams(
             unit.module,
             run,
@@ -242,6 +253,7 @@ class Walk:
             ranks=self.config.ranks,
             target=target,
             keep=keep,
+            begin=begin,
         )
         in_float = without_observers(unit.module)
         self.config.workers.map(

@@ -1,9 +1,11 @@
 """Which layer gets which bits."""
 
 import pytest
+import torch
+from torch import nn
 
 import tfmq_fx
-from benchmarks.networks.small import TIMESTEPS, captured
+from benchmarks.networks.small import TIMESTEPS, captured, make, sinusoid
 from tfmq_fx.base.errors import TFMQError
 from tfmq_fx.passes.quantize.state import state_of
 
@@ -25,6 +27,26 @@ def test_every_preset_gives_every_layer_its_bits(name):
     others = {path: bits for path, bits in found.items() if path not in ("conv_in", "conv_out", "time_mlp.0")}
     assert set(others.values()) == {(weight, activation)}
     assert {"down", "up_block.skip", "attention.qkv", "attention.out", "down_block.emb"} <= set(others)
+
+
+class Unprojected(nn.Module):
+    """A residual stream that the timestep's embedding is added to without a layer of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.a, self.b, self.last = (nn.Linear(i, o) for i, o in ((3, 8), (8, 8), (8, 8), (8, 3)))
+
+    def forward(self, sample: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
+        x = self.first(sample) + sinusoid(timestep, 8)
+        x = x + self.a(x)
+        y: torch.Tensor = self.last(x + self.b(x))
+        return y
+
+
+def test_layers_behind_others_are_not_the_timesteps_first():
+    gm = tfmq_fx.capture(make(Unprojected), {"sample": torch.randn(2, 3), "timestep": TIMESTEPS[:2]})
+    gm = tfmq_fx.prepare(gm, tfmq_fx.Recipe(), timesteps=TIMESTEPS)
+    assert bits_by_layer(gm) == {"first": (8, 16), "a": (4, 8), "b": (4, 8), "last": (8, 16)}
 
 
 def test_rules_change_bits_and_a_rule_without_a_match_shows_the_nearest():
