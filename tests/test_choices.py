@@ -11,7 +11,7 @@ from torch import nn
 import tfmq_fx
 from benchmarks.networks.small import TIMESTEPS, TinyUNet, calibration, captured, make, sinusoid
 from tfmq_fx.base.errors import TFMQError
-from tfmq_fx.calibration.effects import Reader, _Probe, input_ranges, output_effects
+from tfmq_fx.calibration.effects import Reader, _merged, _Probe, input_ranges, output_effects
 from tfmq_fx.choices import choose, is_open
 from tfmq_fx.graph.channels import count_readers, layer_of
 from tfmq_fx.graph.nodes import weight_argument
@@ -56,7 +56,8 @@ def test_ranges_are_those_of_each_timestep_and_of_the_rest():
     gm, data = captured(), calibration()
     node = next(n for n in gm.graph.nodes if n.op == "call_function" and "conv2d" in str(n.target))
     t = data.tensors["timestep"]
-    low, high = input_ranges(gm, data, {node.name: -3}, t.unique()[:2])[node.name]
+    found = input_ranges(gm, data, {node.name: -3}, t.unique()[:2])[node.name]
+    low, high = found.low_TC, found.high_TC
     x = data.tensors["sample"]
     for i, rows in enumerate([t == t.unique()[0], t == t.unique()[1], t > t.unique()[1]]):
         torch.testing.assert_close(low[i], x[rows].amin((0, 2, 3)))
@@ -72,7 +73,13 @@ def test_the_effect_of_a_last_layers_input_is_that_of_its_weights():
     nodes = {n.name: n for n in gm.graph.nodes}
     (p,) = [p for p in planned if p.path == "conv_out.weight"]
     reader = Reader(
-        plan=p, node=nodes[p.node], layer=None, group=0, smoothing={"off": None}, weight_bits=(8,)
+        plan=p,
+        node=nodes[p.node],
+        layer=None,
+        group=0,
+        smoothing={"off": None},
+        clipping={},
+        weight_bits=(8,),
     )
     qparams = {reader.input: {"off": (torch.full((400,), 0.01), torch.full((400,), 128))}}
     rows = [torch.tensor([i % 40]) for i in range(400)]
@@ -99,7 +106,9 @@ def test_effects_of_rounding_weights_by_output_channel_are_those_weight_by_weigh
     plan = SimpleNamespace(path=path, dtype=None, group_size=None, activation_bits=8)
     smoothing = {"off": None, 0.5: torch.rand(8, dtype=torch.float64) + 0.5}
     parameter = layer_of(gm, node, count_readers(gm))
-    reader = Reader(plan=plan, node=node, layer=parameter, group=0, smoothing=smoothing, weight_bits=(4, 8))
+    reader = Reader(
+        plan=plan, node=node, layer=parameter, group=0, smoothing=smoothing, clipping={}, weight_bits=(4, 8)
+    )
     found = []
     for plain in (True, False):
         probe = _Probe(gm, [reader], {}, {})
@@ -216,7 +225,7 @@ class Constant(Uneven):
 
 
 def test_constant_and_empty_inputs_get_finite_scales():
-    q = tfmq_fx.quantize(make(Constant), OPEN, calibration=calibration())
+    q = tfmq_fx.quantize(make(Constant), dataclasses.replace(OPEN, smooth=0.5), calibration=calibration())
     assert all(torch.isfinite(x).all() for x in q.network.state_dict().values() if x.is_floating_point())
     x, t = calibration().tensors["sample"], calibration().tensors["timestep"]
     assert torch.isfinite(q(x, t)).all()
@@ -292,3 +301,41 @@ def test_a_weight_that_two_layers_read_has_one_rule_for_both():
     both = [x for x in q.report["layers"] if x["path"] == "uneven.weight"]
     assert [x["activation_terms"] for x in both] == [2, 2]
     assert max(r["output_relative_mse"] for r in q.report["errors_by_timestep"]) < 0.02  # at 8 bits: 0.1
+
+
+def test_what_other_rows_clip_is_told_from_the_largest_values_of_each_timestep():
+    """Trajectories, each much alike at all timesteps: what one clips is not seen in its own other rows."""
+    g = torch.Generator().manual_seed(0)
+
+    def rows(count):
+        level_NC = torch.randn(count, 64, generator=g).exp()
+        return level_NC[:, None] * (1 + 0.05 * torch.rand(count, 10, 64, generator=g))  # at 10 timesteps
+
+    ratios = []
+    for _ in range(20):
+        x, others = rows(16).flatten(0, 1), rows(2000).flatten(0, 1)
+        t = torch.arange(10).repeat(16)
+        found = _merged([(t, torch.zeros_like(t), torch.zeros_like(x), x, 1)], 1)
+        assert torch.equal(found.largest_C, x.amax(0))
+        s, without = found.largest_C, found.second_C  # as an exponent of 1 smooths
+        clipped = (others - others.minimum(s * (x / s).amax())).square().mean(0)
+        ratios.append(found.clipped(s, without).sum() / clipped.sum())
+    assert 0.5 < torch.stack(ratios).median() < 2.0
+    alone = _merged(
+        [
+            (t, torch.zeros_like(t), torch.zeros_like(x), x, 4)
+            for t, x in zip(t[:, None], x[:, None], strict=True)
+        ],
+        1,
+    )
+    assert torch.equal(alone.second_C, found.second_C)
+    torch.testing.assert_close(alone.clipped(s, without), found.clipped(s, without) / 4)
+
+
+def test_single_rows_of_each_timestep_are_one_group():
+    x, t = torch.rand(8, 3), torch.arange(8)
+    found = _merged([(t, torch.zeros_like(t), -x, x, 1)], 1)
+    assert torch.equal(found.second_C, x.topk(2, 0).values[1])
+    one = _merged([(t[:1], torch.zeros(1, dtype=torch.long), -x[:1], x[:1], 1)], 1)
+    assert torch.equal(one.second_C, x[0])
+    assert not one.clipped(torch.ones(3), torch.ones(3)).any()

@@ -26,6 +26,7 @@ from tfmq_fx.calibration.data import CalibrationSet
 from tfmq_fx.calibration.effects import (
     ROWS,
     Effects,
+    Ranges,
     Reader,
     input_ranges,
     largest,
@@ -110,7 +111,7 @@ def choose(
     axes = {p.node: channel_axis(nodes[p.node], attribute(gm, p.path)) for p in planned}
     ranges = input_ranges(gm, calibration, axes, timesteps, only_size=only_size, seed=seed)
     maxima = largest(ranges)
-    readers = _readers(gm, recipe, planned, maxima, temporal)
+    readers = _readers(gm, recipe, planned, ranges, temporal)
     by_timestep, static = _qparams(recipe, readers, ranges, where_P)
     effects = output_effects(
         gm,
@@ -141,10 +142,11 @@ def choose(
     return Choices(recipe=chosen, report=report, maxima=maxima, note=why if missing else "")
 
 
-def _constant(planned: Sequence[LayerPlan], ranges: Mapping[str, tuple[Tensor, Tensor]]) -> list[str]:
+def _constant(planned: Sequence[LayerPlan], ranges: Mapping[str, Ranges]) -> list[str]:
     """Return the layers whose input is the same in all rows, in every channel."""
     # A timestep that no row has is +-inf.
-    return [p.path for p in planned if bool((ranges[p.node][0].amin(0) == ranges[p.node][1].amax(0)).all())]
+    values = ((p.path, ranges[p.node]) for p in planned)
+    return [path for path, of in values if bool((of.low_TC.amin(0) == of.high_TC.amax(0)).all())]
 
 
 def _rows(calibration: CalibrationSet, count: int, seed: int) -> list[Tensor]:
@@ -163,19 +165,27 @@ def _readers(
     gm: GraphModule,
     recipe: Recipe,
     planned: Sequence[LayerPlan],
-    maxima: Mapping[str, Tensor],
+    ranges: Mapping[str, Ranges],
     temporal: TemporalBlock,
 ) -> list[Reader]:
     """Return every layer to be quantized, with its candidates."""
     nodes = {n.name: n for n in gm.graph.nodes}
     layers, _ = choose_layers(gm, temporal.nodes, timestep=temporal.timestep)
     by_node = {layer.node.name: layer for layer in layers}
-    smoothing = _smoothing(gm, recipe, planned, layers, maxima, temporal)
+    smoothing = _smoothing(gm, recipe, planned, layers, largest(ranges), temporal)
+    seconds = {name: of.second_C for name, of in ranges.items()}
+    without = _smoothing(gm, recipe, planned, layers, seconds, temporal)
     found = []
     for i, p in enumerate(planned):
         if min(p.weight_bits, p.activation_bits) == FLOAT_BITS:
             continue
         group, candidates = smoothing.get(p.node, (-1 - i, {OFF: None}))
+        without_C = without[p.node][1] if p.node in without else {}
+        clipping = {
+            c: ranges[p.node].clipped(s_C, other_C)
+            for c, s_C in candidates.items()
+            if s_C is not None and (other_C := without_C[c]) is not None
+        }
         wider = recipe.float_bytes > 0 and p.weight_bits < 8 and not _given(recipe, p).weight_bits
         found.append(
             Reader(
@@ -184,6 +194,7 @@ def _readers(
                 layer=by_node.get(p.node),
                 group=group,
                 smoothing=candidates,
+                clipping=clipping,
                 weight_bits=() if p.weight_bits == FLOAT_BITS else (p.weight_bits, *([8] if wider else [])),
             )
         )
@@ -233,7 +244,7 @@ class _Step:
 def _qparams(
     recipe: Recipe,
     readers: Sequence[Reader],
-    ranges: Mapping[str, tuple[Tensor, Tensor]],
+    ranges: Mapping[str, Ranges],
     where_P: Tensor,
 ) -> tuple[QParams, Scales]:
     """Return every smoothed input's qparams in each of the P rows, and the scale of one set for all.
@@ -250,7 +261,8 @@ def _qparams(
         choose_own = choose_shared_qparams if shared else choose_qparams
         by_timestep[r.input], static[r.input] = {}, {}
         for candidate, s_C in r.smoothing.items():
-            low_TC, high_TC = (x if s_C is None else x / s_C.to(x) for x in ranges[r.node.name])
+            of = ranges[r.node.name]
+            low_TC, high_TC = (x if s_C is None else x / s_C.to(x) for x in (of.low_TC, of.high_TC))
             low_T, high_T = low_TC.amin(1), high_TC.amax(1)
             seen_T = low_T <= high_T  # False: all rows have one of these timesteps
             low_T, high_T = low_T.where(seen_T, 0), high_T.where(seen_T, 0)
@@ -304,8 +316,13 @@ class _Search:
         self.together = _together(r for r in readers if r.input in effects.inputs)
         # Input -> smoothing -> the error with qparams of the row's timestep, and with one set for all.
         self.rounding: dict[tuple[str, int], dict[Any, tuple[Tensor, Tensor]]] = {}
+        self.clipping: dict[tuple[str, int], dict[Any, Tensor]] = {}  # the error of what other rows clip
         for r in readers:
             if r.input in effects.inputs:
+                energy_PC = effects.inputs[r.input]
+                self.clipping[r.input] = {
+                    c: (energy_PC * clipped_C.cpu()).sum(1) for c, clipped_C in r.clipping.items()
+                }
                 self.rounding[r.input] = {
                     c: self._rounding(r, c, by_timestep[r.input][c][0], static[r.input][c])
                     for c in r.smoothing
@@ -346,12 +363,14 @@ class _Search:
         by_timestep_P, static_P = self.rounding[key][alpha]
         if key in self.double:
             return self._two_terms_error(key, alpha)
-        return by_timestep_P if (key in self.keyed if keyed is None else keyed) else static_P
+        rounding_P = by_timestep_P if (key in self.keyed if keyed is None else keyed) else static_P
+        return rounding_P + self.clipping[key].get(alpha, 0.0)
 
     def _two_terms_error(self, key: tuple[str, int], alpha: Any = None) -> Tensor:
         """Return what two terms leave of an input's error. They have one set of qparams."""
-        _, static_P = self.rounding[key][self.alpha[key[1]] if alpha is None else alpha]
-        return static_P / TERM_STEPS**2
+        alpha = self.alpha[key[1]] if alpha is None else alpha
+        _, static_P = self.rounding[key][alpha]
+        return static_P / TERM_STEPS**2 + self.clipping[key].get(alpha, 0.0)
 
     def _rounding(
         self, reader: Reader, alpha: Any, step_P: Tensor, static_1: Tensor

@@ -21,14 +21,22 @@ def observers(gm: GraphModule) -> Iterator[tuple[Node, FakeQuantizeBase]]:
                 yield node, module
 
 
+def observer_nodes(gm: GraphModule) -> set[Node]:
+    """Return the nodes of a prepared graph that call observers."""
+    modules = dict(gm.named_modules(remove_duplicate=False))
+    return {
+        n
+        for n in gm.graph.nodes
+        if n.op == "call_module" and isinstance(modules[str(n.target)], FakeQuantizeBase)
+    }
+
+
 def without_observers(gm: GraphModule) -> GraphModule:
     """Return the float function of a prepared graph: a copy in which every observer node is replaced by its input."""
     copy = fresh(gm)
-    modules = dict(copy.named_modules(remove_duplicate=False))
-    for node in list(copy.graph.nodes):
-        if node.op == "call_module" and isinstance(modules[str(node.target)], FakeQuantizeBase):
-            node.replace_all_uses_with(node.args[0])
-            copy.graph.erase_node(node)
+    for node in observer_nodes(copy):
+        node.replace_all_uses_with(node.all_input_nodes[0])
+        copy.graph.erase_node(node)
     copy.recompile()
     return copy
 

@@ -7,12 +7,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
+from torch.nn import functional as F
 
 from tfmq_fx.base.arithmetic import IntegerRange, choose_qparams, search_range
 from tfmq_fx.base.errors import TFMQError
 from tfmq_fx.reconstruction.gptq import (
     Moments,
     column_pieces,
+    corrected,
     gptq,
     joined,
     parted,
@@ -178,13 +180,38 @@ def test_groups_are_independent():
         assert torch.equal(q[i : i + 1], gptq(w, alone, scale, zero_point, INT4))
 
 
+def test_the_corrected_weight_is_the_least_squares_one():
+    g = torch.Generator().manual_seed(0)
+    w, x = torch.randn(1, 5, 8, generator=g), torch.randn(1, 60, 8, generator=g)
+    seen = (x * 4).round() / 4 + 0.1
+    moments = Moments(1, 8)
+    for part in (slice(0, 25), slice(25, 60)):
+        moments.add(seen[:, part], x[:, part])
+    best = torch.linalg.lstsq(seen[0].double(), (x[0] @ w[0].T).double()).solution.T
+    torch.testing.assert_close(corrected(w, moments, damping=0.0)[0], best.float(), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(corrected(w, moments, damping=1e9)[0], w[0], rtol=1e-4, atol=1e-5)
+
+
+def test_linear_of_quantized_inputs_is_nearer_after_correction():
+    g = torch.Generator().manual_seed(1)
+    w, x = torch.randn(1, 5, 8, generator=g), torch.randn(1, 60, 8, generator=g)
+    seen = (x * 2).round() / 2
+    moments = Moments(1, 8)
+    moments.add(seen, x)
+    v = corrected(w, moments, damping=0.01).float()
+    target = F.linear(x[0], w[0])
+    assert (F.linear(seen[0], v[0]) - target).square().sum() < (
+        F.linear(seen[0], w[0]) - target
+    ).square().sum()
+
+
 @pytest.mark.parametrize("blocks", [1, 4])
 def test_a_hessian_past_the_limit_is_cut_into_pieces_of_columns_each_on_its_own(blocks):
     w, x, _, _ = problem(3, columns=16)
     scale, zero_point = choose_qparams(*search_range(w[0].reshape(6 * blocks, -1), INT4), INT4)
     scale, zero_point = scale.reshape(1, 6, blocks), zero_point.reshape(1, 6, blocks)
-    assert column_pieces(1, 16, blocks, 32 * 16**2) == 1
-    assert column_pieces(1, 16, blocks, 32 * 16**2 - 1) == 2
+    assert column_pieces(1, 16, blocks, 40 * 16**2) == 1
+    assert column_pieces(1, 16, blocks, 40 * 16**2 - 1) == 2
     assert column_pieces(1, 16, 4, 1) == 4, "a piece holds whole blocks"
     assert torch.equal(joined(parted(x, 2), 2), x)
     halves = Moments(2, 8, pieces=2)

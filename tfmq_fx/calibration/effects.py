@@ -7,6 +7,10 @@ of v^T output brings back to every tensor. Where values are small against the st
 (v^T J d)^2 over rows, d the true error, says by how much the variance alone falls short. Errors of different tensors are
 assumed to add up, and the network to be linear in them.
 
+Smoothing levels the channels by their largest values in the calibration data. A row that is not in it has larger ones in
+some channels, which are clipped. By how much is estimated by leaving out, channel by channel, the row with the largest value
+of each timestep: rows of different timesteps may be of one trajectory, and much alike.
+
 Legend: P rows of calibration data, C input channels, T timesteps among the rows.
 """
 
@@ -58,6 +62,8 @@ class Reader:
     # Candidate -> s (C,), by which the weight's input channels are multiplied; None: 1. All readers of a group
     # have the same candidates.
     smoothing: Mapping[Any, Tensor | None]
+    # Candidate -> (C,): the mean squared error of an element from what other rows clip; none: 0.
+    clipping: Mapping[Any, Tensor]
     weight_bits: tuple[int, ...]  # the candidates
 
     @property
@@ -114,6 +120,38 @@ class Effects:
     power: Tensor  # (P,) of the output itself
 
 
+@dataclass(frozen=True, kw_only=True)
+class Ranges:
+    """The values of every channel of a layer's input in some rows of calibration data.
+
+    Index T of dim 0 has the rows of all other timesteps, +-inf if there are none.
+    """
+
+    low_TC: Tensor
+    high_TC: Tensor
+    largest_GC: (
+        Tensor  # largest |x_j| in each group of rows: those of one timestep, or all if these are single rows
+    )
+    second_C: Tensor  # largest |x_j| in all rows but the one of each group that has the largest
+    rows: int
+    positions: int  # the most values of a channel in one row
+
+    @property
+    def largest_C(self) -> Tensor:
+        return self.largest_GC.amax(0)
+
+    def clipped(self, s_C: Tensor, without_C: Tensor) -> Tensor:
+        """Return the mean squared error (C,) of an element that another row's clipping makes.
+
+        s: the smoothing, by which x is divided. without: the same, had each group's row with the largest value not been
+            seen; then that value would be clipped to where the other channels end.
+        """
+        largest_GC = self.largest_GC.double()
+        limit = (largest_GC / s_C.to(largest_GC)).amax()
+        beyond_GC = (largest_GC - limit * without_C.to(largest_GC)).clamp_min(0.0)
+        return beyond_GC.square().sum(0) / (self.rows * self.positions)
+
+
 @keeps_buffers
 @torch.no_grad()
 def input_ranges(
@@ -126,11 +164,10 @@ def input_ranges(
     batch_size: int = 64,
     only_size: int | None = None,
     seed: int = 0,
-) -> dict[str, tuple[Tensor, Tensor]]:
-    """Return node name -> (minimum, maximum), each (T + 1, C), of every channel of a layer's input.
+) -> dict[str, Ranges]:
+    """Return node name -> the ranges of every channel of a layer's input.
 
-    Index T has the rows of all other timesteps, +-inf if there are none. Where dim 0 is not the batch, all rows
-    count for every timestep.
+    Where dim 0 is not the batch, all rows count for every timestep.
 
     gm: a float graph. axes: layer's node name -> the channel dimension of its input, from the end. timesteps (T,).
     num_samples: rows of the calibration data, spread evenly over the timesteps, that the graph runs on once.
@@ -140,24 +177,24 @@ def input_ranges(
     """
 
     class Watch(Interpreter):
-        found: dict[str, tuple[Tensor, Tensor]]
+        found: dict[str, tuple[Tensor, Tensor, int]]
 
         def run_node(self, n: Node) -> Any:
             if n.name in axes:
                 x_NCK = by_channel(self.env[n.args[0]], axes[n.name])  # type: ignore[index]
                 if not x_NCK.numel():  # no tokens of a kind, for instance; `calibrate` refuses to quantize it
                     x_NCK = x_NCK.new_zeros(len(x_NCK), x_NCK.shape[1], 1)
-                self.found[n.name] = (x_NCK.amin(2).float(), x_NCK.amax(2).float())
+                self.found[n.name] = (x_NCK.amin(2).float(), x_NCK.amax(2).float(), x_NCK.shape[2])
             return super().run_node(n)
 
-    def observe(batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, tuple[Tensor, Tensor]]]:
+    def observe(batch: dict[str, Tensor]) -> tuple[Tensor, Tensor, dict[str, tuple[Tensor, Tensor, int]]]:
         watch = Watch(gm)
         watch.found = {}
         watch.run(*inputs_of(gm, batch))
         t = per_sample(batch[calibration.timestep])
         same = t[:, None] == timesteps.to(t)
         number_N = (same * torch.arange(len(timesteps), device=same.device)).sum(1)  # at most one is the same
-        return torch.where(same.any(1), number_N, len(timesteps)), watch.found
+        return t, torch.where(same.any(1), number_N, len(timesteps)), watch.found
 
     data = calibration.spread(num_samples, seed=seed)
     size = only_size or rows_at_once(gm, batch_size, data.without_rows)
@@ -166,7 +203,8 @@ def input_ranges(
     with workers(8) as threads:
         found = threads.map(observe, whole)
     ranges = {
-        name: _merged([(index, *watched[name]) for index, watched in found], len(timesteps)) for name in axes
+        name: _merged([(t, index, *watched[name]) for t, index, watched in found], len(timesteps))
+        for name in axes
     }
     nodes = {n.name: n for n in gm.graph.nodes}
     for name, x in largest(ranges).items():
@@ -175,9 +213,9 @@ def input_ranges(
     return ranges
 
 
-def largest(ranges: Mapping[str, tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
-    """Return node name -> max |X_j| of each input channel j (C,), from what `input_ranges` returns."""
-    return {name: torch.maximum(-low, high).amax(0) for name, (low, high) in ranges.items()}
+def largest(ranges: Mapping[str, Ranges]) -> dict[str, Tensor]:
+    """Return node name -> max |X_j| of each input channel j (C,)."""
+    return {name: found.largest_C for name, found in ranges.items()}
 
 
 def by_channel(x: Tensor, axis: int) -> Tensor:
@@ -186,11 +224,11 @@ def by_channel(x: Tensor, axis: int) -> Tensor:
     return x.movedim(axis, 1).reshape(len(x), x.shape[axis], -1)
 
 
-def _merged(batches: Sequence[tuple[Tensor, Tensor, Tensor]], count: int) -> tuple[Tensor, Tensor]:
-    """Return (minimum, maximum), each (T + 1, C), from batches of (index (N,), minimum (N, C), maximum (N, C))."""
-    low_TC = batches[0][1].new_full((count + 1, batches[0][1].shape[1]), torch.inf)
+def _merged(batches: Sequence[tuple[Tensor, Tensor, Tensor, Tensor, int]], count: int) -> Ranges:
+    """Return the ranges of batches of (timestep (N,), index (N,), minimum (N, C), maximum (N, C), positions), T = `count`."""
+    low_TC = batches[0][2].new_full((count + 1, batches[0][2].shape[1]), torch.inf)
     high_TC = -low_TC
-    for index_N, low_NC, high_NC in batches:
+    for _, index_N, low_NC, high_NC, _ in batches:
         if len(low_NC) == len(index_N):
             where = index_N.to(low_NC.device)[:, None].expand_as(low_NC)
             low_TC.scatter_reduce_(0, where, low_NC, "amin")
@@ -198,7 +236,20 @@ def _merged(batches: Sequence[tuple[Tensor, Tensor, Tensor]], count: int) -> tup
         else:
             low_TC = torch.minimum(low_TC, low_NC.amin(0))
             high_TC = torch.maximum(high_TC, high_NC.amax(0))
-    return low_TC, high_TC
+    t_N = torch.cat([t for t, *_ in batches])
+    rows_NC = torch.cat([torch.maximum(-low, high) for _, _, low, high, _ in batches])
+    groups = [rows_NC]
+    if len(rows_NC) == len(t_N) and 2 * len(values := t_N.unique()) <= len(t_N):
+        groups = [rows_NC[(t_N == t).to(rows_NC.device)] for t in values]
+    return Ranges(
+        low_TC=low_TC,
+        high_TC=high_TC,
+        largest_GC=torch.stack([x.amax(0) for x in groups]),
+        # Of a group of a single row, nothing is known about others.
+        second_C=torch.stack([x.topk(min(2, len(x)), 0).values[-1] for x in groups]).amax(0),
+        rows=len(rows_NC),
+        positions=max(positions for *_, positions in batches),
+    )
 
 
 @keeps_buffers

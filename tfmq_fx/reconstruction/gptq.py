@@ -3,7 +3,7 @@
 Shapes: a layer is G groups of (C, K) weights, with C output channels and K inputs each. A convolution is the linear
 layer of its unfolded input, so K = C_in / G * kernel elements. R rows are samples times positions.
 
-X are a layer's inputs in the quantized network: (K, R) for each group.
+X are a layer's inputs in the float network, Xq those in the quantized network: (K, R) for each group.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ COLUMNS = 16  # rounded one by one; their errors are carried to the others in ev
 
 
 class Moments:
-    """The second moments of a layer's inputs, in float64: H = X X^T.
+    """The second moments of a layer's inputs, in float64: H = Xq Xq^T, and D = (X - Xq) Xq^T for `corrected`.
 
     Adding the rows of A, then of B, equals adding both together, up to float addition order.
 
@@ -41,13 +41,15 @@ class Moments:
     ) -> None:
         self.pieces = pieces
         self.h_GKK = torch.zeros(groups, columns, columns, dtype=torch.float64, device=device)
+        self.d_GKK: Tensor | None = None
         self._factors: dict[float, tuple[Tensor, Tensor]] = {}
 
     @staticmethod
     def of(
         layer: Node,
         weight: Tensor,
-        value: Callable[[T], Tensor],
+        seen: Callable[[T], Tensor],
+        given: Callable[[T], Tensor] | None,
         parts: Sequence[T],
         *,
         workers: Workers,
@@ -57,30 +59,42 @@ class Moments:
     ) -> Moments:
         """Return the moments of a layer's inputs.
 
-        value: returns the inputs in the quantized network, for a part of the data.
+        seen: returns the inputs in the quantized network, for a part of the data.
+        given: returns those in the float network. None: no D.
         positions: of each sample, at most this many positions drawn at random, the same in every sample. None: all.
         """
 
-        def products(part: T) -> Tensor:
-            return _products(parted(rows(layer, value(part).float(), weight, positions), pieces))
+        def products(part: T) -> tuple[Tensor, Tensor | None]:
+            x = [f(part).float() for f in (seen, given) if f is not None]
+            return _products(*[parted(rows(layer, y, weight, positions), pieces) for y in x])
 
         groups, columns = groups_of(layer) * pieces, weight[0].numel() // pieces
         found = Moments(groups, columns, pieces=pieces, device=weight.device)
+        found.d_GKK = None if given is None else torch.zeros_like(found.h_GKK)
         # Limit how many parts' float32 products are in memory at once: those of a wide layer are large.
-        at_once = max(1, min(8, PRODUCTS // found.h_GKK.numel()))
+        at_once = max(1, min(8, PRODUCTS // (2 * found.h_GKK.numel())))
         for start in range(0, len(parts), at_once):
-            for h in workers.map(products, parts[start : start + at_once]):
-                found._accumulate(h)
-        (found.h_GKK,) = ranks.sum([found.h_GKK])
+            for h, d in workers.map(products, parts[start : start + at_once]):
+                found._accumulate(h, d)
+        if found.d_GKK is None:
+            (found.h_GKK,) = ranks.sum([found.h_GKK])
+        else:
+            found.h_GKK, found.d_GKK = ranks.sum([found.h_GKK, found.d_GKK])
         return found
 
-    def add(self, x_GRK: Tensor) -> None:
-        """Add input rows to the moments."""
-        self._accumulate(_products(x_GRK))
+    def add(self, seen_GRK: Tensor, given_GRK: Tensor | None = None) -> None:
+        """Add rows to the moments.
 
-    def _accumulate(self, h_GKK: Tensor) -> None:
+        seen: the input rows in the quantized network.
+        given: those in the float network, in the same order; in all calls, or in none.
+        """
+        self._accumulate(*_products(seen_GRK, given_GRK))
+
+    def _accumulate(self, h_GKK: Tensor, d_GKK: Tensor | None) -> None:
         # Products in float32 are precise enough, because one batch has few rows. Sums over batches are float64.
         self.h_GKK += h_GKK
+        if d_GKK is not None:
+            self.d_GKK = d_GKK.double() if self.d_GKK is None else self.d_GKK.add_(d_GKK)
         self._factors.clear()
 
     def factor(self, damping: float) -> tuple[Tensor, Tensor]:
@@ -105,8 +119,10 @@ class Moments:
         return self._factors[damping]
 
 
-def _products(x_GRK: Tensor) -> Tensor:
-    return x_GRK.transpose(1, 2) @ x_GRK
+def _products(seen_GRK: Tensor, given_GRK: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+    transposed = seen_GRK.transpose(1, 2)
+    d_GKK = None if given_GRK is None else (transposed @ (given_GRK - seen_GRK)).transpose(1, 2)
+    return transposed @ seen_GRK, d_GKK
 
 
 def supported(layer: Node) -> bool:
@@ -122,7 +138,7 @@ def column_pieces(groups: int, columns: int, blocks: int, limit: float) -> int:
     """
     for pieces in range(1, columns + 1):
         whole = columns % pieces == 0 and (blocks == 1 or blocks % pieces == 0)
-        if whole and 32 * groups * columns**2 / pieces <= limit:  # four matrices of float64
+        if whole and 40 * groups * columns**2 / pieces <= limit:  # five matrices of float64
             return pieces
     return columns if blocks == 1 else blocks
 
@@ -181,6 +197,19 @@ def _drawn(count: int, wanted: int | None) -> Tensor | None:
     return torch.randperm(count, generator=torch.Generator().manual_seed(0))[:wanted].sort().values
 
 
+def corrected(w_GCK: Tensor, moments: Moments, *, damping: float) -> Tensor:
+    """Return the weights that best reproduce the float outputs from the quantized inputs, (G, C, K) in float32.
+
+    argmin over V of ||W X - V Xq||^2 + damping ||W - V||^2 = W + W D H^-1, with H damped (GPTAQ, Li et al. 2025,
+    asymmetric calibration, in closed form). Where Xq is X with noise, V is smaller than W (regression dilution).
+    """
+    assert moments.d_GKK is not None
+    order, lower = moments.factor(damping)
+    w = w_GCK.float()
+    change_GKC = torch.cholesky_solve(_ordered((w @ moments.d_GKK.float()).mT, order), lower)
+    return w + _ordered(change_GKC, order.argsort(1)).mT
+
+
 def gptq(
     w_GCK: Tensor,
     moments: Moments,
@@ -190,7 +219,7 @@ def gptq(
     *,
     damping: float = 0.01,
 ) -> Tensor:
-    """Return integers (G, C, K) that preserve W X (GPTQ, Frantar et al. 2023, algorithm 1, by decreasing diag H).
+    """Return integers (G, C, K) that preserve W Xq (GPTQ, Frantar et al. 2023, algorithm 1, by decreasing diag H).
 
     With H = L L^T and the last column first, GPTQ is Babai's nearest plane (Chen et al. 2025, arXiv 2507.18553): column k
     rounds w_k + sum over i > k of e_i L_ik / L_kk, where e_i is what rounding column i left. So H is factored once, and

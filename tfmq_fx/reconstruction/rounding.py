@@ -23,7 +23,7 @@ from tfmq_fx.passes.quantize.observed import observers
 from tfmq_fx.passes.quantize.results import BlockResult
 from tfmq_fx.passes.quantize.two_terms import is_sum_of_terms
 from tfmq_fx.recipe import Reconstruction
-from tfmq_fx.reconstruction.gptq import Moments, column_pieces, gptq, joined, parted, supported
+from tfmq_fx.reconstruction.gptq import Moments, column_pieces, corrected, gptq, joined, parted, supported
 from tfmq_fx.reconstruction.streams import Streams
 
 
@@ -177,7 +177,14 @@ def _second_order(streams: Streams, settings: Reconstruction) -> int:
         if source in observer_of and supported(layer) and source not in sources.values():
             sources[layer] = source
     asked = {layer: _input_of(layer) for layer in sources}
-    value = streams.layer_inputs(parts, asked)
+    corrects = {
+        layer
+        for layer, source in sources.items()
+        if (observer_of[source].bits < 8 if settings.corrected is None else settings.corrected)
+    }
+    seen = streams.layer_inputs(parts, asked, quantized=True)
+    of_corrected = {layer: x for layer, x in asked.items() if layer in corrects}
+    given = streams.layer_inputs(parts, of_corrected, quantized=False) if corrects else None
     most = 1
     last: tuple[Node, Moments] | None = None
     for layer, source in sources.items():
@@ -187,12 +194,14 @@ def _second_order(streams: Streams, settings: Reconstruction) -> int:
         columns, blocks = weight[0].numel(), scale.shape[2]
         pieces = column_pieces(groups, columns, blocks, settings.gptq_memory * 2**30)
         most = max(most, pieces)
-        if last is None or last[0] is not x or last[1].pieces != pieces:
+        same = last is not None and last[0] is x and last[1].pieces == pieces
+        if last is None or not same or (layer in corrects and last[1].d_GKK is None):
             last = None  # free the old moments before the new ones are allocated
             moments = Moments.of(
                 layer,
                 weight,
-                partial(value, x),
+                partial(seen, x),
+                partial(given, x) if given is not None and layer in corrects else None,
                 parts,
                 workers=streams.workers,
                 ranks=streams.ranks,
@@ -202,8 +211,11 @@ def _second_order(streams: Streams, settings: Reconstruction) -> int:
             last = (x, moments)
         if blocks == 1:  # all columns share one scale, so every piece takes it
             scale, zero_point = (x.expand(-1, -1, pieces) for x in (scale, zero_point))
+        w_GCK = parted(weight.detach().reshape(groups, channels, -1), pieces)
+        if layer in corrects:
+            w_GCK = corrected(w_GCK, last[1], damping=settings.damping)
         q = gptq(
-            parted(weight.detach().reshape(groups, channels, -1), pieces),
+            w_GCK,
             last[1],
             parted(scale, pieces),
             parted(zero_point, pieces),

@@ -13,7 +13,7 @@ from torch.fx import GraphModule, Interpreter, Node
 from tfmq_fx.base.parallel import Ranks, Workers
 from tfmq_fx.graph.nodes import fresh
 from tfmq_fx.observers.weight import PerChannelWeightFakeQuantize
-from tfmq_fx.passes.quantize.observed import without_observers
+from tfmq_fx.passes.quantize.observed import observer_nodes, without_observers
 from tfmq_fx.reconstruction.spill import Values
 
 Outputs = tuple[Tensor, ...]
@@ -46,9 +46,13 @@ class Steps:
 
     held: the values of the block's inputs, by placeholder. The others are added, and removed after their last use.
     asked: layer -> the node whose value is asked for before the layer runs.
+    quantized: False passes the observers over, as the float network.
     """
 
-    def __init__(self, block: GraphModule, held: Values, asked: Mapping[Node, Node]) -> None:
+    def __init__(
+        self, block: GraphModule, held: Values, asked: Mapping[Node, Node], *, quantized: bool
+    ) -> None:
+        self._passed = set[Node]() if quantized else observer_nodes(block)
         self._interpreter = Interpreter(block, garbage_collect_values=False)
         self._interpreter.env = held  # type: ignore[assignment]
         self._held, self._constant, self._order = held, constant_nodes(block), _weights_late(block)
@@ -76,7 +80,7 @@ class Steps:
         self._next += 1
         if node.op == "placeholder":
             return
-        value = self._interpreter.run_node(node)
+        value = held[node.all_input_nodes[0]] if node in self._passed else self._interpreter.run_node(node)
         if node in self._constant:  # what is spilled is rounded
             held.share(node, value)
         else:
@@ -112,8 +116,8 @@ class Streams:
         threads call it at once.
     target(part): returns the block's float outputs if they are kept elsewhere; None computes them.
     keep(part, outputs): takes the quantized block's outputs whenever `error` computes them.
-    begin(part): returns the values of the block's inputs in the quantized network, to which those of its nodes may be
-        added. None: `run` finds them.
+    begin(part, quantized): returns the values of the block's inputs in the quantized or the float network, to which those
+        of its nodes may be added. None: `run` finds them.
 
     kept: whether the outputs that `keep` took are those of the block as it is now.
     """
@@ -134,7 +138,7 @@ class Streams:
         ranks: Ranks,
         target: Callable[[Part], Outputs] | None = None,
         keep: Callable[[Part, Outputs], None] | None = None,
-        begin: Callable[[Part], Values] | None = None,
+        begin: Callable[[Part, bool], Values] | None = None,
     ) -> None:
         self.block, self.run, self.chunks, self._given, self._keep = block, run, chunks, target, keep
         self._begin = begin
@@ -151,9 +155,9 @@ class Streams:
         return self.run(self.block, part, True)
 
     def layer_inputs(
-        self, parts: Iterable[Part], asked: Mapping[Node, Node]
+        self, parts: Iterable[Part], asked: Mapping[Node, Node], *, quantized: bool
     ) -> Callable[[Node, Part], Tensor]:
-        """Return a function of a node of `asked` and a part that gives the node's value in the quantized network.
+        """Return a function of a node of `asked` and a part that gives the node's value in the quantized or the float network.
 
         asked: layer -> node. Their values are asked for in the order of the layers. Integers of a layer may change until
             the value for a later layer is asked for, and not after that until the `outputs` are: the block is run once, with
@@ -161,9 +165,15 @@ class Streams:
         """
         if self._begin is None:
             probes = {node: _probe(self.block, node) for node in asked.values()}
-            return lambda node, part: self.run(probes[node], part, True)[0]
-        self._steps = {part: Steps(self.block, self._begin(part), asked) for part in parts}
-        return lambda node, part: self._steps[part].value(node)
+            probes = probes if quantized else {node: without_observers(m) for node, m in probes.items()}
+            return lambda node, part: self.run(probes[node], part, quantized)[0]
+        steps = {
+            part: Steps(self.block, self._begin(part, quantized), asked, quantized=quantized)
+            for part in parts
+        }
+        if quantized:
+            self._steps = steps
+        return lambda node, part: steps[part].value(node)
 
     @torch.no_grad()
     def target(self, part: Part) -> Outputs:

@@ -14,7 +14,6 @@ from torch import Tensor
 from torch.fx import GraphModule, Interpreter, Node
 from torch.fx.passes.utils.fuser_utils import fuse_as_graphmodule
 
-from tfmq_fx.base._torchao import FakeQuantizeBase
 from tfmq_fx.base.errors import TFMQError
 from tfmq_fx.base.mapped import require_free
 from tfmq_fx.base.progress import track
@@ -24,7 +23,7 @@ from tfmq_fx.graph.inputs import placeholders
 from tfmq_fx.graph.nodes import fresh, hinted_shape, meta_value, weight_argument
 from tfmq_fx.observers.weight import PerChannelWeightFakeQuantize
 from tfmq_fx.passes.quantize.find_blocks import find_blocks
-from tfmq_fx.passes.quantize.observed import observers, without_observers
+from tfmq_fx.passes.quantize.observed import observer_nodes, observers, without_observers
 from tfmq_fx.passes.quantize.results import BlockResult
 from tfmq_fx.reconstruction.run import Run
 from tfmq_fx.reconstruction.spill import Budget, Values
@@ -85,7 +84,7 @@ class Walk:
         for rows in {len(rows): rows for rows in self.rows}.values():
             inputs_of(gm, data.batch(rows))  # raises for inputs that are missing or have another shape
         self.interpreter = Interpreter(self.gm)
-        self.passed = {n for n in self.gm.graph.nodes if n.op == "call_module" and _is_observer(self.gm, n)}
+        self.passed = observer_nodes(self.gm)
 
         self.units, member_of = self._units()
         self.order = self._order(self.units, member_of)
@@ -112,7 +111,7 @@ class Walk:
         of_blocks = [0] * len(made)
         if "gptq" in self.config.settings.method:
             of_blocks = [_bytes_of_block(self.units[n].module) if n in self.units else 0 for n in self.order]
-        most = max(2 * held + own for held, own in zip(streams, of_blocks, strict=True))
+        most = max(2 * (held + own) for held, own in zip(streams, of_blocks, strict=True))
         return most * sum(map(len, self.rows)) // batch
 
     def run(self) -> list[BlockResult]:
@@ -239,8 +238,8 @@ class Walk:
             held = (envs.quantized if quantized else envs.float)[part.index]
             held.update(zip(unit.outputs, outputs, strict=True))
 
-        def begin(part: Part) -> Values:
-            held = envs.quantized[part.index]
+        def begin(part: Part, quantized: bool) -> Values:
+            held = (envs.quantized if quantized else envs.float)[part.index]
             for inner, outer in zip(placeholders(unit.module).values(), unit.inputs, strict=True):
                 held.lend(inner, partial(held.__getitem__, outer))
             return held
@@ -270,7 +269,3 @@ class Walk:
         if not streams.kept:
             self.config.workers.map(lambda part: keep(part, streams.outputs(part)), streams.parts)
         return results
-
-
-def _is_observer(gm: GraphModule, node: Node) -> bool:
-    return isinstance(gm.get_submodule(str(node.target)), FakeQuantizeBase)
