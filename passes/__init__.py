@@ -7,6 +7,7 @@ from tfmq_fx.passes.clean.flatten_timestep import flatten_timestep
 from tfmq_fx.passes.clean.fold_parameters import fold_parameters
 from tfmq_fx.passes.clean.inline_modules import inline_modules
 from tfmq_fx.passes.clean.inline_regions import inline_regions
+from tfmq_fx.passes.clean.keep_batch import keep_batch
 from tfmq_fx.passes.clean.linear_matmuls import linear_matmuls
 from tfmq_fx.passes.clean.literal_dtypes import literal_dtypes
 from tfmq_fx.passes.clean.merge_variants import merge_variants
@@ -83,6 +84,7 @@ __all__ = [
     "inline_regions",
     "insert_step_index",
     "integer_weights",
+    "keep_batch",
     "linear_matmuls",
     "literal_dtypes",
     "look_up_together",

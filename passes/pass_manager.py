@@ -19,7 +19,7 @@ from tfmq_fx.graph.state import captured_of
 log = logging.getLogger(__name__)
 # What tidies a captured graph, in no order but before anything else.
 CLEANING = (
-    "bind_parameters", "inline_modules", "inline_regions", "remove_noops", "values_of_copies", "batch_rows", "undo_joins", "literal_dtypes",
+    "bind_parameters", "inline_modules", "inline_regions", "remove_noops", "values_of_copies", "batch_rows", "keep_batch", "undo_joins", "literal_dtypes",
     "merge_variants", "root_batch_size", "linear_matmuls", "fold_parameters", "sink_repeats", "flatten_entries",
 )  # fmt: skip
 # What makes the float graph easier to quantize at few bits.
@@ -48,15 +48,16 @@ class PassManager(pass_manager.PassManager):
         PassManager([remove_noops, partial(prepare, recipe=recipe, timesteps=t), partial(calibrate, calibration=data), convert])
 
     Settings are bound with functools.partial. done: called with the name of each pass when it has run, as
-    a clock wants to hear. Each pass runs once, and a graph that none of them changed is not compiled anew. Raises TFMQError
-    listing every declared need that the order violates, before anything runs; a pass's own exception comes through as it is,
-    with a note that names the pass.
+    a clock wants to hear. `changed` has the names of those that changed something. Each pass runs once, and a graph that none of
+    them changed is not compiled anew. Raises TFMQError listing every declared need that the order violates, before anything runs;
+    a pass's own exception comes through as it is, with a note that names the pass.
     """
 
     def __init__(
         self, passes: Iterable[Callable[[GraphModule], Any]], *, done: Callable[[str], None] | None = None
     ) -> None:
         self.given, self.done = list(passes), done
+        self.changed: list[str] = []
         super().__init__([self._logged(p) for p in self.given])
 
     @property
@@ -97,6 +98,7 @@ class PassManager(pass_manager.PassManager):
             assert isinstance(after, GraphModule)
             if result.modified:  # not for nothing: it may have thousands of lines
                 after.recompile()
+                self.changed.append(name)
             log.info(
                 "%s: %d -> %d nodes%s",
                 name,

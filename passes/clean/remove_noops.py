@@ -1,4 +1,4 @@
-"""Remove nodes that do nothing at inference: dropout in eval mode, identities and metadata assertions."""
+"""Remove nodes that do nothing at inference: dropout in eval mode, identities, squeezes of nothing and metadata assertions."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from torch.fx import GraphModule, Node
 from torch.fx.passes.infra.pass_base import PassResult
 
 from tfmq_fx.base.errors import TFMQError
-from tfmq_fx.graph.nodes import aten, called_module, op_name
+from tfmq_fx.graph.nodes import aten, called_module, fixed_size, meta_value, op_name, squeezed_dims
 
 _ASSERTIONS = (aten._assert_tensor_metadata.default,)
 
@@ -16,7 +16,7 @@ _ASSERTIONS = (aten._assert_tensor_metadata.default,)
 def remove_noops(gm: GraphModule) -> PassResult:
     """Remove no-ops: dropout(x, p, train=False) ==> x; identity(x) ==> x; metadata assertions vanish.
 
-    Bitwise unchanged. Raises TFMQError for a dropout captured in train mode: its randomness would be baked
+    So does squeeze(x, dim) of a size that is fixed, and not one: other runtimes refuse it. Bitwise unchanged. Raises TFMQError for a dropout captured in train mode: its randomness would be baked
     into the graph.
     """
     modified = False
@@ -32,6 +32,10 @@ def remove_noops(gm: GraphModule) -> PassResult:
             gm.graph.erase_node(node)
             modified = True
         elif node.target in _ASSERTIONS:
+            gm.graph.erase_node(node)
+            modified = True
+        elif _takes_nothing(node):
+            node.replace_all_uses_with(node.args[0])
             gm.graph.erase_node(node)
             modified = True
     if modified:
@@ -50,4 +54,13 @@ def _dropout(node: Node) -> tuple[Any, Any, Any]:
         given.get("x", node.kwargs.get("input")),
         given.get("p", node.kwargs.get("p")),
         given.get("train", node.kwargs.get("train", node.kwargs.get("training"))),
+    )
+
+
+def _takes_nothing(node: Node) -> bool:
+    """Return True for a squeeze of sizes that are fixed, none of them one."""
+    dims = squeezed_dims(node)
+    return dims is not None and all(
+        fixed_size(meta_value(node.args[0]).shape[d]) not in (None, 1)  # type: ignore[arg-type]
+        for d in dims
     )

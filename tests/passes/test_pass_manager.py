@@ -72,7 +72,15 @@ def test_any_other_error_comes_through_with_the_name_of_its_pass():
 def test_the_names_are_told_to_whoever_listens_when_each_pass_has_run():
     gm, _ = exported()
     heard = []
-    manager = PassManager([remove_noops, partial(root_batch_size, timestep="timestep")], done=heard.append)
-    assert manager.names == ["remove_noops", "root_batch_size"]
+
+    def renames(gm):
+        next(iter(gm.graph.nodes)).name = "first"
+        return gm
+
+    manager = PassManager(
+        [remove_noops, partial(root_batch_size, timestep="timestep"), renames], done=heard.append
+    )
+    assert manager.names == ["remove_noops", "root_batch_size", "renames"]
     manager(gm)
     assert heard == manager.names
+    assert manager.changed == ["renames"]

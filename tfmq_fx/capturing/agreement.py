@@ -60,7 +60,11 @@ def agree(
         expected = pytree.tree_leaves(as_dict(run(network, arguments)))
     except (DynamicOutputShapeException, DataDependentOutputException):
         return True  # of fake tensors, whose values decide the shapes inside: there is nothing to compare
-    made = pytree.tree_leaves(gm(*[inputs[n] for n in placeholders(gm)]))
+    return alike(pytree.tree_leaves(gm(*[inputs[n] for n in placeholders(gm)])), expected, share=share)
+
+
+def alike(made: Sequence[Any], expected: Sequence[Any], *, share: float = 1.0) -> bool:
+    """Return True if the tensors of two outputs are the same but for rounding; without values, in shape alone. share: see `agree`."""
     return all(
         within_rounding(a, b, share=share) if has_values(b) else a.shape == b.shape
         for a, b in zip(made, expected, strict=True)

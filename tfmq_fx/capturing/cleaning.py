@@ -12,6 +12,7 @@ from tfmq_fx.artefact.interface import VARIANT
 from tfmq_fx.passes.clean.flatten_timestep import flatten_timestep
 from tfmq_fx.passes.clean.fold_parameters import fold_parameters
 from tfmq_fx.passes.clean.inline_regions import inline_regions
+from tfmq_fx.passes.clean.keep_batch import keep_batch
 from tfmq_fx.passes.clean.linear_matmuls import linear_matmuls
 from tfmq_fx.passes.clean.literal_dtypes import literal_dtypes
 from tfmq_fx.passes.clean.merge_variants import merge_variants
@@ -30,6 +31,7 @@ def cleaning(timestep: str) -> list[Callable[[GraphModule], PassResult]]:
     return [
         inline_regions,
         remove_noops,
+        keep_batch,
         undo_joins,
         literal_dtypes,
         partial(merge_variants, kinds=VARIANT),

@@ -36,12 +36,14 @@ from tfmq_fx.capturing.checks import (
 )
 from tfmq_fx.capturing.cleaning import cleaning
 from tfmq_fx.capturing.exported import exported, lengths_of, plain_graph
+from tfmq_fx.capturing.one_row import return_one_row
 from tfmq_fx.capturing.wrappers import unwrapped
 from tfmq_fx.graph.inputs import choose_timestep, placeholders, require_input
 from tfmq_fx.graph.nodes import fixed_size, meta_value
 from tfmq_fx.graph.state import Captured, set_state
 from tfmq_fx.graph.written import keeps_buffers, own_written_buffers
 from tfmq_fx.passes.clean.batch_rows import batch_rows
+from tfmq_fx.passes.clean.keep_batch import keep_batch
 from tfmq_fx.passes.clean.remove_noops import remove_noops
 from tfmq_fx.passes.clean.values_of_copies import values_of_copies
 from tfmq_fx.passes.pass_manager import PassManager
@@ -270,7 +272,8 @@ def _graph(
         require_input(gm, name, argument="example_inputs")
     require_dynamic_batch(gm, network, example)
     gm.graph.eliminate_dead_code()  # such as what was asked of an input, and is known
-    PassManager(passes)(gm)
+    tidy = PassManager(passes)
+    tidy(gm)
     gm.graph.eliminate_dead_code()
     check_weights(gm)
     share = REROUTED if routed.used else 1.0
@@ -288,6 +291,8 @@ def _graph(
     same = not why or agree(gm, example, network, inputs, share=share)
     if not same or (lists is not None and not agree_on_other_rows(gm, network, inputs, share=share)):
         raise TFMQError(f"{type(network).__name__}: {why}.")
+    if keep_batch.__name__ in tidy.changed:
+        return_one_row(gm, network, inputs, share=share)
     own_written_buffers(gm)
     gm.recompile()
     return gm

@@ -301,6 +301,21 @@ def node_named(gm: GraphModule, name: str) -> Node:
     return node
 
 
+_SQUEEZES = (aten.squeeze.default, aten.squeeze.dim, aten.squeeze.dims)
+
+
+def squeezed_dims(node: Node) -> list[int] | None:
+    """Return the dimensions, counted from the first, that a squeeze takes where they are one.
+
+    None for anything else, for a squeeze in place, and without shape metadata.
+    """
+    x = meta_value(node.args[0]) if node.target in _SQUEEZES else None  # type: ignore[arg-type]
+    if not isinstance(x, Tensor):
+        return None
+    given = dict(schema_arguments(node)).get("dim", range(x.dim()))
+    return [d % x.dim() for d in ([given] if isinstance(given, int) else given)] if x.dim() else []
+
+
 def output_channel_axis(node: Node) -> int:
     """Return the weight's dimension of output channels: 1 for transposed convolutions, else 0."""
     return 1 if "transpose" in op_name(node) or (op_name(node) == "convolution" and node.args[6]) else 0
