@@ -303,39 +303,47 @@ def test_a_weight_that_two_layers_read_has_one_rule_for_both():
     assert max(r["output_relative_mse"] for r in q.report["errors_by_timestep"]) < 0.02  # at 8 bits: 0.1
 
 
-def test_what_other_rows_clip_is_told_from_the_largest_values_of_each_timestep():
-    """Trajectories, each much alike at all timesteps: what one clips is not seen in its own other rows."""
+def ranges_of(x, of):
+    return _merged([(of, torch.zeros_like(of), torch.zeros_like(x), x, 1)], 1)
+
+
+def test_what_other_rows_clip_is_told_from_the_trajectory_with_the_largest_value():
+    """Rows of one trajectory are much alike: what it clips is not seen in its own other rows."""
     g = torch.Generator().manual_seed(0)
 
     def rows(count):
         level_NC = torch.randn(count, 64, generator=g).exp()
         return level_NC[:, None] * (1 + 0.05 * torch.rand(count, 10, 64, generator=g))  # at 10 timesteps
 
-    ratios = []
+    ratios, of = [], torch.arange(16).repeat_interleave(10)
     for _ in range(20):
         x, others = rows(16).flatten(0, 1), rows(2000).flatten(0, 1)
-        t = torch.arange(10).repeat(16)
-        found = _merged([(t, torch.zeros_like(t), torch.zeros_like(x), x, 1)], 1)
+        found = ranges_of(x, of)
         assert torch.equal(found.largest_C, x.amax(0))
         s, without = found.largest_C, found.second_C  # as an exponent of 1 smooths
         clipped = (others - others.minimum(s * (x / s).amax())).square().mean(0)
         ratios.append(found.clipped(s, without).sum() / clipped.sum())
     assert 0.5 < torch.stack(ratios).median() < 2.0
-    alone = _merged(
-        [
-            (t, torch.zeros_like(t), torch.zeros_like(x), x, 4)
-            for t, x in zip(t[:, None], x[:, None], strict=True)
-        ],
-        1,
-    )
-    assert torch.equal(alone.second_C, found.second_C)
-    torch.testing.assert_close(alone.clipped(s, without), found.clipped(s, without) / 4)
+    at = torch.randperm(160, generator=g)
+    batches = [
+        (n, torch.zeros_like(n), -x, x, 4) for n, x in zip(of[at].split(7), x[at].split(7), strict=True)
+    ]
+    split = _merged(batches, 1)
+    torch.testing.assert_close(split.clipped(s, without), found.clipped(s, without) / 4)
 
 
-def test_single_rows_of_each_timestep_are_one_group():
-    x, t = torch.rand(8, 3), torch.arange(8)
-    found = _merged([(t, torch.zeros_like(t), -x, x, 1)], 1)
-    assert torch.equal(found.second_C, x.topk(2, 0).values[1])
-    one = _merged([(t[:1], torch.zeros(1, dtype=torch.long), -x[:1], x[:1], 1)], 1)
-    assert torch.equal(one.second_C, x[0])
-    assert not one.clipped(torch.ones(3), torch.ones(3)).any()
+def test_of_a_single_trajectory_nothing_is_known_about_others():
+    x = torch.rand(8, 3)
+    found = ranges_of(x, torch.zeros(8, dtype=torch.long))
+    assert torch.equal(found.second_C, x.amax(0))
+    assert not found.clipped(found.largest_C, found.second_C).any()
+
+
+@pytest.mark.parametrize("by_step", [True, False])
+def test_rows_in_the_order_of_a_sampler_are_told_by_trajectory(by_step):
+    of, t = torch.arange(3), torch.tensor([9.0, 5.0, 1.0, 0.0])
+    pairs = torch.cartesian_prod(t, of.float()) if by_step else torch.cartesian_prod(of.float(), t).flip(1)
+    data = tfmq_fx.CalibrationSet.from_tensors({"x": pairs[:, 1], "timestep": pairs[:, 0]})
+    assert torch.equal(data.trajectories(), pairs[:, 1].long())
+    alone = tfmq_fx.CalibrationSet.from_tensors({"x": torch.rand(4), "timestep": t})
+    assert torch.equal(alone.trajectories(), torch.arange(4))

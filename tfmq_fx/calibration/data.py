@@ -358,6 +358,20 @@ class CalibrationSet:
         chosen = by_t[tie][torch.argsort(rank[tie], stable=True)][:num_samples]
         return chosen[torch.randperm(len(chosen), generator=generator)]
 
+    def trajectories(self) -> Tensor:
+        """Return the number of each row's trajectory (N,): of the rows of a timestep, the first is of the first trajectory, and so on.
+
+        That holds for rows in the order in which a sampler makes them, sample by sample or step by step. Where no timestep
+        has two rows, each row is a trajectory.
+        """
+        _, which, counts = torch.unique(self.row_timesteps, return_inverse=True, return_counts=True)
+        if int(counts.max()) == 1:
+            return torch.arange(len(self))
+        rank = torch.cat([torch.arange(int(c)) for c in counts])
+        found = torch.empty_like(rank)
+        found[torch.argsort(which, stable=True)] = rank
+        return found
+
     def rows(self, chosen: Tensor) -> CalibrationSet:
         """Return the set of these rows, given by index or by mask: `data.rows(data.conditional)`."""
         return self.changed(

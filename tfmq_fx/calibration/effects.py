@@ -8,8 +8,8 @@ of v^T output brings back to every tensor. Where values are small against the st
 assumed to add up, and the network to be linear in them.
 
 Smoothing levels the channels by their largest values in the calibration data. A row that is not in it has larger ones in
-some channels, which are clipped. By how much is estimated by leaving out, channel by channel, the row with the largest value
-of each timestep: rows of different timesteps may be of one trajectory, and much alike.
+some channels, which are clipped. By how much is estimated by leaving out, channel by channel, the trajectory with the
+largest value: rows of one trajectory are much alike.
 
 Legend: P rows of calibration data, C input channels, T timesteps among the rows.
 """
@@ -129,27 +129,26 @@ class Ranges:
 
     low_TC: Tensor
     high_TC: Tensor
-    largest_GC: (
-        Tensor  # largest |x_j| in each group of rows: those of one timestep, or all if these are single rows
-    )
-    second_C: Tensor  # largest |x_j| in all rows but the one of each group that has the largest
+    # Largest |x_j| in each row of the trajectory that has the largest of all, falling; filled up with 0.
+    outer_RC: Tensor
+    second_C: Tensor  # largest |x_j| in the rows of the other trajectories
     rows: int
     positions: int  # the most values of a channel in one row
 
     @property
     def largest_C(self) -> Tensor:
-        return self.largest_GC.amax(0)
+        return self.outer_RC[0]
 
     def clipped(self, s_C: Tensor, without_C: Tensor) -> Tensor:
         """Return the mean squared error (C,) of an element that another row's clipping makes.
 
-        s: the smoothing, by which x is divided. without: the same, had each group's row with the largest value not been
-            seen; then that value would be clipped to where the other channels end.
+        s: the smoothing, by which x is divided. without: the same, had each channel's outer trajectory not been seen; then its
+            values would be clipped to where the other channels end.
         """
-        largest_GC = self.largest_GC.double()
-        limit = (largest_GC / s_C.to(largest_GC)).amax()
-        beyond_GC = (largest_GC - limit * without_C.to(largest_GC)).clamp_min(0.0)
-        return beyond_GC.square().sum(0) / (self.rows * self.positions)
+        outer_RC = self.outer_RC.double()
+        limit = (outer_RC[0] / s_C.to(outer_RC)).amax()
+        beyond_RC = (outer_RC - limit * without_C.to(outer_RC)).clamp_min(0.0)
+        return beyond_RC.square().sum(0) / (self.rows * self.positions)
 
 
 @keeps_buffers
@@ -187,23 +186,23 @@ def input_ranges(
                 self.found[n.name] = (x_NCK.amin(2).float(), x_NCK.amax(2).float(), x_NCK.shape[2])
             return super().run_node(n)
 
-    def observe(batch: dict[str, Tensor]) -> tuple[Tensor, Tensor, dict[str, tuple[Tensor, Tensor, int]]]:
-        watch = Watch(gm)
+    def observe(rows: Tensor) -> tuple[Tensor, Tensor, dict[str, tuple[Tensor, Tensor, int]]]:
+        watch, batch = Watch(gm), calibration.batch(rows)
         watch.found = {}
         watch.run(*inputs_of(gm, batch))
         t = per_sample(batch[calibration.timestep])
         same = t[:, None] == timesteps.to(t)
         number_N = (same * torch.arange(len(timesteps), device=same.device)).sum(1)  # at most one is the same
-        return t, torch.where(same.any(1), number_N, len(timesteps)), watch.found
+        return trajectories[rows], torch.where(same.any(1), number_N, len(timesteps)), watch.found
 
-    data = calibration.spread(num_samples, seed=seed)
-    size = only_size or rows_at_once(gm, batch_size, data.without_rows)
-    batches = data.batches(size, one_timestep=is_scalar(gm))
-    whole = [b for b in batches if only_size in (None, len(b[calibration.timestep]))]
+    drawn, trajectories = calibration.draw(num_samples, seed=seed), calibration.trajectories()
+    size = only_size or rows_at_once(gm, batch_size, calibration.without_rows)
+    batches = calibration.groups(size, rows=drawn, one_timestep=is_scalar(gm))
+    whole = [rows for rows in batches if only_size in (None, len(rows))]
     with workers(8) as threads:
         found = threads.map(observe, whole)
     ranges = {
-        name: _merged([(t, index, *watched[name]) for t, index, watched in found], len(timesteps))
+        name: _merged([(of, index, *watched[name]) for of, index, watched in found], len(timesteps))
         for name in axes
     }
     nodes = {n.name: n for n in gm.graph.nodes}
@@ -225,7 +224,7 @@ def by_channel(x: Tensor, axis: int) -> Tensor:
 
 
 def _merged(batches: Sequence[tuple[Tensor, Tensor, Tensor, Tensor, int]], count: int) -> Ranges:
-    """Return the ranges of batches of (timestep (N,), index (N,), minimum (N, C), maximum (N, C), positions), T = `count`."""
+    """Return the ranges of batches of (trajectory (N,), index (N,), minimum (N, C), maximum (N, C), positions), T = `count`."""
     low_TC = batches[0][2].new_full((count + 1, batches[0][2].shape[1]), torch.inf)
     high_TC = -low_TC
     for _, index_N, low_NC, high_NC, _ in batches:
@@ -236,18 +235,22 @@ def _merged(batches: Sequence[tuple[Tensor, Tensor, Tensor, Tensor, int]], count
         else:
             low_TC = torch.minimum(low_TC, low_NC.amin(0))
             high_TC = torch.maximum(high_TC, high_NC.amax(0))
-    t_N = torch.cat([t for t, *_ in batches])
-    rows_NC = torch.cat([torch.maximum(-low, high) for _, _, low, high, _ in batches])
-    groups = [rows_NC]
-    if len(rows_NC) == len(t_N) and 2 * len(values := t_N.unique()) <= len(t_N):
-        groups = [rows_NC[(t_N == t).to(rows_NC.device)] for t in values]
+    x_NC = torch.cat([torch.maximum(-low, high) for _, _, low, high, _ in batches])
+    of_N = torch.cat([of for of, *_ in batches]).to(x_NC.device)
+    if len(of_N) != len(x_NC):  # dim 0 is not the batch
+        of_N = torch.arange(len(x_NC), device=x_NC.device)
+    _, of_N, sizes = of_N.unique(return_inverse=True, return_counts=True)
+    by_trajectory = x_NC.new_zeros(len(sizes), x_NC.shape[1])
+    by_trajectory.scatter_reduce_(0, of_N[:, None].expand_as(x_NC), x_NC, "amax")
+    # Of a single trajectory, nothing is known about others.
+    largest = by_trajectory.topk(min(2, len(sizes)), 0)
+    outer_NC = x_NC.where(of_N[:, None] == largest.indices[0], 0.0)
     return Ranges(
         low_TC=low_TC,
         high_TC=high_TC,
-        largest_GC=torch.stack([x.amax(0) for x in groups]),
-        # Of a group of a single row, nothing is known about others.
-        second_C=torch.stack([x.topk(min(2, len(x)), 0).values[-1] for x in groups]).amax(0),
-        rows=len(rows_NC),
+        outer_RC=outer_NC.topk(int(sizes.max()), 0).values,
+        second_C=largest.values[-1],
+        rows=len(x_NC),
         positions=max(positions for *_, positions in batches),
     )
 
