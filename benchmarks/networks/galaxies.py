@@ -64,26 +64,29 @@ class Galaxies(nn.Module):
         self._read(file or wheel_file(WHEEL, NETWORKS[name], CACHE))
 
     def _read(self, file: Path) -> None:
-        """Fill the parameters from a file of arrays, one .npy after another. The last one is the time's scale."""
+        """Fill the parameters from a file of arrays, one .npy after another. The last one is the time's scale.
+
+        Raises ValueError for a file with other leaves.
+        """
         with file.open("rb") as leaves, torch.no_grad():
             for parameter in self.parameters():
                 leaf = torch.from_numpy(np.load(leaves))
                 if parameter is self.conv_out.weight:  # Equinox's is (out, in, ..), and turned
                     leaf = leaf.transpose(0, 1).flip(2, 3)
                 parameter.copy_(leaf.reshape(parameter.shape))
-            assert np.load(leaves) == LAST_TIME
-            assert not leaves.read()
+            if np.load(leaves) != LAST_TIME or leaves.read():
+                raise ValueError(f"{file}: has other leaves than this network; give the wheel's file for it.")
         self.requires_grad_(False)
 
     def forward(self, y: Tensor, t: Tensor) -> Tensor:
         """y (N, 1, size, size); t (N,). Returns the score (N, 1, size, size). The time is a channel of the input."""
         time = (t / LAST_TIME).reshape(-1, 1, 1, 1).expand_as(y)
         h: Tensor = self.conv_in(torch.cat([y, time], dim=1))
-        rows = h.shape[2:]
+        shape = h.shape[2:]
         h = h.flatten(2)
         for block in self.blocks:
             h = block(h)
-        score: Tensor = self.conv_out(self.norm(h).unflatten(2, rows))
+        score: Tensor = self.conv_out(self.norm(h).unflatten(2, shape))
         return score
 
 
