@@ -17,7 +17,6 @@ import statistics
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from rich.console import Console
@@ -26,33 +25,13 @@ from torch import Tensor, nn
 
 import tfmq_fx
 from benchmarks.digits import NUM_CLASSES, recognise, train_classifier
-from benchmarks.recipes import unchosen
+from benchmarks.recipes import named
 from tfmq_fx.base.metrics import psnr, psnr_by_image
 from tfmq_fx.demo import embedded_pipeline
 from tfmq_fx.evaluation.sampling import sample
-from tfmq_fx.recipe import Recipe, Reconstruction
 
 STEPS = 50
 NOISE_SEED = 1000
-
-
-def settings(names: list[str]) -> dict[str, Recipe]:
-    nearest = Reconstruction(method="nearest")
-    found = {}
-    for name in names:
-        base, _, variant = name.partition(" ")
-        recipe = Recipe.preset(base)
-        changes: dict[str, Any] = {
-            "": {},
-            "unchosen": vars(unchosen(recipe)),
-            "nearest": {"reconstruction": nearest},
-            "attention": {"attention_bits": 8},
-            "all int8": {"edge_activation_bits": 8},
-            "keyed": {"keyed": "all"},
-            "float8": {"linear_dtype": "float8_e4m3fn"},
-        }[variant]
-        found[name] = dataclasses.replace(recipe, **changes)
-    return found
 
 
 def measure(images: Tensor, reference: Tensor, classifier: nn.Module) -> dict[str, float]:
@@ -79,6 +58,7 @@ def run(
     names: list[str], *, samples: int, seeds: int, once: Sequence[str] = (), num_trajectories: int = 64
 ) -> Run:
     """Run every setting of `names` with each seed, and those of `once` with the first seed only."""
+    recipes = {name: named(name) for name in [*names, *once]}
     pipe = embedded_pipeline()
     pipe.set_progress_bar_config(disable=True)
     classifier = train_classifier()
@@ -101,9 +81,9 @@ def run(
         calibration = tfmq_fx.CalibrationSet.record(
             pipe, num_samples=num_trajectories, num_inference_steps=STEPS, seed=seed
         )
-        for name, recipe in settings([*names, *once] if seed == 0 else names).items():
+        for name in [*names, *once] if seed == 0 else names:
             started = time.monotonic()
-            q = tfmq_fx.quantize(pipe, recipe, calibration=calibration, seed=seed)
+            q = tfmq_fx.quantize(pipe, recipes[name], calibration=calibration, seed=seed)
             quantized = time.monotonic()
             y = sample(pipe, q, num_samples=samples, num_inference_steps=STEPS, seed=NOISE_SEED)
             errors = q.report["errors_by_timestep"]

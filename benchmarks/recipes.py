@@ -1,10 +1,23 @@
-"""Variants of presets that several benchmarks measure."""
+"""Recipes by the names of rows: a preset, and what of it is changed."""
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 
-from tfmq_fx.recipe import Recipe
+from tfmq_fx.recipe import Recipe, Reconstruction
+
+
+def named(name: str) -> Recipe:
+    """Return the recipe of a row, such as "w8a8", the preset, or "w8a8 gptq", with one of CHANGES.
+
+    Raises ValueError for an unknown preset or change.
+    """
+    preset, _, change = name.partition(" ")
+    if change and change not in CHANGES:
+        raise ValueError(f"{name!r}: {change!r} is no change of a recipe; use one of {', '.join(CHANGES)}.")
+    recipe = Recipe.preset(preset)
+    return CHANGES[change](recipe) if change else recipe
 
 
 def unchosen(recipe: Recipe) -> Recipe:
@@ -18,3 +31,26 @@ def unchosen(recipe: Recipe) -> Recipe:
         double_flops=0.0,
         float_bytes=0.0,
     )
+
+
+def nearest(recipe: Recipe) -> Recipe:
+    """Return the recipe with weights rounded to nearest."""
+    return dataclasses.replace(recipe, reconstruction=Reconstruction(method="nearest"))
+
+
+def gptq(recipe: Recipe) -> Recipe:
+    """Return the recipe with weights rounded by GPTQ, not tuned."""
+    method = dataclasses.replace(recipe.reconstruction, method="gptq", tune_iterations=0)
+    return dataclasses.replace(recipe, reconstruction=method)
+
+
+CHANGES: dict[str, Callable[[Recipe], Recipe]] = {
+    "unchosen": unchosen,
+    "nearest": nearest,
+    "plain": lambda recipe: nearest(unchosen(recipe)),
+    "gptq": gptq,
+    "float8": lambda recipe: dataclasses.replace(recipe, linear_dtype="float8_e4m3fn"),
+    "attention": lambda recipe: dataclasses.replace(recipe, attention_bits=8),
+    "all int8": lambda recipe: dataclasses.replace(recipe, edge_activation_bits=8),
+    "keyed": lambda recipe: dataclasses.replace(recipe, keyed="all"),
+}

@@ -38,13 +38,14 @@ from benchmarks.networks.terrain import (
     psnr_by_sigma,
     rows,
 )
-from benchmarks.recipes import unchosen
-from tfmq_fx.recipe import Recipe, Reconstruction
+from benchmarks.recipes import named
 
 Call = Callable[..., Tensor]
 FLOAT = "float, torch, float32"  # what times are compared with
 ROWS = ("bf16", "onnxruntime", "nncf", "w8a8 plain", "w8a8", "w4a8")
-MORE = ("w3a8", "w3a8 unchosen", "w4a4", "w4a4 unchosen", "w8a8 float8", "w4a8 float8")
+MORE = (
+    "w8a8 nearest", "w8a8 gptq", "w8a8 float8", "w4a8 float8", "w3a8", "w3a8 unchosen", "w4a4", "w4a4 unchosen",
+)  # fmt: skip
 
 
 def bf16(network: nn.Module) -> Call:
@@ -132,22 +133,6 @@ def nncf_int8(data: Rows) -> Any:
     return nncf.quantize(model, nncf.Dataset(samples), subset_size=len(samples))
 
 
-def ours(name: str, network: nn.Module, data: tfmq_fx.CalibrationSet) -> tfmq_fx.QuantizedModel:
-    """name: a preset; "w8a8 plain": round-to-nearest with nothing chosen; "w8a8 float8": linears of float8; "w3a8 unchosen":
-    the preset's method and branches alone; "w8a8 gptq": by GPTQ, not tuned.
-    """
-    recipe = Recipe.preset(name.split()[0])
-    if name.endswith("unchosen"):
-        recipe = unchosen(recipe)
-    if name.endswith("float8"):
-        recipe = dataclasses.replace(recipe, linear_dtype="float8_e4m3fn")
-    if name.endswith("gptq"):
-        recipe = dataclasses.replace(recipe, reconstruction=Reconstruction(method="gptq", tune_iterations=0))
-    if name.endswith("plain"):
-        recipe = dataclasses.replace(unchosen(recipe), reconstruction=Reconstruction(method="nearest"))
-    return tfmq_fx.quantize(network, recipe, calibration=data, timestep="sigma", seed=0)
-
-
 def contender(name: str, network: nn.Module, given: Rows, folder: Path) -> Any:
     """Return what computes a row of the table, or NNCF's model. given: the calibration rows.
 
@@ -160,7 +145,7 @@ def contender(name: str, network: nn.Module, given: Rows, folder: Path) -> Any:
     if name == "nncf":
         return nncf_int8(given)
     data = tfmq_fx.CalibrationSet.from_tensors(dict(zip(NAMES, given, strict=True)), timestep="sigma")
-    return ours(name, network, data)
+    return tfmq_fx.quantize(network, named(name), calibration=data, timestep="sigma", seed=0)
 
 
 @dataclasses.dataclass

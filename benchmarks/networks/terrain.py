@@ -7,10 +7,6 @@ The wheel ships it as ONNX: 10.5 M weights, heights of 128x128 from `noisy`, its
 from __future__ import annotations
 
 import math
-import subprocess
-import sys
-import tempfile
-import zipfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,6 +17,8 @@ from onnx import numpy_helper
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from benchmarks.networks.wheels import wheel_file
+
 WHEEL = "adaptive-terrain-diffusion==0.4.2"
 MEMBER = "terrain_diffusion/weights/terrain_consistency_unet_difficulty100.onnx"
 CACHE = Path.home() / ".cache" / "terrain"
@@ -30,17 +28,8 @@ Rows = tuple[Tensor, Tensor, Tensor]  # in the order of NAMES
 
 
 def onnx_file(cache: Path = CACHE) -> Path:
-    """Return the network's file. The first call downloads the wheel by name from the package registry."""
-    file = cache / Path(MEMBER).name
-    if not file.exists():
-        cache.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory() as folder:
-            command = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "-d", folder, WHEEL]
-            subprocess.run(command, check=True)
-            (wheel,) = Path(folder).glob("*.whl")
-            with zipfile.ZipFile(wheel) as archive:
-                file.write_bytes(archive.read(MEMBER))
-    return file
+    """Return the network's file. The first call downloads the wheel."""
+    return wheel_file(WHEEL, MEMBER, cache)
 
 
 class Terrain(nn.Module):

@@ -21,7 +21,8 @@ from torch import Tensor, nn
 
 import tfmq_fx
 from benchmarks.digits import NUM_CLASSES, recognise, train_classifier
-from benchmarks.quality import NOISE_SEED, STEPS, settings
+from benchmarks.quality import NOISE_SEED, STEPS
+from benchmarks.recipes import named
 from benchmarks.zoo.dit_digits import dit_digits_pipeline
 from tfmq_fx.base.metrics import psnr, psnr_by_image
 from tfmq_fx.evaluation.sampling import sample
@@ -43,6 +44,7 @@ def main() -> None:
     parser.add_argument("--settings", nargs="*", default=["w8a8 nearest", "w4a8 nearest"])
     parser.add_argument("--no-labels", action="store_true", help="leave the labels out of the temporal key")
     args = parser.parse_args()
+    recipes = {name: named(name) for name in args.settings}
     torch.set_num_threads(1)
     pipe = dit_digits_pipeline()
     pipe.set_progress_bar_config(disable=True)
@@ -64,7 +66,7 @@ def main() -> None:
     )
     # Guidance calls the network with the labels and with the "no label" class after the last.
     finite = None if args.no_labels else {"class_labels": range(NUM_CLASSES + 1)}
-    for name, recipe in settings(args.settings).items():
+    for name, recipe in recipes.items():
         started = time.monotonic()
         q = tfmq_fx.quantize(pipe, recipe, calibration=data, finite=finite)
         quantized = time.monotonic()
