@@ -469,12 +469,10 @@ _FEW: dict[str, Any] = {**_CHOSEN, "float_bytes": 0.05}  # at few bits, a weight
 # Tuned for half a minute of a CPU core, and three times as long below W4A8: a small network gains from it, a large one would take hours.
 _TUNED = Reconstruction(method="gptq", tune_flops=5e11)
 _LONGER = Reconstruction(method="gptq", tune_flops=1.5e12)
-# At 8 bits the gain of tuning is hardly visible (docs/measured/reconstruction.md).
-_UNTUNED = Reconstruction(method="gptq", tune_iterations=0)
+# At 8 bits the gain of tuning is hardly visible, and a Hessian of few rows is as good (docs/measured/reconstruction.md).
+_UNTUNED = Reconstruction(method="gptq", tune_iterations=0, gptq_rows=16)
 PRESETS = {
-    "w8a8": Recipe(
-        weight_bits=8, activation_bits=8, reconstruction=Reconstruction(method="nearest"), **_CHOSEN
-    ),
+    "w8a8": Recipe(weight_bits=8, activation_bits=8, reconstruction=_UNTUNED, **_CHOSEN),
     "w4a8": Recipe(weight_bits=4, activation_bits=8, reconstruction=_TUNED, **_FEW),
     "w8a16": Recipe(weight_bits=8, activation_bits=FLOAT_BITS, reconstruction=_UNTUNED),
     "w4a16": Recipe(weight_bits=4, activation_bits=FLOAT_BITS),
