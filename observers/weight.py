@@ -166,27 +166,17 @@ class PerChannelWeightFakeQuantize(KeptDtype, FakeQuantizeBase):  # type: ignore
         self.alpha = self._floor = None
         self._step = 1.0
 
-    def near_integers(self, weight: Tensor) -> Tensor:
-        """Return the float weight, moved to within EDGE of its integers.
-
-        So it rounds to them, and weights that were close to another integer are the first to move there.
-        """
-        return self._unrows(self._near(weight) * self.scale[:, None], weight.shape)
-
-    def _near(self, weight: Tensor) -> Tensor:
-        """Return `near_integers` in rows, in units of the scale."""
-        q_RK = self._rows(self.q.float()) - self.zero_point[:, None]
-        scaled = self._rows(weight.detach().float()) / self.scale[:, None]
-        edge = EDGE * self.numbers.spacing(q_RK)
-        return torch.clamp(scaled, q_RK - edge, q_RK + edge)
-
     def start_tuning(self, weight: Tensor) -> tuple[Tensor, Tensor]:
         """Return variables for the integers and for the scales, starting at their current values.
 
-        steps (R, K): the weight in units of its scale, as `near_integers` gives it.
+        steps (R, K): the weight in units of its scale, moved to within EDGE of its integer. So it rounds to
+            that integer, and weights that were close to another integer are the first to move there.
         log_growth (R,): the logarithm of the factor by which the scale grows.
         """
-        self.steps = self._near(weight).requires_grad_()
+        q_RK = self._rows(self.q.float()) - self.zero_point[:, None]
+        scaled = self._rows(weight.detach().float()) / self.scale[:, None]
+        edge = EDGE * self.numbers.spacing(q_RK)
+        self.steps = torch.clamp(scaled, q_RK - edge, q_RK + edge).requires_grad_()
         self.log_growth = torch.zeros_like(self.scale).requires_grad_()
         return self.steps, self.log_growth
 

@@ -4,9 +4,11 @@ import dataclasses
 
 import pytest
 import torch
+from torch import nn
 
 import tfmq_fx
-from benchmarks.networks.small import FAST, TIMESTEPS, TinyUNet, calibration, make, prepared
+from benchmarks.networks.small import FAST, TIMESTEPS, TinyUNet, calibration, make, prepared, sinusoid
+from tests.helpers import low_bits
 from tfmq_fx.base.errors import TFMQError
 from tfmq_fx.observers import PerChannelWeightFakeQuantize, StaticFakeQuantize
 from tfmq_fx.passes.quantize.observed import observers
@@ -64,3 +66,26 @@ def test_gptq_cuts_hessians_past_gptq_memory_and_says_so():
     assert results["conv_in.weight"].hessian_pieces == 1
     assert all(r.error <= r.error_nearest for r in results.values())
     assert any(r.hessian_pieces > 1 and r.kept == "gptq" for r in results.values())
+
+
+class Parallel(nn.Module):
+    """Two convolutions of other geometry read one input, one after the other."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.time, self.first, self.last = nn.Linear(8, 8), nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 3, 1)
+        self.wide, self.narrow = nn.Conv2d(8, 8, 3, padding=1), nn.Conv2d(8, 8, 1)
+
+    def forward(self, sample: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
+        h = self.first(sample) + self.time(sinusoid(timestep, 8))[:, :, None, None]
+        y: torch.Tensor = self.last(h + self.wide(h) + self.narrow(h))
+        return y
+
+
+@pytest.mark.parametrize("corrected", [True, False])
+def test_layers_share_a_hessian_only_if_they_make_the_same_rows_of_their_input(corrected):
+    recipe = tfmq_fx.Recipe(reconstruction=dataclasses.replace(FAST, method="gptq", corrected=corrected))
+    data = low_bits.data(image=True)
+    q = tfmq_fx.quantize(make(Parallel), recipe, calibration=data)
+    assert "gptq" in {block["kept"] for block in q.report["reconstruction"]}
+    assert torch.isfinite(q(**data.tensors)).all()

@@ -9,6 +9,7 @@ import math
 import time
 from collections.abc import Callable, Collection
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,7 +17,7 @@ from torch.fx import GraphModule, Node
 
 from tfmq_fx.base.errors import TFMQError
 from tfmq_fx.base.progress import track
-from tfmq_fx.graph.nodes import attribute, groups_of, weight_argument
+from tfmq_fx.graph.nodes import attribute, convolution_arguments, groups_of, op_name, weight_argument
 from tfmq_fx.observers.static import StaticFakeQuantize
 from tfmq_fx.observers.weight import PerChannelWeightFakeQuantize
 from tfmq_fx.passes.quantize.observed import observers
@@ -79,11 +80,11 @@ def choose_rounding(
 
     if error_nearest > 0.0:  # otherwise there is nothing to gain
         if "gptq" in method:
-            hessian_pieces = _second_order(streams, settings)
+            targets, hessian_pieces = _second_order(streams, settings, keep="adaround" in method)
+            # AdaRound then rounds the corrected weights, instead of the float weights.
+            weights = [(o, targets.get(o, w)) for o, w in weights]
             keep_if_better("gptq")
         if "adaround" in method:
-            if "gptq" in method:  # then AdaRound starts from its integers
-                weights = [(o, o.near_integers(w)) for o, w in weights]
             try:
                 _learn(name, streams, weights, scales, settings, iterations, order, watch=watch)
             finally:
@@ -161,11 +162,15 @@ def _learn(
 
 
 @torch.no_grad()
-def _second_order(streams: Streams, settings: Reconstruction) -> int:
+def _second_order(
+    streams: Streams, settings: Reconstruction, *, keep: bool
+) -> tuple[dict[PerChannelWeightFakeQuantize, Tensor], int]:
     """Run GPTQ layer by layer. Each layer sees the outputs of the layers before it, which already have integers.
 
-    Returns the most pieces that a layer's columns were cut into.
+    Returns the corrected weights that were rounded, by observer, if `keep`, and the most pieces that a layer's
+    columns were cut into.
     """
+    targets: dict[PerChannelWeightFakeQuantize, Tensor] = {}
     observer_of = {n: o for n, o in observers(streams.block) if isinstance(o, PerChannelWeightFakeQuantize)}
     chunks = streams.chunks[: max(1, settings.gptq_samples // settings.batch_size)]
     parts = [part for chunk in chunks for part in chunk]
@@ -186,7 +191,7 @@ def _second_order(streams: Streams, settings: Reconstruction) -> int:
     of_corrected = {layer: x for layer, x in asked.items() if layer in corrects}
     given = streams.layer_inputs(parts, of_corrected, quantized=False) if corrects else None
     most = 1
-    last: tuple[Node, Moments] | None = None
+    last: tuple[Any, Moments] | None = None
     for layer, source in sources.items():
         observer, weight, x = observer_of[source], _float_weight(streams.block, source), asked[layer]
         groups, channels = groups_of(layer), weight.shape[0] // groups_of(layer)
@@ -194,8 +199,8 @@ def _second_order(streams: Streams, settings: Reconstruction) -> int:
         columns, blocks = weight[0].numel(), scale.shape[2]
         pieces = column_pieces(groups, columns, blocks, settings.gptq_memory * 2**30)
         most = max(most, pieces)
-        same = last is not None and last[0] is x and last[1].pieces == pieces
-        if last is None or not same or (layer in corrects and last[1].d_GKK is None):
+        rows_of = x, pieces, layer in corrects, weight.shape[1:], _geometry(layer)
+        if last is None or last[0] != rows_of:
             last = None  # free the old moments before the new ones are allocated
             moments = Moments.of(
                 layer,
@@ -208,12 +213,14 @@ def _second_order(streams: Streams, settings: Reconstruction) -> int:
                 pieces=pieces,
                 positions=-(-settings.gptq_rows * columns // (len(chunks) * settings.batch_size)),
             )
-            last = (x, moments)
+            last = (rows_of, moments)
         if blocks == 1:  # all columns share one scale, so every piece takes it
             scale, zero_point = (x.expand(-1, -1, pieces) for x in (scale, zero_point))
         w_GCK = parted(weight.detach().reshape(groups, channels, -1), pieces)
         if layer in corrects:
             w_GCK = corrected(w_GCK, last[1], damping=settings.damping)
+            if keep:
+                targets[observer] = joined(w_GCK, pieces).reshape(weight.shape)
         q = gptq(
             w_GCK,
             last[1],
@@ -223,7 +230,12 @@ def _second_order(streams: Streams, settings: Reconstruction) -> int:
             damping=settings.damping,
         )
         observer.hold(joined(q, pieces).reshape(weight.shape))
-    return most
+    return targets, most
+
+
+def _geometry(layer: Node) -> dict[str, Any]:
+    """Return how a layer makes rows of its input."""
+    return {} if op_name(layer) == "linear" else convolution_arguments(layer)
 
 
 def _input_of(layer: Node) -> Node:

@@ -21,6 +21,7 @@ from tfmq_fx.calibration.data import CalibrationSet, as_taken, inputs_of
 from tfmq_fx.calibration.temporal_rows import is_scalar
 from tfmq_fx.graph.inputs import placeholders
 from tfmq_fx.graph.nodes import fresh, hinted_shape, meta_value, weight_argument
+from tfmq_fx.graph.written import writing_nodes
 from tfmq_fx.observers.weight import PerChannelWeightFakeQuantize
 from tfmq_fx.passes.quantize.find_blocks import find_blocks
 from tfmq_fx.passes.quantize.observed import observer_nodes, observers, without_observers
@@ -252,7 +253,7 @@ class Walk:
             ranks=self.config.ranks,
             target=target,
             keep=keep,
-            begin=begin,
+            begin=None if writing_nodes(unit.module) else begin,  # a value that is spilled cannot be written
         )
         in_float = without_observers(unit.module)
         self.config.workers.map(
