@@ -1,7 +1,7 @@
 """How close do samples of a trained network from outside stay over the 25 steps of a sampler?
 
     python -m benchmarks.galaxies                                          all networks and rows (minutes)
-    python -m benchmarks.galaxies --networks hsc64 --rows w8a8 "w8a8 gptq"  some of them
+    python -m benchmarks.galaxies --networks hsc64 --rows w8a8 "w8a8 nearest"  some of them
 
 The networks are those of benchmarks/networks/galaxies.py, trained and published by others; their wheel is
 downloaded by name. Rows are recipes by the names of benchmarks/recipes.py, and "bf16", the float network in
@@ -29,7 +29,7 @@ from tfmq_fx.base.metrics import psnr, psnr_by_image
 from tfmq_fx.recipe import Recipe
 
 BF16 = "bf16"
-ROWS = (BF16, "w8a8 plain", "w8a8 nearest", "w8a8 gptq", "w4a8")
+ROWS = (BF16, "w8a8 plain", "w8a8 nearest", "w8a8", "w4a8")
 CALIBRATION_SEED, NOISE_SEED = 1, 3
 
 

@@ -9,7 +9,7 @@ from tfmq_fx.recipe import Recipe, Reconstruction
 
 
 def named(name: str) -> Recipe:
-    """Return the recipe of a row, such as "w8a8", the preset, or "w8a8 gptq", with one of CHANGES.
+    """Return the recipe of a row, such as "w8a8", the preset, or "w4a8 gptq", with one of CHANGES.
 
     Raises ValueError for an unknown preset or change.
     """
@@ -44,11 +44,19 @@ def gptq(recipe: Recipe) -> Recipe:
     return dataclasses.replace(recipe, reconstruction=method)
 
 
+def _corrected(recipe: Recipe, corrected: bool) -> Recipe:
+    return dataclasses.replace(
+        recipe, reconstruction=dataclasses.replace(recipe.reconstruction, corrected=corrected)
+    )
+
+
 CHANGES: dict[str, Callable[[Recipe], Recipe]] = {
     "unchosen": unchosen,
     "nearest": nearest,
     "plain": lambda recipe: nearest(unchosen(recipe)),
     "gptq": gptq,
+    "corrected": lambda recipe: _corrected(recipe, True),
+    "uncorrected": lambda recipe: _corrected(recipe, False),
     "float8": lambda recipe: dataclasses.replace(recipe, linear_dtype="float8_e4m3fn"),
     "attention": lambda recipe: dataclasses.replace(recipe, attention_bits=8),
     "all int8": lambda recipe: dataclasses.replace(recipe, edge_activation_bits=8),

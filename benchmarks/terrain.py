@@ -44,7 +44,7 @@ Call = Callable[..., Tensor]
 FLOAT = "float, torch, float32"  # what times are compared with
 ROWS = ("bf16", "onnxruntime", "nncf", "w8a8 plain", "w8a8", "w4a8")
 MORE = (
-    "w8a8 nearest", "w8a8 gptq", "w8a8 float8", "w4a8 float8", "w3a8", "w3a8 unchosen", "w4a4", "w4a4 unchosen",
+    "w8a8 nearest", "w8a8 float8", "w4a8 float8", "w3a8", "w3a8 unchosen", "w4a4", "w4a4 unchosen",
 )  # fmt: skip
 
 
