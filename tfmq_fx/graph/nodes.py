@@ -438,16 +438,17 @@ def edge_layers(gm: GraphModule, *, timestep: str) -> set[Node]:
 
     First: the only one that an input reaches first. Last: the one or two that reach the output last. An input
     that fans out to many layers at once (a text embedding read by every cross-attention) has no first layer
-    in this sense. The timestep has as many as it reaches: some networks embed it anew in each block. A layer that
-    reads the output of another is no first one, though an input may be added to what it reads.
+    in this sense. The timestep has as many as it reaches before another layer's output joins: some networks embed it
+    anew in each block, others add it to a stream that every layer reads.
     """
     inputs = [n for n in gm.graph.nodes if n.op == "placeholder"]
     output = next(n for n in gm.graph.nodes if n.op == "output")
     found: set[Node] = set()
-    late = _after_layers(gm)
     for node in inputs:
-        layers = {n for n in _first_weighted([node], forward=True) if n not in late}
-        if len(layers) == 1 or node.target == timestep:
+        layers = _first_weighted([node], forward=True)
+        if node.target == timestep:
+            found |= layers - _after_layers(gm)
+        elif len(layers) == 1:
             found |= layers
     layers = _first_weighted([output], forward=False)
     return found | layers if len(layers) <= 2 else found
