@@ -172,20 +172,12 @@ def _readers(
     nodes = {n.name: n for n in gm.graph.nodes}
     layers, _ = choose_layers(gm, temporal.nodes, timestep=temporal.timestep)
     by_node = {layer.node.name: layer for layer in layers}
-    smoothing = _smoothing(gm, recipe, planned, layers, largest(ranges), temporal)
-    seconds = {name: of.second_C for name, of in ranges.items()}
-    without = _smoothing(gm, recipe, planned, layers, seconds, temporal)
+    smoothing = _smoothing(gm, recipe, planned, layers, ranges, temporal)
     found = []
     for i, p in enumerate(planned):
         if min(p.weight_bits, p.activation_bits) == FLOAT_BITS:
             continue
-        group, candidates = smoothing.get(p.node, (-1 - i, {OFF: None}))
-        without_C = without[p.node][1] if p.node in without else {}
-        clipping = {
-            c: ranges[p.node].clipped(s_C, other_C)
-            for c, s_C in candidates.items()
-            if s_C is not None and (other_C := without_C[c]) is not None
-        }
+        group, candidates, clipping = smoothing.get(p.node, (-1 - i, {OFF: None}, {}))
         wider = recipe.float_bytes > 0 and p.weight_bits < 8 and not _given(recipe, p).weight_bits
         found.append(
             Reader(
@@ -210,12 +202,13 @@ def _smoothing(
     recipe: Recipe,
     planned: Sequence[LayerPlan],
     layers: Sequence[ParameterLayer],
-    maxima: Mapping[str, Tensor],
+    ranges: Mapping[str, Ranges],
     temporal: TemporalBlock,
-) -> dict[str, tuple[int, Smoothing]]:
-    """Return layer's node name -> (the number of its group, its candidates), for the layers that `smooth` works on."""
+) -> dict[str, tuple[int, Smoothing, dict[Any, Tensor]]]:
+    """Return layer's node name -> (the number of its group, its candidates, `Reader.clipping`), for the layers that `smooth` works on."""
     by_path = {p.path: p for p in planned}
-    found: dict[str, tuple[int, Smoothing]] = {}
+    found: dict[str, tuple[int, Smoothing, dict[Any, Tensor]]] = {}
+    maxima, seconds = largest(ranges), {name: of.second_C for name, of in ranges.items()}
     origins, explicit = find_origins(gm, layers, temporal=temporal.nodes)
     groups: list[Origin | Explicit] = [*origins, *explicit]
     for number, group in enumerate(groups):
@@ -225,10 +218,15 @@ def _smoothing(
         given = recipe.smooth if given is None else given
         alphas = ALPHAS if given == AUTO else [a for a in (given,) if isinstance(a, float)]
         count = 1 + max(int(numbers.max()) for _, numbers in readers)
-        scales = {a: smoothing_scale(readers, maxima, count, a).float() for a in alphas}
+        scales, without = (
+            {a: smoothing_scale(readers, x, count, a).float() for a in alphas} for x in (maxima, seconds)
+        )
         off: Smoothing = {OFF: None} if given in (AUTO, OFF, None) else {}
         for layer, numbers in readers:
-            found[layer.node.name] = number, {**off, **{a: s_C[numbers] for a, s_C in scales.items()}}
+            of = ranges[layer.node.name]
+            clipping = {a: of.clipped(s_C[numbers], without[a][numbers]) for a, s_C in scales.items()}
+            smoothing = {**off, **{a: s_C[numbers] for a, s_C in scales.items()}}
+            found[layer.node.name] = number, smoothing, clipping
     return found
 
 
