@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from typing import Any
 
 from tfmq_fx.recipe import Recipe, Reconstruction
 
@@ -38,25 +39,17 @@ def nearest(recipe: Recipe) -> Recipe:
     return dataclasses.replace(recipe, reconstruction=Reconstruction(method="nearest"))
 
 
-def gptq(recipe: Recipe) -> Recipe:
-    """Return the recipe with weights rounded by GPTQ, not tuned."""
-    method = dataclasses.replace(recipe.reconstruction, method="gptq", tune_iterations=0)
-    return dataclasses.replace(recipe, reconstruction=method)
-
-
-def _corrected(recipe: Recipe, corrected: bool) -> Recipe:
-    return dataclasses.replace(
-        recipe, reconstruction=dataclasses.replace(recipe.reconstruction, corrected=corrected)
-    )
+def _rounded(recipe: Recipe, **changes: Any) -> Recipe:
+    return dataclasses.replace(recipe, reconstruction=dataclasses.replace(recipe.reconstruction, **changes))
 
 
 CHANGES: dict[str, Callable[[Recipe], Recipe]] = {
     "unchosen": unchosen,
     "nearest": nearest,
     "plain": lambda recipe: nearest(unchosen(recipe)),
-    "gptq": gptq,
-    "corrected": lambda recipe: _corrected(recipe, True),
-    "uncorrected": lambda recipe: _corrected(recipe, False),
+    "gptq": lambda recipe: _rounded(recipe, method="gptq", tune_iterations=0),
+    "corrected": lambda recipe: _rounded(recipe, corrected=True),
+    "uncorrected": lambda recipe: _rounded(recipe, corrected=False),
     "float8": lambda recipe: dataclasses.replace(recipe, linear_dtype="float8_e4m3fn"),
     "attention": lambda recipe: dataclasses.replace(recipe, attention_bits=8),
     "all int8": lambda recipe: dataclasses.replace(recipe, edge_activation_bits=8),

@@ -16,8 +16,8 @@ _ASSERTIONS = (aten._assert_tensor_metadata.default,)
 def remove_noops(gm: GraphModule) -> PassResult:
     """Remove no-ops: dropout(x, p, train=False) ==> x; identity(x) ==> x; metadata assertions vanish.
 
-    So does squeeze(x, dim) of a size that is fixed, and not one: other runtimes refuse it. Bitwise unchanged. Raises TFMQError for a dropout captured in train mode: its randomness would be baked
-    into the graph.
+    So does squeeze(x, dim) of a size that is fixed, and not one: other runtimes refuse it. Bitwise unchanged. Raises
+    TFMQError for a dropout captured in train mode: its randomness would be baked into the graph.
     """
     modified = False
     for node in list(gm.graph.nodes):

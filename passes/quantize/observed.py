@@ -12,23 +12,18 @@ from tfmq_fx.graph.nodes import fresh
 
 def observers(gm: GraphModule) -> Iterator[tuple[Node, FakeQuantizeBase]]:
     """Yield the observer nodes of a prepared graph with their modules, each module once, in graph order."""
-    modules, seen = dict(gm.named_modules(remove_duplicate=False)), set()
-    for node in list(gm.graph.nodes):
-        if node.op == "call_module":
-            module = modules[str(node.target)]
-            if isinstance(module, FakeQuantizeBase) and id(module) not in seen:
-                seen.add(id(module))
-                yield node, module
+    seen = set()
+    for node, module in observer_nodes(gm).items():
+        if id(module) not in seen:
+            seen.add(id(module))
+            yield node, module
 
 
-def observer_nodes(gm: GraphModule) -> set[Node]:
-    """Return the nodes of a prepared graph that call observers."""
+def observer_nodes(gm: GraphModule) -> dict[Node, FakeQuantizeBase]:
+    """Return every node of a prepared graph that calls an observer, with its module, in graph order."""
     modules = dict(gm.named_modules(remove_duplicate=False))
-    return {
-        n
-        for n in gm.graph.nodes
-        if n.op == "call_module" and isinstance(modules[str(n.target)], FakeQuantizeBase)
-    }
+    called = {n: modules[str(n.target)] for n in gm.graph.nodes if n.op == "call_module"}
+    return {n: module for n, module in called.items() if isinstance(module, FakeQuantizeBase)}
 
 
 def without_observers(gm: GraphModule) -> GraphModule:

@@ -7,13 +7,14 @@ import torch
 from torch import nn
 
 import tfmq_fx
-from benchmarks.networks.small import FAST, TIMESTEPS, TinyUNet, calibration, make, prepared, sinusoid
+from benchmarks.networks.small import FAST, TIMESTEPS, TinyUNet, calibration, make, prepared
 from tests.helpers import low_bits
 from tfmq_fx.base.errors import TFMQError
 from tfmq_fx.base.parallel import Ranks, Workers
 from tfmq_fx.observers import PerChannelWeightFakeQuantize, StaticFakeQuantize
 from tfmq_fx.passes.quantize.observed import observers
-from tfmq_fx.passes.quantize.state import state_of
+from tfmq_fx.passes.quantize.state import state_of, temporal_of
+from tfmq_fx.reconstruction.gptq import Moments
 from tfmq_fx.reconstruction.rounding import choose_rounding
 from tfmq_fx.reconstruction.streams import Part, Streams
 
@@ -76,19 +77,17 @@ class Parallel(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.time, self.first, self.last = nn.Linear(8, 8), nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 3, 1)
         self.wide, self.narrow = nn.Conv2d(8, 8, 3, padding=1), nn.Conv2d(8, 8, 1)
 
-    def forward(self, sample: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
-        h = self.first(sample) + self.time(sinusoid(timestep, 8))[:, :, None, None]
-        y: torch.Tensor = self.last(h + self.wide(h) + self.narrow(h))
+    def forward(self, h: torch.Tensor) -> torch.Tensor:
+        y: torch.Tensor = h + self.wide(h) + self.narrow(h)
         return y
 
 
 def test_layers_share_a_hessian_only_if_they_make_the_same_rows_of_their_input():
     """In a block of its own, a 3x3 and a 1x1 convolution of one input each get the integers that they get alone."""
     data = low_bits.data(image=True)
-    gm = tfmq_fx.capture(make(Parallel), {n: x[:2] for n, x in data.tensors.items()})
+    gm = low_bits.graph(Parallel, image=True)
     recipe = tfmq_fx.Recipe(edge_activation_bits=8, reconstruction=FAST)
     gm = tfmq_fx.calibrate(tfmq_fx.prepare(gm, recipe, timesteps=TIMESTEPS), data)
 
@@ -102,3 +101,18 @@ def test_layers_share_a_hessian_only_if_they_make_the_same_rows_of_their_input()
     result = choose_rounding("all", streams, method="gptq", settings=settings, iterations=0, order=lambda: 0)
     assert result.kept == "gptq"
     assert result.error < result.error_nearest
+
+
+def test_embedding_layers_behind_a_silu_of_their_own_share_a_hessian(monkeypatch):
+    gm, made = prepared(), []
+    of = Moments.of
+    monkeypatch.setattr(Moments, "of", lambda layer, *a, **k: made.append(layer.name) or of(layer, *a, **k))
+    settings = dataclasses.replace(FAST, method="nearest", temporal_method="gptq")
+    tfmq_fx.reconstruct(gm, calibration(), settings)
+    inside = [
+        n
+        for n, o in observers(gm)
+        if isinstance(o, PerChannelWeightFakeQuantize) and n.name in temporal_of(gm).nodes
+    ]
+    assert len(inside) == 4  # two of the time embedding, and one of each block
+    assert len(made) == 3

@@ -40,7 +40,7 @@ def steps_of(gm, budget, *, quantized):
     for node, value in zip(placeholders(gm).values(), batch, strict=True):
         held[node] = value
     asked = {n: n.args[0] for n in gm.graph.nodes if weight_argument(n) is not None}
-    return Steps(gm, held, asked, quantized=quantized), asked, held, batch
+    return Steps(gm, asked, quantized=quantized).on(held), asked, held, batch
 
 
 def test_a_run_with_stops_sees_the_integers_that_layers_get_on_the_way():

@@ -352,8 +352,7 @@ class CalibrationSet:
         shuffled = torch.randperm(len(self), generator=generator)
         # The rank of each row among the rows of its timestep. Taking low ranks first spreads over timesteps.
         by_t = shuffled[torch.argsort(t[shuffled], stable=True)]
-        _, counts = torch.unique(t, return_counts=True)
-        rank = torch.cat([torch.arange(int(c)) for c in counts])
+        rank = _places(t[by_t])
         tie = torch.randperm(len(self), generator=generator)
         chosen = by_t[tie][torch.argsort(rank[tie], stable=True)][:num_samples]
         return chosen[torch.randperm(len(chosen), generator=generator)]
@@ -364,13 +363,8 @@ class CalibrationSet:
         That holds for rows in the order in which a sampler makes them, sample by sample or step by step. Where no timestep
         has two rows, each row is a trajectory.
         """
-        _, which, counts = torch.unique(self.row_timesteps, return_inverse=True, return_counts=True)
-        if int(counts.max()) == 1:
-            return torch.arange(len(self))
-        rank = torch.cat([torch.arange(int(c)) for c in counts])
-        found = torch.empty_like(rank)
-        found[torch.argsort(which, stable=True)] = rank
-        return found
+        found = _places(self.row_timesteps)
+        return found if found.any() else torch.arange(len(self))
 
     def rows(self, chosen: Tensor) -> CalibrationSet:
         """Return the set of these rows, given by index or by mask: `data.rows(data.conditional)`."""
@@ -503,3 +497,11 @@ def as_taken(gm: GraphModule, name: str, x: Tensor) -> Tensor:
     """Return an input as the graph takes it: on its device, and the timestep as a scalar if it was captured with one."""
     x = on_device_of(placeholders(gm)[name], x)
     return x.reshape(-1)[0] if name == captured_of(gm).timestep and is_scalar(gm) else x
+
+
+def _places(t: Tensor) -> Tensor:
+    """Return how many of the entries before each have its value (N,)."""
+    _, counts = torch.unique(t, return_counts=True)
+    found = torch.empty(len(t), dtype=torch.long)
+    found[torch.argsort(t, stable=True)] = torch.cat([torch.arange(int(c)) for c in counts])
+    return found

@@ -243,13 +243,13 @@ def _merged(batches: Sequence[tuple[Tensor, Tensor, Tensor, Tensor, int]], count
     by_trajectory = x_NC.new_zeros(len(sizes), x_NC.shape[1])
     by_trajectory.scatter_reduce_(0, of_N[:, None].expand_as(x_NC), x_NC, "amax")
     # Of a single trajectory, nothing is known about others.
-    largest = by_trajectory.topk(min(2, len(sizes)), 0)
-    outer_NC = x_NC.where(of_N[:, None] == largest.indices[0], 0.0)
+    outermost = by_trajectory.topk(min(2, len(sizes)), 0)
+    outer_NC = x_NC.where(of_N[:, None] == outermost.indices[0], 0.0)
     return Ranges(
         low_TC=low_TC,
         high_TC=high_TC,
         outer_RC=outer_NC.topk(int(sizes.max()), 0).values,
-        second_C=largest.values[-1],
+        second_C=outermost.values[-1],
         rows=len(x_NC),
         positions=max(positions for *_, positions in batches),
     )

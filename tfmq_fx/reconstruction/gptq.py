@@ -48,8 +48,7 @@ class Moments:
     def of(
         layer: Node,
         weight: Tensor,
-        seen: Callable[[T], Tensor],
-        given: Callable[[T], Tensor] | None,
+        inputs: Sequence[Callable[[T], Tensor]],
         parts: Sequence[T],
         *,
         workers: Workers,
@@ -59,18 +58,18 @@ class Moments:
     ) -> Moments:
         """Return the moments of a layer's inputs.
 
-        seen: returns the inputs in the quantized network, for a part of the data.
-        given: returns those in the float network. None: no D.
+        inputs: functions of a part of the data that return the inputs in the quantized network and, for D, in the float one.
         positions: of each sample, at most this many positions drawn at random, the same in every sample. None: all.
         """
 
         def products(part: T) -> tuple[Tensor, Tensor | None]:
-            x = [f(part).float() for f in (seen, given) if f is not None]
-            return _products(*[parted(rows(layer, y, weight, positions), pieces) for y in x])
+            return _products(
+                *[parted(rows(layer, x(part).float(), weight, positions), pieces) for x in inputs]
+            )
 
         groups, columns = groups_of(layer) * pieces, weight[0].numel() // pieces
         found = Moments(groups, columns, pieces=pieces, device=weight.device)
-        found.d_GKK = None if given is None else torch.zeros_like(found.h_GKK)
+        found.d_GKK = torch.zeros_like(found.h_GKK) if len(inputs) > 1 else None
         # Limit how many parts' float32 products are in memory at once: those of a wide layer are large.
         at_once = max(1, min(8, PRODUCTS // (2 * found.h_GKK.numel())))
         for start in range(0, len(parts), at_once):

@@ -191,7 +191,7 @@ def _second_order(
     of_corrected = {layer: x for layer, x in asked.items() if layer in corrects}
     given = streams.layer_inputs(parts, of_corrected, quantized=False) if corrects else None
     most = 1
-    last: tuple[Any, Moments] | None = None
+    last: tuple[Node, Any, Moments] | None = None
     for layer, source in sources.items():
         observer, weight, x = observer_of[source], _float_weight(streams.block, source), asked[layer]
         groups, channels = groups_of(layer), weight.shape[0] // groups_of(layer)
@@ -199,31 +199,31 @@ def _second_order(
         columns, blocks = weight[0].numel(), scale.shape[2]
         pieces = column_pieces(groups, columns, blocks, settings.gptq_memory * 2**30)
         most = max(most, pieces)
-        rows_of = x, pieces, layer in corrects, weight.shape[1:], _geometry(layer)
-        if last is None or last[0] != rows_of:
+        inputs = [seen] if given is None or layer not in corrects else [seen, given]
+        rows_of = pieces, len(inputs), weight.shape[1:], _geometry(layer)
+        if last is None or last[1] != rows_of or not streams.same_inputs(last[0], x, inputs, parts):
             last = None  # free the old moments before the new ones are allocated
             moments = Moments.of(
                 layer,
                 weight,
-                partial(seen, x),
-                partial(given, x) if given is not None and layer in corrects else None,
+                [partial(of, x) for of in inputs],
                 parts,
                 workers=streams.workers,
                 ranks=streams.ranks,
                 pieces=pieces,
                 positions=-(-settings.gptq_rows * columns // (len(chunks) * settings.batch_size)),
             )
-            last = (rows_of, moments)
+            last = (x, rows_of, moments)
         if blocks == 1:  # all columns share one scale, so every piece takes it
             scale, zero_point = (x.expand(-1, -1, pieces) for x in (scale, zero_point))
         w_GCK = parted(weight.detach().reshape(groups, channels, -1), pieces)
         if layer in corrects:
-            w_GCK = corrected(w_GCK, last[1], damping=settings.damping)
+            w_GCK = corrected(w_GCK, last[2], damping=settings.damping)
             if keep:
                 targets[observer] = joined(w_GCK, pieces).reshape(weight.shape)
         q = gptq(
             w_GCK,
-            last[1],
+            last[2],
             parted(scale, pieces),
             parted(zero_point, pieces),
             observer.numbers,

@@ -60,21 +60,12 @@ class Run:
         return found, rows
 
     def choose(
-        self,
-        name: str,
-        index: int,
-        streams: Streams,
-        *,
-        method: str,
-        iterations: int,
-        settings: Reconstruction | None = None,
-        watch: bool = False,
+        self, name: str, index: int, streams: Streams, *, method: str, iterations: int, watch: bool = False
     ) -> BlockResult:
         """Choose the integers of one block, or restore them from an earlier run.
 
         name, method, iterations, watch: as `choose_rounding` takes them.
         index: the block's number among the finished blocks.
-        settings: None for those of the run.
         """
 
         def learn() -> BlockResult:
@@ -82,7 +73,7 @@ class Run:
                 name,
                 streams,
                 method=method,
-                settings=settings or self.settings,
+                settings=self.settings,
                 iterations=iterations,
                 order=self.order(index, len(streams.chunks)),
                 watch=watch,

@@ -195,16 +195,14 @@ def _reconstruct_temporal(gm: GraphModule, calibration: CalibrationSet, run: Run
         workers=run.workers,
         ranks=run.ranks,
     )
-    settings = run.settings
-    if settings.corrected is None:  # all its inputs are known: their errors are no noise
-        settings = dataclasses.replace(settings, corrected=True)
+    if run.settings.corrected is None:  # all its inputs are known: their errors are no noise
+        run = dataclasses.replace(run, settings=dataclasses.replace(run.settings, corrected=True))
     return run.choose(
         "temporal_block",
         0,
         streams,
-        method=temporal_method(settings),
-        iterations=settings.temporal_iterations,
-        settings=settings,
+        method=temporal_method(run.settings),
+        iterations=run.settings.temporal_iterations,
         watch=True,  # the walk over the other blocks has its own progress bar
     )
 

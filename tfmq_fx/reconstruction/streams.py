@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import copy
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,28 +40,44 @@ def constant_nodes(gm: GraphModule) -> set[Node]:
     return found
 
 
+def value_of(interpreter: Interpreter, node: Node, held: Values, passed: Container[Node]) -> Any:
+    """Compute a node from the values held. One in `passed`, an observer that the float network has not, gives its input."""
+    if node in passed:
+        return held[node.all_input_nodes[0]]
+    own = copy.copy(interpreter)  # each thread needs its own environment
+    own.env = held  # type: ignore[assignment]
+    return own.run_node(node)
+
+
 class Steps:
-    """A run of a block on one part of the data, which goes on as far as is asked for.
+    """A run of a block that goes on as far as is asked for: `on` one part of the data.
 
     Weights are dequantized right before their layer, so that their integers may change until then.
 
-    held: the values of the block's inputs, by placeholder. The others are added, and removed after their last use.
     asked: layer -> the node whose value is asked for before the layer runs.
     quantized: False passes the observers over, as the float network.
     """
 
-    def __init__(
-        self, block: GraphModule, held: Values, asked: Mapping[Node, Node], *, quantized: bool
-    ) -> None:
-        self._passed = set[Node]() if quantized else observer_nodes(block)
-        self._interpreter = Interpreter(block, garbage_collect_values=False)
-        self._interpreter.env = held  # type: ignore[assignment]
-        self._held, self._constant, self._order = held, constant_nodes(block), _weights_late(block)
+    _held: Values
+    _next: int
+
+    def __init__(self, block: GraphModule, asked: Mapping[Node, Node], *, quantized: bool) -> None:
+        self._passed: Container[Node] = () if quantized else observer_nodes(block)
+        self._interpreter = Interpreter(block)
+        self._constant, self._order = constant_nodes(block), _weights_late(block)
         self._last_use: dict[Node, Node] = {}
         for node in self._order:
             for source in (*node.all_input_nodes, *([asked[node]] if node in asked else ())):
                 self._last_use[source] = node
-        self._next = 0
+
+    def on(self, held: Values) -> Steps:
+        """Return a run at its start.
+
+        held: the values of the block's inputs, by placeholder. The others are added, and removed after their last use.
+        """
+        found = copy.copy(self)
+        found._held, found._next = held, 0
+        return found
 
     def value(self, node: Node) -> Any:
         """Return a node's value. It must not have been freed: ask in the order of the layers."""
@@ -72,15 +89,18 @@ class Steps:
         """Run the rest of the block, and return its outputs."""
         while self._next < len(self._order) - 1:
             self._step()
-        found: Outputs = self._interpreter.run_node(self._order[-1])
+        found: Outputs = self._value(self._order[-1])
         return found
+
+    def _value(self, node: Node) -> Any:
+        return value_of(self._interpreter, node, self._held, self._passed)
 
     def _step(self) -> None:
         node, held = self._order[self._next], self._held
         self._next += 1
         if node.op == "placeholder":
             return
-        value = held[node.all_input_nodes[0]] if node in self._passed else self._interpreter.run_node(node)
+        value = self._value(node)
         if node in self._constant:  # what is spilled is rounded
             held.share(node, value)
         else:
@@ -92,12 +112,7 @@ class Steps:
 
 def _weights_late(block: GraphModule) -> list[Node]:
     """Return the nodes of a block in order, each weight's observer right before the first node that reads it."""
-    modules = dict(block.named_modules(remove_duplicate=False))
-    late = {
-        n
-        for n in block.graph.nodes
-        if n.op == "call_module" and isinstance(modules[str(n.target)], PerChannelWeightFakeQuantize)
-    }
+    late = {n for n, o in observer_nodes(block).items() if isinstance(o, PerChannelWeightFakeQuantize)}
     order: list[Node] = []
     for node in block.graph.nodes:
         if node not in late:
@@ -167,13 +182,23 @@ class Streams:
             probes = {node: _probe(self.block, node) for node in asked.values()}
             probes = probes if quantized else {node: without_observers(m) for node, m in probes.items()}
             return lambda node, part: self.run(probes[node], part, quantized)[0]
-        steps = {
-            part: Steps(self.block, self._begin(part, quantized), asked, quantized=quantized)
-            for part in parts
-        }
+        steps = Steps(self.block, asked, quantized=quantized)
+        begun = {part: steps.on(self._begin(part, quantized)) for part in parts}
         if quantized:
-            self._steps = steps
-        return lambda node, part: steps[part].value(node)
+            self._steps = begun
+        return lambda node, part: begun[part].value(node)
+
+    def same_inputs(
+        self, a: Node, b: Node, inputs: Iterable[Callable[[Node, Part], Tensor]], parts: Sequence[Part]
+    ) -> bool:
+        """Return True if two nodes have the same values, by functions of `layer_inputs`.
+
+        Streams that can `begin` have many, which are not compared: it is then one node. Those of a temporal block are few, and
+        the same before each of its embedding layers, behind a SiLU and an observer of its own.
+        """
+        if a is b or self._begin is not None:
+            return a is b
+        return self.ranks.all(all(torch.equal(x(a, part), x(b, part)) for x in inputs for part in parts))
 
     @torch.no_grad()
     def target(self, part: Part) -> Outputs:

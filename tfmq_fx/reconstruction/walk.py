@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import heapq
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -28,7 +27,7 @@ from tfmq_fx.passes.quantize.observed import observer_nodes, observers, without_
 from tfmq_fx.passes.quantize.results import BlockResult
 from tfmq_fx.reconstruction.run import Run
 from tfmq_fx.reconstruction.spill import Budget, Values
-from tfmq_fx.reconstruction.streams import Outputs, Part, Streams, constant_nodes
+from tfmq_fx.reconstruction.streams import Outputs, Part, Streams, constant_nodes, value_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,6 +67,7 @@ def _bytes_held(
 
 
 def _bytes_of_block(block: GraphModule) -> int:
+    """Return the most bytes that a run of a block with stops at its layers holds."""
     nodes = list(block.graph.nodes)
     last_use = {source: i for i, node in enumerate(nodes) for source in node.all_input_nodes}
     return max(_bytes_held([(n,) for n in nodes], last_use, constant_nodes(block)))
@@ -109,9 +109,8 @@ class Walk:
         batch = next((s[0] for n in inputs if (s := hinted_shape(n))), 1)
         made = [self.units[n].outputs if n in self.units else (n,) for n in self.order]
         streams = _bytes_held(made, self.last_use, constant_nodes(self.gm))
-        of_blocks = [0] * len(made)
-        if "gptq" in self.config.settings.method:
-            of_blocks = [_bytes_of_block(self.units[n].module) if n in self.units else 0 for n in self.order]
+        steps = self.units if "gptq" in self.config.settings.method else {}
+        of_blocks = [_bytes_of_block(steps[n].module) if n in steps else 0 for n in self.order]
         most = max(2 * (held + own) for held, own in zip(streams, of_blocks, strict=True))
         return most * sum(map(len, self.rows)) // batch
 
@@ -164,11 +163,7 @@ class Walk:
 
     def _value(self, held: Values, node: Node, *, quantized: bool) -> Any:
         """Compute a node from the values of one stream. The float stream skips observers."""
-        if not quantized and node in self.passed:
-            return held[node.all_input_nodes[0]]
-        own = copy.copy(self.interpreter)  # each thread needs its own environment
-        own.env = held  # type: ignore[assignment]
-        return own.run_node(node)
+        return value_of(self.interpreter, node, held, () if quantized else self.passed)
 
     def _step(self, part: int, node: Node, envs: _Environments) -> None:
         """Compute a node for one part of the rows, in both streams."""
