@@ -186,8 +186,7 @@ class Reconstruction:
     # GiB. A layer of K inputs is cut into pieces if its Hessian and factors (40 K^2 bytes) take more.
     gptq_memory: float = 8.0
     # Whether GPTQ rounds the weights that best make up for the errors of the layers before (GPTAQ, Li et al. 2025). None:
-    # those of fewer than 8 bits, and of the temporal block, whose inputs are all known. Elsewhere, at 8 bits, these errors
-    # are noise, for which a layer is made smaller, the same way in every step of a sampler.
+    # those of fewer than 8 bits, and of the temporal block. At 8 bits weights leave too little to make up for.
     corrected: bool | None = None
     damping: float = 0.01  # of GPTQ's Hessian, as a share of its mean diagonal
     warmup: float = 0.2  # share of the iterations before the regulariser starts

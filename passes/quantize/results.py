@@ -19,8 +19,9 @@ class CachedFeature:
 class BlockResult:
     """The result of reconstruction for one block, or of tuning for the network.
 
-    Errors are mean squared errors against the float stream. Those of tuning are relative to each timestep's
-    error before tuning, so that `error_nearest` is 1.
+    Errors are mean squared errors against the float stream. Those of a block outside the temporal one are of its quantized
+    weights: activations are in float meanwhile, unless their scales are learned. Those of tuning have both, relative to each
+    timestep's error before tuning, so that `error_nearest` is 1.
     """
 
     name: str

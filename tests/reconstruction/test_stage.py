@@ -179,6 +179,25 @@ def test_blocks_are_reconstructed_on_the_features_that_they_will_look_up():
     assert not all(torch.equal(q, other[path]) for path, q in cached.items())
 
 
+@pytest.mark.parametrize("method", ["gptq", "adaround"])
+def test_the_rounding_of_activations_does_not_reach_the_weights_of_the_blocks(method):
+    """It is noise, for which least squares would make every layer smaller."""
+
+    def integers(activation_bits, *, learn=False):
+        gm = prepared(weight_bits=4, activation_bits=activation_bits, maintain="cache")
+        settings = dataclasses.replace(FAST, method=method, learn_activation_scale=learn, tune_iterations=0)
+        tfmq_fx.reconstruct(gm, calibration(), settings)
+        assert all(o.fake_quant_enabled[0] for _, o in observers(gm))
+        return [o.q for _, o in observers(gm) if isinstance(o, PerChannelWeightFakeQuantize)]
+
+    def same(a, b):
+        return all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+
+    assert same(integers(4), integers(8))
+    if method == "adaround":  # which learns the scales of activations: they are quantized meanwhile
+        assert not same(integers(4, learn=True), integers(8, learn=True))
+
+
 class Accumulates(torch.nn.Module):
     def __init__(self):
         super().__init__()

@@ -200,7 +200,8 @@ def corrected(w_GCK: Tensor, moments: Moments, *, damping: float) -> Tensor:
     """Return the weights that best reproduce the float outputs from the quantized inputs, (G, C, K) in float32.
 
     argmin over V of ||W X - V Xq||^2 + damping ||W - V||^2 = W + W D H^-1, with H damped (GPTAQ, Li et al. 2025,
-    asymmetric calibration, in closed form). Where Xq is X with noise, V is smaller than W (regression dilution).
+    asymmetric calibration, in closed form). Where Xq is X with noise, V is smaller than W (regression dilution): inputs should
+    have the errors of weights only.
     """
     assert moments.d_GKK is not None
     order, lower = moments.factor(damping)

@@ -1,21 +1,27 @@
 """Choose the integers of the weights: TIAR on the temporal block, then block by block, then all blocks together.
 
-One walk of the graph keeps two streams, float and quantized. A block's input comes from the quantized stream, which
-is what it sees at inference, and its target from the float stream. The network is never run again from the start.
+One walk of the graph keeps two streams, float and quantized. A block's input comes from the quantized stream, and its
+target from the float stream. The network is never run again from the start.
+
+Outside the temporal block the quantized stream has quantized weights and float activations, as in the papers, which
+quantize activations after the weights. What rounding an activation does is noise: weights that are fitted to inputs with
+noise are smaller than they should be (regression dilution), the same way in every step of a sampler. Tuning, which sees the
+network's output alone, has both quantized.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from torch.fx import GraphModule
 from torch.utils.flop_counter import FlopCounterMode
 
+from tfmq_fx.base._torchao import FakeQuantizeBase
 from tfmq_fx.base.ambient import neutral
 from tfmq_fx.base.errors import TFMQError
 from tfmq_fx.base.parallel import Ranks, workers
@@ -56,7 +62,7 @@ def reconstruct(
 
     1. TIAR (TFMQ-DM, Temporal Information Aware Reconstruction): the whole temporal block at once, over all
        timesteps of the schedule, without data.
-    2. The blocks of `find_blocks` in order, AdaRound with quantized input and float target. A block whose learned
+    2. The blocks of `find_blocks` in order, the input by quantized weights, the float target. A block whose learned
        rounding is no better than round-to-nearest on the calibration data keeps round-to-nearest.
     3. Unless settings.tune_iterations is 0, all blocks together, integers and scales, on the network's output
        (`tuning`). It is skipped, with a note in the plan, if it does not fit in settings.max_memory.
@@ -102,8 +108,9 @@ def reconstruct(
                 with run.naming("temporal_block"):
                     results.append(_reconstruct_temporal(gm, calibration, run))
             if _learnable(gm, temporal=False):
-                with _temporal_in_float(gm) if cached else nullcontext():
-                    blocks = Walk(gm, calibration, run).run() if settings.method != "nearest" else []
+                with _in_float(_observers(gm, temporal=True) if cached else ()):
+                    with _in_float(() if _learns_activations(settings) else _activations(gm)):
+                        blocks = Walk(gm, calibration, run).run() if settings.method != "nearest" else []
                     results += blocks
                     if iterations:
                         with run.naming("network (all blocks together)"):
@@ -139,17 +146,27 @@ def _refuse_writes_to_others(gm: GraphModule) -> None:
 
 
 @contextmanager
-def _temporal_in_float(gm: GraphModule) -> Iterator[None]:
-    """Turn off fake quantization in the temporal block while the context is open."""
-    inside = set(temporal_of(gm).nodes)
-    of_block = [o for n, o in observers(gm) if n.name in inside]
-    for observer in of_block:
+def _in_float(of: Iterable[FakeQuantizeBase]) -> Iterator[None]:
+    """Turn off fake quantization in these observers while the context is open."""
+    of = [o for o in of if o.fake_quant_enabled[0]]
+    for observer in of:
         set_mode(observer, observe=False, quantize=False)
     try:
         yield
     finally:
-        for observer in of_block:
+        for observer in of:
             set_mode(observer, observe=False, quantize=True)
+
+
+def _observers(gm: GraphModule, *, temporal: bool) -> Iterator[FakeQuantizeBase]:
+    """Yield the observers of the temporal block, or all others."""
+    inside = set(temporal_of(gm).nodes)
+    yield from (o for n, o in observers(gm) if (n.name in inside) == temporal)
+
+
+def _activations(gm: GraphModule) -> Iterator[FakeQuantizeBase]:
+    """Yield the observers of activations outside the temporal block."""
+    yield from (o for o in _observers(gm, temporal=False) if not isinstance(o, PerChannelWeightFakeQuantize))
 
 
 def temporal_method(settings: Reconstruction) -> str:
@@ -164,13 +181,13 @@ def tune_iterations(settings: Reconstruction) -> int:
     return 0 if settings.method == "nearest" else 400
 
 
+def _learns_activations(settings: Reconstruction) -> bool:
+    """Return True if reconstruction learns scales of activations, which must then be quantized."""
+    return settings.learn_activation_scale and "adaround" in settings.method
+
+
 def _learnable(gm: GraphModule, *, temporal: bool) -> bool:
-    inside = set(temporal_of(gm).nodes)
-    return any(
-        (n.name in inside) == temporal
-        for n, o in observers(gm)
-        if isinstance(o, PerChannelWeightFakeQuantize)
-    )
+    return any(isinstance(o, PerChannelWeightFakeQuantize) for o in _observers(gm, temporal=temporal))
 
 
 def _reconstruct_temporal(gm: GraphModule, calibration: CalibrationSet, run: Run) -> BlockResult:
