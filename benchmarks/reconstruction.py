@@ -35,10 +35,10 @@ from rich.table import Table
 from safetensors.torch import load_file, save_file
 
 import tfmq_fx
+from benchmarks.recipes import unchosen
 from benchmarks.zoo.models import MODELS
 from tfmq_fx.base.metrics import frechet_distance, psnr, psnr_by_image
 from tfmq_fx.calibration.pipelines import denoiser
-from tfmq_fx.choices import is_open
 from tfmq_fx.evaluation.sampling import sample
 from tfmq_fx.recipe import Recipe
 
@@ -70,16 +70,8 @@ class Run:
         recipe = Recipe.preset(self.setting)
         if "chosen" in changes:
             changes.remove("chosen")
-        elif is_open(recipe):
-            recipe = dataclasses.replace(
-                recipe,
-                smooth=None,
-                keyed="block",
-                activation_observer="mse",
-                float_flops=0.0,
-                double_flops=0.0,
-                float_bytes=0.0,
-            )
+        else:
+            recipe = unchosen(recipe)
         settings: dict[str, Any] = {"method": name}
         others: dict[str, Any] = {}
         for change in changes:
@@ -146,8 +138,10 @@ def measure(run: Run, recipe: Recipe, output: Path, trajectories: int = TRAJECTO
     )
     floats, errors = load_file(reference), q.report["errors_by_timestep"]
     of_float = entry.features(floats["same"], output)
+    by_image = psnr_by_image(images, floats["same"])
     return row | {
-        "psnr": psnr_by_image(images, floats["same"]).mean().item(),
+        "psnr": by_image.mean().item(),
+        "psnr_median": by_image.median().item(),
         "psnr_pooled": psnr(images, floats["same"]),
         "recognised": entry.good(images, output),
         "frechet": frechet_distance(entry.features(images, output), of_float),

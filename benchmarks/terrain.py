@@ -44,7 +44,8 @@ Call = Callable[..., Tensor]
 FLOAT = "float, torch, float32"  # what times are compared with
 ROWS = ("bf16", "onnxruntime", "nncf", "w8a8 plain", "w8a8", "w4a8")
 MORE = (
-    "w8a8 nearest", "w8a8 float8", "w4a8 float8", "w3a8", "w3a8 unchosen", "w4a4", "w4a4 unchosen",
+    "w8a8 nearest", "w8a8 float8", "w4a8 float8", "w8a16", "w8a16 unchosen", "w4a16", "w3a8", "w3a8 unchosen", "w4a4",
+    "w4a4 unchosen",
 )  # fmt: skip
 
 
@@ -154,6 +155,7 @@ class Row:
     psnr: list[float]
     cpu_seconds: float | None = None
     note: str = ""
+    choices: dict[str, Any] = dataclasses.field(default_factory=dict, repr=False)
 
 
 def lowered(name: str, made: Any) -> Iterator[tuple[str, Call]]:
@@ -221,6 +223,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=0, help="time lowered networks in so many rounds")
     parser.add_argument("--picture", type=Path)
+    parser.add_argument("--layers", type=int, default=0, help="show so many layers, of most of what is lost")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     network = Terrain().eval()
@@ -245,6 +248,7 @@ def main() -> None:
                 found[-1].note = f"{made.report['sizes']['quantized_bytes'] / 1e6:.2f} MB"
                 if report := made.report["choices"]:
                     found[-1].note += f", {100 * report['float_flops']:.1f}% of FLOPs in float"
+                    found[-1].choices = report
             for label, step in lowered(name, made) if args.rounds else ():
                 calls[label] = step
                 if step is not made:
@@ -252,6 +256,8 @@ def main() -> None:
             Console(stderr=True).print(found[-1], highlight=False)
         times = time_all(calls, tuple(x[:1] for x in held), args.rounds) if args.rounds else {}  # type: ignore[arg-type]
     show(found, times)
+    if args.layers:
+        show_layers(found, args.layers)
     if args.picture:
         draw(args.picture, clean)
 
@@ -277,6 +283,21 @@ def show(found: list[Row], times: dict[str, float]) -> None:
     console.print(
         f"{torch.cpu.get_capabilities()['cpu_name']}, {torch.get_num_threads()} thread(s), {versions}"
     )
+
+
+def show_layers(found: list[Row], count: int) -> None:
+    """Print the layers that lose most: their shares of the error left, as the choice expects it, in percent."""
+    table = Table("network", "layer", "its input", "its weight", "chosen for it")
+    for row in found:
+        layers = row.choices.get("layers", [])
+        for layer in layers[:count]:
+            chosen = {k: v for k, v in layer.items() if k not in ("name", "input", "weight")}
+            shares = (f"{100 * layer[key]:.1f}" for key in ("input", "weight"))
+            table.add_row(row.name, layer["name"], *shares, ", ".join(f"{k} {v}" for k, v in chosen.items()))
+        if left := layers[count:]:
+            rest = (f"{100 * sum(x[key] for x in left):.1f}" for key in ("input", "weight"))
+            table.add_row(row.name, f"{len(left)} others", *rest)
+    Console(width=120).print(table)
 
 
 if __name__ == "__main__":

@@ -52,6 +52,10 @@ def rules(choices):
     return {r.pattern: r for r in choices.recipe.chosen}
 
 
+def output_error(q):
+    return sum(row["output_relative_mse"] for row in q.report["errors_by_timestep"])
+
+
 def test_ranges_are_those_of_each_timestep_and_of_the_rest():
     gm, data = captured(), calibration()
     node = next(n for n in gm.graph.nodes if n.op == "call_function" and "conv2d" in str(n.target))
@@ -130,6 +134,17 @@ def test_estimates_tell_the_measured_error():
     assert q.report["choices"] == choices.report
 
 
+def test_the_layers_shares_are_of_the_whole_error_that_is_left():
+    report = chosen().report
+    both = [layer["input"] + layer["weight"] for layer in report["layers"]]
+    assert sum(both) == pytest.approx(1)
+    assert both == sorted(both, reverse=True)
+    settings = {layer["name"]: layer.get("activation_terms") for layer in report["layers"]}
+    assert settings == {
+        path: rules(chosen())[path].activation_terms if path in rules(chosen()) else None for path in settings
+    }
+
+
 def test_an_input_with_one_large_channel_is_smoothed_or_kept_precise():
     rule = rules(chosen(Uneven))["uneven.weight"]
     assert rule.smooth is not None or rule.activation_bits == 16 or rule.activation_terms == 2
@@ -141,11 +156,10 @@ def test_the_result_is_better_than_without_a_choice():
     closed = dataclasses.replace(
         OPEN, smooth=None, keyed="block", float_flops=0.0, double_flops=0.0, float_bytes=0.0
     )
-    errors = []
-    for recipe in (closed, OPEN):
-        q = tfmq_fx.quantize(make(Uneven), recipe, calibration=data)
-        errors.append(sum(r["output_relative_mse"] for r in q.report["errors_by_timestep"]))
-    assert errors[1] < errors[0] / 10
+    closed, chosen_ = (
+        output_error(tfmq_fx.quantize(make(Uneven), recipe, calibration=data)) for recipe in (closed, OPEN)
+    )
+    assert chosen_ < closed / 10
 
 
 def test_without_rows_of_each_timestep_none_has_scales_of_its_own():
@@ -172,6 +186,20 @@ def test_budgets_hold():
     # First and last layer are in float anyway, and more than the budget of so small a network.
     edges = chosen(recipe=dataclasses.replace(OPEN, float_flops=0.0)).report["float_flops"]
     assert report["float_flops"] <= max(0.03, edges)
+
+
+def test_beside_float_activations_weights_are_chosen():
+    recipe = Recipe(weight_bits=8, activation_bits=16, float_bytes=0.5, reconstruction=NEAREST)
+    found = chosen(recipe=recipe)
+    # All multiplications are in float, which is more than `float_flops`: a weight in float costs none.
+    assert {r.weight_bits for r in found.recipe.chosen} == {16}
+    q, plain = (
+        tfmq_fx.quantize(make(TinyUNet), r, calibration=calibration())
+        for r in (recipe, dataclasses.replace(recipe, float_bytes=0.0))
+    )
+    assert output_error(q) < output_error(plain) / 2
+    sizes = [x.report["sizes"]["quantized_bytes"] for x in (q, plain)]
+    assert sizes[0] <= 1.5 * sizes[1]
 
 
 def test_a_rule_goes_before_what_is_chosen_field_by_field():

@@ -422,7 +422,8 @@ class _Search:
         best: tuple[float, _Step] | None = None
         for step in self._steps():
             gain = self._share(step.saved_P, weights_P)
-            if gain >= WORTH and all(cost <= room[name] for name, cost in step.costs.items()):
+            # A budget may be overspent already, by rules: what costs nothing of it is taken all the same.
+            if gain >= WORTH and all(cost <= room[name] for name, cost in step.costs.items() if cost):
                 cost = sum(cost / getattr(self.recipe, name) for name, cost in step.costs.items() if cost)
                 worth = gain / cost if cost else math.inf
                 if best is None or worth > best[0]:
@@ -519,16 +520,28 @@ class _Search:
 
     def report(self, before_P: Tensor) -> dict[str, Any]:
         """Return the choice as plain JSON values: by timestep, and layer by layer."""
-        after_P, weights_P = self.error_P(), 1 / before_P.clamp_min(1e-30)
+        after_P = self.error_P()
+        found = {
+            rule.pattern: {
+                n: v for n, v in dataclasses.asdict(rule).items() if v is not None and n != "pattern"
+            }
+            for rule in self.rules()
+        }
+        weights_P = 1 / after_P.clamp_min(1e-30)
         # The error of an input is listed with the first layer that reads it.
         first = {r.input: r.plan.path for r in reversed(self.readers) if r.input in self.rounding}
         layers = []
-        for rule in self.rules():
-            left = self._weight_error(self.of_weight[rule.pattern][-1])
-            for key in (key for key, path in first.items() if path == rule.pattern):
-                left = left + self._input_error(key)
-            settings = {n: v for n, v in dataclasses.asdict(rule).items() if v is not None and n != "pattern"}
-            layers.append({"name": rule.pattern, **settings, "error": self._share(left, weights_P)})
+        for path, readers in self.of_weight.items():
+            inputs_P = [self._input_error(key) for key, of in first.items() if of == path]
+            layers.append(
+                {
+                    "name": path,
+                    **found.get(path, {}),
+                    "input": self._share(torch.stack(inputs_P).sum(0), weights_P) if inputs_P else 0.0,
+                    "weight": self._share(self._weight_error(readers[-1]), weights_P),
+                }
+            )
+        layers.sort(key=lambda x: -(x["input"] + x["weight"]))
         by_row = zip(
             self.effects.timesteps.tolist(),
             before_P / self.effects.power,

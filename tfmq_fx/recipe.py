@@ -473,8 +473,18 @@ _UNTUNED = Reconstruction(method="gptq", tune_iterations=0, gptq_rows=16)
 PRESETS = {
     "w8a8": Recipe(weight_bits=8, activation_bits=8, reconstruction=_UNTUNED, **_CHOSEN),
     "w4a8": Recipe(weight_bits=4, activation_bits=8, reconstruction=_TUNED, **_FEW),
-    "w8a16": Recipe(weight_bits=8, activation_bits=FLOAT_BITS, reconstruction=_UNTUNED),
-    "w4a16": Recipe(weight_bits=4, activation_bits=FLOAT_BITS),
+    # Beside float activations the weights are all there is to choose, those of the first and last layer before others. At 4 bits their
+    # channels are levelled too, by what they multiply (AWQ).
+    "w8a16": Recipe(
+        weight_bits=8, activation_bits=FLOAT_BITS, reconstruction=_UNTUNED, float_bytes=_CHOSEN["float_bytes"]
+    ),
+    "w4a16": Recipe(
+        weight_bits=4,
+        activation_bits=FLOAT_BITS,
+        reconstruction=_TUNED,
+        smooth=AUTO,
+        float_bytes=_FEW["float_bytes"],
+    ),
     # The branches as measured in docs/measured/low_bits.md, the choices in docs/measured/terrain.md.
     "w4a4": Recipe(weight_bits=4, activation_bits=4, low_rank=8, reconstruction=_LONGER, **_FEW),
     "w3a8": Recipe(weight_bits=3, activation_bits=8, low_rank=8, reconstruction=_LONGER, **_FEW),
