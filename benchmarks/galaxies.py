@@ -29,7 +29,7 @@ from tfmq_fx.base.metrics import psnr, psnr_by_image
 from tfmq_fx.recipe import Recipe
 
 BF16 = "bf16"
-ROWS = (BF16, "w8a8 plain", "w8a8 nearest", "w8a8", "w4a8")
+ROWS = (BF16, "w8a8 plain", "w8a8 nearest", "w8a8", "w4a8", "w8a16", "w4a16")
 CALIBRATION_SEED, NOISE_SEED = 1, 3
 
 
