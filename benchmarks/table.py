@@ -97,7 +97,7 @@ def main() -> None:
         help="print both figures of what was measured, and measure nothing",
     )
     args = parser.parse_args()
-    console = Console(width=170)
+    console = Console(width=190)
     if args.every_method:
         console.print(every_method(read(RESULTS), args.samples, args.seeds))
         return

@@ -1,7 +1,9 @@
 """A reconstruction that is stopped at any moment goes on from its last finished block, to the same integers."""
 
+import json
 import signal
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,9 +13,11 @@ from benchmarks.networks.small import calibration, prepared
 from tests.helpers.processes import start
 from tests.helpers.reconstructed import TUNED, integers, reconstructed, same
 from tfmq_fx.base.errors import TFMQError
+from tfmq_fx.base.parallel import Ranks
 from tfmq_fx.passes.quantize.state import state_of
 from tfmq_fx.reconstruction import resume
 from tfmq_fx.reconstruction import run as of_run
+from tfmq_fx.reconstruction.resume import Finished
 
 
 @pytest.fixture(scope="module")
@@ -126,3 +130,16 @@ def test_a_folder_that_cannot_be_written_is_refused_before_anything_is_learned(t
     (tmp_path / "full" / "mine.txt").write_text("")
     with pytest.raises(TFMQError, match="is not empty and has no state"):
         reconstructed(tmp_path / "full")
+
+
+def test_a_state_that_another_process_writes_while_the_folder_is_looked_at_is_taken(tmp_path, monkeypatch):
+    listing = Path.iterdir
+
+    def late(folder):
+        (tmp_path / "state.json").write_text(json.dumps({"fingerprint": "this run's"}))
+        return listing(folder)
+
+    monkeypatch.setattr(Path, "iterdir", late)
+    Finished(tmp_path, "this run's", Ranks())
+    with pytest.raises(TFMQError, match="belongs to another run"):
+        Finished(tmp_path, "another's", Ranks())

@@ -120,16 +120,16 @@ class Finished:
 def _open(folder: Path, fingerprint: str) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        if (folder / STATE).is_file():
+        # Looked at once: another process may write the state at any moment. Its hidden files are those it is about to rename.
+        there = {f.name for f in folder.iterdir() if not f.name.startswith(".")}
+        if STATE in there:
             found = json.loads((folder / STATE).read_text()).get("fingerprint")
             if found != fingerprint:
                 raise TFMQError(
                     f"{folder}: belongs to another run, with a different recipe, seed, data or weights; remove it, or name another "
                     "folder."
                 )
-        elif any(
-            not f.name.startswith(".") for f in folder.iterdir()
-        ):  # hidden files may be another process's, which is about to write the state
+        elif there:
             raise TFMQError(f"{folder}: is not empty and has no {STATE}; name another folder.")
         else:
             text = json.dumps({"fingerprint": fingerprint})
