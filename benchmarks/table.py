@@ -36,6 +36,14 @@ def ours(setting: str) -> str:
     return recipe.reconstruction.method + (",chosen" if is_open(recipe) else "")
 
 
+def over_seeds(
+    found: dict[Run, dict[str, float]], model: str, setting: str, method: str, samples: int
+) -> list[dict[str, float]]:
+    """Return the figures of the runs that differ in their seed alone."""
+    of = model, setting, method, samples
+    return [f for r, f in found.items() if (r.model, r.setting, r.method, r.samples) == of]
+
+
 def table(found: dict[Run, dict[str, float]], samples: int) -> Table:
     shown = Table(
         "model", "bits", "PSNR dB\nplain", "pooled\nplain", "PSNR dB\nours", "median\nours", "pooled\nours", "FD\nplain",
@@ -43,12 +51,7 @@ def table(found: dict[Run, dict[str, float]], samples: int) -> Table:
     )  # fmt: skip
     for model, setting in product(MODELS, SETTINGS):
         plain, chosen = (
-            [
-                f
-                for r, f in found.items()
-                if (r.model, r.setting, r.method, r.samples) == (model, setting, method, samples)
-            ]
-            for method in (PLAIN, ours(setting))
+            over_seeds(found, model, setting, method, samples) for method in (PLAIN, ours(setting))
         )
         if plain and chosen:
             shown.add_row(
@@ -74,7 +77,7 @@ def every_method(found: dict[Run, dict[str, float]], samples: int, seeds: int) -
     )
     for model, setting, method in kinds:
         names = list(MODELS)[model], SETTINGS[setting], method
-        of = [f for r, f in found.items() if (r.model, r.setting, r.method) == names and r.samples == samples]
+        of = over_seeds(found, *names, samples)
         if len(of) >= seeds and all("psnr_pooled" in f for f in of):
             figures = (
                 spread(of, n, form)

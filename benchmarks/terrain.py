@@ -155,7 +155,7 @@ class Row:
     psnr: list[float]
     cpu_seconds: float | None = None
     note: str = ""
-    choices: dict[str, Any] = dataclasses.field(default_factory=dict, repr=False)
+    layers: list[dict[str, Any]] = dataclasses.field(default_factory=list, repr=False)
 
 
 def lowered(name: str, made: Any) -> Iterator[tuple[str, Call]]:
@@ -248,7 +248,7 @@ def main() -> None:
                 found[-1].note = f"{made.report['sizes']['quantized_bytes'] / 1e6:.2f} MB"
                 if report := made.report["choices"]:
                     found[-1].note += f", {100 * report['float_flops']:.1f}% of FLOPs in float"
-                    found[-1].choices = report
+                    found[-1].layers = report["layers"]
             for label, step in lowered(name, made) if args.rounds else ():
                 calls[label] = step
                 if step is not made:
@@ -289,12 +289,11 @@ def show_layers(found: list[Row], count: int) -> None:
     """Print the layers that lose most: their shares of the error left, as the choice expects it, in percent."""
     table = Table("network", "layer", "its input", "its weight", "chosen for it")
     for row in found:
-        layers = row.choices.get("layers", [])
-        for layer in layers[:count]:
+        for layer in row.layers[:count]:
             chosen = {k: v for k, v in layer.items() if k not in ("name", "input", "weight")}
             shares = (f"{100 * layer[key]:.1f}" for key in ("input", "weight"))
             table.add_row(row.name, layer["name"], *shares, ", ".join(f"{k} {v}" for k, v in chosen.items()))
-        if left := layers[count:]:
+        if left := row.layers[count:]:
             rest = (f"{100 * sum(x[key] for x in left):.1f}" for key in ("input", "weight"))
             table.add_row(row.name, f"{len(left)} others", *rest)
     Console(width=120).print(table)

@@ -423,8 +423,9 @@ class _Search:
         for step in self._steps():
             gain = self._share(step.saved_P, weights_P)
             # A budget may be overspent already, by rules: what costs nothing of it is taken all the same.
-            if gain >= WORTH and all(cost <= room[name] for name, cost in step.costs.items() if cost):
-                cost = sum(cost / getattr(self.recipe, name) for name, cost in step.costs.items() if cost)
+            costs = {name: cost for name, cost in step.costs.items() if cost}
+            if gain >= WORTH and all(cost <= room[name] for name, cost in costs.items()):
+                cost = sum(cost / getattr(self.recipe, name) for name, cost in costs.items())
                 worth = gain / cost if cost else math.inf
                 if best is None or worth > best[0]:
                     best = worth, step
@@ -521,27 +522,22 @@ class _Search:
     def report(self, before_P: Tensor) -> dict[str, Any]:
         """Return the choice as plain JSON values: by timestep, and layer by layer."""
         after_P = self.error_P()
-        found = {
-            rule.pattern: {
-                n: v for n, v in dataclasses.asdict(rule).items() if v is not None and n != "pattern"
-            }
-            for rule in self.rules()
-        }
         weights_P = 1 / after_P.clamp_min(1e-30)
+        layers: dict[str, dict[str, Any]] = {
+            r.plan.path: {
+                "name": r.plan.path,
+                "input": 0.0,
+                "weight": self._share(self._weight_error(r), weights_P),
+            }
+            for r in self.owners
+        }
         # The error of an input is listed with the first layer that reads it.
         first = {r.input: r.plan.path for r in reversed(self.readers) if r.input in self.rounding}
-        layers = []
-        for path, readers in self.of_weight.items():
-            inputs_P = [self._input_error(key) for key, of in first.items() if of == path]
-            layers.append(
-                {
-                    "name": path,
-                    **found.get(path, {}),
-                    "input": self._share(torch.stack(inputs_P).sum(0), weights_P) if inputs_P else 0.0,
-                    "weight": self._share(self._weight_error(readers[-1]), weights_P),
-                }
-            )
-        layers.sort(key=lambda x: -(x["input"] + x["weight"]))
+        for key, path in first.items():
+            layers[path]["input"] += self._share(self._input_error(key), weights_P)
+        for rule in self.rules():
+            settings = {n: v for n, v in dataclasses.asdict(rule).items() if v is not None and n != "pattern"}
+            layers[rule.pattern] |= settings
         by_row = zip(
             self.effects.timesteps.tolist(),
             before_P / self.effects.power,
@@ -556,5 +552,5 @@ class _Search:
             "output_relative_mse": [
                 {"timestep": t, "before": float(b), "after": float(a)} for t, b, a in by_row
             ],
-            "layers": layers,
+            "layers": sorted(layers.values(), key=lambda x: -(x["input"] + x["weight"])),
         }

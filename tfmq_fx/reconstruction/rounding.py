@@ -28,6 +28,11 @@ from tfmq_fx.reconstruction.gptq import Moments, column_pieces, corrected, gptq,
 from tfmq_fx.reconstruction.streams import Streams
 
 
+def learns_activations(settings: Reconstruction, method: str) -> bool:
+    """Return True if this method learns scales of activations, which must then be quantized."""
+    return settings.learn_activation_scale and "adaround" in method
+
+
 def choose_rounding(
     name: str,
     streams: Streams,
@@ -52,7 +57,7 @@ def choose_rounding(
     started = time.monotonic()
     weights = weights_of(streams.block)
     scales = [o for _, o in observers(streams.block) if isinstance(o, StaticFakeQuantize)]
-    scales = scales if settings.learn_activation_scale and "adaround" in method else []
+    scales = scales if learns_activations(settings, method) else []
 
     def state() -> list[Tensor]:
         return [o.q for o, _ in weights] + [o.scale.clone() for o in scales]
