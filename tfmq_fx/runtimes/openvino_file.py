@@ -28,6 +28,7 @@ from tfmq_fx.base.errors import TFMQError
 from tfmq_fx.base.files import replace_folder
 from tfmq_fx.graph.inputs import placeholders
 from tfmq_fx.graph.nodes import aten, meta_value, op_name, weight_argument
+from tfmq_fx.passes.int8.bound_first_terms import bound_first_terms
 from tfmq_fx.passes.int8.decompose import Table
 from tfmq_fx.passes.int8.einsum_as_matmul import einsum_as_matmul
 from tfmq_fx.passes.int8.fold_weights import fold_weights
@@ -113,7 +114,7 @@ def write(model: QuantizedGraph, folder: Path, *, float_share: float = 0.0) -> l
     if in_float and len(in_float) < len(quantized):
         fold_weights(gm, weighted)
         multiply_in_float(gm, products)
-    PassManager([norms_by_channel, round_float8, integer_weights, plain_sizes])(gm)
+    PassManager([norms_by_channel, bound_first_terms, round_float8, integer_weights, plain_sizes])(gm)
     _require_real(gm)
     _separate_outputs(gm)
     ir = _convert(gm)
