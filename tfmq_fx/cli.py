@@ -84,10 +84,10 @@ def load_pipeline(
     import diffusers
     from diffusers.utils import is_transformers_available, logging
 
-    from tfmq_fx.base.arithmetic import NETWORK_DTYPES
+    from tfmq_fx.base.arithmetic import NETWORK_DTYPES, dtype_name
     from tfmq_fx.demo import embedded_pipeline
 
-    dtypes = {str(d).removeprefix("torch."): d for d in NETWORK_DTYPES}
+    dtypes = {dtype_name(d): d for d in NETWORK_DTYPES}
     if dtype not in (None, *dtypes):
         raise TFMQError(f"--dtype {dtype}: is unknown; use {', '.join(dtypes)}.")
     place = None if device is None else _device(device)

@@ -48,8 +48,8 @@ def _joined(module: GraphModule) -> list[list[Node]]:
     """Return the nodes that have or read complex numbers, those that are connected together, in the graph's order."""
     groups: dict[Node, list[Node]] = {}
     for node in module.graph.nodes:
-        sources = [n for n in node.all_input_nodes if _is_complex(n)]
-        if sources or _is_complex(node):
+        sources = [n for n in node.all_input_nodes if is_complex(n)]
+        if sources or is_complex(node):
             connected = {id(groups[n]): groups[n] for n in sources}.values()
             found = [*(n for group in connected for n in group), node]
             groups.update(dict.fromkeys(found, found))
@@ -57,10 +57,11 @@ def _joined(module: GraphModule) -> list[list[Node]]:
     return [sorted(g, key=order.__getitem__) for g in {id(g): g for g in groups.values()}.values()]
 
 
-def _is_complex(node: Node) -> bool:
+def is_complex(node: Node) -> bool:
+    """Return True if a node's result, or a part of it, is complex."""
     value = node.meta.get("val")
     if value is None:  # of several results, the readers have the values
-        return any(user.target is operator.getitem and _is_complex(user) for user in node.users)
+        return any(user.target is operator.getitem and is_complex(user) for user in node.users)
     return any(isinstance(x, Tensor) and x.is_complex() for x in pytree.tree_leaves(value))
 
 
@@ -73,11 +74,11 @@ def _is_written(node: Node) -> bool:
     if node.target in _WRITTEN or node.target is _CHECK:
         return True
     name = "getitem" if node.target is operator.getitem else op_name(node)
-    if not _is_complex(node):
+    if not is_complex(node):
         return name in _OF_SHAPE
     moved = pytree.tree_leaves(node.args[: 2 if name in _SCATTERS else 1])
     pads = name in _PADS and any(isinstance(x, float) and x for x in given)
-    return name in _BY_PART and not pads and all(_is_complex(x) for x in moved if isinstance(x, Node))
+    return name in _BY_PART and not pads and all(is_complex(x) for x in moved if isinstance(x, Node))
 
 
 def _write(module: GraphModule, nodes: list[Node]) -> None:
@@ -94,7 +95,7 @@ def _write(module: GraphModule, nodes: list[Node]) -> None:
             else:
                 with mode:  # for operators that read no tensor
                     made = _written(call, node, parts)
-        if _is_complex(node):
+        if is_complex(node):
             parts[node] = made
         else:
             node.replace_all_uses_with(made)
@@ -113,7 +114,7 @@ def _written(call: Call, node: Node, parts: dict[Node, Parts]) -> Any:
         args, kwargs = pytree.tree_map_only(torch.dtype, lambda d: d.to_real(), given)
         return call(node.target, *args, **kwargs)
 
-    return (of(0), of(1)) if _is_complex(node) else of(0)
+    return (of(0), of(1)) if is_complex(node) else of(0)
 
 
 def _constants(module: GraphModule, node: Node) -> Parts:

@@ -16,6 +16,7 @@ from tfmq_fx.base.arithmetic import (
     FLOAT_BITS,
     INT,
     activation_numbers,
+    dtype_name,
     fitting_group_size,
     weight_numbers,
 )
@@ -140,7 +141,7 @@ def _joined(node: Node) -> list[Note]:
     """Return a note if the node joins integers with floating-point numbers: then they share qparams."""
     if node.target is not aten.cat.default:
         return []
-    dtypes = sorted({str(x.dtype).removeprefix("torch.") for x in map(meta_value, node.all_input_nodes)})
+    dtypes = sorted({dtype_name(x.dtype) for x in map(meta_value, node.all_input_nodes)})
     out = meta_value(node).dtype
     if not out.is_floating_point or all(getattr(torch, d).is_floating_point for d in dtypes):
         return []

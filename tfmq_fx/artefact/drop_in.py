@@ -25,7 +25,7 @@ from tfmq_fx.artefact.outputs import output_class
 from tfmq_fx.artefact.plain import holds_tensors, is_json
 from tfmq_fx.base.ambient import neutral, traced
 from tfmq_fx.base.arguments import leaves
-from tfmq_fx.base.arithmetic import NETWORK_DTYPES
+from tfmq_fx.base.arithmetic import NETWORK_DTYPES, dtype_name
 from tfmq_fx.base.errors import TFMQError, nearest_names
 from tfmq_fx.base.stand_ins import StandIn
 from tfmq_fx.graph.sizes import holds, shown, sizes_in
@@ -318,7 +318,7 @@ class DropIn(nn.Module):
 
     def _cast_code(self, dtype: torch.dtype) -> None:
         """Let the network take and return another dtype."""
-        now, new = (str(d).removeprefix("torch.") for d in (self.dtype, dtype))
+        now, new = (dtype_name(d) for d in (self.dtype, dtype))
         self.interface = self.interface.cast(now, new, precise=self._precise())
         self._dtype = dtype
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from tfmq_fx.artefact.plain import is_json
 from tfmq_fx.base.ambient import has_values
+from tfmq_fx.base.arithmetic import dtype_name
 from tfmq_fx.base.errors import TFMQError
 
 CLASS = "__class__"  # the attribute that holds the qualified name of a class
@@ -91,7 +92,7 @@ def facts_of(network: nn.Module, weights: Collection[str] = ()) -> dict[str, dic
         if known and bool(value.isfinite().all()):
             found[path][attribute] = {
                 TENSOR: value.tolist(),
-                "dtype": str(value.dtype).removeprefix("torch."),
+                "dtype": dtype_name(value.dtype),
             }
     return found
 

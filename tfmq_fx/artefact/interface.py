@@ -16,6 +16,7 @@ from tfmq_fx.artefact.float_network import Facts, facts_of
 from tfmq_fx.artefact.outputs import describe_output
 from tfmq_fx.artefact.plain import is_json
 from tfmq_fx.base.arguments import leaves
+from tfmq_fx.base.arithmetic import dtype_name
 from tfmq_fx.base.errors import TFMQError
 from tfmq_fx.base.masked_rows import lists_of_json
 from tfmq_fx.base.row_lists import RowLists, known_row_lists
@@ -106,7 +107,7 @@ class Interface:
             value = node.meta["val"]
             moves = {i: size for (n, i), size in sizes.moving.items() if n == name}
             inputs[name] = {
-                "dtype": str(value.dtype).removeprefix("torch."),
+                "dtype": dtype_name(value.dtype),
                 "shape": [None if i in moves else _size(d, batch) for i, d in enumerate(value.shape)],
                 "path": list(found[name][0]),
                 **({"moves": [list(move) for move in moves.items()]} if moves else {}),

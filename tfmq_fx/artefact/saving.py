@@ -53,7 +53,7 @@ from tfmq_fx.artefact.graph_json import (
 from tfmq_fx.artefact.interface import Interface
 from tfmq_fx.artefact.outside import Outside
 from tfmq_fx.artefact.quantized_graph import QuantizedGraph
-from tfmq_fx.base.arithmetic import IntegerRange, pack_bits, unpack_bits
+from tfmq_fx.base.arithmetic import IntegerRange, dtype_name, pack_bits, unpack_bits
 from tfmq_fx.base.errors import TFMQError, first_line, require_type
 from tfmq_fx.base.files import finite_json, replace_folder, require_writable, sha256_of
 from tfmq_fx.base.mapped import on_disk, outgrows
@@ -120,7 +120,7 @@ def _write(model: QuantizedGraph, folder: Path) -> None:
     for name, value in sorted(tensors_of(model.network).items()):
         if not is_tensor_name(name):
             raise TFMQError(f"tensor {name!r}: a name with quotes or control characters cannot be saved.")
-        manifest[name] = {"shape": list(value.shape), "dtype": _dtype_name(value.dtype)}
+        manifest[name] = {"shape": list(value.shape), "dtype": dtype_name(value.dtype)}
         tensors[name] = _stored(value)
         if name in packed:
             low, high = packed[name]
@@ -140,8 +140,8 @@ def _write(model: QuantizedGraph, folder: Path) -> None:
         "format_version": FORMAT_VERSION,
         "recipe": model.recipe,
         "timesteps": model.timesteps.tolist(),
-        "timesteps_dtype": _dtype_name(model.timesteps.dtype),
-        "finite": {n: {"values": v.tolist(), "dtype": _dtype_name(v.dtype)} for n, v in model.finite.items()},
+        "timesteps_dtype": dtype_name(model.timesteps.dtype),
+        "finite": {n: {"values": v.tolist(), "dtype": dtype_name(v.dtype)} for n, v in model.finite.items()},
         "interface": dataclasses.asdict(model.interface),
         "tensors": manifest,
         "outside": outside,
@@ -164,7 +164,7 @@ def _write_outside(outside: Outside, folder: Path) -> dict[str, Any]:
     tensors = tensors_of(outside.block)
     save_file({n: _stored(x) for n, x in tensors.items()}, folder / BLOCK_WEIGHTS, metadata={"format": "pt"})
     _dump(folder / BLOCK_GRAPH, graph_to_json(outside.block))
-    manifest = {n: {"shape": list(x.shape), "dtype": _dtype_name(x.dtype)} for n, x in tensors.items()}
+    manifest = {n: {"shape": list(x.shape), "dtype": dtype_name(x.dtype)} for n, x in tensors.items()}
     return {**outside.settings(), "tensors": manifest}
 
 
@@ -346,10 +346,6 @@ def _checked_integers(file: Path, name: str, spec: Mapping[str, Any], dtype: tor
 
 def _integers(low: int, high: int, dtype: torch.dtype) -> IntegerRange:
     return IntegerRange(quant_min=low, quant_max=high, symmetric=low < 0, dtype=dtype)
-
-
-def _dtype_name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
 
 
 def _dtype(name: str) -> torch.dtype:

@@ -34,6 +34,11 @@ CANDIDATES = 2**19
 PACKED = 2**20
 
 
+def dtype_name(dtype: torch.dtype) -> str:
+    """Return the dtype's name as files have it: float32, not torch.float32."""
+    return str(dtype).removeprefix("torch.")
+
+
 @dataclass(frozen=True, kw_only=True)
 class NumberRange(ABC):
     """The numbers that a value is rounded to: quant_min <= q <= quant_max, stored as `dtype`, around a zero point.

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from tfmq_fx.base.arithmetic import dtype_name
 from tfmq_fx.base.masked_rows import MaskedRows, lengths_of
 from tfmq_fx.calibration.data import CalibrationSet
 from tfmq_fx.calibration.row_sizes import RowSizes
@@ -47,15 +48,12 @@ def without_padding(
     marked_names = [n for marked in marks.values() for n in marked]
     if not marked_names or len(set(marked_names)) < len(marked_names):
         return None
-    masks = {n: (str(data.tensors[n].dtype).removeprefix("torch."), marked) for n, marked in marks.items()}
+    masks = {n: (dtype_name(data.tensors[n].dtype), marked) for n, marked in marks.items()}
     shared = tuple(n for n, x in data.constants.items() if isinstance(x, Tensor))
     fixed = [n for n in names if n not in masks and data.tensors[n].dim() > 2 and not data.tensors[n].any()]
     if zeros and not (fixed := [n for n in fixed if n not in marked_names]):
         return None
-    blank = {
-        n: (str(data.tensors[n].dtype).removeprefix("torch."), tuple(data.tensors[n].shape[1:]))
-        for n in fixed
-    }
+    blank = {n: (dtype_name(data.tensors[n].dtype), tuple(data.tensors[n].shape[1:])) for n in fixed}
     lists = MaskedRows(tuple(marked_names), (), shared, masks=masks, zeros=blank if zeros else {})
     return _cut(data, lists, {n: lengths[mask] for mask, marked in marks.items() for n in marked})
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from tfmq_fx.base.arguments import Path as ArgumentPath
 from tfmq_fx.base.arguments import path_of_json, path_to_json
+from tfmq_fx.base.arithmetic import dtype_name
 from tfmq_fx.base.errors import TFMQError
 from tfmq_fx.base.files import raw_bytes
 from tfmq_fx.base.masked_rows import lists_of_json
@@ -167,7 +168,7 @@ def write_recording(found: Recording, folder: Path) -> None:
     tensors = {n: x for n, x in found.constants.items() if isinstance(x, Tensor)}
     plain = {n: x for n, x in found.constants.items() if n not in tensors}
     index = {
-        "rows": [[n, str(x.dtype).removeprefix("torch."), list(x.shape)] for n, x in found.rows.items()],
+        "rows": [[n, dtype_name(x.dtype), list(x.shape)] for n, x in found.rows.items()],
         "constants": plain,
         "shared": {n: _to_json(x) for n, x in tensors.items()},
         "paths": {n: path_to_json(path) for n, path in found.paths.items()},
@@ -190,7 +191,7 @@ def write_recording(found: Recording, folder: Path) -> None:
 
 
 def _to_json(x: Tensor) -> list[Any]:
-    return [str(x.dtype).removeprefix("torch."), x.tolist()]
+    return [dtype_name(x.dtype), x.tolist()]
 
 
 def _of_json(found: Sequence[Any]) -> Tensor:

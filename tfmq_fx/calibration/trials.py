@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from tfmq_fx.base.arguments import nested
+from tfmq_fx.base.arithmetic import dtype_name
 from tfmq_fx.base.errors import TFMQError
 from tfmq_fx.base.rounding import within_rounding
 from tfmq_fx.base.row_lists import RowLists
@@ -75,7 +76,7 @@ class Trials:
         likes = [n for n in likes if tensor_of(without, n) is not None]
         if path != (name,) or not likes:
             return None
-        dtype = str(tensor.dtype).removeprefix("torch.")
+        dtype = dtype_name(tensor.dtype)
         expected = self.computed(nested(dict(without.values())))
         for found in (StandIn(value, like, dtype) for like in likes for value in (1, 0)):
             call = completed(without, {name: found}, self.timestep)

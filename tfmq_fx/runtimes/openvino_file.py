@@ -27,8 +27,9 @@ from tfmq_fx.artefact.quantized_graph import QuantizedGraph
 from tfmq_fx.base.errors import TFMQError
 from tfmq_fx.base.files import replace_folder
 from tfmq_fx.graph.inputs import placeholders
-from tfmq_fx.graph.nodes import aten, meta_value, op_name, weight_argument
+from tfmq_fx.graph.nodes import aten, op_name, weight_argument
 from tfmq_fx.passes.int8.bound_first_terms import bound_first_terms
+from tfmq_fx.passes.int8.complex_as_real import is_complex
 from tfmq_fx.passes.int8.decompose import Table
 from tfmq_fx.passes.int8.einsum_as_matmul import einsum_as_matmul
 from tfmq_fx.passes.int8.fold_weights import fold_weights
@@ -232,7 +233,8 @@ _OF_COMPLEX = ("view_as_complex", "view_as_real", "real", "imag", "abs", "fft_",
 def _require_real(gm: GraphModule) -> None:
     """Raise TFMQError naming the first node whose result would be wrong, because it multiplies complex numbers."""
     for node in gm.graph.nodes:
-        if node.op == "call_function" and _is_complex(node) and not op_name(node).startswith(_OF_COMPLEX):
+        reads_or_makes = any(is_complex(n) for n in (node, *node.all_input_nodes))
+        if node.op == "call_function" and reads_or_makes and not op_name(node).startswith(_OF_COMPLEX):
             raise TFMQError(
                 f"node {node.name}: OpenVINO cannot express {node.target} of complex numbers; {NOT_LOWERED}"
             )
@@ -248,12 +250,6 @@ def _separate_outputs(gm: GraphModule) -> None:
                 found[i].meta = dict(node.meta)
             seen.add(node)
     output.args = (tuple(found),)
-
-
-def _is_complex(node: Node) -> bool:
-    """Return True if an operand or the result is complex."""
-    values = [meta_value(n) for n in (node, *node.all_input_nodes)]
-    return any(isinstance(x, torch.Tensor) and x.is_complex() for x in values)
 
 
 _PRODUCTS = ("MatMul", "Convolution", "GroupConvolution")
