@@ -185,8 +185,9 @@ class Reconstruction:
     gptq_rows: int = 128
     # GiB. A layer of K inputs is cut into pieces if its Hessian and factors (40 K^2 bytes) take more.
     gptq_memory: float = 8.0
-    # Whether GPTQ rounds the weights that best make up for the errors of the layers before (GPTAQ, Li et al. 2025). None:
-    # those of fewer than 8 bits, and of the temporal block. At 8 bits weights leave too little to make up for.
+    # Whether GPTQ rounds the weights that best make up for the errors before them (GPTAQ, Li et al. 2025). None: those of fewer
+    # than 8 bits, for the rounding of other weights, and the temporal block's. True: all, for the rounding of activations as
+    # well, beside which blocks' weights are then chosen: the smallest error of one call, for networks that sample in one step.
     corrected: bool | None = None
     damping: float = 0.01  # of GPTQ's Hessian, as a share of its mean diagonal
     warmup: float = 0.2  # share of the iterations before the regulariser starts

@@ -33,6 +33,11 @@ def learns_activations(settings: Reconstruction, method: str) -> bool:
     return settings.learn_activation_scale and "adaround" in method
 
 
+def beside_activations(settings: Reconstruction) -> bool:
+    """Return True if blocks' weights are chosen beside quantized activations: to make up for them, or to learn their scales."""
+    return settings.corrected is True or learns_activations(settings, settings.method)
+
+
 def choose_rounding(
     name: str,
     streams: Streams,

@@ -41,7 +41,7 @@ from tfmq_fx.passes.quantize.state import require_stage, state_of, temporal_of
 from tfmq_fx.passes.temporal.partition_temporal import extract_temporal
 from tfmq_fx.recipe import Reconstruction
 from tfmq_fx.reconstruction.resume import Finished, fingerprint
-from tfmq_fx.reconstruction.rounding import learns_activations
+from tfmq_fx.reconstruction.rounding import beside_activations
 from tfmq_fx.reconstruction.run import Run
 from tfmq_fx.reconstruction.streams import Outputs, Part, Streams
 from tfmq_fx.reconstruction.tuning import Memory, NetworkStreams, float_outputs, tune, weights_to_tune
@@ -110,7 +110,7 @@ def reconstruct(
                     results.append(_reconstruct_temporal(gm, calibration, run))
             if _learnable(gm, temporal=False):
                 with _in_float(_observers(gm, temporal=True) if cached else ()):
-                    with _in_float(() if learns_activations(settings, settings.method) else _activations(gm)):
+                    with _in_float(() if beside_activations(settings) else _activations(gm)):
                         blocks = Walk(gm, calibration, run).run() if settings.method != "nearest" else []
                     results += blocks
                     if iterations:
