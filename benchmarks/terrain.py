@@ -45,7 +45,7 @@ FLOAT = "float, torch, float32"  # what times are compared with
 ROWS = ("bf16", "onnxruntime", "nncf", "w8a8 plain", "w8a8", "w4a8")
 MORE = (
     "w8a8 nearest", "w8a8 float8", "w4a8 float8", "w8a16", "w8a16 unchosen", "w4a16", "w3a8", "w3a8 unchosen", "w4a4",
-    "w4a4 unchosen",
+    "w4a4 unchosen", "w8a8 corrected", "w4a8 corrected", "w3a8 corrected", "w4a4 corrected",
 )  # fmt: skip
 
 
