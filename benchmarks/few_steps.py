@@ -10,7 +10,6 @@ mean squared error, averaged over the timesteps. PSNR is to the float network's 
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import platform
 
 import torch
@@ -18,6 +17,7 @@ from rich.console import Console
 from rich.table import Table
 
 import tfmq_fx
+from benchmarks.recipes import rounded
 from benchmarks.zoo.models import MODELS
 from tfmq_fx.base.metrics import psnr, psnr_by_image
 from tfmq_fx.calibration.pipelines import denoiser
@@ -33,6 +33,7 @@ def main() -> None:
     parser.add_argument("--preset", default="w4a4")
     args = parser.parse_args()
     torch.set_num_threads(1)
+    preset = tfmq_fx.Recipe.preset(args.preset)
     table = Table(
         "model", "steps", "corrected", "error of a call", "PSNR dB: mean of images", "median", "pooled"
     )
@@ -45,19 +46,17 @@ def main() -> None:
                 pipe, num_samples=max(64, ROWS // steps), num_inference_steps=steps, seed=0, **entry.arguments
             )
             drawn = {"num_samples": SAMPLES, "num_inference_steps": steps, "seed": NOISE_SEED}
-            clean = sample(entry.pipeline(), **drawn, **entry.arguments)
+            clean = sample(pipe, **drawn, **entry.arguments)
             for corrected in (None, True):
-                recipe = tfmq_fx.Recipe.preset(args.preset)
-                rounding = dataclasses.replace(recipe.reconstruction, tune_iterations=0, corrected=corrected)
                 q = tfmq_fx.quantize(
                     denoiser(pipe),
-                    dataclasses.replace(recipe, reconstruction=rounding),
+                    rounded(preset, tune_iterations=0, corrected=corrected),
                     calibration=data,
                     finite=entry.finite,
                     seed=0,
                 )
                 errors = [e["output_relative_mse"] for e in q.report["errors_by_timestep"]]
-                images = sample(entry.pipeline(), q, **drawn, **entry.arguments)
+                images = sample(pipe, q, **drawn, **entry.arguments)
                 by_image = psnr_by_image(images, clean)
                 figures = [f"{x:.1f}" for x in (by_image.mean(), by_image.median(), psnr(images, clean))]
                 table.add_row(model, str(steps), str(corrected), f"{sum(errors) / len(errors):.2e}", *figures)

@@ -31,6 +31,7 @@ import torch
 
 import tfmq_fx
 from benchmarks.memory import OwnMemory, anonymous
+from benchmarks.recipes import rounded
 from tfmq_fx.calibration.effects import ROWS
 from tfmq_fx.passes.quantize.state import state_of
 from tfmq_fx.recipe import Recipe, Reconstruction
@@ -42,8 +43,7 @@ SPENT = {"cpu": "cpu_seconds", "cuda": "seconds"}  # what a stage takes of a dev
 
 
 def recipe(**changes: Any) -> Recipe:
-    base = Recipe.preset("w4a8")
-    return dataclasses.replace(base, reconstruction=dataclasses.replace(base.reconstruction, **changes))
+    return rounded(Recipe.preset("w4a8"), **changes)
 
 
 @contextmanager

@@ -39,7 +39,8 @@ def nearest(recipe: Recipe) -> Recipe:
     return dataclasses.replace(recipe, reconstruction=Reconstruction(method="nearest"))
 
 
-def _rounded(recipe: Recipe, **changes: Any) -> Recipe:
+def rounded(recipe: Recipe, **changes: Any) -> Recipe:
+    """Return the recipe with changed fields of its `Reconstruction`."""
     return dataclasses.replace(recipe, reconstruction=dataclasses.replace(recipe.reconstruction, **changes))
 
 
@@ -47,9 +48,9 @@ CHANGES: dict[str, Callable[[Recipe], Recipe]] = {
     "unchosen": unchosen,
     "nearest": nearest,
     "plain": lambda recipe: nearest(unchosen(recipe)),
-    "gptq": lambda recipe: _rounded(recipe, method="gptq", tune_iterations=0),
-    "corrected": lambda recipe: _rounded(recipe, corrected=True),
-    "uncorrected": lambda recipe: _rounded(recipe, corrected=False),
+    "gptq": lambda recipe: rounded(recipe, method="gptq", tune_iterations=0),
+    "corrected": lambda recipe: rounded(recipe, corrected=True),
+    "uncorrected": lambda recipe: rounded(recipe, corrected=False),
     "float8": lambda recipe: dataclasses.replace(recipe, linear_dtype="float8_e4m3fn"),
     "attention": lambda recipe: dataclasses.replace(recipe, attention_bits=8),
     "all int8": lambda recipe: dataclasses.replace(recipe, edge_activation_bits=8),

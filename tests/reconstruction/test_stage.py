@@ -18,6 +18,7 @@ from benchmarks.networks.small import (
     prepared,
     sinusoid,
 )
+from tests.helpers.reconstructed import same
 from tfmq_fx.observers import PerChannelWeightFakeQuantize
 from tfmq_fx.passes import extract_temporal
 from tfmq_fx.passes.quantize.observed import observers
@@ -183,22 +184,19 @@ def test_blocks_are_reconstructed_on_the_features_that_they_will_look_up():
 def test_the_rounding_of_activations_does_not_reach_the_weights_of_the_blocks_unless_asked(method):
     """It is noise, for which least squares would make every layer smaller."""
 
-    def integers(activation_bits, **changes):
+    def chosen(activation_bits, **changes):
         gm = prepared(weight_bits=4, activation_bits=activation_bits, maintain="cache")
         settings = dataclasses.replace(FAST, method=method, tune_iterations=0, **changes)
         tfmq_fx.reconstruct(gm, calibration(), settings)
         assert all(o.fake_quant_enabled[0] for _, o in observers(gm))
-        return [o.q for _, o in observers(gm) if isinstance(o, PerChannelWeightFakeQuantize)]
+        return integers(gm)
 
-    def same(a, b):
-        return all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
-
-    assert same(integers(4), integers(8))
+    assert same(chosen(4), chosen(8))
     asked = [{"corrected": True}]  # to make up for it
     if method == "adaround":  # or to learn the scales of activations, which are quantized meanwhile
         asked.append({"learn_activation_scale": True})
     for changes in asked:
-        assert not same(integers(4, **changes), integers(8, **changes))
+        assert not same(chosen(4, **changes), chosen(8, **changes))
 
 
 class Accumulates(torch.nn.Module):

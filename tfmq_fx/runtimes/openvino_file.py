@@ -233,8 +233,9 @@ _OF_COMPLEX = ("view_as_complex", "view_as_real", "real", "imag", "abs", "fft_",
 def _require_real(gm: GraphModule) -> None:
     """Raise TFMQError naming the first node whose result would be wrong, because it multiplies complex numbers."""
     for node in gm.graph.nodes:
-        reads_or_makes = any(is_complex(n) for n in (node, *node.all_input_nodes))
-        if node.op == "call_function" and reads_or_makes and not op_name(node).startswith(_OF_COMPLEX):
+        if node.op != "call_function" or op_name(node).startswith(_OF_COMPLEX):
+            continue
+        if any(is_complex(n) for n in (node, *node.all_input_nodes)):
             raise TFMQError(
                 f"node {node.name}: OpenVINO cannot express {node.target} of complex numbers; {NOT_LOWERED}"
             )

@@ -6,8 +6,9 @@ import pytest
 import torch
 
 import tfmq_fx
-from benchmarks.networks.small import TinyUNet, calibration, make
+from benchmarks.networks.small import calibration
 from tests.helpers.int8_passes import operators
+from tests.helpers.nearest import quantized
 from tfmq_fx.artefact.program import flat_graph
 from tfmq_fx.graph.nodes import op_name
 from tfmq_fx.passes.int8.bound_first_terms import bound_first_terms
@@ -19,12 +20,8 @@ INPUTS = (DATA.tensors["sample"], DATA.tensors["timestep"])
 
 
 def flat(terms, keyed):
-    rule = tfmq_fx.Rule(pattern="up_block.conv1.weight", activation_terms=terms, keyed=keyed)
-    nearest = tfmq_fx.Reconstruction(method="nearest")
-    q = tfmq_fx.quantize(
-        make(TinyUNet), tfmq_fx.Recipe(rules=(rule,), reconstruction=nearest), calibration=DATA
-    )
-    gm = flat_graph(q)
+    rule = tfmq_fx.Rule(pattern="up_block.conv1.weight", activation_terms=terms)
+    gm = flat_graph(quantized("w8a8", keyed, rules=(rule,)))
     PassManager(TO_INT8)(gm)
     return gm
 
