@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.fx import GraphModule
 
-from tfmq_fx.base._torchao import convert_pt2e
+from tfmq_fx.base._torchao import Q_ANNOTATION_KEY, convert_pt2e
 from tfmq_fx.base.ambient import neutral
 from tfmq_fx.graph.nodes import fresh, plain_strides, set_buffer, set_parameter
 from tfmq_fx.graph.state import set_state
@@ -54,4 +54,10 @@ def to_integers(gm: GraphModule) -> GraphModule:
         warnings.simplefilter("ignore", DeprecationWarning)
         gm = convert_pt2e(gm)
     show_batch_norms(gm)
-    return GraphModule(gm, gm.graph)  # keeps only what the graph reads, so the float weights are dropped
+    for node in (
+        gm.graph.nodes
+    ):  # an annotation names nodes of the prepared graph, which would keep all float weights
+        node.meta.pop(Q_ANNOTATION_KEY, None)
+    return fresh(
+        gm
+    )  # keeps only what the graph reads, so the float weights are dropped, and no node that was erased

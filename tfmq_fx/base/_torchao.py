@@ -11,6 +11,7 @@ import logging
 import warnings
 
 import torch  # noqa: F401  (configures the logger that is quieted below)
+from torch.fx import GraphModule
 
 # torchao 0.18 on torch 2.15 emits import warnings about itself, which our users cannot act on.
 _pytree_log = logging.getLogger("torch.utils._pytree")
@@ -19,13 +20,37 @@ _pytree_log.setLevel(logging.ERROR)
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
     from torch.ao.quantization.fx import _decomposed  # noqa: F401  (registers torch.ops.quantized_decomposed)
+    from torch.ao.quantization.fx.utils import assert_and_get_unique_device
+    from torchao.quantization.pt2e import quantize_pt2e
     from torchao.quantization.pt2e.fake_quantize import FakeQuantize, FakeQuantizeBase
     from torchao.quantization.pt2e.observer import HistogramObserver, MinMaxObserver, ObserverBase
-    from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
     from torchao.quantization.pt2e.quantizer import QuantizationAnnotation, QuantizationSpec, Quantizer
     from torchao.quantization.pt2e.quantizer.quantizer import Q_ANNOTATION_KEY
     from torchao.quantization.quant_primitives import MappingType, choose_qparams_affine_with_min_max
+    from torchao.utils import _assert_and_get_unique_device
 _pytree_log.setLevel(_level)
+
+
+def prepare_pt2e(gm: GraphModule, quantizer: Quantizer) -> GraphModule:
+    """Call torchao's function of this name, and let it forget the graph afterwards."""
+    try:
+        return quantize_pt2e.prepare_pt2e(gm, quantizer)  # type: ignore[no-any-return]
+    finally:
+        _forget()
+
+
+def convert_pt2e(gm: GraphModule) -> GraphModule:
+    """Call torchao's function of this name, and let it forget the graph afterwards."""
+    try:
+        return quantize_pt2e.convert_pt2e(gm)  # type: ignore[no-any-return]
+    finally:
+        _forget()
+
+
+def _forget() -> None:
+    """Empty the caches in which torchao (0.18) and torch (2.15) keep each module whose device they asked for, with its weights."""
+    for function in (_assert_and_get_unique_device, assert_and_get_unique_device):
+        getattr(function, "cache_clear", lambda: None)()
 
 
 def register_x86_patterns() -> None:

@@ -361,7 +361,9 @@ class _Probe(Interpreter):
         with torch.enable_grad():
             leaves = pytree.tree_leaves(self.run(*inputs))
             output = next(x for x in leaves if isinstance(x, Tensor) and x.is_floating_point())
+            # The output's gradient function leads to what is heard, and from there back here: a cycle that nothing would free.
             self._heard.clear()
+            self.env.clear()
             if output.requires_grad:
                 v = torch.randn(output.shape, generator=torch.Generator().manual_seed(seed)).to(output)
                 torch.autograd.grad(output, [self._zero], v, allow_unused=True)

@@ -183,8 +183,8 @@ def rows(layer: Node, x: Tensor, weight: Tensor, positions: int | None = None) -
     n, channels, sizes = x.shape[0], x.shape[1], x.shape[2 : 2 + dims]
     kept = _drawn(math.prod(sizes), positions)
     if kept is not None:  # before the windows are copied out
-        at: tuple[Any, ...] = (slice(None), slice(None), *torch.unravel_index(kept.to(x.device), sizes))
-        x = x[at]
+        at: list[Any] = [i.to(x.device) for i in torch.unravel_index(kept, sizes)]
+        x = x[(slice(None), slice(None), *at)]
     x = x.reshape(n, groups, channels // groups, -1, math.prod(kernel))
     return x.permute(1, 0, 3, 2, 4).reshape(groups, -1, channels // groups * math.prod(kernel))
 
@@ -235,27 +235,45 @@ def gptq(
     w_GKC = _ordered(w_GCK.float().mT, order)
     block_GK = order // (w_GKC.shape[1] // scale_GCB.shape[2])
     scale_GKC, zero_point_GKC = (_ordered(x.float().mT, block_GK) for x in (scale_GCB, zero_point_GCB))
-    carried, error, q = torch.zeros_like(w_GKC), torch.empty_like(w_GKC), torch.empty_like(w_GKC)
+    columns = _Columns(w_GKC, lower, scale_GKC, zero_point_GKC, numbers)
+    columns.choose(0, w_GKC.shape[1])
+    # As files hold them: products of weights that lie in memory otherwise round otherwise.
+    return _ordered(columns.q_GKC, order.argsort(1)).mT.contiguous()
 
-    def choose(start: int, end: int) -> None:
+
+class _Columns:
+    """The columns of weights that `gptq` rounds, from the last to the first.
+
+    A class, not a function in `gptq` that calls itself: its references to itself would keep all these matrices until Python's
+    garbage collector comes.
+    """
+
+    def __init__(
+        self, w_GKC: Tensor, lower: Tensor, scale_GKC: Tensor, zero_point_GKC: Tensor, numbers: NumberRange
+    ) -> None:
+        self.w_GKC, self.lower, self.scale_GKC, self.zero_point_GKC = w_GKC, lower, scale_GKC, zero_point_GKC
+        self.numbers = numbers
+        self.carried, self.error = torch.zeros_like(w_GKC), torch.empty_like(w_GKC)
+        self.q_GKC = torch.empty_like(w_GKC)
+
+    def choose(self, start: int, end: int) -> None:
+        """Round columns start .. end - 1, and carry their errors to those before."""
+        carried, error, lower = self.carried, self.error, self.lower
         if end - start > COLUMNS:
             middle = (start + end) // 2
-            choose(middle, end)
+            self.choose(middle, end)
             carried[:, start:middle].baddbmm_(lower[:, middle:end, start:middle].mT, error[:, middle:end])
-            choose(start, middle)
+            self.choose(start, middle)
             return
+        w_GKC, q_GKC, numbers = self.w_GKC, self.q_GKC, self.numbers
         for k in reversed(range(start, end)):
-            scale, zero_point = scale_GKC[:, k], zero_point_GKC[:, k]
+            scale, zero_point = self.scale_GKC[:, k], self.zero_point_GKC[:, k]
             rounded = (
                 numbers.round_((w_GKC[:, k] + carried[:, k] / lower[:, k, k, None]) / scale) + zero_point
             )
-            q[:, k] = rounded.clamp_(numbers.quant_min, numbers.quant_max)
-            error[:, k] = w_GKC[:, k] - (q[:, k] - zero_point) * scale
+            q_GKC[:, k] = rounded.clamp_(numbers.quant_min, numbers.quant_max)
+            error[:, k] = w_GKC[:, k] - (q_GKC[:, k] - zero_point) * scale
             carried[:, start:k] += lower[:, k, start:k, None] * error[:, k, None]
-
-    choose(0, w_GKC.shape[1])
-    # As files hold them: products of weights that lie in memory otherwise round otherwise.
-    return _ordered(q, order.argsort(1)).mT.contiguous()
 
 
 def _ordered(x_GKC: Tensor, order_GK: Tensor) -> Tensor:

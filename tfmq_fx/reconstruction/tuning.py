@@ -80,7 +80,7 @@ class Memory:
             storage = x.untyped_storage()
             if storage.data_ptr() not in held:
                 kept[storage.data_ptr()] = storage.nbytes()
-            return x
+            return x.detach()  # itself would be a cycle, if it is an output of what saves it
 
         for observer, _ in weights:
             observer.soft = observer.dequantized().requires_grad_()
