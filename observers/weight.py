@@ -22,7 +22,7 @@ from tfmq_fx.base.arithmetic import (
     quantize_rows,
     search_range,
 )
-from tfmq_fx.base.mapped import on_disk
+from tfmq_fx.base.offloaded import loaded, lying_as
 from tfmq_fx.graph.nodes import attribute, inline, out_dtype, set_buffer
 from tfmq_fx.observers.kept_dtype import KeptDtype
 
@@ -82,16 +82,20 @@ class PerChannelWeightFakeQuantize(KeptDtype, FakeQuantizeBase):  # type: ignore
         Numbers of float8 have the whole range: their error is relative, so that a smaller range would gain nothing.
         """
         self.dtypes = (torch.float32, weight.dtype)
-        x_RK = self._rows(weight.detach().float())
+        x_RK = self._rows(loaded(weight.detach()).float())
         is_float8 = isinstance(self.numbers, Float8Range)
         low_R, high_R = (x_RK.amin(1), x_RK.amax(1)) if is_float8 else search_range(x_RK, self.numbers)
         self.scale, self.zero_point = choose_qparams(low_R, high_R, self.numbers)
         q_RK = quantize_rows(x_RK, self.scale, self.zero_point, self.numbers)
-        self.hold(self._unrows(q_RK, weight.shape))
+        self.q = self._kept(self._unrows(q_RK, weight.shape), weight)
 
     def hold(self, q: Tensor) -> None:
         """Replace the integers, in the weight's shape. They are never written in place: a converted graph shares them."""
-        self.q = on_disk(q.to(self.dtype)) if self.mapped else q.to(self.dtype)
+        self.q = self._kept(q, self.q)
+
+    def _kept(self, q: Tensor, like: Tensor) -> Tensor:
+        """Return integers as they are kept: offloaded like the weight or the integers before."""
+        return lying_as(like, q.to(self.dtype), mapped=self.mapped)
 
     def _rows(self, weight: Tensor) -> Tensor:
         x_CK = weight.movedim(self.ch_axis, 0).flatten(1)
@@ -133,7 +137,7 @@ class PerChannelWeightFakeQuantize(KeptDtype, FakeQuantizeBase):  # type: ignore
 
         h(alpha) = frac(w / s) (AdaRound, section 3).
         """
-        scaled = self._rows(weight.detach().float()) / self.scale[:, None]
+        scaled = self._rows(loaded(weight.detach()).float()) / self.scale[:, None]
         self._step = self.numbers.spacing(scaled)
         self._floor = torch.floor(scaled / self._step) * self._step
         fraction = ((scaled - self._floor) / self._step).clamp(1e-4, 1 - 1e-4)
@@ -174,7 +178,7 @@ class PerChannelWeightFakeQuantize(KeptDtype, FakeQuantizeBase):  # type: ignore
         log_growth (R,): the logarithm of the factor by which the scale grows.
         """
         q_RK = self._rows(self.q.float()) - self.zero_point[:, None]
-        scaled = self._rows(weight.detach().float()) / self.scale[:, None]
+        scaled = self._rows(loaded(weight.detach()).float()) / self.scale[:, None]
         edge = EDGE * self.numbers.spacing(q_RK)
         self.steps = torch.clamp(scaled, q_RK - edge, q_RK + edge).requires_grad_()
         self.log_growth = torch.zeros_like(self.scale).requires_grad_()

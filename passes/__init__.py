@@ -12,6 +12,7 @@ from tfmq_fx.passes.clean.linear_matmuls import linear_matmuls
 from tfmq_fx.passes.clean.literal_dtypes import literal_dtypes
 from tfmq_fx.passes.clean.merge_variants import merge_variants
 from tfmq_fx.passes.clean.move_to_device import move_to_device
+from tfmq_fx.passes.clean.offload_weights import offload_weights, return_weights
 from tfmq_fx.passes.clean.remove_noops import remove_noops
 from tfmq_fx.passes.clean.root_batch_size import root_batch_size
 from tfmq_fx.passes.clean.values_of_copies import values_of_copies
@@ -93,6 +94,7 @@ __all__ = [
     "merge_variants",
     "move_to_device",
     "norms_by_channel",
+    "offload_weights",
     "onednn_kernels",
     "open_temporal",
     "partition_temporal",
@@ -101,6 +103,7 @@ __all__ = [
     "remove_noops",
     "rescale_temporal",
     "rescale_tokens",
+    "return_weights",
     "root_batch_size",
     "rotate",
     "round_float8",

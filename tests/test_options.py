@@ -28,7 +28,7 @@ OPTIONS = {
     },
     "quantize": PIPELINE | DRAWN | {
         "output", "--recipe", "--iterations", "--tune-iterations", "--maintain", "--unseen", "--max-megabytes",
-        "--calibration", "--captions", "--cache", "--finite", "--strict", "--no-strict",
+        "--calibration", "--captions", "--cache", "--finite", "--strict", "--no-strict", "--execution-device",
     },
     "precompute": PIPELINE | {"output", "--steps", "--finite", "--unseen", "--block"},
     "sample": PIPELINE | DRAWN | {"folder", "--output"},

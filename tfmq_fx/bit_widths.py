@@ -27,6 +27,7 @@ from tfmq_fx.base.entries import per_sample
 from tfmq_fx.base.errors import TFMQError
 from tfmq_fx.base.files import replace_files, update_with_tensors
 from tfmq_fx.base.metrics import first_tensor, relative_mse_by_timestep
+from tfmq_fx.base.offloaded import usable_device
 from tfmq_fx.base.progress import track
 from tfmq_fx.calibration.data import CalibrationSet, inputs_of
 from tfmq_fx.calibration.pipelines import network_of, require_model
@@ -36,6 +37,7 @@ from tfmq_fx.capturing.calibrated import captured
 from tfmq_fx.graph.nodes import attribute, output_channel_axis
 from tfmq_fx.graph.written import keeps_buffers
 from tfmq_fx.observers.weight import PerChannelWeightFakeQuantize
+from tfmq_fx.passes.clean.offload_weights import offload_weights
 from tfmq_fx.passes.quantize.observed import observers, set_mode, without_observers
 from tfmq_fx.passes.quantize.plan import LayerPlan
 from tfmq_fx.passes.quantize.prepare import prepare
@@ -316,6 +318,7 @@ def mixed_precision(
     rows: int = 64,
     seed: int = 0,
     cache: str | Path | None = None,
+    execution_device: str | torch.device | None = None,
 ) -> Recipe:
     """Return the recipe with a rule for each layer whose chosen bits differ from the recipe's.
 
@@ -333,9 +336,12 @@ def mixed_precision(
     if not (isinstance(max_float_flops, Real) and 0.0 <= max_float_flops <= 1.0):
         raise TFMQError(f"max_float_flops: {max_float_flops!r} is not a share, between 0 and 1.")
     _check_widths(widths)
+    device = usable_device(execution_device, "execution_device")
     network = network_of(model, timestep=timestep, component=component)
     plain = dataclasses.replace(recipe, smooth=None, rotate=None, low_rank=None)
     gm, _, calibration = captured(network, calibration, timestep)
+    if device is not None:
+        offload_weights(gm, device=device)
     prepared = prepare(gm, plain, timesteps=calibration.timesteps, finite=finite)
     _require_room(prepared, widths, max_bytes)
     calibrate(prepared, calibration)

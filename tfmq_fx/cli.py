@@ -85,12 +85,13 @@ def load_pipeline(
     from diffusers.utils import is_transformers_available, logging
 
     from tfmq_fx.base.arithmetic import NETWORK_DTYPES, dtype_name
+    from tfmq_fx.base.offloaded import usable_device
     from tfmq_fx.demo import embedded_pipeline
 
     dtypes = {dtype_name(d): d for d in NETWORK_DTYPES}
     if dtype not in (None, *dtypes):
         raise TFMQError(f"--dtype {dtype}: is unknown; use {', '.join(dtypes)}.")
-    place = None if device is None else _device(device)
+    place = usable_device(device, "--device")
     if not sys.stderr.isatty():
         logging.disable_progress_bar()
         if is_transformers_available():
@@ -146,21 +147,6 @@ def _from_files(model: str, config: str | None, dtype: Any, variant: str | None)
         raise TFMQError(
             f"{model}: diffusers cannot load it ({type(error).__name__}: {first_line(error)})"
         ) from error
-
-
-def _device(name: str) -> Any:
-    """Return the device, after a trial. Raises TFMQError if there is none of this name."""
-    import torch
-
-    try:
-        device = torch.device(name)
-        torch.empty(1, device=device).cpu()
-    except (AssertionError, RuntimeError, NotImplementedError) as error:  # torch raises any of them
-        there = ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
-        raise TFMQError(
-            f"--device {name}: cannot be used here ({first_line(error)}); use one of {', '.join(there)}."
-        ) from error
-    return device
 
 
 def _recipe(text: str) -> Any:
@@ -293,7 +279,7 @@ def quantize(
         check_output_folder(output)  # fail now, not after minutes of work
         settings = dataclasses.replace(settings, state=state, **source.denoiser())
         pipe = load_pipeline(*source.pipeline())
-        data = _recorded(pipe, preset, source, rows, seed=settings.seed, processes=ranks.size)
+        data = _recorded(pipe, preset, source, rows, settings, processes=ranks.size)
         if choices.max_megabytes is not None:
             recipe = _within(choices.max_megabytes, pipe, recipe, data, settings, source)
         with _naming_state(state):
@@ -380,6 +366,7 @@ def _within(megabytes: float, pipe: Any, recipe: Any, data: Any, settings: Setti
             max_bytes=megabytes * 1e6,
             finite=settings.finite,
             seed=settings.seed,
+            execution_device=settings.execution_device,
             **source.denoiser(),
         )
     except BudgetError as error:
@@ -401,7 +388,9 @@ def _chosen_preset(rows: Rows) -> Any:
     )
 
 
-def _recorded(pipe: Any, preset: Any, source: Source, rows: Rows, *, seed: int, processes: int) -> Any:
+def _recorded(
+    pipe: Any, preset: Any, source: Source, rows: Rows, settings: Settings, *, processes: int
+) -> Any:
     """Record the preset's calibration set, with one prompt of the captions for each trajectory."""
     from tfmq_fx.calibration.pipelines import coco_captions, takes_steps
 
@@ -409,9 +398,10 @@ def _recorded(pipe: Any, preset: Any, source: Source, rows: Rows, *, seed: int, 
         preset = dataclasses.replace(preset, num_inference_steps=None)
     arguments = source.arguments() | source.denoiser()
     if rows.captions is not None:
-        arguments["prompt"] = coco_captions(rows.captions, num=preset.num_samples, seed=seed)
+        arguments["prompt"] = coco_captions(rows.captions, num=preset.num_samples, seed=settings.seed)
+    arguments |= {"seed": settings.seed, "execution_device": settings.execution_device}
     size = max(1, min(64, -(-preset.num_samples // processes)))
-    return preset.record(pipe, batch_size=size, seed=seed, cache=rows.cache, **arguments)
+    return preset.record(pipe, batch_size=size, cache=rows.cache, **arguments)
 
 
 def _print_quantized(output: Path, recipe: str, report: Mapping[str, Any]) -> None:

@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
@@ -19,6 +20,7 @@ from tfmq_fx.artefact.plain import plain_config
 from tfmq_fx.base.ambient import neutral
 from tfmq_fx.base.errors import TFMQError
 from tfmq_fx.base.masked_rows import MaskedRows
+from tfmq_fx.base.offloaded import usable_device
 from tfmq_fx.base.progress import Clock
 from tfmq_fx.calibration.data import CalibrationSet, as_taken
 from tfmq_fx.calibration.padding import cut_by_masks
@@ -36,6 +38,7 @@ from tfmq_fx.graph.state import set_state
 from tfmq_fx.graph.written import kept, written_buffers
 from tfmq_fx.maintenance.stage import maintain
 from tfmq_fx.model import PrecomputedModel, QuantizedModel
+from tfmq_fx.passes.clean.offload_weights import offload_weights, return_weights
 from tfmq_fx.passes.low_bits.low_rank import low_rank
 from tfmq_fx.passes.low_bits.rotate import rotate
 from tfmq_fx.passes.low_bits.smooth import smooth
@@ -66,6 +69,7 @@ def quantize(
     seed: int = 0,
     strict: bool = False,
     state: str | Path | None = None,
+    execution_device: str | torch.device | None = None,
 ) -> QuantizedModel:
     """Quantize a diffusion pipeline's denoiser, or any network that torch.export captures, by `stages`.
 
@@ -82,12 +86,20 @@ def quantize(
         coarsely than the recipe asks for. Later, raise it if maintain="auto" cannot keep a temporal feature
         within its bound. Without `strict`, the report lists all this.
     state: a folder that keeps what reconstruction has finished; see `reconstruct`.
+    execution_device: where all stages compute, "cuda", if the network does not fit there. It stays where it lies, and so does what
+        is made of it; an operator that reads a weight copies it to the device, and frees the copy. None: where the network lies.
 
     The same seed gives the same integers. Raises TFMQError for bad input, naming it.
     """
-    recipe = Recipe.of(recipe)
+    recipe, device = Recipe.of(recipe), usable_device(execution_device, "execution_device")
     settings = Settings(
-        timestep=timestep, component=component, finite=finite, seed=seed, strict=strict, state=state
+        timestep=timestep,
+        component=component,
+        finite=finite,
+        seed=seed,
+        strict=strict,
+        state=state,
+        execution_device=None if device is None else str(device),
     )
     require_model(model, component)
     if isinstance(model, nn.Module):
@@ -120,6 +132,9 @@ def _quantized(
         recipe = dataclasses.replace(recipe, maintain="cache")
         where = {"place": network.outside.place, "most_bytes": network.outside.most_bytes}
     network, gm, interface, config, calibration = _captured(network, calibration, settings)
+    home = next(iter(tensors_of(gm).values())).device
+    if settings.execution_device is not None:
+        offload_weights(gm, device=torch.device(settings.execution_device))
     temporal = find_temporal(gm, timestep=settings.timestep, finite=settings.finite or ())
     block = extract_temporal(fresh(gm), temporal)
     clock.lap("capture")
@@ -156,6 +171,8 @@ def _quantized(
         )
     with kept({**written_buffers(gm), **written_buffers(closed)}):
         errors = measure_errors(gm, closed, calibration, block=block, seed=settings.seed, outputs=outputs)
+    for graph in (converted, *([] if outside is None else [outside.block])):
+        return_weights(graph, device=home)
     clock.lap("measure")
     return QuantizedModel(
         converted,
@@ -339,4 +356,5 @@ def _recorded(model: Any, settings: Settings) -> CalibrationSet:
         seed=settings.seed,
         timestep=settings.timestep,
         component=settings.component,
+        execution_device=settings.execution_device,
     )

@@ -48,6 +48,14 @@ class Settings:
     # A folder for the finished parts of reconstruction, to resume from after an interruption.
     # None: keep nothing.
     state: str | Path | None = None
+    # Where all stages compute, if the network does not lie there: each weight is copied there when it is read.
+    # None: where the network lies.
+    execution_device: str | None = field(
+        default=None,
+        metadata={
+            "help": "Where all stages compute, such as cuda:0, while the network stays where it is: for one that does not fit there."
+        },
+    )
 
     def __post_init__(self) -> None:
         for name, value in (("timestep", self.timestep), ("component", self.component or "unet")):

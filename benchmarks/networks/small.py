@@ -174,6 +174,23 @@ class Tokens(nn.Module):
         return z
 
 
+class Deep(nn.Module):
+    """Residual linear layers, each with a temporal feature: layers * 2 * width ** 2 weights."""
+
+    def __init__(self, width: int, layers: int) -> None:
+        super().__init__()
+        self.width = width
+        self.time = nn.Linear(32, width)
+        self.embs = nn.ModuleList(nn.Linear(width, width) for _ in range(layers))
+        self.layers = nn.ModuleList(nn.Linear(width, width) for _ in range(layers))
+
+    def forward(self, sample: Tensor, timestep: Tensor) -> Tensor:
+        emb = F.silu(self.time(sinusoid(timestep, 32)))
+        for layer, temporal in zip(self.layers, self.embs, strict=True):
+            sample = sample + F.silu(layer(sample) + temporal(emb))
+        return sample
+
+
 class Listed(nn.Module):
     """Lists of pictures (2, H, W) and of prompts (words, 6), whose sizes may differ, in and a list of pictures out.
 

@@ -15,6 +15,7 @@ from tfmq_fx.base.ambient import neutral
 from tfmq_fx.base.arithmetic import NETWORK_DTYPES
 from tfmq_fx.base.errors import TFMQError, require_type
 from tfmq_fx.base.mapped import outgrows
+from tfmq_fx.base.offloaded import home_of
 from tfmq_fx.base.parallel import workers
 from tfmq_fx.graph.inputs import placeholders, require_input, timestep_input
 from tfmq_fx.graph.nodes import attribute, fresh, meta_value, weight_path
@@ -162,7 +163,7 @@ def _map_integers(weights: Sequence[tuple[PerChannelWeightFakeQuantize, Tensor]]
 
     Raises TFMQError if the disk is too small.
     """
-    on_cpu = [(observer, w) for observer, w in weights if w.device.type == "cpu"]
+    on_cpu = [(observer, w) for observer, w in weights if home_of(w).type == "cpu"]
     size = sum(w.numel() for _, w in on_cpu)
     if outgrows(size, limit, "prepare: the weights' integers need", "raise Reconstruction.max_memory"):
         for observer, _ in on_cpu:

@@ -53,7 +53,10 @@ def changed(change):
 
 
 WRONG = {
-    "offload hook": (offloaded, r"offload hook \(CpuOffload\); call pipe.remove_all_hooks\(\)"),
+    "offload hook": (
+        offloaded,
+        r"offload hook \(CpuOffload\); call pipe.remove_all_hooks\(\), .* execution_device=",
+    ),
     "layerwise casting": (layerwise, r"has diffusers' hook 'layerwise_casting'"),
     "slices": (
         changed(lambda n: n.set_attention_slice("max")),

@@ -6,12 +6,15 @@ number, shape ().
 """
 
 from contextlib import contextmanager
+from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
+
+from tfmq_fx.base.offloaded import Offloaded
 
 DEVICE = torch.device("meta")  # torch needs nothing for it
 aten = torch.ops.aten
@@ -48,6 +51,8 @@ class MixedDevices(RuntimeError):
 
 def dispatch(func, args, kwargs):
     flat = [x for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
+    if any(isinstance(x, Offloaded) for x in flat):
+        return NotImplemented  # it copies itself here first
     there = [x for x in flat if isinstance(x, Elsewhere)]
     here = [x for x in flat if not isinstance(x, Elsewhere) and x.dim()]
     of_here = func in INDEXES and here and here[0] is flat[0]
@@ -89,7 +94,8 @@ class _Literals(TorchFunctionMode):
 @contextmanager
 def device():
     """Let tensors be made on the device, and moved to it."""
-    with _Operators(), _Literals():
+    # torchao turns modes off while it looks for constants.
+    with _Operators(), _Literals(), patch.object(Offloaded, "copied", lambda x: Elsewhere(x.home.clone())):
         yield
 
 

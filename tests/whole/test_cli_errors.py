@@ -96,6 +96,7 @@ def place(template, tmp_path, monkeypatch):
         (("quantize", "q", "--dtype", "float8"), "--dtype float8: is unknown; use float32, float16, bfloat16"),
         (("quantize", "q", "--device", "abacus"), "--device abacus: cannot be used here"),
         (("sample", "small", "--device", "xla:3"), "use one of cpu"),
+        (("quantize", "q", "--execution-device", "cuda:9"), "execution_device cuda:9: cannot be used here"),
         (("quantize", "q", "--model", "pipe", "--variant", "fp16"), "diffusers cannot load it"),
         (("quantize", "q", "--model", "no-json"), "diffusers cannot load it"),
         (("quantize", "q", "--config", "pipe"), "--config pipe: is for a --model; the embedded one has its own"),

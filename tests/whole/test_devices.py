@@ -36,6 +36,7 @@ from tfmq_fx.pipeline import stages
 from tfmq_fx.reconstruction.spill import Budget, Values
 
 LEARNED = dataclasses.replace(FAST, iterations=3, temporal_iterations=3, tune_iterations=3, shards=1)
+GPTQ = dataclasses.replace(LEARNED, method="gptq", temporal_method="gptq", tune_iterations=0)
 NEAREST = dataclasses.replace(LEARNED, method="nearest", tune_iterations=0)
 FINITE = {Labelled: {"class_labels": range(Labelled.classes)}}
 RECIPES = {
@@ -56,6 +57,7 @@ RECIPES = {
 }
 CASES = [
     (Labelled, "default", LEARNED),
+    (Labelled, "default", GPTQ),
     (Labelled, "keyed", NEAREST),
     (Labelled, "two terms", NEAREST),
     (Labelled, "cached", LEARNED),

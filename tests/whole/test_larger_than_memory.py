@@ -7,12 +7,10 @@ from functools import partial
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from torch import nn
-from torch.nn import functional as F
 
 import tfmq_fx
 from benchmarks.memory import OwnMemory, anonymous
-from benchmarks.networks.small import sinusoid
+from benchmarks.networks.small import Deep
 from tests.helpers.processes import finish, start
 from tfmq_fx.base import arithmetic
 from tfmq_fx.observers import weight
@@ -21,23 +19,6 @@ from tfmq_fx.recipe import Recipe, Reconstruction
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 M_MMAP_THRESHOLD = -3  # malloc.h
 TIMESTEPS = torch.arange(0, 1000, 250).flip(0)
-
-
-class Deep(nn.Module):
-    """Residual linear layers, each with a temporal feature: layers * 2 * width ** 2 weights."""
-
-    def __init__(self, width: int, layers: int) -> None:
-        super().__init__()
-        self.width = width
-        self.time = nn.Linear(32, width)
-        self.embs = nn.ModuleList(nn.Linear(width, width) for _ in range(layers))
-        self.layers = nn.ModuleList(nn.Linear(width, width) for _ in range(layers))
-
-    def forward(self, sample, timestep):
-        emb = F.silu(self.time(sinusoid(timestep, 32)))
-        for layer, temporal in zip(self.layers, self.embs, strict=True):
-            sample = sample + F.silu(layer(sample) + temporal(emb))
-        return sample
 
 
 def from_file(width, layers, file):

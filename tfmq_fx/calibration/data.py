@@ -17,6 +17,7 @@ from tfmq_fx.base.arguments import Path as ArgumentPath
 from tfmq_fx.base.arguments import leaves, nested
 from tfmq_fx.base.entries import per_sample
 from tfmq_fx.base.errors import TFMQError, nearest_names
+from tfmq_fx.base.offloaded import executing_on, usable_device
 from tfmq_fx.base.row_lists import RowLists, is_list_of_rows, row_lists
 from tfmq_fx.base.second_rows import SecondRows, is_second
 from tfmq_fx.base.stand_ins import StandIn
@@ -258,6 +259,7 @@ class CalibrationSet:
         deterministic: bool = True,
         cache: str | Path | None = None,
         max_memory: float = MAX_MEMORY,
+        execution_device: str | torch.device | None = None,
         **pipe_kwargs: Any,
     ) -> CalibrationSet:
         """Run the pipeline once and record every call of its denoiser: one trajectory per sample.
@@ -276,6 +278,7 @@ class CalibrationSet:
         cache: a folder that keeps recordings. A recording with equal weights, scheduler, arguments, seeds and
             versions is read instead of made again.
         max_memory: bytes; larger recordings are memory-mapped files, in `cache` or the system's temporary folder.
+        execution_device: where the pipeline computes, if it does not fit there: as `quantize` has it.
         pipe_kwargs: passed to the pipeline (prompt, class_labels, guidance_scale, eta, ...). A list has one value
             per sample, and is repeated if it is shorter, unless short runs show that the pipeline takes it as a
             whole (one value per adapter, ControlNet or layer). A tuple is always passed as it is. Without a prompt, a
@@ -298,6 +301,7 @@ class CalibrationSet:
             raise TFMQError(
                 f"calibration: {type(pipe).__name__} takes no 'num_inference_steps'; give num_inference_steps=None."
             )
+        device = usable_device(execution_device, "execution_device")
         own = prompts_for(pipe, pipe_kwargs)
         pipe_kwargs |= own
         timestep = timestep_of(
@@ -309,7 +313,10 @@ class CalibrationSet:
             pipe, network, timestep, num_samples, num_inference_steps, seed, batch_size, pipe_kwargs
         )
         folder = None if cache is None else Path(cache)
-        found = record(session, deterministic=deterministic, cache=folder, max_memory=max_memory)
+        # A pipeline computes where its first component says that it is.
+        components = {id(m): m for m in (network, *pipe.components.values()) if isinstance(m, nn.Module)}
+        with executing_on(components.values(), device):
+            found = record(session, deterministic=deterministic, cache=folder, max_memory=max_memory)
         made = CalibrationSet(
             found.rows, found.constants, timestep, found.paths, conditional=found.conditional,
             note=OWN_PROMPTS if own else "", repeats=found.repeats, folded=found.folded,

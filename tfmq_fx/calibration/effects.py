@@ -37,6 +37,7 @@ from tfmq_fx.base.arithmetic import (
 )
 from tfmq_fx.base.entries import per_sample
 from tfmq_fx.base.errors import TFMQError
+from tfmq_fx.base.offloaded import loaded
 from tfmq_fx.base.parallel import workers
 from tfmq_fx.calibration.calls import overflow_words
 from tfmq_fx.calibration.data import CalibrationSet, inputs_of
@@ -410,7 +411,7 @@ class _Probe(Interpreter):
             self.found[reader.input, candidate, VARIANCE] = variance.cpu()
 
     def _judge_weight(self, reader: Reader, w: Tensor, g: Tensor) -> None:
-        energy, w, path = g.float().square(), w.float(), reader.plan.path
+        energy, w, path = g.float().square(), loaded(w).float(), reader.plan.path
         if reader.plain:
             if path not in self.steps:
                 self.steps[path] = _row_steps(w, reader)

@@ -50,7 +50,7 @@ def _compiled(network: nn.Module) -> Iterator[str]:
 
 def _hooked(network: nn.Module) -> Iterator[str]:
     for name, hook in _modules(network, lambda m: _own(m, "_hf_hook")):
-        yield f"{name} has an offload hook ({type(hook).__name__}); call pipe.remove_all_hooks(), then pipe.to(device)."
+        yield f"{name} has an offload hook ({type(hook).__name__}); call pipe.remove_all_hooks(), then pipe.to(device), or give execution_device=."
     for name, registry in _modules(network, lambda m: _own(m, "_diffusers_hook")):
         names = list(getattr(registry, "hooks", {}))
         if names:

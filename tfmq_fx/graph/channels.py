@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
 from tfmq_fx.base.errors import TFMQError
-from tfmq_fx.base.mapped import on_disk, outgrows
+from tfmq_fx.base.mapped import outgrows
+from tfmq_fx.base.offloaded import home_of, loaded, lying_as
 from tfmq_fx.graph.nodes import (
     attribute,
     edge_layers,
@@ -59,7 +60,7 @@ class ParameterLayer:
 
     def by_input(self) -> Tensor:
         """Return the weight as (C_in, ...), one row for each input channel. `from_input` is the inverse."""
-        w = self.weight
+        w = loaded(self.weight)
         if self.transposed:  # (C_in, C_out / groups, ...)
             return w.flatten(1)
         # groups, C_out / groups, C_in / groups, ...
@@ -127,9 +128,7 @@ def set_tensor(gm: GraphModule, target: str, value: Tensor, *, mapped: bool = Fa
     *path, name = target.split(".")
     module = gm.get_submodule(".".join(path))
     old: Tensor = getattr(module, name)
-    value = plain_strides(value.to(old.dtype).reshape(old.shape))
-    if mapped and value.device.type == "cpu":
-        value = on_disk(value)
+    value = lying_as(old, plain_strides(value.to(old.dtype).reshape(old.shape)), mapped=mapped)
     if isinstance(old, nn.Parameter):
         value = nn.Parameter(value, requires_grad=old.requires_grad)
     setattr(module, name, value)
@@ -140,7 +139,7 @@ def outgrow(layers: Iterable[ParameterLayer], max_memory: float) -> bool:
 
     Raises TFMQError if the disk is too small.
     """
-    size = sum(w.nbytes for layer in layers if (w := layer.weight).device.type == "cpu")
+    size = sum(w.nbytes for layer in layers if home_of(w := layer.weight).type == "cpu")
     return outgrows(size, max_memory * 2**30, "the rewritten weights need", "raise Reconstruction.max_memory")
 
 

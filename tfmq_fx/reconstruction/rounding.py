@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from tfmq_fx.base.errors import TFMQError
+from tfmq_fx.base.offloaded import loaded
 from tfmq_fx.base.progress import track
 from tfmq_fx.graph.nodes import attribute, convolution_arguments, groups_of, op_name, weight_argument
 from tfmq_fx.observers.static import StaticFakeQuantize
@@ -226,7 +227,7 @@ def _second_order(
             last = (x, rows_of, moments)
         if blocks == 1:  # all columns share one scale, so every piece takes it
             scale, zero_point = (x.expand(-1, -1, pieces) for x in (scale, zero_point))
-        w_GCK = parted(weight.detach().reshape(groups, channels, -1), pieces)
+        w_GCK = parted(loaded(weight.detach()).reshape(groups, channels, -1), pieces)
         if layer in corrects:
             w_GCK = corrected(w_GCK, last[2], damping=settings.damping)
             if keep:

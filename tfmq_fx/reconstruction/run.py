@@ -100,7 +100,7 @@ class Run:
                 kept = f"the finished blocks are in {self.finished.folder}, where the same call goes on"
             raise TFMQError(
                 f"reconstruction of block {name}: out of memory ({first_line(error)}); {kept}. Free some of the device's memory, or "
-                "start anew with a lower Reconstruction.batch_size or gptq_memory."
+                "start anew with a lower Reconstruction.batch_size or gptq_memory, or with the network on the CPU and execution_device=."
             ) from error
 
     def order(self, index: int, chunks: int) -> Callable[[], int]:
