@@ -2,6 +2,7 @@
 
     python -m benchmarks.larger_than_memory sd-xl --method gptq
     python -m benchmarks.larger_than_memory flux --method nearest --folder /large/disk
+    python -m benchmarks.larger_than_memory flux --method gptq --execution-device cuda
 
 Writes random bfloat16 weights of the published shapes as a sharded diffusers folder, quantizes them to W4A8 with short
 sequences, and calls the result once after loading it. Each step is a process of its own; it prints the peak of its own
@@ -147,8 +148,10 @@ def write(network: Any, folder: Path) -> None:
     temporary.rename(folder)
 
 
-def quantize(name: str, source: Path, target: Path, method: str, rows: int, max_memory: float) -> None:
-    """Quantize the folder `source` to W4A8, and save it as `target`."""
+def quantize(
+    name: str, source: Path, target: Path, method: str, rows: int, max_memory: float, device: str | None
+) -> None:
+    """Quantize the folder `source` to W4A8, and save it as `target`. device: computes, while the network stays on the CPU."""
     network = type(build(name)).from_pretrained(source, torch_dtype=torch.bfloat16).eval()
     found = inputs(name)
     data = {
@@ -170,7 +173,11 @@ def quantize(name: str, source: Path, target: Path, method: str, rows: int, max_
         recipe,
         calibration=tfmq_fx.CalibrationSet(data, constants, "timestep", paths),
         state=None if method == "nearest" else state,
+        execution_device=device,
     )
+    if device is not None:
+        peak = torch.cuda.max_memory_allocated(device) / 2**30
+        print(f"peak memory of the GPU ({torch.cuda.get_device_name(device)}) {peak:.2f} GiB")
     print("seconds:", ", ".join(f"{stage} {s:.0f}" for stage, s in q.report["seconds"].items()))
     print(f"{q.report['sizes']['quantized_weights'] / 1e9:.2f} G quantized weights")
     started = time.monotonic()
@@ -211,6 +218,7 @@ def main() -> None:
     )
     parser.add_argument("--rows", type=int, default=2)
     parser.add_argument("--max-memory", type=float, default=1.0, help="Reconstruction.max_memory, GiB")
+    parser.add_argument("--execution-device", help="a GPU that computes, such as cuda:0")
     parser.add_argument(
         "--folder", type=Path, default=Path(tempfile.gettempdir()) / "tfmq-larger-than-memory"
     )
@@ -234,7 +242,9 @@ def main() -> None:
             if not source.is_dir():
                 write(build(args.network, args.layers), source)
         elif args.step == "quantize":
-            quantize(args.network, source, target, args.method, args.rows, args.max_memory)
+            quantize(
+                args.network, source, target, args.method, args.rows, args.max_memory, args.execution_device
+            )
         else:
             call(args.network, target, args.max_memory)
     del kept

@@ -41,7 +41,7 @@ def bfloat16_glue(
             ==>  y = kernel(x, ..., bfloat16); z = group_norm(y, to(w, bfloat16), to(b, bfloat16))
 
     dtypes: the dtype of every node that is a tensor, as found in a run of the graph.
-    precise: names of inputs. Nodes that depend on these alone keep float32.
+    precise: names of inputs. Nodes that depend on these and constants alone keep float32.
 
     Nodes marked PRECISE and arithmetic that only feeds a quantization keep float32 too. Eight bits are not
     enough for timesteps up to 1000, for the scales looked up by them, and for sums that cancel.
@@ -102,11 +102,17 @@ def _kept(gm: GraphModule, precise: Collection[str]) -> set[Node]:
     """Return the nodes that keep float32.
 
     They depend on precise inputs and constants alone, are marked PRECISE, are arithmetic on such nodes alone,
-    or are arithmetic that only a quantization reads.
+    or are arithmetic that only a quantization reads. Functions of constants alone are the frequencies of sinusoids: times a
+    timestep of 1000, their 8 bits would be an angle that is wrong by radians.
     """
     marks: dict[Node, set[str]] = {}
     kept: set[Node] = set()
+    constant: set[Node] = set()
     for node in gm.graph.nodes:
+        if node.op == "get_attr" or (
+            node.op == "call_function" and constant.issuperset(node.all_input_nodes)
+        ):
+            constant.add(node)
         above = [marks[n] for n in value_inputs(node)]
         marks[node] = {str(node.target)} if node.op == "placeholder" else set().union(*above)
         inputs = [n for n in node.all_input_nodes if n.op != "get_attr"]
@@ -117,7 +123,7 @@ def _kept(gm: GraphModule, precise: Collection[str]) -> set[Node]:
         alone = node.users and all(u.target is QUANTIZE or (u in kept and _feeds(u)) for u in node.users)
         if alone and op_name(node) in _ARITHMETIC:
             kept.add(node)
-    return kept - set(gm.graph.find_nodes(op="output"))
+    return (kept | constant) - set(gm.graph.find_nodes(op="output"))
 
 
 def _feeds(node: Node) -> bool:
