@@ -40,6 +40,7 @@ from tfmq_fx.passes.int8.plain_sizes import plain_sizes
 from tfmq_fx.passes.int8.rescale_temporal import PRECISE
 from tfmq_fx.passes.int8.round_float8 import round_float8
 from tfmq_fx.passes.int8.to_int8 import TO_INT8
+from tfmq_fx.passes.int8.unsqueeze_linears import unsqueeze_linears
 from tfmq_fx.passes.pass_manager import PassManager
 from tfmq_fx.passes.temporal.find_temporal import taint
 from tfmq_fx.runtimes.layers import EngineLayer, layers_of, saturating_layers, saturating_products
@@ -115,7 +116,9 @@ def write(model: QuantizedGraph, folder: Path, *, float_share: float = 0.0) -> l
     if in_float and len(in_float) < len(quantized):
         fold_weights(gm, weighted)
         multiply_in_float(gm, products)
-    PassManager([norms_by_channel, bound_first_terms, round_float8, integer_weights, plain_sizes])(gm)
+    PassManager(
+        [norms_by_channel, bound_first_terms, unsqueeze_linears, round_float8, integer_weights, plain_sizes]
+    )(gm)
     _require_real(gm)
     _separate_outputs(gm)
     ir = _convert(gm)
