@@ -171,8 +171,9 @@ def _quantized(
         )
     with kept({**written_buffers(gm), **written_buffers(closed)}):
         errors = measure_errors(gm, closed, calibration, block=block, seed=settings.seed, outputs=outputs)
-    for graph in (converted, *([] if outside is None else [outside.block])):
-        return_weights(graph, device=home)
+    if settings.execution_device is not None:
+        for graph in (converted, *([] if outside is None else [outside.block])):
+            return_weights(graph, device=home)
     clock.lap("measure")
     return QuantizedModel(
         converted,

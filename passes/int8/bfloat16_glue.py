@@ -123,7 +123,14 @@ def _kept(gm: GraphModule, precise: Collection[str]) -> set[Node]:
         alone = node.users and all(u.target is QUANTIZE or (u in kept and _feeds(u)) for u in node.users)
         if alone and op_name(node) in _ARITHMETIC:
             kept.add(node)
-    return (kept | constant) - set(gm.graph.find_nodes(op="output"))
+    kept |= constant
+    kept -= {n for n in constant if _is_cast_weight(n) and not kept.intersection(n.users)}
+    return kept - set(gm.graph.find_nodes(op="output"))
+
+
+def _is_cast_weight(node: Node) -> bool:
+    """Return True for a cast of a constant that is not computed: its values have no more bits than they are stored with."""
+    return op_name(node) in ("to", "_to_copy") and all(n.op == "get_attr" for n in node.all_input_nodes)
 
 
 def _feeds(node: Node) -> bool:

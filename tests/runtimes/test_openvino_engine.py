@@ -500,3 +500,29 @@ def lowered_on_one_thread(talk, activation):
 def test_a_timesteps_layers_may_have_any_activation(activation):
     """On one thread, OpenVINO 2026.4 merges them, which ended the process: so this is one of its own."""
     assert finish(*start(lowered_on_one_thread, activation)) == []
+
+
+@torch.no_grad()
+def test_what_openvino_cannot_merge_is_computed_one_by_one(monkeypatch, caplog):
+    own = openvino_engine.Compiled._compiled
+
+    def failing(compiled, inputs, settings):
+        if "SNIPPETS_MODE" not in settings:
+            raise RuntimeError("Exception from src/core.cpp:117:\nnot enough registers\n")
+        return own(compiled, inputs, settings)
+
+    monkeypatch.setattr(openvino_engine.Compiled, "_compiled", failing)
+    q = quantized()
+    low = lower(q, "cpu", precision="float32", cache=None)
+    assert low.report["lowering"]["not_merged_because"] == "not enough registers"
+    assert "each operator by itself, which is slower: not enough registers" in caplog.text
+    assert_same_but_for_ties([(low(noise(2), t), q(noise(2), t)) for t in TIMESTEPS[:2]])
+
+
+def test_what_openvino_cannot_compile_at_all_is_refused(monkeypatch):
+    def failing(*_):
+        raise RuntimeError("Exception from src/core.cpp:117:\nno such kernel\n")
+
+    monkeypatch.setattr(openvino_engine.Compiled, "_compiled", failing)
+    with pytest.raises(TFMQError, match="OpenVINO cannot compile the graph: no such kernel; "):
+        lower(quantized(), "cpu", precision="float32", cache=None)

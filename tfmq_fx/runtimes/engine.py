@@ -25,7 +25,7 @@ from tfmq_fx.base.errors import TFMQError
 from tfmq_fx.base.files import update_with_tensors
 from tfmq_fx.runtimes.layers import Kernel
 
-LAYOUT = 3  # the version of a cache folder's content; a new number invalidates old caches
+LAYOUT = 4  # the version of a cache folder's content; a new number invalidates old caches
 
 
 PRECISIONS = {"bfloat16": "bf16", "float32": "f32"}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import logging
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -40,6 +41,11 @@ from tfmq_fx.runtimes.openvino_file import (
     require_openvino,
     write,
 )
+
+log = logging.getLogger(__name__)
+
+# OpenVINO writes kernels for chains of operators. What it cannot write one for, it can still compute one by one.
+APART = {"SNIPPETS_MODE": "DISABLE"}
 
 
 def lower_openvino(model: QuantizedGraph, wanted: Compilation) -> Lowered:
@@ -78,6 +84,7 @@ def lower_openvino(model: QuantizedGraph, wanted: Compilation) -> Lowered:
         "precision": precision,
         "cached": cached,
         "compiled": True,
+        **({"not_merged_because": compiled.not_merged_because} if compiled.not_merged_because else {}),
         "weight_bytes": (folder / WEIGHTS).stat().st_size,
         "seconds": {"convert": round(converted, 2), "first": round(first, 2)},
     }
@@ -165,6 +172,9 @@ class Compiled(nn.Module):
         self.order = [names.index(i.get_node().get_friendly_name()) for i in self.file.inputs]
         self.nesting = Nesting(model.network)
         self.networks = PerShape(self.make)
+        self.not_merged_because = (
+            ""  # why operators of the latest compiled shapes are not merged into one kernel
+        )
 
     @property
     def seconds(self) -> dict[int, float]:
@@ -195,14 +205,22 @@ class Compiled(nn.Module):
 
     def compiled_for(self, inputs: Sequence[Tensor]) -> ForShapes:
         """Compile for inputs of these shapes."""
-        network = self.file.clone()
         try:
-            network.reshape(dict(zip(network.inputs, map(list, shapes_of(inputs)), strict=True)))
-            compiled = self.core.compile_model(network, "CPU", self.settings)
+            compiled = self._compiled(inputs, self.settings)
         except RuntimeError as error:  # what it could convert, but not run
             words = str(error).strip().splitlines()[-1]
-            raise TFMQError(f"OpenVINO cannot compile the graph: {words}; {NOT_LOWERED}") from error
+            try:
+                compiled = self._compiled(inputs, {**self.settings, **APART})
+            except RuntimeError:
+                raise TFMQError(f"OpenVINO cannot compile the graph: {words}; {NOT_LOWERED}") from error
+            self.not_merged_because = words
+            log.warning("lower: OpenVINO computes each operator by itself, which is slower: %s", words)
         return ForShapes(compiled, list(executions_of(compiled)))
+
+    def _compiled(self, inputs: Sequence[Tensor], settings: Mapping[str, Any]) -> Any:
+        network = self.file.clone()
+        network.reshape(dict(zip(network.inputs, map(list, shapes_of(inputs)), strict=True)))
+        return self.core.compile_model(network, "CPU", dict(settings))
 
     def loaded(self, folder: Path) -> ForShapes:
         """Return the network that `make` wrote into a folder. Its execution graph no longer has all names."""
