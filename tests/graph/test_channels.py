@@ -9,9 +9,9 @@ import torch
 from torch import nn
 
 from tests.helpers.low_bits import data, graph
+from tfmq_fx.base import offloaded
 from tfmq_fx.base.errors import TFMQError
 from tfmq_fx.calibration.stage import input_maxima
-from tfmq_fx.graph import channels
 from tfmq_fx.graph.nodes import fresh
 from tfmq_fx.passes import low_rank, rotate, smooth
 
@@ -31,9 +31,9 @@ def passes(gm):
 @pytest.mark.parametrize("number", range(3))
 def test_rewritten_weights_lie_in_files_with_the_same_bits(monkeypatch, number):
     gm = graph(body, image=True)
-    change, written, on_disk = passes(gm)[number], [], channels.on_disk
+    change, written, on_disk = passes(gm)[number], [], offloaded.on_disk
     in_memory = change(fresh(gm)).graph_module
-    monkeypatch.setattr(channels, "on_disk", lambda x: written.append(x) or on_disk(x))
+    monkeypatch.setattr(offloaded, "on_disk", lambda x: written.append(x) or on_disk(x))
     change(fresh(gm))
     assert not written
     in_files = change(fresh(gm), max_memory=0.0).graph_module
