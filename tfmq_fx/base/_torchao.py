@@ -20,14 +20,14 @@ _pytree_log.setLevel(logging.ERROR)
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
     from torch.ao.quantization.fx import _decomposed  # noqa: F401  (registers torch.ops.quantized_decomposed)
-    from torch.ao.quantization.fx.utils import assert_and_get_unique_device
+    from torch.ao.quantization.fx import utils as ao_utils
+    from torchao import utils as torchao_utils
     from torchao.quantization.pt2e import quantize_pt2e
     from torchao.quantization.pt2e.fake_quantize import FakeQuantize, FakeQuantizeBase
     from torchao.quantization.pt2e.observer import HistogramObserver, MinMaxObserver, ObserverBase
     from torchao.quantization.pt2e.quantizer import QuantizationAnnotation, QuantizationSpec, Quantizer
     from torchao.quantization.pt2e.quantizer.quantizer import Q_ANNOTATION_KEY
     from torchao.quantization.quant_primitives import MappingType, choose_qparams_affine_with_min_max
-    from torchao.utils import _assert_and_get_unique_device
 _pytree_log.setLevel(_level)
 
 
@@ -49,8 +49,12 @@ def convert_pt2e(gm: GraphModule) -> GraphModule:
 
 def _forget() -> None:
     """Empty the caches in which torchao (0.18) and torch (2.15) keep each module whose device they asked for, with its weights."""
-    for function in (_assert_and_get_unique_device, assert_and_get_unique_device):
-        getattr(function, "cache_clear", lambda: None)()
+    for module, name in (
+        (torchao_utils, "_assert_and_get_unique_device"),
+        (ao_utils, "assert_and_get_unique_device"),
+    ):
+        # Both names are private, and may be gone or without a cache in another version.
+        getattr(getattr(module, name, None), "cache_clear", lambda: None)()
 
 
 def register_x86_patterns() -> None:
