@@ -82,7 +82,7 @@ class PerChannelWeightFakeQuantize(KeptDtype, FakeQuantizeBase):  # type: ignore
         Numbers of float8 have the whole range: their error is relative, so that a smaller range would gain nothing.
         """
         self.dtypes = (torch.float32, weight.dtype)
-        x_RK = self._rows(loaded(weight.detach()).float())
+        x_RK = self._float_rows(weight)
         is_float8 = isinstance(self.numbers, Float8Range)
         low_R, high_R = (x_RK.amin(1), x_RK.amax(1)) if is_float8 else search_range(x_RK, self.numbers)
         self.scale, self.zero_point = choose_qparams(low_R, high_R, self.numbers)
@@ -100,6 +100,10 @@ class PerChannelWeightFakeQuantize(KeptDtype, FakeQuantizeBase):  # type: ignore
     def _rows(self, weight: Tensor) -> Tensor:
         x_CK = weight.movedim(self.ch_axis, 0).flatten(1)
         return x_CK if self.group_size is None else x_CK.reshape(-1, self.group_size)
+
+    def _float_rows(self, weight: Tensor) -> Tensor:
+        """Return the rows of a float weight, in float32 on its device."""
+        return self._rows(loaded(weight.detach()).float())
 
     def _unrows(self, x_RK: Tensor, shape: torch.Size) -> Tensor:
         """Invert `_rows` for a weight of that shape. The operators have an overload, for a graph to hold."""
@@ -137,7 +141,7 @@ class PerChannelWeightFakeQuantize(KeptDtype, FakeQuantizeBase):  # type: ignore
 
         h(alpha) = frac(w / s) (AdaRound, section 3).
         """
-        scaled = self._rows(loaded(weight.detach()).float()) / self.scale[:, None]
+        scaled = self._float_rows(weight) / self.scale[:, None]
         self._step = self.numbers.spacing(scaled)
         self._floor = torch.floor(scaled / self._step) * self._step
         fraction = ((scaled - self._floor) / self._step).clamp(1e-4, 1 - 1e-4)
@@ -178,7 +182,7 @@ class PerChannelWeightFakeQuantize(KeptDtype, FakeQuantizeBase):  # type: ignore
         log_growth (R,): the logarithm of the factor by which the scale grows.
         """
         q_RK = self._rows(self.q.float()) - self.zero_point[:, None]
-        scaled = self._rows(loaded(weight.detach()).float()) / self.scale[:, None]
+        scaled = self._float_rows(weight) / self.scale[:, None]
         edge = EDGE * self.numbers.spacing(q_RK)
         self.steps = torch.clamp(scaled, q_RK - edge, q_RK + edge).requires_grad_()
         self.log_growth = torch.zeros_like(self.scale).requires_grad_()

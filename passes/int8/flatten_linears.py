@@ -34,18 +34,13 @@ def _rewrite(module: GraphModule) -> bool:
     rows_of: dict[Node, Node] = {}
     for node in list(module.graph.find_nodes(op="call_function", target=aten.linear.default)):
         x, y = node.args[0], meta_value(node)
-        if x.target is not ops.dequantize_per_tensor.default or not isinstance(y, Tensor) or y.dim() < 3:
+        value = rounded_value(x)
+        if value is None or not isinstance(y, Tensor) or y.dim() < 3:
             continue
-        quantize = x.args[0]
-        if quantize.target is not ops.quantize_per_tensor.default:
-            continue
-        value = quantize.args[0]
         if x not in rows_of:
             with module.graph.inserting_before(x):
                 columns = fixed_size(meta_value(x).shape[-1])
-                rows = call(aten.reshape.default, (value, [-1, columns]))
-                q = call(quantize.target, (rows, *quantize.args[1:]))
-                rows_of[x] = call(x.target, (q, *x.args[1:]))
+                rows_of[x] = rounded_as(x, call(aten.reshape.default, (value, [-1, columns])))
         with module.graph.inserting_before(node):
             flat = call(aten.linear.default, (rows_of[x], *node.args[1:]), node.kwargs)
             sizes = [fixed_size(size) for size in y.shape]
@@ -58,3 +53,25 @@ def _rewrite(module: GraphModule) -> bool:
         module.graph.erase_node(node)
         modified = True
     return modified
+
+
+def rounded_value(x: Node) -> Node | None:
+    """Return what is quantized, and dequantized to x, with constant qparams for all its elements; None if x is anything else."""
+    if x.target is not ops.dequantize_per_tensor.default:
+        return None
+    quantize = x.args[0]
+    assert isinstance(quantize, Node)
+    if quantize.target is not ops.quantize_per_tensor.default:
+        return None
+    value = quantize.args[0]
+    assert isinstance(value, Node)
+    return value
+
+
+def rounded_as(x: Node, value: Node) -> Node:
+    """Quantize and dequantize `value` as x was, of which `rounded_value` is a node, at the graph's point of insertion."""
+    for node in (x.args[0], x):
+        assert isinstance(node, Node)
+        assert callable(node.target)
+        value = x.graph.call_function(node.target, (value, *node.args[1:]), node.kwargs)
+    return value

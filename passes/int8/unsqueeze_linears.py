@@ -4,16 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 from torch.fx.passes.infra.pass_base import PassResult
 
 from tfmq_fx.graph.nodes import aten, meta_value
+from tfmq_fx.passes.int8.flatten_linears import rounded_as, rounded_value
 from tfmq_fx.passes.pass_manager import declare, rewrite_modules
-
-QUANTIZE = torch.ops.quantized_decomposed.quantize_per_tensor.default
-DEQUANTIZE = torch.ops.quantized_decomposed.dequantize_per_tensor.default
 
 
 @declare(after=("convert", "rescale_temporal", "byte_activations"))
@@ -51,18 +48,17 @@ def _rewrite(module: GraphModule) -> bool:
 
 def _unsqueezed(x: Node) -> Node:
     """Return x with a dimension more; if it is quantized, this is given before, where OpenVINO does not take it away again."""
-    rounded: list[Node] = []
-    source, q = x, x.args[0] if x.args else None
-    if isinstance(q, Node) and q.target is QUANTIZE and x.target is DEQUANTIZE:
-        (source,), rounded = q.all_input_nodes, [q, x]
+    value = rounded_value(x)
+    source = x if value is None else value
     found = x.graph.call_function(aten.unsqueeze.default, (source, 1))
     _describe(found, meta_value(source))
-    for node in rounded:
-        assert callable(node.target)
-        found = x.graph.call_function(node.target, (found, *node.args[1:]), node.kwargs)
-        found.meta = dict(node.meta)
-        _describe(found, meta_value(node))
-    return found
+    if value is None:
+        return found
+    rounded = rounded_as(x, found)
+    for made, like in ((rounded.all_input_nodes[0], x.all_input_nodes[0]), (rounded, x)):
+        made.meta = dict(like.meta)
+        _describe(made, meta_value(like))
+    return rounded
 
 
 def _describe(node: Node, value: Any) -> None:

@@ -39,7 +39,7 @@ from tests.helpers.lowered import (
     needs_kernels,
     noise,
 )
-from tests.helpers.nearest import labelled, one_timestep, quantized
+from tests.helpers.nearest import labelled, one_timestep, quantized, recipe
 from tests.helpers.processes import finish, start
 from tfmq_fx.artefact.drop_in import DropIn
 from tfmq_fx.base.arithmetic import NO_INT8, SATURATES
@@ -484,10 +484,7 @@ def lowered_on_one_thread(talk, activation):
     data = tfmq_fx.CalibrationSet.from_tensors(
         {"sample": torch.randn(20, 5, 16), "timestep": TIMESTEPS.repeat(2)}
     )
-    recipe = tfmq_fx.Recipe(
-        weight_bits=8, reconstruction=tfmq_fx.Reconstruction(method="nearest", tune_iterations=0)
-    )
-    q = tfmq_fx.quantize(Activations(activation).eval(), recipe, calibration=data)
+    q = tfmq_fx.quantize(Activations(activation).eval(), recipe("w8a8"), calibration=data)
     lowered = q.lower("cpu", engine="openvino", precision="float32")
     given = data.arguments(slice(0, 4))
     with torch.no_grad():

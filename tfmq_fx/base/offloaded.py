@@ -92,9 +92,9 @@ def loaded(x: Tensor) -> Tensor:
 
 def lying_as(like: Tensor, x: Tensor, *, mapped: bool) -> Tensor:
     """Return `x`, offloaded if `like` is. mapped: values on the CPU lie in a file that is mapped to memory."""
-    home = x.to(like.home.device) if isinstance(like, Offloaded) else x
-    home = on_disk(home) if mapped and home.device.type == "cpu" else home
-    return Offloaded(home, like.device) if isinstance(like, Offloaded) else home
+    if isinstance(like, Offloaded):
+        return Offloaded(lying_as(like.home, x.to(like.home.device), mapped=mapped), like.device)
+    return on_disk(x) if mapped and x.device.type == "cpu" else x
 
 
 def offload(module: nn.Module, device: torch.device) -> Callable[[], None]:
@@ -104,9 +104,7 @@ def offload(module: nn.Module, device: torch.device) -> Callable[[], None]:
 
 def bring_back(module: nn.Module, device: torch.device) -> None:
     """Let a module's parameters and buffers lie on `device`, in place: offloaded ones where they lie there already."""
-    _replaced(
-        module, lambda x: x.home if isinstance(x, Offloaded) and x.home.device == device else x.to(device)
-    )
+    _replaced(module, lambda x: (x.home if isinstance(x, Offloaded) else x).to(device))
 
 
 def _replaced(module: nn.Module, change: Callable[[Tensor], Tensor]) -> Callable[[], None]:

@@ -33,6 +33,7 @@ from tfmq_fx.runtimes.engine import (
 )
 from tfmq_fx.runtimes.layers import FLOAT8_IN_FLOAT, EngineLayer, Kernel
 from tfmq_fx.runtimes.openvino_file import (
+    APART,
     FLOAT,
     MODEL,
     NOT_LOWERED,
@@ -43,9 +44,6 @@ from tfmq_fx.runtimes.openvino_file import (
 )
 
 log = logging.getLogger(__name__)
-
-# OpenVINO writes kernels for chains of operators. What it cannot write one for, it can still compute one by one.
-APART = {"SNIPPETS_MODE": "DISABLE"}
 
 
 def lower_openvino(model: QuantizedGraph, wanted: Compilation) -> Lowered:
@@ -79,12 +77,13 @@ def lower_openvino(model: QuantizedGraph, wanted: Compilation) -> Lowered:
     compiled = Compiled(folder, model=model, settings=settings, kept=kept)
     compiled(*example_inputs(model, batch=wanted.batch).values())
     first = time.perf_counter() - start - converted
+    why_apart = compiled.networks.latest().not_merged_because
     details = {
         "library": f"openvino {openvino.__version__}",
         "precision": precision,
         "cached": cached,
         "compiled": True,
-        **({"not_merged_because": compiled.not_merged_because} if compiled.not_merged_because else {}),
+        **({"not_merged_because": why_apart} if why_apart else {}),
         "weight_bytes": (folder / WEIGHTS).stat().st_size,
         "seconds": {"convert": round(converted, 2), "first": round(first, 2)},
     }
@@ -172,9 +171,6 @@ class Compiled(nn.Module):
         self.order = [names.index(i.get_node().get_friendly_name()) for i in self.file.inputs]
         self.nesting = Nesting(model.network)
         self.networks = PerShape(self.make)
-        self.not_merged_because = (
-            ""  # why operators of the latest compiled shapes are not merged into one kernel
-        )
 
     @property
     def seconds(self) -> dict[int, float]:
@@ -197,7 +193,9 @@ class Compiled(nn.Module):
         def write(new: Path) -> None:
             made.append(self.compiled_for(inputs))
             (new / BLOB).write_bytes(made[0].compiled.export_model().getbuffer())
-            (new / KERNELS).write_text(json.dumps([dataclasses.asdict(e) for e in made[0].executions]))
+            executions = [dataclasses.asdict(e) for e in made[0].executions]
+            known = {"executions": executions, "not_merged_because": made[0].not_merged_because}
+            (new / KERNELS).write_text(json.dumps(known))
 
         folder = self.kept / folder_for(inputs)
         keep_folder(folder, write)
@@ -205,6 +203,7 @@ class Compiled(nn.Module):
 
     def compiled_for(self, inputs: Sequence[Tensor]) -> ForShapes:
         """Compile for inputs of these shapes."""
+        why_apart = ""
         try:
             compiled = self._compiled(inputs, self.settings)
         except RuntimeError as error:  # what it could convert, but not run
@@ -213,9 +212,9 @@ class Compiled(nn.Module):
                 compiled = self._compiled(inputs, {**self.settings, **APART})
             except RuntimeError:
                 raise TFMQError(f"OpenVINO cannot compile the graph: {words}; {NOT_LOWERED}") from error
-            self.not_merged_because = words
+            why_apart = words
             log.warning("lower: OpenVINO computes each operator by itself, which is slower: %s", words)
-        return ForShapes(compiled, list(executions_of(compiled)))
+        return ForShapes(compiled, list(executions_of(compiled)), not_merged_because=why_apart)
 
     def _compiled(self, inputs: Sequence[Tensor], settings: Mapping[str, Any]) -> Any:
         network = self.file.clone()
@@ -225,8 +224,9 @@ class Compiled(nn.Module):
     def loaded(self, folder: Path) -> ForShapes:
         """Return the network that `make` wrote into a folder. Its execution graph no longer has all names."""
         compiled = self.core.import_model((folder / BLOB).read_bytes(), "CPU", self.settings)
-        executions = json.loads((folder / KERNELS).read_text())
-        return ForShapes(compiled, [Execution(**{**e, "layers": tuple(e["layers"])}) for e in executions])
+        known = json.loads((folder / KERNELS).read_text())
+        executions = [Execution(**{**e, "layers": tuple(e["layers"])}) for e in known["executions"]]
+        return ForShapes(compiled, executions, not_merged_because=known["not_merged_because"])
 
     def executions(self) -> list[Execution]:
         """Return the executed nodes of the network that was called last."""
@@ -240,10 +240,13 @@ class ForShapes:
     """OpenVINO's network for inputs of fixed shapes. Threads may call it at once.
 
     A request holds one call's inputs and outputs. There are as many as calls ran at once.
+
+    not_merged_because: why OpenVINO computes chains of operators one by one; "" if it merges them.
     """
 
-    def __init__(self, compiled: Any, executions: list[Execution]) -> None:
+    def __init__(self, compiled: Any, executions: list[Execution], *, not_merged_because: str) -> None:
         self.compiled, self.executions = compiled, executions
+        self.not_merged_because = not_merged_because
         self.idle: deque[Any] = deque()  # its append and pop are atomic
 
     def __call__(self, inputs: Sequence[Tensor]) -> list[Tensor]:

@@ -8,13 +8,12 @@ from torch import nn
 
 import tfmq_fx
 from benchmarks.networks.small import FAST, TIMESTEPS, TinyUNet, calibration, make
+from tests.helpers.nearest import recipe
 from tfmq_fx.artefact.quantized_graph import example_inputs
 from tfmq_fx.base.metrics import first_tensor
 from tfmq_fx.graph.nodes import op_name
 from tfmq_fx.passes import bfloat16_glue
 from tfmq_fx.runtimes.torch_engine import dtypes_of, prepare_graph
-
-NEAREST = tfmq_fx.Recipe(reconstruction=tfmq_fx.Reconstruction(method="nearest", tune_iterations=0))
 
 
 class Sinusoids(nn.Module):
@@ -38,7 +37,7 @@ def data():
 @pytest.fixture(scope="module")
 def quantized():
     torch.manual_seed(0)
-    return tfmq_fx.quantize(Sinusoids().eval(), NEAREST, calibration=data())
+    return tfmq_fx.quantize(Sinusoids().eval(), recipe("w4a8"), calibration=data())
 
 
 def test_frequencies_keep_float32(quantized):
@@ -61,8 +60,7 @@ def test_features_at_large_timesteps_are_those_of_float32(quantized):
 
 
 def test_values_hold_and_outputs_keep_their_dtype():
-    recipe = tfmq_fx.Recipe(reconstruction=FAST)
-    q = tfmq_fx.quantize(make(TinyUNet), recipe, calibration=calibration())
+    q = tfmq_fx.quantize(make(TinyUNet), tfmq_fx.Recipe(reconstruction=FAST), calibration=calibration())
     gm = prepare_graph(q, precision="float32", pack=None).gm
     inputs = example_inputs(q, batch=2)
     with torch.no_grad():

@@ -9,7 +9,7 @@ from torch import nn
 import tfmq_fx
 from benchmarks.networks.small import TIMESTEPS, calibration
 from tests.helpers.int8_passes import operators
-from tests.helpers.nearest import quantized
+from tests.helpers.nearest import quantized, recipe
 from tfmq_fx.artefact.program import flat_graph
 from tfmq_fx.base.metrics import first_tensor
 from tfmq_fx.graph.nodes import meta_value, op_name
@@ -55,8 +55,7 @@ def test_linears_of_rows_have_a_dimension_more(keyed):
 def test_inputs_of_the_network_stay_first():
     torch.manual_seed(0)
     rows = {"sample": torch.randn(20, 6), "timestep": TIMESTEPS.repeat(2)}
-    recipe = tfmq_fx.Recipe(reconstruction=tfmq_fx.Reconstruction(method="nearest", tune_iterations=0))
-    q = tfmq_fx.quantize(Rows().eval(), recipe, calibration=tfmq_fx.CalibrationSet.from_tensors(rows))
+    q = tfmq_fx.quantize(Rows().eval(), recipe("w8a8"), calibration=tfmq_fx.CalibrationSet.from_tensors(rows))
     gm = flat_graph(q)
     PassManager(TO_INT8)(gm)
     unsqueeze_linears(gm)
